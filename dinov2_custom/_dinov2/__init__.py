@@ -1,0 +1,47 @@
+"""Installed as the package ``dinov2``: ``import dinov2.x.y`` gives the module object ``dinov2_custom.x.y`` itself.
+
+So upstream's import lines keep working and no module is ever loaded twice. Under any other name than ``dinov2`` this
+file does nothing. Read :class:`_AliasFinder`.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+
+_REAL = "dinov2_custom"
+
+
+class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Answer for ``dinov2.<name>`` with the module ``dinov2_custom.<name>``."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if not fullname.startswith("dinov2."):
+            return None
+        real = importlib.util.find_spec(_real_name(fullname))
+        if real is None:
+            return None
+        is_package = real.submodule_search_locations is not None
+        return importlib.machinery.ModuleSpec(fullname, self, origin=real.origin, is_package=is_package)
+
+    def create_module(self, spec):
+        module = importlib.import_module(_real_name(spec.name))
+        spec.loader_state = module.__spec__  # the import system is about to put the alias's spec in its place
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = module.__spec__.loader_state
+
+    def get_code(self, fullname):  # for `python -m dinov2.x`
+        real = importlib.util.find_spec(_real_name(fullname))
+        return real.loader.get_code(real.name)
+
+
+def _real_name(alias):
+    return _REAL + alias.removeprefix("dinov2")
+
+
+if __name__ == "dinov2":
+    sys.meta_path.insert(0, _AliasFinder())
+    sys.modules[__name__] = importlib.import_module(_REAL)

@@ -1,0 +1,23 @@
+"""Configuration of a run. Nothing heavy is imported until a name is used.
+
+Keys: schema.py. Loading and checking: load.py. Upstream's names `dinov2_default_config`, `load_config` and
+`load_and_merge_config` are here.
+"""
+
+from typing import Any
+
+__all__ = ["dinov2_default_config", "load_and_merge_config", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dinov2_custom.configs import upstream
+
+    value = upstream.default_config() if name == "dinov2_default_config" else getattr(upstream, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,120 @@
+"""Check configuration values against each other.
+
+Not the type or range of one value (values.py). Read `check_combinations` for errors and `list_notes` for warnings.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from dinov2_custom.configs.archs import DEPTH_OF_ARCH, plain_arch_name
+from dinov2_custom.configs.mistakes import Mistakes
+from dinov2_custom.configs.schema import all_options
+
+Problem = tuple[str, str] | None  # (expected, what to do)
+
+
+def check_combinations(values: dict[str, Any], where: Callable[[str], str], mistakes: Mistakes) -> None:
+    """Report every pair of values that cannot work together.
+
+    Args:
+        values: value of each key by dotted name.
+        where: names the source of a key's value, such as a file.
+        mistakes: filled; keys already in it are not looked at again.
+    """
+    for keys, check in _CHECKS:
+        if not mistakes.keys.isdisjoint(keys):
+            continue
+        problem = check(*(values[key] for key in keys))
+        if problem is None:
+            continue
+        expected, fix = problem
+        first, *others = keys
+        got = repr(values[first])
+        if others:
+            got += " with " + ", ".join(f"{key} = {values[key]!r} ({where(key)})" for key in others)
+        mistakes.add(f"{first} ({where(first)})", expected, got, fix, key="" if others else first)
+
+
+def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
+    """Return warnings about settings that work but do not do what one may think.
+
+    Args:
+        values: value of each key by dotted name, `optim.lr` computed.
+        given: keys the user set to another value than the default.
+    """
+    notes = []
+    options = all_options()
+    unused = [key for key in values if key in given and options[key].unused]
+    if unused:
+        notes.append(f"accepted for upstream's sake, but nothing reads them: {', '.join(unused)}")
+    if not values["ibot.separate_head"]:
+        ignored = [key for key in values if key in given and key.startswith("ibot.head_")]
+        if ignored:
+            notes.append(f"ignored because ibot.separate_head is false: {', '.join(ignored)}")
+    epochs, freeze = values["optim.epochs"], values["optim.freeze_last_layer_epochs"]
+    if freeze >= epochs:
+        notes.append(
+            f"optim.freeze_last_layer_epochs = {freeze} covers the whole run (optim.epochs = {epochs}): "
+            "the prototypes of the heads never train"
+        )
+    masks = values["ibot.mask_sample_probability"] * values["ibot.mask_ratio_min_max"][1]
+    if values["ibot.loss_weight"] > 0 and masks == 0:
+        notes.append("ibot.loss_weight is above 0, but the mask settings mask nothing: the iBOT loss stays 0")
+    if values["train.frac"] > 0 and not values["train.path_preserved"]:
+        notes.append("train.frac has no effect without train.path_preserved")
+    if values["optim.min_lr"] > values["optim.lr"]:
+        notes.append(
+            f"optim.min_lr = {values['optim.min_lr']:g} is above the peak optim.lr = {values['optim.lr']:g}: "
+            "the learning rate rises over the run"
+        )
+    return notes
+
+
+def _arch(arch: str) -> Problem:
+    name = plain_arch_name(arch)
+    if name in DEPTH_OF_ARCH:
+        return None
+    near = difflib.get_close_matches(name, DEPTH_OF_ARCH, n=1, cutoff=0.5)
+    return f"one of {', '.join(DEPTH_OF_ARCH)}", f"did you mean {near[0]}?" if near else ""
+
+
+def _block_chunks(chunks: int, arch: str) -> Problem:
+    depth = DEPTH_OF_ARCH[plain_arch_name(arch)]
+    return (f"at most the {depth} blocks of the network", "use 0 for no chunks") if chunks > depth else None
+
+
+def _global_size(size: int, patch: int) -> Problem:
+    return _divisible("crops.global_crops_size", size, patch)
+
+
+def _local_size(size: int, patch: int, number: int) -> Problem:
+    return _divisible("crops.local_crops_size", size, patch) if number else None
+
+
+def _divisible(key: str, size: int, patch: int) -> Problem:
+    if size % patch == 0:
+        return None
+    valid = [str(near) for near in (size // patch * patch, (size // patch + 1) * patch) if near > 0]
+    valid.sort(key=lambda near: abs(int(near) - size))
+    return f"a multiple of the patch size {patch}", f"use {key}={' or '.join(valid)}"
+
+
+def _warmup(warmup: float, epochs: float) -> Problem:
+    if warmup <= epochs:
+        return None
+    return "at most optim.epochs", f"lower optim.warmup_epochs to {epochs / 10:g} (a tenth) or raise optim.epochs"
+
+
+def _some_loss(dino: float, ibot: float) -> Problem:
+    return ("dino or ibot above 0", "without both there is nothing to learn from") if dino == ibot == 0 else None
+
+
+_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Problem]], ...] = (
+    (("student.arch",), _arch),
+    (("student.block_chunks", "student.arch"), _block_chunks),
+    (("crops.global_crops_size", "student.patch_size"), _global_size),
+    (("crops.local_crops_size", "student.patch_size", "crops.local_crops_number"), _local_size),
+    (("optim.warmup_epochs", "optim.epochs"), _warmup),
+    (("dino.loss_weight", "ibot.loss_weight"), _some_loss),
+)

@@ -1,0 +1,216 @@
+"""Load the configuration of a run: defaults < YAML file < overrides, checked, computed, read-only.
+
+Not the keys (schema.py) and not upstream's loader names (upstream.py). Read `load_run_config` first.
+"""
+
+import contextlib
+import difflib
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinov2_custom.configs.combinations import check_combinations, list_notes
+from dinov2_custom.configs.mistakes import Mistakes, suggest_key
+from dinov2_custom.configs.option import Option
+from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
+from dinov2_custom.configs.schema import all_options
+from dinov2_custom.configs.sources import Setting, parse_yaml, read_file, read_overrides
+from dinov2_custom.configs.values import coerce, expected, is_text
+
+__all__ = ["check_output_dir", "load_run_config", "resolve_output_dir", "scaled_lr"]
+
+_logger = logging.getLogger(__name__)
+
+
+def load_run_config(
+    config_file: str | None,
+    overrides: Iterable[str] = (),
+    output_dir: str | None = None,
+    allow_unknown_keys: bool = False,
+    *,
+    require_dataset: bool = True,
+    world_size: int = 1,
+    warn: Callable[[str], None] | None = None,
+) -> DictConfig:
+    """Return the complete, checked, read-only configuration of a run.
+
+    Args:
+        config_file: YAML file; None or "" for the defaults only.
+        overrides: texts `key.sub=value`, the later one wins.
+        output_dir: wins over `train.output_dir`; the result's `train.output_dir` is absolute and not created.
+        allow_unknown_keys: keep unknown keys and warn about them, instead of refusing them.
+        require_dataset: whether an empty `train.dataset_path` is a mistake.
+        world_size: processes of the run, for `optim.lr`.
+        warn: called with each warning; default: this module's logger.
+
+    Raises:
+        ConfigError: lists every mistake at once.
+    """
+    options = all_options()
+    mistakes = Mistakes()
+    from_file = read_file(config_file, mistakes)
+    settings = (from_file or []) + read_overrides(overrides, mistakes)
+    given = {setting.key: setting for setting in settings if setting.key in options}
+    unknown = [setting for setting in settings if setting.key not in options]
+    notes = _check_unknown(unknown, options, allow_unknown_keys, mistakes)
+
+    values = _read_values(given, unknown, options, mistakes)
+
+    def where(key: str) -> str:
+        return given[key].where if key in given else "default"
+
+    if from_file is not None:
+        check_combinations(values, where, mistakes)
+        if require_dataset:
+            _check_dataset(values["train.dataset_path"], where, mistakes)
+    mistakes.raise_if_any()
+
+    given_lr, values["optim.lr"] = values["optim.lr"], scaled_lr(values, world_size)
+    values["train.output_dir"] = resolve_output_dir(output_dir, values["train.output_dir"])
+    from_a_run = where("optim.lr") != "override" and _is_scaled_lr(given_lr, values)
+    if given_lr != 0 and not from_a_run:
+        computed = values["optim.lr"]
+        notes.append(f"optim.lr = {given_lr:g} is ignored: it is computed from optim.base_lr as {computed:g}")
+    notes += list_notes(values, {key for key in given if values[key] != options[key].default})
+    for note in notes:
+        (warn or _logger.warning)(note)
+    return _read_only(values, unknown)
+
+
+def scaled_lr(values: dict[str, Any], world_size: int) -> float:
+    """Return the peak learning rate: base_lr times the square root of global batch / 1024.
+
+    Source: upstream utils/config.py, rule sqrt_wrt_1024.
+    """
+    return values["optim.base_lr"] * math.sqrt(values["train.batch_size_per_gpu"] * world_size / 1024.0)
+
+
+def _is_scaled_lr(lr: float, values: dict[str, Any]) -> bool:
+    """Tell whether `lr` follows from the rule for some number of processes, as in the config.yaml of a run."""
+    one_process = scaled_lr(values, 1)
+    processes = (lr / one_process) ** 2 if one_process else 0.0
+    return processes > 0.5 and math.isclose(processes, round(processes), rel_tol=1e-9)
+
+
+def _check_dataset(path: str | list[str], where: Callable[[str], str], mistakes: Mistakes) -> None:
+    key = "train.dataset_path"
+    if not path and key not in mistakes.keys:
+        fix = f"add {key}=/path/to/images to the command, or set it in the config file"
+        mistakes.add(f"{key} ({where(key)})", "a folder of images", "nothing", fix)
+
+
+def _check_unknown(
+    unknown: list[Setting], options: dict[str, Option], allowed: bool, mistakes: Mistakes
+) -> list[str]:
+    """Report unknown keys as mistakes, or return one warning that lists them."""
+    kept = []
+    for setting in unknown:
+        parts = setting.key.split(".")
+        parent = next((".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[:n]) in options), None)
+        label = f"{setting.key} ({setting.where})"
+        if parent:
+            mistakes.add(label, f"{parent} to have no parts", "one", f"set {parent} itself")
+        elif allowed:
+            kept.append(label)
+        else:
+            fix = suggest_key(setting.key) or "see docs/configuration.md"
+            mistakes.add(label, "a known key", "an unknown one", fix)
+            mistakes.advice = "Unknown keys on purpose, of a fork say: --allow-unknown-keys keeps them, unused."
+    return [f"unknown keys, kept but not used: {', '.join(kept)}"] if kept else []
+
+
+def _read_values(
+    given: dict[str, Setting], unknown: list[Setting], options: dict[str, Option], mistakes: Mistakes
+) -> dict[str, Any]:
+    """Return the value of each key; a bad one is reported and stands as its default."""
+    values = {key: option.default for key, option in options.items()}
+    raw = None
+    for key, setting in given.items():
+        value = setting.value
+        try:
+            if "${" in repr(value):
+                OmegaConf.create([value])
+                raw = raw or _parsable(values, [*given.values(), *unknown])
+                value = _resolve(raw, options[key])
+            values[key] = coerce(options[key], value)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            reason = str(error).splitlines()[0]
+            mistakes.add(f"{key} ({setting.where})", expected(options[key]), repr(setting.value), reason, key=key)
+        except ValueError as error:
+            mistakes.add(f"{key} ({setting.where})", str(error), _show(value), _hint(options[key], value), key=key)
+    return values
+
+
+def _parsable(values: dict[str, Any], settings: Iterable[Setting]) -> DictConfig:
+    """Return defaults and settings in one tree, for `${...}` to look in, without the settings that cannot be parsed."""
+    raw = OmegaConf.create(_nested(values))
+    for setting in settings:
+        with contextlib.suppress(OmegaConfBaseException):
+            OmegaConf.update(raw, setting.key, setting.value, force_add=True)
+    return raw
+
+
+def _resolve(raw: DictConfig, option: Option) -> Any:
+    """Return a key's value with its `${...}` replaced; what an environment variable holds is read as YAML."""
+    value = OmegaConf.select(raw, option.key)
+    if isinstance(value, str) and not is_text(option):
+        value = parse_yaml(value)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)
+
+
+def _hint(option: Option, value: Any) -> str:
+    """Say what to do about a value of the wrong type or range."""
+    takes_numbers = int in option.types or float in option.types
+    if isinstance(value, str) and takes_numbers and _is_number(value):
+        return "write the number without quotes"
+    if str in option.types and not option.choices and isinstance(value, (int, float)):
+        return "put the text in quotes"
+    near = difflib.get_close_matches(str(value), option.choices, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"the default is {_show(option.default)}" if option.default != "" else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _as_values(settings: Iterable[Setting]) -> dict[str, Any]:
+    return {setting.key: setting.value for setting in settings}
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, leaf = key.split(".")
+        node = tree
+        for part in path:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[leaf] = value
+    return tree
+
+
+def _read_only(values: dict[str, Any], unknown: list[Setting]) -> DictConfig:
+    cfg = OmegaConf.create(_nested({**values, **_as_values(unknown)}))
+    OmegaConf.set_struct(cfg, True)
+    OmegaConf.set_readonly(cfg, True)
+    return cfg

@@ -1,0 +1,147 @@
+"""Declare the keys of the run, the data, the augmentation and the optimizer.
+
+Not the networks and losses (schema_model.py). Read `Train` first. Names and defaults of upstream's keys: upstream
+`dinov2/configs/ssl_default_config.yaml`; `augmentation` holds what upstream's code has as constants.
+"""
+
+from dataclasses import dataclass
+
+from dinov2_custom.configs.option import option, section
+
+
+@dataclass
+class Train:
+    batch_size_per_gpu: int = option(64, "images per step on one GPU (or process)", unit="images", within="[1, inf)")
+    dataset_path: str | list[str] = option(
+        "", "folder of images, list of folders, or dataset string such as ImageNet:split=TRAIN:root=...:extra=..."
+    )
+    output_dir: str = option(
+        "",
+        "where everything of the run goes; --output-dir wins; empty: outputs/<date>_<time>",
+        unit="path",
+        changes_results=False,
+    )
+    saveckp_freq: int = option(20, "unused, as upstream; see checkpointing.period", changes_results=False, unused=True)
+    seed: int = option(0, "seed of weights, order, crops and masks", within="[0, inf)")
+    num_workers: int = option(
+        10, "data-loading processes per GPU; 0: in the main process", changes_results=False, within="[0, inf)"
+    )
+    OFFICIAL_EPOCH_LENGTH: int | str = option(
+        1250,
+        "length of an epoch; auto: one pass over the data, images / global batch rounded up",
+        unit="iterations",
+        choices=("auto",),
+        within="[1, inf)",
+    )
+    cache_dataset: bool = option(True, "unused, as upstream", changes_results=False, unused=True)
+    centering: str = option(
+        "centering", "how teacher outputs are kept from collapsing", choices=("centering", "sinkhorn_knopp")
+    )
+    path_preserved: str | list[str] = option("", "folder or folders of which train.frac is held out; empty: none")
+    frac: float = option(0.0, "share of train.path_preserved's images held out from training", within="[0, 1)")
+    max_bad_fraction: float = option(
+        0.01, "stop when more than this share of the images read so far is unreadable", within="[0, 1]"
+    )
+    log_every: int = option(
+        10, "log interval", unit="iterations", changes_results=False, within="[1, inf)"
+    )
+
+
+@dataclass
+class Checkpointing:
+    period: int = option(
+        0, "save interval; 0: three epochs, as upstream", unit="iterations", changes_results=False, within="[0, inf)"
+    )
+    keep_last: int = option(
+        3, "newest periodic checkpoints kept", unit="checkpoints", changes_results=False, within="[1, inf)"
+    )
+
+
+@dataclass
+class Optim:
+    epochs: int | float = option(100, "length of the run; fractions are fine", unit="epochs", within="(0, inf)")
+    weight_decay: float = option(0.04, "weight decay at the start", within="[0, inf)")
+    weight_decay_end: float = option(0.4, "weight decay at the end (cosine between)", within="[0, inf)")
+    base_lr: float = option(0.004, "peak learning rate at a global batch of 1024 images", within="[0, inf)")
+    lr: float = option(
+        0.0, "computed: base_lr * sqrt(global batch / 1024); a value given here is ignored", within="[0, inf)"
+    )
+    warmup_epochs: int | float = option(
+        10, "linear warm-up of the learning rate from 0; at most optim.epochs", unit="epochs", within="[0, inf)"
+    )
+    min_lr: float = option(1e-6, "learning rate at the end (cosine)", within="[0, inf)")
+    clip_grad: float | None = option(
+        3.0, "largest gradient norm, of backbone and heads separately; 0 or null: no clipping", within="[0, inf)"
+    )
+    freeze_last_layer_epochs: int | float = option(
+        1, "start of the run in which the prototypes stay as they are", unit="epochs", within="[0, inf)"
+    )
+    scaling_rule: str = option("sqrt_wrt_1024", "how optim.lr follows from base_lr", choices=("sqrt_wrt_1024",))
+    patch_embed_lr_mult: float = option(0.2, "learning-rate factor of the patch embedding", within="[0, inf)")
+    layerwise_decay: float = option(
+        0.9, "learning-rate factor from each block to the one below it; 1: none", within="(0, inf)"
+    )
+    adamw_beta1: float = option(0.9, "AdamW's decay of the mean gradient", within="[0, 1)")
+    adamw_beta2: float = option(0.999, "AdamW's decay of the mean square", within="[0, 1)")
+
+
+@dataclass
+class Crops:
+    global_crops_scale: list[float] = option(
+        [0.32, 1.0], "range of a global crop's share of the image area", within="(0, 1]", length=2, increasing=True
+    )
+    local_crops_number: int = option(8, "local crops per image; 0: none", within="[0, inf)")
+    local_crops_scale: list[float] = option(
+        [0.05, 0.32], "range of a local crop's share of the image area", within="(0, 1]", length=2, increasing=True
+    )
+    global_crops_size: int = option(
+        224, "side of a global crop, a multiple of student.patch_size", unit="px", within="[1, inf)"
+    )
+    local_crops_size: int = option(
+        96, "side of a local crop, a multiple of student.patch_size", unit="px", within="[1, inf)"
+    )
+
+
+@dataclass
+class Normalize:
+    mean: list[float] = option([0.485, 0.456, 0.406], "subtracted from R, G, B in 0..1 (ImageNet's)", length=3)
+    std: list[float] = option(
+        [0.229, 0.224, 0.225], "then divided by (ImageNet's)", within="(0, inf)", length=3
+    )
+
+
+@dataclass
+class Data:
+    normalize: Normalize = section(Normalize)
+
+
+@dataclass
+class Augmentation:
+    brightness: float = option(0.4, "brightness factor drawn from 1 +- this", within="[0, inf)")
+    contrast: float = option(0.4, "contrast factor drawn from 1 +- this", within="[0, inf)")
+    saturation: float = option(0.2, "saturation factor drawn from 1 +- this", within="[0, inf)")
+    hue: float = option(0.1, "hue shift drawn from +- this", unit="turns", within="[0, 0.5]")
+    jitter_p: float = option(0.8, "probability of the four above", within="[0, 1]")
+    gray_p: float = option(0.2, "probability of dropping colour", within="[0, 1]")
+    solarize_p: float = option(0.2, "probability of solarizing the second global crop", within="[0, 1]")
+    blur_p: list[float] = option(
+        [0.0, 0.9, 0.5],
+        "probabilities of blurring global crop 1, global crop 2, local crops; the defaults are what upstream really "
+        "applies, DINO's paper has [1.0, 0.1, 0.5]",
+        within="[0, 1]",
+        length=3,
+    )
+    blur_sigma: list[float] = option(
+        [0.1, 2.0], "range of the Gaussian's sigma", unit="px", within="(0, inf)", length=2, increasing=True
+    )
+    hflip_p: float = option(0.5, "probability of a horizontal flip", within="[0, 1]")
+
+
+@dataclass
+class Evaluation:
+    eval_period_iterations: int = option(
+        12500,
+        "interval of writing teacher_checkpoint.pth; 0 or less: only at the end",
+        unit="iterations",
+        changes_results=False,
+    )

@@ -1,0 +1,128 @@
+"""Turn one value from YAML into the type its key wants, or say what was expected.
+
+Not the checks across keys (combinations.py). Read `coerce` first.
+"""
+
+import math
+import re
+import typing
+from typing import Any
+
+from dinov2_custom.configs.option import Option
+
+_INTERVAL = re.compile(r"([\[(])\s*(\S+)\s*,\s*(\S+)\s*([\])])")
+_QUOTES = "'\""
+
+
+def coerce(option: Option, value: Any) -> Any:
+    """Return `value` as the key's type.
+
+    Whole numbers pass as float, integral floats as int, null as the empty text. Nothing else is converted.
+
+    Raises:
+        ValueError: the value does not fit; the text is what was expected.
+    """
+    if value is None and type(None) in option.types:
+        return None
+    if value is None and str in option.types and not option.choices:
+        return ""
+    for kind in option.types:
+        result = _fit(option, kind, value)
+        if result is not None:
+            return result
+    raise ValueError(expected(option))
+
+
+def expected(option: Option) -> str:
+    """Describe the legal values of a key in a few words."""
+    names = [_describe(option, kind) for kind in _distinct(option.types)]
+    return " or ".join(name for name in names if name)
+
+
+def is_text(option: Option) -> bool:
+    """Tell whether an override's value for this key is taken as it stands, YAML's special characters included."""
+    return str in option.types and not option.choices
+
+
+def is_quoted_or_list(text: str) -> bool:
+    """Tell whether an override's value for a text key is YAML after all: quoted, a list, or null."""
+    stripped = text.strip()
+    quoted = len(stripped) >= 2 and stripped[0] in _QUOTES and stripped[-1] == stripped[0]
+    return quoted or (stripped.startswith("[") and stripped.endswith("]")) or stripped in ("null", "~")
+
+
+def _fit(option: Option, kind: Any, value: Any) -> Any:
+    """Return the value as `kind`, or None if it is not one. `None` itself is handled by the caller."""
+    if typing.get_origin(kind) is list:
+        return _fit_list(option, typing.get_args(kind)[0], value)
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    if kind is str:
+        legal = isinstance(value, str) and (not option.choices or value in option.choices)
+        return value if legal else None
+    if kind in (int, float):
+        return _fit_number(option, kind, value)
+    return None
+
+
+def _fit_number(option: Option, kind: type, value: Any) -> int | float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not math.isfinite(value) or not _inside(option.within, value):
+        return None
+    if kind is int:
+        return int(value) if float(value).is_integer() else None
+    return float(value)
+
+
+def _fit_list(option: Option, element: type, value: Any) -> list | None:
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    if option.length is not None and len(value) != option.length:
+        return None
+    fitted = [_fit(option, element, item) for item in value]
+    if any(item is None for item in fitted) or (option.increasing and fitted != sorted(fitted)):
+        return None
+    return fitted
+
+
+def _inside(within: str, value: float) -> bool:
+    if not within:
+        return True
+    left, low, high, right = _INTERVAL.fullmatch(within).groups()
+    above = value >= float(low) if left == "[" else value > float(low)
+    below = value <= float(high) if right == "]" else value < float(high)
+    return above and below
+
+
+def _distinct(kinds: tuple[Any, ...]) -> list[Any]:
+    """Drop int where float is also legal, which says it all."""
+    return [kind for kind in kinds if not (kind is int and float in kinds)]
+
+
+def _describe(option: Option, kind: Any) -> str:
+    if kind is type(None):
+        return "null"
+    if kind is bool:
+        return "true or false"
+    if kind is str:
+        return " | ".join(option.choices) if option.choices else "text"
+    if typing.get_origin(kind) is list:
+        return _describe_list(option, typing.get_args(kind)[0])
+    return f"a {'whole ' if kind is int else ''}number{_describe_interval(option.within)}"
+
+
+def _describe_list(option: Option, element: type) -> str:
+    noun = "texts" if element is str else f"numbers{_describe_interval(option.within)}"
+    count = f"{option.length} " if option.length else ""
+    order = ", smaller first" if option.increasing else ""
+    return f"a list of {count}{noun}{order}"
+
+
+def _describe_interval(within: str) -> str:
+    if not within:
+        return ""
+    left, low, high, _ = _INTERVAL.fullmatch(within).groups()
+    if high == "inf":
+        return f" of at least {low}" if left == "[" else f" above {low}"
+    return f" in {within}"

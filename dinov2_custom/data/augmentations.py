@@ -1,0 +1,111 @@
+"""DataAugmentationDINO: one image in, two global and some local crops out.
+
+Not in here: the drawing of parameters (``draws``) and the pixel operations (``image_ops``). Read
+:meth:`DataAugmentationDINO.__call__` first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import image_ops as ops
+from .draws import CropDraw, Recipe, draw_crop
+from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+JITTER = {
+    "brightness": ops.adjust_brightness,
+    "contrast": ops.adjust_contrast,
+    "saturation": ops.adjust_saturation,
+    "hue": ops.adjust_hue,
+}
+
+
+class DataAugmentationDINO:
+    """Cut an image into the crops of DINOv2.
+
+    Every crop: random resized crop (bicubic), flip, then with probability colour jitter, grey, blur; global crop 2 also
+    solarized; then normalised. ``augmentation`` holds the strengths (a mapping or object with :class:`Recipe`'s fields;
+    None for upstream's). ``*_crops_scale``: (low, high) share of the image area; sizes in pixels.
+
+    Source: upstream data/augmentations.py. ``augmentation.blur_p`` are the probabilities really applied (upstream's
+    GaussianBlur inverts its argument).
+    """
+
+    def __init__(
+        self,
+        global_crops_scale: Sequence[float],
+        local_crops_scale: Sequence[float],
+        local_crops_number: int,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+        *,
+        augmentation: Any = None,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ):
+        self.global_crops_scale = tuple(global_crops_scale)
+        self.local_crops_scale = tuple(local_crops_scale)
+        self.local_crops_number = local_crops_number
+        self.global_crops_size = global_crops_size
+        self.local_crops_size = local_crops_size
+        self.recipe = Recipe.from_config(augmentation)
+        self.mean = np.asarray(mean, np.float64)
+        self.std = np.asarray(std, np.float64)
+
+    def __call__(self, image: Image.Image | np.ndarray, rng: random.Random | None = None) -> dict[str, Any]:
+        """Return the crops of ``image`` (PIL, or uint8 (H, W, 3)) as normalised float32 (3, size, size) tensors.
+
+        Keys: ``global_crops`` (two), ``global_crops_teacher`` (the same objects), ``local_crops``
+        (``local_crops_number``), ``offsets`` (empty). All draws are from ``rng``; None takes a fresh one, seeded by the
+        operating system.
+        """
+        pixels = as_pixels(image)
+        draws = self.draw(pixels.shape[1], pixels.shape[0], rng or random.Random())
+        sizes = [self.global_crops_size] * 2 + [self.local_crops_size] * self.local_crops_number
+        crops = [self.render(pixels, draw, size) for draw, size in zip(draws, sizes, strict=True)]
+        return {
+            "global_crops": crops[:2],
+            "global_crops_teacher": crops[:2],
+            "local_crops": crops[2:],
+            "offsets": (),
+        }
+
+    def draw(self, width: int, height: int, rng: random.Random) -> list[CropDraw]:
+        """Draw the parameters of all crops (global 1, global 2, locals) of a ``width`` x ``height`` image."""
+        recipe, (blur_1, blur_2, blur_local) = self.recipe, self.recipe.blur_p
+        draws = [
+            draw_crop(rng, width, height, self.global_crops_scale, recipe, blur_1, 0.0),
+            draw_crop(rng, width, height, self.global_crops_scale, recipe, blur_2, recipe.solarize_p),
+        ]
+        for _ in range(self.local_crops_number):
+            draws.append(draw_crop(rng, width, height, self.local_crops_scale, recipe, blur_local, 0.0))
+        return draws
+
+    def render(self, pixels: torch.Tensor, draw: CropDraw, size: int) -> torch.Tensor:
+        """Make one normalised (3, size, size) crop of ``pixels`` (uint8, H W 3)."""
+        return ops.normalize(render_uint8(pixels, draw, size), self.mean, self.std)
+
+
+def as_pixels(image: Image.Image | np.ndarray) -> torch.Tensor:
+    """Return uint8 (H, W, 3), a copy for a PIL image."""
+    if isinstance(image, Image.Image):
+        image = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(image)
+
+
+def render_uint8(pixels: torch.Tensor, draw: CropDraw, size: int) -> np.ndarray:
+    """Make one crop before normalisation: uint8 (3, size, size), or (1, size, size) if grey."""
+    crop = ops.resized_crop(pixels, draw.box, size, draw.flip)
+    for name, parameter in draw.jitter:
+        crop = JITTER[name](crop, parameter)
+    if draw.gray:
+        crop = ops.grayscale(crop)
+    if draw.sigma is not None:
+        crop = ops.gaussian_blur(crop, draw.sigma)
+    return ops.solarize(crop) if draw.solarize else crop

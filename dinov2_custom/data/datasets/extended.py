@@ -1,0 +1,80 @@
+"""ExtendedVisionDataset: the base of all datasets here, and of users' own ones as in upstream.
+
+A subclass gives ``get_image_data(index) -> bytes``, ``get_target(index)`` and ``__len__``; a ``name(index)`` makes
+errors and the list of bad images readable. Read :meth:`ExtendedVisionDataset.__getitem__` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from .decoders import Decoder, ImageDataDecoder, TargetDecoder
+
+
+class SeparateTransforms:
+    """Apply ``transform`` to the image and ``target_transform`` to the target; either may be None."""
+
+    def __init__(self, transform: Callable | None, target_transform: Callable | None):
+        self.transform = transform
+        self.target_transform = target_transform
+
+    def __call__(self, image: Any, target: Any) -> tuple[Any, Any]:
+        image = image if self.transform is None else self.transform(image)
+        return image, target if self.target_transform is None else self.target_transform(target)
+
+
+class ExtendedVisionDataset(Dataset):
+    """Images from bytes: (transformed image, transformed target) by index.
+
+    Either ``transforms`` (a callable of image and target) or ``transform`` and ``target_transform``; without any the
+    image is PIL, mode RGB. ``exif``: turn images as their EXIF orientation says.
+    """
+
+    def __init__(
+        self,
+        root: Any = None,
+        transforms: Callable | None = None,
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
+        *,
+        exif: bool = False,
+    ) -> None:
+        if transforms is not None and (transform is not None or target_transform is not None):
+            raise ValueError("expected either transforms or transform / target_transform, got both")
+        self.root = root
+        self.transform = transform
+        self.target_transform = target_transform
+        if transform is not None or target_transform is not None:
+            transforms = SeparateTransforms(transform, target_transform)
+        self.transforms = transforms
+        self.exif = exif
+
+    def get_image_data(self, index: int) -> bytes:
+        raise NotImplementedError
+
+    def get_target(self, index: int) -> Any:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Return what to call image ``index`` in messages: its path, where it has one."""
+        return f"{type(self).__name__}[{index}]"
+
+    def get_sample_decoder(self, index: int) -> Decoder:
+        """Return the decoder of image ``index``."""
+        return ImageDataDecoder(self.get_image_data(index), source=self.name(index), exif=self.exif)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Return (image, target).
+
+        Raises:
+            DataError: the image cannot be read or decoded; the message names it.
+        """
+        image = self.get_sample_decoder(index).decode()
+        target = TargetDecoder(self.get_target(index)).decode()
+        return (image, target) if self.transforms is None else self.transforms(image, target)
+
+    def __len__(self) -> int:
+        raise NotImplementedError

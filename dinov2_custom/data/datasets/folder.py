@@ -1,0 +1,118 @@
+"""Datasets over folders: ImageDataset without labels (training), LabelledFolder with a folder a class (evaluation).
+
+Read :class:`ImageDataset` first; the listing is ``dinov2_custom.data.sources.list_images``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dinov2_custom.data.sources import EXTENSIONS, FolderSource, PathTable, Root, as_roots, list_images, read_file
+from dinov2_custom.errors import DataError
+
+from .extended import ExtendedVisionDataset
+
+logger = logging.getLogger("dinov2")
+
+
+class ImageDataset(ExtendedVisionDataset):
+    """All images below one or several folders, in sorted order, without labels: samples are (image, ()).
+
+    Raises:
+        DataError: a missing folder, or no image at all.
+    """
+
+    def __init__(
+        self,
+        root: Root | Sequence[Root],
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
+        *,
+        transforms: Callable | None = None,
+        extensions: Sequence[str] = EXTENSIONS,
+        exif: bool = False,
+    ) -> None:
+        super().__init__(root, transforms, transform, target_transform, exif=exif)
+        self.source = FolderSource(root, extensions)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> bytes:
+        """Return the bytes of image ``index``."""
+        return self.source.read(index)
+
+    def name(self, index: int) -> str:
+        """Return the path of image ``index``."""
+        return self.source.name(index)
+
+    def get_image_data(self, index: int) -> bytes:
+        return self.source.read(index)
+
+    def get_target(self, index: int) -> tuple[()]:
+        return ()
+
+
+class LabelledFolder(ExtendedVisionDataset):
+    """Images in a folder a class (nested as deep as they like): samples are (image, class index).
+
+    ``classes`` are the names of the folders right below ``root`` that hold images, sorted; a class's index is its place
+    in that list.
+
+    Raises:
+        DataError: a missing folder, or no class folder with an image.
+    """
+
+    def __init__(
+        self,
+        root: Root,
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
+        *,
+        transforms: Callable | None = None,
+        extensions: Sequence[str] = EXTENSIONS,
+        exif: bool = False,
+    ) -> None:
+        super().__init__(root, transforms, transform, target_transform, exif=exif)
+        folder = as_roots(root)[0]
+        by_class: dict[str, list[str]] = {}
+        loose = 0
+        for path in list_images([folder], extensions):
+            name, _, rest = os.path.relpath(path, folder).partition(os.sep)
+            if rest:
+                by_class.setdefault(name, []).append(path)
+            else:
+                loose += 1
+        if not by_class:
+            raise DataError(
+                f"expected a folder for each class, got {loose} images right in {folder}; "
+                "put every class's images into a folder of its own"
+            )
+        if loose:
+            logger.warning(f"images skipped: {loose} lie right in {folder}, outside the class folders")
+        self.classes = sorted(by_class)
+        self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
+        self.paths = PathTable(path for name in self.classes for path in by_class[name])
+        sizes = [len(by_class[name]) for name in self.classes]
+        self.targets = np.repeat(np.arange(len(self.classes), dtype=np.int64), sizes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """Return the path of image ``index``."""
+        return self.paths[index]
+
+    def get_image_data(self, index: int) -> bytes:
+        return read_file(self.paths[index])
+
+    def get_target(self, index: int) -> int:
+        return int(self.targets[index])
+
+    def get_targets(self) -> np.ndarray:
+        """Return the class index of every image, int64 (len,)."""
+        return self.targets

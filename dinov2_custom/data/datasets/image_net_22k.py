@@ -1,0 +1,173 @@
+"""ImageNet-22k in upstream's layout: ``root/<class id>.tar``, read by offset and never unpacked.
+
+``extra/entries.npy`` and ``extra/class-ids.npy`` save the walk through the tars where they exist. Read
+:meth:`ImageNet22k.get_image_data` first.
+
+Source of the layout: upstream data/datasets/image_net_22k.py.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tarfile
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dinov2_custom.data.sources import as_roots
+from dinov2_custom.errors import DataError
+
+from .extended import ExtendedVisionDataset
+
+HEADER = 512
+GZIP_MAGIC = b"\x1f\x8b"
+MAX_OPEN_TARS = 16
+
+
+class ImageNet22k(ExtendedVisionDataset):
+    """ImageNet-22k: samples are (image, class index).
+
+    Raises:
+        DataError: no tar file in ``root``.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        extra: str | None = None,
+        transforms: Callable | None = None,
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
+        mmap_cache_size: int = MAX_OPEN_TARS,
+    ) -> None:
+        super().__init__(as_roots(root)[0], transforms, transform, target_transform)
+        self._extra_root = None if extra is None else as_roots(extra)[0]
+        self._max_open = max(1, mmap_cache_size)
+        self._files: dict[str, Any] = {}
+        if not len(self._entries):
+            raise DataError(f"expected images in {os.path.join(self.root, '<class id>.tar')}, got none")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files and tables on disk out: a worker process opens them again."""
+        state = {**self.__dict__, "_files": {}}
+        if self._extra_root is not None and os.path.isfile(self._table_path("entries")):
+            state.pop("_entries", None)
+        return state
+
+    # tables
+
+    def _table_path(self, kind: str) -> str:
+        return os.path.join(self._extra_root or "", f"{kind}.npy")
+
+    def _load_table(self, kind: str) -> np.ndarray | None:
+        if self._extra_root is None or not os.path.isfile(self._table_path(kind)):
+            return None
+        return np.load(self._table_path(kind), mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _entries(self) -> np.ndarray:
+        """Structured array an image a row: class_index and [start_offset, end_offset) in the tar, header included."""
+        table = self._load_table("entries")
+        return self._walk_tars() if table is None else table
+
+    @cached_property
+    def _class_ids(self) -> np.ndarray:
+        table = self._load_table("class-ids")
+        return self._list_tars() if table is None else table
+
+    def _list_tars(self) -> np.ndarray:
+        if not os.path.isdir(self.root):
+            raise DataError(f"expected a folder of <class id>.tar, got {self.root} (missing); check root=")
+        return np.array(sorted(name[:-4] for name in os.listdir(self.root) if name.endswith(".tar")))
+
+    def _walk_tars(self) -> np.ndarray:
+        """Read the headers of all tars: classes in sorted order, images in the order of their tar."""
+        rows: list[tuple[int, int, int, str]] = []
+        for class_index, class_id in enumerate(self._class_ids):
+            path = self._tar_path(class_id)
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    members = [member for member in tar if member.isfile()]
+            except (OSError, tarfile.TarError) as e:
+                raise DataError(f"expected an uncompressed tar of images: {path} ({e}); fetch it again") from e
+            rows += [(class_index, m.offset_data - HEADER, m.offset_data + m.size, m.name) for m in members]
+        width = max((len(row[3]) for row in rows), default=1)
+        fields = [("class_index", "<u4"), ("start_offset", "<u8"), ("end_offset", "<u8"), ("filename", f"U{width}")]
+        return np.array(rows, dtype=fields)
+
+    def dump_extra(self, root: str | None = None) -> None:
+        """Walk the tars and write ``entries.npy`` and ``class-ids.npy`` (``root``: the tars, if elsewhere)."""
+        if self._extra_root is None:
+            raise DataError("expected an extra folder to write to; construct ImageNet22k with extra=<folder>")
+        walked = ImageNet22k(root=root or self.root)
+        ids = walked._class_ids
+        fields = [("class_index", "<u4"), ("class_id", ids.dtype), ("start_offset", "<u8"), ("end_offset", "<u8")]
+        entries = np.empty(len(walked), dtype=[*fields, ("filename", walked._entries.dtype["filename"])])
+        for field in ("class_index", "start_offset", "end_offset", "filename"):
+            entries[field] = walked._entries[field]
+        entries["class_id"] = ids[entries["class_index"]]
+        os.makedirs(self._extra_root, exist_ok=True)
+        np.save(self._table_path("class-ids"), ids)
+        np.save(self._table_path("entries"), entries)
+        for cached in ("_entries", "_class_ids"):
+            self.__dict__.pop(cached, None)
+
+    # samples
+
+    def _tar_path(self, class_id: str) -> str:
+        return os.path.join(self.root, f"{class_id}.tar")
+
+    def _open_tar(self, class_id: str) -> Any:
+        """Return the open tar, keeping the last few open."""
+        file = self._files.pop(class_id, None) or open(self._tar_path(class_id), "rb")
+        self._files[class_id] = file
+        if len(self._files) > self._max_open:
+            self._files.pop(next(iter(self._files))).close()
+        return file
+
+    def find_class_id(self, class_index: int) -> str:
+        return str(self._class_ids[class_index])
+
+    def name(self, index: int) -> str:
+        """Return ``<tar>/<name in the tar>`` of image ``index``."""
+        return f"{self._tar_path(self.get_class_id(index))}/{self._entries[index]['filename']}"
+
+    def get_image_data(self, index: int) -> bytes:
+        """Return the bytes of image ``index`` (unzipped where the tar holds it gzipped)."""
+        entry = self._entries[index]
+        start, end = int(entry["start_offset"]) + HEADER, int(entry["end_offset"])
+        try:
+            file = self._open_tar(self.find_class_id(entry["class_index"]))
+            data = _read_at(file, start, end - start)
+            return gzip.decompress(data) if data[:2] == GZIP_MAGIC else data
+        except (OSError, EOFError) as e:
+            raise DataError(f"expected a readable image: {self.name(index)} ({e})") from e
+
+    def get_target(self, index: int) -> int:
+        return int(self._entries[index]["class_index"])
+
+    def get_targets(self) -> np.ndarray:
+        """Return the class index of every image (len,)."""
+        return self._entries["class_index"]
+
+    def get_class_id(self, index: int) -> str:
+        return self.find_class_id(self._entries[index]["class_index"])
+
+    def get_class_ids(self) -> np.ndarray:
+        """Return the class id of every image (len,)."""
+        return self._class_ids[self._entries["class_index"]]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _read_at(file: Any, start: int, size: int) -> bytes:
+    """Read without moving the file's position, which forked worker processes share."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, start)
+    file.seek(start)
+    return file.read(size)

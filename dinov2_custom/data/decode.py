@@ -1,0 +1,129 @@
+"""Bytes of an image file -> RGB pixels, by stated rules; anything that cannot be decoded is a DataError with its name.
+
+============================  =====================================================================================
+8-bit RGB, grey, 1-bit        as they are; grey and 1-bit in all three channels
+palette, CMYK, YCbCr, Lab     Pillow's conversion to RGB
+alpha (RGBA, LA, palette)     dropped, as upstream does (transparent pixels show their hidden colour)
+16-bit grey (I;16, I)         linear by bit depth: value / 257, rounded
+other integers (I)            outside 0..65535: least value -> 0, greatest -> 255
+float (F)                     in 0..1: value * 255, rounded; otherwise least -> 0, greatest -> 255 (NaN -> 0)
+16-bit RGB                    the high bytes (Pillow's reader)
+several frames or pages       the first
+EXIF orientation              ignored, as upstream does, unless ``exif=True``
+above Pillow's limit          DataError (179 million pixels: a decompression bomb, or a slide to be cut into tiles)
+============================  =====================================================================================
+
+The scaling of 16-bit and float images is said once a mode in the log. Not in here: reading files (``sources``). This is
+the only module that calls a decoder, so a faster one goes in here. Read :func:`decode_rgb` first.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from dinov2_custom.errors import DataError
+
+logger = logging.getLogger("dinov2")
+FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
+
+
+def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False) -> Image.Image:
+    """Decode the bytes of an image file into a PIL image of mode RGB, by the rules above.
+
+    ``source`` names the image in errors. ``exif``: turn the image as its EXIF orientation says.
+
+    Raises:
+        DataError: empty, truncated, broken, not an image, or too large.
+    """
+    if not data:
+        raise DataError(f"expected an image, got an empty file: {source}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+        image = ImageOps.exif_transpose(image) if exif else image
+        return to_rgb(image)
+    except Image.DecompressionBombError as e:
+        raise DataError(f"expected fewer pixels: {source} ({e}); shrink it or cut it into tiles") from e
+    except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
+        raise DataError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
+
+
+def decode_array(data: bytes, source: str = "image", *, exif: bool = False) -> np.ndarray:
+    """Like :func:`decode_rgb`, as a uint8 (H, W, 3) array."""
+    return np.array(decode_rgb(data, source, exif=exif))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded PIL image of any mode to RGB, by the rules above.
+
+    Raises:
+        ValueError: a float image without one finite value.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        warn_once(image.mode, "16-bit values are divided by 257")
+        return _from_levels((np.asarray(image).astype(np.uint32) + 128) // 257)
+    if image.mode == "I":
+        return _from_levels(_scale_integers(np.asarray(image)))
+    if image.mode == "F":
+        return _from_levels(_scale_floats(np.asarray(image)))
+    if image.mode == "P":
+        image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _from_levels(levels: np.ndarray) -> Image.Image:
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+
+
+def _scale_integers(values: np.ndarray) -> np.ndarray:
+    if 0 <= values.min() and values.max() <= 65535:
+        warn_once("I", "values in 0..65535 are divided by 257")
+        return (values.astype(np.uint32) + 128) // 257
+    warn_once("I (beyond 16 bits)", "the least value becomes 0, the greatest 255, image by image")
+    return _stretch(values.astype(np.float64))
+
+
+def _scale_floats(values: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ValueError("no finite value")
+    values = values.astype(np.float64)
+    if values[finite].min() >= 0 and values[finite].max() <= 1:
+        warn_once("F", "float values in 0..1 are multiplied by 255")
+        return np.round(np.where(finite, values, 0) * 255)
+    warn_once("F (beyond 0..1)", "the least value becomes 0, the greatest 255, image by image")
+    low = values[finite].min()
+    return _stretch(np.where(finite, values, low))
+
+
+def _stretch(values: np.ndarray) -> np.ndarray:
+    low, high = values.min(), values.max()
+    return np.round((values - low) * (255 / (high - low))) if high > low else np.zeros_like(values)
+
+
+@functools.cache
+def warn_once(mode: str, rule: str) -> None:
+    """Log ``rule`` for ``mode``, the first time in this process."""
+    logger.warning(f"images of mode {mode} found: {rule}")
+
+
+def describe(data: bytes) -> str:
+    """Say in a few words what ``data`` looks like, for an error message."""
+    start = data[:64]
+    if start[:3] == b"\xff\xd8\xff" or start[:8] == b"\x89PNG\r\n\x1a\n":
+        return f"a truncated or broken {'JPEG' if start[:1] == bytes([0xFF]) else 'PNG'} of {len(data):,} bytes"
+    kind = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start) else "data"
+    return f"{len(data):,} bytes of {kind}"
+
+
+def _reason(e: Exception) -> str:
+    """Return the exception's text without the address of the buffer that Pillow puts into it."""
+    text = str(e).split(" <_io.BytesIO", 1)[0]
+    return f"{type(e).__name__}: {text}"

@@ -1,0 +1,165 @@
+"""Random parameters of one crop, drawn from an explicit ``random.Random``; no pixels in here.
+
+The distributions are those of upstream's ``DataAugmentationDINO`` (torchvision's RandomResizedCrop, ColorJitter,
+RandomHorizontalFlip, RandomGrayscale, RandomSolarize). The strengths are in :class:`Recipe`, whose fields are the keys
+of the ``augmentation`` section. Read :func:`draw_crop` first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dinov2_custom.errors import ConfigError
+
+Box = tuple[int, int, int, int]
+Jitter = tuple[tuple[str, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How strongly and how often colours are changed.
+
+    brightness, contrast, saturation: factors are drawn from 1 +- this (not below 0). hue: shift drawn from +- this, in
+    turns (at most 0.5). ``*_p`` are the probabilities really applied; ``blur_p`` is for (global 1, global 2, local) and
+    is by default what upstream's inverted GaussianBlur amounts to. blur_sigma: range in pixels.
+
+    Source: upstream data/augmentations.py and data/transforms.py.
+    """
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    jitter_p: float = 0.8
+    gray_p: float = 0.2
+    solarize_p: float = 0.2
+    blur_p: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    hflip_p: float = 0.5
+
+    @classmethod
+    def from_config(cls, section: Recipe | Mapping[str, Any] | object | None) -> Recipe:
+        """Read a recipe from a mapping, from an object with these attributes, or from None (the defaults).
+
+        Raises:
+            ConfigError: unknown keys or values out of range, all of them in one message.
+        """
+        if section is None or isinstance(section, cls):
+            return section or cls()
+        names = [field.name for field in dataclasses.fields(cls)]
+        if isinstance(section, Mapping):
+            given = dict(section)
+        else:
+            given = {name: getattr(section, name) for name in names if hasattr(section, name)}
+        wrong = [f"augmentation.{key}: no such key (there are {', '.join(names)})" for key in given if key not in names]
+        values = {key: tuple(v) if _is_list(v) else v for key, v in given.items() if key in names}
+        recipe = cls(**values)
+        for name, rule in _wrong(recipe):
+            wrong.append(f"augmentation.{name}: expected {rule}, got {getattr(recipe, name)!r}")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+        return recipe
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _wrong(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return (field, what was expected) for every value out of range."""
+    rules = {name: ("a number >= 0", lambda v: v >= 0) for name in ("brightness", "contrast", "saturation")}
+    rules["hue"] = ("a number in 0..0.5", lambda v: 0 <= v <= 0.5)
+    for name in ("jitter_p", "gray_p", "solarize_p", "hflip_p"):
+        rules[name] = ("a probability in 0..1", lambda v: 0 <= v <= 1)
+    rules["blur_p"] = ("three probabilities in 0..1", lambda v: len(v) == 3 and all(0 <= p <= 1 for p in v))
+    rules["blur_sigma"] = ("[low, high] with 0 < low <= high, pixels", lambda v: len(v) == 2 and 0 < v[0] <= v[1])
+    found = []
+    for name, (rule, holds) in rules.items():
+        try:
+            fine = bool(holds(getattr(recipe, name)))
+        except TypeError:
+            fine = False
+        if not fine:
+            found.append((name, rule))
+    return found
+
+
+class CropDraw(NamedTuple):
+    """Everything that turns an image into one crop.
+
+    box: (left, top, width, height) in pixels. jitter: (operation, parameter) pairs in the order to apply, empty for
+    none; parameters are factors, for "hue" a shift in turns. sigma: blur in pixels, None for none.
+    """
+
+    box: Box
+    flip: bool
+    jitter: Jitter
+    gray: bool
+    sigma: float | None
+    solarize: bool
+
+
+def draw_crop(
+    rng: random.Random,
+    width: int,
+    height: int,
+    scale: Sequence[float],
+    recipe: Recipe,
+    blur_p: float,
+    solarize_p: float,
+) -> CropDraw:
+    """Draw one crop of a ``width`` x ``height`` image. ``scale``: range of the box's share of the image area."""
+    return CropDraw(
+        box=draw_box(rng, width, height, scale),
+        flip=rng.random() < recipe.hflip_p,
+        jitter=draw_jitter(rng, recipe) if rng.random() < recipe.jitter_p else (),
+        gray=rng.random() < recipe.gray_p,
+        sigma=rng.uniform(*recipe.blur_sigma) if rng.random() < blur_p else None,
+        solarize=rng.random() < solarize_p,
+    )
+
+
+def draw_box(
+    rng: random.Random,
+    width: int,
+    height: int,
+    scale: Sequence[float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    tries: int = 10,
+) -> Box:
+    """Draw (left, top, width, height): area uniform in ``scale``, aspect log-uniform in ``ratio``, place uniform.
+
+    A box that does not fit is drawn again; after ``tries`` it is the largest centred one with an allowed aspect.
+
+    Source: torchvision's RandomResizedCrop.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(tries):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, width - w), rng.randint(0, height - h), w, h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def draw_jitter(rng: random.Random, recipe: Recipe) -> Jitter:
+    """Draw the four colour changes in a random order, each uniform in its range; strength 0 leaves one out.
+
+    Source: torchvision's ColorJitter.
+    """
+    strengths = (("brightness", recipe.brightness), ("contrast", recipe.contrast), ("saturation", recipe.saturation))
+    steps = [(name, rng.uniform(max(0.0, 1 - s), 1 + s)) for name, s in strengths if s > 0]
+    if recipe.hue > 0:
+        steps.append(("hue", rng.uniform(-recipe.hue, recipe.hue)))
+    rng.shuffle(steps)
+    return tuple(steps)

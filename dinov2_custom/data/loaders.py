@@ -1,0 +1,265 @@
+"""make_dataset, make_data_loader (upstream's) and make_train_loader (what training uses).
+
+Not in here: what happens to one draw (``train_samples``), the order of images (``samplers``). Read
+:func:`make_train_loader` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
+
+from .augmentations import DataAugmentationDINO
+from .datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder
+from .holdout import split_off
+from .masking import MaskingGenerator
+from .samplers import DrawSampler, EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
+from .spec import parse_dataset
+from .train_samples import BAD_KEY, BadImages, TrainCollate, TrainSamples, set_up_worker
+from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+logger = logging.getLogger("dinov2")
+DATASETS = {"LabelledFolder": LabelledFolder, "ImageNet": ImageNet, "ImageNet22k": ImageNet22k}
+
+
+class SamplerType(Enum):
+    """How :func:`make_data_loader` orders images; names and values are upstream's."""
+
+    DISTRIBUTED = 0
+    EPOCH = 1
+    INFINITE = 2
+    SHARDED_INFINITE = 3
+    SHARDED_INFINITE_NEW = 4
+
+
+def make_dataset(
+    *,
+    dataset_str: str | os.PathLike[str] | Sequence[str],
+    transform: Callable | None = None,
+    target_transform: Callable | None = None,
+) -> Any:
+    """Make the dataset that a dataset string, a folder or a list of folders stands for (see ``data.spec``).
+
+    Raises:
+        ConfigError: a string that cannot be understood.
+        DataError: folders that are missing or hold no image.
+    """
+    spec = parse_dataset(dataset_str)
+    if spec.kind == "ImageDataset":
+        return ImageDataset(list(spec.roots), transform, target_transform)
+    make = DATASETS[spec.kind]
+    return make(root=spec.roots[0], transform=transform, target_transform=target_transform, **spec.options)
+
+
+def make_data_loader(
+    *,
+    dataset: Any,
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    sampler_type: SamplerType | None = SamplerType.INFINITE,
+    sampler_size: int = -1,
+    sampler_advance: int = 0,
+    drop_last: bool = True,
+    persistent_workers: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader:
+    """Make a DataLoader over ``dataset`` with one of upstream's samplers (None: torch's own order).
+
+    ``sampler_size``: samples of an epoch for EPOCH (-1: the dataset's length). ``sampler_advance``: samples this rank
+    has had already. Memory is pinned where there is CUDA; ``persistent_workers`` is ignored without workers.
+    """
+    sampler = _make_sampler(len(dataset), sampler_type, shuffle, seed, sampler_size, sampler_advance)
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        shuffle=shuffle if sampler_type is None else None,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=drop_last,
+        persistent_workers=persistent_workers and num_workers > 0,
+        collate_fn=collate_fn,
+        worker_init_fn=set_up_worker,
+    )
+
+
+def _make_sampler(
+    sample_count: int, sampler_type: SamplerType | None, shuffle: bool, seed: int, size: int, advance: int
+) -> Sampler | None:
+    if sampler_type is None:
+        return None
+    if sampler_type is SamplerType.INFINITE:
+        return InfiniteSampler(sample_count=sample_count, shuffle=shuffle, seed=seed, advance=advance)
+    if sampler_type in (SamplerType.SHARDED_INFINITE, SamplerType.SHARDED_INFINITE_NEW):
+        return ShardedInfiniteSampler(sample_count=sample_count, shuffle=shuffle, seed=seed, advance=advance)
+    if advance > 0:
+        raise ValueError(f"sampler_advance: expected 0 with {sampler_type}, got {advance}; use an infinite sampler")
+    if sampler_type is SamplerType.EPOCH:
+        size = size if size > 0 else sample_count
+        return EpochSampler(size=size, sample_count=sample_count, shuffle=shuffle, seed=seed)
+    if size > 0:
+        raise ValueError(f"sampler_size: expected -1 with {sampler_type}, got {size}; use SamplerType.EPOCH")
+    rank, world_size = start_and_step(None, None)
+    return DistributedSampler(
+        range(sample_count), num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=False
+    )
+
+
+class TrainLoader:
+    """An endless sequence of collated batches of one rank, the same whatever ``num_workers`` is.
+
+    ``num_images``: images to train on. ``draws``: number of the job's next draw, (iteration * batch * world).
+    """
+
+    def __init__(
+        self,
+        samples: TrainSamples,
+        collate: TrainCollate,
+        bad_images: BadImages,
+        *,
+        batch_size: int,
+        num_workers: int,
+        rank: int,
+        world_size: int,
+        start_iteration: int = 0,
+    ):
+        self.samples = samples
+        self.collate = collate
+        self.bad_images = bad_images
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.rank = rank
+        self.world_size = world_size
+        self.start_iteration = start_iteration
+        self.num_images = len(samples.dataset)
+        self.draws = start_iteration * batch_size * world_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.batches(self.start_iteration)
+
+    def batches(self, start_iteration: int = 0) -> Iterator[dict[str, Any]]:
+        """Yield the batches of iteration ``start_iteration`` and after.
+
+        Raises:
+            DataError: too many images cannot be read.
+        """
+        sampler = DrawSampler(
+            batch_size=self.batch_size, rank=self.rank, world_size=self.world_size, start_iteration=start_iteration
+        )
+        loader = DataLoader(
+            self.samples,
+            sampler=sampler,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            drop_last=True,
+            collate_fn=self.collate,
+            worker_init_fn=set_up_worker,
+            generator=torch.Generator(),
+        )
+        self.draws = start_iteration * self.batch_size * self.world_size
+        for batch in loader:
+            records = batch.pop(BAD_KEY)
+            self.bad_images.add(self.batch_size, records)
+            if not batch:
+                raise self.bad_images.error()
+            self.draws += self.batch_size * self.world_size
+            yield batch
+
+
+def make_train_loader(
+    cfg: Any,
+    *,
+    rank: int,
+    world_size: int,
+    start_iteration: int = 0,
+    on_bad_image: Callable[[str, str], Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> TrainLoader:
+    """Make the loader of a training run: dataset, hold-out, augmentation, masks and order as ``cfg`` says.
+
+    Every sample is a pure function of (``cfg.train.seed``, draw number): iteration i of the job has the draws
+    [i*b*W, (i+1)*b*W), of which this rank takes its block of b; a dataset smaller than that repeats. Starting at
+    ``start_iteration`` goes on exactly there. ``on_bad_image(path, reason)`` is called once for every unreadable image.
+
+    Raises:
+        ConfigError: a dataset string that cannot be understood, or a hold-out that is only half described.
+        DataError: folders that are missing or empty, or no readable image in them.
+    """
+    dataset = make_dataset(dataset_str=cfg.train.dataset_path)
+    dataset = split_off(
+        dataset,
+        _get(cfg, "train.path_preserved", ""),
+        _get(cfg, "train.frac", 0.0),
+        output_dir=_get(cfg, "train.output_dir", "."),
+        write=rank == 0,
+    )
+    samples = TrainSamples(dataset, make_augmentation(cfg), cfg.train.seed)
+    samples.probe()
+    return TrainLoader(
+        samples,
+        make_collate(cfg, dtype),
+        BadImages(len(dataset), _get(cfg, "train.max_bad_fraction", 0.01), on_bad_image),
+        batch_size=cfg.train.batch_size_per_gpu,
+        num_workers=at_most_cores(cfg.train.num_workers),
+        rank=rank,
+        world_size=world_size,
+        start_iteration=start_iteration,
+    )
+
+
+def at_most_cores(num_workers: int) -> int:
+    """Return ``num_workers``, lowered to the number of cores this process may use (more only cost memory)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_workers > cores:
+        logger.info(f"data-loading processes: {cores}, not train.num_workers={num_workers}: there are {cores} cores")
+    return min(num_workers, cores)
+
+
+def make_augmentation(cfg: Any) -> DataAugmentationDINO:
+    """Make the augmentation that ``cfg`` describes."""
+    crops = cfg.crops
+    return DataAugmentationDINO(
+        crops.global_crops_scale,
+        crops.local_crops_scale,
+        crops.local_crops_number,
+        global_crops_size=crops.global_crops_size,
+        local_crops_size=crops.local_crops_size,
+        augmentation=_get(cfg, "augmentation", None),
+        mean=_get(cfg, "data.normalize.mean", IMAGENET_DEFAULT_MEAN),
+        std=_get(cfg, "data.normalize.std", IMAGENET_DEFAULT_STD),
+    )
+
+
+def make_collate(cfg: Any, dtype: torch.dtype = torch.float32) -> TrainCollate:
+    """Make the collate function with the masks that ``cfg`` describes.
+
+    A rectangle of a mask has at most half the patches, rounded down from left to right as upstream does.
+    """
+    size, patch = cfg.crops.global_crops_size, cfg.student.patch_size
+    grid = size // patch
+    return TrainCollate(
+        seed=cfg.train.seed,
+        mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
+        mask_probability=cfg.ibot.mask_sample_probability,
+        n_tokens=grid**2,
+        mask_generator=MaskingGenerator((grid, grid), max_num_patches=0.5 * size // patch * size // patch),
+        dtype=dtype,
+    )
+
+
+def _get(cfg: Any, dotted: str, default: Any) -> Any:
+    """Return ``cfg.a.b`` of "a.b", or ``default`` where a key is not there (an upstream configuration)."""
+    for name in dotted.split("."):
+        cfg = getattr(cfg, name, None)
+        if cfg is None:
+            return default
+    return cfg

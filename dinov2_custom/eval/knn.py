@@ -1,0 +1,262 @@
+"""Weighted k-nearest-neighbour classification on frozen features, as upstream's ``eval/knn.py``.
+
+Each test image asks its nearest training images by cosine similarity; votes are weighted by a softmax over the
+similarities. Not the model or its weights (``setup.py``). Read :class:`KnnModule` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_custom import distributed
+from dinov2_custom.data.loaders import make_dataset
+from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
+from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
+from dinov2_custom.eval.setup import setup_and_build_model
+from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
+
+__all__ = ["KnnModule", "eval_knn", "eval_knn_with_model", "get_args_parser", "leave_one_out_accuracy", "main"]
+
+logger = logging.getLogger("dinov2")
+_QUERIES_A_STEP = 256
+
+
+class KnnModule(nn.Module):
+    """Score classes by the votes of the nearest training features.
+
+    Numbers of neighbours above the number of training features are cut to it.
+
+    Args:
+        train_features: (N, D), rows of length 1.
+        train_labels: (N,) in 0..num_classes-1.
+        nb_knn: numbers of neighbours to score with.
+        T: temperature of the softmax over the max(nb_knn) similarities that weighs the votes.
+
+    Source: Wu et al. 2018 (instance discrimination), section 3.4; upstream ``eval/knn.py``.
+    """
+
+    def __init__(
+        self, train_features: Tensor, train_labels: Tensor, nb_knn: Sequence[int], T: float, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.train_features, self.train_labels = train_features, train_labels
+        self.nb_knn, self.T, self.num_classes = list(nb_knn), T, num_classes
+
+    def forward(self, features: Tensor, exclude: Tensor | None = None) -> dict[int, Tensor]:
+        """Return ``{k: class scores (B, C)}``, rows summing to at most 1, for ``features`` (B, D) of length 1.
+
+        Args:
+            exclude: (B,) index of a training feature that has no vote on each row.
+        """
+        similarity = features.to(self.train_features.device) @ self.train_features.T
+        available = len(self.train_features)
+        if exclude is not None:
+            similarity.scatter_(1, exclude[:, None].to(similarity.device), float("-inf"))
+            available -= 1
+        nearest, indices = similarity.topk(min(max(self.nb_knn), available), dim=1)
+        weights = F.softmax(nearest / self.T, dim=1)
+        labels = self.train_labels[indices]
+        scores = {k: weights.new_zeros(len(features), self.num_classes) for k in self.nb_knn}
+        for k, votes in scores.items():
+            votes.scatter_add_(1, labels[:, :k], weights[:, :k])
+        return scores
+
+
+def eval_knn(
+    train_features: Tensor,
+    train_labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    *,
+    nb_knn: Sequence[int],
+    temperature: float = 0.07,
+    accuracy_averaging: AccuracyAveraging = AccuracyAveraging.MEAN_ACCURACY,
+    n_per_class_list: Sequence[int] = (-1,),
+    n_tries: int = 1,
+) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """Classify ``val_features`` (M, D) by ``train_features`` (N, D), both with rows of length 1.
+
+    Args:
+        n_per_class_list: training images kept a class, -1 for all; only numbers of neighbours up to it are used, and
+            it is added to them.
+        n_tries: random subsets over which a limited number a class is averaged.
+
+    Returns:
+        ``{("full", k) or ("<n> per class", k): {"top-1": accuracy in 0..1, "top-5": ...}}``.
+
+    Raises:
+        DataError: no features on one side.
+    """
+    if not len(train_features) or not len(val_features):
+        raise DataError(f"kNN: expected features, got {len(train_features)} to train on, {len(val_features)} to classify")
+    num_classes = int(max(train_labels.max(), val_labels.max())) + 1
+    results: dict[tuple[str, int], dict[str, Tensor]] = {}
+    for n_per_class in n_per_class_list:
+        ks, tries = sorted(set(nb_knn)), [torch.arange(len(train_labels))]
+        if n_per_class >= 0:
+            ks = sorted({k for k in nb_knn if k <= n_per_class} | {n_per_class})
+            tries = [_subset(train_labels, n_per_class, seed) for seed in range(n_tries)]
+        scores: dict[int, list[dict[str, Tensor]]] = {k: [] for k in ks}
+        for chosen in (indices.to(train_labels.device) for indices in tries):
+            module = KnnModule(train_features[chosen], train_labels[chosen], ks, temperature, num_classes)
+            metrics = {k: build_topk_accuracy_metric(accuracy_averaging, num_classes) for k in ks}
+            _classify(module, val_features, val_labels, metrics)
+            for k in ks:
+                scores[k].append(metrics[k].compute())
+        name = "full" if n_per_class < 0 else f"{n_per_class} per class"
+        results |= {(name, k): _mean(values) for k, values in scores.items()}
+    return results
+
+
+def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> float:
+    """Return the top-1 accuracy of classifying each row of ``features`` (N, D), of length 1, by all the others."""
+    num_classes = int(labels.max()) + 1
+    module = KnnModule(features, labels, [k], temperature, num_classes)
+    metrics = {k: build_topk_accuracy_metric(AccuracyAveraging.MEAN_ACCURACY, num_classes, (1,))}
+    _classify(module, features, labels, metrics, leave_one_out=True)
+    return float(metrics[k].compute()["top-1"])
+
+
+def _classify(
+    module: KnnModule, features: Tensor, labels: Tensor, metrics: dict[int, MetricCollection], leave_one_out=False
+) -> None:
+    for rows in torch.arange(len(features)).split(_QUERIES_A_STEP):
+        votes = module(features[rows.to(features.device)], exclude=rows if leave_one_out else None)
+        for k, scores in votes.items():
+            metrics[k].update(scores, labels[rows.to(labels.device)])
+
+
+def _subset(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
+    """Return the indices of ``n_per_class`` random samples of each class (all of a smaller one)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = labels.cpu()
+    members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    return torch.cat([m[torch.randperm(len(m), generator=generator)[:n_per_class]] for m in members])
+
+
+def _mean(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([value[name] for value in values]).mean(dim=0) for name in values[0]}
+
+
+def eval_knn_with_model(
+    model: nn.Module,
+    output_dir: str,
+    train_dataset_str: str = "ImageNet:split=TRAIN",
+    val_dataset_str: str = "ImageNet:split=VAL",
+    nb_knn: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    autocast_dtype: torch.dtype = torch.float32,
+    accuracy_averaging: AccuracyAveraging = AccuracyAveraging.MEAN_ACCURACY,
+    transform=None,
+    gather_on_cpu: bool = False,
+    batch_size: int = 256,
+    num_workers: int = 5,
+    n_per_class_list: Sequence[int] = (-1,),
+    n_tries: int = 1,
+) -> dict[str, float]:
+    """Evaluate ``model`` and append the accuracies, in percent, to ``results_eval_knn.json`` in ``output_dir``.
+
+    Args:
+        transform: of an RGB image to a tensor; default: shorter side 256, central 224 pixels, ImageNet's normalisation.
+
+    Returns:
+        ``{"('full', 10) Top 1": percent, ...}``, also what the file gets, one pair a line.
+    """
+    transform = transform or make_classification_eval_transform()
+    normalized = ModelWithNormalize(model, autocast_dtype)
+    datasets = [make_dataset(dataset_str=text, transform=transform) for text in (train_dataset_str, val_dataset_str)]
+    to_train_label = match_classes(*datasets)
+    extracted: list[Tensor] = []
+    for text, dataset in zip((train_dataset_str, val_dataset_str), datasets, strict=True):
+        logger.info(f"dataset: {text} images={len(dataset)}")
+        extracted += extract_features(normalized, dataset, batch_size, num_workers, gather_on_cpu)
+    if to_train_label is not None:
+        extracted[3] = to_train_label.to(extracted[3].device)[extracted[3]]
+    if max(nb_knn) > len(extracted[0]):
+        logger.warning(f"{max(nb_knn)} neighbours asked for, all {len(extracted[0])} training images vote")
+    accuracies = eval_knn(
+        *extracted,
+        nb_knn=nb_knn,
+        temperature=temperature,
+        accuracy_averaging=accuracy_averaging,
+        n_per_class_list=n_per_class_list,
+        n_tries=n_tries,
+    )
+    results: dict[str, float] = {}
+    for key, values in accuracies.items():
+        top1, top5 = (values[name].mean().item() * 100 for name in ("top-1", "top-5"))
+        results |= {f"{key} Top 1": top1, f"{key} Top 5": top5}
+        logger.info(f"{key} top1={top1:.2f}% top5={top5:.2f}%")
+    if distributed.is_main_process():
+        _append_results(Path(output_dir) / "results_eval_knn.json", results)
+    return results
+
+
+def match_classes(train_dataset, val_dataset) -> Tensor | None:
+    """Return, for two class-per-folder datasets, the training label of each validation label; None for other datasets.
+
+    Raises:
+        DataError: a validation class that has no training images.
+    """
+    train_classes, val_classes = (getattr(d, "class_to_idx", None) for d in (train_dataset, val_dataset))
+    if train_classes is None or val_classes is None:
+        return None
+    unknown = sorted(set(val_classes) - set(train_classes))
+    if unknown:
+        raise DataError(
+            f"--val-dataset: expected the class folders of --train-dataset ({len(train_classes)}), got {len(unknown)} "
+            f"others: {', '.join(unknown[:5])}; give both datasets the same folder names"
+        )
+    return torch.tensor([train_classes[name] for name in sorted(val_classes, key=val_classes.get)])
+
+
+def _append_results(path: Path, results: dict[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        for key, value in results.items():
+            file.write(json.dumps({key: value}) + "\n")
+    logger.info(f"results: {path}")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
+
+    Raises:
+        DINOv2Error: bad arguments, configuration, weights or data.
+    """
+    if min(args.nb_knn) < 1 or not 0 < args.crop_size or not 0 < args.resize_size:
+        raise ConfigError(
+            "expected positive numbers, got "
+            f"--nb_knn {args.nb_knn}, --crop-size {args.crop_size}, --resize-size {args.resize_size}"
+        )
+    model, autocast_dtype = setup_and_build_model(args)
+    if args.crop_size % model.patch_size:
+        raise ConfigError(
+            f"--crop-size: expected a multiple of student.patch_size={model.patch_size}, got {args.crop_size}"
+        )
+    eval_knn_with_model(
+        model=model,
+        output_dir=args.output_dir,
+        train_dataset_str=args.train_dataset_str,
+        val_dataset_str=args.val_dataset_str,
+        nb_knn=args.nb_knn,
+        temperature=args.temperature,
+        autocast_dtype=autocast_dtype,
+        transform=make_classification_eval_transform(resize_size=args.resize_size, crop_size=args.crop_size),
+        gather_on_cpu=args.gather_on_cpu,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        n_per_class_list=args.n_per_class_list,
+        n_tries=args.n_tries,
+    )
+    return 0

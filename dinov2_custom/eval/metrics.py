@@ -1,0 +1,120 @@
+"""Top-k accuracies, averaged over samples or over classes. No torchmetrics needed.
+
+Not the classifiers. Read :class:`TopKAccuracy` first.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class MetricType(Enum):
+    MEAN_ACCURACY = "mean_accuracy"
+    MEAN_PER_CLASS_ACCURACY = "mean_per_class_accuracy"
+    PER_CLASS_ACCURACY = "per_class_accuracy"
+    IMAGENET_REAL_ACCURACY = "imagenet_real_accuracy"
+
+    @property
+    def accuracy_averaging(self) -> AccuracyAveraging | None:
+        return getattr(AccuracyAveraging, self.name, None)
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class AccuracyAveraging(Enum):
+    MEAN_ACCURACY = "micro"
+    MEAN_PER_CLASS_ACCURACY = "macro"
+    PER_CLASS_ACCURACY = "none"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class TopKAccuracy:
+    """Share of samples whose label is among the ``top_k`` highest scores; ``top_k`` is cut to the number of classes.
+
+    Args:
+        average: over samples (micro), over the classes that occur (macro), or one value a class (none; 0 where a class
+            does not occur).
+    """
+
+    def __init__(self, average: AccuracyAveraging, num_classes: int, top_k: int) -> None:
+        self.average = average
+        self.top_k = min(top_k, num_classes)
+        self.correct = torch.zeros(num_classes, dtype=torch.float64)
+        self.seen = torch.zeros(num_classes, dtype=torch.float64)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count scores (B, C) against labels (B,) in 0..C-1."""
+        target = target.cpu()
+        best = preds.topk(self.top_k, dim=1).indices.cpu()
+        hit = (best == target[:, None]).any(dim=1).double()
+        self.correct.index_add_(0, target, hit)
+        self.seen.index_add_(0, target, torch.ones_like(hit))
+
+    def compute(self) -> Tensor:
+        """Return the accuracy in 0..1: a scalar, or (C,) for ``none``."""
+        if self.average is AccuracyAveraging.MEAN_ACCURACY:
+            return self.correct.sum() / self.seen.sum().clamp(min=1)
+        by_class = self.correct / self.seen.clamp(min=1)
+        if self.average is AccuracyAveraging.PER_CLASS_ACCURACY:
+            return by_class
+        return by_class[self.seen > 0].mean()
+
+
+class ImageNetRealAccuracy:
+    """Share of samples of which one of the ``top_k`` highest scores is among several true labels.
+
+    Source: Beyer et al. 2020 (ReaL labels).
+    """
+
+    def __init__(self, num_classes: int, top_k: int) -> None:
+        self.top_k = min(top_k, num_classes)
+        self.correct = self.seen = 0
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count scores (B, C) against labels (B, A), padded by -1; samples without any label do not count."""
+        best = preds.topk(self.top_k, dim=1).indices
+        labelled = (target >= 0).any(dim=1)
+        hit = (best[:, :, None] == target[:, None, :]).any(dim=2).any(dim=1)
+        self.correct += int((hit & labelled).sum())
+        self.seen += int(labelled.sum())
+
+    def compute(self) -> Tensor:
+        return torch.tensor(self.correct / max(self.seen, 1), dtype=torch.float64)
+
+
+class MetricCollection:
+    """Metrics by name that see the same predictions."""
+
+    def __init__(self, metrics: dict[str, TopKAccuracy | ImageNetRealAccuracy]) -> None:
+        self.metrics = metrics
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        for metric in self.metrics.values():
+            metric.update(preds, target)
+
+    def compute(self) -> dict[str, Tensor]:
+        return {name: metric.compute() for name, metric in self.metrics.items()}
+
+
+def build_metric(metric_type: MetricType, *, num_classes: int, ks: tuple[int, ...] | None = None) -> MetricCollection:
+    """Return the metrics ``top-<k>`` for each of ``ks`` (1 and 5)."""
+    ks = ks or (1, 5)
+    if metric_type.accuracy_averaging is None:
+        return build_topk_imagenet_real_accuracy_metric(num_classes, ks)
+    return build_topk_accuracy_metric(metric_type.accuracy_averaging, num_classes, ks)
+
+
+def build_topk_accuracy_metric(
+    average_type: AccuracyAveraging, num_classes: int, ks: tuple[int, ...] = (1, 5)
+) -> MetricCollection:
+    return MetricCollection({f"top-{k}": TopKAccuracy(average_type, num_classes, k) for k in ks})
+
+
+def build_topk_imagenet_real_accuracy_metric(num_classes: int, ks: tuple[int, ...] = (1, 5)) -> MetricCollection:
+    return MetricCollection({f"top-{k}": ImageNetRealAccuracy(num_classes, k) for k in ks})

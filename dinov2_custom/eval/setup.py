@@ -1,0 +1,180 @@
+"""From the flags of an evaluation to a frozen teacher on its device. Upstream's names.
+
+Not the evaluations. Nothing is written into the training run that the weights come from. Read
+:func:`setup_and_build_model` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from dinov2_custom import distributed
+from dinov2_custom.configs.load import check_output_dir, load_run_config
+from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.eval.args import get_args_parser
+from dinov2_custom.logging import setup_logging
+from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.train.checkpoint import load_safely
+from dinov2_custom.train.pretrained import backbone_state
+from dinov2_custom.utils.dtype import resolve_dtype
+
+__all__ = ["build_model_for_eval", "get_args_parser", "get_autocast_dtype", "setup_and_build_model"]
+
+logger = logging.getLogger("dinov2")
+_RUN_FILES = ("config.yaml", "training_metrics.json", "last_checkpoint")
+_HEADS = ("dino_head.", "ibot_head.")
+
+
+def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dtype]:
+    """Return (teacher backbone on its device in evaluation mode, number type to compute in).
+
+    Starts the ranks and the logs, makes the output directory and sets ``args.output_dir`` to it.
+
+    Args:
+        args: what :func:`get_args_parser` parses.
+
+    Raises:
+        ConfigError: no weights given, no configuration found, or an output directory that belongs to a training run.
+        CheckpointError: unreadable weights, or weights of another architecture.
+    """
+    if not args.pretrained_weights:
+        raise ConfigError(
+            "--pretrained-weights: expected a weight file, got nothing; give a run's "
+            "eval/training_<iteration>/teacher_checkpoint.pth"
+        )
+    distributed.enable()
+    config_file = args.config_file or str(find_run_config(args.pretrained_weights))
+    cfg = load_run_config(
+        config_file,
+        ["train.output_dir=", *args.opts],
+        output_dir=args.output_dir,
+        allow_unknown_keys=args.allow_unknown_keys,
+        require_dataset=False,
+    )
+    args.output_dir = distributed.broadcast_object(cfg.train.output_dir)
+    check_not_a_run(args.output_dir)
+    check_output_dir(args.output_dir)
+    setup_logging(args.output_dir, name="dinov2", level=logging.INFO)
+    logger.info(f"config: {config_file}")
+    model = build_model_for_eval(cfg, args.pretrained_weights)
+    return model, get_autocast_dtype(cfg, next(model.parameters()).device)
+
+
+def find_run_config(weights: str) -> Path:
+    """Return the config.yaml of the run directory that ``weights`` lies in (up to three folders above the file).
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(weights).expanduser().absolute()
+    for folder in list(path.parents)[:4]:
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise ConfigError(
+        f"--config-file: expected the configuration of {weights}, got none, and there is no config.yaml in the three "
+        "folders above it; give the run's config.yaml with --config-file"
+    )
+
+
+def check_not_a_run(folder: str) -> None:
+    """Keep results out of training runs.
+
+    Raises:
+        ConfigError: ``folder`` holds a run.
+    """
+    found = [name for name in _RUN_FILES if (Path(folder) / name).exists()]
+    if found:
+        raise ConfigError(
+            f"--output-dir: expected a folder without a training run, got {', '.join(found)} in {folder}; "
+            "choose another, or leave it out for ./outputs/<date>_<time>"
+        )
+
+
+def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = None) -> torch.dtype:
+    """Return the number type that the teacher's backbone computes in; fp16 becomes fp32 on a CPU.
+
+    Args:
+        device: None for the device an evaluation would choose.
+    """
+    device = torch.device(device or _device())
+    name = config.compute_precision.teacher.backbone.mixed_precision.param_dtype
+    dtype = resolve_dtype(name, device)
+    return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
+
+
+def build_model_for_eval(config: DictConfig, pretrained_weights: str) -> nn.Module:
+    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on the GPU if there is one.
+
+    Raises:
+        ConfigError: unknown architecture.
+        CheckpointError: see :func:`load_teacher_backbone`.
+    """
+    model, _ = build_model_from_cfg(config, only_teacher=True)
+    load_teacher_backbone(model, pretrained_weights)
+    model.requires_grad_(False)
+    return model.eval().to(_device())
+
+
+def load_teacher_backbone(model: nn.Module, source: str) -> None:
+    """Copy every tensor of the backbone from ``source``, a path or URL; none may be missing, over or of another shape.
+
+    ``{"teacher": ...}`` files, flat ones and whole training checkpoints (their teacher) are understood, prefixes and
+    block chunks do not count, heads are left out.
+
+    Raises:
+        CheckpointError: unreadable, or of another architecture; the message counts what differs. The model is unchanged.
+    """
+    state = _teacher_state(_read(source))
+    own = {_flat_name(name, model): name for name in model.state_dict()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [own_name for name, own_name in own.items() if name not in state]
+    unexpected = [name for name in state if name not in own]
+    misshapen = [
+        f"{own[name]}: expected {shapes[own[name]]}, got {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in own and tuple(tensor.shape) != shapes[own[name]]
+    ]
+    if missing or unexpected or misshapen:
+        examples = [*misshapen[:3], *(f"{n}: missing" for n in missing[:3]), *(f"{n}: unexpected" for n in unexpected[:3])]
+        raise CheckpointError(
+            f"--pretrained-weights: expected the {len(own)} tensors of the configured backbone, got {len(missing)} "
+            f"missing, {len(unexpected)} unexpected and {len(misshapen)} of another shape in {source}:\n  "
+            + "\n  ".join(examples)
+            + "\nuse the config.yaml of the run that wrote the weights"
+        )
+    model.load_state_dict({own[name]: tensor for name, tensor in state.items()}, strict=True)
+    logger.info(f"weights: {source} tensors={len(own)}")
+
+
+def _read(source: str) -> Mapping:
+    if str(source).startswith(("http://", "https://")):
+        return torch.hub.load_state_dict_from_url(str(source), map_location="cpu", weights_only=True)
+    return load_safely(Path(source).expanduser())
+
+
+def _teacher_state(file: Mapping) -> dict[str, torch.Tensor]:
+    """Return the backbone's tensors under flat block names; a training checkpoint holds the student's too."""
+    inner = file.get("model")
+    if isinstance(inner, Mapping) and any(key.startswith("teacher.") for key in inner):
+        file = {key: value for key, value in inner.items() if key.startswith("teacher.")}
+    return {name: tensor for name, tensor in backbone_state(file).items() if not name.startswith(_HEADS)}
+
+
+def _flat_name(name: str, model: nn.Module) -> str:
+    if not model.chunked_blocks or not name.startswith("blocks."):
+        return name
+    _, _chunk, rest = name.split(".", 2)
+    return f"blocks.{rest}"
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", distributed.get_local_rank())

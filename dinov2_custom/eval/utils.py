@@ -1,0 +1,162 @@
+"""Features of a whole dataset from a frozen model, in the dataset's order, on one process or several. Upstream's names.
+
+Not the classifiers. Read :func:`extract_features` first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_custom import distributed
+from dinov2_custom.data.adapters import DatasetWithEnumeratedTargets
+from dinov2_custom.data.loaders import SamplerType, make_data_loader
+from dinov2_custom.errors import DataError
+
+logger = logging.getLogger("dinov2")
+
+
+class ModelWithNormalize(nn.Module):
+    """Scale a model's features to length 1, in float32.
+
+    Args:
+        autocast_dtype: number type that the model computes in.
+    """
+
+    def __init__(self, model: nn.Module, autocast_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast_dtype = autocast_dtype
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to features (B, D)."""
+        with autocast(samples.device, self.autocast_dtype):
+            features = self.model(samples)
+        return F.normalize(features.float(), dim=1, p=2)
+
+
+class ModelWithIntermediateLayers(nn.Module):
+    """Give the (patches, class token) pairs of a backbone's last blocks, computed without gradients.
+
+    Args:
+        autocast_ctx: called for a context manager around the forward pass.
+    """
+
+    def __init__(self, feature_model: nn.Module, n_last_blocks: int, autocast_ctx=nullcontext) -> None:
+        super().__init__()
+        self.feature_model = feature_model.eval()
+        self.n_last_blocks = n_last_blocks
+        self.autocast_ctx = autocast_ctx
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Map images (B, C, H, W) to pairs (B, N, D), (B, D), in order of depth."""
+        with self.autocast_ctx():
+            return self.feature_model.get_intermediate_layers(images, self.n_last_blocks, return_class_token=True)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Return a context that computes in ``dtype``; nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    data_loader,
+    postprocessors: Mapping[str, nn.Module],
+    metrics: Mapping,
+    device: torch.device,
+    criterion: nn.Module | None = None,
+) -> tuple[dict[str, float], dict]:
+    """Feed the outputs of ``model`` through each postprocessor into the metrics of the same name.
+
+    Args:
+        postprocessors: each maps (outputs, targets) to ``{"preds": ..., "target": ...}``.
+        metrics: have ``update(preds=, target=)`` and ``compute()``.
+
+    Returns:
+        The mean loss (empty without ``criterion``), and ``{name: metric.compute()}``.
+    """
+    model.eval()
+    total_loss, num_samples = 0.0, 0
+    for samples, targets in data_loader:
+        outputs = model(samples.to(device))
+        targets = targets.to(device)
+        if criterion is not None:
+            total_loss += float(criterion(outputs, targets)) * len(samples)
+            num_samples += len(samples)
+        for name, metric in metrics.items():
+            metric.update(**postprocessors[name](outputs, targets))
+    losses = {"loss": total_loss / num_samples} if num_samples else {}
+    return losses, {name: metric.compute() for name, metric in metrics.items()}
+
+
+def all_gather_and_flatten(tensor_rank: Tensor) -> Tensor:
+    """Join the tensors (n, ...) of all ranks, of equal shape, to one (ranks * n, ...), rank by rank."""
+    if not distributed.is_enabled():
+        return tensor_rank
+    gathered = [torch.empty_like(tensor_rank) for _ in range(distributed.get_global_size())]
+    dist.all_gather(gathered, tensor_rank.contiguous())
+    return torch.cat(gathered)
+
+
+def extract_features(
+    model: nn.Module, dataset, batch_size: int, num_workers: int, gather_on_cpu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return float32 features (N, D) and labels (N,) of ``dataset``, in its order, the same on every rank.
+
+    Args:
+        batch_size: images a step on each rank.
+        gather_on_cpu: keep the result in CPU memory even when the model is on a GPU.
+
+    Raises:
+        DataError: an empty dataset.
+    """
+    if not len(dataset):
+        raise DataError("dataset: expected labelled images, got none")
+    loader = make_data_loader(
+        dataset=DatasetWithEnumeratedTargets(dataset),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        sampler_type=SamplerType.DISTRIBUTED,
+        drop_last=False,
+        shuffle=False,
+    )
+    return extract_features_with_dataloader(model, loader, len(dataset), gather_on_cpu)
+
+
+@torch.inference_mode()
+def extract_features_with_dataloader(
+    model: nn.Module, data_loader, sample_count: int, gather_on_cpu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Run :func:`extract_features` on a loader of ``(images, (indices, labels))``, each rank its own share.
+
+    Raises:
+        DataError: some of the ``sample_count`` indices never came.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    keep_on = torch.device("cpu") if gather_on_cpu else device
+    features: Tensor | None = None
+    labels: Tensor | None = None
+    seen = torch.zeros(sample_count, dtype=torch.bool)
+    for samples, (indices, labels_rank) in data_loader:
+        features_rank = model(samples.to(device)).float()
+        if features is None:
+            features = torch.zeros(sample_count, features_rank.shape[-1], device=keep_on)
+            labels = torch.zeros(sample_count, *labels_rank.shape[1:], dtype=labels_rank.dtype, device=keep_on)
+        parts = (all_gather_and_flatten(part.to(device)) for part in (features_rank, indices, labels_rank))
+        all_features, all_indices, all_labels = (part.to(keep_on) for part in parts)
+        features[all_indices], labels[all_indices] = all_features, all_labels
+        seen[all_indices.cpu()] = True
+    if features is None or not bool(seen.all()):
+        raise DataError(f"dataset: expected the features of {sample_count} images, got {int(seen.sum())}")
+    logger.info(f"features: images={sample_count} dim={features.shape[1]}")
+    return features, labels
+

@@ -1,0 +1,63 @@
+"""Multi-head self-attention over packed sequences. Kernels live in ``backend.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom.layers.backend import attention
+
+# How tokens of several crops lie in one (T, D) tensor: [(number of sequences, tokens a sequence), ...]
+Segments = list[tuple[int, int]]
+
+
+class Attention(nn.Module):
+    """Attend within each sequence; one linear layer gives q, k and v.
+
+    ``qkv`` rows are laid out (3, heads, head_dim), as in the released weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.backend = "auto"
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Map (B, N, D) to (B, N, D)."""
+        num_sequences, length, dim = x_BND.shape
+        return self.forward_packed(x_BND.reshape(-1, dim), [(num_sequences, length)]).view(x_BND.shape)
+
+    def forward_packed(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        """Map packed tokens (T, D) to (T, D); the linear layers run once, attention once a segment."""
+        dim = x_TD.shape[-1]
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        outputs = []
+        for (num_sequences, length), qkv in zip(segments, split_segments(self.qkv(x_TD), segments), strict=True):
+            heads = qkv.view(num_sequences, length, 3, self.num_heads, dim // self.num_heads)
+            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+            out = attention(q, k, v, backend=self.backend, dropout_p=dropout_p)
+            outputs.append(out.transpose(1, 2).reshape(num_sequences * length, dim))
+        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self.proj_drop(self.proj(packed))
+
+
+class MemEffAttention(Attention):
+    """Upstream's name for the attention that may use a fused kernel; here every :class:`Attention` does."""
+
+
+def split_segments(x_TD: Tensor, segments: Segments) -> tuple[Tensor, ...]:
+    """Cut packed tokens into one (num_sequences * length, D) view a segment."""
+    return x_TD.split([num_sequences * length for num_sequences, length in segments])

@@ -1,0 +1,145 @@
+"""Transformer blocks on packed tokens: crops of every size go through one pass.
+
+Token-wise work (norms, linear layers, FFN) runs on the (T, D) concatenation of all crops; attention runs a segment.
+Read :meth:`Block.forward_packed` first. Residuals are written out of place: FSDP2 loses its backward hooks otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom.layers.attention import Attention, MemEffAttention, Segments, split_segments
+from dinov2_custom.layers.drop_path import DropPath, Subset, draw_subset
+from dinov2_custom.layers.layer_scale import LayerScale
+from dinov2_custom.layers.mlp import Mlp
+
+
+class Block(nn.Module):
+    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))), each with stochastic depth in training.
+
+    Args:
+        init_values: start of the two LayerScales; None or 0 for none.
+        drop_path: share of samples whose branch is skipped. A single tensor with a share of at most 0.1 uses the
+            sample-zeroing form instead, as upstream does.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        init_values: float | Tensor | None = None,
+        drop_path: float = 0.0,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        attn_class: Callable[..., nn.Module] = Attention,
+        ffn_layer: Callable[..., nn.Module] = Mlp,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = attn_class(
+            dim, num_heads=num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=drop
+        )
+        self.ls1 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = ffn_layer(
+            in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop, bias=ffn_bias
+        )
+        self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.sample_drop_ratio = drop_path
+
+    def attention_residual(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        return self.ls1(self.attn.forward_packed(self.norm1(x_TD), segments))
+
+    def ffn_residual(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x_TD)))
+
+    def forward_packed(self, x_TD: Tensor, segments: Segments, generator: torch.Generator | None = None) -> Tensor:
+        """Run the block on packed tokens.
+
+        Args:
+            x_TD: (T, D), the crops of every segment end to end.
+            segments: [(num_sequences, length), ...]; their products sum to T.
+            generator: CPU generator of the stochastic-depth subsets; attention's is drawn before the FFN's.
+        """
+        ratio = self.sample_drop_ratio if self.training else 0.0
+        for residual in (self.attention_residual, self.ffn_residual):
+            x_TD = add_residual_subset(x_TD, residual, draw_subset(segments, ratio, generator, x_TD.device))
+        return x_TD
+
+    def forward(
+        self, x_or_x_list: Tensor | list[Tensor], generator: torch.Generator | None = None
+    ) -> Tensor | list[Tensor]:
+        """Map (B, N, D), or a list of such tensors of different B and N, to the same shapes."""
+        if isinstance(x_or_x_list, Tensor):
+            x_BND = x_or_x_list
+            segments = [x_BND.shape[:2]]
+            if self.training and 0.0 < self.sample_drop_ratio <= 0.1:
+                return self._forward_zeroing(x_BND, segments)
+            return self.forward_packed(x_BND.flatten(0, 1), segments, generator).view(x_BND.shape)
+        x_TD, segments = pack(x_or_x_list)
+        return unpack(self.forward_packed(x_TD, segments, generator), segments)
+
+    def _forward_zeroing(self, x_BND: Tensor, segments: Segments) -> Tensor:
+        for residual in (self.attention_residual, self.ffn_residual):
+            branch = residual(x_BND.flatten(0, 1), segments).view(x_BND.shape)
+            x_BND = x_BND + self.drop_path1(branch)
+        return x_BND
+
+
+class NestedTensorBlock(Block):
+    """Upstream's name for the block that accepts a list of tensors; here every :class:`Block` does."""
+
+
+class BlockChunk(nn.ModuleList):
+    """A run of blocks under one module name. Positions before the run hold ``nn.Identity``, so names count globally."""
+
+    def forward(self, x, generator: torch.Generator | None = None):
+        for block in self:
+            x = block(x, generator) if isinstance(block, Block) else block(x)
+        return x
+
+
+def add_residual_subset(x_TD: Tensor, residual: Callable[[Tensor, Segments], Tensor], subset: Subset) -> Tensor:
+    """Return x + residual(x) computed for the rows of ``subset`` only, scaled so that its expectation is the full one.
+
+    Source: DINOv2 (Oquab et al. 2023), section 5, "Efficient stochastic depth".
+    """
+    if subset.rows is None:
+        return x_TD + residual(x_TD, subset.segments)
+    branch = residual(x_TD.index_select(0, subset.rows), subset.segments)
+    return x_TD.index_add(0, subset.rows, (branch * subset.scale).to(x_TD.dtype))
+
+
+def pack(x_list: list[Tensor]) -> tuple[Tensor, Segments]:
+    """Lay (B, N, D) tensors end to end as (T, D) with their segments."""
+    flat = [x.reshape(-1, x.shape[-1]) for x in x_list]
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)), [(x.shape[0], x.shape[1]) for x in x_list]
+
+
+def unpack(x_TD: Tensor, segments: Segments) -> list[Tensor]:
+    """Cut (T, D) into one (B, N, D) view a segment."""
+    parts = split_segments(x_TD, segments)
+    return [part.view(*segment, x_TD.shape[-1]) for part, segment in zip(parts, segments, strict=True)]
+
+
+__all__ = [
+    "Attention",
+    "Block",
+    "BlockChunk",
+    "MemEffAttention",
+    "NestedTensorBlock",
+    "add_residual_subset",
+    "pack",
+    "unpack",
+]

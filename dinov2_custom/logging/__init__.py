@@ -1,0 +1,17 @@
+"""Log lines, metrics and progress of a run. Read :func:`dinov2_custom.logging.setup.setup_logging` first."""
+
+from dinov2_custom.logging.metrics import MetricLogger, SmoothedValue
+from dinov2_custom.logging.progress import ProgressBar, track
+from dinov2_custom.logging.rows import append_row, truncate_after
+from dinov2_custom.logging.setup import remove_logging, setup_logging
+
+__all__ = [
+    "MetricLogger",
+    "ProgressBar",
+    "SmoothedValue",
+    "append_row",
+    "remove_logging",
+    "setup_logging",
+    "track",
+    "truncate_after",
+]

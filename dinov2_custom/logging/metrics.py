@@ -1,0 +1,235 @@
+"""Running statistics of losses and rates: log lines, and ``training_metrics.json`` as upstream writes it.
+
+Values may be 0-dim tensors on any device. They stay there, and are read all at once when a line is written, so that
+an iteration never waits for the GPU. Not here: where the lines go (``setup.py``). Read
+:meth:`MetricLogger.log_every` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dinov2_custom import distributed
+from dinov2_custom.logging.progress import ProgressBar, duration
+from dinov2_custom.logging.rows import append_row
+
+logger = logging.getLogger("dinov2")
+
+_MAX_PENDING = 1000
+
+
+class SmoothedValue:
+    """A series of numbers: statistics over a window of the newest ones and over all of them.
+
+    Args:
+        window_size: numbers in the window.
+        fmt: text form; may name ``median``, ``avg``, ``global_avg``, ``max`` and ``value``.
+    """
+
+    def __init__(self, window_size: int = 20, fmt: str | None = None):
+        self.fmt = "{median:.4f} ({global_avg:.4f})" if fmt is None else fmt
+        self.deque: deque[float] = deque(maxlen=window_size)
+        self.total = 0.0
+        self.count = 0
+        self.pending: list[tuple[float | torch.Tensor, int]] = []
+
+    def update(self, value: float | torch.Tensor, num: int = 1) -> None:
+        """Add ``value``, which counts ``num`` times in the global average.
+
+        A tensor (one element) is not read yet and must not be changed in place afterwards.
+        """
+        self.pending.append((value.detach().reshape(()) if isinstance(value, torch.Tensor) else float(value), num))
+        if len(self.pending) >= _MAX_PENDING:
+            _read_pending([self])
+
+    def synchronize_between_processes(self) -> None:
+        """Sum count and total over all processes; the window stays this process's own."""
+        _read_pending([self])
+        if distributed.is_enabled():
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            sums = distributed.all_reduce(torch.tensor([self.count, self.total], dtype=torch.float64, device=device))
+            self.count, self.total = int(sums[0]), float(sums[1])
+
+    def _window(self) -> torch.Tensor:
+        _read_pending([self])
+        return torch.tensor(list(self.deque) or [float("nan")], dtype=torch.float32)
+
+    @property
+    def median(self) -> float:
+        """Lower median of the window, rounded to fp32 as upstream's."""
+        return self._window().median().item()
+
+    @property
+    def avg(self) -> float:
+        """Mean of the window, in fp32 as upstream's."""
+        return self._window().mean().item()
+
+    @property
+    def global_avg(self) -> float:
+        """Mean of everything; NaN before the first value."""
+        _read_pending([self])
+        return self.total / self.count if self.count else float("nan")
+
+    @property
+    def max(self) -> float:
+        """Largest number of the window."""
+        return max(self._numbers())
+
+    @property
+    def value(self) -> float:
+        """The newest number."""
+        return self._numbers()[-1]
+
+    def _numbers(self) -> list[float]:
+        _read_pending([self])
+        return list(self.deque) or [float("nan")]
+
+    def __str__(self) -> str:
+        statistics = {name: getattr(self, name) for name in ("median", "avg", "global_avg", "max", "value")}
+        return self.fmt.format(**statistics)
+
+
+def _read_pending(meters: Iterable[SmoothedValue]) -> None:
+    """Take the waiting numbers of all ``meters`` in, with one transfer for the tensors of a device and dtype."""
+    meters = list({id(meter): meter for meter in meters}.values())
+    tensors: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+    for meter in meters:
+        for value, _ in meter.pending:
+            if isinstance(value, torch.Tensor):
+                tensors[value.device, value.dtype].append(value)
+    numbers = {kind: iter(torch.stack(group).tolist()) for kind, group in tensors.items()}
+    for meter in meters:
+        for value, num in meter.pending:
+            number = float(next(numbers[value.device, value.dtype]) if isinstance(value, torch.Tensor) else value)
+            meter.deque.append(number)
+            meter.count += num
+            meter.total += number * num
+        meter.pending.clear()
+
+
+class MetricLogger:
+    """Named series, written as one log line and one JSON row every few iterations.
+
+    Args:
+        delimiter: between the fields of a log line.
+        output_file: JSON-lines file that rank 0 appends to; None: no rows.
+    """
+
+    def __init__(self, delimiter: str = "\t", output_file: str | os.PathLike | None = None):
+        self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
+        self.delimiter = delimiter
+        self.output_file = output_file
+
+    def update(self, **values: float | torch.Tensor) -> None:
+        """Add one number to each named series; see :meth:`SmoothedValue.update` for tensors."""
+        for name, value in values.items():
+            self.meters[name].update(value)
+
+    def add_meter(self, name: str, meter: SmoothedValue) -> None:
+        """Use ``meter`` for the series ``name``, instead of a default one."""
+        self.meters[name] = meter
+
+    def __getattr__(self, name: str) -> SmoothedValue:
+        meters = self.__dict__.get("meters", {})
+        if name in meters:
+            return meters[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute or series {name!r}; series: {', '.join(meters)}")
+
+    def __str__(self) -> str:
+        _read_pending(self.meters.values())
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def synchronize_between_processes(self) -> None:
+        """Make the global averages those of all processes."""
+        for meter in self.meters.values():
+            meter.synchronize_between_processes()
+
+    def dump_in_output_file(self, iteration: int, iter_time: float, data_time: float) -> None:
+        """Append the row of ``iteration``: the two times in seconds, then the median of every series."""
+        if self.output_file is None or not distributed.is_main_process():
+            return
+        _read_pending(self.meters.values())
+        row: dict[str, Any] = {"iteration": iteration, "iter_time": iter_time, "data_time": data_time}
+        append_row(self.output_file, row | {name: meter.median for name, meter in self.meters.items()})
+
+    def log_every(
+        self,
+        iterable: Iterable[Any],
+        print_freq: int,
+        header: str = "",
+        n_iterations: int | None = None,
+        start_iteration: int = 0,
+        *,
+        images_per_iteration: int | None = None,
+    ) -> Iterator[Any]:
+        """Yield the items numbered ``start_iteration`` to ``n_iterations - 1``; time the loop body, write its metrics.
+
+        A log line and a JSON row follow each iteration that is a multiple of ``print_freq``, and the last. On a
+        terminal there is a bar too. Nothing is taken from ``iterable`` when the start is not before the end.
+
+        Args:
+            header: first field of a log line.
+            n_iterations: None: ``len(iterable)``.
+            images_per_iteration: of all processes together; adds the field ``images/s``.
+        """
+        if n_iterations is None:
+            if not isinstance(iterable, Sized):
+                raise TypeError("log_every: expected n_iterations, or an iterable with a length")
+            n_iterations = len(iterable)
+        if start_iteration >= n_iterations:
+            return
+        iter_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
+        iteration, start = start_iteration, time.perf_counter()
+        with ProgressBar(n_iterations, initial=start_iteration, description=header) as bar:
+            end = start
+            for item in iterable:
+                data_time.update(time.perf_counter() - end)
+                yield item
+                writes = iteration % print_freq == 0 or iteration == n_iterations - 1
+                if writes:
+                    _read_pending(self.meters.values())  # waits for the device, which belongs to the iteration's time
+                iter_time.update(time.perf_counter() - end)
+                if writes:
+                    self.dump_in_output_file(iteration, iter_time.avg, data_time.avg)
+                    fields = self._fields(header, iteration, n_iterations, iter_time, data_time, images_per_iteration)
+                    bar.show(self._headline())
+                    logger.info(self.delimiter.join(fields), extra={"shown_by_bar": bar.visible})
+                bar.update()
+                iteration += 1
+                if iteration >= n_iterations:
+                    break
+                end = time.perf_counter()
+        seconds, done = time.perf_counter() - start, iteration - start_iteration
+        logger.info(f"{header} took {duration(seconds)} for {done} iterations ({seconds / max(done, 1):.6f} s / it)")
+
+    def _fields(
+        self,
+        header: str,
+        iteration: int,
+        n_iterations: int,
+        iter_time: SmoothedValue,
+        data_time: SmoothedValue,
+        images: int | None,
+    ) -> list[str]:
+        width = len(str(n_iterations))
+        left_s = iter_time.global_avg * (n_iterations - 1 - iteration)
+        fields = [header, f"[{iteration:{width}d}/{n_iterations}]", f"eta: {duration(left_s)}", str(self)]
+        fields += [f"time: {iter_time}", f"data: {data_time}"]
+        if images is not None:
+            fields.append(f"images/s: {images / max(iter_time.avg, 1e-9):.1f}")
+        if torch.cuda.is_available():
+            fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
+        return [field for field in fields if field]
+
+    def _headline(self) -> str:
+        return " ".join(
+            f"{name}={self.meters[name].median:.4g}" for name in ("total_loss", "lr") if name in self.meters
+        )

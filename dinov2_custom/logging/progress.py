@@ -1,0 +1,146 @@
+"""A bar with rate and time left on a terminal, plain log lines anywhere else.
+
+The bar is tqdm's, on stderr. Log lines and a bar on the same terminal do not mix: the console handler of ``setup.py``
+sets the bar aside while it writes. Read :func:`track` first; ``MetricLogger`` uses :class:`ProgressBar`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, TextIO
+
+from dinov2_custom import distributed
+
+logger = logging.getLogger("dinov2")
+
+_open_bars: list[ProgressBar] = []
+
+
+class ProgressBar:
+    """A bar on ``stream`` if that is a terminal and this is the main process; otherwise every method does nothing.
+
+    Args:
+        total: number of steps of the whole task, or None when unknown.
+        initial: steps that were done before (a resumed run).
+        description: text before the bar.
+        unit: what is counted.
+        stream: where to draw; None: stderr.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        *,
+        initial: int = 0,
+        description: str = "",
+        unit: str = "it",
+        stream: TextIO | None = None,
+    ):
+        stream = sys.stderr if stream is None else stream
+        self._bar = None
+        if distributed.is_main_process() and stream is not None and stream.isatty():
+            from tqdm import tqdm
+
+            # a terminal that does not know its width would get no bar at all
+            width = {"dynamic_ncols": True} if _knows_its_width(stream) else {"ncols": 100, "nrows": 24}
+            self._bar = tqdm(total=total, initial=initial, desc=description, unit=unit, file=stream, **width)
+            _open_bars.append(self)
+
+    @property
+    def visible(self) -> bool:
+        """Whether there is a terminal to draw on and the bar is not closed."""
+        return self._bar is not None
+
+    def update(self, steps: int = 1) -> None:
+        """Count ``steps`` more as done."""
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def show(self, text: str) -> None:
+        """Put ``text`` behind the bar, until the next call."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it stands and go on below it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+            _open_bars.remove(self)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _knows_its_width(stream: TextIO) -> bool:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
+
+
+def bar_is_open() -> bool:
+    """Return whether a bar is being drawn."""
+    return bool(_open_bars)
+
+
+@contextlib.contextmanager
+def bar_set_aside(stream: TextIO) -> Iterator[None]:
+    """Take the open bars off the terminal while the body writes to ``stream``, then draw them again."""
+    if not _open_bars or not stream.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=stream):
+        yield
+
+
+def track(
+    iterable: Iterable[Any],
+    description: str,
+    *,
+    total: int | None = None,
+    unit: str = "it",
+    every_s: float = 10.0,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Any]:
+    """Yield from ``iterable`` and show how far it is: a bar on a terminal, else a log line every ``every_s`` seconds.
+
+    Args:
+        total: number of items; None: ``len(iterable)`` where it has one.
+        clock: seconds, monotonic.
+    """
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    start = last = clock()
+    with ProgressBar(total, description=description, unit=unit, stream=stream) as bar:
+        for done, item in enumerate(iterable, start=1):
+            yield item
+            bar.update()
+            now = clock()
+            if not bar.visible and now - last >= every_s:
+                last = now
+                logger.info(_line(description, done, total, unit, last - start))
+
+
+def _line(description: str, done: int, total: int | None, unit: str, seconds: float) -> str:
+    rate = done / seconds
+    if total is None:
+        return f"{description}: {done} {unit}, {rate:.1f} {unit}/s"
+    return f"{description}: {done}/{total} {unit}, {rate:.1f} {unit}/s, eta: {duration((total - done) / rate)}"
+
+
+def duration(seconds: float) -> str:
+    """Return ``H:MM:SS``, days in front if any."""
+    return str(datetime.timedelta(seconds=max(0, int(seconds))))

@@ -1,0 +1,114 @@
+"""Where log records go: rank 0 to stdout and ``<output>/logs/log.txt``, every other rank to ``log.txt.rank<r>`` only.
+
+A line is ``I20260131 18:00:00 4242 dinov2 train.py:100] message``; the first letter is one of D, I, W, E, F (fatal).
+Not here: metrics (``metrics.py``). Read :func:`setup_logging` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from dinov2_custom import distributed
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.logging import progress
+
+_FORMAT = "%(letter)s%(asctime)s %(process)s %(name)s %(filename)s:%(lineno)s] %(message)s"
+_DATE_FORMAT = "%Y%m%d %H:%M:%S"
+_WARNINGS = "py.warnings"  # where logging.captureWarnings sends them
+_OURS = ("dinov2", "dinov2_custom", "__main__")
+
+
+def setup_logging(
+    output: str | os.PathLike | None = None,
+    *,
+    name: str | None = None,
+    level: int = logging.DEBUG,
+    capture_warnings: bool = True,
+) -> None:
+    """Send the records of logger ``name`` to the console and a file; replace what an earlier call set up for it.
+
+    Call it after ``distributed.enable()``, which knows the rank. Records of other libraries below INFO are left out.
+
+    Args:
+        output: run directory, or the log file itself if it ends in ``.txt`` or ``.log``; None: no file.
+        name: a logger's name, which then no longer passes its records on (warnings go the same way); None: the root
+            logger, that is everything.
+        level: lowest level kept.
+        capture_warnings: make warnings log records too.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    logger = logging.getLogger(name)
+    handlers: list[logging.Handler] = []
+    if output:
+        handlers.append(_open_log_file(_log_path(Path(output))))
+    if distributed.is_main_process():
+        handlers.append(_ConsoleHandler(sys.stdout))
+    remove_logging(name)
+    logger.setLevel(level)
+    logger.propagate = name is None
+    for handler in handlers:
+        handler.setLevel(level)
+        handler.setFormatter(_Formatter(_FORMAT, _DATE_FORMAT))
+        handler.addFilter(_is_wanted)
+        logger.addHandler(handler)
+        if name is not None and capture_warnings:
+            logging.getLogger(_WARNINGS).addHandler(handler)
+    logging.captureWarnings(capture_warnings)
+
+
+def remove_logging(name: str | None = None) -> None:
+    """Take off and close the handlers that :func:`setup_logging` gave to logger ``name``; others stay."""
+    logger, warnings = logging.getLogger(name), logging.getLogger(_WARNINGS)
+    for handler in list(logger.handlers):
+        if isinstance(handler, (_ConsoleHandler, _LogFileHandler)):
+            logger.removeHandler(handler)
+            warnings.removeHandler(handler)
+            handler.close()
+    logger.propagate = True
+    logging.captureWarnings(False)
+
+
+def _log_path(output: Path) -> Path:
+    path = output if output.suffix in (".txt", ".log") else output / "logs" / "log.txt"
+    rank = distributed.get_global_rank()
+    return path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
+
+
+def _open_log_file(path: Path) -> _LogFileHandler:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _LogFileHandler(path, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(
+            f"output directory: expected one that can be written, got {e.strerror or e} at {path}. "
+            "Give another with --output-dir."
+        ) from e
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.INFO or record.name.split(".")[0] in _OURS
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        record.letter = "F" if record.levelno >= logging.CRITICAL else record.levelname[:1]
+        return super().format(record)
+
+
+class _LogFileHandler(logging.FileHandler):
+    """A file that :func:`setup_logging` opened."""
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Lines that do not tear an open progress bar; what the bar shows already is not printed beside it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "shown_by_bar", False) and progress.bar_is_open() and self.stream.isatty():
+            return
+        with progress.bar_set_aside(self.stream):
+            super().emit(record)

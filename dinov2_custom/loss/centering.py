@@ -1,0 +1,59 @@
+"""The running mean of teacher logits that keeps one prototype from winning everything (Caron et al. 2021, eq. 4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CenteredLoss(nn.Module):
+    """Hold ``center`` and blend each batch's mean into it, one call late so that the reduction overlaps the backward.
+
+    Args:
+        center_shape: (1, K) or (1, 1, K).
+        student_temp: temperature of the student's softmax.
+        center_momentum: weight of the old centre.
+    """
+
+    def __init__(self, center_shape: tuple[int, ...], student_temp: float, center_momentum: float) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(center_shape))
+        self._pending: tuple[Tensor, object | None] | None = None
+
+    @torch.no_grad()
+    def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
+        """Return softmax((teacher_output - center) / teacher_temp), in float32."""
+        self.apply_center_update()
+        return F.softmax((teacher_output.float() - self.center) / teacher_temp, dim=-1)
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """Start the update from this rank's logits (..., K); it takes effect at the next call."""
+        self.reduce_center_update(teacher_output)
+
+    @torch.no_grad()
+    def reduce_center_update(self, teacher_output: Tensor) -> None:
+        rows = teacher_output.float().flatten(0, -2)
+        count = rows.new_full((1,), len(rows))
+        sum_and_count = torch.cat((rows.sum(dim=0), count))
+        parallel = dist.is_available() and dist.is_initialized()
+        handle = dist.all_reduce(sum_and_count, async_op=True) if parallel else None
+        self._pending = (sum_and_count, handle)
+
+    @torch.no_grad()
+    def apply_center_update(self) -> None:
+        """Finish a started update; a batch without rows leaves the centre as it is."""
+        if self._pending is None:
+            return
+        sum_and_count, handle = self._pending
+        self._pending = None
+        if handle is not None:
+            handle.wait()
+        count = sum_and_count[-1]
+        mean = (sum_and_count[:-1] / count.clamp_min(1)).view_as(self.center)
+        blended = self.center * self.center_momentum + mean * (1 - self.center_momentum)
+        self.center.copy_(torch.where(count > 0, blended, self.center))

@@ -1,0 +1,48 @@
+"""From a configuration to student and teacher backbones."""
+
+from __future__ import annotations
+
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.models import vision_transformer
+from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+
+
+def build_model(args, only_teacher: bool = False, img_size: int = 224):
+    """Build the backbones that ``args`` (the ``student`` section of a configuration) describes.
+
+    Returns:
+        (student, teacher, embed_dim), or (teacher, embed_dim) with ``only_teacher``. The teacher has no drop path.
+
+    Raises:
+        ConfigError: unknown ``arch``.
+    """
+    arch = args.arch.removesuffix("_memeff")
+    factory = getattr(vision_transformer, arch, None) if arch.startswith("vit_") else None
+    if factory is None:
+        known = ", ".join(vision_transformer.ARCHITECTURES)
+        raise ConfigError(f"student.arch: expected one of {known}, got {args.arch!r}")
+    kwargs = {
+        "img_size": img_size,
+        "patch_size": args.patch_size,
+        "init_values": args.layerscale,
+        "ffn_layer": args.ffn_layer,
+        "block_chunks": args.block_chunks,
+        "qkv_bias": args.qkv_bias,
+        "proj_bias": args.proj_bias,
+        "ffn_bias": args.ffn_bias,
+        "num_register_tokens": args.get("num_register_tokens", 0),
+        "interpolate_offset": args.get("interpolate_offset", 0.1),
+        "interpolate_antialias": args.get("interpolate_antialias", False),
+    }
+    teacher: DinoVisionTransformer = factory(**kwargs)
+    if only_teacher:
+        return teacher, teacher.embed_dim
+    student: DinoVisionTransformer = factory(
+        **kwargs, drop_path_rate=args.drop_path_rate, drop_path_uniform=args.drop_path_uniform
+    )
+    return student, teacher, student.embed_dim
+
+
+def build_model_from_cfg(cfg, only_teacher: bool = False):
+    """Build from a whole configuration; position embeddings are sized for ``crops.global_crops_size``."""
+    return build_model(cfg.student, only_teacher=only_teacher, img_size=cfg.crops.global_crops_size)

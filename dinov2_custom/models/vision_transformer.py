@@ -1,0 +1,292 @@
+"""The Vision Transformer of DINOv2: class token, optional registers, masks, several crop sizes in one pass.
+
+Single-device code: no precision, compilation or parallelism in here. Names of parameters and methods are upstream's, so
+released weights and users' scripts fit. Read :meth:`DinoVisionTransformer.forward_features_list` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.init import trunc_normal_
+
+from dinov2_custom.layers import MemEffAttention, Mlp, PatchEmbed, SwiGLUFFNFused
+from dinov2_custom.layers.block import Block, BlockChunk, NestedTensorBlock, pack, unpack
+from dinov2_custom.models.pos_embed import resample_pos_embed
+from dinov2_custom.models.stacking import chunk_blocks, drop_path_rates, init_weights_vit_timm, named_apply
+
+
+def _identity_ffn(**_) -> nn.Module:
+    return nn.Identity()
+
+
+FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLUFFNFused, "swiglufused": SwiGLUFFNFused, "identity": _identity_ffn}
+
+
+class DinoVisionTransformer(nn.Module):
+    """A ViT whose tokens are [class, registers, patches].
+
+    Args:
+        img_size: side in pixels for which ``pos_embed`` is sized; other sizes are resampled.
+        init_values: start of LayerScale; None or 0 for none.
+        ffn_layer: one of :data:`FFN_LAYERS`.
+        block_chunks: 0 for a flat block list; n > 0 for n chunks (changes only the parameters' names).
+        num_register_tokens: extra tokens without position (Darcet et al. 2023).
+        interpolate_antialias, interpolate_offset: how ``pos_embed`` is resampled; the released plain models use
+            False and 0.1, those with registers True and 0.0.
+
+    Raises:
+        ValueError: unknown ``ffn_layer``, or more chunks than blocks.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        ffn_bias: bool = True,
+        proj_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = False,
+        init_values: float | Tensor | None = None,
+        embed_layer: Callable[..., nn.Module] = PatchEmbed,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        block_fn: Callable[..., nn.Module] = Block,
+        ffn_layer: str = "mlp",
+        block_chunks: int = 1,
+        num_register_tokens: int = 0,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if ffn_layer not in FFN_LAYERS:
+            raise ValueError(f"ffn_layer: expected one of {sorted(FFN_LAYERS)}, got {ffn_layer!r}")
+        if block_chunks > depth:
+            raise ValueError(f"block_chunks: expected at most the depth {depth}, got {block_chunks}")
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.num_features = self.embed_dim = embed_dim
+        self.num_tokens = 1
+        self.n_blocks = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias = interpolate_antialias
+        self.interpolate_offset = interpolate_offset
+
+        self.patch_embed = embed_layer(
+            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + self.num_tokens, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+        rates = drop_path_rates(depth, drop_path_rate, drop_path_uniform)
+        blocks = [
+            block_fn(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                drop_path=rate,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                ffn_layer=FFN_LAYERS[ffn_layer],
+                init_values=init_values,
+            )
+            for rate in rates
+        ]
+        self.chunked_blocks = block_chunks > 0
+        self.blocks = nn.ModuleList(chunk_blocks(blocks, block_chunks) if self.chunked_blocks else blocks)
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Identity()
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw tokens and linear layers by truncated normal; LayerScale and patches start as their classes do."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        named_apply(init_weights_vit_timm, self)
+
+    def all_blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks in order, chunked or not."""
+        if not self.chunked_blocks:
+            return list(self.blocks)
+        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
+
+    def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
+        """Return ``pos_embed`` (1, 1+n, D) for tokens ``x`` (B, 1+n, D) of an image ``w`` pixels high and ``h`` wide.
+
+        The argument names are upstream's; the first is the image's height.
+        """
+        if x.shape[1] == self.pos_embed.shape[1] and w == h:
+            return self.pos_embed
+        return resample_pos_embed(
+            self.pos_embed,
+            (w // self.patch_size, h // self.patch_size),
+            antialias=self.interpolate_antialias,
+            offset=self.interpolate_offset,
+        ).to(x.dtype)
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Map images (B, C, H, W) to tokens (B, 1+R+N, D); patches under ``masks`` (B, N) become the mask token."""
+        height, width = x.shape[-2:]
+        tokens = self.patch_embed(x).to(self.pos_embed.dtype)
+        if masks is not None:
+            tokens = torch.where(masks.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+        tokens = tokens + self.interpolate_pos_encoding(tokens, height, width)
+        if self.register_tokens is not None:
+            registers = self.register_tokens.expand(len(tokens), -1, -1)
+            tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
+        return tokens
+
+    def forward_features_list(
+        self,
+        x_list: Sequence[Tensor],
+        masks_list: Sequence[Tensor | None],
+        generator: torch.Generator | None = None,
+    ) -> list[dict[str, Tensor | None]]:
+        """Run crops of several sizes through one packed pass.
+
+        Args:
+            x_list: images, each (B_i, C, H_i, W_i).
+            masks_list: (B_i, N_i) bool or None, each.
+            generator: CPU generator of the stochastic-depth subsets (None: torch's global one).
+
+        Returns:
+            One dict a tensor: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
+            (B, N, D), ``x_prenorm`` (B, 1+R+N, D), ``masks`` as given.
+        """
+        x_TD, segments = pack([self.prepare_tokens_with_masks(*pair) for pair in zip(x_list, masks_list, strict=True)])
+        for block in self.all_blocks():
+            x_TD = block.forward_packed(x_TD, segments, generator)
+        normed, prenormed = unpack(self.norm(x_TD), segments), unpack(x_TD, segments)
+        return [self._features(*parts) for parts in zip(normed, prenormed, masks_list, strict=True)]
+
+    def _features(self, norm: Tensor, prenorm: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
+        first_patch = 1 + self.num_register_tokens
+        return {
+            "x_norm_clstoken": norm[:, 0],
+            "x_norm_regtokens": norm[:, 1:first_patch],
+            "x_norm_patchtokens": norm[:, first_patch:],
+            "x_prenorm": prenorm,
+            "masks": masks,
+        }
+
+    def forward_features(self, x, masks=None, generator: torch.Generator | None = None):
+        """Return the feature dict of (B, C, H, W), or a list of them for a list of images."""
+        if isinstance(x, list | tuple):
+            return self.forward_features_list(x, masks if masks is not None else [None] * len(x), generator)
+        tokens = self.prepare_tokens_with_masks(x, masks)
+        for block in self.all_blocks():
+            tokens = block(tokens, generator)
+        return self._features(self.norm(tokens), tokens, masks)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor | tuple[Tensor, Tensor], ...]:
+        """Return patch features of some blocks: (B, N, D) each, or (B, D, h, w) with ``reshape``.
+
+        Args:
+            n: an int for the last n blocks, or block indices; the result is in order of depth.
+            return_class_token: give (patches, class token (B, D)) pairs.
+            norm: apply the final norm.
+
+        Raises:
+            ValueError: a block index that does not exist.
+        """
+        tokens = self.prepare_tokens_with_masks(x)
+        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        outputs = []
+        for index, block in enumerate(self.all_blocks()):
+            tokens = block(tokens)
+            if index in wanted:
+                outputs.append(self.norm(tokens) if norm else tokens)
+        if len(outputs) != len(wanted):
+            raise ValueError(f"n: expected block indices within 0..{self.n_blocks - 1}, got {list(wanted)}")
+        class_tokens = [out[:, 0] for out in outputs]
+        patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
+        if reshape:
+            rows, columns = (side // self.patch_size for side in x.shape[-2:])
+            patches = [p.transpose(1, 2).reshape(len(x), -1, rows, columns).contiguous() for p in patches]
+        return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
+
+    def forward(self, x, masks=None, is_training: bool = False, generator: torch.Generator | None = None):
+        """Return class features (B, D), or with ``is_training`` the dict(s) of :meth:`forward_features`."""
+        features = self.forward_features(x, masks, generator)
+        if is_training:
+            return features
+        if isinstance(features, list):
+            return [self.head(one["x_norm_clstoken"]) for one in features]
+        return self.head(features["x_norm_clstoken"])
+
+
+def _vit(embed_dim: int, depth: int, num_heads: int, patch_size: int, num_register_tokens: int, kwargs: dict):
+    return DinoVisionTransformer(
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=4,
+        block_fn=partial(NestedTensorBlock, attn_class=MemEffAttention),
+        num_register_tokens=num_register_tokens,
+        **kwargs,
+    )
+
+
+def vit_nano(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+    """Width 64, 4 blocks, 1 head: for tests."""
+    return _vit(64, 4, 1, patch_size, num_register_tokens, kwargs)
+
+
+def vit_micro(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+    """Width 128, 6 blocks, 2 heads: for laptops."""
+    return _vit(128, 6, 2, patch_size, num_register_tokens, kwargs)
+
+
+def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+    """Width 192, 12 blocks, 3 heads."""
+    return _vit(192, 12, 3, patch_size, num_register_tokens, kwargs)
+
+
+def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+    """Width 384, 12 blocks, 6 heads."""
+    return _vit(384, 12, 6, patch_size, num_register_tokens, kwargs)
+
+
+def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+    """Width 768, 12 blocks, 12 heads."""
+    return _vit(768, 12, 12, patch_size, num_register_tokens, kwargs)
+
+
+def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+    """Width 1024, 24 blocks, 16 heads."""
+    return _vit(1024, 24, 16, patch_size, num_register_tokens, kwargs)
+
+
+def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+    """Width 1536, 40 blocks, 24 heads of 64."""
+    return _vit(1536, 40, 24, patch_size, num_register_tokens, kwargs)
+
+
+ARCHITECTURES = ("vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
+__all__ = ["ARCHITECTURES", "BlockChunk", "DinoVisionTransformer", "init_weights_vit_timm", "named_apply", *ARCHITECTURES]

@@ -1,0 +1,170 @@
+"""Pictures of a run: the loss curve, and patch features as colours.
+
+Not the computation of accuracies (``eval/``). matplotlib is imported when a figure is drawn. Read
+:func:`plot_loss_curve` and :func:`patch_feature_map` first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dinov2_custom.errors import ConfigError, DataError
+
+_TERMS = {
+    "dino_local_crops_loss": "DINO, local crops",
+    "dino_global_crops_loss": "DINO, global crops",
+    "ibot_loss": "iBOT (half)",
+    "koleo_loss": "KoLeo (half)",
+}
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Return the rows of a run's ``training_metrics.json``, by iteration; lines torn by a kill are left out.
+
+    Raises:
+        DataError: no such file, or no rows in it.
+    """
+    rows = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as e:
+        raise DataError(f"expected a run's training_metrics.json, got {e.strerror} at {path}") from e
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows[row["iteration"]] = row
+    if not rows:
+        raise DataError(f"expected rows of metrics, got none in {path}; the run ended before its first report")
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def plot_loss_curve(rows: Sequence[dict], path: str | Path, num_prototypes: int) -> Path:
+    """Draw each loss term over the iterations, and the level ln(prototypes) at which a run has collapsed.
+
+    The DINO terms are also drawn as their sum, which that level applies to.
+
+    Args:
+        rows: of :func:`read_metrics`.
+    """
+    figure = _figure(figsize=(8, 4.5))
+    axes = figure.subplots()
+    iterations = [row["iteration"] for row in rows]
+    for key, label in _TERMS.items():
+        if key in rows[0]:
+            axes.plot(iterations, [row[key] for row in rows], label=label, linewidth=1)
+    if "dino_global_crops_loss" in rows[0]:
+        axes.plot(iterations, [dino_loss(row) for row in rows], label="DINO, local + global", color="black")
+        level = math.log(num_prototypes)
+        axes.axhline(level, color="grey", linestyle=":", label=f"ln(prototypes) = {level:.2f}: nothing learned")
+    axes.set(xlabel="iteration", ylabel="loss", title="Training loss")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    return Path(path)
+
+
+def dino_loss(row: dict) -> float:
+    """Return local + global DINO loss of a row: ln(prototypes) for a network that tells nothing apart."""
+    return row.get("dino_local_crops_loss", 0.0) + row["dino_global_crops_loss"]
+
+
+@torch.inference_mode()
+def patch_feature_map(
+    backbone: nn.Module, image: torch.Tensor, window: int, step: int, batch_size: int = 256
+) -> np.ndarray:
+    """Return patch features of a whole photograph, seen through overlapping windows of the size trained on.
+
+    The backbone looks at ``window`` x ``window`` pixels, every ``step`` pixels; a cell is the mean of all patches that
+    cover it. So each patch is seen at the scale, and with the context, that it had in training.
+
+    Args:
+        image: (3, H, W) normalised; only the part that whole steps cover counts.
+        step: a divisor of the patch size.
+
+    Returns:
+        float32 (h, w, D), a cell being ``step`` pixels wide.
+
+    Raises:
+        ConfigError: an image smaller than a window, or a step that does not divide the patch.
+    """
+    patch = backbone.patch_size
+    if patch % step or window % patch or min(image.shape[1:]) < window:
+        raise ConfigError(
+            f"patch_feature_map: expected an image of at least the window, a window of whole patches and a step that "
+            f"divides the patch, got image {tuple(image.shape[1:])}, window {window}, patch {patch}, step {step}"
+        )
+    device = next(backbone.parameters()).device
+    rows, columns = ((side - window) // step + 1 for side in image.shape[1:])
+    cells, grid = patch // step, window // patch
+    total = torch.zeros(rows - 1 + window // step, columns - 1 + window // step, backbone.embed_dim)
+    count = torch.zeros(*total.shape[:2], 1)
+    corners = [(row, column) for row in range(rows) for column in range(columns)]
+    for start in range(0, len(corners), batch_size):
+        chosen = corners[start : start + batch_size]
+        windows = [image[:, r * step : r * step + window, c * step : c * step + window] for r, c in chosen]
+        features = backbone(torch.stack(windows).to(device), is_training=True)["x_norm_patchtokens"].float().cpu()
+        features = features.reshape(len(chosen), grid, grid, -1)
+        features = features.repeat_interleave(cells, dim=1).repeat_interleave(cells, dim=2)
+        for (r, c), feature in zip(chosen, features, strict=True):
+            total[r : r + grid * cells, c : c + grid * cells] += feature
+            count[r : r + grid * cells, c : c + grid * cells] += 1
+    return (total / count).numpy()
+
+
+def pca_colours(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Turn feature maps (h, w, D) into uint8 colours (h, w, 3): the first three principal components, of all maps.
+
+    One basis for all maps, so equal colours mean similar features across photographs. Each component is scaled so that
+    its 1st and 99th percentile become black and full colour; its sign is fixed by its largest weight.
+    """
+    flat = np.concatenate([one.reshape(-1, one.shape[-1]) for one in maps]).astype(np.float64)
+    mean = flat.mean(axis=0)
+    _, vectors = np.linalg.eigh(np.cov(flat - mean, rowvar=False))
+    basis = vectors[:, ::-1][:, :3]
+    basis = basis * np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(3)])
+    low, high = np.percentile((flat - mean) @ basis, [1, 99], axis=0)
+    scaled = [((one - mean) @ basis - low) / np.maximum(high - low, 1e-12) for one in maps]
+    return [(one.clip(0, 1) * 255).round().astype(np.uint8) for one in scaled]
+
+
+def plot_rows_of_images(rows: dict[str, Sequence[np.ndarray]], path: str | Path, title: str, height: int = 150) -> Path:
+    """Save a figure with one row of pictures (uint8, (h, w, 3)) a label, each ``height`` pixels high.
+
+    Pictures of a column share the aspect ratio of the first row.
+    """
+    first = next(iter(rows.values()))
+    widths = [picture.shape[1] / picture.shape[0] for picture in first]
+    inches = height / 100
+    size = (inches * sum(widths) + 1.2, inches * len(rows) + 0.6)
+    figure = _figure(figsize=size)
+    axes = figure.subplots(len(rows), len(first), squeeze=False, width_ratios=widths)
+    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture, width in zip(line, pictures, widths, strict=True):
+            shape = (round(2 * height * width), 2 * height)
+            axis.imshow(np.asarray(Image.fromarray(picture).resize(shape, Image.Resampling.BICUBIC)))
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path)
+    return Path(path)
+
+
+def _figure(**kwargs):
+    """Return an empty matplotlib figure that draws into files only."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ConfigError("figures: expected matplotlib, got no such package; run: pip install matplotlib") from e
+    return Figure(dpi=120, **kwargs)

@@ -1,0 +1,176 @@
+"""Everything a run needs to go on, on disk: written whole or not at all, and read without unpickling code.
+
+A checkpoint ``model_<iteration>.pth`` is written under a temporary name, flushed, renamed, and only then named in
+``last_checkpoint``. Loading takes the newest that is readable. Read :class:`Checkpointer` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov2_custom.errors import CheckpointError
+
+logger = logging.getLogger("dinov2")
+_NAME = re.compile(r"model_(\d{7,}|final)\.pth")
+FORMAT = 1
+
+
+def save_atomically(obj: Any, path: Path) -> None:
+    """Write ``obj`` with ``torch.save`` so that ``path`` is either absent, the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_safely(path: Path) -> dict:
+    """Read a file of tensors and plain values; never runs code from it.
+
+    Raises:
+        CheckpointError: missing, torn, or holding anything but tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"checkpoint: expected a file, got nothing at {path}") from e
+    except Exception as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise CheckpointError(f"checkpoint: expected readable tensors, got {type(e).__name__} in {path}: {reason}") from e
+
+
+class Checkpointer:
+    """Save and restore a run's state in ``folder``.
+
+    Args:
+        model, optimizer, scaler: restored in place by :meth:`load_latest`; ``scaler`` may be None.
+        keep_last: how many periodic checkpoints stay; older ones are removed after a new one is complete.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer, scaler=None, keep_last: int = 3) -> None:
+        self.folder, self.model, self.optimizer, self.scaler = Path(folder), model, optimizer, scaler
+        self.keep_last = keep_last
+
+    def save(self, iteration: int, *, final: bool = False, extra: dict[str, Any] | None = None) -> Path:
+        """Write the state after ``iteration`` (0-based, done) and return its path."""
+        for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
+            loss.apply_center_update()
+        state = {
+            "format": FORMAT,
+            "iteration": iteration,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            **(extra or {}),
+        }
+        path = self.folder / ("model_final.pth" if final else f"model_{iteration:07d}.pth")
+        save_atomically(state, path)
+        (self.folder / "last_checkpoint.tmp").write_text(path.name)
+        os.replace(self.folder / "last_checkpoint.tmp", self.folder / "last_checkpoint")
+        self._prune()
+        return path
+
+    def load_latest(self) -> int | None:
+        """Restore the newest readable checkpoint; return its iteration, or None when there is none.
+
+        Raises:
+            CheckpointError: checkpoints exist but none is readable, or the newest is of another architecture.
+        """
+        candidates = self.candidates()
+        for path in candidates:
+            try:
+                state = load_safely(path)
+            except CheckpointError as e:
+                logger.warning(f"skipped an unreadable checkpoint, falling back to the one before: {e}")
+                continue
+            self._restore(state, path)
+            logger.info(f"resumed from={path} iteration={state['iteration']}")
+            return state["iteration"]
+        if candidates:
+            raise CheckpointError(
+                f"resume: expected a readable checkpoint, got {len(candidates)} unreadable ones in {self.folder}; "
+                "start afresh with --no-resume"
+            )
+        return None
+
+    def candidates(self) -> list[Path]:
+        """Return the checkpoint files, newest first; the one named in ``last_checkpoint`` leads."""
+        found = self._periodic()
+        if (final := self.folder / "model_final.pth").exists():
+            found.append(final)
+        marker = self.folder / "last_checkpoint"
+        last = marker.read_text().strip() if marker.exists() else ""
+        return sorted(found, key=lambda p: (p.name == last, p.stat().st_mtime_ns, p.name), reverse=True)
+
+    def _periodic(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [p for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)) and m[1] != "final"]
+
+    def _prune(self) -> None:
+        for old in sorted(self._periodic(), reverse=True)[self.keep_last :]:
+            old.unlink()
+
+    def _restore(self, state: dict, path: Path) -> None:
+        if missing := [key for key in ("iteration", "model", "optimizer") if key not in state]:
+            raise CheckpointError(f"resume: expected a training checkpoint, got no {', '.join(missing)} in {path}")
+        check_same_architecture(self.model, state["model"], path)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler is not None and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def check_same_architecture(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        CheckpointError: they differ; names the first differences and both shapes.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    differences = [
+        f"{name}: expected {own.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
+        for name in [*own, *(n for n in got if n not in own)]
+        if own.get(name) != got.get(name)
+    ]
+    if differences:
+        shown = "\n  ".join(differences[:5])
+        raise CheckpointError(
+            f"resume: the checkpoint is of another architecture, {len(differences)} of {len(own)} tensors differ "
+            f"in {path}:\n  {shown}\nuse the run's own config.yaml, another --output-dir, or --no-resume"
+        )
+
+
+def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
+    """Write ``eval/<name>/teacher_checkpoint.pth`` in upstream's layout: {"teacher": {backbone.*, dino_head.*, ...}}."""
+    path = Path(folder) / "eval" / name / "teacher_checkpoint.pth"
+    teacher = {key: tensor.detach().float().cpu().clone() for key, tensor in model.teacher.state_dict().items()}
+    save_atomically({"teacher": teacher}, path)
+    return path
+
+
+def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
+    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, or None if there were none."""
+    names = ("last_checkpoint", "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
+    old = [p for p in folder.iterdir() if p.name in names or _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    if not old:
+        return None
+    target = folder / f"previous_{clock()}"
+    target.mkdir()
+    for path in old:
+        os.replace(path, target / path.name)
+    return target

@@ -1,0 +1,139 @@
+"""Is the run still healthy: finite numbers, readable images, a teacher that has not collapsed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dinov2_custom.errors import NumericsError
+from dinov2_custom.logging import append_row
+
+logger = logging.getLogger("dinov2")
+MAX_BAD_STEPS = 3
+# A loss scaler that starts too high overflows a gradient in each of its first steps while it halves itself.
+MAX_BAD_STEPS_SCALED = 40
+COLLAPSE_MARGIN = 0.01
+
+
+class StepGuard:
+    """Count steps with non-finite losses or gradients and give up after too many in a row.
+
+    Args:
+        scaled: whether a loss scaler is at work.
+    """
+
+    def __init__(self, scaled: bool) -> None:
+        self.scaled = scaled
+        self.in_a_row = self.skipped = 0
+
+    def check(self, finite: bool, losses: dict[str, torch.Tensor], iteration: int) -> None:
+        """Note one step.
+
+        Raises:
+            NumericsError: too many bad steps in a row; names the terms.
+        """
+        if finite:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.skipped += 1
+        terms = [name for name, value in losses.items() if not bool(value.isfinite())]
+        named = ", ".join(terms) or "a gradient"
+        logger.warning(f"non-finite {named} iteration={iteration}: step skipped, weights unchanged")
+        if self.in_a_row >= (MAX_BAD_STEPS_SCALED if self.scaled and not terms else MAX_BAD_STEPS):
+            raise NumericsError(
+                f"loss: expected finite values, got non-finite {named} in {self.in_a_row} steps running, the last "
+                f"iteration={iteration}; lower optim.base_lr, lengthen optim.warmup_epochs, or set param_dtype to bf16 "
+                "or fp32; the same command goes on from the last checkpoint"
+            )
+
+
+def all_finite(losses: dict[str, torch.Tensor]) -> bool:
+    """Return whether every loss is finite (waits for the device)."""
+    return bool(torch.stack(list(losses.values())).isfinite().all())
+
+
+class CollapseAlarm:
+    """Warn once when the teacher spreads every image evenly over all prototypes, and once when one prototype takes all.
+
+    Args:
+        num_prototypes: K of the head whose assignments are watched.
+        patience: reports in a row before the warning; an untrained teacher is nearly uniform too.
+    """
+
+    def __init__(self, num_prototypes: int, patience: int = 10) -> None:
+        self.uniform_entropy = math.log(num_prototypes)
+        self.patience = patience
+        self.in_a_row = {"uniform": 0, "single": 0}
+
+    def check(self, diagnostics: dict[str, torch.Tensor], iteration: int) -> str | None:
+        """Read one report; return the kind of collapse when it is being warned of, else None."""
+        if not diagnostics:
+            return None
+        seen = {
+            "uniform": float(diagnostics["teacher_entropy"]) > (1 - COLLAPSE_MARGIN) * self.uniform_entropy,
+            "single": float(diagnostics["prototype_entropy"]) < COLLAPSE_MARGIN * self.uniform_entropy,
+        }
+        advice = {
+            "uniform": "every image spread evenly over all prototypes, the loss sits at ln(prototypes) = "
+            f"{self.uniform_entropy:.3f}; lower optim.base_lr or teacher.teacher_temp",
+            "single": "one prototype takes every image; use train.centering=sinkhorn_knopp",
+        }
+        for kind, is_seen in seen.items():
+            self.in_a_row[kind] = self.in_a_row[kind] + 1 if is_seen else 0
+            if self.in_a_row[kind] == self.patience:
+                logger.warning(f"collapsed iteration={iteration}: {advice[kind]}")
+                return kind
+        return None
+
+
+class BadImageLog:
+    """Append each unreadable image once, with its reason, to a JSON-lines file, and count them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen: set[str] = set()
+        if path.exists():
+            self.seen = {row["path"] for line in path.read_text().splitlines() if (row := _parse(line))}
+
+    def __call__(self, name: str, reason: str) -> None:
+        if name in self.seen:
+            return
+        self.seen.add(name)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append_row(self.path, {"path": name, "reason": reason})
+        logger.warning(f"unreadable image skipped path={name} reason={reason} total={len(self.seen)}")
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        return json.loads(line)
+    except ValueError:  # torn by a kill
+        return None
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the yielded list instead of dying of them; a second one acts as usual."""
+    received: list[int] = []
+    former = {}
+
+    def remember(signum: int, frame) -> None:
+        received.append(signum)
+        signal.signal(signum, former[signum])
+        logger.warning(f"{signal.Signals(signum).name} received: saving after this step, once more to stop at once")
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        former[signum] = signal.signal(signum, remember)
+    try:
+        yield received
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,275 @@
+"""Student, teacher and losses of DINOv2: one training step as four named stages.
+
+``forward_backward`` = ``teacher_targets`` -> ``student_outputs`` -> ``losses`` -> ``backprop_loss``. Not in here: the
+optimizer, schedules, data, checkpoints. Parameters are float32; each part computes in the precision that its
+``compute_precision`` section names, losses in float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom.layers import DINOHead
+from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.utils.dtype import resolve_dtype
+from dinov2_custom.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
+from dinov2_custom.utils.rng import seed_for
+
+
+class Targets(NamedTuple):
+    """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None if not trained."""
+
+    cls: Tensor | None
+    patches: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """Student outputs: logits ``local_cls`` (L*b, K), ``global_cls`` (2b, K), ``patches`` (M, K'); ``features`` (2b, D)."""
+
+    local_cls: Tensor | None
+    global_cls: Tensor | None
+    patches: Tensor | None
+    features: Tensor
+
+
+class SSLMetaArch(nn.Module):
+    """Hold ``student`` and ``teacher`` (backbone, dino_head[, ibot_head]) and compute gradients for a batch.
+
+    Raises:
+        ConfigError: an architecture that does not exist.
+    """
+
+    def __init__(self, cfg) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.do_dino = cfg.dino.loss_weight > 0
+        self.do_koleo = cfg.dino.koleo_loss_weight > 0
+        self.do_ibot = cfg.ibot.loss_weight > 0
+        self.ibot_separate_head = self.do_ibot and cfg.ibot.separate_head
+        self.num_local_crops = cfg.crops.local_crops_number
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(cfg.train.seed, "weights"))
+            student_backbone, teacher_backbone, self.embed_dim = build_model_from_cfg(cfg)
+            self.student = nn.ModuleDict({"backbone": student_backbone, **self._build_heads()})
+            self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads()})
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
+        patch_head = cfg.ibot if self.ibot_separate_head else cfg.dino
+        self.ibot_patch_loss = iBOTPatchLoss(patch_head.head_n_prototypes)
+        self.num_prototypes = (cfg.dino if self.do_dino else patch_head).head_n_prototypes
+        self.koleo_loss = KoLeoLoss()
+        self.fp16_scaler: torch.amp.GradScaler | None = None
+        self.diagnose = False
+        self.diagnostics: dict[str, Tensor] = {}
+
+    def _build_heads(self) -> dict[str, nn.Module]:
+        wanted = {
+            "dino_head": self.do_dino or (self.do_ibot and not self.ibot_separate_head),
+            "ibot_head": self.ibot_separate_head,
+        }
+        sections = {"dino_head": self.cfg.dino, "ibot_head": self.cfg.ibot}
+        return {
+            name: DINOHead(
+                in_dim=self.embed_dim,
+                out_dim=sections[name].head_n_prototypes,
+                hidden_dim=sections[name].head_hidden_dim,
+                bottleneck_dim=sections[name].head_bottleneck_dim,
+                nlayers=sections[name].head_nlayers,
+            )
+            for name in ("dino_head", "ibot_head")
+            if wanted[name]
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.student["backbone"].cls_token.device
+
+    def prepare_for_distributed_training(self) -> None:
+        """Fix the precision for the device the parameters are on; call once, after moving the model there."""
+        dtype = self._dtype("student", "backbone")
+        use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16 and self.device.type == "cuda"
+        self.fp16_scaler = torch.amp.GradScaler(self.device.type) if use_scaler else None
+
+    def train(self, mode: bool = True) -> SSLMetaArch:
+        """Put the student in training mode; the teacher always stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, inputs):
+        raise NotImplementedError("call forward_backward, or student.backbone / teacher.backbone for features")
+
+    def forward_backward(
+        self, images: dict, teacher_temp: float, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the losses of one batch and add their gradients to the student's parameters.
+
+        Args:
+            images: what ``collate_data_and_cast`` returns.
+            teacher_temp: temperature of the teacher's softmax or Sinkhorn-Knopp.
+            generator: CPU generator of the drop-path subsets (None: torch's global one).
+
+        Returns:
+            0-dim losses on the device, detached. KoLeo and iBOT are half of what is trained, as upstream reports them.
+        """
+        images = {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in images.items()
+        }
+        targets = self.teacher_targets(images, teacher_temp)
+        outputs = self.student_outputs(images, generator)
+        total, reported = self.losses(outputs, targets, images)
+        self.backprop_loss(total)
+        return {name: value.detach() for name, value in reported.items()}
+
+    @torch.no_grad()
+    def teacher_targets(self, images: dict, teacher_temp: float) -> Targets:
+        """Turn the unmasked global crops into target probabilities."""
+        if not (self.do_dino or self.do_ibot):
+            return Targets(None, None)
+        with self._autocast("teacher", "backbone"):
+            features = self.teacher["backbone"](images["collated_global_crops"], is_training=True)
+        first, second = features["x_norm_clstoken"].chunk(2)
+        cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
+        patches = self._masked_patches(features, images)
+        cls_logits, patch_logits = self._heads("teacher", [cls] if self.do_dino else [], patches)
+        targets = Targets(
+            self._assign(self.dino_loss, cls_logits[0], teacher_temp) if self.do_dino else None,
+            self._assign(self.ibot_patch_loss, patch_logits, teacher_temp, images) if self.do_ibot else None,
+        )
+        if self.diagnose:
+            self.diagnostics = assignment_entropies(targets)
+        return targets
+
+    def student_outputs(self, images: dict, generator: torch.Generator | None = None) -> Outputs:
+        """Run masked global crops and local crops through the student in one pass."""
+        crops, masks = [images["collated_global_crops"]], [images["collated_masks"]]
+        if self.num_local_crops:
+            crops.append(images["collated_local_crops"])
+            masks.append(None)
+        with self._autocast("student", "backbone"):
+            global_features, *local_features = self.student["backbone"](
+                crops, masks=masks, is_training=True, generator=generator
+            )
+        global_cls = global_features["x_norm_clstoken"]
+        cls = [*(one["x_norm_clstoken"] for one in local_features), global_cls]
+        patches = self._masked_patches(global_features, images)
+        cls_logits, patch_logits = self._heads("student", cls if self.do_dino else [], patches)
+        return Outputs(
+            local_cls=cls_logits[0] if self.do_dino and self.num_local_crops else None,
+            global_cls=cls_logits[-1] if self.do_dino else None,
+            patches=patch_logits,
+            features=global_cls,
+        )
+
+    def losses(self, outputs: Outputs, targets: Targets, images: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss to train on and the terms as upstream reports them.
+
+        Source: upstream ``train/ssl_meta_arch.py``; the DINO terms are averaged over 2 + max(2 L, 1) crop pairs.
+        """
+        total, reported = outputs.features.new_zeros((), dtype=torch.float32), {}
+        num_terms = 2 + max(2 * self.num_local_crops, 1)
+        if self.do_dino:
+            if outputs.local_cls is not None:
+                students = outputs.local_cls.chunk(self.num_local_crops)
+                local_loss = self.dino_loss(students, targets.cls.chunk(2)) / num_terms
+                reported["dino_local_crops_loss"] = local_loss
+                total = total + self.cfg.dino.loss_weight * local_loss
+            global_loss = self.dino_loss([outputs.global_cls], [targets.cls]) * 2 / num_terms
+            reported["dino_global_crops_loss"] = global_loss
+            total = total + self.cfg.dino.loss_weight * global_loss
+        if self.do_koleo:
+            koleo = self.cfg.dino.koleo_loss_weight * sum(self.koleo_loss(half) for half in outputs.features.chunk(2))
+            reported["koleo_loss"] = koleo / 2
+            total = total + koleo
+        if self.do_ibot:
+            ibot = self.ibot_patch_loss.forward_masked(
+                outputs.patches,
+                targets.patches,
+                student_masks_flat=images["collated_masks"],
+                masks_weight=images["masks_weight"],
+            )
+            reported["ibot_loss"] = ibot / 2
+            total = total + self.cfg.ibot.loss_weight * ibot
+        return total, reported
+
+    def backprop_loss(self, loss: Tensor) -> None:
+        if self.fp16_scaler is not None:
+            loss = self.fp16_scaler.scale(loss)
+        loss.backward()
+
+    @torch.no_grad()
+    def update_teacher(self, m: float) -> None:
+        """Move the teacher towards the student: t <- m t + (1 - m) s, over all parameters."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - m)
+
+    def get_params_groups(self) -> list[dict]:
+        """Return the optimizer's groups, fused within each part on equal multipliers."""
+        groups = []
+        for module in self.student.values():
+            groups += fuse_params_groups(
+                get_params_groups_with_decay(
+                    module,
+                    lr_decay_rate=self.cfg.optim.layerwise_decay,
+                    patch_embed_lr_mult=self.cfg.optim.patch_embed_lr_mult,
+                )
+            )
+        return groups
+
+    def _dtype(self, model: str, part: str) -> torch.dtype:
+        precision = self.cfg.compute_precision[model][part].mixed_precision
+        return resolve_dtype(precision.param_dtype, self.device)
+
+    def _autocast(self, model: str, part: str) -> AbstractContextManager:
+        dtype = self._dtype(model, part)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def _masked_patches(self, features: dict, images: dict) -> Tensor | None:
+        if not self.do_ibot:
+            return None
+        return features["x_norm_patchtokens"].flatten(0, 1).index_select(0, images["mask_indices_list"])
+
+    def _heads(
+        self, model: str, cls_list: list[Tensor], patches: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Run class tokens and masked patches through their heads: together when the head is shared."""
+        heads = getattr(self, model)
+        shared = cls_list if patches is None or self.ibot_separate_head else [*cls_list, patches]
+        logits: list[Tensor] = []
+        if shared:
+            with self._autocast(model, "dino_head"):
+                packed = heads["dino_head"](torch.cat(shared))
+            logits = list(packed.split([len(one) for one in shared]))
+        if patches is None:
+            return logits, None
+        if not self.ibot_separate_head:
+            return logits[:-1], logits[-1]
+        with self._autocast(model, "ibot_head"):
+            return logits, heads["ibot_head"](patches)
+
+    def _assign(self, loss: nn.Module, logits: Tensor, teacher_temp: float, images: dict | None = None) -> Tensor:
+        """Turn teacher logits into targets by the configured centering; ``images`` is given for patches."""
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            rows = {} if images is None else {"n_masked_patches_tensor": images["n_masked_patches"]}
+            return loss.sinkhorn_knopp_teacher(logits, teacher_temp=teacher_temp, **rows)
+        targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
+        loss.update_center(logits)
+        return targets
+
+
+def assignment_entropies(targets: Targets) -> dict[str, Tensor]:
+    """Return, in nats, how undecided the teacher is: ``teacher_entropy`` the mean entropy of a row, and
+    ``prototype_entropy`` that of the mean row. Both at ln K: uniform collapse. The second near 0: one prototype won.
+    """
+    probabilities = targets.cls if targets.cls is not None else targets.patches
+    mean = probabilities.mean(dim=0)
+    return {
+        "teacher_entropy": torch.special.entr(probabilities).sum(dim=-1).mean(),
+        "prototype_entropy": torch.special.entr(mean).sum(),
+    }

@@ -1,0 +1,88 @@
+"""What a run says of itself before the first step, and after the last one."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dinov2_custom import __version__
+from dinov2_custom.utils.dtype import resolve_dtype
+
+
+class RunLength(NamedTuple):
+    """How long a run is: ``epoch_length`` iterations an epoch, ``total`` iterations, ``global_batch`` images a step."""
+
+    epoch_length: int
+    total: int
+    global_batch: int
+
+    def iterations(self, epochs: float) -> int:
+        """Turn (fractional) epochs into iterations, rounded."""
+        return round(epochs * self.epoch_length)
+
+
+def run_length(cfg, num_images: int, world_size: int) -> RunLength:
+    """Resolve ``train.OFFICIAL_EPOCH_LENGTH`` (an int, or ``auto`` for one pass over the data) and ``optim.epochs``."""
+    global_batch = cfg.train.batch_size_per_gpu * world_size
+    length = cfg.train.OFFICIAL_EPOCH_LENGTH
+    epoch_length = math.ceil(num_images / global_batch) if length == "auto" else int(length)
+    return RunLength(epoch_length, max(1, round(cfg.optim.epochs * epoch_length)), global_batch)
+
+
+def describe_run(cfg, model, length: RunLength, num_images: int, world_size: int) -> list[str]:
+    """Return the start-up block, one fact a line."""
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    dtype = str(resolve_dtype(cfg.compute_precision.student.backbone.mixed_precision.param_dtype, device))
+    millions = sum(p.numel() for p in model.student.parameters()) / 1e6
+    images_per_epoch = length.epoch_length * length.global_batch
+    passes = length.total * length.global_batch / num_images
+    return [
+        f"command: {shlex.join(sys.argv)}",
+        f"versions: dinov2_custom={__version__} torch={torch.__version__} python={platform.python_version()} "
+        f"git={git_sha()}",
+        f"device: {device.type} ({name}) threads={torch.get_num_threads()} world_size={world_size}",
+        f"precision: {dtype.removeprefix('torch.')}, losses and weights in float32",
+        f"model: {cfg.student.arch} patch={cfg.student.patch_size} student_parameters={millions:.2f}M",
+        f"images: {num_images:,} found in {cfg.train.dataset_path}",
+        f"batch: {cfg.train.batch_size_per_gpu} a process, {length.global_batch} in all, lr={cfg.optim.lr:.3g}",
+        f"length: epoch={length.epoch_length:,} iterations = {images_per_epoch:,} images, {cfg.optim.epochs:g} epochs "
+        f"= {length.total:,} iterations = {passes:.1f} passes over the data",
+        f"files: {cfg.train.output_dir}",
+    ]
+
+
+def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
+    """Return what was written and what to do next."""
+    out = Path(cfg.train.output_dir)
+    return [
+        f"teacher weights: {teacher_path}",
+        f"training state: {checkpoint_path} (the same command with more optim.epochs goes on from it)",
+        f"losses: {out / 'training_metrics.json'}",
+        f"next: python run/eval/knn.py --pretrained-weights {shlex.quote(str(teacher_path))} "
+        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",
+    ]
+
+
+def git_sha() -> str:
+    """Return the commit of the source tree (with ``+changes`` when it is not clean), or ``none`` outside git."""
+    here = Path(__file__).resolve().parent
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=here, env=env, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        sha = git("rev-parse", "--short=12", "HEAD")
+        return (sha + ("+changes" if git("status", "--porcelain", "-uno") else "")) if sha else "none"
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"

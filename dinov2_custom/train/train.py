@@ -1,0 +1,241 @@
+"""The training loop. Read :func:`do_train`: everything that happens in a step is in it, in order.
+
+Not in here: the mathematics of the step (``ssl_meta_arch``), files (``checkpoint``), configuration, launching.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from dinov2_custom import distributed
+from dinov2_custom.data.loaders import make_train_loader
+from dinov2_custom.configs.load import check_output_dir
+from dinov2_custom.errors import DINOv2Error
+from dinov2_custom.logging import MetricLogger, setup_logging, truncate_after
+from dinov2_custom.train.args import get_args_parser
+from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
+from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite, stop_requests
+from dinov2_custom.train.pretrained import load_pretrained_backbone
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.startup import RunLength, describe_end, describe_run, run_length
+from dinov2_custom.utils.config import get_cfg_from_args, write_config
+from dinov2_custom.utils.rng import generator_for
+from dinov2_custom.utils.schedules import CosineScheduler
+
+logger = logging.getLogger("dinov2")
+
+
+def build_optimizer(cfg, params_groups: Iterable[dict]) -> torch.optim.AdamW:
+    """Build AdamW over ``params_groups``; their lr and weight decay are set by :func:`apply_optim_scheduler`."""
+    return torch.optim.AdamW(params_groups, betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2), foreach=True)
+
+
+def build_schedulers(cfg, length: RunLength | None = None):
+    """Return (lr, weight decay, momentum, teacher temperature, last layer's lr), each indexed by iteration.
+
+    ``length`` is needed when ``train.OFFICIAL_EPOCH_LENGTH`` is ``auto``; else it follows from the configuration.
+    """
+    length = length or run_length(cfg, num_images=1, world_size=1)
+    lr = {
+        "base_value": cfg.optim.lr,
+        "final_value": cfg.optim.min_lr,
+        "total_iters": length.total,
+        "warmup_iters": length.iterations(cfg.optim.warmup_epochs),
+        "start_warmup_value": 0,
+    }
+    lr_schedule, last_layer_lr_schedule = CosineScheduler(**lr), CosineScheduler(**lr)
+    last_layer_lr_schedule.schedule[: length.iterations(cfg.optim.freeze_last_layer_epochs)] = 0
+    wd_schedule = CosineScheduler(
+        base_value=cfg.optim.weight_decay, final_value=cfg.optim.weight_decay_end, total_iters=length.total
+    )
+    momentum_schedule = CosineScheduler(
+        base_value=cfg.teacher.momentum_teacher,
+        final_value=cfg.teacher.final_momentum_teacher,
+        total_iters=length.total,
+    )
+    temp_warmup = length.iterations(cfg.teacher.warmup_teacher_temp_epochs)
+    teacher_temp_schedule = CosineScheduler(
+        base_value=cfg.teacher.teacher_temp,
+        final_value=cfg.teacher.teacher_temp,
+        total_iters=temp_warmup,
+        warmup_iters=temp_warmup,
+        start_warmup_value=cfg.teacher.warmup_teacher_temp,
+    )
+    return lr_schedule, wd_schedule, momentum_schedule, teacher_temp_schedule, last_layer_lr_schedule
+
+
+def apply_optim_scheduler(optimizer, lr: float, wd: float, last_layer_lr: float) -> None:
+    """Write this iteration's lr and weight decay into every group, times the group's multipliers."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = wd * group["wd_multiplier"]
+        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+
+
+def do_test(cfg, model: SSLMetaArch, iteration: int | str) -> Path:
+    """Write the teacher's weights to ``eval/<iteration>/teacher_checkpoint.pth`` and return the path."""
+    return save_teacher(model, Path(cfg.train.output_dir), str(iteration))
+
+
+def optimizer_step(cfg, model: SSLMetaArch, optimizer) -> bool:
+    """Clip each part's gradient and step; return whether the gradients were finite (else nothing is changed)."""
+    scaler = model.fp16_scaler
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norms = [
+        torch.nn.utils.clip_grad_norm_(part.parameters(), cfg.optim.clip_grad or float("inf"))
+        for part in model.student.values()
+    ]
+    finite = bool(torch.stack(norms).isfinite().all())
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    elif finite:
+        optimizer.step()
+    return finite
+
+
+def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
+    """Train ``model`` on ``loader`` and return the exit code: 0 when done, 128 + signal when asked to stop.
+
+    Raises:
+        NumericsError: the loss or a gradient was non-finite in three steps running.
+        DataError: more images than ``train.max_bad_fraction`` cannot be read.
+        CheckpointError: the run directory holds a checkpoint of another architecture.
+    """
+    out, rank, world_size = Path(cfg.train.output_dir), distributed.get_global_rank(), distributed.get_global_size()
+    length = run_length(cfg, loader.num_images, world_size)
+    schedules = build_schedulers(cfg, length)
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    checkpointer = Checkpointer(out, model, optimizer, model.fp16_scaler, keep_last=cfg.checkpointing.keep_last)
+    resumed = checkpointer.load_latest() if resume else None
+    iteration = 0 if resumed is None else resumed + 1
+    if iteration >= length.total:
+        logger.info(f"nothing to do: all {length.total:,} iterations are done; raise optim.epochs to go on")
+        return 0
+    if resumed is None:
+        start_student(cfg, model)
+    for line in describe_run(cfg, model, length, loader.num_images, world_size):
+        logger.info(line)
+    metrics_file = out / "training_metrics.json"
+    truncate_after(metrics_file, iteration)
+    metrics = MetricLogger(delimiter="  ", output_file=str(metrics_file))
+    save_period = cfg.checkpointing.period or length.iterations(3)
+    eval_period = cfg.evaluation.eval_period_iterations
+    guard, alarm = StepGuard(scaled=model.fp16_scaler is not None), CollapseAlarm(model.num_prototypes)
+    model.train()
+
+    with stop_requests() as stop:
+        batches = loader.batches(start_iteration=iteration)
+        for batch in metrics.log_every(
+            batches, cfg.train.log_every, "Training", length.total, iteration, images_per_iteration=length.global_batch
+        ):
+            lr, wd, momentum, teacher_temp, last_layer_lr = (float(schedule[iteration]) for schedule in schedules)
+            apply_optim_scheduler(optimizer, lr, wd, last_layer_lr)
+
+            # gradients
+            optimizer.zero_grad(set_to_none=True)
+            model.diagnose = iteration % cfg.train.log_every == 0 or iteration == length.total - 1
+            drop_path_draws = generator_for(cfg.train.seed, "drop_path", iteration, rank)
+            losses = model.forward_backward(batch, teacher_temp=teacher_temp, generator=drop_path_draws)
+            if distributed.is_enabled():
+                losses = {name: distributed.all_reduce(value.clone(), average=True) for name, value in losses.items()}
+
+            # update, unless something is not finite
+            finite = all_finite(losses) and optimizer_step(cfg, model, optimizer)
+            if finite:
+                model.update_teacher(momentum)
+            guard.check(finite, losses, iteration)
+
+            # report
+            metrics.update(
+                lr=lr,
+                wd=wd,
+                mom=momentum,
+                last_layer_lr=last_layer_lr,
+                current_batch_size=float(cfg.train.batch_size_per_gpu),
+                total_loss=sum(losses.values()),
+                **losses,
+            )
+            if model.diagnose:
+                metrics.update(**model.diagnostics)
+                alarm.check(model.diagnostics, iteration)
+
+            # save
+            last = iteration == length.total - 1
+            if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
+                teacher_path = do_test(cfg, model, f"training_{iteration}")
+            if last or stop or (iteration + 1) % save_period == 0:
+                checkpoint_path = checkpointer.save(iteration, final=last)
+            if stop and not last:
+                logger.warning(f"stopped at iteration={iteration}; the same command goes on from {checkpoint_path}")
+                return 128 + stop[0]
+            iteration += 1
+
+    for line in describe_end(cfg, teacher_path, checkpoint_path):
+        logger.info(line)
+    return 0
+
+
+def start_student(cfg, model: SSLMetaArch) -> None:
+    """Load ``student.pretrained_weights``, if any, into student and teacher backbones."""
+    if cfg.student.pretrained_weights:
+        load_pretrained_backbone(model.student["backbone"], cfg.student.pretrained_weights)
+        model.teacher["backbone"].load_state_dict(model.student["backbone"].state_dict())
+
+
+def main(args) -> int:
+    """Run one training or, with ``--eval-only``, write the newest checkpoint's teacher; return the exit code.
+
+    Args:
+        args: what :func:`get_args_parser` parses.
+
+    Raises:
+        DINOv2Error: bad configuration, data or checkpoint; before any work is done where that is possible.
+    """
+    distributed.enable(overwrite=True)
+    try:
+        return _run(args, distributed.get_global_rank(), distributed.get_global_size())
+    finally:
+        distributed.disable()
+
+
+def _run(args, rank: int, world_size: int) -> int:
+    notes: list[str] = []
+    cfg = get_cfg_from_args(args, warn=notes.append)
+    check_output_dir(cfg.train.output_dir)
+    bad_images = BadImageLog(Path(cfg.train.output_dir) / "bad_images.jsonl")
+    loader = make_train_loader(cfg, rank=rank, world_size=world_size, on_bad_image=bad_images)
+
+    out = Path(cfg.train.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.no_resume and rank == 0 and (aside := set_aside(out, lambda: time.strftime("%Y%m%d-%H%M%S"))):
+        notes.append(f"--no-resume: the former run's files are now in {aside}")
+    setup_logging(output=str(out), name="dinov2", level=logging.INFO)
+    for note in notes:
+        logger.warning(note)
+    try:
+        write_config(cfg, str(out))
+        on_gpu = torch.cuda.is_available()
+        model = SSLMetaArch(cfg).to(torch.device("cuda", distributed.get_local_rank()) if on_gpu else "cpu")
+        model.prepare_for_distributed_training()
+        if args.eval_only:
+            return write_newest_teacher(cfg, model)
+        return do_train(cfg, model, loader, resume=not args.no_resume)
+    except DINOv2Error as e:
+        logger.error(str(e))
+        raise
+
+
+def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
+    """Write the newest checkpoint's teacher under upstream's name for it, ``manual_<next iteration>``."""
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    done = Checkpointer(Path(cfg.train.output_dir), model, optimizer).load_latest()
+    if done is None:
+        start_student(cfg, model)
+    logger.info(f"teacher weights: {do_test(cfg, model, f'manual_{0 if done is None else done + 1}')}")
+    return 0

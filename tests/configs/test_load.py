@@ -1,0 +1,240 @@
+import logging
+import math
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ReadonlyConfigError
+
+from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.configs.schema import default_values
+from dinov2_custom.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+DATA = "train.dataset_path=/images"
+
+
+def load(*overrides, file=None, notes=None, **options):
+    """Load with a dataset given; warnings are collected in `notes` and none are expected without it."""
+    seen = [] if notes is None else notes
+    cfg = load_run_config(file, [DATA, *overrides], warn=seen.append, **options)
+    assert notes is not None or seen == []
+    return cfg
+
+
+def mistakes(*overrides, **options):
+    with pytest.raises(ConfigError) as error:
+        load(*overrides, **options)
+    return str(error.value)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_with_computed_lr_and_output_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = OmegaConf.to_container(load())
+    assert cfg["train"]["output_dir"].startswith(f"{tmp_path}/outputs/")
+    want = default_values()
+    want["optim"]["lr"] = 0.004 * math.sqrt(64 / 1024)
+    want["train"] |= {"dataset_path": "/images", "output_dir": cfg["train"]["output_dir"]}
+    assert cfg == want
+
+
+def test_overrides_win_over_file_over_defaults(tmp_path):
+    path = write(tmp_path, "train: {seed: 1, num_workers: 2}\n")
+    cfg = load("train.seed=3", "train.seed=4", file=path)
+    assert (cfg.train.seed, cfg.train.num_workers, cfg.train.batch_size_per_gpu) == (4, 2, 64)
+
+
+def test_a_bad_value_in_the_file_may_be_overridden(tmp_path):
+    path = write(tmp_path, "student: {arch: dinov2_vitb14, patch_size: fourteen}\n")
+    assert load("student.arch=vit_base", "student.patch_size=16", file=path).student.arch == "vit_base"
+
+
+def test_result_is_read_only_and_strict():
+    cfg = load()
+    with pytest.raises(ReadonlyConfigError):
+        cfg.train.seed = 1
+    with pytest.raises(ConfigAttributeError):
+        _ = cfg.train.sed
+
+
+@pytest.mark.parametrize(
+    ("base", "batch", "world", "lr"),
+    [(4e-3, 64, 32, 0.00565685), (4e-3, 64, 1, 1e-3), (2e-4, 32, 96, 3.4641e-4)],
+)
+def test_lr_follows_the_square_root_rule(base, batch, world, lr):
+    cfg = load(f"optim.base_lr={base}", f"train.batch_size_per_gpu={batch}", world_size=world)
+    assert cfg.optim.lr == pytest.approx(lr, rel=1e-5)
+
+
+def test_output_dir_argument_wins_over_override_over_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, "train: {output_dir: from_file}\n")
+    assert load(file=path).train.output_dir == f"{tmp_path}/from_file"
+    assert load("train.output_dir=from_override", file=path).train.output_dir == f"{tmp_path}/from_override"
+    cfg = load("train.output_dir=from_override", file=path, output_dir="/from/argument")
+    assert cfg.train.output_dir == "/from/argument"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"], "loading makes nothing"
+
+
+def test_missing_dataset_says_how_to_set_it():
+    with pytest.raises(ConfigError, match=r"add train\.dataset_path=/path/to/images to the command"):
+        load_run_config(None, [])
+    assert load_run_config("", [], require_dataset=False).train.dataset_path == ""
+
+
+def test_list_of_datasets():
+    assert load("train.dataset_path=[/a,/b]").train.dataset_path == ["/a", "/b"]
+
+
+def test_all_mistakes_come_in_one_error_with_their_source(tmp_path):
+    path = write(
+        tmp_path,
+        "train: {centering: sinkhorn, num_workers: '3'}\noptim: {warmup_epochs: 20}\nstudnt: {arch: vit_small}\n",
+    )
+    text = mistakes("optim.epochs=10", "student.patch_size=14", "train.batch_size=3", "foo", file=path)
+    lines = text.splitlines()
+    assert lines[0] == "7 mistakes in the configuration:"
+    for start in (
+        "  - override: expected key=value, got 'foo'",
+        f"  - studnt ({path}): expected a known key, got an unknown one -> did you mean student?",
+        "  - train.batch_size (override): expected a known key, got an unknown one -> did you mean "
+        "train.batch_size_per_gpu?",
+        f"  - train.centering ({path}): expected centering | sinkhorn_knopp, got 'sinkhorn' -> did you mean "
+        "sinkhorn_knopp?",
+        f"  - train.num_workers ({path}): expected a whole number of at least 0, got '3' -> write the number without",
+        "  - crops.local_crops_size (default): expected a multiple of the patch size 14, got 96 with "
+        "student.patch_size = 14 (override)",
+        f"  - optim.warmup_epochs ({path}): expected at most optim.epochs, got 20 with optim.epochs = 10 (override)",
+    ):
+        assert sum(line.startswith(start) for line in lines) == 1, start
+    assert lines[-1].endswith("--allow-unknown-keys keeps them, unused.")
+
+
+def test_missing_file_hides_mistakes_that_may_come_from_it():
+    with pytest.raises(ConfigError) as error:
+        load_run_config("no_such.yaml", ["student.patch_size=14", "train.seed=x"])
+    assert str(error.value).startswith("2 mistakes") and "train.seed" in str(error.value)
+
+
+def test_a_part_of_a_value_is_a_mistake_even_with_unknown_keys_allowed():
+    text = mistakes("student.arch.foo=1", allow_unknown_keys=True)
+    assert "student.arch.foo (override): expected student.arch to have no parts" in text
+
+
+def test_unknown_keys_are_kept_with_one_warning_if_allowed(tmp_path):
+    path = write(
+        tmp_path,
+        "wandb: {exp_name: x, tags: ['${wandb.exp_name}', '${student.arch}']}\ndaino: {loss_weight: 1}\n"
+        "train: {save_every: 3}\n",
+    )
+    notes = []
+    cfg = load("a=1", "a.b=2", file=path, notes=notes, allow_unknown_keys=True)
+    assert list(cfg.wandb.tags) == ["x", "vit_large"]
+    assert (cfg.train.save_every, cfg.daino.loss_weight, cfg.a.b) == (3, 1, 2)
+    (note,) = notes
+    assert note == (
+        f"unknown keys, kept but not used: wandb ({path}), daino ({path}), train.save_every ({path}), "
+        "a (override), a.b (override)"
+    )
+
+
+def test_unused_keys_are_said_to_be_once():
+    notes = []
+    load("train.saveckp_freq=5", "train.cache_dataset=false", "train.seed=1", notes=notes)
+    assert notes == ["accepted for upstream's sake, but nothing reads them: train.saveckp_freq, train.cache_dataset"]
+    load("train.saveckp_freq=20")
+
+
+def test_given_lr_is_ignored_with_a_warning():
+    notes = []
+    assert load("optim.lr=0.5", notes=notes).optim.lr == 1e-3
+    assert notes == ["optim.lr = 0.5 is ignored: it is computed from optim.base_lr as 0.001"]
+
+
+@pytest.mark.parametrize("world", [1, 3, 64])
+def test_lr_of_a_run_on_another_number_of_processes_is_no_surprise(world, tmp_path):
+    cfg = load("optim.base_lr=3e-4", "train.batch_size_per_gpu=7", world_size=world)
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    assert load(file=str(tmp_path / "config.yaml"), world_size=2).optim.lr != cfg.optim.lr
+
+
+def test_given_lr_in_a_file_is_ignored_with_a_warning(tmp_path):
+    notes = []
+    load(file=write(tmp_path, "optim: {lr: 0.0015}\n"), notes=notes)
+    assert len(notes) == 1 and "optim.lr = 0.0015 is ignored" in notes[0]
+
+
+def test_warnings_go_to_the_log_by_default(caplog):
+    with caplog.at_level(logging.WARNING):
+        load_run_config(None, [DATA, "train.saveckp_freq=5"])
+    assert "train.saveckp_freq" in caplog.text
+
+
+def test_a_finished_config_loads_again_unchanged_and_silently(tmp_path):
+    short = ["optim.epochs=0.5", "optim.warmup_epochs=0.1", "optim.freeze_last_layer_epochs=0"]
+    cfg = load(*short, "crops.local_crops_number=0", "train.OFFICIAL_EPOCH_LENGTH=auto")
+    path = tmp_path / "config.yaml"
+    OmegaConf.save(cfg, path)
+    assert load(file=str(path)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("student.layerscale=null", "student", "layerscale", None),
+        ("optim.clip_grad=null", "optim", "clip_grad", None),
+        ("optim.base_lr=1", "optim", "base_lr", 1.0),
+        ("optim.base_lr=1e-3", "optim", "base_lr", 1e-3),
+        ("student.block_chunks=4", "student", "block_chunks", 4),
+        ("crops.local_crops_number=0", "crops", "local_crops_number", 0),
+        ("ibot.loss_weight=0", "ibot", "loss_weight", 0.0),
+        ("train.OFFICIAL_EPOCH_LENGTH=auto", "train", "OFFICIAL_EPOCH_LENGTH", "auto"),
+        ("teacher.final_momentum_teacher=1", "teacher", "final_momentum_teacher", 1.0),
+        ("optim.warmup_epochs=0.5", "optim", "warmup_epochs", 0.5),
+        ("train.seed=${oc.env:A_SEED}", "train", "seed", 7),
+        ("crops.local_crops_scale=[0.05,'${crops.global_crops_scale.0}']", "crops", "local_crops_scale", [0.05, 0.32]),
+        ("train.path_preserved=${train.dataset_path}/held", "train", "path_preserved", "/images/held"),
+    ],
+)
+def test_values_that_must_work(override, section, key, value, monkeypatch):
+    monkeypatch.setenv("A_SEED", "7")
+    got = OmegaConf.to_container(load(override, notes=[]))[section][key]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("text", ["${nope}", "${x", "${oc.env:NO_SUCH_VARIABLE}", "${oc.env:A_LIST}"])
+def test_references_that_lead_nowhere(text, monkeypatch):
+    monkeypatch.setenv("A_LIST", "[")
+    lines = mistakes(f"train.seed={text}", "optim.min_lr=${optim.base_lr}").splitlines()
+    assert len(lines) == 2 and lines[1].startswith("  - train.seed (override): expected a ")
+
+
+def test_forks_config_with_lists_of_folders(tmp_path):
+    path = write(
+        tmp_path,
+        "train:\n  dataset_path:\n    - /data/a\n    - /data/b\n  path_preserved:\n    - /data/b\n  frac: 0.1\n"
+        "student: {arch: vit_large, patch_size: 14, num_register_tokens: 4, pretrained_weights: }\n"
+        "optim: {warmup_epochs: 80}\ncrops: {local_crops_size: 98}\n",
+    )
+    cfg = load_run_config(path)
+    assert cfg.train.dataset_path == ["/data/a", "/data/b"] and cfg.train.path_preserved == ["/data/b"]
+    assert cfg.student.pretrained_weights == ""
+
+
+def test_packaged_configs_load():
+    paths = sorted((ROOT / "dinov2_custom" / "configs").rglob("*.yaml"))
+    assert len(paths) == 12
+    for path in paths:
+        load_run_config(str(path), require_dataset=False, warn=pytest.fail)
+
+
+def test_upstreams_defaults_load_as_a_file(tmp_path):
+    path = ROOT / "tests" / "contracts" / "upstream_config_defaults.yaml"
+    cfg = load_run_config(str(path), warn=pytest.fail)
+    assert cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp16"

@@ -1,0 +1,61 @@
+"""The recipes in configs/ at the root load, fit together and say in their header what a user wants to know."""
+
+from pathlib import Path
+
+import pytest
+
+from dinov2_custom.configs.load import load_run_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+OURS = ["dino_classic", "vitb", "vitg", "vitl", "vits"]
+
+
+def load(name, *overrides):
+    path = next(path for path in RECIPES if path.stem == name)
+    return load_run_config(str(path), ["train.dataset_path=/images", *overrides], warn=pytest.fail)
+
+
+def test_all_recipes_are_there():
+    assert set(OURS) <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_without_a_warning(path):
+    load_run_config(str(path), require_dataset=False, warn=pytest.fail)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_header_has_command_hardware_hours_memory_and_score(name):
+    header = next(path for path in RECIPES if path.stem == name).read_text().split("\nstudent:")[0]
+    assert f"python run/train/train.py --config-file configs/{name}.yaml --output-dir out " in header
+    for label in ("# Hardware ", "# Hours ", "# Memory ", "# Score     unknown until measured", "Estimated"):
+        assert label in header
+    assert all(line.startswith("#") for line in header.splitlines())
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_recipe_is_for_ones_own_images(name):
+    cfg = load(name)
+    assert cfg.train.OFFICIAL_EPOCH_LENGTH == "auto"
+    assert (cfg.optim.epochs, cfg.optim.warmup_epochs) == (100, 10)
+    assert 2e-4 <= cfg.optim.base_lr <= 1e-3
+    assert cfg.optim.lr > cfg.optim.min_lr
+    assert cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "ffn"),
+    [("vits", "small", "mlp"), ("vitb", "base", "mlp"), ("vitl", "large", "mlp"), ("vitg", "giant2", "swiglufused")],
+)
+def test_network_fits_the_released_weights(name, arch, ffn):
+    cfg = load(name)
+    assert (cfg.student.arch, cfg.student.ffn_layer) == (f"vit_{arch}", ffn)
+    assert (cfg.student.patch_size, cfg.crops.local_crops_size) == (14, 98)
+    assert cfg.train.centering == "sinkhorn_knopp"
+
+
+def test_classic_dino_has_no_masks_no_koleo_and_the_papers_blur():
+    cfg = load("dino_classic")
+    assert (cfg.ibot.loss_weight, cfg.ibot.mask_sample_probability, cfg.dino.koleo_loss_weight) == (0, 0, 0)
+    assert cfg.train.centering == "centering" and cfg.augmentation.blur_p == [1.0, 0.1, 0.5]
+    assert cfg.optim.lr == pytest.approx(5e-4 * 64 / 256)

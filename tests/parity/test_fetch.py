@@ -1,0 +1,46 @@
+"""Fetching the oracle: whole or not at all, safe against a second process, and clear when it cannot be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.oracle import OracleUnavailable, fetch
+
+
+def _install(folder: Path, text: str = "new") -> None:
+    marker = folder / fetch.MARKER
+    marker.parent.mkdir(parents=True)
+    marker.write_text(text)
+
+
+def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
+    _install(tmp_path / "oracle", "old")
+    monkeypatch.setattr(fetch, "_pip_install", lambda folder: pytest.fail("fetched again"))
+    assert fetch.ensure_oracle(tmp_path / "oracle") == tmp_path / "oracle"
+
+
+def test_a_torn_folder_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "oracle" / "dinov2").mkdir(parents=True)
+    monkeypatch.setattr(fetch, "_pip_install", _install)
+    assert (fetch.ensure_oracle(tmp_path / "oracle") / fetch.MARKER).read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["oracle"]
+
+
+def test_another_process_that_was_faster_wins(tmp_path, monkeypatch):
+    def install(folder):
+        _install(folder)
+        _install(tmp_path / "oracle", "other process")
+
+    monkeypatch.setattr(fetch, "_pip_install", install)
+    assert (fetch.ensure_oracle(tmp_path / "oracle") / fetch.MARKER).read_text() == "other process"
+    assert [path.name for path in tmp_path.iterdir()] == ["oracle"]
+
+
+def test_failure_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(OracleUnavailable, match="could not fetch the oracle"):
+        fetch.ensure_oracle(tmp_path / "oracle")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,241 @@
+"""The rules of the code base that a machine can check: who may import whom, sizes, and no work at import.
+
+Every check is a function over source text, tried on a bad example too. A new module has to be placed in ``ALLOWED`` or
+``SATELLITES``.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = "dinov2_custom"
+FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
+SCRIPTS = sorted((REPOSITORY / "run").rglob("*.py"))
+MAX_FILE_LINES, MAX_SCRIPT_LINES = 300, 40
+
+BASE = {"errors", "utils.dtype", "utils.rng", "utils.schedules"}
+# unit -> the units it may import, besides itself and the package's version; a unit is a module or a package
+ALLOWED = {
+    "errors": set(),
+    "utils": set(),
+    "utils.dtype": set(),
+    "utils.rng": set(),
+    "utils.schedules": set(),
+    "utils.cluster": set(),
+    "utils.param_groups": set(),
+    "utils.utils": BASE,
+    "world": {"errors"},
+    "distributed": {"errors", "world"},
+    "configs": {"errors"},
+    "logging": {"errors", "distributed"},
+    "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
+    "layers": BASE,
+    "models": BASE | {"layers"},
+    "loss": BASE | {"distributed"},
+    "data": BASE,
+    "parallel": BASE | {"distributed", "configs"},
+    "run": {"errors", "utils.cluster"},
+    "_dinov2": set(),
+}
+ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
+SATELLITES = {"eval", "hub", "export", "plan", "verify", "plots", "embed", "patching", "decoders"}
+ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
+LAZY_ONLY = {("run", "train")}  # allowed inside a function: the node imports it, not the submitting machine
+
+TORCH_FREE = ["errors", "world", "configs", "configs.load", "utils.rng", "utils.cluster", "train.args", "eval.args"]
+WORK = {
+    "os.getenv", "os.environ", "os.makedirs", "os.mkdir", "os.uname", "torch.manual_seed", "torch.set_default_dtype",
+    "torch.set_num_threads", "torch.cuda.is_available", "torch.cuda.device_count", "torch.set_float32_matmul_precision",
+    "random.seed", "np.random.seed", "numpy.random.seed", "logging.basicConfig", "logging.captureWarnings",
+    "warnings.filterwarnings", "warnings.simplefilter", "print", "open", "sys.path",
+    "subprocess.run", "subprocess.check_output",
+}  # fmt: skip
+
+
+def _name(file: Path) -> str:
+    """``dinov2_custom/a/b.py`` -> ``a.b``; ``dinov2_custom/a/__init__.py`` -> ``a``."""
+    parts = file.relative_to(REPOSITORY / PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_name(file): file for file in FILES}
+
+
+def _imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, bool]]:
+    """Yield (absolute dotted name, whether inside a function) of every import, without those under TYPE_CHECKING."""
+    for node, in_function in _walk(tree, False):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, in_function) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                parents = f"{PACKAGE}.{module}".split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                source = ".".join([*parents, *source.split(".")]).rstrip(".")
+            yield from ((f"{source}.{alias.name}", in_function) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "find_spec")):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value), in_function
+
+
+def _walk(node: ast.AST, in_function: bool) -> Iterator[tuple[ast.AST, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child, in_function
+        inside = in_function or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        yield from _walk(child, inside)
+
+
+def _own_module(imported: str) -> str | None:
+    """``dinov2_custom.a.b.name`` -> ``a.b``, the longest part that is a module; None for what is not ours."""
+    parts = imported.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    parts = parts[1:]
+    while parts and ".".join(parts) not in MODULES:
+        parts.pop()
+    return ".".join(parts)
+
+
+def _unit(module: str) -> str:
+    units = [unit for unit in ALLOWED if module == unit or module.startswith(unit + ".")]
+    return max(units, key=len, default="")
+
+
+def forbidden_imports(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Return what ``module`` imports of ours against the table."""
+    unit, found = _unit(module), []
+    for imported, in_function in _imports(ast.parse(source), module, is_package):
+        own = _own_module(imported)
+        target = _unit(own) if own else ""
+        if not target or target == unit or target in ALLOWED.get(unit, set()) or (unit == "utils" and own == "utils"):
+            continue
+        if not (in_function and (unit, target) in LAZY_ONLY):
+            found.append(imported)
+    return found
+
+
+def third_party(source: str, module: str = "") -> set[str]:
+    """Return the top-level names that ``source`` imports anywhere."""
+    return {imported.split(".")[0] for imported, _ in _imports(ast.parse(source), module, False)}
+
+
+def work_at_import(source: str) -> list[str]:
+    """Return calls and accesses of ``WORK`` that run when the module is imported."""
+    found = []
+
+    def look(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+            return
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            outer = [*getattr(node, "decorator_list", []), *node.args.defaults, *filter(None, node.args.kw_defaults)]
+            for part in outer:
+                look(part)
+            return
+        if isinstance(node, (ast.Attribute, ast.Name)) and ast.unparse(node) in WORK:
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        for child in ast.iter_child_nodes(node):
+            look(child)
+
+    look(ast.parse(source))
+    return found
+
+
+def _loaded_by(module: str, seen: set[str]) -> set[str]:
+    """Return the third-party names that importing ``module`` imports, through our modules and their packages."""
+    names: set[str] = set()
+    parts = module.split(".")
+    for own in [".".join(parts[:n]) for n in range(len(parts) + 1)]:
+        if own in seen or own not in MODULES:
+            continue
+        seen.add(own)
+        file = MODULES[own]
+        for imported, in_function in _imports(ast.parse(file.read_text()), own, file.name == "__init__.py"):
+            if not in_function:
+                target = _own_module(imported)
+                names |= {imported.split(".")[0]} if target is None else _loaded_by(target, seen)
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_imports_follow_the_table(file):
+    module = _name(file)
+    assert module == "" or _unit(module), f"place {module} in ALLOWED or SATELLITES of {Path(__file__).name}"
+    assert forbidden_imports(file.read_text(), module, file.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_no_work_at_import(file):
+    assert work_at_import(file.read_text()) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_files_are_short(file):
+    assert len(file.read_text().splitlines()) <= MAX_FILE_LINES
+
+
+def test_only_the_backend_knows_xformers_and_nobody_torchvision():
+    users = {name: third_party(file.read_text(), name) for name, file in MODULES.items()}
+    assert {name for name, used in users.items() if "xformers" in used} <= {"layers.backend"}
+    assert {name for name, used in users.items() if "torchvision" in used} == set()
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_torch_free(module):
+    assert module in MODULES
+    assert "torch" not in _loaded_by(module, set())
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_scripts_hold_no_logic(file):
+    source = file.read_text()
+    assert len(source.splitlines()) <= MAX_SCRIPT_LINES
+    assert "sys.path" not in source
+    assert not third_party(source) & {"torch", "torchvision", "xformers"}
+
+
+@pytest.mark.parametrize(
+    "module, source, bad",
+    [
+        ("layers.mlp", "from dinov2_custom.configs import load_config", ["dinov2_custom.configs.load_config"]),
+        ("layers.mlp", "from ..configs import load_config", ["dinov2_custom.configs.load_config"]),
+        ("layers.mlp", "def f():\n    from dinov2_custom import distributed", ["dinov2_custom.distributed"]),
+        ("data.collate", "import dinov2_custom.logging", ["dinov2_custom.logging"]),
+        ("errors", "from dinov2_custom.utils.rng import seed_for", ["dinov2_custom.utils.rng.seed_for"]),
+        ("train.train", "from dinov2_custom.eval import knn", ["dinov2_custom.eval.knn"]),
+        ("plots", "import importlib\nimportlib.import_module('dinov2_custom.eval')", ["dinov2_custom.eval"]),
+        ("run.submit", "from dinov2_custom.train import main", ["dinov2_custom.train.main"]),
+        ("run.submit", "def f():\n    from dinov2_custom.train import main", []),
+        ("eval.knn", "from dinov2_custom.train.train import main\nfrom . import metrics", []),
+        ("layers.mlp", "if TYPE_CHECKING:\n    from dinov2_custom import configs", []),
+        ("train.startup", "from dinov2_custom import __version__, distributed", []),
+    ],
+)
+def test_import_check_sees(module, source, bad):
+    assert forbidden_imports(source, module) == bad
+
+
+@pytest.mark.parametrize(
+    "source, bad",
+    [
+        ("import os\nHOME = os.environ['HOME']", ["line 2: os.environ"]),
+        ("def f(x=os.getenv('A')): pass", ["line 1: os.getenv"]),
+        ("class A:\n    torch.manual_seed(0)", ["line 2: torch.manual_seed"]),
+        ("if True:\n    sys.path.insert(0, 'x')", ["line 2: sys.path"]),
+        ("def f():\n    return os.environ['HOME']", []),
+        ("if __name__ == '__main__':\n    print(1)", []),
+    ],
+)
+def test_work_check_sees(source, bad):
+    assert work_at_import(source) == bad
+
+
+def test_torch_check_sees():
+    assert "torch" in _loaded_by("layers.mlp", set())
+    assert third_party("def f():\n    import xformers.ops") == {"xformers"}

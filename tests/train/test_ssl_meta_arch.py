@@ -1,0 +1,142 @@
+import math
+
+import pytest
+import torch
+
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from tests.train.batches import random_batch, tiny_config
+
+TERMS = {"dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss"}
+
+
+def step(*overrides, batch=None, seed=0):
+    cfg = tiny_config(*overrides)
+    model = SSLMetaArch(cfg).train()
+    model.prepare_for_distributed_training()
+    losses = model.forward_backward(random_batch(cfg, seed, batch), teacher_temp=0.05, generator=torch.Generator())
+    return model, losses
+
+
+def gradients_are_finite(model):
+    return all(p.grad.isfinite().all() for p in model.student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("separate", ["true", "false"])
+def test_all_terms_and_finite_gradients(centering, separate):
+    model, losses = step(f"train.centering={centering}", f"ibot.separate_head={separate}")
+    assert set(losses) == TERMS
+    assert all(math.isfinite(v) for v in losses.values())
+    without = [n for n, p in model.student.named_parameters() if p.grad is None]
+    assert without == [] and gradients_are_finite(model)
+    assert all(p.grad is None for p in model.teacher.parameters())
+
+
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_bf16_stays_close_to_fp32(part):
+    overrides = [
+        f"compute_precision.{part}.{name}.mixed_precision.param_dtype=bf16"
+        for name in ("backbone", "dino_head", "ibot_head")
+    ]
+    _, expected = step()
+    model, losses = step(*overrides)
+    assert gradients_are_finite(model)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(expected[name].item(), rel=0.03, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "terms"),
+    [
+        (["dino.loss_weight=0"], TERMS - {"dino_local_crops_loss", "dino_global_crops_loss"}),
+        (["dino.loss_weight=0", "ibot.separate_head=true"], TERMS - {"dino_local_crops_loss", "dino_global_crops_loss"}),
+        (["ibot.loss_weight=0"], TERMS - {"ibot_loss"}),
+        (["ibot.loss_weight=0", "train.centering=sinkhorn_knopp"], TERMS - {"ibot_loss"}),
+        (["dino.koleo_loss_weight=0"], TERMS - {"koleo_loss"}),
+        (["crops.local_crops_number=0"], TERMS - {"dino_local_crops_loss"}),
+        (["ibot.mask_sample_probability=0"], TERMS),
+    ],
+)
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_terms_can_be_switched_off(overrides, terms, centering):
+    model, losses = step(*overrides, f"train.centering={centering}")
+    assert set(losses) == terms
+    assert all(math.isfinite(v) for v in losses.values())
+    assert gradients_are_finite(model)
+
+
+def test_one_image_a_process_and_duplicates():
+    model, losses = step(batch=1)
+    assert losses["koleo_loss"] == 0 and gradients_are_finite(model)
+    cfg = tiny_config()
+    model, batch = SSLMetaArch(cfg).train(), random_batch(cfg)
+    for key in ("collated_global_crops", "collated_local_crops"):
+        batch[key] = batch[key][:1].expand_as(batch[key]).clone()
+    losses = model.forward_backward(batch, teacher_temp=0.05)
+    assert math.isfinite(losses["koleo_loss"]) and gradients_are_finite(model)
+
+
+def test_start_values_are_those_of_uniform_assignments():
+    head = ("dino.head_n_prototypes=4096", "dino.head_hidden_dim=256", "dino.head_bottleneck_dim=256")
+    cfg = tiny_config("crops.local_crops_number=8", *head)
+    model, batch = SSLMetaArch(cfg).train(), random_batch(cfg)
+    losses = model.forward_backward(batch, teacher_temp=0.05)
+    ln_k = math.log(4096)
+    assert losses["dino_local_crops_loss"] == pytest.approx(ln_k * 16 / 18, rel=0.1)
+    assert losses["dino_global_crops_loss"] == pytest.approx(ln_k * 2 / 18, rel=0.1)
+    assert losses["ibot_loss"] == pytest.approx(ln_k / 4, rel=0.1)
+
+
+def test_weights_are_a_function_of_the_seed_and_teacher_starts_equal():
+    torch.manual_seed(1)
+    first = SSLMetaArch(tiny_config())
+    state = torch.get_rng_state()
+    second = SSLMetaArch(tiny_config())
+    assert torch.equal(state, torch.get_rng_state())
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(first.student.parameters(), first.teacher.parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = SSLMetaArch(tiny_config("train.seed=1"))
+    assert not torch.equal(first.student["backbone"].pos_embed, other.student["backbone"].pos_embed)
+
+
+def test_teacher_moves_by_the_formula():
+    model = SSLMetaArch(tiny_config())
+    with torch.no_grad():
+        for p in model.student.parameters():
+            p.add_(1.0)
+    before = [p.clone() for p in model.teacher.parameters()]
+    model.update_teacher(0.9)
+    for old, new, s in zip(before, model.teacher.parameters(), model.student.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * s)
+
+
+def test_train_and_eval_leave_the_teacher_in_eval():
+    model = SSLMetaArch(tiny_config())
+    assert model.train().student.training and not model.teacher.training
+    assert not model.eval().student.training
+
+
+def test_drop_path_follows_the_generator_not_the_global_state():
+    cfg = tiny_config("student.drop_path_rate=0.5")
+    batch = random_batch(cfg)
+
+    def losses(seed, global_seed):
+        torch.manual_seed(global_seed)
+        generator = torch.Generator().manual_seed(seed)
+        return SSLMetaArch(cfg).train().forward_backward(batch, teacher_temp=0.05, generator=generator)
+
+    assert losses(1, 0) == losses(1, 1)
+    assert losses(1, 0) != losses(2, 0)
+
+
+def test_diagnostics_tell_uniform_from_decided():
+    cfg = tiny_config()
+    model = SSLMetaArch(cfg).train()
+    model.diagnose = True
+    model.forward_backward(random_batch(cfg), teacher_temp=100.0)
+    assert model.diagnostics["teacher_entropy"] == pytest.approx(math.log(32), rel=1e-3)
+    model.forward_backward(random_batch(cfg), teacher_temp=1e-4)
+    assert model.diagnostics["teacher_entropy"] < 0.1
