@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from dinov2_custom.errors import DataError
 
 logger = logging.getLogger("dinov2")
-FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 
 
 def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False) -> Image.Image:

@@ -98,7 +98,7 @@ def eval_knn(
         DataError: no features on one side.
     """
     if not len(train_features) or not len(val_features):
-        raise DataError(f"kNN: expected features, got {len(train_features)} to train on, {len(val_features)} to classify")
+        raise DataError(f"kNN: expected features, got {len(train_features)} for training, {len(val_features)} to classify")
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
     results: dict[tuple[str, int], dict[str, Tensor]] = {}
     for n_per_class in n_per_class_list:

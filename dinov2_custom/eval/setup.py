@@ -110,7 +110,7 @@ def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = N
 
 
 def build_model_for_eval(config: DictConfig, pretrained_weights: str) -> nn.Module:
-    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on the GPU if there is one.
+    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on a GPU if there is one.
 
     Raises:
         ConfigError: unknown architecture.
@@ -129,7 +129,7 @@ def load_teacher_backbone(model: nn.Module, source: str) -> None:
     block chunks do not count, heads are left out.
 
     Raises:
-        CheckpointError: unreadable, or of another architecture; the message counts what differs. The model is unchanged.
+        CheckpointError: unreadable, or of another architecture; the message counts what differs. Nothing is changed then.
     """
     state = _teacher_state(_read(source))
     own = {_flat_name(name, model): name for name in model.state_dict()}
@@ -142,7 +142,8 @@ def load_teacher_backbone(model: nn.Module, source: str) -> None:
         if name in own and tuple(tensor.shape) != shapes[own[name]]
     ]
     if missing or unexpected or misshapen:
-        examples = [*misshapen[:3], *(f"{n}: missing" for n in missing[:3]), *(f"{n}: unexpected" for n in unexpected[:3])]
+        examples = [*misshapen[:3], *(f"{name}: missing" for name in missing[:3])]
+        examples += [f"{name}: unexpected" for name in unexpected[:3]]
         raise CheckpointError(
             f"--pretrained-weights: expected the {len(own)} tensors of the configured backbone, got {len(missing)} "
             f"missing, {len(unexpected)} unexpected and {len(misshapen)} of another shape in {source}:\n  "

@@ -23,7 +23,7 @@ NO_BIAS = "student.qkv_bias=false student.proj_bias=false student.ffn_bias=false
 COMMON = "crops.local_crops_number=4 dino.head_n_prototypes=4096 ibot.head_n_prototypes=3072"
 SHORT_RUN = (
     "train.OFFICIAL_EPOCH_LENGTH=4 optim.epochs=6 optim.warmup_epochs=1 optim.freeze_last_layer_epochs=1 "
-    "teacher.warmup_teacher_temp_epochs=3"
+    "teacher.warmup_teacher_temp_epochs=3 dino.head_hidden_dim=512 ibot.head_hidden_dim=512"
 )
 
 
@@ -45,7 +45,7 @@ class Case:
 
 STEP_CASES = [
     Case("S/14", "vit_small", f"{P14} {DROP_0}"),
-    Case("S/14 crops 224+98, 65536 prototypes", "vit_small", f"{NATIVE} {DROP_0}", batch_size=2),
+    Case("S/14 crops 224+98, 65536 prototypes", "vit_small", f"{NATIVE} {DROP_0}", 6, 2),
     Case("S/16 drop path", "vit_small", P16, batch_size=4),
     Case(
         "S/14 sinkhorn, separate heads, chunks",
@@ -63,7 +63,7 @@ STEP_CASES = [
         "S/14 no biases, no LayerScale, one-layer head", "vit_small", f"{P14} {DROP_0} {NO_BIAS} dino.head_nlayers=1", 4
     ),
     Case("S/14 swiglu, drop path", "vit_small", f"{P14} student.ffn_layer=swiglu", 4, 4),
-    Case("B/14", "vit_base", f"{P14} {DROP_0}"),
+    Case("B/14", "vit_base", f"{P14} {DROP_0}", batch_size=2),
     Case("B/16 drop path, chunks", "vit_base", f"{P16} student.block_chunks=2", 4, 4),
     Case("B/14 swiglu, separate heads, sinkhorn, drop path", "vit_base", VITL14, 4),
     Case("L/16", "vit_large", f"{P16} {DROP_0}", 2),
@@ -73,9 +73,9 @@ STEP_CASES = [
 ]
 
 RUN_CASES = [
-    Case("S/14 centering, 20 steps", "vit_small", f"{P14} {SHORT_RUN} optim.clip_grad=0.5", 3),
+    Case("S/14 centering, drop path", "vit_small", f"{P14} {SHORT_RUN} optim.clip_grad=0.5", 3),
     Case(
-        "S/14 sinkhorn, separate heads, swiglu, chunks, 20 steps",
+        "S/14 sinkhorn, separate heads, swiglu, drop path, chunks",
         "vit_small",
         f"{VITL14} {SHORT_RUN} optim.clip_grad=0.25",
         4,

@@ -27,6 +27,36 @@ GZIP_MAGIC = b"\x1f\x8b"
 MAX_OPEN_TARS = 16
 
 
+class OpenFiles:
+    """Reads parts of files, keeping the last ``limit`` of them open; without a position that forks would share."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.descriptors: dict[str, int] = {}
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        descriptor = self.descriptors.pop(path, None)
+        if descriptor is None:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.descriptors[path] = descriptor
+        if len(self.descriptors) > self.limit:
+            os.close(self.descriptors.pop(next(iter(self.descriptors))))
+        if hasattr(os, "pread"):
+            return os.pread(descriptor, size, start)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit, "descriptors": {}}
+
+
 class ImageNet22k(ExtendedVisionDataset):
     """ImageNet-22k: samples are (image, class index).
 
@@ -46,14 +76,13 @@ class ImageNet22k(ExtendedVisionDataset):
     ) -> None:
         super().__init__(as_roots(root)[0], transforms, transform, target_transform)
         self._extra_root = None if extra is None else as_roots(extra)[0]
-        self._max_open = max(1, mmap_cache_size)
-        self._files: dict[str, Any] = {}
+        self._tars = OpenFiles(max(1, mmap_cache_size))
         if not len(self._entries):
             raise DataError(f"expected images in {os.path.join(self.root, '<class id>.tar')}, got none")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files and tables on disk out: a worker process opens them again."""
-        state = {**self.__dict__, "_files": {}}
+        """Leave tables on disk out: a worker process opens them again."""
+        state = dict(self.__dict__)
         if self._extra_root is not None and os.path.isfile(self._table_path("entries")):
             state.pop("_entries", None)
         return state
@@ -121,14 +150,6 @@ class ImageNet22k(ExtendedVisionDataset):
     def _tar_path(self, class_id: str) -> str:
         return os.path.join(self.root, f"{class_id}.tar")
 
-    def _open_tar(self, class_id: str) -> Any:
-        """Return the open tar, keeping the last few open."""
-        file = self._files.pop(class_id, None) or open(self._tar_path(class_id), "rb")
-        self._files[class_id] = file
-        if len(self._files) > self._max_open:
-            self._files.pop(next(iter(self._files))).close()
-        return file
-
     def find_class_id(self, class_index: int) -> str:
         return str(self._class_ids[class_index])
 
@@ -141,8 +162,7 @@ class ImageNet22k(ExtendedVisionDataset):
         entry = self._entries[index]
         start, end = int(entry["start_offset"]) + HEADER, int(entry["end_offset"])
         try:
-            file = self._open_tar(self.find_class_id(entry["class_index"]))
-            data = _read_at(file, start, end - start)
+            data = self._tars.read(self._tar_path(self.find_class_id(entry["class_index"])), start, end - start)
             return gzip.decompress(data) if data[:2] == GZIP_MAGIC else data
         except (OSError, EOFError) as e:
             raise DataError(f"expected a readable image: {self.name(index)} ({e})") from e
@@ -163,11 +183,3 @@ class ImageNet22k(ExtendedVisionDataset):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-
-def _read_at(file: Any, start: int, size: int) -> bytes:
-    """Read without moving the file's position, which forked worker processes share."""
-    if hasattr(os, "pread"):
-        return os.pread(file.fileno(), size, start)
-    file.seek(start)
-    return file.read(size)

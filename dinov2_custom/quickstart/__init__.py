@@ -1,0 +1,1 @@
+"""The quickstart: train on tiles of real photographs in minutes, and show what was learned. Start at ``main``."""

@@ -1,0 +1,178 @@
+"""Every rule of the decode table, on files of every kind."""
+
+import io
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_custom.data import decode
+from dinov2_custom.data.decode import decode_array, decode_rgb
+from dinov2_custom.errors import DataError
+from tests.data.pictures import encode, picture
+
+RGB = picture(24, 18)
+RAMP = np.arange(24 * 18).reshape(18, 24)
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings():
+    decode.warn_once.cache_clear()
+
+
+def grey_levels(image: Image.Image) -> np.ndarray:
+    """Return the one plane of an RGB image that must be grey."""
+    pixels = np.asarray(image)
+    assert image.mode == "RGB" and (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()
+    return pixels[..., 0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "WEBP", "GIF"])
+def test_lossless_files_come_back_as_they_were(kind):
+    image = RGB.quantize(64) if kind == "GIF" else RGB
+    data = encode(image, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(image.convert("RGB")))
+
+
+def test_jpeg_is_pillows_and_arrays_are_writeable():
+    data = encode(RGB, "JPEG", quality=90)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(Image.open(io.BytesIO(data))))
+    pixels = decode_array(data)
+    assert pixels.shape == (18, 24, 3) and pixels.dtype == np.uint8 and pixels.flags.writeable
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LAB"])
+def test_eight_bit_modes_are_pillows_conversion(mode):
+    image = RGB.convert(mode) if mode != "LAB" else Image.merge("LAB", RGB.split())
+    data = encode(image, "TIFF")
+    assert Image.open(io.BytesIO(data)).mode == mode
+    expected = image.convert("RGB") if mode != "LAB" else Image.open(io.BytesIO(data)).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(expected))
+
+
+def test_cmyk_jpeg():
+    data = encode(RGB.convert("CMYK"), "JPEG", quality=100)
+    assert np.abs(np.asarray(decode_rgb(data)).astype(int) - np.asarray(RGB).astype(int)).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_is_dropped_and_hidden_colours_show(mode):
+    image = RGB.convert(mode[:-1])
+    expected = np.asarray(image.convert("RGB"))
+    image.putalpha(0)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(encode(image))), expected)
+
+
+@pytest.mark.parametrize("transparency", [3, bytes(range(64))])
+def test_palette_with_transparency_is_its_colours(transparency):
+    image = RGB.quantize(64)
+    np.testing.assert_array_equal(
+        np.asarray(decode_rgb(encode(image, transparency=transparency))), np.asarray(image.convert("RGB"))
+    )
+
+
+def test_transparent_colour_of_grey_and_rgb_files_is_ignored():
+    for image, transparency in ((RGB.convert("L"), 7), (RGB, (1, 2, 3))):
+        data = encode(image, transparency=transparency)
+        np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_divided_by_257(kind):
+    values = np.linspace(0, 65535, 24 * 18).round().astype(np.uint16).reshape(18, 24)
+    levels = grey_levels(decode_rgb(encode(Image.fromarray(values), kind)))
+    np.testing.assert_array_equal(levels, np.round(values / 257))
+    assert levels.max() == 255 and len(np.unique(levels)) == 256
+
+
+def test_big_endian_16_bit():
+    image = Image.frombytes("I;16B", (24, 18), (RAMP * 100).astype(">u2").tobytes())
+    np.testing.assert_array_equal(grey_levels(decode.to_rgb(image)), np.round(RAMP * 100 / 257))
+
+
+def test_integers_within_16_bits_are_divided_by_257_and_others_stretched():
+    within, beyond = (RAMP * 100).astype(np.int32), (RAMP * 1000 - 5000).astype(np.int32)
+    np.testing.assert_array_equal(grey_levels(decode_rgb(encode(Image.fromarray(within), "TIFF"))), np.round(within / 257))
+    stretched = grey_levels(decode_rgb(encode(Image.fromarray(beyond), "TIFF")))
+    np.testing.assert_array_equal(stretched, np.round(RAMP / RAMP.max() * 255))
+
+
+@pytest.mark.parametrize("scale, offset, expected", [
+    (1 / 431, 0.0, 255 / 431), (1 / 500, 0.0, 255 / 500), (0.01, -2.0, 255 / 431), (3.0, 10.0, 255 / 431)
+])  # fmt: skip
+def test_floats_in_0_to_1_are_times_255_and_others_stretched(scale, offset, expected):
+    values = (RAMP * scale + offset).astype(np.float32)
+    levels = grey_levels(decode_rgb(encode(Image.fromarray(values), "TIFF")))
+    assert np.abs(levels - RAMP * expected).max() <= 0.51
+
+
+def test_floats_that_are_not_finite():
+    values = (RAMP * 2.0).astype(np.float32)
+    values[0, :3] = [np.nan, np.inf, -np.inf]
+    levels = grey_levels(decode_rgb(encode(Image.fromarray(values), "TIFF")))
+    assert levels[0, :3].tolist() == [0, 0, 0] and levels[-1, -1] == 255
+    with pytest.raises(DataError, match="bad.tif.*no finite value"):
+        decode_rgb(encode(Image.fromarray(np.full_like(values, np.nan)), "TIFF"), "bad.tif")
+
+
+@pytest.mark.parametrize("values", [np.full((4, 5), 7.5, np.float32), np.full((4, 5), 70_000, np.int32)])
+def test_constant_images_out_of_range_are_black(values):
+    assert not grey_levels(decode_rgb(encode(Image.fromarray(values), "TIFF"))).any()
+
+
+def test_each_mode_is_said_once(caplog):
+    data = encode(Image.fromarray(RAMP.astype(np.uint16)))
+    with caplog.at_level(logging.WARNING, logger="dinov2"):
+        for _ in range(3):
+            decode_rgb(data)
+    assert [record.message for record in caplog.records] == ["images of mode I;16 found: 16-bit values are divided by 257"]
+
+
+def test_orientation_is_ignored_unless_asked_for():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(RGB, "PNG", exif=exif)
+    assert decode_rgb(data).size == (24, 18)
+    turned = decode_rgb(data, exif=True)
+    np.testing.assert_array_equal(np.asarray(turned), np.asarray(RGB.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_first_picture_of_a_phones_multi_picture_jpeg():
+    data = encode(RGB, "MPO", save_all=True, append_images=[picture(24, 18, 1)], quality=95)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert np.abs(np.asarray(decode_rgb(data)).astype(int) - np.asarray(RGB).astype(int)).mean() < 20
+
+
+def test_first_frame_of_several():
+    frames = [RGB.quantize(32), picture(24, 18, 1).quantize(32)]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(frames[0].convert("RGB")))
+
+
+JPEG, PNG = encode(RGB, "JPEG"), encode(RGB)
+
+
+@pytest.mark.parametrize("data, got", [
+    (b"", "got an empty file: x.jpg"),
+    (b"hello, this is no picture\n", "got 26 bytes of text: x.jpg"),
+    (b"<!DOCTYPE html><html></html>", "28 bytes of text"),
+    (bytes(range(200)), "200 bytes of data"),
+    (JPEG[: len(JPEG) // 2], "a truncated or broken JPEG"),
+    (JPEG[:20], "a truncated or broken JPEG of 20 bytes"),
+    (PNG[: len(PNG) // 2], "a truncated or broken PNG"),
+    (PNG[:60] + bytes(40) + PNG[100:], "a truncated or broken PNG"),
+    (encode(RGB, "TIFF")[:100], "bytes of data"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "bytes of text"),
+])  # fmt: skip
+def test_broken_files_are_data_errors_that_name_the_source(data, got):
+    with pytest.raises(DataError) as e:
+        decode_rgb(data, "x.jpg")
+    assert got in str(e.value) and "x.jpg" in str(e.value) and "0x" not in str(e.value)
+    assert data == b"" or e.value.__cause__ is not None
+
+
+def test_decompression_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="expected fewer pixels: slide.png .*432 pixels.*cut it into tiles"):
+        decode_rgb(PNG, "slide.png")

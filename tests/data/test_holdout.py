@@ -1,0 +1,84 @@
+"""Hold-out: a fixed share, listed in a file, left out of training."""
+
+import os
+
+import pytest
+
+from dinov2_custom.data.datasets import ImageDataset
+from dinov2_custom.data.holdout import choose, split_off
+from dinov2_custom.errors import ConfigError, DataError
+from tests.data.pictures import make_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "data", [f"{'ab'[i % 2]}/{i:02d}.png" for i in range(20)], 4, 4)
+
+
+def names(dataset) -> list[str]:
+    return [dataset.name(i) for i in range(len(dataset))]
+
+
+def test_nothing_is_held_out_by_default(tmp_path, folder):
+    dataset = ImageDataset(tmp_path / "data")
+    assert split_off(dataset, "", 0.0) is dataset
+
+
+def test_share_is_left_out_and_listed(tmp_path, folder):
+    dataset, listed = ImageDataset(tmp_path / "data"), tmp_path / "out" / "held.txt"
+    rest = split_off(dataset, str(listed), 0.25)
+    held = listed.read_text().splitlines()
+    assert len(held) == 5 and held == sorted(held)
+    assert sorted(names(rest) + held) == folder and names(rest) == sorted(names(rest))
+    assert rest[3][0].tobytes() == dataset[folder.index(rest.name(3))][0].tobytes()
+
+
+def test_list_that_exists_is_used_as_it_is(tmp_path, folder):
+    listed = tmp_path / "held.txt"
+    listed.write_text(f"{folder[4]}\n/not/there.png\n\n{folder[7]}\n")
+    rest = split_off(ImageDataset(tmp_path / "data"), str(listed), 0.9)
+    assert names(rest) == [name for name in folder if name not in (folder[4], folder[7])]
+    assert len(listed.read_text().splitlines()) == 4
+
+
+def test_choice_depends_on_the_paths_below_the_root_alone(tmp_path, folder):
+    other = make_folder(tmp_path / "mounted" / "elsewhere", [os.path.relpath(f, tmp_path / "data") for f in folder], 4, 4)
+    chosen, again = choose(folder, 0.3), choose(other, 0.3)
+    assert len(chosen) == 6
+    assert {os.path.relpath(f, tmp_path / "data") for f in chosen} == {
+        os.path.relpath(f, tmp_path / "mounted" / "elsewhere") for f in again
+    }
+    assert choose(folder, 0.1) < chosen
+    assert choose(folder[:1], 0.4) == set() and choose(folder[:1], 0.6) == set(folder[:1])
+
+
+def test_other_ranks_hold_out_the_same_without_writing(tmp_path, folder):
+    listed = tmp_path / "held.txt"
+    first = split_off(ImageDataset(tmp_path / "data"), str(listed), 0.25, write=False)
+    assert not listed.exists()
+    assert names(first) == names(split_off(ImageDataset(tmp_path / "data"), str(listed), 0.25))
+
+
+def test_folders_limit_the_choice_and_the_list_goes_to_the_output(tmp_path, folder):
+    rest = split_off(
+        ImageDataset(tmp_path / "data"), [str(tmp_path / "data" / "b")], 0.5, output_dir=str(tmp_path / "run")
+    )
+    held = (tmp_path / "run" / "preserved_images.txt").read_text().splitlines()
+    assert len(held) == 5 and len(rest) == 15
+    assert all(os.path.basename(os.path.dirname(name)) == "b" for name in held)
+
+
+def test_half_described_hold_outs_are_refused(tmp_path, folder):
+    dataset = ImageDataset(tmp_path / "data")
+    with pytest.raises(ConfigError, match="train.path_preserved: expected a text file"):
+        split_off(dataset, "", 0.1)
+    with pytest.raises(ConfigError, match="train.frac: expected a share above 0"):
+        split_off(dataset, str(tmp_path / "held.txt"), 0.0)
+    with pytest.raises(ConfigError, match="expected existing folders, got .*nope"):
+        split_off(dataset, [str(tmp_path / "data"), str(tmp_path / "nope")], 0.1)
+
+
+def test_nothing_left_to_train_on(tmp_path, folder):
+    with pytest.raises(DataError, match="all 20 of them held out"):
+        split_off(ImageDataset(tmp_path / "data"), str(tmp_path / "held.txt"), 0.99)
+    assert not (tmp_path / "held.txt").exists()

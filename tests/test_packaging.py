@@ -1,0 +1,28 @@
+"""What an installation contains: every package of the source tree, and the data files that code reads."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11; CI runs this there")
+def test_every_package_is_listed():
+    import tomllib
+
+    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    source = {".".join(p.parent.relative_to(REPOSITORY).parts) for p in (REPOSITORY / "dinov2_custom").rglob("__init__.py")}
+    assert set(listed) == source - {"dinov2_custom._dinov2"} | {"dinov2"}
+
+
+def test_links_in_the_documents_lead_somewhere():
+    import re
+
+    broken = []
+    for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    assert broken == []

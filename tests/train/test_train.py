@@ -1,0 +1,210 @@
+"""Whole runs on generated images, in this process: what is written, what is refused, what is skipped."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from dinov2_custom.errors import ConfigError, DataError, DINOv2Error
+from dinov2_custom.logging import remove_logging
+from dinov2_custom.train import get_args_parser, main
+from dinov2_custom.train.train import build_schedulers
+from tests.train.batches import TINY, tiny_config
+
+RUN = (*TINY, "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=2", "optim.warmup_epochs=0.5")
+UPSTREAM_KEYS = [
+    "iteration", "iter_time", "data_time", "lr", "wd", "mom", "last_layer_lr", "current_batch_size", "total_loss",
+    "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss",
+]  # fmt: skip
+
+
+def write_images(folder: Path, count: int, size=(40, 30)) -> Path:
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        path = folder / f"class_{index % 2}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 12)
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path, monkeypatch):
+    """Run in an empty folder, so that a file written to the working directory is seen; close log files afterwards."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    yield
+    remove_logging("dinov2")
+
+
+def train(*arguments) -> int:
+    return main(get_args_parser().parse_args([str(a) for a in arguments]))
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "training_metrics.json").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "model_final.pth", weights_only=True)["model"]
+
+
+def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(f"train.dataset_path={images}", *RUN, "--output-dir", out, "evaluation.eval_period_iterations=3") == 0
+    files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    assert files == {
+        "config.yaml",
+        "last_checkpoint",
+        "logs/log.txt",
+        "model_final.pth",
+        "training_metrics.json",
+        *(f"eval/training_{i}/teacher_checkpoint.pth" for i in (2, 5, 7)),
+    }
+    assert list(Path.cwd().iterdir()) == []
+    written = rows(out)
+    assert [row["iteration"] for row in written] == [0, 7]
+    assert list(written[0])[: len(UPSTREAM_KEYS)] == UPSTREAM_KEYS
+    assert all(math.isfinite(value) for row in written for value in row.values())
+    first = written[0]
+    displayed = [first[key] for key in UPSTREAM_KEYS[-4:]]
+    assert first["total_loss"] == pytest.approx(sum(displayed), rel=1e-5) and first["lr"] == 0
+    log = capsys.readouterr().out
+    for fact in ("command: ", "device: cpu", "precision: ", "images: 12 found", "16 images", "2.7 passes", f"files: {out}"):
+        assert fact in log
+    assert "next: python run/eval/knn.py" in log
+    config = OmegaConf.load(out / "config.yaml")
+    assert config.optim.lr == pytest.approx(0.004 * math.sqrt(4 / 1024)) and config.train.output_dir == str(out)
+
+
+def test_a_finished_run_is_left_alone_and_goes_on_when_longer(images, tmp_path, capsys):
+    command = [f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out"]
+    train(*command)
+    stamp = (tmp_path / "out" / "model_final.pth").stat().st_mtime_ns
+    assert train(*command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "out" / "model_final.pth").stat().st_mtime_ns == stamp
+    assert train(*command, "optim.epochs=3") == 0
+    assert [row["iteration"] for row in rows(tmp_path / "out")] == [0, 7, 10, 11]
+
+
+def test_two_runs_of_one_seed_are_equal_and_workers_do_not_matter(images, tmp_path):
+    base = [f"train.dataset_path={images}", *RUN, "student.drop_path_rate=0.3"]
+    train(*base, "--output-dir", tmp_path / "a")
+    train(*base, "--output-dir", tmp_path / "b", "train.num_workers=2")
+    train(*base, "--output-dir", tmp_path / "c", "train.seed=1")
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["student.backbone.pos_embed"], c["student.backbone.pos_embed"])
+
+
+def test_output_dir_of_the_file_the_override_and_the_flag(images, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"train:\n  output_dir: {tmp_path / 'from_file'}\n  dataset_path: {images}\n")
+    train("--config-file", file, *RUN)
+    train("--config-file", file, *RUN, f"train.output_dir={tmp_path / 'from_override'}")
+    train("--config-file", file, *RUN, f"train.output_dir={tmp_path / 'lost'}", "--output_dir", tmp_path / "from_flag")
+    found = sorted(p.parent.name for p in tmp_path.glob("*/model_final.pth"))
+    assert found == ["from_file", "from_flag", "from_override"]
+    assert not (tmp_path / "lost").exists() and list(Path.cwd().iterdir()) == []
+
+
+def test_no_resume_moves_the_former_run_aside(images, tmp_path):
+    out, command = tmp_path / "out", [f"train.dataset_path={images}", *RUN]
+    train(*command, "--output-dir", out)
+    train(*command, "--output-dir", out, "--no-resume", "train.seed=5")
+    (aside,) = out.glob("previous_*")
+    assert (aside / "model_final.pth").exists() and (out / "model_final.pth").exists()
+    assert [row["iteration"] for row in rows(out)] == [0, 7]
+
+
+def test_eval_only_writes_the_newest_teacher(images, tmp_path):
+    out = tmp_path / "out"
+    command = [f"train.dataset_path={images}", *RUN, "--output-dir", out]
+    train(*command)
+    assert train(*command, "--eval-only") == 0
+    last = torch.load(out / "eval" / "training_7" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    manual = torch.load(out / "eval" / "manual_8" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
+    assert all(torch.equal(last[key], manual[key]) for key in last)
+
+
+def test_an_epoch_can_be_a_pass_over_the_data(images, tmp_path, capsys):
+    auto = ["train.OFFICIAL_EPOCH_LENGTH=auto", "optim.epochs=1.5", "optim.warmup_epochs=0.5"]
+    train(f"train.dataset_path={images}", *RUN, *auto, "--output-dir", tmp_path / "out")
+    assert "epoch=3 iterations = 12 images, 1.5 epochs = 4 iterations" in capsys.readouterr().out
+
+
+def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, capsys):
+    images = write_images(tmp_path / "images", 10)
+    (images / "torn.png").write_bytes(next(images.rglob("*.png")).read_bytes()[:60])
+    (images / "empty.jpg").touch()
+    arguments = [f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out"]
+    assert train(*arguments, "train.max_bad_fraction=0.5") == 0
+    listed = [json.loads(line) for line in (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(Path(row["path"]).name for row in listed) == ["empty.jpg", "torn.png"]
+    assert all(row["reason"] for row in listed)
+    with pytest.raises(DataError, match=r"at most 5\.00% unreadable images"):
+        train(*arguments, "--no-resume", "train.max_bad_fraction=0.05", "optim.epochs=40")
+
+
+def test_continuing_from_given_weights(images, tmp_path, capsys):
+    command = [f"train.dataset_path={images}", *RUN, "--output-dir"]
+    train(*command, tmp_path / "first")
+    given = tmp_path / "first" / "eval" / "training_7" / "teacher_checkpoint.pth"
+    still = ["optim.base_lr=0", "optim.min_lr=0", "student.block_chunks=2"]
+    train(*command, tmp_path / "second", f"student.pretrained_weights={given}", *still)
+    assert "matched=" in capsys.readouterr().out
+    state, teacher = weights(tmp_path / "second"), torch.load(given, weights_only=True)["teacher"]
+    assert torch.equal(state["teacher.backbone.cls_token"], teacher["backbone.cls_token"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["train.dataset_path=/nowhere/at/all"], DataError, "/nowhere/at/all"),
+        ([], ConfigError, "train.dataset_path"),
+        (["train.dataset_path={empty}"], DataError, "empty"),
+        (["train.dataset_path={unreadable}"], DataError, "readable"),
+        (["train.dataset_path={images}", "crops.local_crops_size=9"], ConfigError, "crops.local_crops_size"),
+        (["train.dataset_path={images}", "student.arch=vit_smal"], ConfigError, "vit_small"),
+        (["train.dataset_path={images}", "optim.warmup_epochs=9"], ConfigError, "optim.epochs"),
+        (["train.dataset_path={images}", "optim.epochs=many"], ConfigError, "optim.epochs"),
+        (["train.dataset_path={images}", "optim.epoch=3"], ConfigError, "optim.epochs"),
+        (["train.dataset_path={images}", "--output-dir", "{file}/x"], ConfigError, "{file}"),
+    ],
+)
+def test_bad_input_is_one_error_before_any_work(images, tmp_path, arguments, error, message):
+    places = {"images": images, "empty": tmp_path / "empty", "unreadable": tmp_path / "bad", "file": tmp_path / "file"}
+    places["empty"].mkdir()
+    places["unreadable"].mkdir()
+    (places["unreadable"] / "a.png").write_bytes(b"<html>")
+    places["file"].write_text("")
+    with pytest.raises(error) as caught:
+        train(*RUN, "--output-dir", tmp_path / "out", *(a.format(**places) for a in arguments))
+    assert isinstance(caught.value, DINOv2Error) and message.format(**places) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_schedules_follow_the_configuration():
+    cfg = tiny_config(
+        "train.OFFICIAL_EPOCH_LENGTH=10",
+        "optim.epochs=4",
+        "optim.warmup_epochs=1",
+        "optim.freeze_last_layer_epochs=0.5",
+        "teacher.warmup_teacher_temp_epochs=2",
+    )
+    lr, wd, momentum, temp, last_layer_lr = build_schedulers(cfg)
+    assert lr[0] == 0 and lr[10] == pytest.approx(cfg.optim.lr) and lr[40] == cfg.optim.min_lr
+    assert [last_layer_lr[i] for i in range(5)] == [0] * 5 and last_layer_lr[5] == lr[5] > 0
+    assert (wd[0], wd[40], momentum[0], momentum[40]) == pytest.approx((0.04, 0.4, 0.992, 1))
+    assert (temp[0], temp[19], temp[39]) == pytest.approx((0.04, 0.07, 0.07))
