@@ -83,42 +83,45 @@ def dino_loss(row: dict) -> float:
 def patch_feature_map(
     backbone: nn.Module, image: torch.Tensor, window: int, step: int, batch_size: int = 256
 ) -> np.ndarray:
-    """Return patch features of a whole photograph, seen through overlapping windows of the size trained on.
+    """Return patch features of a whole photograph, seen through overlapping windows.
 
-    The backbone looks at ``window`` x ``window`` pixels, every ``step`` pixels; a cell is the mean of all patches that
-    cover it. So each patch is seen at the scale, and with the context, that it had in training.
+    The backbone looks at ``window`` x ``window`` pixels, every ``step`` pixels; each cell of the map is the mean over
+    the patches that cover it. So patches keep the scale and the context that they have in training.
 
     Args:
-        image: (3, H, W) normalised; only the part that whole steps cover counts.
-        step: a divisor of the patch size.
+        image: (3, H, W) normalised; what whole steps do not reach at the right and bottom is left out.
+        step: a multiple or a divisor of the patch size.
 
     Returns:
-        float32 (h, w, D), a cell being ``step`` pixels wide.
+        float32 (h, w, D), a cell being min(``step``, patch size) pixels wide.
 
     Raises:
-        ConfigError: an image smaller than a window, or a step that does not divide the patch.
+        ConfigError: an image smaller than a window, or a step that does not fit the patch.
     """
     patch = backbone.patch_size
-    if patch % step or window % patch or min(image.shape[1:]) < window:
+    cell = min(step, patch)
+    if patch % cell or step % cell or window % patch or window % step or min(image.shape[1:]) < window:
         raise ConfigError(
-            f"patch_feature_map: expected an image of at least the window, a window of whole patches and a step that "
-            f"divides the patch, got image {tuple(image.shape[1:])}, window {window}, patch {patch}, step {step}"
+            "patch_feature_map: expected an image of at least the window, a window of whole patches and steps, a step "
+            f"that divides the patch or is a multiple of it, got image {tuple(image.shape[1:])}, window {window}, "
+            f"patch {patch}, step {step}"
         )
     device = next(backbone.parameters()).device
     rows, columns = ((side - window) // step + 1 for side in image.shape[1:])
-    cells, grid = patch // step, window // patch
-    total = torch.zeros(rows - 1 + window // step, columns - 1 + window // step, backbone.embed_dim)
-    count = torch.zeros(*total.shape[:2], 1)
+    reach, grid, cells_a_step = window // cell, window // patch, step // cell
+    shape = [(n - 1) * cells_a_step + reach for n in (rows, columns)]
+    total, count = torch.zeros(*shape, backbone.embed_dim), torch.zeros(*shape, 1)
     corners = [(row, column) for row in range(rows) for column in range(columns)]
     for start in range(0, len(corners), batch_size):
         chosen = corners[start : start + batch_size]
         windows = [image[:, r * step : r * step + window, c * step : c * step + window] for r, c in chosen]
         features = backbone(torch.stack(windows).to(device), is_training=True)["x_norm_patchtokens"].float().cpu()
         features = features.reshape(len(chosen), grid, grid, -1)
-        features = features.repeat_interleave(cells, dim=1).repeat_interleave(cells, dim=2)
+        features = features.repeat_interleave(patch // cell, dim=1).repeat_interleave(patch // cell, dim=2)
         for (r, c), feature in zip(chosen, features, strict=True):
-            total[r : r + grid * cells, c : c + grid * cells] += feature
-            count[r : r + grid * cells, c : c + grid * cells] += 1
+            top, left = r * cells_a_step, c * cells_a_step
+            total[top : top + reach, left : left + reach] += feature
+            count[top : top + reach, left : left + reach] += 1
     return (total / count).numpy()
 
 
@@ -138,7 +141,7 @@ def pca_colours(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [(one.clip(0, 1) * 255).round().astype(np.uint8) for one in scaled]
 
 
-def plot_rows_of_images(rows: dict[str, Sequence[np.ndarray]], path: str | Path, title: str, height: int = 150) -> Path:
+def plot_rows(rows: dict[str, Sequence[np.ndarray]], path: str | Path, title: str, height: int = 150) -> Path:
     """Save a figure with one row of pictures (uint8, (h, w, 3)) a label, each ``height`` pixels high.
 
     Pictures of a column share the aspect ratio of the first row.

@@ -28,14 +28,15 @@ ALLOWED = {
     "utils.schedules": set(),
     "utils.cluster": set(),
     "utils.param_groups": set(),
-    "utils.utils": BASE,
+    "utils.weights": {"errors"},
+    "utils.utils": BASE | {"utils.weights"},
     "world": {"errors"},
     "distributed": {"errors", "world"},
     "configs": {"errors"},
     "logging": {"errors", "distributed"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
-    "models": BASE | {"layers"},
+    "models": BASE | {"layers", "utils.weights"},
     "loss": BASE | {"distributed"},
     "data": BASE,
     "parallel": BASE | {"distributed", "configs"},
@@ -45,6 +46,8 @@ ALLOWED = {
 ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
 SATELLITES = {"eval", "hub", "export", "plan", "verify", "plots", "embed", "patching", "decoders"}
 ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
+# a demonstration of everything: uses the satellites, nothing uses it
+ALLOWED["quickstart"] = set(ALLOWED) - {"_dinov2"}
 LAZY_ONLY = {("run", "train")}  # allowed inside a function: the node imports it, not the submitting machine
 
 TORCH_FREE = ["errors", "world", "configs", "configs.load", "utils.rng", "utils.cluster", "train.args", "eval.args"]

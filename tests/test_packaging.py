@@ -13,7 +13,8 @@ def test_every_package_is_listed():
     import tomllib
 
     listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    source = {".".join(p.parent.relative_to(REPOSITORY).parts) for p in (REPOSITORY / "dinov2_custom").rglob("__init__.py")}
+    folders = [p.parent for p in (REPOSITORY / "dinov2_custom").rglob("__init__.py")]
+    source = {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders}
     assert set(listed) == source - {"dinov2_custom._dinov2"} | {"dinov2"}
 
 

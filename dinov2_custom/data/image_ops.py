@@ -1,8 +1,8 @@
 """Pixel operations of the augmentation: uint8 in, uint8 out, every parameter given by the caller.
 
 Each does what Pillow (through torchvision) does, in a few whole-array integer operations. Not in here: any drawing of
-parameters (``draws``) and the recipe (``augmentations``). Arrays are planar, C-contiguous ``(C, H, W)`` uint8 with C = 3,
-or 1 after :func:`grayscale`. Read :func:`blend` first.
+parameters (``draws``) and the recipe (``augmentations``). Arrays are planar, C-contiguous ``(C, H, W)`` uint8 with
+C = 3, or 1 after :func:`grayscale`. Read :func:`blend` first.
 """
 
 from __future__ import annotations
@@ -126,19 +126,19 @@ def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
     x = image.astype(np.int16)
     high = np.maximum(np.maximum(x[0], x[1]), x[2])
     low = np.minimum(np.minimum(x[0], x[1]), x[2])
-    move = (high - low).view(np.uint16) * np.uint16(round(abs(sextants) / passes * 256))
-    move = ((move + np.uint16(127)) >> np.uint16(8)).view(np.int16)
-    for _ in range(passes):
+    total = np.rint((high - low) * np.float32(abs(sextants))).astype(np.int16)
+    for i in range(passes):
+        move = total if passes == 1 else total * (i + 1) // passes - total * i // passes
         x = _turn(x, high, low, move, forward=sextants > 0)
     return x.astype(np.uint8)
 
 
 def _turn(x: np.ndarray, high: np.ndarray, low: np.ndarray, move: np.ndarray, forward: bool) -> np.ndarray:
-    """Move the hue of ``x`` by ``move`` <= half the chroma along the hexagon, towards green from red if ``forward``.
+    """Move the hue of ``x`` by ``move`` <= half the chroma (rounded up) along the hexagon, red to green if ``forward``.
 
     With ``ahead`` the channel after c in the direction of turning (R, G, B, R, ... forward): c rises where the channel
     behind it leads, once ``ahead`` has fallen to the lowest level, and falls where ``ahead`` has reached the highest.
-    Both at once cannot be while ``move`` is at most half the chroma, and the clipping does the rest.
+    Both at once cannot be with such a ``move``, and the clipping does the rest.
     """
     ahead = x[[1, 2, 0]] if forward else x[[2, 0, 1]]
     risen = np.subtract(low + move, ahead)

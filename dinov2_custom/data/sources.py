@@ -107,9 +107,7 @@ def list_images(roots: Sequence[str], extensions: Sequence[str] = EXTENSIONS) ->
     return found
 
 
-def _list_root(
-    root: str, extensions: tuple[str, ...], others: Counter[str], seen: set[tuple[int, int]]
-) -> list[str]:
+def _list_root(root: str, extensions: tuple[str, ...], others: Counter[str], seen: set[tuple[int, int]]) -> list[str]:
     """List one root, depth first; count what is no image in ``others``, folders met in ``seen``."""
     found, folders = [], [root]
     while folders:

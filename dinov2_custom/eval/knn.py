@@ -98,7 +98,8 @@ def eval_knn(
         DataError: no features on one side.
     """
     if not len(train_features) or not len(val_features):
-        raise DataError(f"kNN: expected features, got {len(train_features)} for training, {len(val_features)} to classify")
+        counts = f"{len(train_features)} for training, {len(val_features)} to classify"
+        raise DataError(f"kNN: expected features, got {counts}; check both datasets")
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
     results: dict[tuple[str, int], dict[str, Tensor]] = {}
     for n_per_class in n_per_class_list:
@@ -252,7 +253,9 @@ def main(args: argparse.Namespace) -> int:
         nb_knn=args.nb_knn,
         temperature=args.temperature,
         autocast_dtype=autocast_dtype,
-        transform=make_classification_eval_transform(resize_size=args.resize_size, crop_size=args.crop_size),
+        transform=make_classification_eval_transform(
+            resize_size=args.resize_size, crop_size=args.crop_size, **args.normalize
+        ),
         gather_on_cpu=args.gather_on_cpu,
         batch_size=args.batch_size,
         num_workers=args.num_workers,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,21 +20,20 @@ from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_args_parser
 from dinov2_custom.logging import setup_logging
 from dinov2_custom.models import build_model_from_cfg
-from dinov2_custom.train.checkpoint import load_safely
-from dinov2_custom.train.pretrained import backbone_state
 from dinov2_custom.utils.dtype import resolve_dtype
+from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
 
 __all__ = ["build_model_for_eval", "get_args_parser", "get_autocast_dtype", "setup_and_build_model"]
 
 logger = logging.getLogger("dinov2")
 _RUN_FILES = ("config.yaml", "training_metrics.json", "last_checkpoint")
-_HEADS = ("dino_head.", "ibot_head.")
 
 
 def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dtype]:
     """Return (teacher backbone on its device in evaluation mode, number type to compute in).
 
-    Starts the ranks and the logs, makes the output directory and sets ``args.output_dir`` to it.
+    Starts the ranks and the logs, makes the output directory and sets ``args.output_dir`` to it; ``args.normalize``
+    becomes the ``{"mean": ..., "std": ...}`` that the model was trained with.
 
     Args:
         args: what :func:`get_args_parser` parses.
@@ -58,6 +56,7 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
         allow_unknown_keys=args.allow_unknown_keys,
         require_dataset=False,
     )
+    args.normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
     args.output_dir = distributed.broadcast_object(cfg.train.output_dir)
     check_not_a_run(args.output_dir)
     check_output_dir(args.output_dir)
@@ -129,50 +128,19 @@ def load_teacher_backbone(model: nn.Module, source: str) -> None:
     block chunks do not count, heads are left out.
 
     Raises:
-        CheckpointError: unreadable, or of another architecture; the message counts what differs. Nothing is changed then.
+        CheckpointError: unreadable, or of another architecture, with counts; the model is unchanged then.
     """
-    state = _teacher_state(_read(source))
-    own = {_flat_name(name, model): name for name in model.state_dict()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [own_name for name, own_name in own.items() if name not in state]
-    unexpected = [name for name in state if name not in own]
-    misshapen = [
-        f"{own[name]}: expected {shapes[own[name]]}, got {tuple(tensor.shape)}"
-        for name, tensor in state.items()
-        if name in own and tuple(tensor.shape) != shapes[own[name]]
-    ]
-    if missing or unexpected or misshapen:
-        examples = [*misshapen[:3], *(f"{name}: missing" for name in missing[:3])]
-        examples += [f"{name}: unexpected" for name in unexpected[:3]]
+    fit, num_wanted = fit_state(model, flat_state(read_weights(source))), len(model.state_dict())
+    if fit.missing or fit.unexpected or fit.misshapen:
         raise CheckpointError(
-            f"--pretrained-weights: expected the {len(own)} tensors of the configured backbone, got {len(missing)} "
-            f"missing, {len(unexpected)} unexpected and {len(misshapen)} of another shape in {source}:\n  "
-            + "\n  ".join(examples)
+            f"--pretrained-weights: expected the {num_wanted} tensors of the configured backbone, got "
+            f"{len(fit.missing)} missing, {len(fit.unexpected)} unexpected and {len(fit.misshapen)} of another shape "
+            f"in {source}:\n  "
+            + "\n  ".join(fit.examples())
             + "\nuse the config.yaml of the run that wrote the weights"
         )
-    model.load_state_dict({own[name]: tensor for name, tensor in state.items()}, strict=True)
-    logger.info(f"weights: {source} tensors={len(own)}")
-
-
-def _read(source: str) -> Mapping:
-    if str(source).startswith(("http://", "https://")):
-        return torch.hub.load_state_dict_from_url(str(source), map_location="cpu", weights_only=True)
-    return load_safely(Path(source).expanduser())
-
-
-def _teacher_state(file: Mapping) -> dict[str, torch.Tensor]:
-    """Return the backbone's tensors under flat block names; a training checkpoint holds the student's too."""
-    inner = file.get("model")
-    if isinstance(inner, Mapping) and any(key.startswith("teacher.") for key in inner):
-        file = {key: value for key, value in inner.items() if key.startswith("teacher.")}
-    return {name: tensor for name, tensor in backbone_state(file).items() if not name.startswith(_HEADS)}
-
-
-def _flat_name(name: str, model: nn.Module) -> str:
-    if not model.chunked_blocks or not name.startswith("blocks."):
-        return name
-    _, _chunk, rest = name.split(".", 2)
-    return f"blocks.{rest}"
+    model.load_state_dict(fit.found, strict=True)
+    logger.info(f"weights: {source} tensors={num_wanted}")
 
 
 def _device() -> torch.device:

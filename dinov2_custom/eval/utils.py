@@ -157,6 +157,6 @@ def extract_features_with_dataloader(
         seen[all_indices.cpu()] = True
     if features is None or not bool(seen.all()):
         raise DataError(f"dataset: expected the features of {sample_count} images, got {int(seen.sum())}")
-    logger.info(f"features: images={sample_count} dim={features.shape[1]}")
+    logger.debug(f"features: images={sample_count} dim={features.shape[1]}")
     return features, labels
 

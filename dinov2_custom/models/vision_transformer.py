@@ -81,9 +81,7 @@ class DinoVisionTransformer(nn.Module):
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
 
-        self.patch_embed = embed_layer(
-            img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim
-        )
+        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + self.num_tokens, embed_dim))
         self.register_tokens = (
@@ -289,4 +287,5 @@ def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> 
 
 
 ARCHITECTURES = ("vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
-__all__ = ["ARCHITECTURES", "BlockChunk", "DinoVisionTransformer", "init_weights_vit_timm", "named_apply", *ARCHITECTURES]
+__all__ = ["ARCHITECTURES", "BlockChunk", "DinoVisionTransformer", "init_weights_vit_timm", "named_apply"]
+__all__ += ARCHITECTURES

@@ -65,10 +65,10 @@ def open_photo(name: str, longest: int = Tiling().longest) -> Image.Image:
     """
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("quickstart: expected scikit-image, whose photographs it trains on; run: pip install scikit-image")
+        raise DataError("quickstart: expected scikit-image and its photographs, got none; pip install scikit-image")
     path = Path(spec.submodule_search_locations[0]) / "data" / PHOTOS[name]
     if not path.is_file():
-        raise DataError(f"quickstart: expected the photograph {path}, got nothing; run: pip install 'scikit-image>=0.25'")
+        raise DataError(f"quickstart: expected a photograph, got nothing at {path}; pip install 'scikit-image>=0.25'")
     with Image.open(path) as image:
         photo = image.convert("RGB")
     if max(photo.size) > longest:

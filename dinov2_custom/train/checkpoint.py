@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.weights import read_weights
 
 logger = logging.getLogger("dinov2")
 _NAME = re.compile(r"model_(\d{7,}|final)\.pth")
@@ -35,21 +36,6 @@ def save_atomically(obj: Any, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def load_safely(path: Path) -> dict:
-    """Read a file of tensors and plain values; never runs code from it.
-
-    Raises:
-        CheckpointError: missing, torn, or holding anything but tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"checkpoint: expected a file, got nothing at {path}") from e
-    except Exception as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise CheckpointError(f"checkpoint: expected readable tensors, got {type(e).__name__} in {path}: {reason}") from e
 
 
 class Checkpointer:
@@ -92,7 +78,7 @@ class Checkpointer:
         candidates = self.candidates()
         for path in candidates:
             try:
-                state = load_safely(path)
+                state = read_weights(path)
             except CheckpointError as e:
                 logger.warning(f"skipped an unreadable checkpoint, falling back to the one before: {e}")
                 continue
@@ -156,7 +142,7 @@ def check_same_architecture(model: nn.Module, state: dict[str, torch.Tensor], pa
 
 
 def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
-    """Write ``eval/<name>/teacher_checkpoint.pth`` in upstream's layout: {"teacher": {backbone.*, dino_head.*, ...}}."""
+    """Write ``eval/<name>/teacher_checkpoint.pth``, upstream's layout: {"teacher": {backbone.*, dino_head.*, ...}}."""
     path = Path(folder) / "eval" / name / "teacher_checkpoint.pth"
     teacher = {key: tensor.detach().float().cpu().clone() for key, tensor in model.teacher.state_dict().items()}
     save_atomically({"teacher": teacher}, path)
@@ -164,7 +150,7 @@ def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
 
 
 def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
-    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, or None if there were none."""
+    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, None if there were none."""
     names = ("last_checkpoint", "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
     old = [p for p in folder.iterdir() if p.name in names or _NAME.fullmatch(p.name)] if folder.is_dir() else []
     if not old:

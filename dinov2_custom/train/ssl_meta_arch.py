@@ -22,14 +22,14 @@ from dinov2_custom.utils.rng import seed_for
 
 
 class Targets(NamedTuple):
-    """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None if not trained."""
+    """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: not trained."""
 
     cls: Tensor | None
     patches: Tensor | None
 
 
 class Outputs(NamedTuple):
-    """Student outputs: logits ``local_cls`` (L*b, K), ``global_cls`` (2b, K), ``patches`` (M, K'); ``features`` (2b, D)."""
+    """Student logits ``local_cls`` (L*b, K), ``global_cls`` (2b, K), ``patches`` (M, K'), and ``features`` (2b, D)."""
 
     local_cls: Tensor | None
     global_cls: Tensor | None
@@ -235,9 +235,7 @@ class SSLMetaArch(nn.Module):
             return None
         return features["x_norm_patchtokens"].flatten(0, 1).index_select(0, images["mask_indices_list"])
 
-    def _heads(
-        self, model: str, cls_list: list[Tensor], patches: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
+    def _heads(self, model: str, cls_list: list[Tensor], patches: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Run class tokens and masked patches through their heads: together when the head is shared."""
         heads = getattr(self, model)
         shared = cls_list if patches is None or self.ibot_separate_head else [*cls_list, patches]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +13,7 @@ import torch
 
 from dinov2_custom import __version__
 from dinov2_custom.utils.dtype import resolve_dtype
+from dinov2_custom.utils.utils import get_sha
 
 
 class RunLength(NamedTuple):
@@ -48,7 +47,7 @@ def describe_run(cfg, model, length: RunLength, num_images: int, world_size: int
     return [
         f"command: {shlex.join(sys.argv)}",
         f"versions: dinov2_custom={__version__} torch={torch.__version__} python={platform.python_version()} "
-        f"git={git_sha()}",
+        f"git=({get_sha()})",
         f"device: {device.type} ({name}) threads={torch.get_num_threads()} world_size={world_size}",
         f"precision: {dtype.removeprefix('torch.')}, losses and weights in float32",
         f"model: {cfg.student.arch} patch={cfg.student.patch_size} student_parameters={millions:.2f}M",
@@ -70,19 +69,3 @@ def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
         f"next: python run/eval/knn.py --pretrained-weights {shlex.quote(str(teacher_path))} "
         "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",
     ]
-
-
-def git_sha() -> str:
-    """Return the commit of the source tree (with ``+changes`` when it is not clean), or ``none`` outside git."""
-    here = Path(__file__).resolve().parent
-    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=here, env=env, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        sha = git("rev-parse", "--short=12", "HEAD")
-        return (sha + ("+changes" if git("status", "--porcelain", "-uno") else "")) if sha else "none"
-    except (OSError, subprocess.TimeoutExpired):
-        return "none"

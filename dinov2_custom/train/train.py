@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 
 from dinov2_custom import distributed
-from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.configs.load import check_output_dir
+from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.logging import MetricLogger, setup_logging, truncate_after
-from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
 from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite, stop_requests
 from dinov2_custom.train.pretrained import load_pretrained_backbone

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import random
-import re
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,11 @@ from torch import nn
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.schedules import CosineScheduler
+from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
 
 __all__ = ["CosineScheduler", "fix_random_seeds", "get_sha", "has_batchnorms", "load_pretrained_weights"]
 
 logger = logging.getLogger("dinov2")
-
-_WRAPPING_KEYS = ("teacher", "model", "state_dict", "student")
-_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module)\.")
-_HEADS = ("dino_head.", "ibot_head.")
-
 
 def load_pretrained_weights(
     model: nn.Module, pretrained_weights: str | os.PathLike, checkpoint_key: str | None
@@ -46,63 +39,26 @@ def load_pretrained_weights(
     Raises:
         CheckpointError: no such file, not a weight file, tensors of other shapes, or not one name that matches.
     """
-    state = _unwrap(_read_weights(pretrained_weights), checkpoint_key)
-    state = {_plain_name(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    wanted = model.state_dict()
-    names = {_plain_name(name): name for name in wanted}
-    found = {names[key]: value for key, value in state.items() if key in names}
-    unused = [key for key in state if key not in names and not key.startswith(_HEADS)]
-    missing = [name for name in wanted if name not in found]
-    if not found:
+    state = flat_state(read_weights(pretrained_weights), checkpoint_key)
+    fit, num_wanted = fit_state(model, state), len(model.state_dict())
+    if not fit.found:
         raise CheckpointError(
             f"expected the weights of {type(model).__name__} in {pretrained_weights}, got {len(state)} tensors with "
-            f"other names: {_some(state)} instead of {_some(wanted)}. Check that the file fits the configuration."
+            f"other names: {_some(state)} instead of {_some(model.state_dict())}. Check that the file fits the "
+            "configuration."
         )
-    misshapen = [
-        f"{name} {tuple(value.shape)} instead of {tuple(wanted[name].shape)}"
-        for name, value in found.items()
-        if value.shape != wanted[name].shape
-    ]
-    if misshapen:
+    if fit.misshapen:
         raise CheckpointError(
-            f"expected tensors of the model's shapes in {pretrained_weights}, got {len(misshapen)} of other shapes: "
-            f"{_some(misshapen)}. Use the arch, patch size and crop size that the weights were trained with."
+            f"expected tensors of the model's shapes in {pretrained_weights}, got {len(fit.misshapen)} of other "
+            f"shapes: {_some(fit.misshapen)}. Use the arch, patch size and crop size they were trained with."
         )
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(fit.found, strict=False)
     logger.info(
-        f"{pretrained_weights}: {len(found)} of {len(wanted)} tensors matched ({len(found) / len(wanted):.0%}), "
-        f"{len(missing)} missing, {len(unused)} unused"
+        f"{pretrained_weights}: {len(fit.found)} of {num_wanted} tensors matched "
+        f"({len(fit.found) / num_wanted:.0%}), {len(fit.missing)} missing, {len(fit.unexpected)} unused"
     )
-    if missing or unused:
-        logger.warning(f"{pretrained_weights}: missing: {_some(missing)}; unused: {_some(unused)}")
-
-
-def _read_weights(source: str | os.PathLike) -> Any:
-    advice = "Give the path or URL of a .pth file of tensors."
-    try:
-        if str(source).startswith(("http://", "https://")):
-            return torch.hub.load_state_dict_from_url(str(source), map_location="cpu", weights_only=True)
-        return torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"expected a weight file at {source}, found none. {advice}") from e
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        reason = str(e).partition("\n")[0]
-        raise CheckpointError(f"expected a weight file at {source}, could not read it: {reason}. {advice}") from e
-
-
-def _unwrap(state: Any, checkpoint_key: str | None) -> Mapping[str, Any]:
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"expected a weight file that holds a dict of tensors, got a {type(state).__name__}")
-    for key in (checkpoint_key, *_WRAPPING_KEYS):
-        if key is not None and isinstance(state.get(key), Mapping):
-            logger.info(f"taking the weights under {key!r}")
-            return state[key]
-    return state
-
-
-def _plain_name(name: str) -> str:
-    """Return ``name`` without prefixes, and with ``blocks.<chunk>.<i>.`` as ``blocks.<i>.`` (i counts all blocks)."""
-    return re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2.", _PREFIXES.sub("", name))
+    if fit.missing or fit.unexpected:
+        logger.warning(f"{pretrained_weights}: missing: {_some(fit.missing)}; unused: {_some(fit.unexpected)}")
 
 
 def _some(names: Any, count: int = 4) -> str:

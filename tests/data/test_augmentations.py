@@ -63,7 +63,10 @@ def test_recipe_of_each_crop_is_upstreams():
     draws = [augment.draw(60, 50, random.Random(seed)) for seed in range(3000)]
 
     def rates(crop: int) -> list[float]:
-        flags = [(d[crop].flip, bool(d[crop].jitter), d[crop].gray, d[crop].sigma is not None, d[crop].solarize) for d in draws]
+        flags = [
+            (d[crop].flip, bool(d[crop].jitter), d[crop].gray, d[crop].sigma is not None, d[crop].solarize)
+            for d in draws
+        ]
         return np.mean(flags, axis=0).tolist()
 
     for crop, blur, solarize in [(0, 0.0, 0.0), (1, 0.9, 0.2), (2, 0.5, 0.0), (3, 0.5, 0.0)]:

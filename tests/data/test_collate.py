@@ -32,6 +32,7 @@ def collate(samples, probability=0.5, ratio=(0.1, 0.5), grid=4, dtype=torch.floa
     (5, 0.7, (0.1, 0.5), 14, torch.bfloat16),
     (8, 1.0, (0.3, 0.45), 16, torch.float32),
     (3, 0.0, (0.1, 0.5), 16, torch.float32),
+    (4, 1.0, (0.07, 0.1), 4, torch.float32),
     (16, 0.5, (0.1, 0.5), 37, torch.float32),
 ])  # fmt: skip
 def test_all_outputs_equal_upstreams(upstream_data, batch, probability, ratio, grid, dtype):

@@ -93,13 +93,16 @@ def test_big_endian_16_bit():
 
 def test_integers_within_16_bits_are_divided_by_257_and_others_stretched():
     within, beyond = (RAMP * 100).astype(np.int32), (RAMP * 1000 - 5000).astype(np.int32)
-    np.testing.assert_array_equal(grey_levels(decode_rgb(encode(Image.fromarray(within), "TIFF"))), np.round(within / 257))
+    np.testing.assert_array_equal(
+        grey_levels(decode_rgb(encode(Image.fromarray(within), "TIFF"))), np.round(within / 257)
+    )
     stretched = grey_levels(decode_rgb(encode(Image.fromarray(beyond), "TIFF")))
     np.testing.assert_array_equal(stretched, np.round(RAMP / RAMP.max() * 255))
 
 
 @pytest.mark.parametrize("scale, offset, expected", [
-    (1 / 431, 0.0, 255 / 431), (1 / 500, 0.0, 255 / 500), (0.01, -2.0, 255 / 431), (3.0, 10.0, 255 / 431)
+    (1 / 431, 0.0, 255 / 431), (1 / 500, 0.0, 255 / 500), (0.01, -2.0, 255 / 431), (1.5 / 431, 0.0, 255 / 431),
+    (3.0, 10.0, 255 / 431),
 ])  # fmt: skip
 def test_floats_in_0_to_1_are_times_255_and_others_stretched(scale, offset, expected):
     values = (RAMP * scale + offset).astype(np.float32)
@@ -126,7 +129,9 @@ def test_each_mode_is_said_once(caplog):
     with caplog.at_level(logging.WARNING, logger="dinov2"):
         for _ in range(3):
             decode_rgb(data)
-    assert [record.message for record in caplog.records] == ["images of mode I;16 found: 16-bit values are divided by 257"]
+    assert [record.message for record in caplog.records] == [
+        "images of mode I;16 found: 16-bit values are divided by 257"
+    ]
 
 
 def test_orientation_is_ignored_unless_asked_for():

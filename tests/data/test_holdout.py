@@ -42,7 +42,9 @@ def test_list_that_exists_is_used_as_it_is(tmp_path, folder):
 
 
 def test_choice_depends_on_the_paths_below_the_root_alone(tmp_path, folder):
-    other = make_folder(tmp_path / "mounted" / "elsewhere", [os.path.relpath(f, tmp_path / "data") for f in folder], 4, 4)
+    other = make_folder(
+        tmp_path / "mounted" / "elsewhere", [os.path.relpath(f, tmp_path / "data") for f in folder], 4, 4
+    )
     chosen, again = choose(folder, 0.3), choose(other, 0.3)
     assert len(chosen) == 6
     assert {os.path.relpath(f, tmp_path / "data") for f in chosen} == {

@@ -1,5 +1,6 @@
 """Every pixel operation against Pillow with the same parameters."""
 
+import colorsys
 import random
 
 import numpy as np
@@ -75,13 +76,28 @@ def test_factor_one_changes_nothing_and_huge_factors_saturate(name):
 
 def test_hue_of_pure_colours_and_greys():
     colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
-    images = {name: np.full((3, 2, 2), 0, np.uint8) + np.array(c, np.uint8)[:, None, None] for name, c in colours.items()}
+    images = {
+        name: np.full((3, 2, 2), 0, np.uint8) + np.array(c, np.uint8)[:, None, None] for name, c in colours.items()
+    }
     np.testing.assert_allclose(image_ops.adjust_hue(images["red"], 1 / 3), images["green"], atol=10)
     np.testing.assert_allclose(image_ops.adjust_hue(images["red"], -1 / 3), images["blue"], atol=10)
     for shift in (-0.5, -0.07, 0.1, 0.5):
         np.testing.assert_array_equal(image_ops.adjust_hue(images["grey"], shift), images["grey"])
     for image in images.values():
         np.testing.assert_array_equal(image_ops.adjust_hue(image, 0.003), image)
+
+
+@pytest.mark.parametrize("shift", [-0.4, -0.1, -0.05, 0.03, 0.08, 0.1, 0.5])
+def test_hue_is_the_exact_turn_of_the_hexagon_rounded(shift):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8)
+    steps = int(shift * 255)
+    turn = (steps - 0.5) / 255
+    exact = np.empty((3, 20, 20))
+    for place in np.ndindex(20, 20):
+        h, s, v = colorsys.rgb_to_hsv(*(pixels[(slice(None), *place)] / 255))
+        exact[(slice(None), *place)] = np.multiply(colorsys.hsv_to_rgb((h + turn) % 1, s, v), 255)
+    difference = image_ops.adjust_hue(pixels, shift) - exact
+    assert np.abs(difference).max() < 0.51 and np.abs(difference).mean() < 0.1
 
 
 def test_hue_keeps_value_and_chroma():

@@ -51,9 +51,7 @@ def test_huge_datasets_need_no_list():
 
 @pytest.mark.parametrize("world_size, batch", [(1, 3), (2, 2), (4, 5)])
 def test_draws_of_all_ranks_are_the_global_batches(world_size, batch):
-    ranks = [
-        take(DrawSampler(batch_size=batch, rank=r, world_size=world_size), 4 * batch) for r in range(world_size)
-    ]
+    ranks = [take(DrawSampler(batch_size=batch, rank=r, world_size=world_size), 4 * batch) for r in range(world_size)]
     for iteration in range(4):
         drawn = [draw for rank in ranks for draw in rank[iteration * batch : (iteration + 1) * batch]]
         assert drawn == list(range(iteration * batch * world_size, (iteration + 1) * batch * world_size))
@@ -70,9 +68,7 @@ def test_draws_go_on_where_they_stopped():
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_epoch_sampler_shares_an_epoch(shuffle):
     def ranks(epoch: int) -> list[list[int]]:
-        samplers = [
-            EpochSampler(size=25, sample_count=10, shuffle=shuffle, seed=3, start=r, step=4) for r in range(4)
-        ]
+        samplers = [EpochSampler(size=25, sample_count=10, shuffle=shuffle, seed=3, start=r, step=4) for r in range(4)]
         for sampler in samplers:
             sampler.set_epoch(epoch)
             assert len(sampler) == len(list(sampler))

@@ -59,7 +59,7 @@ def test_what_exists_as_a_path_is_a_path(tmp_path, monkeypatch):
     ("ImagNet:split=TRAIN:root=/x", ["unknown dataset 'ImagNet'", "did you mean ImageNet?"]),
     ("Nonsense:foo=1", ["unknown dataset 'Nonsense'", "LabelledFolder"]),
     ("ImageNet:split=TRAIN", ["root: missing"]),
-    ("ImageNet:split=TRIAN:rot=/x", ["split: expected TRAIN, VAL, TEST, got TRIAN", "rot: unknown key", "root: missing"]),
+    ("ImageNet:split=TRIAN:rot=/x", ["expected TRAIN, VAL, TEST, got TRIAN", "rot: unknown key", "root: missing"]),
     ("ImageNet:root=/x", ["split: expected TRAIN, VAL, TEST, got nothing"]),
     ("ImageDataset:root=", ["root: empty"]),
     ("ImageDataset", ["root: missing"]),

@@ -18,5 +18,5 @@ def test_unflattened_keeps_the_grid():
 
 
 def test_size_that_is_no_multiple_names_the_fix():
-    with pytest.raises(ValueError, match="height: expected a multiple of the patch size 14, got 96; resize to 84 or 98"):
+    with pytest.raises(ValueError, match="height: expected a multiple of the patch size 14, got 96; resize to 84"):
         PatchEmbed(224, 14, embed_dim=4)(torch.zeros(1, 3, 96, 98))

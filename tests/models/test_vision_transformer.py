@@ -96,7 +96,8 @@ def test_position_is_returned_untouched_at_native_size():
 def test_resampling_gives_every_grid(antialias, offset):
     pos = torch.randn(1, 1 + 37 * 37, 2)
     for side in (1, 2, 7, 16, 37, 64, 129):
-        assert resample_pos_embed(pos, (side, side), antialias=antialias, offset=offset).shape == (1, 1 + side * side, 2)
+        resampled = resample_pos_embed(pos, (side, side), antialias=antialias, offset=offset)
+        assert resampled.shape == (1, 1 + side * side, 2)
 
 
 def test_resampling_needs_a_square():

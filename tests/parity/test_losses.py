@@ -117,6 +117,16 @@ def test_sinkhorn_of_huge_logits_is_right_where_upstreams_overflows(oracle):
     assert float(logits.max()) / 0.04 > 120
 
 
+def test_sinkhorn_of_few_widely_spread_rows(oracle):
+    """Logits of +-2.5 at temperature .04, 8 rows: below upstream's overflow, so upstream's figures stand."""
+    logits = 5.0 * torch.rand(8, 4096, generator=torch.Generator().manual_seed(1)) - 2.5
+    expected = _sinkhorn_in_logs(logits, 0.04)
+    upstream = oracle.dino_loss.DINOLoss(4096).sinkhorn_knopp_teacher(logits, 0.04)
+    assert float((upstream - expected).norm() / expected.norm()) < 1e-5
+    got = DINOLoss(4096).sinkhorn_knopp_teacher(logits, 0.04)
+    assert float((got - expected).norm() / expected.norm()) < 1e-5
+
+
 def test_sinkhorn_of_absurd_logits_stays_a_distribution():
     got = DINOLoss(K).sinkhorn_knopp_teacher(1e4 * _logits(11, 12), 0.04)
     assert got.isfinite().all()

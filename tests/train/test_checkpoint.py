@@ -14,13 +14,15 @@ from tests.train.batches import random_batch, tiny_config
 def make(folder, *overrides, keep_last=3):
     cfg = tiny_config("student.drop_path_rate=0.3", *overrides)
     model = SSLMetaArch(cfg).train()
-    return cfg, model, ckpt.Checkpointer(folder, model, build_optimizer(cfg, model.get_params_groups()), None, keep_last)
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    return cfg, model, ckpt.Checkpointer(folder, model, optimizer, None, keep_last)
 
 
 def advance(cfg, model, optimizer, seeds):
     for seed in seeds:
         optimizer.zero_grad()
-        model.forward_backward(random_batch(cfg, seed), teacher_temp=0.05, generator=torch.Generator().manual_seed(seed))
+        draws = torch.Generator().manual_seed(seed)
+        model.forward_backward(random_batch(cfg, seed), teacher_temp=0.05, generator=draws)
         optimizer.step()
         model.update_teacher(0.9)
 
@@ -66,7 +68,7 @@ def test_malicious_pickle_is_refused_unread(tmp_path):
 
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Attack()}))
     with pytest.raises(CheckpointError, match=r"evil\.pth"):
-        ckpt.load_safely(tmp_path / "evil.pth")
+        ckpt.read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
 
 

@@ -18,7 +18,8 @@ def test_finiteness():
 
 def test_guard_gives_up_at_the_third_bad_step_in_a_row_and_names_the_term():
     guard = StepGuard(scaled=False)
-    for iteration, (finite, losses) in enumerate([(False, BAD), (False, BAD), (True, GOOD), (False, BAD), (False, BAD)]):
+    steps = [(False, BAD), (False, BAD), (True, GOOD), (False, BAD), (False, BAD)]
+    for iteration, (finite, losses) in enumerate(steps):
         guard.check(finite, losses, iteration)
     assert guard.skipped == 4
     with pytest.raises(NumericsError, match="non-finite b in 3 steps running, the last iteration=5"):

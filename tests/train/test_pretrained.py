@@ -11,10 +11,11 @@ def make(arch=vit_nano, **kwargs):
 
 
 def wrap(state, how):
+    head = {"dino_head.mlp.0.weight": torch.ones(1)}
     prefixed = {
         "flat": state,
         "model": {"model": state},
-        "teacher": {"teacher": {f"backbone.{k}": v for k, v in state.items()} | {"dino_head.mlp.0.weight": torch.ones(1)}},
+        "teacher": {"teacher": {f"backbone.{k}": v for k, v in state.items()} | head},
         "ddp": {"state_dict": {f"module.backbone.{k}": v for k, v in state.items()}},
         "training": {
             "model": {f"teacher.backbone.{k}": v for k, v in state.items()}
@@ -61,5 +62,5 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing(tmp_path
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="got nothing at"):
+    with pytest.raises(CheckpointError, match="found nothing"):
         load_pretrained_backbone(make(), tmp_path / "absent.pth")

@@ -80,7 +80,8 @@ def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, ca
     displayed = [first[key] for key in UPSTREAM_KEYS[-4:]]
     assert first["total_loss"] == pytest.approx(sum(displayed), rel=1e-5) and first["lr"] == 0
     log = capsys.readouterr().out
-    for fact in ("command: ", "device: cpu", "precision: ", "images: 12 found", "16 images", "2.7 passes", f"files: {out}"):
+    facts = ("command: ", "device: cpu", "precision: ", "images: 12 found", "16 images", "2.7 passes", f"files: {out}")
+    for fact in facts:
         assert fact in log
     assert "next: python run/eval/knn.py" in log
     config = OmegaConf.load(out / "config.yaml")

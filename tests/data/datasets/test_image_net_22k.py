@@ -63,7 +63,13 @@ def test_dumped_tables_give_the_same(root, tmp_path):
 def test_upstreams_tables_with_padding_and_32_bit_offsets(root, tmp_path):
     """Upstream's end offset is the next header's start, so the data carry padding."""
     dataset = ImageNet22k(root=root)
-    fields = [("class_index", "<u4"), ("class_id", "U3"), ("start_offset", "<u4"), ("end_offset", "<u4"), ("filename", "U10")]
+    fields = [
+        ("class_index", "<u4"),
+        ("class_id", "U3"),
+        ("start_offset", "<u4"),
+        ("end_offset", "<u4"),
+        ("filename", "U10"),
+    ]
     table = np.zeros(4, dtype=fields)
     for i, entry in enumerate(dataset._entries):
         end = -(-int(entry["end_offset"]) // 512) * 512

@@ -1,0 +1,95 @@
+"""Weight files in, flat tensors out: any wrapper, prefix and block chunking; never any code from the file.
+
+Not here: what a caller does about tensors that do not fit. Read :func:`flat_state` first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom.errors import CheckpointError
+
+_WRAPPERS = ("teacher", "model", "state_dict", "student")
+_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module)\.")
+_CHUNKED = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
+_HEADS = ("dino_head.", "ibot_head.")
+
+
+def read_weights(source: str | os.PathLike) -> Any:
+    """Read a file of tensors and plain values from a path or http(s) URL.
+
+    Raises:
+        CheckpointError: missing, torn, or holding anything but tensors and plain values.
+    """
+    if str(source).startswith(("http://", "https://")):
+        return torch.hub.load_state_dict_from_url(str(source), map_location="cpu", weights_only=True)
+    path = Path(source).expanduser()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
+    except Exception as e:  # torch raises many kinds on torn files
+        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
+
+
+def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor]:
+    """Return a backbone's tensors under flat names, without heads.
+
+    The tensors may lie under ``checkpoint_key`` (else teacher, model, state_dict or student); of a whole training state
+    the teacher's are taken. ``blocks.<chunk>.<i>.`` becomes ``blocks.<i>.``.
+
+    Raises:
+        CheckpointError: no dict of tensors.
+    """
+    if not isinstance(file, Mapping):
+        raise CheckpointError(f"expected a weight file that holds a dict of tensors, got a {type(file).__name__}")
+    while key := next((k for k in (checkpoint_key, *_WRAPPERS) if k and isinstance(file.get(k), Mapping)), None):
+        file = file[key]
+    state = {name: value for name, value in file.items() if isinstance(value, Tensor)}
+    for part in ("teacher.", "student."):
+        if any(name.startswith(part) for name in state):
+            state = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+    state = {flat_name(name): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if not name.startswith(_HEADS)}
+
+
+def flat_name(name: str) -> str:
+    """Return a parameter's name without wrappers' prefixes, ``backbone.`` and block chunks."""
+    return _CHUNKED.sub(r"\1blocks.\2.", _PREFIXES.sub("", name))
+
+
+class Fit(NamedTuple):
+    """How tensors fit a model: ``found`` by the model's own names; names that are ``missing`` from the file,
+    ``unexpected`` in it, and ``misshapen`` as "name: expected shape, got shape".
+    """
+
+    found: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def examples(self, count: int = 3) -> list[str]:
+        """Return up to ``count`` lines of each kind of trouble."""
+        missing = [f"{name}: missing" for name in self.missing[:count]]
+        return [*self.misshapen[:count], *missing, *(f"{name}: unexpected" for name in self.unexpected[:count])]
+
+
+def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> Fit:
+    """Compare :func:`flat_state`'s names and shapes with ``model``'s, chunked or not; nothing is changed."""
+    own = model.state_dict()
+    names = {flat_name(name): name for name in own}
+    found = {names[name]: value for name, value in state.items() if name in names}
+    misshapen = [
+        f"{name}: expected {tuple(own[name].shape)}, got {tuple(value.shape)}"
+        for name, value in found.items()
+        if own[name].shape != value.shape
+    ]
+    return Fit(found, [n for n in own if n not in found], [n for n in state if n not in names], misshapen)

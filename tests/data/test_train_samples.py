@@ -1,0 +1,210 @@
+"""Draw -> sample -> batch as pure functions, and the account of bad images."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from dinov2_custom.data.datasets import ImageDataset
+from dinov2_custom.data.loaders import make_augmentation, make_collate
+from dinov2_custom.data.train_samples import BAD_KEY, BadImages, TrainSample, TrainSamples
+from dinov2_custom.errors import DataError
+from tests.data.pictures import encode, make_folder, picture, train_config
+
+JPEG = encode(picture(20, 16), "JPEG")
+BAD = {
+    "text.jpg": b"this is no picture",
+    "empty.png": b"",
+    "cut.jpg": JPEG[: len(JPEG) // 2],
+    "head.jpeg": JPEG[:30],
+    "noise.tif": bytes(range(256)),
+    "page.webp": b"<html></html>",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_folder(tmp_path, [f"good/{i}.png" for i in range(9)])
+    return tmp_path
+
+
+def spoil(folder, names=BAD):
+    (folder / "bad").mkdir(exist_ok=True)
+    for name in names:
+        (folder / "bad" / name).write_bytes(BAD[name])
+
+
+def make(folder, seed=0) -> TrainSamples:
+    return TrainSamples(ImageDataset(folder), make_augmentation(train_config(str(folder))), seed)
+
+
+def equal(a: TrainSample, b: TrainSample) -> bool:
+    crops = [(one.crops["global_crops"] + one.crops["local_crops"]) for one in (a, b)]
+    return a.draw == b.draw and a.bad == b.bad and all(torch.equal(x, y) for x, y in zip(*crops, strict=True))
+
+
+def test_sample_is_a_function_of_seed_and_draw(folder):
+    state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    samples, again = make(folder), make(folder)
+    drawn = [samples[draw] for draw in range(12)]
+    assert all(equal(drawn[draw], again[draw]) for draw in reversed(range(12)))
+    assert not equal(drawn[3], make(folder, seed=1)[3])
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
+
+
+def test_a_pass_draws_every_image_once_and_the_next_in_another_order(folder):
+    samples = make(folder)
+    passes = [[samples.image_of(p * 9 + i) for i in range(9)] for p in range(3)]
+    assert all(sorted(one) == list(range(9)) for one in passes) and passes[0] != passes[1]
+
+
+def test_the_same_image_gets_other_crops_in_the_next_pass(folder):
+    samples = make(folder)
+    first = samples.image_of(0)
+    later = next(draw for draw in range(9, 18) if samples.image_of(draw) == first)
+    assert not torch.equal(samples[0].crops["global_crops"][0], samples[later].crops["global_crops"][0])
+
+
+def test_bad_files_of_many_kinds_are_replaced_and_named(folder):
+    spoil(folder)
+    (folder / "bad" / "nowhere.jpg").symlink_to(folder / "not there.jpg")
+    samples = make(folder)
+    drawn = [samples[draw] for draw in range(16)]
+    assert all(sample.crops is not None for sample in drawn)
+    first = [sample.bad[0] for sample in drawn if sample.bad]
+    assert sorted(path for _, path, _ in first) == sorted(str(folder / "bad" / n) for n in [*BAD, "nowhere.jpg"])
+    for draw, path, reason in (record for sample in drawn for record in sample.bad):
+        assert path in reason and reason.startswith("expected") and 0 <= draw < 16
+
+
+def test_replacement_depends_on_seed_and_draw_alone(folder):
+    spoil(folder)
+    forwards, backwards, restarted = make(folder), make(folder), make(folder)
+    expected = [forwards[draw] for draw in range(30)]
+    assert all(equal(backwards[draw], expected[draw]) for draw in reversed(range(30)))
+    assert all(equal(restarted[draw], expected[draw]) for draw in range(20, 30))
+
+
+def test_replacements_go_through_the_whole_dataset(folder):
+    samples = make(folder)
+    for draw in range(5):
+        assert sorted(samples.image_of(draw, attempt) for attempt in range(1, 10)) == list(range(9))
+    assert samples.image_of(0, 1) != samples.image_of(1, 1) or samples.image_of(0, 2) != samples.image_of(1, 2)
+
+
+def test_one_good_image_among_bad_ones_is_found(tmp_path):
+    make_folder(tmp_path, ["only.png"])
+    spoil(tmp_path)
+    samples = make(tmp_path)
+    samples.probe()
+    assert all(samples[draw].crops is not None for draw in range(14))
+
+
+def test_what_was_bad_once_is_not_read_again(folder):
+    spoil(folder, ["text.jpg"])
+    samples = make(folder)
+    draw = next(draw for draw in range(10) if samples[draw].bad)
+    reads = []
+    samples.dataset.get_image_data = lambda index: reads.append(index) or ImageDataset.read(samples.dataset, index)
+    assert samples[draw].bad and samples.image_of(draw) not in reads and len(reads) == 1
+
+
+def test_errors_of_reading_other_datasets_count_as_bad_and_mistakes_do_not(folder):
+    class Flaky(ImageDataset):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError("the disk is gone")
+            return super().__getitem__(index)
+
+    class Mistaken(ImageDataset):
+        def __getitem__(self, index):
+            raise KeyError("a mistake in the code")
+
+    samples = TrainSamples(Flaky(folder), make_augmentation(train_config("")), 0)
+    draw = next(draw for draw in range(9) if samples.image_of(draw) == 0)
+    assert samples[draw].bad[0][2] == "the disk is gone" and samples[draw].crops is not None
+    with pytest.raises(KeyError, match="a mistake"):
+        TrainSamples(Mistaken(folder), make_augmentation(train_config("")), 0)[0]
+
+
+def test_probe_refuses_a_dataset_without_a_readable_image(tmp_path):
+    spoil(tmp_path)
+    with pytest.raises(
+        DataError, match="expected readable images, got none in 6 tried of 6: .*cut.jpg.*train.dataset_path"
+    ):
+        make(tmp_path).probe()
+
+
+def test_probe_looks_beyond_a_bad_folder(tmp_path, monkeypatch):
+    make_folder(tmp_path, [f"z/{i:03d}.png" for i in range(50)], 4, 4)
+    (tmp_path / "a").mkdir()
+    for i in range(50):
+        (tmp_path / "a" / f"{i}.jpg").write_bytes(b"broken")
+    make(tmp_path).probe()
+
+
+def test_batches_have_masks_of_their_first_draw(folder):
+    samples, collate = make(folder), make_collate(train_config(str(folder)))
+    drawn = [samples[draw] for draw in range(6)]
+    first, second = collate(drawn[:3]), collate(drawn[:3])
+    assert torch.equal(first["collated_masks"], second["collated_masks"]) and first.pop(BAD_KEY) == []
+    masks = {tuple(collate(drawn[i : i + 2])["collated_masks"].flatten().tolist()) for i in range(5)}
+    assert len(masks) > 1
+
+
+def test_a_draw_without_any_readable_image_makes_a_batch_of_its_story_only(folder):
+    record = (4, "x.jpg", "broken")
+    batch = make_collate(train_config(""))([make(folder)[0], TrainSample(4, None, [record])])
+    assert batch == {BAD_KEY: [record]}
+
+
+def test_everything_a_worker_needs_can_be_pickled(folder):
+    samples, collate = make(folder), make_collate(train_config(str(folder)))
+    other, other_collate = pickle.loads(pickle.dumps((samples, collate)))
+    assert equal(samples[5], other[5])
+    masks = [c([samples[0], samples[1]])["collated_masks"] for c in (collate, other_collate)]
+    assert torch.equal(*masks)
+
+
+def test_each_bad_image_is_reported_once():
+    told = []
+    account = BadImages(10_000, 0.5, lambda *story: told.append(story))
+    account.add(64, [(0, "a.jpg", "why"), (0, "b.jpg", "why not"), (7, "a.jpg", "why")])
+    account.add(64, [(70, "b.jpg", "why not")])
+    assert told == [("a.jpg", "why"), ("b.jpg", "why not")] and account.num_bad_draws == 3
+
+
+def test_without_a_callback_bad_images_are_logged(caplog):
+    BadImages(10_000, 0.5).add(64, [(0, "a.jpg", "why")])
+    assert "unreadable image replaced: path=a.jpg reason=why" in caplog.text
+
+
+def test_too_many_bad_draws_stop_with_the_worst_folder():
+    account = BadImages(10_000, 0.02, lambda *story: None)
+    account.add(99, [(i, f"/data/scans/{i}.jpg", "cut") for i in range(5)])
+    with pytest.raises(DataError) as e:
+        account.add(101, [(100, "/data/photos/1.jpg", "cut")])
+    for words in (
+        "at most 2.00%",
+        "train.max_bad_fraction",
+        "6 of 200 draws",
+        "6 different files",
+        "(5) in /data/scans",
+    ):
+        assert words in str(e.value)
+
+
+def test_few_bad_draws_go_on_and_the_limit_itself_is_allowed():
+    account = BadImages(10_000, 0.02, lambda *story: None)
+    account.add(100, [(0, "a", "b"), (1, "c", "d")])
+    account.add(100, [(150, "a", "b"), (151, "c", "d")])
+    assert account.num_draws == 200
+
+
+def test_a_tiny_dataset_is_judged_after_one_pass():
+    account = BadImages(10, 0.05, lambda *story: None)
+    account.add(9, [(0, "a", "b")])
+    with pytest.raises(DataError, match="1 of 10 draws"):
+        account.add(1, [])

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.eval.args import get_knn_args_parser
+from dinov2_custom.eval.knn import KnnModule, eval_knn, eval_knn_with_model, leave_one_out_accuracy, main
+
+TEMPERATURE = 0.07
+
+
+def slow_scores(train, labels, query, k, max_k, num_classes, skip=None):
+    """Vote one query at a time: weights are a softmax over the ``max_k`` nearest, the first ``k`` of them vote."""
+    similarity = [(float(np.dot(row, query)), i) for i, row in enumerate(train) if i != skip]
+    nearest = sorted(similarity, key=lambda pair: -pair[0])[:max_k]
+    total = sum(math.exp(s / TEMPERATURE) for s, _ in nearest)
+    scores = np.zeros(num_classes)
+    for s, i in nearest[:k]:
+        scores[labels[i]] += math.exp(s / TEMPERATURE) / total
+    return scores
+
+
+def features_of(seed, labels, dim=12):
+    """Unit vectors around one direction a class, with much noise."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(int(labels.max()) + 1, dim, generator=torch.Generator().manual_seed(99))
+    return F.normalize(centres[labels] + 1.5 * torch.randn(len(labels), dim, generator=generator), dim=1)
+
+
+@pytest.mark.parametrize("ks", [(1, 5, 20), (20, 3)])
+def test_scores_equal_a_slow_reference(ks):
+    labels = torch.arange(60) % 7
+    train, queries = features_of(0, labels), features_of(1, labels)[:25]
+    scores = KnnModule(train, labels, ks, TEMPERATURE, num_classes=7)(queries)
+    for k in ks:
+        expected = [slow_scores(train.numpy(), labels, q, k, max(ks), 7) for q in queries.numpy()]
+        torch.testing.assert_close(scores[k], torch.tensor(np.array(expected), dtype=torch.float32))
+
+
+def test_accuracies_equal_a_slow_reference():
+    labels = torch.arange(600) % 7
+    train, queries = features_of(0, labels[:60]), features_of(1, labels)
+    results = eval_knn(train, labels[:60], queries, labels, nb_knn=[10, 20])
+    for k in (10, 20):
+        scores = [slow_scores(train.numpy(), labels, q, k, 20, 7) for q in queries.numpy()]
+        ranked = [np.argsort(-s, kind="stable") for s in scores]
+        top1 = np.mean([r[0] == label for r, label in zip(ranked, labels.tolist(), strict=True)])
+        top5 = np.mean([label in r[:5] for r, label in zip(ranked, labels.tolist(), strict=True)])
+        got = results["full", k]
+        assert (float(got["top-1"]), float(got["top-5"])) == (pytest.approx(top1), pytest.approx(top5, abs=0.02))
+        assert 0.3 < top1 < 1.0  # else the comparison says nothing
+
+
+def test_fewer_classes_than_five_and_fewer_samples_than_neighbours():
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    features = features_of(3, labels)
+    results = eval_knn(features, labels, features, labels, nb_knn=[10, 200])
+    assert set(results) == {("full", 10), ("full", 200)}
+    assert results["full", 10] == results["full", 200]
+    assert float(results["full", 10]["top-5"]) == 1.0
+
+
+def test_leave_one_out():
+    labels = torch.arange(40) % 4
+    features = features_of(5, labels)
+    predicted = [
+        slow_scores(features.numpy(), labels, features[i].numpy(), 5, 5, 4, skip=i).argmax() for i in range(len(labels))
+    ]
+    expected = np.mean(np.array(predicted) == labels.numpy())
+    assert leave_one_out_accuracy(features, labels, k=5) == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
+def test_limited_samples_per_class():
+    labels = torch.arange(90) % 3
+    train, queries = features_of(0, labels), features_of(1, labels)
+    results = eval_knn(train, labels, queries, labels, nb_knn=[1, 10], n_per_class_list=[-1, 4], n_tries=2)
+    assert set(results) == {("full", 1), ("full", 10), ("4 per class", 1), ("4 per class", 4)}
+    assert float(results["4 per class", 1]["top-1"]) != float(results["full", 1]["top-1"])
+
+
+def test_no_features():
+    empty = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(DataError, match="got 0 for training"):
+        eval_knn(*empty, torch.ones(1, 3), torch.zeros(1, dtype=torch.int64), nb_knn=[1])
+
+
+class MeanColour(torch.nn.Module):
+    patch_size = 1
+
+    def forward(self, images):
+        return images.mean(dim=(2, 3))
+
+
+def write_classes(root, colours, count, size=20):
+    for name, colour in colours.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (size, size), tuple(max(c - 5 * i, 0) for c in colour)).save(root / name / f"{i}.png")
+
+
+def test_with_model_writes_upstreams_lines(tmp_path):
+    colours = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
+    write_classes(tmp_path / "train", colours, 4)
+    write_classes(tmp_path / "val", {"red": (230, 40, 40), "blue": (40, 40, 230)}, 3)  # one class less
+    for _ in range(2):
+        results = eval_knn_with_model(
+            MeanColour(),
+            str(tmp_path / "out"),
+            f"LabelledFolder:root={tmp_path}/train",
+            f"LabelledFolder:root={tmp_path}/val",
+            nb_knn=[2, 100],
+            num_workers=0,
+        )
+    assert results == {f"('full', {k}) Top {n}": 100.0 for k in (2, 100) for n in (1, 5)}
+    lines = (tmp_path / "out" / "results_eval_knn.json").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{key: value} for key, value in results.items()] * 2
+
+
+def test_classes_that_were_never_seen(tmp_path):
+    write_classes(tmp_path / "train", {"red": (250, 20, 20)}, 1)
+    write_classes(tmp_path / "val", {"rouge": (250, 20, 20)}, 1)
+    with pytest.raises(DataError, match="rouge"):
+        eval_knn_with_model(
+            MeanColour(), str(tmp_path), f"LabelledFolder:root={tmp_path}/train", f"LabelledFolder:root={tmp_path}/val"
+        )
+
+
+def test_bad_numbers_are_refused_before_any_work():
+    with pytest.raises(ConfigError, match="nb_knn"):
+        main(get_knn_args_parser().parse_args(["--nb_knn", "0"]))

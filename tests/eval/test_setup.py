@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.eval.args import get_knn_args_parser
+from dinov2_custom.eval.knn import main
+from dinov2_custom.eval.setup import build_model_for_eval, get_autocast_dtype, load_teacher_backbone
+from dinov2_custom.logging import remove_logging
+from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.train.checkpoint import save_teacher
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.utils.config import write_config
+from tests.train.batches import tiny_config
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left():
+    yield
+    remove_logging("dinov2")
+
+
+def make_run(folder, *overrides):
+    """Write what a training run leaves: its configuration and a teacher checkpoint; return both in memory."""
+    cfg = tiny_config(*overrides)
+    model = SSLMetaArch(cfg)
+    folder.mkdir()
+    write_config(cfg, str(folder))
+    return cfg, model, save_teacher(model, folder, "training_9")
+
+
+def make_images(root, count=6):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("dark", "light"):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = torch.randint(0, 128, (16, 16, 3), generator=generator, dtype=torch.uint8)
+            pixels += 127 if name == "light" else 0
+            Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
+
+
+def parse(*arguments):
+    small = ["--num-workers", "0", "--resize-size", "16", "--crop-size", "16", "--nb_knn", "3", "20"]
+    return get_knn_args_parser().parse_args([*map(str, arguments), *small])
+
+
+def listing(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_evaluates_a_run_without_touching_it(tmp_path):
+    _, _, weights = make_run(tmp_path / "run")
+    make_images(tmp_path / "images")
+    before = listing(tmp_path / "run")
+    images = f"LabelledFolder:root={tmp_path}/images"
+    out = tmp_path / "results"
+    data = ["--train-dataset", images, "--val-dataset", images]
+    assert main(parse("--pretrained-weights", weights, "--output-dir", out, *data)) == 0
+    assert listing(tmp_path / "run") == before
+    results = [json.loads(line) for line in (out / "results_eval_knn.json").read_text().splitlines()]
+    assert [key for row in results for key in row] == [f"('full', {k}) Top {n}" for k in (3, 20) for n in (1, 5)]
+    assert results[0]["('full', 3) Top 1"] > 60
+
+
+def test_script_reports_errors_in_one_line(tmp_path):
+    command = [sys.executable, "run/eval/knn.py", "--pretrained-weights", str(tmp_path / "none.pth")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)})
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --config-file: expected the configuration of")
+    assert "Traceback" not in done.stderr
+
+
+def test_no_weights_given():
+    with pytest.raises(ConfigError, match="--pretrained-weights: expected a weight file"):
+        main(parse())
+
+
+def test_a_run_is_no_place_for_results(tmp_path):
+    _, _, weights = make_run(tmp_path / "run")
+    before = listing(tmp_path / "run")
+    with pytest.raises(ConfigError, match="config.yaml in .*run"):
+        main(parse("--pretrained-weights", weights, "--output-dir", tmp_path / "run"))
+    assert listing(tmp_path / "run") == before
+
+
+def test_dated_default_output_is_not_the_runs(tmp_path, monkeypatch):
+    _, _, weights = make_run(tmp_path / "run", f"train.output_dir={tmp_path / 'run'}")
+    make_images(tmp_path / "images", count=2)
+    monkeypatch.chdir(tmp_path)
+    images = f"LabelledFolder:root={tmp_path}/images"
+    args = parse("--pretrained-weights", weights, "--train-dataset", images, "--val-dataset", images)
+    assert main(args) == 0
+    assert Path(args.output_dir).parent == tmp_path / "outputs"
+
+
+@pytest.mark.parametrize("chunks", [0, 2])
+@pytest.mark.parametrize("layout", ["teacher", "flat", "run", "wrapped"])
+def test_weights_of_every_layout(tmp_path, layout, chunks):
+    cfg = tiny_config("student.block_chunks=2")
+    model = SSLMetaArch(cfg)
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.add_(1)  # the teacher's are wanted
+    backbone = model.teacher["backbone"].state_dict()
+    file = {
+        "teacher": {"teacher": model.teacher.state_dict()},
+        "flat": backbone,
+        "run": {"model": model.state_dict(), "iteration": 3},
+        "wrapped": {"teacher": {f"module.backbone.{key}": value for key, value in backbone.items()}},
+    }[layout]
+    torch.save(file, tmp_path / "weights.pth")
+    built = build_model_for_eval(tiny_config(f"student.block_chunks={chunks}"), str(tmp_path / "weights.pth"))
+    assert not built.training and not any(p.requires_grad for p in built.parameters())
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    device = next(built.parameters()).device
+    torch.testing.assert_close(built(images.to(device)).cpu(), model.teacher["backbone"].eval()(images))
+
+
+@pytest.mark.parametrize(
+    "overrides, counts",
+    [
+        (["student.num_register_tokens=2"], "1 missing, 0 unexpected and 0 of another shape"),
+        (["student.arch=vit_micro"], "28 missing, 0 unexpected and"),
+        (["student.patch_size=8"], "0 missing, 0 unexpected and 2 of another shape"),
+        (["student.ffn_layer=swiglufused"], "16 missing, 16 unexpected and 0 of another shape"),
+        (["student.layerscale=0"], "0 missing, 8 unexpected and 0 of another shape"),
+    ],
+)
+def test_another_architecture_is_counted(tmp_path, overrides, counts):
+    _, _, weights = make_run(tmp_path / "run")
+    model, _ = build_model_from_cfg(tiny_config(*overrides), only_teacher=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=counts) as caught:
+        load_teacher_backbone(model, str(weights))
+    assert "dino_head" not in str(caught.value)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name])
+
+
+def test_code_in_a_weight_file_is_not_run(tmp_path):
+    torch.save({"teacher": logging.getLogger}, tmp_path / "evil.pth")
+    model, _ = build_model_from_cfg(tiny_config(), only_teacher=True)
+    with pytest.raises(CheckpointError):
+        load_teacher_backbone(model, str(tmp_path / "evil.pth"))
+
+
+@pytest.mark.parametrize(
+    "name, device, expected",
+    [("fp16", "cuda", torch.float16), ("fp16", "cpu", torch.float32), ("bf16", "cpu", torch.bfloat16)],
+)
+def test_autocast_dtype(name, device, expected):
+    cfg = tiny_config(f"compute_precision.teacher.backbone.mixed_precision.param_dtype={name}")
+    assert get_autocast_dtype(cfg, device) == expected

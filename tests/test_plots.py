@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.plots import patch_feature_map, pca_colours, plot_loss_curve, plot_rows, read_metrics
+
+
+class Position(torch.nn.Module):
+    """A backbone whose patch features are the mean colours of the patches."""
+
+    patch_size = 4
+    embed_dim = 3
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, images, is_training):
+        means = torch.nn.functional.avg_pool2d(images, 4)
+        return {"x_norm_patchtokens": means.flatten(2).transpose(1, 2)}
+
+
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_patch_feature_map_puts_cells_where_they_belong(step):
+    rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(36.0), indexing="ij")
+    image = torch.stack([rows, columns, torch.ones(24, 36)])
+    got = patch_feature_map(Position(), image, window=8, step=step, batch_size=5)
+    cell = min(step, 4)
+    expected = torch.nn.functional.avg_pool2d(image, cell).permute(1, 2, 0).numpy()
+    assert got.shape == (24 // cell, got.shape[1], 3)
+    # cells that several windows cover from all sides see a mean position equal to their own
+    inner = slice(8 // cell, -8 // cell)
+    np.testing.assert_allclose(got[inner, inner, 2], 1.0)
+    tolerance = 1e-4 if step >= 4 else 1.01
+    np.testing.assert_allclose(got[inner, inner], expected[inner, : got.shape[1]][:, inner], atol=tolerance)
+
+
+@pytest.mark.parametrize("window, step", [(8, 3), (10, 2), (64, 4)])
+def test_patch_feature_map_refuses(window, step):
+    with pytest.raises(ConfigError, match=f"window {window}"):
+        patch_feature_map(Position(), torch.zeros(3, 24, 24), window=window, step=step)
+
+
+def test_pca_finds_the_planes_that_vary():
+    generator = np.random.default_rng(0)
+    maps = [generator.normal(size=(9, 7, 6)) * [9, 0.1, 3, 0.1, 1, 0.1] for _ in range(2)]
+    colours = pca_colours(maps)
+    assert [one.shape for one in colours] == [(9, 7, 3)] * 2 and colours[0].dtype == np.uint8
+    for channel, plane in enumerate((0, 2, 4)):
+        together = np.corrcoef(colours[1][..., channel].ravel(), maps[1][..., plane].ravel())[0, 1]
+        assert abs(together) > 0.9
+
+
+def rows_of_metrics(count=5):
+    return [
+        {"iteration": 10 * i, "dino_local_crops_loss": 5.0 - i, "dino_global_crops_loss": 0.5, "koleo_loss": 0.1}
+        for i in range(count)
+    ]
+
+
+def test_loss_curve_and_rows_are_pictures(tmp_path):
+    curve = plot_loss_curve(rows_of_metrics(), tmp_path / "loss.png", num_prototypes=256)
+    pictures = [np.full((30, 40, 3), 200, np.uint8), np.full((30, 60, 3), 90, np.uint8)]
+    grid = plot_rows({"a": pictures, "b": pictures}, tmp_path / "rows.png", "title")
+    for path in (curve, grid):
+        with Image.open(path) as image:
+            assert min(image.size) > 200
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 5
+
+
+def test_read_metrics_takes_the_last_of_repeated_rows_and_drops_torn_ones(tmp_path):
+    file = tmp_path / "training_metrics.json"
+    lines = [json.dumps(row) for row in rows_of_metrics(3)]
+    file.write_text("\n".join([*lines, json.dumps({"iteration": 10, "dino_global_crops_loss": math.pi}), '{"iter']))
+    rows = read_metrics(file)
+    assert [row["iteration"] for row in rows] == [0, 10, 20]
+    assert rows[1]["dino_global_crops_loss"] == math.pi
+
+
+@pytest.mark.parametrize("text", [None, "", "{torn"])
+def test_read_metrics_without_rows(tmp_path, text):
+    if text is not None:
+        (tmp_path / "m.json").write_text(text)
+    with pytest.raises(DataError, match="m.json"):
+        read_metrics(tmp_path / "m.json")

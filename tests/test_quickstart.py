@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_custom.errors import DataError
+from dinov2_custom.logging import remove_logging
+from dinov2_custom.quickstart import main as quickstart
+from dinov2_custom.quickstart import photos
+from dinov2_custom.quickstart.args import get_args_parser
+from dinov2_custom.quickstart.measure import Measurement, describe_collapse
+from dinov2_custom.quickstart.photos import (
+    PHOTOS,
+    Tiling,
+    choose_corners,
+    corners_inside,
+    cut_photos,
+    held_out_blocks,
+    open_photo,
+    training_corners,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FEW = {name: PHOTOS[name] for name in ("coins", "handwriting", "print")}
+SMALL = Tiling(train=6, held_out=4)
+TINY = [
+    "student.arch=vit_nano",
+    "student.drop_path_rate=0.0",
+    "student.patch_size=8",
+    "crops.global_crops_size=32",
+    "crops.local_crops_size=16",
+    "crops.local_crops_number=1",
+    "dino.head_n_prototypes=16",
+    "dino.head_hidden_dim=16",
+    "dino.head_bottleneck_dim=8",
+    "train.batch_size_per_gpu=4",
+    "train.OFFICIAL_EPOCH_LENGTH=1",
+    "train.num_workers=0",
+    "train.log_every=1",
+    "teacher.warmup_teacher_temp_epochs=0",
+    "optim.freeze_last_layer_epochs=0",
+    "optim.epochs=2",
+    "optim.warmup_epochs=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left():
+    yield
+    remove_logging("dinov2")
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_every_photograph_is_in_the_package_and_large_enough(name):
+    photo = open_photo(name, longest=700)
+    assert photo.mode == "RGB" and max(photo.size) <= 700
+    tiling = Tiling(step=16)
+    blocks = held_out_blocks(photo.height, photo.width, tiling.block)
+    assert corners_inside(blocks, tiling) and training_corners((photo.height, photo.width), blocks, tiling)
+
+
+@pytest.mark.parametrize("shape", [(172, 448), (191, 384), (303, 384), (512, 512)])
+def test_training_and_held_out_pixels_are_apart(shape):
+    noise = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    tiling = Tiling(train=10**6, held_out=10**6)
+    corners = choose_corners(noise, tiling, 0, "noise")
+    used = {part: np.zeros(shape, bool) for part in corners}
+    for part, chosen in corners.items():
+        assert len(chosen) >= 40
+        for top, left in chosen:
+            assert 0 <= top <= shape[0] - tiling.size and 0 <= left <= shape[1] - tiling.size
+            used[part][top : top + tiling.size, left : left + tiling.size] = True
+    near = np.zeros(shape, bool)  # all that is less than the gap away from a held-out pixel
+    for y, x in zip(*np.nonzero(used["held_out"]), strict=True):
+        near[max(y - tiling.gap + 1, 0) : y + tiling.gap, max(x - tiling.gap + 1, 0) : x + tiling.gap] = True
+    assert not (near & used["train"]).any()
+    assert (used["train"] | used["held_out"]).mean() > 0.4
+
+
+def test_flat_places_are_left_out_and_limits_kept():
+    gray = np.full((300, 300), 7, np.uint8)
+    gray[:, :150] = np.random.default_rng(0).integers(0, 256, (300, 150))
+    corners = choose_corners(gray, Tiling(train=20, held_out=9), 0, "half")
+    assert [len(corners[part]) for part in ("train", "held_out")] == [20, 9]
+    assert max(left for part in corners.values() for _, left in part) < 150
+    assert choose_corners(gray, Tiling(train=20, held_out=9), 1, "half") != corners
+
+
+def test_tiles_are_grey_and_cut_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "PHOTOS", FEW)
+    counts = cut_photos(tmp_path, SMALL)
+    assert counts == {"train": dict.fromkeys(FEW, 6), "held_out": dict.fromkeys(FEW, 4)}
+    files = sorted(tmp_path.rglob("*.png"))
+    assert len(files) == 30
+    with Image.open(files[0]) as tile:
+        assert (tile.mode, tile.size) == ("L", (64, 64))
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert cut_photos(tmp_path, SMALL) == counts
+    assert {file: file.stat().st_mtime_ns for file in files} == before
+    assert cut_photos(tmp_path, SMALL._replace(train=2))["train"] == dict.fromkeys(FEW, 2)
+    assert len(list(tmp_path.rglob("*.png"))) == 18
+
+
+def test_scikit_image_missing(monkeypatch):
+    monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install scikit-image"):
+        open_photo("cat")
+
+
+@pytest.mark.parametrize(
+    "dino_loss, teacher_entropy, prototype_entropy, words",
+    [
+        (5.54, 4.0, 5.5, "ln(prototypes) = 5.545"),
+        (7.0, 5.54, 5.54, "every image is spread evenly"),
+        (2.0, 0.01, 0.01, "one prototype"),
+        (4.9, 4.0, 5.4, ""),
+    ],
+)
+def test_collapse_is_named(dino_loss, teacher_entropy, prototype_entropy, words):
+    said = describe_collapse(dino_loss, teacher_entropy, prototype_entropy, 256)
+    assert words in said and bool(words) == bool(said)
+
+
+def test_report_of_several_seeds_states_mean_spread_and_alarm():
+    good = Measurement(0.3, 0.5, 0.75, 4.0, 5.0, 200, 256, 4.9, "")
+    bad = good._replace(trained=0.55, collapse="one prototype takes every image")
+    lines = quickstart.describe({0: good, 1: bad}, 960, 16)
+    assert any("trained teacher" in line and "0.650   from 0.550 to 0.750 over 2 seeds" in line for line in lines)
+    assert any("gained by training" in line and "0.150" in line for line in lines)
+    assert [line for line in lines if line.startswith("ALARM")] == [
+        "ALARM: seed 1 collapsed: one prototype takes every image"
+    ]
+
+
+def run(out, *arguments):
+    args = get_args_parser().parse_args(["--config-file", "", "--output-dir", str(out), *arguments, *TINY])
+    return quickstart.main(args, SMALL)
+
+
+def test_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(photos, "PHOTOS", FEW)
+    monkeypatch.setattr(quickstart, "SHOWN", ("print",))
+    monkeypatch.setattr(quickstart, "PCA_STEP", 64)
+    out = tmp_path / "out"
+    code = run(out, "--seeds", "3,4")
+    report = capsys.readouterr().out
+    results = json.loads((out / "quickstart.json").read_text())
+    assert set(results) == {"3", "4"}
+    assert code == int(any(r["collapse"] for r in results.values())) == int("ALARM" in report)
+    for figure in ("loss_curve.png", "pca.png"):
+        with Image.open(out / figure) as image:
+            assert min(image.size) > 50
+    assert "12 held-out tiles of 3 photographs" in report and "over 2 seeds" in report
+    for r in results.values():
+        assert 0 <= min(r["raw_pixels"], r["untrained"], r["trained"]) and r["num_prototypes"] == 16
+        assert 0 <= r["teacher_entropy"] <= r["prototype_entropy"] + 1e-4 <= math.log(16) + 2e-4
+    assert results["3"]["untrained"] != results["4"]["untrained"] or results["3"]["trained"] != results["4"]["trained"]
+
+    weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
+    run(out, "--seeds", "3,4")  # finished runs are measured again, not trained
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")} == weights
+    assert json.loads((out / "quickstart.json").read_text()) == results
+
+
+def test_a_uniform_teacher_raises_the_alarm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(photos, "PHOTOS", FEW)
+    monkeypatch.setattr(quickstart, "SHOWN", ("print",))
+    monkeypatch.setattr(quickstart, "PCA_STEP", 64)
+    code = run(tmp_path / "out", "optim.base_lr=1e-6", "optim.min_lr=0", "teacher.teacher_temp=5")
+    assert code == 1
+    assert "ALARM: seed 0 collapsed: every image is spread evenly" in capsys.readouterr().out
+
+
+def test_script_help_is_quick_to_import():
+    command = [sys.executable, "-X", "importtime", "run/quickstart.py", "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)})
+    assert done.returncode == 0 and "--seeds" in done.stdout
+    assert "torch" not in done.stderr.replace("dinov2", "")
