@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# float32 spans e-87 to e+88. With each row's largest entry at e+60, a prototype may lie 147 below its rows' maxima before
-# it underflows, and sums over all rows and prototypes still fit.
+# float32 spans e-87 to e+88. With each row's largest entry at e+60, a prototype may lie 147 below its rows' maxima
+# before it underflows. A row's entries times its prototypes' scales sum to at most 1 / per_row, so that is bounded too.
 _HEADROOM = 60.0
+_LEAST_ROW = 1e-30
 _TINY = 1e-37  # keeps 1 / sum finite where every term underflowed
 
 
@@ -44,7 +45,7 @@ def sinkhorn_knopp(logits_BK: Tensor, teacher_temp: float, num_rows: Tensor, n_i
     if dist.is_available() and dist.is_initialized():
         all_reduce(highest, dist.ReduceOp.MAX)
     kernel_BK = scaled.sub_(row_max[:, None] - _HEADROOM).exp_()
-    per_row = torch.exp(row_max - highest)
+    per_row = torch.exp(row_max - highest).clamp_min(_LEAST_ROW)
     for _ in range(n_iterations):
         per_prototype = 1.0 / (num_prototypes * all_reduce(per_row @ kernel_BK)).clamp_min(_TINY)
         per_row = 1.0 / (num_rows * (kernel_BK @ per_prototype)).clamp_min(_TINY)
