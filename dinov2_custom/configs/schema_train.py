@@ -37,8 +37,12 @@ class Train:
     centering: str = option(
         "centering", "how teacher outputs are kept from collapsing", choices=("centering", "sinkhorn_knopp")
     )
-    path_preserved: str | list[str] = option("", "folder or folders of which train.frac is held out; empty: none")
-    frac: float = option(0.0, "share of train.path_preserved's images held out from training", within="[0, 1)")
+    path_preserved: str | list[str] = option(
+        "",
+        "folder or folders of whose images train.frac is held out, listed in preserved_images.txt of the run; or a text "
+        "file for the list, then of all images; empty: none",
+    )
+    frac: float = option(0.0, "share of the images that train.path_preserved names held out", within="[0, 1)")
     max_bad_fraction: float = option(
         0.01, "stop when more than this share of the images read so far is unreadable", within="[0, 1]"
     )

@@ -158,7 +158,8 @@ class BadImages:
         """Account for one batch.
 
         Raises:
-            DataError: more than ``max_fraction`` of the draws were bad (after 100 draws, or a pass of a tiny dataset).
+            DataError: more than ``max_fraction`` of the draws were bad (after 100 draws, or a pass of a tiny dataset),
+                and of more than one file: a single bad one never ends a run.
         """
         self.num_draws += num_draws
         self.num_bad_draws += len({draw for draw, _, _ in records})
@@ -167,7 +168,7 @@ class BadImages:
                 self.reasons[path] = reason
                 self.on_bad_image(path, reason)
         enough = self.num_draws >= min(MIN_DRAWS, self.num_images)
-        if enough and self.num_bad_draws > self.max_fraction * self.num_draws:
+        if enough and len(self.reasons) > 1 and self.num_bad_draws > self.max_fraction * self.num_draws:
             raise self.error()
 
     def error(self) -> DataError:

@@ -207,6 +207,7 @@ def _run(args, rank: int, world_size: int) -> int:
     notes: list[str] = []
     cfg = get_cfg_from_args(args, warn=notes.append)
     check_output_dir(cfg.train.output_dir)
+    setup_logging(name="dinov2", level=logging.INFO)  # to the terminal: nothing is written before the data are found
     bad_images = BadImageLog(Path(cfg.train.output_dir) / "bad_images.jsonl")
     loader = make_train_loader(cfg, rank=rank, world_size=world_size, on_bad_image=bad_images)
 

@@ -205,6 +205,13 @@ def test_few_bad_draws_go_on_and_the_limit_itself_is_allowed():
 
 def test_a_tiny_dataset_is_judged_after_one_pass():
     account = BadImages(10, 0.05, lambda *story: None)
-    account.add(9, [(0, "a", "b")])
-    with pytest.raises(DataError, match="1 of 10 draws"):
+    account.add(9, [(0, "a", "b"), (3, "c", "d")])
+    with pytest.raises(DataError, match="2 of 10 draws"):
         account.add(1, [])
+
+
+def test_one_bad_file_never_ends_a_run():
+    account = BadImages(10, 0.0, lambda *story: None)
+    for draw in range(50):
+        account.add(1, [(draw, "a", "b")])
+    assert account.num_bad_draws == 50
