@@ -39,7 +39,7 @@ class Train:
     )
     path_preserved: str | list[str] = option(
         "",
-        "folder or folders of whose images train.frac is held out, listed in preserved_images.txt of the run; or a text "
+        "folder or folders of whose images train.frac is held out, listed in the run's preserved_images.txt; or a text "
         "file for the list, then of all images; empty: none",
     )
     frac: float = option(0.0, "share of the images that train.path_preserved names held out", within="[0, 1)")
