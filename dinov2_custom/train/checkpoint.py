@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.weights import read_weights
 
@@ -51,23 +52,31 @@ class Checkpointer:
         self.keep_last = keep_last
 
     def save(self, iteration: int, *, final: bool = False, extra: dict[str, Any] | None = None) -> Path:
-        """Write the state after ``iteration`` (0-based, done) and return its path."""
+        """Write the state after ``iteration`` (0-based, done) and return its path.
+
+        All ranks call it; the first writes and the others wait, so that none leaves, or starts to read, before the file is complete.
+        """
         for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
             loss.apply_center_update()
+        path = self.folder / ("model_final.pth" if final else f"model_{iteration:07d}.pth")
+        if distributed.is_main_process():
+            self._write(path, iteration, extra or {})
+        distributed.barrier()
+        return path
+
+    def _write(self, path: Path, iteration: int, extra: dict[str, Any]) -> None:
         state = {
             "format": FORMAT,
             "iteration": iteration,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            **(extra or {}),
+            **extra,
         }
-        path = self.folder / ("model_final.pth" if final else f"model_{iteration:07d}.pth")
         save_atomically(state, path)
         (self.folder / "last_checkpoint.tmp").write_text(path.name)
         os.replace(self.folder / "last_checkpoint.tmp", self.folder / "last_checkpoint")
         self._prune()
-        return path
 
     def load_latest(self) -> int | None:
         """Restore the newest readable checkpoint; return its iteration, or None when there is none.
@@ -144,6 +153,8 @@ def check_same_architecture(model: nn.Module, state: dict[str, torch.Tensor], pa
 def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
     """Write ``eval/<name>/teacher_checkpoint.pth``, upstream's layout: {"teacher": {backbone.*, dino_head.*, ...}}."""
     path = Path(folder) / "eval" / name / "teacher_checkpoint.pth"
+    if not distributed.is_main_process():
+        return path
     teacher = {key: tensor.detach().float().cpu().clone() for key, tensor in model.teacher.state_dict().items()}
     save_atomically({"teacher": teacher}, path)
     return path

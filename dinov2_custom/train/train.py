@@ -17,6 +17,8 @@ from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.logging import MetricLogger, setup_logging, truncate_after
+from dinov2_custom.parallel import GradientReducer
+from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
 from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite, stop_requests
 from dinov2_custom.train.pretrained import load_pretrained_backbone
@@ -25,6 +27,16 @@ from dinov2_custom.train.startup import RunLength, describe_end, describe_run, r
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
 from dinov2_custom.utils.schedules import CosineScheduler
+
+__all__ = [
+    "apply_optim_scheduler",
+    "build_optimizer",
+    "build_schedulers",
+    "do_test",
+    "do_train",
+    "get_args_parser",
+    "main",
+]
 
 logger = logging.getLogger("dinov2")
 
@@ -111,6 +123,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     schedules = build_schedulers(cfg, length)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     checkpointer = Checkpointer(out, model, optimizer, model.fp16_scaler, keep_last=cfg.checkpointing.keep_last)
+    reducer = GradientReducer(model.student.parameters())
     resumed = checkpointer.load_latest() if resume else None
     iteration = 0 if resumed is None else resumed + 1
     if iteration >= length.total:
@@ -121,7 +134,8 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     for line in describe_run(cfg, model, length, loader.num_images, world_size):
         logger.info(line)
     metrics_file = out / "training_metrics.json"
-    truncate_after(metrics_file, iteration)
+    if rank == 0:
+        truncate_after(metrics_file, iteration)
     metrics = MetricLogger(delimiter="  ", output_file=str(metrics_file))
     save_period = cfg.checkpointing.period or length.iterations(3)
     eval_period = cfg.evaluation.eval_period_iterations
@@ -140,9 +154,10 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
             optimizer.zero_grad(set_to_none=True)
             model.diagnose = iteration % cfg.train.log_every == 0 or iteration == length.total - 1
             drop_path_draws = generator_for(cfg.train.seed, "drop_path", iteration, rank)
+            reducer.arm()
             losses = model.forward_backward(batch, teacher_temp=teacher_temp, generator=drop_path_draws)
-            if distributed.is_enabled():
-                losses = {name: distributed.all_reduce(value.clone(), average=True) for name, value in losses.items()}
+            reducer.finish()
+            losses, stop_signal = over_all_ranks(losses, stop)
 
             # update, unless something is not finite
             finite = all_finite(losses) and optimizer_step(cfg, model, optimizer)
@@ -168,16 +183,29 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
             last = iteration == length.total - 1
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = do_test(cfg, model, f"training_{iteration}")
-            if last or stop or (iteration + 1) % save_period == 0:
+            if last or stop_signal or (iteration + 1) % save_period == 0:
                 checkpoint_path = checkpointer.save(iteration, final=last)
-            if stop and not last:
+            if stop_signal and not last:
                 logger.warning(f"stopped at iteration={iteration}; the same command goes on from {checkpoint_path}")
-                return 128 + stop[0]
+                return 128 + stop_signal
             iteration += 1
 
     for line in describe_end(cfg, teacher_path, checkpoint_path):
         logger.info(line)
     return 0
+
+
+def over_all_ranks(losses: dict[str, torch.Tensor], stop: list[int]) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the losses averaged over all processes, and the signal that any of them was asked to stop by, or 0."""
+    signum = stop[0] if stop else 0
+    if not distributed.is_enabled():
+        return losses, signum
+    values = torch.stack(list(losses.values())).float()
+    signals = values.new_zeros(64)
+    signals[signum] = 1.0
+    reduced = distributed.all_reduce(torch.cat((values, signals[1:])))
+    means, asked = reduced[: len(values)] / distributed.get_global_size(), reduced[len(values) :].nonzero().flatten()
+    return dict(zip(losses, means, strict=True)), int(asked[0]) + 1 if len(asked) else 0
 
 
 def start_student(cfg, model: SSLMetaArch) -> None:
