@@ -54,7 +54,8 @@ class Checkpointer:
     def save(self, iteration: int, *, final: bool = False, extra: dict[str, Any] | None = None) -> Path:
         """Write the state after ``iteration`` (0-based, done) and return its path.
 
-        All ranks call it; the first writes and the others wait, so that none leaves, or starts to read, before the file is complete.
+        All ranks call it; the first writes and the others wait, so that none leaves, or starts to read, before the file
+        is complete.
         """
         for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
             loss.apply_center_update()

@@ -93,7 +93,7 @@ class SSLMetaArch(nn.Module):
     def prepare_for_distributed_training(self) -> None:
         """Fix the precision for the device the parameters are on; call once, after moving the model there."""
         dtype = self._dtype("student", "backbone")
-        use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16 and self.device.type == "cuda"
+        use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
         self.fp16_scaler = torch.amp.GradScaler(self.device.type) if use_scaler else None
 
     def train(self, mode: bool = True) -> SSLMetaArch:

@@ -55,7 +55,7 @@ def describe_run(cfg, model, length: RunLength, num_images: int, world_size: int
         f"batch: {cfg.train.batch_size_per_gpu} a process, {length.global_batch} in all, lr={cfg.optim.lr:.3g}",
         f"length: epoch={length.epoch_length:,} iterations = {images_per_epoch:,} images, {cfg.optim.epochs:g} epochs "
         f"= {length.total:,} iterations = {passes:.1f} passes over the data",
-        f"files: {cfg.train.output_dir}",
+        f"files: {cfg.train.output_dir} (complete configuration: config.yaml)",
     ]
 
 

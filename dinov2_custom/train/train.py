@@ -131,6 +131,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
         return 0
     if resumed is None:
         start_student(cfg, model)
+    write_config(cfg, str(out))
     for line in describe_run(cfg, model, length, loader.num_images, world_size):
         logger.info(line)
     metrics_file = out / "training_metrics.json"
@@ -247,7 +248,6 @@ def _run(args, rank: int, world_size: int) -> int:
     for note in notes:
         logger.warning(note)
     try:
-        write_config(cfg, str(out))
         on_gpu = torch.cuda.is_available()
         model = SSLMetaArch(cfg).to(torch.device("cuda", distributed.get_local_rank()) if on_gpu else "cpu")
         model.prepare_for_distributed_training()

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinov2_custom.errors import ConfigError, DataError, DINOv2Error
+from dinov2_custom.errors import CheckpointError, ConfigError, DataError, DINOv2Error
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.train.train import build_schedulers
@@ -194,6 +194,30 @@ def test_bad_input_is_one_error_before_any_work(images, tmp_path, arguments, err
         train(*RUN, "--output-dir", tmp_path / "out", *(a.format(**places) for a in arguments))
     assert isinstance(caught.value, DINOv2Error) and message.format(**places) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_architecture_leaves_the_run_as_it_was(images, tmp_path):
+    out, command = tmp_path / "out", [f"train.dataset_path={images}", *RUN]
+    train(*command, "--output-dir", out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "log.txt"}
+    with pytest.raises(CheckpointError, match="another architecture"):
+        train(*command, "--output-dir", out, "student.arch=vit_micro", "optim.epochs=3")
+    assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != "log.txt"}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_every_precision_trains_on_a_cpu(images, tmp_path, dtype):
+    precision = [
+        f"compute_precision.{model}.{part}.mixed_precision.param_dtype={dtype}"
+        for model in ("student", "teacher")
+        for part in ("backbone", "dino_head", "ibot_head")
+    ]
+    options = ["student.drop_path_rate=0.3", "optim.epochs=8"]  # fp16 spends the first steps on finding its loss scale
+    train(f"train.dataset_path={images}", *RUN, *precision, *options, "--output-dir", tmp_path)
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert (state["scaler"] is not None) == (dtype == "fp16")
+    moved = state["model"]["student.backbone.blocks.0.mlp.fc1.weight"]
+    assert moved.isfinite().all() and not torch.equal(moved, state["model"]["teacher.backbone.blocks.0.mlp.fc1.weight"])
 
 
 def test_schedules_follow_the_configuration():
