@@ -12,8 +12,10 @@ from dinov2_custom.configs.option import option, section
 @dataclass
 class Train:
     batch_size_per_gpu: int = option(64, "images per step on one GPU (or process)", unit="images", within="[1, inf)")
-    dataset_path: str | list[str] = option(
-        "", "folder of images, list of folders, or dataset string such as ImageNet:split=TRAIN:root=...:extra=..."
+    dataset_path: str | dict | list[str | dict] = option(
+        "",
+        "folder of images, list file, tar shards, Parquet, dataset string such as ImageNet:split=TRAIN:root=..., list of "
+        "these, or a mixture [{path: /a, weight: 0.7}, {path: /b, weight: 0.3}]; see docs/datasets.md",
     )
     output_dir: str = option(
         "",
@@ -23,8 +25,12 @@ class Train:
     )
     saveckp_freq: int = option(20, "unused, as upstream; see checkpointing.period", changes_results=False, unused=True)
     seed: int = option(0, "seed of weights, order, crops and masks", within="[0, inf)")
-    num_workers: int = option(
-        10, "data-loading processes per GPU; 0: in the main process", changes_results=False, within="[0, inf)"
+    num_workers: int | str = option(
+        10,
+        "data-loading processes per GPU; 0: in the main process; auto: as many as keep up, measured",
+        changes_results=False,
+        choices=("auto",),
+        within="[0, inf)",
     )
     OFFICIAL_EPOCH_LENGTH: int | str = option(
         1250,
@@ -58,6 +64,19 @@ class Checkpointing:
     )
     keep_last: int = option(
         3, "newest periodic checkpoints kept", unit="checkpoints", changes_results=False, within="[1, inf)"
+    )
+    keep_every: int = option(
+        0,
+        "checkpoints of every so many iterations are never removed; 0: none such",
+        unit="iterations",
+        changes_results=False,
+        within="[0, inf)",
+    )
+    on_error: str = option(
+        "warn",
+        "when a checkpoint cannot be written (disk full): warn and train on with the one before, or stop",
+        choices=("warn", "stop"),
+        changes_results=False,
     )
 
 
@@ -117,6 +136,11 @@ class Normalize:
 @dataclass
 class Data:
     normalize: Normalize = section(Normalize)
+    dct_scaling: bool = option(
+        False,
+        "decode a JPEG at 1/2, 1/4 or 1/8 of its size where every crop still has 1.5 times the pixels it needs; twice "
+        "as fast for 12 megapixels",
+    )
 
 
 @dataclass
@@ -139,6 +163,13 @@ class Augmentation:
         [0.1, 2.0], "range of the Gaussian's sigma", unit="px", within="(0, inf)", length=2, increasing=True
     )
     hflip_p: float = option(0.5, "probability of a horizontal flip", within="[0, 1]")
+    device: str = option(
+        "auto",
+        "where colours are changed, with the same pixels: cpu: by the data-loading processes; device: where the model "
+        "is; auto: device on a GPU",
+        changes_results=False,
+        choices=("auto", "cpu", "device"),
+    )
 
 
 @dataclass

@@ -26,12 +26,19 @@ FORMAT = 1
 
 
 def save_atomically(obj: Any, path: Path) -> None:
-    """Write ``obj`` with ``torch.save`` so that ``path`` is either absent, the old file or the whole new one."""
+    """Write ``obj`` with ``torch.save`` so that ``path`` is either absent, the old file or the whole new one.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of the attempt.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(obj, file)
+            try:
+                torch.save(obj, file)
+            except RuntimeError as e:  # torch's writer on a write that failed, for example on a full disk
+                raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e)) from e
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -45,25 +52,62 @@ class Checkpointer:
     Args:
         model, optimizer, scaler: restored in place by :meth:`load_latest`; ``scaler`` may be None.
         keep_last: how many periodic checkpoints stay; older ones are removed after a new one is complete.
+        keep_every: those of every so many iterations stay for good; 0 for none.
+        on_error: ``warn`` goes on with the checkpoint before when a new one cannot be written, ``stop`` raises.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer, scaler=None, keep_last: int = 3) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer,
+        scaler=None,
+        keep_last: int = 3,
+        keep_every: int = 0,
+        on_error: str = "stop",
+    ) -> None:
         self.folder, self.model, self.optimizer, self.scaler = Path(folder), model, optimizer, scaler
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every, self.on_error = keep_last, keep_every, on_error
 
     def save(self, iteration: int, *, final: bool = False, extra: dict[str, Any] | None = None) -> Path:
         """Write the state after ``iteration`` (0-based, done) and return its path.
 
         All ranks call it; the first writes and the others wait, so that none leaves, or starts to read, before the file
         is complete.
+
+        Raises:
+            CheckpointError: it cannot be written and ``on_error`` is ``stop`` or it is the last one; the one before is
+                intact.
         """
         for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
             loss.apply_center_update()
         path = self.folder / ("model_final.pth" if final else f"model_{iteration:07d}.pth")
-        if distributed.is_main_process():
-            self._write(path, iteration, extra or {})
-        distributed.barrier()
+        self._write_on_main(lambda: self._write(path, iteration, extra or {}), path, required=final)
         return path
+
+    def save_teacher(self, name: str, *, final: bool = False) -> Path:
+        """Write the teacher as :func:`save_teacher` does, with the errors and the waiting of :meth:`save`."""
+        path = teacher_path(self.folder, name)
+        self._write_on_main(lambda: save_teacher(self.model, self.folder, name), path, required=final)
+        return path
+
+    def _write_on_main(self, write: Callable[[], Any], path: Path, required: bool) -> None:
+        trouble = None
+        if distributed.is_main_process():
+            try:
+                write()
+            except OSError as e:
+                last = self.folder / "last_checkpoint"
+                before = last.read_text() if last.exists() else "none"
+                trouble = (
+                    f"checkpoint: expected to write {path}, got {e.strerror or e}; the newest complete one ({before}) "
+                    "is intact; make room, then the same command goes on from it"
+                )
+        trouble = distributed.broadcast_object(trouble)  # all ranks wait here, and stop or go on together
+        if trouble and (required or self.on_error == "stop"):
+            raise CheckpointError(trouble)
+        if trouble:
+            logger.warning(f"{trouble}; training goes on")
 
     def _write(self, path: Path, iteration: int, extra: dict[str, Any]) -> None:
         state = {
@@ -118,7 +162,9 @@ class Checkpointer:
 
     def _prune(self) -> None:
         for old in sorted(self._periodic(), reverse=True)[self.keep_last :]:
-            old.unlink()
+            done = int(_NAME.fullmatch(old.name)[1]) + 1
+            if not self.keep_every or done % self.keep_every:
+                old.unlink()
 
     def _restore(self, state: dict, path: Path) -> None:
         if missing := [key for key in ("iteration", "model", "optimizer") if key not in state]:
@@ -151,9 +197,13 @@ def check_same_architecture(model: nn.Module, state: dict[str, torch.Tensor], pa
         )
 
 
+def teacher_path(folder: Path, name: str) -> Path:
+    return Path(folder) / "eval" / name / "teacher_checkpoint.pth"
+
+
 def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
     """Write ``eval/<name>/teacher_checkpoint.pth``, upstream's layout: {"teacher": {backbone.*, dino_head.*, ...}}."""
-    path = Path(folder) / "eval" / name / "teacher_checkpoint.pth"
+    path = teacher_path(folder, name)
     if not distributed.is_main_process():
         return path
     teacher = {key: tensor.detach().float().cpu().clone() for key, tensor in model.teacher.state_dict().items()}

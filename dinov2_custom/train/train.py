@@ -122,7 +122,8 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     length = run_length(cfg, loader.num_images, world_size)
     schedules = build_schedulers(cfg, length)
     optimizer = build_optimizer(cfg, model.get_params_groups())
-    checkpointer = Checkpointer(out, model, optimizer, model.fp16_scaler, keep_last=cfg.checkpointing.keep_last)
+    keep = {name: cfg.checkpointing[name] for name in ("keep_last", "keep_every", "on_error")}
+    checkpointer = Checkpointer(out, model, optimizer, model.fp16_scaler, **keep)
     reducer = GradientReducer(model.student.parameters())
     resumed = checkpointer.load_latest() if resume else None
     iteration = 0 if resumed is None else resumed + 1
@@ -144,7 +145,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     model.train()
 
     with stop_requests() as stop:
-        batches = loader.batches(start_iteration=iteration)
+        batches = loader.batches(start_iteration=iteration, device=model.device)
         for batch in metrics.log_every(
             batches, cfg.train.log_every, "Training", length.total, iteration, images_per_iteration=length.global_batch
         ):
@@ -183,7 +184,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
             # save
             last = iteration == length.total - 1
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
-                teacher_path = do_test(cfg, model, f"training_{iteration}")
+                teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or stop_signal or (iteration + 1) % save_period == 0:
                 checkpoint_path = checkpointer.save(iteration, final=last)
             if stop_signal and not last:

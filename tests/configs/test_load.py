@@ -90,12 +90,18 @@ def test_missing_dataset_says_how_to_set_it():
 
 def test_list_of_datasets():
     assert load("train.dataset_path=[/a,/b]").train.dataset_path == ["/a", "/b"]
+    mixed = "[{path: /a, weight: 0.7}, {kind: Tar, path: /b, weight: 0.3}]"
+    assert load(f"train.dataset_path={mixed}").train.dataset_path == [
+        {"path": "/a", "weight": 0.7},
+        {"kind": "Tar", "path": "/b", "weight": 0.3},
+    ]
+    assert load("train.dataset_path={path: /a, column: x}").train.dataset_path.column == "x"
 
 
 def test_all_mistakes_come_in_one_error_with_their_source(tmp_path):
     path = write(
         tmp_path,
-        "train: {centering: sinkhorn, num_workers: '3'}\noptim: {warmup_epochs: 20}\nstudnt: {arch: vit_small}\n",
+        "train: {centering: sinkhorn, seed: '3'}\noptim: {warmup_epochs: 20}\nstudnt: {arch: vit_small}\n",
     )
     text = mistakes("optim.epochs=10", "student.patch_size=14", "train.batch_size=3", "foo", file=path)
     lines = text.splitlines()
@@ -107,7 +113,7 @@ def test_all_mistakes_come_in_one_error_with_their_source(tmp_path):
         "train.batch_size_per_gpu?",
         f"  - train.centering ({path}): expected centering | sinkhorn_knopp, got 'sinkhorn' -> did you mean "
         "sinkhorn_knopp?",
-        f"  - train.num_workers ({path}): expected a whole number of at least 0, got '3' -> write the number without",
+        f"  - train.seed ({path}): expected a whole number of at least 0, got '3' -> write the number without",
         "  - crops.local_crops_size (default): expected a multiple of the patch size 14, got 96 with "
         "student.patch_size = 14 (override)",
         f"  - optim.warmup_epochs ({path}): expected at most optim.epochs, got 20 with optim.epochs = 10 (override)",

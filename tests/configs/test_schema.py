@@ -19,8 +19,11 @@ OURS = {
     "train.log_every": 10,
     "checkpointing.period": 0,
     "checkpointing.keep_last": 3,
+    "checkpointing.keep_every": 0,
+    "checkpointing.on_error": "warn",
     "data.normalize.mean": [0.485, 0.456, 0.406],
     "data.normalize.std": [0.229, 0.224, 0.225],
+    "data.dct_scaling": False,
     "augmentation.brightness": 0.4,
     "augmentation.contrast": 0.4,
     "augmentation.saturation": 0.2,
@@ -31,6 +34,7 @@ OURS = {
     "augmentation.blur_p": [0.0, 0.9, 0.5],
     "augmentation.blur_sigma": [0.1, 2.0],
     "augmentation.hflip_p": 0.5,
+    "augmentation.device": "auto",
 }
 
 

@@ -1,5 +1,7 @@
 import os
 import pickle
+import re
+import subprocess
 
 import pytest
 import torch
@@ -11,11 +13,11 @@ from dinov2_custom.train.train import build_optimizer
 from tests.train.batches import random_batch, tiny_config
 
 
-def make(folder, *overrides, keep_last=3):
+def make(folder, *overrides, **keep):
     cfg = tiny_config("student.drop_path_rate=0.3", *overrides)
     model = SSLMetaArch(cfg).train()
     optimizer = build_optimizer(cfg, model.get_params_groups())
-    return cfg, model, ckpt.Checkpointer(folder, model, optimizer, None, keep_last)
+    return cfg, model, ckpt.Checkpointer(folder, model, optimizer, None, **keep)
 
 
 def advance(cfg, model, optimizer, seeds):
@@ -78,8 +80,9 @@ def test_another_architecture_names_tensors_and_shapes(tmp_path):
         make(tmp_path, "student.patch_size=2")[2].load_latest()
 
 
-def test_failed_save_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch):
-    saver = make(tmp_path)[2]
+@pytest.mark.parametrize("on_error", ["warn", "stop"])
+def test_failed_save_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch, caplog, on_error):
+    saver = make(tmp_path, on_error=on_error)[2]
     path = saver.save(0)
     before = path.read_bytes()
 
@@ -88,8 +91,13 @@ def test_failed_save_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        saver.save(0)
+    message = "got No space left on device; the newest complete one (model_0000000.pth) is intact"
+    if on_error == "stop":
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            saver.save(1)
+    else:
+        saver.save(1)
+        assert message in caplog.text
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000000.pth"]
 
@@ -102,6 +110,34 @@ def test_old_ones_are_pruned_also_after_a_resume(tmp_path):
     again.load_latest()
     again.save(3)
     assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_0000002.pth", "model_0000003.pth"]
+
+
+def test_really_full_disk(tmp_path, caplog):
+    saver = make(tmp_path / "disk", on_error="warn")[2]
+    saver.save(0)
+    size = (tmp_path / "disk" / "model_0000000.pth").stat().st_size
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", small]).returncode:
+        pytest.skip("NO FULL DISK TEST: mounting a small tmpfs needs root")
+    try:
+        saver.folder = small
+        saver.save(1)
+        saver.save(2)
+        assert "No space left on device" in caplog.text
+        assert sorted(p.name for p in small.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
+        assert saver.load_latest() == 1
+        with pytest.raises(CheckpointError, match="model_final.pth, got No space left"):
+            saver.save(3, final=True)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_every_so_many_are_kept_for_good(tmp_path):
+    saver = make(tmp_path, keep_last=1, keep_every=4)[2]
+    for iteration in range(1, 10, 2):
+        saver.save(iteration)
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [f"model_{i:07d}.pth" for i in (3, 7, 9)]
 
 
 def test_periodic_after_final_is_newer(tmp_path):

@@ -1,6 +1,7 @@
 """Real processes, really stopped: Ctrl-C, SIGTERM to the whole group, kill -9; then resumed."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TOTAL = 40
 
 
-def command(images: Path, out: Path) -> list[str]:
+def command(images: Path, out: Path, total: int = TOTAL) -> list[str]:
     overrides = [
         f"train.dataset_path={images}",
-        f"train.OFFICIAL_EPOCH_LENGTH={TOTAL}",
+        f"train.OFFICIAL_EPOCH_LENGTH={total}",
         "optim.epochs=1",
         "optim.warmup_epochs=0.25",
         "train.num_workers=1",
@@ -31,11 +32,11 @@ def command(images: Path, out: Path) -> list[str]:
     return [sys.executable, str(REPOSITORY / "run/train/train.py"), "--output-dir", str(out), *TINY, *overrides]
 
 
-def start(images: Path, out: Path) -> subprocess.Popen:
+def start(images: Path, out: Path, total: int = TOTAL) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     log = open(out.parent / f"{out.name}.log", "a")
     with log:
-        return subprocess.Popen(command(images, out), env=env, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command(images, out, total), env=env, stdout=log, stderr=log, start_new_session=True)
 
 
 def wait_for_checkpoint(process: subprocess.Popen, out: Path) -> None:
@@ -73,6 +74,14 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(images, uninterrup
     assert all(torch.equal(expected[key], got[key]) for key in expected)
     written = [row["iteration"] for row in rows(out)]
     assert written == sorted(set(written)) and written[-1] == TOTAL - 1
+
+
+def test_killed_at_three_random_moments(images, uninterrupted, tmp_path):
+    from tests.train.kill_and_resume import differing, survive
+
+    records = survive(images, tmp_path / "out", kills=3, rng=random.Random(1), total=TOTAL)
+    assert differing(uninterrupted, tmp_path / "out") == []
+    assert records  # a fast machine may finish before the third kill, never before the first
 
 
 def test_the_command_prints_one_line_of_error_and_no_traceback(tmp_path):
