@@ -83,11 +83,12 @@ def load_run_config(
 
 
 def scaled_lr(values: dict[str, Any], world_size: int) -> float:
-    """Return the peak learning rate: base_lr times the square root of global batch / 1024.
+    """Return the peak learning rate: base_lr times the square root of global batch / 1024, accumulation included.
 
     Source: upstream utils/config.py, rule sqrt_wrt_1024.
     """
-    return values["optim.base_lr"] * math.sqrt(values["train.batch_size_per_gpu"] * world_size / 1024.0)
+    batch = values["train.batch_size_per_gpu"] * world_size * values.get("optim.accumulation_steps", 1)
+    return values["optim.base_lr"] * math.sqrt(batch / 1024.0)
 
 
 def _is_scaled_lr(lr: float, values: dict[str, Any]) -> bool:

@@ -14,8 +14,8 @@ class Train:
     batch_size_per_gpu: int = option(64, "images per step on one GPU (or process)", unit="images", within="[1, inf)")
     dataset_path: str | dict | list[str | dict] = option(
         "",
-        "folder of images, list file, tar shards, Parquet, dataset string such as ImageNet:split=TRAIN:root=..., list of "
-        "these, or a mixture [{path: /a, weight: 0.7}, {path: /b, weight: 0.3}]; see docs/datasets.md",
+        "folder of images, list file, tar shards, Parquet, dataset string such as ImageNet:split=TRAIN:root=..., list "
+        "of these, or a mixture [{path: /a, weight: 0.7}, {path: /b, weight: 0.3}]; see docs/datasets.md",
     )
     output_dir: str = option(
         "",
@@ -83,6 +83,12 @@ class Checkpointing:
 @dataclass
 class Optim:
     epochs: int | float = option(100, "length of the run; fractions are fine", unit="epochs", within="(0, inf)")
+    accumulation_steps: int = option(
+        1,
+        "batches whose gradients make one step; learning rate and epochs follow the effective batch",
+        unit="batches",
+        within="[1, inf)",
+    )
     weight_decay: float = option(0.04, "weight decay at the start", within="[0, inf)")
     weight_decay_end: float = option(0.4, "weight decay at the end (cosine between)", within="[0, inf)")
     base_lr: float = option(0.004, "peak learning rate at a global batch of 1024 images", within="[0, inf)")

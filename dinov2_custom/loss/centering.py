@@ -22,12 +22,15 @@ class CenteredLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(center_shape))
-        self._pending: tuple[Tensor, object | None] | None = None
+        # While set, updates are collected and the centre stays: for the later micro-batches of one step.
+        self.hold_center = False
+        self._pending: list[tuple[Tensor, dist.Work | None]] = []
 
     @torch.no_grad()
     def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
         """Return softmax((teacher_output - center) / teacher_temp), in float32."""
-        self.apply_center_update()
+        if not self.hold_center:
+            self.apply_center_update()
         return F.softmax((teacher_output.float() - self.center) / teacher_temp, dim=-1)
 
     @torch.no_grad()
@@ -42,17 +45,18 @@ class CenteredLoss(nn.Module):
         sum_and_count = torch.cat((rows.sum(dim=0), count))
         parallel = dist.is_available() and dist.is_initialized()
         handle = dist.all_reduce(sum_and_count, async_op=True) if parallel else None
-        self._pending = (sum_and_count, handle)
+        self._pending.append((sum_and_count, handle))
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Finish a started update; a batch without rows leaves the centre as it is."""
-        if self._pending is None:
+        """Blend in the mean over all started updates; without rows the centre stays as it is."""
+        if not self._pending:
             return
-        sum_and_count, handle = self._pending
-        self._pending = None
-        if handle is not None:
-            handle.wait()
+        for _, handle in self._pending:
+            if handle is not None:
+                handle.wait()
+        sum_and_count = sum(sums for sums, _ in self._pending)
+        self._pending.clear()
         count = sum_and_count[-1]
         mean = (sum_and_count[:-1] / count.clamp_min(1)).view_as(self.center)
         blended = self.center * self.center_momentum + mean * (1 - self.center_momentum)

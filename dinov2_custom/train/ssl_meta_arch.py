@@ -106,7 +106,11 @@ class SSLMetaArch(nn.Module):
         raise NotImplementedError("call forward_backward, or student.backbone / teacher.backbone for features")
 
     def forward_backward(
-        self, images: dict, teacher_temp: float, generator: torch.Generator | None = None
+        self,
+        images: dict,
+        teacher_temp: float,
+        generator: torch.Generator | None = None,
+        micro_batch: tuple[int, int] = (0, 1),
     ) -> dict[str, Tensor]:
         """Compute the losses of one batch and add their gradients to the student's parameters.
 
@@ -114,6 +118,8 @@ class SSLMetaArch(nn.Module):
             images: what ``collate_data_and_cast`` returns.
             teacher_temp: temperature of the teacher's softmax or Sinkhorn-Knopp.
             generator: CPU generator of the drop-path subsets (None: torch's global one).
+            micro_batch: (index, count) when ``count`` batches make one step: gradients are divided by ``count``, and
+                the centres move once a step.
 
         Returns:
             0-dim losses on the device, detached. KoLeo and iBOT are half of what is trained, as upstream reports them.
@@ -122,10 +128,12 @@ class SSLMetaArch(nn.Module):
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in images.items()
         }
+        index, count = micro_batch
+        self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
         targets = self.teacher_targets(images, teacher_temp)
         outputs = self.student_outputs(images, generator)
         total, reported = self.losses(outputs, targets, images)
-        self.backprop_loss(total)
+        self.backprop_loss(total / count)
         return {name: value.detach() for name, value in reported.items()}
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ class RunLength(NamedTuple):
 
 def run_length(cfg, num_images: int, world_size: int) -> RunLength:
     """Resolve ``train.OFFICIAL_EPOCH_LENGTH`` (an int, or ``auto`` for one pass over the data) and ``optim.epochs``."""
-    global_batch = cfg.train.batch_size_per_gpu * world_size
+    global_batch = cfg.train.batch_size_per_gpu * world_size * cfg.optim.accumulation_steps
     length = cfg.train.OFFICIAL_EPOCH_LENGTH
     epoch_length = math.ceil(num_images / global_batch) if length == "auto" else int(length)
     return RunLength(epoch_length, max(1, round(cfg.optim.epochs * epoch_length)), global_batch)
@@ -52,7 +52,8 @@ def describe_run(cfg, model, length: RunLength, num_images: int, world_size: int
         f"precision: {dtype.removeprefix('torch.')}, losses and weights in float32",
         f"model: {cfg.student.arch} patch={cfg.student.patch_size} student_parameters={millions:.2f}M",
         f"images: {num_images:,} found in {cfg.train.dataset_path}",
-        f"batch: {cfg.train.batch_size_per_gpu} a process, {length.global_batch} in all, lr={cfg.optim.lr:.3g}",
+        f"batch: {cfg.train.batch_size_per_gpu} a process x {world_size} processes x {cfg.optim.accumulation_steps} "
+        f"accumulated = {length.global_batch}, lr={cfg.optim.lr:.3g}",
         f"length: epoch={length.epoch_length:,} iterations = {images_per_epoch:,} images, {cfg.optim.epochs:g} epochs "
         f"= {length.total:,} iterations = {passes:.1f} passes over the data",
         f"files: {cfg.train.output_dir} (complete configuration: config.yaml)",

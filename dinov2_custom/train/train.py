@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -145,7 +145,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     model.train()
 
     with stop_requests() as stop:
-        batches = loader.batches(start_iteration=iteration, device=model.device)
+        batches = loader.batches(iteration * cfg.optim.accumulation_steps, device=model.device)
         for batch in metrics.log_every(
             batches, cfg.train.log_every, "Training", length.total, iteration, images_per_iteration=length.global_batch
         ):
@@ -156,9 +156,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
             optimizer.zero_grad(set_to_none=True)
             model.diagnose = iteration % cfg.train.log_every == 0 or iteration == length.total - 1
             drop_path_draws = generator_for(cfg.train.seed, "drop_path", iteration, rank)
-            reducer.arm()
-            losses = model.forward_backward(batch, teacher_temp=teacher_temp, generator=drop_path_draws)
-            reducer.finish()
+            losses = accumulate_gradients(cfg, model, reducer, batch, batches, teacher_temp, drop_path_draws)
             losses, stop_signal = over_all_ranks(losses, stop)
 
             # update, unless something is not finite
@@ -195,6 +193,28 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     for line in describe_end(cfg, teacher_path, checkpoint_path):
         logger.info(line)
     return 0
+
+
+def accumulate_gradients(
+    cfg,
+    model: SSLMetaArch,
+    reducer: GradientReducer,
+    batch: dict,
+    batches: Iterator[dict],
+    teacher_temp: float,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """Run ``batch``, and the next ones of ``batches`` up to ``optim.accumulation_steps``; return their mean losses."""
+    count, sums = cfg.optim.accumulation_steps, {}
+    for index in range(count):
+        if index > 0:
+            batch = next(batches)
+        if index == count - 1:
+            reducer.arm()
+        losses = model.forward_backward(batch, teacher_temp, generator, micro_batch=(index, count))
+        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+    reducer.finish()
+    return {name: value / count for name, value in sums.items()}
 
 
 def over_all_ranks(losses: dict[str, torch.Tensor], stop: list[int]) -> tuple[dict[str, torch.Tensor], int]:

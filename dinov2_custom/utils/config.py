@@ -91,7 +91,8 @@ def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
     rule = cfg.optim.scaling_rule
     if rule != "sqrt_wrt_1024":
         raise ConfigError(f"optim.scaling_rule: expected sqrt_wrt_1024, the only one there is, got {rule!r}")
-    values = {key: OmegaConf.select(cfg, key) for key in ("optim.base_lr", "train.batch_size_per_gpu")}
+    keys = ("optim.base_lr", "train.batch_size_per_gpu", "optim.accumulation_steps")
+    values = {key: OmegaConf.select(cfg, key, default=1) for key in keys}
     with read_write(cfg):
         cfg.optim.lr = scaled_lr(values, distributed.get_global_size())
     return cfg

@@ -20,6 +20,7 @@ OURS = {
     "checkpointing.period": 0,
     "checkpointing.keep_last": 3,
     "checkpointing.keep_every": 0,
+    "optim.accumulation_steps": 1,
     "checkpointing.on_error": "warn",
     "data.normalize.mean": [0.485, 0.456, 0.406],
     "data.normalize.std": [0.229, 0.224, 0.225],

@@ -141,3 +141,44 @@ def test_diagnostics_tell_uniform_from_decided():
     assert model.diagnostics["teacher_entropy"] == pytest.approx(math.log(32), rel=1e-3)
     model.forward_backward(random_batch(cfg), teacher_temp=1e-4)
     assert model.diagnostics["teacher_entropy"] < 0.1
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_micro_batches_equal_one_large_batch(count):
+    """Where the definition permits: centering; not KoLeo, whose neighbours are those of the micro-batch."""
+    cfg = tiny_config("train.batch_size_per_gpu=8", "dino.koleo_loss_weight=0")
+    large = random_batch(cfg)
+    whole, parts = SSLMetaArch(cfg).train(), SSLMetaArch(cfg).train()
+    for _ in range(2):  # the second step sees the centres that the first one left
+        expected = whole.forward_backward(large, teacher_temp=0.05)
+        sums = dict.fromkeys(expected, 0.0)
+        for index in range(count):
+            losses = parts.forward_backward(slice_of(large, 8, index, count), 0.05, micro_batch=(index, count))
+            sums = {name: sums[name] + losses[name] / count for name in sums}
+        for name, value in expected.items():
+            torch.testing.assert_close(sums[name], value, rtol=1e-5, atol=1e-6)
+    for (name, a), b in zip(whole.student.named_parameters(), parts.student.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    assert whole.dino_loss.center.abs().max() > 0
+    torch.testing.assert_close(parts.dino_loss.center, whole.dino_loss.center)
+    torch.testing.assert_close(parts.ibot_patch_loss.center, whole.ibot_patch_loss.center)
+
+
+def slice_of(batch, size, index, count):
+    """Return the ``index``-th of ``count`` equal parts of a collated batch of ``size`` images."""
+    part = size // count
+
+    def crops(x, copies):
+        return x.unflatten(0, (copies, size))[:, index * part : (index + 1) * part].flatten(0, 1)
+
+    masks = crops(batch["collated_masks"], 2)
+    weights = (1 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]
+    return {
+        "collated_global_crops": crops(batch["collated_global_crops"], 2),
+        "collated_local_crops": crops(batch["collated_local_crops"], 2),
+        "collated_masks": masks,
+        "mask_indices_list": masks.flatten().nonzero().flatten(),
+        "masks_weight": weights,
+        "upperbound": int(masks.sum()),
+        "n_masked_patches": masks.sum().reshape(1),
+    }

@@ -80,7 +80,8 @@ def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, ca
     displayed = [first[key] for key in UPSTREAM_KEYS[-4:]]
     assert first["total_loss"] == pytest.approx(sum(displayed), rel=1e-5) and first["lr"] == 0
     log = capsys.readouterr().out
-    facts = ("command: ", "device: cpu", "precision: ", "images: 12 found", "16 images", "2.7 passes", f"files: {out}")
+    facts = ["command: ", "device: cpu", "precision: ", "images: 12 found", "16 images", "2.7 passes", f"files: {out}"]
+    facts.append("accumulated = 4, lr=")
     for fact in facts:
         assert fact in log
     assert "next: python run/eval/knn.py" in log
@@ -218,6 +219,15 @@ def test_every_precision_trains_on_a_cpu(images, tmp_path, dtype):
     assert (state["scaler"] is not None) == (dtype == "fp16")
     moved = state["model"]["student.backbone.blocks.0.mlp.fc1.weight"]
     assert moved.isfinite().all() and not torch.equal(moved, state["model"]["teacher.backbone.blocks.0.mlp.fc1.weight"])
+
+
+def test_accumulated_batches_make_one_step(images, tmp_path, capsys):
+    command = [f"train.dataset_path={images}", *RUN, "optim.accumulation_steps=2", "optim.epochs=1"]
+    train(*command, "--output-dir", tmp_path / "a")
+    log = capsys.readouterr().out
+    assert "x 2 accumulated = 8" in log and "32 images" in log
+    assert OmegaConf.load(tmp_path / "a" / "config.yaml").optim.lr == pytest.approx(0.004 * math.sqrt(8 / 1024))
+    assert [row["iteration"] for row in rows(tmp_path / "a")] == [0, 3]
 
 
 def test_schedules_follow_the_configuration():
