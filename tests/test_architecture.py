@@ -46,11 +46,25 @@ ALLOWED = {
 ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
 SATELLITES = {"eval", "hub", "export", "plan", "verify", "plots", "embed", "patching", "decoders"}
 ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
+ALLOWED["prepare"] = ALLOWED["verify"] | {"verify"}  # what is written again is checked first
 # a demonstration of everything: uses the satellites, nothing uses it
 ALLOWED["quickstart"] = set(ALLOWED) - {"_dinov2"}
 LAZY_ONLY = {("run", "train")}  # allowed inside a function: the node imports it, not the submitting machine
 
-TORCH_FREE = ["errors", "world", "configs", "configs.load", "utils.rng", "utils.cluster", "train.args", "eval.args"]
+TORCH_FREE = [
+    "errors",
+    "world",
+    "configs",
+    "configs.load",
+    "utils.rng",
+    "utils.cluster",
+    "train.args",
+    "eval.args",
+    "verify.args",
+    "prepare.args",
+    "plots.args",
+    "plots.history",
+]
 WORK = {
     "os.getenv", "os.environ", "os.makedirs", "os.mkdir", "os.uname", "torch.manual_seed", "torch.set_default_dtype",
     "torch.set_num_threads", "torch.cuda.is_available", "torch.cuda.device_count", "torch.set_float32_matmul_precision",

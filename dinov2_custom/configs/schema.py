@@ -30,6 +30,7 @@ class Config:
     crops: schema_train.Crops = section(schema_train.Crops, "Number, area and size of the crops.")
     evaluation: schema_train.Evaluation = section(schema_train.Evaluation, "Teacher checkpoints along the way.")
     checkpointing: schema_train.Checkpointing = section(schema_train.Checkpointing, "Checkpoints to resume from.")
+    wandb: schema_train.Wandb = section(schema_train.Wandb, "Weights & Biases; see docs/monitoring.md.")
     data: schema_train.Data = section(schema_train.Data, "How pixels become numbers.")
     augmentation: schema_train.Augmentation = section(
         schema_train.Augmentation, "What a crop goes through; upstream has these as constants in its code."

@@ -55,6 +55,9 @@ class Train:
     log_every: int = option(
         10, "log interval", unit="iterations", changes_results=False, within="[1, inf)"
     )
+    tensorboard: bool = option(
+        False, "write the metrics to <output_dir>/logs/tensorboard too; needs that package", changes_results=False
+    )
 
 
 @dataclass
@@ -185,4 +188,22 @@ class Evaluation:
         "interval of writing teacher_checkpoint.pth; 0 or less: only at the end",
         unit="iterations",
         changes_results=False,
+    )
+
+
+@dataclass
+class Wandb:
+    mode: str = option(
+        "disabled",
+        "offline: into <output_dir>/logs/wandb, for wandb sync; online falls back to it; WANDB_MODE can lower it",
+        choices=("disabled", "online", "offline"),
+        changes_results=False,
+    )
+    project: str = option("", "empty: WANDB_PROJECT, else dinov2_custom", changes_results=False)
+    entity: str = option("", "user or team; empty: the key's own", changes_results=False)
+    name: str = option("", "of the run; empty: WANDB_NAME, else the output directory's", changes_results=False)
+    group: str = option("", "runs to be shown together", changes_results=False)
+    tags: str | list[str] = option("", "label, or list of labels, of the run", changes_results=False)
+    id: str = option(
+        "", "of the run; empty: WANDB_RUN_ID, else the one this run directory had, else new", changes_results=False
     )

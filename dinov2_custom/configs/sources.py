@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_custom.configs.mistakes import Mistakes, explain_bad_override
 from dinov2_custom.configs.schema import all_options
-from dinov2_custom.configs.values import is_quoted_or_list, is_text
+from dinov2_custom.configs.values import is_mapping, is_quoted_or_list, is_text
 
 PACKAGE_DIR = Path(__file__).parent
 _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
@@ -88,7 +88,7 @@ def section_keys() -> dict[str, list[str]]:
 
 def _parse(key: str, text: str) -> Any:
     option = all_options().get(key)
-    if option is not None and is_text(option) and not is_quoted_or_list(text):
+    if option is not None and is_text(option) and not is_quoted_or_list(text) and not is_mapping(option, text):
         return text
     return parse_yaml(text)
 

@@ -5,6 +5,7 @@ Not the checks across keys (combinations.py). Read `coerce` first.
 
 import math
 import re
+import types
 import typing
 from typing import Any
 
@@ -12,6 +13,7 @@ from dinov2_custom.configs.option import Option
 
 _INTERVAL = re.compile(r"([\[(])\s*(\S+)\s*,\s*(\S+)\s*([\])])")
 _QUOTES = "'\""
+_MAPPING = re.compile(r"\{\s*[\w'\"]+\s*:.*\}", re.DOTALL)
 
 
 def coerce(option: Option, value: Any) -> Any:
@@ -51,10 +53,20 @@ def is_quoted_or_list(text: str) -> bool:
     return quoted or (stripped.startswith("[") and stripped.endswith("]")) or stripped in ("null", "~")
 
 
+def is_mapping(option: Option, text: str) -> bool:
+    """Tell whether an override's value for a text key that may be a mapping is one, `{path: /a, ...}`."""
+    return dict in option.types and _MAPPING.fullmatch(text.strip()) is not None
+
+
 def _fit(option: Option, kind: Any, value: Any) -> Any:
     """Return the value as `kind`, or None if it is not one. `None` itself is handled by the caller."""
     if typing.get_origin(kind) is list:
         return _fit_list(option, typing.get_args(kind)[0], value)
+    if isinstance(kind, types.UnionType):
+        fitted = (_fit(option, one, value) for one in typing.get_args(kind))
+        return next((one for one in fitted if one is not None), None)
+    if kind is dict:
+        return value if isinstance(value, dict) and value and all(isinstance(key, str) for key in value) else None
     if kind is bool:
         return value if isinstance(value, bool) else None
     if kind is str:
@@ -107,13 +119,16 @@ def _describe(option: Option, kind: Any) -> str:
         return "true or false"
     if kind is str:
         return " | ".join(option.choices) if option.choices else "text"
+    if kind is dict:
+        return "a mapping"
     if typing.get_origin(kind) is list:
         return _describe_list(option, typing.get_args(kind)[0])
     return f"a {'whole ' if kind is int else ''}number{_describe_interval(option.within)}"
 
 
 def _describe_list(option: Option, element: type) -> str:
-    noun = "texts" if element is str else f"numbers{_describe_interval(option.within)}"
+    texts = {str: "texts", str | dict: "texts and mappings"}
+    noun = texts.get(element) or f"numbers{_describe_interval(option.within)}"
     count = f"{option.length} " if option.length else ""
     order = ", smaller first" if option.increasing else ""
     return f"a list of {count}{noun}{order}"

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 
 from . import image_ops as ops
-from .draws import CropDraw, Recipe, draw_crop
+from .draws import Box, CropDraw, Recipe, draw_crop
+from .native import colour_changer
 from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+SHRINK_MARGIN = 1.5
 JITTER = {
     "brightness": ops.adjust_brightness,
     "contrast": ops.adjust_contrast,
@@ -67,14 +69,18 @@ class DataAugmentationDINO:
         """
         pixels = as_pixels(image)
         draws = self.draw(pixels.shape[1], pixels.shape[0], rng or random.Random())
-        sizes = [self.global_crops_size] * 2 + [self.local_crops_size] * self.local_crops_number
-        crops = [self.render(pixels, draw, size) for draw, size in zip(draws, sizes, strict=True)]
+        crops = [self.render(pixels, draw, size) for draw, size in zip(draws, self.sizes, strict=True)]
         return {
             "global_crops": crops[:2],
             "global_crops_teacher": crops[:2],
             "local_crops": crops[2:],
             "offsets": (),
         }
+
+    @property
+    def sizes(self) -> list[int]:
+        """Side of each crop: global 1, global 2, locals."""
+        return [self.global_crops_size] * 2 + [self.local_crops_size] * self.local_crops_number
 
     def draw(self, width: int, height: int, rng: random.Random) -> list[CropDraw]:
         """Draw the parameters of all crops (global 1, global 2, locals) of a ``width`` x ``height`` image."""
@@ -91,6 +97,22 @@ class DataAugmentationDINO:
         """Make one normalised (3, size, size) crop of ``pixels`` (uint8, H W 3)."""
         return ops.normalize(render_uint8(pixels, draw, size), self.mean, self.std)
 
+    def fraction(self, draws: Sequence[CropDraw]) -> int:
+        """Return 1, 2, 4 or 8: decoded at that fraction of its size, an image still has ``SHRINK_MARGIN`` times the
+        pixels that each crop needs along its shorter side."""
+        need = min(min(draw.box[2:]) / size for draw, size in zip(draws, self.sizes, strict=True))
+        return next((s for s in (8, 4, 2) if need >= SHRINK_MARGIN * s), 1)
+
+
+def shrink_box(box: Box, size: tuple[int, int], shrunk: tuple[int, int]) -> Box:
+    """Return ``box`` of an image of ``size`` = (width, height) in the same image of size ``shrunk``."""
+    found = []
+    for start, length, full, less in zip(box[:2], box[2:], size, shrunk, strict=True):
+        kept = max(1, round(length * less / full))
+        found.append((min(round(start * less / full), less - kept), kept))
+    (left, width), (top, height) = found
+    return left, top, width, height
+
 
 def as_pixels(image: Image.Image | np.ndarray) -> torch.Tensor:
     """Return uint8 (H, W, 3), a copy for a PIL image."""
@@ -101,7 +123,11 @@ def as_pixels(image: Image.Image | np.ndarray) -> torch.Tensor:
 
 def render_uint8(pixels: torch.Tensor, draw: CropDraw, size: int) -> np.ndarray:
     """Make one crop before normalisation: uint8 (3, size, size), or (1, size, size) if grey."""
-    crop = ops.resized_crop(pixels, draw.box, size, draw.flip)
+    return change_colours(ops.resized_crop(pixels, draw.box, size, draw.flip), draw)
+
+
+def change_colours(crop: np.ndarray, draw: CropDraw) -> np.ndarray:
+    """Apply the colour changes of ``draw`` to uint8 (3, S, S); a grey result is (1, S, S)."""
     for name, parameter in draw.jitter:
         crop = JITTER[name](crop, parameter)
     if draw.gray:
@@ -109,3 +135,15 @@ def render_uint8(pixels: torch.Tensor, draw: CropDraw, size: int) -> np.ndarray:
     if draw.sigma is not None:
         crop = ops.gaussian_blur(crop, draw.sigma)
     return ops.solarize(crop) if draw.solarize else crop
+
+
+def render_into(out: np.ndarray, pixels: torch.Tensor, draw: CropDraw) -> None:
+    """Write the crop of :func:`render_uint8` to ``out``, uint8 (3, size, size), by compiled code where there is."""
+    size = out.shape[-1]
+    change = colour_changer()
+    if change is not None:
+        resized = np.empty((size, size, 3), np.uint8)
+        ops.resized_crop_into(resized, pixels, draw.box)
+        if change(out, resized, draw):
+            return
+    out[...] = render_uint8(pixels, draw, size)

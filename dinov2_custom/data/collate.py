@@ -49,11 +49,18 @@ def collate_data_and_cast(
     masks, upperbound = draw_masks(
         len(global_crops), mask_ratio_tuple, mask_probability, n_tokens, mask_generator, rng or random
     )
-    positions = masks.flatten().nonzero().flatten()
-    masked_per_crop = masks.sum(-1)
     return {
         "collated_global_crops": global_crops.to(dtype),
         "collated_local_crops": local_crops.to(dtype),
+        **describe_masks(masks, upperbound),
+    }
+
+
+def describe_masks(masks: torch.Tensor, upperbound: int) -> dict[str, Any]:
+    """Return what :func:`collate_data_and_cast` says of ``masks`` (crops, patches)."""
+    positions = masks.flatten().nonzero().flatten()
+    masked_per_crop = masks.sum(-1)
+    return {
         "collated_masks": masks,
         "mask_indices_list": positions,
         "masks_weight": (1 / masked_per_crop.clamp(min=1.0)).repeat_interleave(masked_per_crop),

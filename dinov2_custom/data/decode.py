@@ -13,15 +13,19 @@ EXIF orientation              ignored, as upstream does, unless ``exif=True``
 above Pillow's limit          DataError (179 million pixels: a decompression bomb, or a slide to be cut into tiles)
 ============================  =====================================================================================
 
-The scaling of 16-bit and float images is said once a mode in the log. Not in here: reading files (``sources``). This is
-the only module that calls a decoder, so a faster one goes in here. Read :func:`decode_rgb` first.
+The scaling of 16-bit and float images is said once a mode in the log. JPEG files go through simplejpeg where it is
+installed (the extra ``fast``), with the same pixels; what it refuses is Pillow's. Not in here: reading files
+(``sources``). This is the only module that calls a decoder. Read :func:`decode_rgb` first.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import logging
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,6 +34,7 @@ from dinov2_custom.errors import DataError
 
 logger = logging.getLogger("dinov2")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
+Shrink = Callable[[int, int], int]
 
 
 def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False) -> Image.Image:
@@ -40,10 +45,52 @@ def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False) -> Ima
     Raises:
         DataError: empty, truncated, broken, not an image, or too large.
     """
+    return _decode_by_pillow(data, source, exif, None)
+
+
+def decode_array(
+    data: bytes,
+    source: str = "image",
+    *,
+    exif: bool = False,
+    shrink: Shrink | None = None,
+    scratch: Scratch | None = None,
+) -> np.ndarray:
+    """Like :func:`decode_rgb`, as a writeable uint8 (H, W, 3) array.
+
+    ``shrink(width, height)`` returns 1, 2, 4 or 8, no more than the shorter side: a JPEG is decoded at that fraction
+    of its size (rounded up), other files in full. ``scratch``: memory to decode into; the array holds until its next
+    use.
+    """
+    pixels = None if exif else _decode_by_simplejpeg(data, shrink, scratch)
+    return np.array(_decode_by_pillow(data, source, exif, shrink)) if pixels is None else pixels
+
+
+class Scratch:
+    """Memory for one decoded image that is used again for the next: fresh pages cost more than filling them."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> np.ndarray:
+        """Return ``size`` bytes, whose former content is lost."""
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size]
+
+    def __reduce__(self):
+        return Scratch, ()
+
+
+def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | None) -> Image.Image:
     if not data:
         raise DataError(f"expected an image, got an empty file: {source}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if shrink is not None and image.format == "JPEG" and not exif:
+            width, height = image.size
+            fraction = shrink(width, height)
+            image.draft(None, (width // fraction, height // fraction))
         image.load()
         image = ImageOps.exif_transpose(image) if exif else image
         return to_rgb(image)
@@ -53,9 +100,35 @@ def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False) -> Ima
         raise DataError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
 
 
-def decode_array(data: bytes, source: str = "image", *, exif: bool = False) -> np.ndarray:
-    """Like :func:`decode_rgb`, as a uint8 (H, W, 3) array."""
-    return np.array(decode_rgb(data, source, exif=exif))
+def _decode_by_simplejpeg(data: bytes, shrink: Shrink | None, scratch: Scratch | None) -> np.ndarray | None:
+    """Decode a JPEG file of a kind whose pixels are Pillow's; None: not such a file, or it has errors.
+
+    A file with errors may still be good enough for Pillow, which then decides.
+    """
+    simplejpeg = fast_jpeg()
+    if simplejpeg is None or data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+            return None
+        fraction = 1 if shrink is None else shrink(width, height)
+        if fraction > 1:
+            height, width = -(-height // fraction), -(-width // fraction)
+        least = {} if fraction == 1 else {"min_height": height, "min_width": width}
+        out = (scratch or Scratch()).take(height * width * 3)
+        return simplejpeg.decode_jpeg(data, buffer=out, **least)
+    except ValueError:
+        return None
+
+
+@functools.cache
+def fast_jpeg() -> ModuleType | None:
+    """Return simplejpeg, or None where it is not installed (or broken)."""
+    try:
+        return importlib.import_module("simplejpeg")
+    except ImportError:
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

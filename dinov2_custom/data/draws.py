@@ -17,6 +17,7 @@ from dinov2_custom.errors import ConfigError
 
 Box = tuple[int, int, int, int]
 Jitter = tuple[tuple[str, float], ...]
+OTHER_KEYS = ("device",)  # of the same section: where, not what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Recipe:
             return section or cls()
         names = [field.name for field in dataclasses.fields(cls)]
         if isinstance(section, Mapping):
-            given = dict(section)
+            given = {key: value for key, value in section.items() if key not in OTHER_KEYS}
         else:
             given = {name: getattr(section, name) for name in names if hasattr(section, name)}
         wrong = [f"augmentation.{key}: no such key (there are {', '.join(names)})" for key in given if key not in names]

@@ -1,15 +1,16 @@
 """Hold images out of training (``train.path_preserved``, ``train.frac``) and list them in a text file, one path a line.
 
-The list is the truth: where it exists it is used as it is, so a resumed run holds out the same images. Read
-:func:`split_off` first.
+The list is the truth: where it exists it is used as it is, so a resumed run holds out the same images. Kept in memory
+are a hash of every image and the names of those held out. Read :func:`split_off` first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from dinov2_custom.errors import ConfigError, DataError
 
+from .listing import Progress
 from .sources import as_roots
 
 logger = logging.getLogger("dinov2")
@@ -39,6 +41,19 @@ class IndexSubset(Dataset):
     def name(self, index: int) -> str:
         return self.dataset.name(int(self.indices[index]))
 
+    def get_image_data(self, index: int) -> bytes:
+        """Return the bytes of image ``index``."""
+        return self.dataset.get_image_data(int(self.indices[index]))
+
+    read = get_image_data
+
+    def shares(self) -> list[tuple[str, int, float]]:
+        """Return (name, number of images, share of the draws) of every part of ``dataset``."""
+        parts = self.dataset.shares()
+        ends = np.searchsorted(self.indices, np.cumsum([number for _, number, _ in parts]))
+        numbers = np.diff(ends, prepend=0).tolist()
+        return [(part[0], number, number / len(self)) for part, number in zip(parts, numbers, strict=True)]
+
 
 def split_off(
     dataset: Any, path_preserved: str | Sequence[str], frac: float, output_dir: str = ".", write: bool = True
@@ -56,19 +71,15 @@ def split_off(
     if not path_preserved and not frac:
         return dataset
     folders, list_file = _where(path_preserved, frac, output_dir)
-    names = [os.path.abspath(dataset.name(i)) for i in range(len(dataset))]
-    if os.path.isfile(list_file):
-        held_out = _read_list(list_file)
-        kept = [i for i, name in enumerate(names) if name not in held_out]
-    else:
-        held_out = choose(_below(names, folders), frac)
-        kept = [i for i, name in enumerate(names) if name not in held_out]
-        if write and kept:
-            _write_list(list_file, sorted(held_out))
-    if not kept:
-        raise DataError(f"expected images left to train on, got all {len(names)} of them held out by {list_file}")
-    logger.info(f"held out: {len(names) - len(kept)} of {len(names)} images, listed in {list_file}")
-    return IndexSubset(dataset, np.array(kept, dtype=np.int64))
+    listed = os.path.isfile(list_file)
+    held_out = _read_list(list_file) if listed else choose(_Names(dataset, folders), frac)
+    kept = np.flatnonzero(np.fromiter((name not in held_out for name in _Names(dataset)), np.bool_, len(dataset)))
+    if not len(kept):
+        raise DataError(f"expected images left to train on, got all {len(dataset)} of them held out by {list_file}")
+    if write and not listed:
+        _write_list(list_file, sorted(held_out))
+    logger.info(f"held out: {len(dataset) - len(kept)} of {len(dataset)} images, listed in {list_file}")
+    return dataset.subset(kept, IndexSubset) if hasattr(dataset, "subset") else IndexSubset(dataset, kept)
 
 
 def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) -> tuple[list[str] | None, str]:
@@ -91,28 +102,61 @@ def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) ->
     return folders, list_file
 
 
-def _below(names: list[str], folders: list[str] | None) -> list[str]:
-    """Return the names that may be held out (a name with a line break cannot be listed)."""
-    names = [name for name in names if "\n" not in name]
-    if folders is None:
-        return names
-    prefixes = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
-    return [name for name in names if name.startswith(prefixes)]
+class _Names:
+    """The absolute names of the images of a dataset, one at a time: all, or those that may be held out.
+
+    These are the ones below ``folders``.
+    """
+
+    def __init__(self, dataset: Any, folders: list[str] | None = None):
+        self.dataset = dataset
+        self.prefixes = None if folders is None else tuple(os.path.join(os.path.abspath(one), "") for one in folders)
+
+    def __iter__(self) -> Iterator[str]:
+        progress = Progress("reading the names of the images", "images")
+        for i in range(len(self.dataset)):
+            if i % 4096 == 4095:
+                progress.add(4096)
+            name = _absolute(self.dataset.name(i))
+            if self.prefixes is None or name.startswith(self.prefixes):
+                yield name
 
 
-def choose(names: Sequence[str], frac: float) -> set[str]:
-    """Return ``frac`` of ``names``, rounded: those whose paths below the common folder have the least hashes."""
-    if not names:
+def _absolute(name: str) -> str:
+    return name if name[:1] == "/" and "/." not in name and "//" not in name else os.path.abspath(name)
+
+
+def choose(names: Iterable[str], frac: float) -> set[str]:
+    """Return ``frac`` of ``names`` (iterated more than once), rounded: those whose paths below the common folder have
+    the least hashes. Names with a line break are left out."""
+    names = _Listable(names)
+    least, greatest = min(names, default=None), max(names, default=None)
+    if least is None:
         return set()
-    common = os.path.commonpath(names) if len(names) > 1 else os.path.dirname(names[0])
-    hashes = [hashlib.blake2b(os.fsencode(os.path.relpath(name, common)), digest_size=8).digest() for name in names]
-    order = sorted(range(len(names)), key=lambda i: (hashes[i], names[i]))
-    return {names[i] for i in order[: round(frac * len(names))]}
+    common = os.path.commonpath([least, greatest]) if least != greatest else os.path.dirname(least)
+    start = len(os.path.join(common, ""))
+    hashes = np.fromiter((_hash(name[start:]) for name in names), np.uint64)
+    number = round(frac * len(hashes))
+    chosen = np.zeros(len(hashes), np.bool_)
+    chosen[np.argsort(hashes, kind="stable")[:number]] = True
+    return set(itertools.compress(names, chosen))
+
+
+class _Listable:
+    def __init__(self, names: Iterable[str]):
+        self.names = names
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.names if "\n" not in name)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "big")
 
 
 def _read_list(path: str) -> set[str]:
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return {os.path.abspath(line.rstrip("\n")) for line in file if line.strip()}
+        return {_absolute(line.rstrip("\n")) for line in file if line.strip()}
 
 
 def _write_list(path: str, names: list[str]) -> None:

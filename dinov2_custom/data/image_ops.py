@@ -8,6 +8,7 @@ C = 3, or 1 after :func:`grayscale`. Read :func:`blend` first.
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -37,6 +38,24 @@ def resized_crop(image: torch.Tensor, box: Box, size: int, flip: bool = False) -
     return np.ascontiguousarray(hflip(resized) if flip else resized)
 
 
+def resized_crop_into(out: np.ndarray, image: torch.Tensor, box: Box, flip: bool = False) -> None:
+    """Write what :func:`resized_crop` returns to ``out`` (size, size, 3), a part of a batch, without a copy between."""
+    left, top, width, height = box
+    size = len(out)
+    crop = image[top : top + height, left : left + width]
+    if _torch_resize_is_fast():
+        target = torch.from_numpy(out).permute(2, 0, 1)[None]
+        torch.ops.aten._upsample_bicubic2d_aa.out(
+            crop.permute(2, 0, 1)[None], (size, size), False, None, None, out=target
+        )
+        if flip:
+            target.copy_(target.flip(3))
+    else:
+        pixels = Image.fromarray(crop.numpy()).resize((size, size), Image.Resampling.BICUBIC)
+        resized = np.asarray(pixels)
+        out[...] = resized[:, ::-1] if flip else resized
+
+
 @functools.cache
 def _torch_resize_is_fast() -> bool:
     """Whether torch has its vector uint8 kernel here (x86 with AVX2); elsewhere Pillow's C code is faster."""
@@ -54,18 +73,28 @@ def blend(base: np.ndarray | int, image: np.ndarray, factor: float) -> np.ndarra
     ``base`` is a level or a plane of levels (uint8); ``factor`` >= 0, 1 changes nothing. The factor is rounded to the
     finest step that 16 bits hold (below 1/256 for factors up to 1.5).
     """
-    gain = factor - 1.0
-    shift = next((bits for bits in range(15, -1, -1) if abs(gain) * (1 << bits) <= 128), None)
-    if shift is None:
+    gain, shift = blend_gain(factor)
+    if abs(gain) > 128:
         return _blend_float(base, image, factor)
     levels = image.astype(np.int16)
     change = levels - (np.int16(base) if isinstance(base, int) else base.astype(np.int16))
-    change *= np.int16(round(gain * (1 << shift)))
+    change *= np.int16(gain)
     change >>= np.int16(shift)
     change += levels
     if factor > 1:
         np.clip(change, 0, 255, out=change)
     return change.astype(np.uint8)
+
+
+def blend_gain(factor: float) -> tuple[int, int]:
+    """Return (gain, shift): ``gain / 2**shift`` is ``factor - 1``, rounded as finely as |gain| <= 128 lets it be.
+
+    Beyond a factor of 129 the shift is 0 and the gain greater.
+    """
+    gain = factor - 1.0
+    mantissa, exponent = math.frexp(abs(gain))
+    shift = min(15, max(0, 7 - exponent + (mantissa == 0.5)))
+    return round(gain * (1 << shift)), shift
 
 
 def _blend_float(base: np.ndarray | int, image: np.ndarray, factor: float) -> np.ndarray:
@@ -118,10 +147,9 @@ def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
     hue moves along the edges of the RGB hexagon, by ``chroma * shift`` for its middle channel. The shift is rounded to
     1/255 turn as Pillow's is, less half a step for the rounding down of H.
     """
-    steps = int(shift * 255)
-    if steps == 0:
+    sextants = hue_sextants(shift)
+    if sextants == 0:
         return image
-    sextants = 6 * (steps - 0.5) / 255
     passes = int(np.ceil(abs(sextants) / 0.5))
     x = image.astype(np.int16)
     high = np.maximum(np.maximum(x[0], x[1]), x[2])
@@ -131,6 +159,12 @@ def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
         move = total if passes == 1 else total * (i + 1) // passes - total * i // passes
         x = _turn(x, high, low, move, forward=sextants > 0)
     return x.astype(np.uint8)
+
+
+def hue_sextants(shift: float) -> float:
+    """Return the turn that :func:`adjust_hue` makes of ``shift``, in sixths of the circle; 0: none."""
+    steps = int(shift * 255)
+    return 6 * (steps - 0.5) / 255 if steps else 0.0
 
 
 def _turn(x: np.ndarray, high: np.ndarray, low: np.ndarray, move: np.ndarray, forward: bool) -> np.ndarray:
@@ -157,7 +191,7 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     Two passes of 16-bit integers over the padded image seen as one flat row, so that a shift is a slice. Weights are
     rounded to 1/256; mean difference from the float convolution below a tenth of a level.
     """
-    weights = _blur_weights(sigma)
+    weights = blur_weights(sigma)
     radius = len(weights) - 1
     if radius == 0:
         return image
@@ -173,12 +207,11 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=1024)
-def _blur_weights(sigma: float) -> tuple[int, ...]:
+def blur_weights(sigma: float) -> tuple[int, ...]:
     """Weights of the centre and of the taps at distance 1, 2, ... (symmetric), whole numbers that sum to 256."""
-    kernel = np.exp(-0.5 * (np.arange(BLUR_RADIUS + 1) / sigma) ** 2)
-    kernel /= kernel[0] + 2 * kernel[1:].sum()
-    taps = [round(256 * float(weight)) for weight in kernel[1:]]
-    taps = [weight for weight in taps if weight]
+    kernel = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(1, BLUR_RADIUS + 1)]
+    scale = 256 / (1 + 2 * sum(kernel))
+    taps = [weight for weight in (round(scale * one) for one in kernel) if weight]
     return (256 - 2 * sum(taps), *taps)
 
 

@@ -1,14 +1,14 @@
 """make_dataset, make_data_loader (upstream's) and make_train_loader (what training uses).
 
-Not in here: what happens to one draw (``train_samples``), the order of images (``samplers``). Read
-:func:`make_train_loader` first.
+Not in here: what happens to one draw (``train_samples``), the batches (``train_loader``), the order of images
+(``samplers``). Read :func:`make_train_loader` first.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -16,16 +16,19 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from .augmentations import DataAugmentationDINO
-from .datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder
+from .build import build
+from .finish import Finisher
 from .holdout import split_off
 from .masking import MaskingGenerator
-from .samplers import DrawSampler, EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
+from .samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
 from .spec import parse_dataset
-from .train_samples import BAD_KEY, BadImages, TrainCollate, TrainSamples, set_up_worker
+from .train_batches import Masks, TrainBatches
+from .train_loader import TrainLoader
+from .train_samples import BadImages, TrainSamples
 from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from .workers import set_up_worker
 
 logger = logging.getLogger("dinov2")
-DATASETS = {"LabelledFolder": LabelledFolder, "ImageNet": ImageNet, "ImageNet22k": ImageNet22k}
 
 
 class SamplerType(Enum):
@@ -40,21 +43,17 @@ class SamplerType(Enum):
 
 def make_dataset(
     *,
-    dataset_str: str | os.PathLike[str] | Sequence[str],
+    dataset_str: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any],
     transform: Callable | None = None,
     target_transform: Callable | None = None,
 ) -> Any:
-    """Make the dataset that a dataset string, a folder or a list of folders stands for (see ``data.spec``).
+    """Make the dataset that a dataset string, a path, a mapping or a list of them stands for (see ``data.spec``).
 
     Raises:
         ConfigError: a string that cannot be understood.
-        DataError: folders that are missing or hold no image.
+        DataError: folders or files that are missing or hold no image.
     """
-    spec = parse_dataset(dataset_str)
-    if spec.kind == "ImageDataset":
-        return ImageDataset(list(spec.roots), transform, target_transform)
-    make = DATASETS[spec.kind]
-    return make(root=spec.roots[0], transform=transform, target_transform=target_transform, **spec.options)
+    return build(parse_dataset(dataset_str), transform, target_transform)
 
 
 def make_data_loader(
@@ -113,68 +112,6 @@ def _make_sampler(
     )
 
 
-class TrainLoader:
-    """An endless sequence of collated batches of one rank, the same whatever ``num_workers`` is.
-
-    ``num_images``: images to train on. ``draws``: number of the job's next draw, (iteration * batch * world).
-    """
-
-    def __init__(
-        self,
-        samples: TrainSamples,
-        collate: TrainCollate,
-        bad_images: BadImages,
-        *,
-        batch_size: int,
-        num_workers: int,
-        rank: int,
-        world_size: int,
-        start_iteration: int = 0,
-    ):
-        self.samples = samples
-        self.collate = collate
-        self.bad_images = bad_images
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.rank = rank
-        self.world_size = world_size
-        self.start_iteration = start_iteration
-        self.num_images = len(samples.dataset)
-        self.draws = start_iteration * batch_size * world_size
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.batches(self.start_iteration)
-
-    def batches(self, start_iteration: int = 0) -> Iterator[dict[str, Any]]:
-        """Yield the batches of iteration ``start_iteration`` and after.
-
-        Raises:
-            DataError: too many images cannot be read.
-        """
-        sampler = DrawSampler(
-            batch_size=self.batch_size, rank=self.rank, world_size=self.world_size, start_iteration=start_iteration
-        )
-        loader = DataLoader(
-            self.samples,
-            sampler=sampler,
-            batch_size=self.batch_size,
-            num_workers=at_most_cores(self.num_workers),
-            pin_memory=torch.cuda.is_available(),
-            drop_last=True,
-            collate_fn=self.collate,
-            worker_init_fn=set_up_worker,
-            generator=torch.Generator(),
-        )
-        self.draws = start_iteration * self.batch_size * self.world_size
-        for batch in loader:
-            records = batch.pop(BAD_KEY)
-            self.bad_images.add(self.batch_size, records)
-            if not batch:
-                raise self.bad_images.error()
-            self.draws += self.batch_size * self.world_size
-            yield batch
-
-
 def make_train_loader(
     cfg: Any,
     *,
@@ -202,26 +139,24 @@ def make_train_loader(
         output_dir=_get(cfg, "train.output_dir", "."),
         write=rank == 0,
     )
-    samples = TrainSamples(dataset, make_augmentation(cfg), cfg.train.seed)
+    parts = dataset.shares()
+    if len(parts) > 1:
+        for name, images, share in parts:
+            logger.info(f"source: {name} images={images:,} share of the draws={share:.1%}")
+    augment = make_augmentation(cfg)
+    samples = TrainSamples(dataset, augment, cfg.train.seed, dct_scaling=_get(cfg, "data.dct_scaling", False))
     samples.probe()
+    builder = TrainBatches(
+        samples, make_masks(cfg), batch_size=cfg.train.batch_size_per_gpu, rank=rank, world_size=world_size
+    )
     return TrainLoader(
-        samples,
-        make_collate(cfg, dtype),
+        builder,
+        Finisher(augment.mean, augment.std, dtype),
         BadImages(len(dataset), _get(cfg, "train.max_bad_fraction", 0.01), on_bad_image),
-        batch_size=cfg.train.batch_size_per_gpu,
         num_workers=cfg.train.num_workers,
-        rank=rank,
-        world_size=world_size,
+        colours=_get(cfg, "augmentation.device", "auto"),
         start_iteration=start_iteration,
     )
-
-
-def at_most_cores(num_workers: int) -> int:
-    """Return ``num_workers``, lowered to the number of cores this process may use (more only cost memory)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if num_workers > cores:
-        logger.info(f"data-loading processes: {cores}, not train.num_workers={num_workers}: there are {cores} cores")
-    return min(num_workers, cores)
 
 
 def make_augmentation(cfg: Any) -> DataAugmentationDINO:
@@ -239,20 +174,18 @@ def make_augmentation(cfg: Any) -> DataAugmentationDINO:
     )
 
 
-def make_collate(cfg: Any, dtype: torch.dtype = torch.float32) -> TrainCollate:
-    """Make the collate function with the masks that ``cfg`` describes.
+def make_masks(cfg: Any) -> Masks:
+    """Return how ``cfg`` wants the masks of a batch.
 
     A rectangle of a mask has at most half the patches, rounded down from left to right as upstream does.
     """
     size, patch = cfg.crops.global_crops_size, cfg.student.patch_size
     grid = size // patch
-    return TrainCollate(
-        seed=cfg.train.seed,
-        mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
-        mask_probability=cfg.ibot.mask_sample_probability,
+    return Masks(
+        ratios=tuple(cfg.ibot.mask_ratio_min_max),
+        probability=cfg.ibot.mask_sample_probability,
         n_tokens=grid**2,
-        mask_generator=MaskingGenerator((grid, grid), max_num_patches=0.5 * size // patch * size // patch),
-        dtype=dtype,
+        generator=MaskingGenerator((grid, grid), max_num_patches=0.5 * size // patch * size // patch),
     )
 
 

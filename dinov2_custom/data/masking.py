@@ -1,7 +1,7 @@
 """MaskingGenerator: random rectangles of patches for the masked-patch loss.
 
-Draw for draw upstream's sampler, filled by slices instead of patch by patch. Which crops of a batch get a mask, and how
-large, is decided in ``collate``. Read :meth:`MaskingGenerator.__call__` first.
+Draw for draw upstream's sampler, on the bits of one integer instead of patch by patch. Which crops of a batch get a
+mask, and how large, is decided in ``collate``. Read :meth:`MaskingGenerator.__call__` first.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class MaskingGenerator:
         limits = (max_num_patches, num_masking_patches, self.num_patches)
         self.max_num_patches = next(limit for limit in limits if limit is not None)
         self.log_aspect_ratio = (math.log(min_aspect), math.log(max_aspect or 1 / min_aspect))
+        # bit y * width + x is the patch of row y and column x; here the first h patches of column 0, for every h
+        self._first_column = [sum(1 << (y * self.width) for y in range(h)) for h in range(self.height + 1)]
 
     def __repr__(self) -> str:
         low, high = self.log_aspect_ratio
@@ -60,28 +62,30 @@ class MaskingGenerator:
         from the ``random`` module's global stream, as upstream does.
         """
         rng = rng or random
-        mask = np.zeros((self.height, self.width), dtype=bool)
-        count = 0
+        mask, count = 0, 0
         while count < num_masking_patches:
-            added = self._add_rectangle(mask, min(num_masking_patches - count, self.max_num_patches), rng)
+            mask, added = self._add_rectangle(mask, min(num_masking_patches - count, self.max_num_patches), rng)
             if added == 0:
                 break
             count += added
-        return mask
+        packed = np.frombuffer(mask.to_bytes((self.num_patches + 7) // 8, "little"), np.uint8)
+        patches = np.unpackbits(packed, bitorder="little", count=self.num_patches)
+        return patches.view(np.bool_).reshape(self.height, self.width)
 
-    def _add_rectangle(self, mask: np.ndarray, max_added: float, rng: random.Random | ModuleType) -> int:
-        """Set one rectangle that adds 1..``max_added`` patches to ``mask``; return how many, 0 if none was found."""
+    def _add_rectangle(self, mask: int, max_added: float, rng: random.Random | ModuleType) -> tuple[int, int]:
+        """Return ``mask`` with one rectangle more that adds 1..``max_added`` patches, and how many; 0: none found."""
+        height, width, draw = self.height, self.width, rng.random
+        least, (low, high) = self.min_num_patches, self.log_aspect_ratio
         for _ in range(TRIES):
-            area = rng.uniform(self.min_num_patches, max_added)
-            aspect = math.exp(rng.uniform(*self.log_aspect_ratio))
+            area = least + (max_added - least) * draw()
+            aspect = math.exp(low + (high - low) * draw())
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if w >= self.width or h >= self.height:
+            if w >= width or h >= height:
                 continue
-            top = rng.randint(0, self.height - h)
-            left = rng.randint(0, self.width - w)
-            patch = mask[top : top + h, left : left + w]
-            added = h * w - int(np.count_nonzero(patch))
+            top = rng.randint(0, height - h)
+            left = rng.randint(0, width - w)
+            rectangle = (self._first_column[h] * ((1 << w) - 1)) << (top * width + left)
+            added = (rectangle & ~mask).bit_count()
             if 0 < added <= max_added:
-                patch[...] = True
-                return added
-        return 0
+                return mask | rectangle, added
+        return mask, 0

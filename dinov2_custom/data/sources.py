@@ -1,65 +1,98 @@
-"""Where the bytes of images come from: folders of files. No image code, no torch.
+"""Where the bytes of images come from. Here: the base of all sources, and folders of files. No image code, no torch.
 
-A source has ``len``, ``read(i) -> bytes`` and ``name(i) -> str``. Not in here: decoding (``decode``), labels and
-upstream's layouts (``datasets``). Read :func:`list_images` first.
+A source has ``len``, ``read(i) -> bytes``, ``name(i) -> str`` and ``parts()``; list files, tar shards and Parquet have
+files of their own. Not in here: finding the files (``listing``), decoding (``decode``), labels and upstream's layouts
+(``datasets``). Read :class:`FolderSource` first.
 """
 
 from __future__ import annotations
 
-import logging
+import itertools
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dinov2_custom.errors import DataError
 
-logger = logging.getLogger("dinov2")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
+from .listing import EXTENSIONS, Listing, list_chunks, list_images
+
+__all__ = ["EXTENSIONS", "FolderSource", "PathTable", "Root", "Source", "as_roots", "list_images", "read_file"]
 Root = str | os.PathLike[str]
 
 
-class PathTable:
-    """A read-only sequence of paths in two buffers, which forked workers share and spawned ones unpickle fast."""
-
-    def __init__(self, paths: Iterable[str]):
-        encoded = [os.fsencode(path) for path in paths]
-        self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self.text = b"".join(encoded)
+class Source:
+    """Images by number."""
 
     def __len__(self) -> int:
-        return len(self.ends)
+        raise NotImplementedError
 
-    def __getitem__(self, i: int) -> str:
-        if not 0 <= i < len(self):
-            raise IndexError(f"expected 0..{len(self) - 1}, got {i}")
-        start = int(self.ends[i - 1]) if i else 0
-        return os.fsdecode(self.text[start : int(self.ends[i])])
+    def name(self, i: int) -> str:
+        """Return what to call image ``i``: its path, or ``<file>!<part of it>``."""
+        raise NotImplementedError
+
+    def read(self, i: int) -> bytes:
+        """Return the bytes of image ``i``.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        raise NotImplementedError
+
+    def parts(self) -> list[tuple[str, int]]:
+        """Return (name, number of images) of the folders or files the source consists of, in their order."""
+        raise NotImplementedError
 
 
-class FolderSource:
-    """All image files below one or several folders.
+class FolderSource(Source):
+    """All image files below one or several folders; a large listing is kept and used again while nothing changed.
 
     Raises:
         DataError: a folder that is missing, or no image in all of them.
     """
 
-    def __init__(self, root: Root | Sequence[Root], extensions: Sequence[str] = EXTENSIONS):
+    def __init__(
+        self, root: Root | Sequence[Root], extensions: Sequence[str] = EXTENSIONS, *, cache_from: int = CACHE_FROM
+    ):
         self.roots = as_roots(root)
-        self.paths = PathTable(list_images(self.roots, extensions))
+        key = ["folders", *sorted(set(extensions)), *(place for one in self.roots for place in (one, real(one)))]
+        self.index = cached(key, lambda on_count: index_folders(self.roots, extensions, on_count), cache_from)
+        self.paths = PathTable(index=self.index)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, i: int) -> str:
-        """Return the path of image ``i``."""
         return self.paths[i]
 
     def read(self, i: int) -> bytes:
-        """Return the bytes of image ``i``."""
         return read_file(self.paths[i])
+
+    def parts(self) -> list[tuple[str, int]]:
+        return list(zip(self.roots, self.index["root_sizes"].tolist(), strict=True))
+
+
+def index_folders(
+    roots: Sequence[str], extensions: Sequence[str], on_count: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """List folders into the arrays of an :class:`Index`: paths, images a root, stamps of every folder."""
+    started = time.time_ns()
+    listing = Listing(extensions, on_count)
+    sizes: list[int] = []
+
+    def counted(chunks: Iterable[list[str]]) -> Iterator[list[str]]:
+        sizes.append(0)
+        for chunk in chunks:
+            sizes[-1] += len(chunk)
+            yield chunk
+
+    packed = pack_texts(itertools.chain.from_iterable(map(counted, list_chunks(roots, listing))), "path")
+    places, stats = [place for place, _ in listing.stamps], [status for _, status in listing.stamps]
+    return {**packed, "root_sizes": np.array(sizes, np.int64), **pack_stamps(places, stats, started)}
 
 
 def read_file(path: Root) -> bytes:
@@ -71,8 +104,54 @@ def read_file(path: Root) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except OSError as e:
-        raise DataError(f"expected a readable file: {os.fspath(path)} ({type(e).__name__}: {e.strerror})") from e
+    except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
+        reason = getattr(e, "strerror", None) or e
+        raise DataError(f"expected a readable file: {os.fspath(path)} ({type(e).__name__}: {reason})") from e
+
+
+class OpenFiles:
+    """Reads parts of files, keeping the last ``limit`` of them open; without a position that forks would share."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.descriptors: dict[str, int] = {}
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        """Return up to ``size`` bytes from ``start``; fewer only where the file ends."""
+        descriptor = self.descriptors.pop(path, None)
+        if descriptor is None:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.descriptors[path] = descriptor
+        if len(self.descriptors) > self.limit:
+            os.close(self.descriptors.pop(next(iter(self.descriptors))))
+        if hasattr(os, "pread"):
+            return os.pread(descriptor, size, start)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+    def read_all(self, path: str, start: int, size: int, name: str) -> bytes:
+        """Return ``size`` bytes from ``start``; ``name`` is what to call them in errors.
+
+        Raises:
+            DataError: they cannot be read, or the file ends before.
+        """
+        try:
+            data = self.read(path, start, size)
+        except OSError as e:
+            raise DataError(f"expected a readable file: {name} ({type(e).__name__}: {e.strerror})") from e
+        if len(data) < size:
+            raise DataError(f"expected {size:,} bytes, got {len(data):,}, the file ends there: {name}")
+        return data
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit, "descriptors": {}}
 
 
 def as_roots(root: Root | Sequence[Root]) -> list[str]:
@@ -81,64 +160,6 @@ def as_roots(root: Root | Sequence[Root]) -> list[str]:
     return [str(Path(os.path.expanduser(one))) for one in roots]
 
 
-def list_images(roots: Sequence[str], extensions: Sequence[str] = EXTENSIONS) -> list[str]:
-    """List the image files below ``roots``: root after root, each in the order of its sorted relative paths.
-
-    Extensions are compared without case. Hidden files and folders are skipped, links to folders followed (a folder that
-    is met again is not entered twice), no file is opened. A folder that may not be read is logged and skipped. The
-    order does not depend on the file system.
-
-    Raises:
-        DataError: all roots that are not folders, or that none holds an image.
-    """
-    missing = [root for root in roots if not os.path.isdir(root)]
-    if missing or not roots:
-        got = "; ".join(f"{root} ({'a file' if os.path.exists(root) else 'missing'})" for root in missing)
-        raise DataError(f"expected folders of images, got {got or 'no folder'}; check train.dataset_path")
-    others: Counter[str] = Counter()
-    seen: set[tuple[int, int]] = set()
-    found = [path for root in roots for path in _list_root(root, tuple(e.lower() for e in extensions), others, seen)]
-    if not found:
-        inside = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5)) or "no files"
-        raise DataError(
-            f"expected images ({' '.join(extensions)}), got {inside} in {', '.join(roots)}; "
-            "check train.dataset_path, or convert the files"
-        )
-    return found
-
-
-def _list_root(root: str, extensions: tuple[str, ...], others: Counter[str], seen: set[tuple[int, int]]) -> list[str]:
-    """List one root, depth first; count what is no image in ``others``, folders met in ``seen``."""
-    found, folders = [], [root]
-    while folders:
-        folder = folders.pop()
-        if not _first_visit(folder, seen):
-            continue
-        try:
-            with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError as e:
-            logger.warning(f"folder skipped: {folder} ({type(e).__name__}: {e.strerror})")
-            others["unreadable folders"] += 1
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            extension = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
-                folders.append(entry.path)
-            elif extension in extensions:
-                found.append(entry.path)
-            else:
-                others[extension or "files without extension"] += 1
-    return sorted(found)
-
-
-def _first_visit(folder: str, seen: set[tuple[int, int]]) -> bool:
-    """Remember ``folder`` by device and inode, so that a link that leads back to it ends there."""
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in seen:
-        return False
-    seen.add(identity)
-    return True
+def real(path: str) -> str:
+    """Return the absolute path without links."""
+    return os.path.realpath(path)

@@ -1,26 +1,36 @@
-"""Dataset strings -> DatasetSpec: what kind of dataset, where, with which options. Opens nothing.
+"""Dataset strings, YAML mappings and lists of them -> DatasetSpec: what kind of dataset, where, how. Opens nothing.
 
 ======================================================  ====================================================
 ``/my/images``, ``~/images``, ``C:\\images``              a folder of images, without labels
-a list of such folders                                  all of them together
-``ImageDataset:root=/my/images``                        the same; also ``ImageFolder``, ``RecursiveImageDataset``
+``/my/files.txt``, ``/my/files.csv``                    a list of image files
+``/my/shard-{0000..0127}.tar``, ``/my/x.parquet``       tar shards; Parquet (or ``.arrow``) files
+``ImageDataset:root=/my/images``                        a folder; also ``ImageFolder``, ``RecursiveImageDataset``
+``ImageList:path=/my/files.csv:column=image``           a list; ``column``, ``root`` (of relative paths) optional
+``Tar:path=/my/shards``                                 a folder of tars; also ``WebDataset``
+``Parquet:path=/my/shards:column=image``                a folder of Parquet files; ``column`` optional
 ``LabelledFolder:root=/my/classes``                     a folder a class, for evaluation
 ``ImageNet:split=TRAIN:root=/imagenet:extra=/extra``    upstream's layout; ``extra`` optional
 ``ImageNet22k:root=/imagenet22k:extra=/extra``          upstream's layout; ``extra`` optional
+``{kind: ImageNet, split: TRAIN, root: /imagenet}``     a mapping says the same as a string
+``{path: files.csv, column: image}``                    without ``kind``: a path or string, and options
+``[/my/images, /more/images]``                          all of them together, in proportion to their sizes
+``[{path: /a, weight: 0.7}, {path: /b, weight: 0.3}]``  a mixture; ``name`` optional
 ======================================================  ====================================================
 
-A value with ':' or '=' goes in double quotes: ``ImageDataset:root="/a:b"``. What exists as a path is taken as a path.
-``root`` may be given several times for ImageDataset. Read :func:`parse_dataset` first.
+A value with ':' or '=' goes in quotes: ``ImageDataset:root="/a:b"``. What exists as a path is taken as a path. ``root``
+and ``path`` may be given several times where they name images. Read :func:`parse_dataset` first.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dinov2_custom.errors import ConfigError
 
@@ -28,98 +38,191 @@ KINDS = {
     "ImageDataset": ("root",),
     "ImageFolder": ("root",),
     "RecursiveImageDataset": ("root",),
+    "ImageList": ("path", "column", "root"),
+    "Tar": ("path",),
+    "WebDataset": ("path",),
+    "Parquet": ("path", "column"),
     "LabelledFolder": ("root",),
     "ImageNet": ("split", "root", "extra"),
     "ImageNet22k": ("root", "extra"),
 }
-FOLDER_KINDS = ("ImageDataset", "ImageFolder", "RecursiveImageDataset")
+ALIASES = {"ImageFolder": "ImageDataset", "RecursiveImageDataset": "ImageDataset", "WebDataset": "Tar"}
+KIND_OF_SUFFIX = {".txt": "ImageList", ".csv": "ImageList", ".tar": "Tar", ".tgz": "Tar", ".tar.gz": "Tar"}
+KIND_OF_SUFFIX |= {".parquet": "Parquet", ".arrow": "Parquet"}
+SEVERAL = ("ImageDataset", "Tar", "Parquet")
 SPLITS = ("TRAIN", "VAL", "TEST")
+PATHS = ("root", "path", "extra")
+KEY = "train.dataset_path"
 
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")
-_OPTION = re.compile(r':(?P<key>\w+)=(?:"(?P<quoted>[^"]*)"|(?P<plain>[A-Za-z]:[\\/][^:]*|[^:]*))')
+_OPTION = re.compile(
+    r""":(?P<key>\w+)=(?:"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<plain>[A-Za-z]:[\\/][^:]*|[^:]*))"""
+)
+
+Text = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a mixture; weight None: in proportion to its size."""
+
+    spec: DatasetSpec
+    weight: float | None
+    name: str
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """``kind`` is a dataset's class name; ``roots`` its folders, ``~`` expanded; ``options`` the rest."""
+    """``kind`` is one of KINDS or "Mixture"; ``roots`` its folders or files, ``~`` expanded; ``options`` the rest."""
 
     kind: str
-    roots: tuple[str, ...]
+    roots: tuple[str, ...] = ()
     options: dict[str, str] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
 
-def parse_dataset(text: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> DatasetSpec:
-    """Parse a dataset string, a path or a list of them.
+def parse_dataset(value: Text | Mapping[str, Any] | Sequence[Text | Mapping[str, Any]]) -> DatasetSpec:
+    """Parse a dataset string, a path, a mapping or a list of them.
 
     Raises:
-        ConfigError: everything that is wrong with it, in one message.
+        ConfigError: everything that is wrong with one of them, in one message.
     """
-    if isinstance(text, os.PathLike):
-        return DatasetSpec("ImageDataset", (_folder(os.fspath(text)),))
-    if isinstance(text, str):
-        return _parse_one(text)
-    parts = [parse_dataset(one) for one in text]
-    labelled = sorted({part.kind for part in parts if part.kind != "ImageDataset"})
-    if labelled or not parts:
-        got = f"{', '.join(labelled)} in a list" if labelled else "an empty list"
-        raise ConfigError(f"train.dataset_path: expected a list of image folders, got {got}; give that one alone")
-    return DatasetSpec("ImageDataset", tuple(root for part in parts for root in part.roots))
+    if isinstance(value, os.PathLike):
+        return DatasetSpec("ImageDataset", (_expand(os.fspath(value)),))
+    if isinstance(value, str):
+        return _parse_text(value)
+    if isinstance(value, Mapping):
+        return _parse_part(value).spec
+    if isinstance(value, Sequence):
+        return _combine([_parse_part(one) for one in value])
+    raise ConfigError(f"{KEY}: expected a path, a dataset string, a mapping or a list of them, got {value!r}")
 
 
-def _parse_one(text: str) -> DatasetSpec:
+def _combine(parts: list[Part]) -> DatasetSpec:
+    """Make one spec of a list: one collection of plain folders, otherwise a mixture."""
+    if not parts:
+        raise ConfigError(f"{KEY}: expected folders of images, got an empty list")
+    without = [part.name for part in parts if part.weight is None]
+    if 0 < len(without) < len(parts):
+        raise ConfigError(f"{KEY}: expected a weight for all or for none, got none for {', '.join(without)}")
+    if len(parts) == 1:
+        return parts[0].spec
+    if without and all(part.spec.kind == "ImageDataset" for part in parts):
+        return DatasetSpec("ImageDataset", tuple(root for part in parts for root in part.spec.roots))
+    if any(inner.weight is not None for part in parts for inner in part.spec.parts):
+        raise ConfigError(f"{KEY}: expected weights at one level, got weights inside of weights; multiply them out")
+    return DatasetSpec("Mixture", parts=tuple(parts))
+
+
+def _parse_part(value: Any) -> Part:
+    if not isinstance(value, Mapping):
+        return Part(parse_dataset(value), None, os.fspath(value) if isinstance(value, Text) else repr(list(value)))
+    content = {str(key): one for key, one in value.items() if one is not None}
+    weight, name, kind = content.pop("weight", None), content.pop("name", None), content.pop("kind", None)
+    legal = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight > 0
+    if weight is not None and not legal:
+        raise ConfigError(f"{KEY}: {dict(value)}: weight: expected a number above 0, got {weight!r}")
+    spec = _parse_mapping(dict(value), kind, content)
+    places = ", ".join(spec.roots or [part.name for part in spec.parts])
+    return Part(spec, weight, str(name) if name is not None else places)
+
+
+def _parse_mapping(value: dict[str, Any], kind: str | None, content: dict[str, Any]) -> DatasetSpec:
+    """Parse the keys of a mapping besides weight and name."""
+    if kind is None and len(content) == 1 and set(content) <= {"path", "root"}:
+        return parse_dataset(next(iter(content.values())))
+    if kind is None:
+        place = str(content.get("path", content.get("root", "")))
+        if not place:
+            raise ConfigError(f"{KEY}: {value}: path: missing (expected path: <folder or file>)")
+        kind = _kind_of_path(place)
+    if kind not in KINDS:
+        raise _unknown(str(kind), value)
+    listed = {key: _listed(one) for key, one in content.items()}
+    return _make(str(value), kind, [(key, str(one)) for key, ones in listed.items() for one in ones])
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _parse_text(text: str) -> DatasetSpec:
     if not text.strip():
-        raise ConfigError("train.dataset_path: expected a folder of images, got nothing; set it to your folder")
-    path = os.path.expanduser(text)
-    if os.path.exists(path) or _looks_like_path(text):
-        return DatasetSpec("ImageDataset", (_folder(text),))
+        raise ConfigError(f"{KEY}: expected a folder of images, got nothing; set it to your folder")
+    if os.path.exists(os.path.expanduser(text)) or _looks_like_path(text):
+        return _path(text)
     if _URL.match(text):
-        raise ConfigError(f"train.dataset_path: expected a folder on this machine, got {text}; download or mount it")
+        raise ConfigError(f"{KEY}: expected a folder on this machine, got {text}; download or mount it")
     name, colon, rest = text.partition(":")
     if name in KINDS:
-        return _parse_options(text, name, colon + rest)
-    if re.match(r"\w+=", rest):
-        near = difflib.get_close_matches(name, KINDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KINDS)}"
-        raise ConfigError(f"train.dataset_path: unknown dataset {name!r} in {text!r}; {hint}")
-    return DatasetSpec("ImageDataset", (_folder(text),))
+        return _make(text, name, *_options(colon + rest))
+    if re.match(r"\w+=", rest) or (not colon and difflib.get_close_matches(name, KINDS, n=1, cutoff=0.8)):
+        raise _unknown(name, text)
+    return _path(text)
+
+
+def _unknown(name: str, where: Any) -> ConfigError:
+    near = difflib.get_close_matches(name, KINDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KINDS)}"
+    return ConfigError(f"{KEY}: unknown dataset {name!r} in {str(where)!r}; {hint}")
 
 
 def _looks_like_path(text: str) -> bool:
     return text.startswith(("/", "~", "./", "../")) or _WINDOWS_PATH.match(text) is not None
 
 
-def _folder(text: str) -> str:
+def _path(text: str) -> DatasetSpec:
+    return DatasetSpec(_kind_of_path(text), (_expand(text),))
+
+
+def _kind_of_path(text: str) -> str:
+    """Return the kind by the suffix; what is a folder is one of images, whatever it is called."""
+    if os.path.isdir(os.path.expanduser(text)):
+        return "ImageDataset"
+    return next((kind for suffix, kind in KIND_OF_SUFFIX.items() if text.lower().endswith(suffix)), "ImageDataset")
+
+
+def _expand(text: str) -> str:
     return str(Path(os.path.expanduser(text)))
 
 
-def _parse_options(text: str, kind: str, rest: str) -> DatasetSpec:
-    """Parse ``:key=value:key="value"`` (a trailing colon is fine) of a known dataset."""
-    wrong, pairs, position = [], [], 0
+def _options(rest: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Read ``:key=value:key="value"`` (a trailing colon is fine) into (pairs, what is wrong)."""
+    pairs, position = [], 0
     rest = rest[:-1] if rest.endswith(":") else rest
     while position < len(rest):
         match = _OPTION.match(rest, position)
         if match is None or (match.end() < len(rest) and rest[match.end()] != ":"):
-            wrong.append(f"cannot read {rest[position:]!r} (expected :key=value, values with ':' in double quotes)")
-            break
-        pairs.append((match["key"], match["plain"] if match["quoted"] is None else match["quoted"]))
+            wrong = f"cannot read {rest[position:]!r} (expected :key=value, values with ':' in double quotes)"
+            return pairs, [wrong]
+        value = next(match[group] for group in ("double", "single", "plain") if match[group] is not None)
+        pairs.append((match["key"], value))
         position = match.end()
-    allowed = KINDS[kind]
+    return pairs, []
+
+
+def _make(text: str, kind: str, pairs: Iterable[tuple[str, str]], wrong: Sequence[str] = ()) -> DatasetSpec:
+    """Make the spec of a known kind from its options.
+
+    Raises:
+        ConfigError: all that is wrong with them.
+    """
+    allowed, kind = KINDS[kind], ALIASES.get(kind, kind)
+    place, other = ("path", "root") if "path" in allowed else ("root", "path")
+    pairs = [(place if key == other and other not in allowed else key, value) for key, value in pairs]
     keys = [key for key, _ in pairs]
-    wrong += [f"{key}: unknown key (there are {', '.join(allowed)})" for key in keys if key not in allowed]
-    repeated = {key for key in keys if keys.count(key) > 1 and not (key == "root" and kind in FOLDER_KINDS)}
+    wrong = [*wrong, *(f"{key}: unknown key (there are {', '.join(allowed)})" for key in keys if key not in allowed)]
+    repeated = {key for key in keys if keys.count(key) > 1 and not (key == place and kind in SEVERAL)}
     wrong += [f"{key}: given more than once" for key in sorted(repeated)]
     wrong += [f"{key}: empty" for key, value in pairs if not value]
-    wrong += _missing(kind, dict(pairs))
-    if wrong:
-        raise ConfigError(f"train.dataset_path: {text!r}: " + "; ".join(wrong))
-    roots = tuple(_folder(value) for key, value in pairs if key == "root")
-    options = {key: _folder(value) if key == "extra" else value for key, value in pairs if key != "root"}
-    return DatasetSpec("ImageDataset" if kind in FOLDER_KINDS else kind, roots, options)
-
-
-def _missing(kind: str, given: dict[str, str]) -> list[str]:
-    wrong = [] if "root" in given else ["root: missing (expected root=<folder>)"]
+    given = dict(pairs)
+    if place not in given:
+        wrong.append(f"{place}: missing (expected {place}=<folder>)")
     if kind == "ImageNet" and given.get("split") not in SPLITS:
         wrong.append(f"split: expected {', '.join(SPLITS)}, got {given.get('split', 'nothing')}")
-    return wrong
+    if wrong:
+        raise ConfigError(f"{KEY}: {text!r}: " + "; ".join(wrong))
+    expanded = [(key, _expand(value) if key in PATHS else value) for key, value in pairs]
+    roots = tuple(value for key, value in expanded if key == place)
+    return DatasetSpec(kind, roots, {key: value for key, value in expanded if key != place})

@@ -1,30 +1,31 @@
-"""From a draw number to a collated batch: what a data-loading worker does, as pure functions of (seed, draw).
+"""From a draw number to pixels and the crops to cut from them, as pure functions of (seed, draw).
 
-An image that cannot be read is replaced by another one, which one depends on the seed and the draw alone; the batch
-carries the story under :data:`BAD_KEY`, and :class:`BadImages` keeps the account in the main process. Read
-:meth:`TrainSamples.__getitem__` first.
+An image that cannot be read is replaced by another one, which one depends on the seed and the draw alone; the story is
+told in :class:`TrainSample`, and :class:`BadImages` keeps the account in the main process. Not in here: batches
+(``train_batches``). Read :meth:`TrainSamples.__getitem__` first.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 
 from dinov2_custom.errors import DataError
 from dinov2_custom.utils.rng import random_for, seed_for
 
-from .collate import collate_data_and_cast
+from .augmentations import DataAugmentationDINO, as_pixels, shrink_box
+from .datasets import ExtendedVisionDataset
+from .decode import Scratch, decode_array
+from .draws import CropDraw
+from .holdout import IndexSubset
 from .samplers import permuted_index
 
 logger = logging.getLogger("dinov2")
-BAD_KEY = "_bad_images"
 MAX_REPLACEMENTS = 100
 MIN_DRAWS = 100
 PROBES = 32
@@ -33,52 +34,85 @@ BadRecord = tuple[int, str, str]
 
 
 class TrainSample(NamedTuple):
-    """One augmented image. bad: (draw, path, reason) of every image that could not be read for it; crops None: none
-    could."""
+    """One image to cut crops from. pixels: uint8 (H, W, 3), good until the next sample, or None: no image could be
+    read; crops: their parameters; bad: (draw, path, reason) of every image that could not be read for this draw."""
 
     draw: int
-    crops: dict[str, Any] | None
+    pixels: torch.Tensor | None
+    crops: list[CropDraw]
     bad: list[BadRecord]
 
 
-class TrainSamples(Dataset):
+class TrainSamples:
     """Map a draw number to a :class:`TrainSample`: which image, and every random number of its crops.
 
-    ``dataset[i]`` gives (PIL image, anything) or raises DataError; ``augment(image, rng)`` the crops.
+    ``dataset[i]`` gives (PIL image or uint8 (H, W, 3), anything) or raises DataError. ``dct_scaling``: decode a JPEG no
+    larger than its crops need.
     """
 
-    def __init__(self, dataset: Any, augment: Callable[..., dict[str, Any]], seed: int):
+    def __init__(self, dataset: Any, augment: DataAugmentationDINO, seed: int, *, dct_scaling: bool = False):
         self.dataset = dataset
         self.augment = augment
         self.seed = seed
+        self.dct_scaling = dct_scaling
         self._known_bad: dict[int, str] = {}
+        self._scratch = Scratch()
 
     def __getitem__(self, draw: int) -> TrainSample:
+        return self.find(draw)
+
+    def find(self, draw: int, note: Callable[[int], Any] = lambda index: None) -> TrainSample:
+        """Return the sample of ``draw``; ``note(index)`` is called before an image is tried."""
         bad: list[BadRecord] = []
         for attempt in range(1 + min(len(self.dataset), MAX_REPLACEMENTS)):
             index = self.image_of(draw, attempt)
-            image, reason = self.load(index)
-            if image is not None:
-                return TrainSample(draw, self.augment(image, rng=random_for(self.seed, "augment", draw)), bad)
+            note(index)
+            size: list[tuple[int, int]] = []
+
+            def shrink(width: int, height: int, size: list = size) -> int:
+                size[:] = [(width, height)]
+                return self.augment.fraction(self.crops(draw, width, height))
+
+            pixels, reason = self.load(index, shrink if self.dct_scaling else None)
+            if pixels is not None:
+                return self._sample(draw, pixels, size, bad)
             bad.append((draw, self.dataset.name(index), reason))
-        return TrainSample(draw, None, bad)
+        return TrainSample(draw, None, [], bad)
+
+    def _sample(self, draw: int, pixels: torch.Tensor, size: list[tuple[int, int]], bad: list) -> TrainSample:
+        decoded = (pixels.shape[1], pixels.shape[0])
+        full = size[0] if size else decoded
+        crops = self.crops(draw, *full)
+        if full != decoded:
+            crops = [crop._replace(box=shrink_box(crop.box, full, decoded)) for crop in crops]
+        return TrainSample(draw, pixels, crops, bad)
+
+    def crops(self, draw: int, width: int, height: int) -> list[CropDraw]:
+        """Draw the crops of ``draw`` for an image of this size, always the same."""
+        return self.augment.draw(width, height, random_for(self.seed, "augment", draw))
 
     def image_of(self, draw: int, attempt: int = 0) -> int:
         """Return the image of a draw, or its ``attempt``-th replacement (which go through the whole dataset)."""
+        if hasattr(self.dataset, "index_of_draw"):
+            return self.dataset.index_of_draw(draw, self.seed, attempt)
         size = len(self.dataset)
         if attempt == 0:
             return permuted_index(draw, size, self.seed)
         return permuted_index(attempt - 1, size, seed_for(self.seed, "replace", draw))
 
-    def load(self, index: int) -> tuple[Any, str]:
-        """Return (image, "") or (None, why not); what could not be read once is not tried again."""
+    def load(self, index: int, shrink: Callable[[int, int], int] | None = None) -> tuple[torch.Tensor | None, str]:
+        """Return (uint8 (H, W, 3), "") or (None, why not); what could not be read once is not tried again."""
         if index in self._known_bad:
             return None, self._known_bad[index]
         try:
-            return self.dataset[index][0], ""
+            return as_pixels(read_pixels(self.dataset, index, shrink, self._scratch)), ""
         except (DataError, OSError) as e:
             self._known_bad[index] = str(e)
             return None, str(e)
+
+    def give_up(self, index: int, reason: str) -> None:
+        """Count image ``index`` as one that cannot be read."""
+        self._known_bad[index] = reason
 
     def probe(self) -> None:
         """Try images spread over the dataset until one can be read.
@@ -97,47 +131,30 @@ class TrainSamples(Dataset):
         )
 
 
-class TrainCollate:
-    """Collate :class:`TrainSample` s; the masks of a batch are drawn from (seed, its first draw)."""
+def read_pixels(dataset: Any, index: int, shrink: Callable[[int, int], int] | None, scratch: Scratch) -> Any:
+    """Return image ``index``, straight from its bytes where the dataset is a plain one of ours.
 
-    def __init__(
-        self,
-        seed: int,
-        mask_ratio_tuple: Sequence[float],
-        mask_probability: float,
-        n_tokens: int,
-        mask_generator: Callable,
-        dtype: torch.dtype,
-    ):
-        self.seed = seed
-        self.options = {
-            "mask_ratio_tuple": tuple(mask_ratio_tuple),
-            "mask_probability": mask_probability,
-            "n_tokens": n_tokens,
-            "mask_generator": mask_generator,
-            "dtype": dtype,
-        }
-
-    def __call__(self, samples: Sequence[TrainSample]) -> dict[str, Any]:
-        """Return the batch, or only :data:`BAD_KEY` when there is a draw for which nothing could be read."""
-        bad = [record for sample in samples for record in sample.bad]
-        if any(sample.crops is None for sample in samples):
-            return {BAD_KEY: bad}
-        rng = random_for(self.seed, "masks", samples[0].draw)
-        batch = collate_data_and_cast([sample.crops for sample in samples], rng=rng, **self.options)
-        return {**batch, BAD_KEY: bad}
-
-
-def set_up_worker(worker_id: int) -> None:
-    """Keep a data-loading process to one thread, and let it outlive the signals that ask the run to save and stop.
-
-    A signal to the whole process group (Ctrl-C, a scheduler's SIGTERM) would end the workers first, and their death the
-    run before it has saved. They end with the loader, or when the main process is gone.
+    A dataset may have ``get_pixels(index, shrink=, scratch=)`` to do better than ``dataset[index]``.
     """
-    torch.set_num_threads(1)
-    if torch.utils.data.get_worker_info() is not None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
+    if isinstance(dataset, IndexSubset):
+        return read_pixels(dataset.dataset, int(dataset.indices[index]), shrink, scratch)
+    if hasattr(dataset, "get_pixels"):
+        return dataset.get_pixels(index, shrink=shrink, scratch=scratch)
+    if _is_plain(dataset):
+        data = dataset.get_image_data(index)
+        return decode_array(data, dataset.name(index), exif=dataset.exif, shrink=shrink, scratch=scratch)
+    return dataset[index][0]
+
+
+def _is_plain(dataset: Any) -> bool:
+    """Whether ``dataset[i]`` is what decoding ``get_image_data(i)`` gives."""
+    kind = type(dataset)
+    return (
+        isinstance(dataset, ExtendedVisionDataset)
+        and dataset.transforms is None
+        and kind.__getitem__ is ExtendedVisionDataset.__getitem__
+        and kind.get_sample_decoder is ExtendedVisionDataset.get_sample_decoder
+    )
 
 
 class BadImages:

@@ -1,7 +1,7 @@
-"""Running statistics of losses and rates: log lines, and ``training_metrics.json`` as upstream writes it.
+"""Running statistics of losses and rates: log lines, and rows with upstream's keys for ``training_metrics.json``.
 
 Values may be 0-dim tensors on any device. They stay there, and are read all at once when a line is written, so that
-an iteration never waits for the GPU. Not here: where the lines go (``setup.py``). Read
+an iteration never waits for the GPU. Not here: where the lines (``setup.py``) and the rows go (``sinks.py``). Read
 :meth:`MetricLogger.log_every` first.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sized
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from dinov2_custom import distributed
 from dinov2_custom.logging.progress import ProgressBar, duration
 from dinov2_custom.logging.rows import append_row
+from dinov2_custom.logging.sinks import Sinks
 
 logger = logging.getLogger("dinov2")
 
@@ -116,17 +118,19 @@ def _read_pending(meters: Iterable[SmoothedValue]) -> None:
 
 
 class MetricLogger:
-    """Named series, written as one log line and one JSON row every few iterations.
+    """Named series, written as one log line and one row every few iterations.
 
     Args:
         delimiter: between the fields of a log line.
-        output_file: JSON-lines file that rank 0 appends to; None: no rows.
+        output_file: JSON-lines file that rank 0 appends to; None: none.
+        sinks: further places for rows; closing them is the caller's.
     """
 
-    def __init__(self, delimiter: str = "\t", output_file: str | os.PathLike | None = None):
+    def __init__(self, delimiter: str = "\t", output_file: str | os.PathLike | None = None, sinks: Sinks | None = None):
         self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
         self.delimiter = delimiter
         self.output_file = output_file
+        self.sinks = sinks
 
     def update(self, **values: float | torch.Tensor) -> None:
         """Add one number to each named series; see :meth:`SmoothedValue.update` for tensors."""
@@ -152,13 +156,17 @@ class MetricLogger:
         for meter in self.meters.values():
             meter.synchronize_between_processes()
 
-    def dump_in_output_file(self, iteration: int, iter_time: float, data_time: float) -> None:
-        """Append the row of ``iteration``: the two times in seconds, then the median of every series."""
-        if self.output_file is None or not distributed.is_main_process():
+    def dump_in_output_file(self, iteration: int, iter_time: float, data_time: float, **rates: float) -> None:
+        """Write the row of ``iteration``: the two times in seconds, the median of every series, then ``rates``."""
+        if not distributed.is_main_process() or (self.output_file is None and self.sinks is None):
             return
         _read_pending(self.meters.values())
         row: dict[str, Any] = {"iteration": iteration, "iter_time": iter_time, "data_time": data_time}
-        append_row(self.output_file, row | {name: meter.median for name, meter in self.meters.items()})
+        row |= {name: meter.median for name, meter in self.meters.items()} | rates
+        if self.output_file is not None:
+            append_row(self.output_file, row)
+        if self.sinks is not None:
+            self.sinks.log(iteration, row)
 
     def log_every(
         self,
@@ -178,7 +186,9 @@ class MetricLogger:
         Args:
             header: first field of a log line.
             n_iterations: None: ``len(iterable)``.
-            images_per_iteration: of all processes together; adds the field ``images/s``.
+            images_per_iteration: of all processes together; adds the field ``images/s`` to lines, and to rows
+                ``images_per_s``, ``data_wait`` (0..1, the share of the time in which the loop waits for data) and
+                ``memory_mib`` (this process's peak: of CUDA, else resident).
         """
         if n_iterations is None:
             if not isinstance(iterable, Sized):
@@ -198,7 +208,8 @@ class MetricLogger:
                     _read_pending(self.meters.values())  # waits for the device, which belongs to the iteration's time
                 iter_time.update(time.perf_counter() - end)
                 if writes:
-                    self.dump_in_output_file(iteration, iter_time.avg, data_time.avg)
+                    rates = _rates(images_per_iteration, iter_time.avg, data_time.avg)
+                    self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates)
                     fields = self._fields(header, iteration, n_iterations, iter_time, data_time, images_per_iteration)
                     bar.show(self._headline())
                     logger.info(self.delimiter.join(fields), extra={"shown_by_bar": bar.visible})
@@ -233,3 +244,21 @@ class MetricLogger:
         return " ".join(
             f"{name}={self.meters[name].median:.4g}" for name in ("total_loss", "lr") if name in self.meters
         )
+
+
+def _rates(images: int | None, iter_time: float, data_time: float) -> dict[str, float]:
+    if images is None:
+        return {}
+    seconds = max(iter_time, 1e-9)
+    return {"images_per_s": images / seconds, "data_wait": data_time / seconds} | _peak_memory()
+
+
+def _peak_memory() -> dict[str, float]:
+    if torch.cuda.is_available():
+        return {"memory_mib": torch.cuda.max_memory_allocated() / 2**20}
+    try:
+        import resource
+    except ImportError:  # Windows
+        return {}
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.errors import DINOv2Error
-from dinov2_custom.logging import MetricLogger, setup_logging, truncate_after
+from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_sinks, setup_logging, truncate_after
 from dinov2_custom.parallel import GradientReducer
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
@@ -27,6 +28,7 @@ from dinov2_custom.train.startup import RunLength, describe_end, describe_run, r
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
 from dinov2_custom.utils.schedules import CosineScheduler
+from dinov2_custom.utils.weights import read_weights
 
 __all__ = [
     "apply_optim_scheduler",
@@ -92,22 +94,25 @@ def do_test(cfg, model: SSLMetaArch, iteration: int | str) -> Path:
     return save_teacher(model, Path(cfg.train.output_dir), str(iteration))
 
 
-def optimizer_step(cfg, model: SSLMetaArch, optimizer) -> bool:
-    """Clip each part's gradient and step; return whether the gradients were finite (else nothing is changed)."""
+def optimizer_step(cfg, model: SSLMetaArch, optimizer) -> dict[str, torch.Tensor]:
+    """Clip each part's gradient and step; return its norm before that, or nothing if one is not finite.
+
+    Then nothing is changed either.
+    """
     scaler = model.fp16_scaler
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norms = [
-        torch.nn.utils.clip_grad_norm_(part.parameters(), cfg.optim.clip_grad or float("inf"))
-        for part in model.student.values()
-    ]
-    finite = bool(torch.stack(norms).isfinite().all())
+    norms = {
+        f"grad_norm_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), cfg.optim.clip_grad or float("inf"))
+        for name, part in model.student.items()
+    }
+    finite = all_finite(norms)
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
     elif finite:
         optimizer.step()
-    return finite
+    return norms if finite else {}
 
 
 def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
@@ -135,16 +140,17 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     write_config(cfg, str(out))
     for line in describe_run(cfg, model, length, loader.num_images, world_size):
         logger.info(line)
-    metrics_file = out / "training_metrics.json"
     if rank == 0:
-        truncate_after(metrics_file, iteration)
-    metrics = MetricLogger(delimiter="  ", output_file=str(metrics_file))
+        truncate_after(out / METRICS_FILE, iteration)
+    kept = None if resumed is None else lambda: read_weights(checkpointer.candidates()[0]).get("wandb_run_id")
+    sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, stored_run_id=kept)
+    metrics = MetricLogger(delimiter="  ", sinks=sinks)
     save_period = cfg.checkpointing.period or length.iterations(3)
     eval_period = cfg.evaluation.eval_period_iterations
     guard, alarm = StepGuard(scaled=model.fp16_scaler is not None), CollapseAlarm(model.num_prototypes)
     model.train()
 
-    with stop_requests() as stop:
+    with stop_requests() as stop, sinks:
         batches = loader.batches(iteration * cfg.optim.accumulation_steps, device=model.device)
         for batch in metrics.log_every(
             batches, cfg.train.log_every, "Training", length.total, iteration, images_per_iteration=length.global_batch
@@ -160,10 +166,10 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
             losses, stop_signal = over_all_ranks(losses, stop)
 
             # update, unless something is not finite
-            finite = all_finite(losses) and optimizer_step(cfg, model, optimizer)
-            if finite:
+            grad_norms = optimizer_step(cfg, model, optimizer) if all_finite(losses) else {}
+            if grad_norms:
                 model.update_teacher(momentum)
-            guard.check(finite, losses, iteration)
+            guard.check(bool(grad_norms), losses, iteration)
 
             # report
             metrics.update(
@@ -174,6 +180,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
                 current_batch_size=float(cfg.train.batch_size_per_gpu),
                 total_loss=sum(losses.values()),
                 **losses,
+                **grad_norms,
             )
             if model.diagnose:
                 metrics.update(**model.diagnostics)
@@ -184,9 +191,10 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or stop_signal or (iteration + 1) % save_period == 0:
-                checkpoint_path = checkpointer.save(iteration, final=last)
+                checkpoint_path = checkpointer.save(iteration, final=last, extra=sinks.state())
             if stop_signal and not last:
                 logger.warning(f"stopped at iteration={iteration}; the same command goes on from {checkpoint_path}")
+                sinks.close(128 + stop_signal)
                 return 128 + stop_signal
             iteration += 1
 

@@ -136,16 +136,16 @@ def test_a_part_of_a_value_is_a_mistake_even_with_unknown_keys_allowed():
 def test_unknown_keys_are_kept_with_one_warning_if_allowed(tmp_path):
     path = write(
         tmp_path,
-        "wandb: {exp_name: x, tags: ['${wandb.exp_name}', '${student.arch}']}\ndaino: {loss_weight: 1}\n"
+        "tracker: {exp_name: x, tags: ['${tracker.exp_name}', '${student.arch}']}\ndaino: {loss_weight: 1}\n"
         "train: {save_every: 3}\n",
     )
     notes = []
     cfg = load("a=1", "a.b=2", file=path, notes=notes, allow_unknown_keys=True)
-    assert list(cfg.wandb.tags) == ["x", "vit_large"]
+    assert list(cfg.tracker.tags) == ["x", "vit_large"]
     assert (cfg.train.save_every, cfg.daino.loss_weight, cfg.a.b) == (3, 1, 2)
     (note,) = notes
     assert note == (
-        f"unknown keys, kept but not used: wandb ({path}), daino ({path}), train.save_every ({path}), "
+        f"unknown keys, kept but not used: tracker ({path}), daino ({path}), train.save_every ({path}), "
         "a (override), a.b (override)"
     )
 

@@ -177,7 +177,81 @@ def test_broken_files_are_data_errors_that_name_the_source(data, got):
     assert data == b"" or e.value.__cause__ is not None
 
 
+needs_simplejpeg = pytest.mark.skipif(decode.fast_jpeg() is None, reason="NOT CHECKED: simplejpeg is not installed")
+
+
+@pytest.fixture
+def without_pillow(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("decoded by Pillow")
+
+    monkeypatch.setattr(decode, "_decode_by_pillow", refuse)
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("size", [(1, 1), (24, 18), (37, 61), (250, 187)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_fast_jpeg_has_pillows_pixels(without_pillow, size, mode):
+    scratch = decode.Scratch()
+    for subsampling in (0, 1, 2):
+        for options in ({"quality": 90}, {"quality": 35, "progressive": True}, {"quality": 100, "optimize": True}):
+            data = encode(picture(*size).convert(mode), "JPEG", subsampling=subsampling, **options)
+            expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            np.testing.assert_array_equal(decode_array(data), expected)
+            np.testing.assert_array_equal(decode_array(data, scratch=scratch), expected)
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("fraction", [1, 2, 4, 8])
+def test_shrunken_jpeg_is_the_same_with_and_without_simplejpeg(monkeypatch, fraction):
+    asked = []
+
+    def shrink(width, height):
+        asked.append((width, height))
+        return fraction
+
+    for mode, size in (("RGB", (251, 187)), ("L", (64, 33)), ("RGB", (9, 12))):
+        data = encode(picture(*size).convert(mode), "JPEG", quality=90)
+        fast = decode_array(data, shrink=shrink)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "fast_jpeg", lambda: None)
+            slow = decode_array(data, shrink=shrink)
+        assert fast.shape == (-(-size[1] // fraction), -(-size[0] // fraction), 3)
+        np.testing.assert_array_equal(fast, slow)
+        assert asked[-2:] == [size, size]
+    assert decode_array(PNG, shrink=shrink).shape == (18, 24, 3)
+
+
+def test_jpeg_kinds_that_would_differ_are_pillows():
+    for data in (encode(RGB.convert("CMYK"), "JPEG"), encode(RGB, "JPEG", keep_rgb=True)):
+        np.testing.assert_array_equal(decode_array(data), np.asarray(decode_rgb(data)))
+
+
+def test_jpeg_with_an_error_that_pillow_forgives_is_recovered():
+    data = JPEG[:-2] + b"junk" * 5 + JPEG[-2:]
+    np.testing.assert_array_equal(decode_array(data), np.asarray(decode_rgb(data)))
+    with pytest.raises(DataError, match="a truncated or broken JPEG.*x.jpg"):
+        decode_array(JPEG[: len(JPEG) // 2], "x.jpg")
+
+
+def test_everything_works_without_simplejpeg(monkeypatch):
+    expected = decode_array(JPEG)
+    monkeypatch.setattr(decode, "fast_jpeg", lambda: None)
+    pixels = decode_array(JPEG, scratch=decode.Scratch())
+    np.testing.assert_array_equal(pixels, expected)
+    assert pixels.flags.writeable
+
+
+def test_scratch_is_used_again_and_grows():
+    scratch = decode.Scratch()
+    small, large = scratch.take(10), scratch.take(20)
+    assert len(small) == 10 and len(large) == 20
+    assert np.shares_memory(large, scratch.take(5)) and not np.shares_memory(small, large)
+
+
 def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match="expected fewer pixels: slide.png .*432 pixels.*cut it into tiles"):
         decode_rgb(PNG, "slide.png")
+    with pytest.raises(DataError, match="expected fewer pixels: slide.jpg .*432 pixels.*cut it into tiles"):
+        decode_array(JPEG, "slide.jpg")

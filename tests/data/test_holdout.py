@@ -1,11 +1,14 @@
 """Hold-out: a fixed share, listed in a file, left out of training."""
 
+import hashlib
 import os
+import random
 
 import pytest
 
 from dinov2_custom.data.datasets import ImageDataset
 from dinov2_custom.data.holdout import choose, split_off
+from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.errors import ConfigError, DataError
 from tests.data.pictures import make_folder
 
@@ -84,3 +87,32 @@ def test_nothing_left_to_train_on(tmp_path, folder):
     with pytest.raises(DataError, match="all 20 of them held out"):
         split_off(ImageDataset(tmp_path / "data"), str(tmp_path / "held.txt"), 0.99)
     assert not (tmp_path / "held.txt").exists()
+
+
+def test_choice_is_that_of_the_sorted_hashes():
+    """The same as sorting all of (hash of the path below the common folder, path), which earlier runs did."""
+    rng = random.Random(0)
+    for size in (1, 2, 3, 50):
+        names = [f"/d/{'ab-.'[rng.randrange(4)]}x/{rng.randrange(99)}/{i}.png" for i in range(size)]
+        common = os.path.commonpath(names) if size > 1 else os.path.dirname(names[0])
+        digests = {n: hashlib.blake2b(os.path.relpath(n, common).encode(), digest_size=8).digest() for n in names}
+        for frac in (0.1, 0.5, 0.9):
+            expected = sorted(names, key=lambda n: (digests[n], n))[: round(frac * size)]
+            assert choose(names, frac) == set(expected)
+    assert choose([], 0.5) == set()
+    assert choose(["/d/a\nb.png", "/d/c.png"], 0.6) == {"/d/c.png"}
+
+
+def test_image_that_is_there_twice_is_held_out_twice(tmp_path, folder):
+    (tmp_path / "twice.txt").write_text("\n".join([*folder, *folder]))
+    rest = split_off(make_dataset(dataset_str=str(tmp_path / "twice.txt")), str(tmp_path / "held.txt"), 0.25)
+    held = set((tmp_path / "held.txt").read_text().splitlines())
+    assert held and not held & set(names(rest)) and len(rest) == 40 - 2 * len(held)
+
+
+def test_rest_has_bytes_and_shares(tmp_path, folder):
+    dataset = ImageDataset([tmp_path / "data" / "a", tmp_path / "data" / "b"])
+    rest = split_off(dataset, [str(tmp_path / "data" / "b")], 0.5, output_dir=str(tmp_path / "run"))
+    assert rest.shares() == [(str(tmp_path / "data" / "a"), 10, 10 / 15), (str(tmp_path / "data" / "b"), 5, 5 / 15)]
+    with open(rest.name(12), "rb") as file:
+        assert rest.read(12) == file.read()

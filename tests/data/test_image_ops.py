@@ -159,3 +159,16 @@ def test_operations_leave_their_input_alone():
     ]:  # fmt: skip
         operation(image, parameter)
         np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("box, size", BOXES)
+def test_resized_crop_into_a_batch_is_resized_crop(monkeypatch, fast, box, size):
+    if not fast:
+        monkeypatch.setattr(image_ops, "_torch_resize_is_fast", lambda: False)
+    image = torch.from_numpy(np.array(picture(120, 90, 5)))
+    batch = np.zeros((3, size, size, 3), np.uint8)
+    for flip in (False, True):
+        image_ops.resized_crop_into(batch[1], image, box, flip)
+        np.testing.assert_array_equal(batch[1].transpose(2, 0, 1), image_ops.resized_crop(image, box, size, flip))
+    assert not batch[0].any() and not batch[2].any()

@@ -4,15 +4,26 @@ import inspect
 import itertools
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dinov2_custom.data import SamplerType, loaders, make_data_loader, make_dataset
+from dinov2_custom.data import (
+    SamplerType,
+    collate_data_and_cast,
+    loaders,
+    make_data_loader,
+    make_dataset,
+    train_loader,
+    workers,
+)
 from dinov2_custom.data.datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder
-from dinov2_custom.data.loaders import make_train_loader
+from dinov2_custom.data.loaders import make_augmentation, make_masks, make_train_loader
+from dinov2_custom.data.samplers import permuted_index
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.utils.rng import random_for
 from tests.data.datasets.test_image_net_22k import write_tar
 from tests.data.pictures import encode, make_folder, picture, train_config
 
@@ -28,8 +39,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def many_cores(monkeypatch):
-    monkeypatch.setattr(loaders, "at_most_cores", lambda num_workers: num_workers)
-    monkeypatch.setattr(torch.utils.data.DataLoader, "check_worker_number_rationality", lambda self: None)
+    monkeypatch.setattr(train_loader, "at_most_cores", lambda num_workers: num_workers)
 
 
 def test_make_dataset_makes_every_kind(tmp_path, folder):
@@ -137,6 +147,49 @@ def test_batch_has_upstreams_keys_and_nothing_else(folder):
     assert batch["collated_local_crops"].shape == (4, 3, 8, 8) and batch["collated_masks"].shape == (4, 16)
 
 
+def test_batch_is_what_the_classes_for_users_give(folder):
+    """Upstream's augmentation object and collate function, fed by the same draws, make the same batch bit for bit."""
+    cfg = train_config(folder)
+    dataset, augment, masks = make_dataset(dataset_str=folder), make_augmentation(cfg), make_masks(cfg)
+    for iteration, batch in enumerate(batches(folder, number=3)):
+        draws = (2 * iteration, 2 * iteration + 1)
+        images = [dataset[permuted_index(draw, 7, 0)][0] for draw in draws]
+        samples = [augment(image, rng=random_for(0, "augment", n)) for image, n in zip(images, draws, strict=True)]
+        expected = collate_data_and_cast(
+            samples, masks.ratios, masks.probability, torch.float32, masks.n_tokens, masks.generator,
+            rng=random_for(0, "masks", draws[0]),
+        )  # fmt: skip
+        assert equal(batch, expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_colours_made_on_the_device_are_the_same(folder, many_cores, num_workers):
+    found = {}
+    for where in ("cpu", "device", "auto"):
+        cfg = train_config(folder, num_workers=num_workers)
+        cfg.augmentation = SimpleNamespace(device=where)
+        loader = make_train_loader(cfg, rank=0, world_size=1)
+        found[where] = list(itertools.islice(loader.batches(3), 4))
+    for a, b, c in zip(*found.values(), strict=True):
+        assert equal(a, b) and equal(a, c)
+
+
+def test_dct_scaling_changes_little_and_only_large_images(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "large.jpg").write_bytes(encode(picture(480, 360, 1), "JPEG", quality=92))
+
+    def batch(scaling):
+        cfg = train_config(str(tmp_path / "photos"), batch_size_per_gpu=8)
+        cfg.augmentation = SimpleNamespace(jitter_p=0, gray_p=0, blur_p=[0, 0, 0], solarize_p=0)
+        cfg.data = SimpleNamespace(dct_scaling=scaling)
+        return next(iter(make_train_loader(cfg, rank=0, world_size=1)))
+
+    full, scaled = batch(False), batch(True)
+    assert not equal(full, scaled) and equal(scaled, batch(True))
+    difference = (full["collated_global_crops"] - scaled["collated_global_crops"]).abs() * 255 * 0.226
+    assert difference.mean() < 6  # levels, of a picture full of detail; boxes move by parts of a pixel
+
+
 def test_batches_do_not_depend_on_the_number_of_workers(folder, many_cores):
     expected = batches(folder)
     assert not equal(expected[0], expected[1])
@@ -191,7 +244,8 @@ def test_held_out_images_are_not_drawn(folder, tmp_path):
     )
     held = (tmp_path / "held.txt").read_text().splitlines()
     assert loader.num_images == 5 and len(held) == 2
-    names = [loader.samples.dataset.name(loader.samples.image_of(draw)) for draw in range(5)]
+    samples = loader.builder.samples
+    names = [samples.dataset.name(samples.image_of(draw)) for draw in range(5)]
     assert sorted(names + held) == sorted(str(p) for p in Path(folder).iterdir())
 
 
@@ -260,7 +314,7 @@ def test_whole_configuration_is_read(folder, tmp_path):
     crops = batch["collated_global_crops"]
     assert crops.shape == (4, 3, 28, 28) and batch["collated_masks"].shape == (4, 4)
     assert -2 <= crops.min() and crops.max() <= 0, "mean 1 and std .5 of the configuration"
-    assert loader.bad_images.max_fraction == 0.25 and loader.collate.options["mask_generator"].max_num_patches == 2.0
+    assert loader.bad_images.max_fraction == 0.25 and loader.builder.masks.generator.max_num_patches == 2.0
     assert len(batch["collated_local_crops"]) == 0
 
 
@@ -268,12 +322,12 @@ def test_bounds_of_the_masks_are_rounded_as_upstreams():
     for size, patch, expected in ((224, 14, 128), (224, 16, 98), (518, 14, 666)):
         cfg = train_config("")
         cfg.crops.global_crops_size, cfg.student.patch_size = size, patch
-        generator = loaders.make_collate(cfg).options["mask_generator"]
+        generator = make_masks(cfg).generator
         assert generator.max_num_patches == expected and generator.get_shape() == (size // patch,) * 2
 
 
 def test_workers_are_at_most_the_cores(monkeypatch, caplog):
-    monkeypatch.setattr(loaders.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     caplog.set_level("INFO", logger="dinov2")
-    assert [loaders.at_most_cores(n) for n in (0, 2, 3)] == [0, 2, 3] and not caplog.text
-    assert loaders.at_most_cores(10) == 3 and "3, not train.num_workers=10" in caplog.text
+    assert [workers.at_most_cores(n) for n in (0, 2, 3)] == [0, 2, 3] and not caplog.text
+    assert workers.at_most_cores(10) == 3 and "3, not train.num_workers=10" in caplog.text

@@ -109,6 +109,34 @@ def test_fewer_images_than_ranks_is_no_endless_wait():
     assert set(drawn) == {0, 1}
 
 
+@pytest.mark.parametrize("size", [1, 3, 10, 101])
+def test_global_sequence_is_the_same_for_any_number_of_ranks(size):
+    """Iteration i of W ranks with batch b is draws [i*b*W, (i+1)*b*W): who draws them changes, not what is drawn."""
+
+    def sequence(world_size: int, batch: int, first_draw: int = 0, number: int = 240) -> list[int]:
+        start = first_draw // (world_size * batch)
+        ranks = [
+            DrawSampler(batch_size=batch, rank=r, world_size=world_size, start_iteration=start)
+            for r in range(world_size)
+        ]
+        steps = number // (world_size * batch)
+        drawn = [take(rank, steps * batch) for rank in ranks]
+        draws = [draw for i in range(steps) for rank in drawn for draw in rank[i * batch : (i + 1) * batch]]
+        return [permuted_index(draw, size, seed=9) for draw in draws]
+
+    one = sequence(1, 12)
+    assert sequence(2, 6) == sequence(12, 1) == sequence(4, 3) == one
+    assert one[:120] + sequence(3, 4, 120, 120) == one  # a job that went on with other ranks after 120 draws
+    for start in range(0, 240 - size + 1, size):  # nothing is left over at the end of a pass
+        assert sorted(one[start : start + size]) == list(range(size))
+
+
+def test_fewer_images_than_ranks_all_draw():
+    ranks = [take(DrawSampler(batch_size=2, rank=r, world_size=8), 4) for r in range(8)]
+    drawn = [permuted_index(draw, 3, seed=0) for rank in ranks for draw in rank]
+    assert len(drawn) == 32 and set(drawn) == {0, 1, 2}
+
+
 def test_defaults_are_one_rank():
     assert take(InfiniteSampler(sample_count=3), 5) == [0, 1, 2, 0, 1]
     assert list(EpochSampler(size=3, sample_count=3)) == [0, 1, 2]

@@ -1,10 +1,11 @@
-"""Dataset strings: all spellings, quoting, paths that look like strings, and mistakes."""
+"""Dataset strings and mappings: all spellings, quoting, paths that look like strings, and mistakes."""
 
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from dinov2_custom.data.spec import DatasetSpec, parse_dataset
+from dinov2_custom.data.spec import DatasetSpec, Part, parse_dataset
 from dinov2_custom.errors import ConfigError
 
 
@@ -29,6 +30,21 @@ def folder(*roots: str) -> DatasetSpec:
     ('ImageDataset:root="/a:b=c"', folder("/a:b=c")),
     ("ImageDataset:root=/a=b", folder("/a=b")),
     (r"ImageDataset:root=C:\pics", folder(str(Path(r"C:\pics")))),
+    ("ImageDataset:root='/a:b':", folder("/a:b")),
+    ("ImageFolder:root=/date=2020/k=v", folder("/date=2020/k=v")),
+    ("ImageFolder:path=/x:path=/y", folder("/x", "/y")),
+    ("/my/files.txt", DatasetSpec("ImageList", ("/my/files.txt",))),
+    ("files.CSV", DatasetSpec("ImageList", ("files.CSV",))),
+    ("ImageList:path=f.csv:column=image", DatasetSpec("ImageList", ("f.csv",), {"column": "image"})),
+    ("ImageList:path=f.txt:root=/base/", DatasetSpec("ImageList", ("f.txt",), {"root": "/base"})),
+    ("/my/s-{000..127}.tar", DatasetSpec("Tar", ("/my/s-{000..127}.tar",))),
+    ("/my/s.tar.gz", DatasetSpec("Tar", ("/my/s.tar.gz",))),
+    ("Tar:path=/my/shards", DatasetSpec("Tar", ("/my/shards",))),
+    ("WebDataset:path=/a:path=/b", DatasetSpec("Tar", ("/a", "/b"))),
+    ("WebDataset:root=/a", DatasetSpec("Tar", ("/a",))),
+    (r"Tar:path=C:\s\a-{0..3}.tar:", DatasetSpec("Tar", (str(Path(r"C:\s\a-{0..3}.tar")),))),
+    ("train-00000-of-00002.parquet", DatasetSpec("Parquet", ("train-00000-of-00002.parquet",))),
+    ("Parquet:path=/p:column=img", DatasetSpec("Parquet", ("/p",), {"column": "img"})),
     ("LabelledFolder:root=/x", DatasetSpec("LabelledFolder", ("/x",))),
     ("ImageNet:split=TRAIN:root=/i:extra=/e",
      DatasetSpec("ImageNet", ("/i",), {"split": "TRAIN", "extra": "/e"})),
@@ -67,10 +83,59 @@ def test_what_exists_as_a_path_is_a_path(tmp_path, monkeypatch):
     ('ImageDataset:root="/a"b', ["cannot read"]),
     ("LabelledFolder:root=/a:root=/b", ["root: given more than once"]),
     ("s3://bucket/images", ["expected a folder on this machine", "download or mount"]),
-    (["/a", "ImageNet:split=TRAIN:root=/x"], ["expected a list of image folders, got ImageNet in a list"]),
+    ("ImagNet22k", ["unknown dataset 'ImagNet22k'", "did you mean ImageNet22k?"]),
+    ("ImageList:path=f.csv:colum=x", ["colum: unknown key (there are path, column, root)"]),
+    ("Tar:", ["path: missing (expected path=<folder>)"]),
+    ({"path": "/a", "wieght": 1}, ["wieght: unknown key"]),
+    ({"kind": "Tarr", "path": "/a"}, ["unknown dataset 'Tarr'", "did you mean Tar?"]),
+    ({"weight": 1}, ["path: missing"]),
+    ({"kind": "ImageNet", "root": "/a"}, ["split: expected TRAIN"]),
+    ([{"path": "/a", "weight": 0}], ["weight: expected a number above 0, got 0"]),
+    ([{"path": "/a", "weight": "much"}], ["weight: expected a number above 0, got 'much'"]),
+    ([{"path": "/a", "weight": float("nan")}], ["weight: expected a number above 0"]),
+    ([{"path": "/a", "weight": 1}, "/b", {"path": "/c"}], ["a weight for all or for none", "/b, /c"]),
+    ([{"path": [{"path": "/a", "weight": 1}, {"path": "/b", "weight": 2}], "weight": 1}, {"path": "/c", "weight": 1}],
+     ["weights inside of weights"]),
+    (3, ["got 3"]),
 ])  # fmt: skip
 def test_mistakes_are_all_named(text, words):
     with pytest.raises(ConfigError) as e:
         parse_dataset(text)
     for word in ["train.dataset_path", *words]:
         assert word in str(e.value)
+
+
+@pytest.mark.parametrize("mapping, text", [
+    ({"path": "/my/images"}, "/my/images"),
+    ({"root": "~/x", "weight": 3}, "~/x"),
+    ({"path": "ImageNet:split=TRAIN:root=/i"}, "ImageNet:split=TRAIN:root=/i"),
+    ({"kind": "ImageNet", "split": "TRAIN", "root": "/i", "extra": None}, "ImageNet:split=TRAIN:root=/i"),
+    ({"kind": "ImageFolder", "path": "/a:b=c"}, 'ImageFolder:root="/a:b=c"'),
+    ({"kind": "Tar", "path": ["/a", "/b"]}, "Tar:path=/a:path=/b"),
+    ({"path": "f.csv", "column": "x:y"}, 'ImageList:path=f.csv:column="x:y"'),
+    ({"path": "p.parquet", "column": "img"}, "Parquet:path=p.parquet:column=img"),
+    ({"path": ["/a", "/b"]}, ["/a", "/b"]),
+])  # fmt: skip
+def test_mappings_say_the_same_as_texts(mapping, text):
+    assert parse_dataset(mapping) == parse_dataset(text) == parse_dataset(OmegaConf.create(mapping))
+
+
+def test_lists_are_pooled_or_mixed():
+    assert parse_dataset([{"path": "/a"}, {"path": "/b"}, "/c"]) == folder("/a", "/b", "/c")
+    tar = DatasetSpec("Tar", ("/b.tar",))
+    assert parse_dataset(["/a", "/b.tar"]) == DatasetSpec(
+        "Mixture", parts=(Part(folder("/a"), None, "/a"), Part(tar, None, "/b.tar"))
+    )
+    weighted = [{"path": "/a", "weight": 0.7}, {"path": ["/c", "/b.tar"], "weight": 1, "name": "rest"}]
+    for given in (weighted, OmegaConf.create(weighted)):
+        spec = parse_dataset(given)
+        assert [(part.weight, part.name) for part in spec.parts] == [(0.7, "/a"), (1, "rest")]
+        assert spec.kind == spec.parts[1].spec.kind == "Mixture" and spec.parts[0].spec == folder("/a")
+    assert parse_dataset([{"path": "/a", "weight": 2}]) == folder("/a")
+    assert parse_dataset(["/a", "ImageNet:split=VAL:root=/i"]).parts[1].spec.kind == "ImageNet"
+
+
+def test_a_folder_is_a_folder_whatever_it_is_called(tmp_path):
+    for name in ("x.tar", "x.txt", "x.parquet"):
+        (tmp_path / name).mkdir()
+        assert parse_dataset(str(tmp_path / name)) == folder(str(tmp_path / name))

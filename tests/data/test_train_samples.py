@@ -6,10 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dinov2_custom.data.datasets import ImageDataset
-from dinov2_custom.data.loaders import make_augmentation, make_collate
-from dinov2_custom.data.train_samples import BAD_KEY, BadImages, TrainSample, TrainSamples
+from dinov2_custom.data.datasets.extended import ExtendedVisionDataset
+from dinov2_custom.data.holdout import IndexSubset
+from dinov2_custom.data.loaders import make_augmentation
+from dinov2_custom.data.train_samples import BadImages, TrainSample, TrainSamples
 from dinov2_custom.errors import DataError
 from tests.data.pictures import encode, make_folder, picture, train_config
 
@@ -40,15 +43,19 @@ def make(folder, seed=0) -> TrainSamples:
     return TrainSamples(ImageDataset(folder), make_augmentation(train_config(str(folder))), seed)
 
 
+def sample(samples: TrainSamples, draw: int) -> TrainSample:
+    found = samples[draw]
+    return found if found.pixels is None else found._replace(pixels=found.pixels.clone())
+
+
 def equal(a: TrainSample, b: TrainSample) -> bool:
-    crops = [(one.crops["global_crops"] + one.crops["local_crops"]) for one in (a, b)]
-    return a.draw == b.draw and a.bad == b.bad and all(torch.equal(x, y) for x, y in zip(*crops, strict=True))
+    return (a.draw, a.crops, a.bad) == (b.draw, b.crops, b.bad) and torch.equal(a.pixels, b.pixels)
 
 
 def test_sample_is_a_function_of_seed_and_draw(folder):
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     samples, again = make(folder), make(folder)
-    drawn = [samples[draw] for draw in range(12)]
+    drawn = [sample(samples, draw) for draw in range(12)]
     assert all(equal(drawn[draw], again[draw]) for draw in reversed(range(12)))
     assert not equal(drawn[3], make(folder, seed=1)[3])
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
@@ -64,7 +71,7 @@ def test_the_same_image_gets_other_crops_in_the_next_pass(folder):
     samples = make(folder)
     first = samples.image_of(0)
     later = next(draw for draw in range(9, 18) if samples.image_of(draw) == first)
-    assert not torch.equal(samples[0].crops["global_crops"][0], samples[later].crops["global_crops"][0])
+    assert samples[0].crops[0] != samples[later].crops[0]
 
 
 def test_bad_files_of_many_kinds_are_replaced_and_named(folder):
@@ -72,7 +79,7 @@ def test_bad_files_of_many_kinds_are_replaced_and_named(folder):
     (folder / "bad" / "nowhere.jpg").symlink_to(folder / "not there.jpg")
     samples = make(folder)
     drawn = [samples[draw] for draw in range(16)]
-    assert all(sample.crops is not None for sample in drawn)
+    assert all(sample.pixels is not None for sample in drawn)
     first = [sample.bad[0] for sample in drawn if sample.bad]
     assert sorted(path for _, path, _ in first) == sorted(str(folder / "bad" / n) for n in [*BAD, "nowhere.jpg"])
     for draw, path, reason in (record for sample in drawn for record in sample.bad):
@@ -82,7 +89,7 @@ def test_bad_files_of_many_kinds_are_replaced_and_named(folder):
 def test_replacement_depends_on_seed_and_draw_alone(folder):
     spoil(folder)
     forwards, backwards, restarted = make(folder), make(folder), make(folder)
-    expected = [forwards[draw] for draw in range(30)]
+    expected = [sample(forwards, draw) for draw in range(30)]
     assert all(equal(backwards[draw], expected[draw]) for draw in reversed(range(30)))
     assert all(equal(restarted[draw], expected[draw]) for draw in range(20, 30))
 
@@ -99,7 +106,7 @@ def test_one_good_image_among_bad_ones_is_found(tmp_path):
     spoil(tmp_path)
     samples = make(tmp_path)
     samples.probe()
-    assert all(samples[draw].crops is not None for draw in range(14))
+    assert all(samples[draw].pixels is not None for draw in range(14))
 
 
 def test_what_was_bad_once_is_not_read_again(folder):
@@ -124,7 +131,7 @@ def test_errors_of_reading_other_datasets_count_as_bad_and_mistakes_do_not(folde
 
     samples = TrainSamples(Flaky(folder), make_augmentation(train_config("")), 0)
     draw = next(draw for draw in range(9) if samples.image_of(draw) == 0)
-    assert samples[draw].bad[0][2] == "the disk is gone" and samples[draw].crops is not None
+    assert samples[draw].bad[0][2] == "the disk is gone" and samples[draw].pixels is not None
     with pytest.raises(KeyError, match="a mistake"):
         TrainSamples(Mistaken(folder), make_augmentation(train_config("")), 0)[0]
 
@@ -145,27 +152,60 @@ def test_probe_looks_beyond_a_bad_folder(tmp_path, monkeypatch):
     make(tmp_path).probe()
 
 
-def test_batches_have_masks_of_their_first_draw(folder):
-    samples, collate = make(folder), make_collate(train_config(str(folder)))
-    drawn = [samples[draw] for draw in range(6)]
-    first, second = collate(drawn[:3]), collate(drawn[:3])
-    assert torch.equal(first["collated_masks"], second["collated_masks"]) and first.pop(BAD_KEY) == []
-    masks = {tuple(collate(drawn[i : i + 2])["collated_masks"].flatten().tolist()) for i in range(5)}
-    assert len(masks) > 1
+def test_a_draw_without_any_readable_image_tells_only_its_story(tmp_path):
+    spoil(tmp_path)
+    found = make(tmp_path)[4]
+    assert found.pixels is None and found.crops == []
+    assert {draw for draw, _, _ in found.bad} == {4} and len({path for _, path, _ in found.bad}) == len(BAD)
 
 
-def test_a_draw_without_any_readable_image_makes_a_batch_of_its_story_only(folder):
-    record = (4, "x.jpg", "broken")
-    batch = make_collate(train_config(""))([make(folder)[0], TrainSample(4, None, [record])])
-    assert batch == {BAD_KEY: [record]}
+def test_images_are_noted_before_they_are_tried(folder):
+    spoil(folder)
+    samples, noted = make(folder), []
+    found = next(s for s in (samples.find(n, noted.append) for n in range(15)) if s.bad)
+    assert noted[-len(found.bad) - 1 :] == [samples.image_of(found.draw, i) for i in range(len(found.bad) + 1)]
+
+
+def test_an_image_that_was_given_up_is_replaced(folder):
+    samples = make(folder)
+    samples.give_up(samples.image_of(3), "killed two processes")
+    found = samples[3]
+    assert found.pixels is not None and found.bad == [
+        (3, samples.dataset.name(samples.image_of(3)), "killed two processes")
+    ]
+
+
+def test_pixels_come_straight_from_the_bytes_and_are_the_datasets(tmp_path):
+    make_folder(tmp_path, ["a.png", "b.jpg", "c.webp"])
+    plain = ImageDataset(tmp_path)
+
+    class Turned(ImageDataset):
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return image.transpose(Image.Transpose.ROTATE_90), target
+
+    class Own(ExtendedVisionDataset):
+        def get_pixels(self, index, shrink, scratch):
+            return np.full((4, 5, 3), index, np.uint8)
+
+        def __len__(self):
+            return 3
+
+    transformed = ImageDataset(tmp_path, transform=lambda image: image.convert("L"))
+    subset = IndexSubset(plain, np.array([2, 0]))
+    for dataset in (plain, Turned(tmp_path), transformed, subset):
+        samples = TrainSamples(dataset, make_augmentation(train_config("")), 0)
+        for index in range(len(dataset)):
+            pixels, reason = samples.load(index)
+            np.testing.assert_array_equal(pixels, np.asarray(dataset[index][0].convert("RGB")))
+            assert reason == ""
+    assert TrainSamples(Own(), make_augmentation(train_config("")), 0).load(2)[0].tolist() == [[[2] * 3] * 5] * 4
 
 
 def test_everything_a_worker_needs_can_be_pickled(folder):
-    samples, collate = make(folder), make_collate(train_config(str(folder)))
-    other, other_collate = pickle.loads(pickle.dumps((samples, collate)))
-    assert equal(samples[5], other[5])
-    masks = [c([samples[0], samples[1]])["collated_masks"] for c in (collate, other_collate)]
-    assert torch.equal(*masks)
+    samples = make(folder)
+    samples.load(0)
+    assert equal(samples[5], pickle.loads(pickle.dumps(samples))[5])
 
 
 def test_each_bad_image_is_reported_once():

@@ -62,6 +62,10 @@ class ExtendedVisionDataset(Dataset):
         """Return what to call image ``index`` in messages: its path, where it has one."""
         return f"{type(self).__name__}[{index}]"
 
+    def shares(self) -> list[tuple[str, int, float]]:
+        """Return (name, number of images, share of the draws) of the parts the dataset consists of, here one."""
+        return [(f"{type(self).__name__} {self.root or ''}".strip(), len(self), 1.0)]
+
     def get_sample_decoder(self, index: int) -> Decoder:
         """Return the decoder of image ``index``."""
         return ImageDataDecoder(self.get_image_data(index), source=self.name(index), exif=self.exif)

@@ -15,11 +15,12 @@ from dinov2_custom.data.sources import EXTENSIONS, FolderSource, PathTable, Root
 from dinov2_custom.errors import DataError
 
 from .extended import ExtendedVisionDataset
+from .source_dataset import SourceDataset
 
 logger = logging.getLogger("dinov2")
 
 
-class ImageDataset(ExtendedVisionDataset):
+class ImageDataset(SourceDataset):
     """All images below one or several folders, in sorted order, without labels: samples are (image, ()).
 
     Raises:
@@ -36,25 +37,8 @@ class ImageDataset(ExtendedVisionDataset):
         extensions: Sequence[str] = EXTENSIONS,
         exif: bool = False,
     ) -> None:
-        super().__init__(root, transforms, transform, target_transform, exif=exif)
-        self.source = FolderSource(root, extensions)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, index: int) -> bytes:
-        """Return the bytes of image ``index``."""
-        return self.source.read(index)
-
-    def name(self, index: int) -> str:
-        """Return the path of image ``index``."""
-        return self.source.name(index)
-
-    def get_image_data(self, index: int) -> bytes:
-        return self.source.read(index)
-
-    def get_target(self, index: int) -> tuple[()]:
-        return ()
+        source = FolderSource(root, extensions)
+        super().__init__(source, transform, target_transform, root=root, transforms=transforms, exif=exif)
 
 
 class LabelledFolder(ExtendedVisionDataset):

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import gzip
 import os
-import tarfile
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from dinov2_custom.data.sources import as_roots
+from dinov2_custom.data.sources import OpenFiles, as_roots
+from dinov2_custom.data.tar_shards import walk_tar
 from dinov2_custom.errors import DataError
 
 from .extended import ExtendedVisionDataset
@@ -25,36 +25,6 @@ from .extended import ExtendedVisionDataset
 HEADER = 512
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_OPEN_TARS = 16
-
-
-class OpenFiles:
-    """Reads parts of files, keeping the last ``limit`` of them open; without a position that forks would share."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.descriptors: dict[str, int] = {}
-
-    def read(self, path: str, start: int, size: int) -> bytes:
-        descriptor = self.descriptors.pop(path, None)
-        if descriptor is None:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self.descriptors[path] = descriptor
-        if len(self.descriptors) > self.limit:
-            os.close(self.descriptors.pop(next(iter(self.descriptors))))
-        if hasattr(os, "pread"):
-            return os.pread(descriptor, size, start)
-        os.lseek(descriptor, start, os.SEEK_SET)
-        return os.read(descriptor, size)
-
-    def close(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"limit": self.limit, "descriptors": {}}
 
 
 class ImageNet22k(ExtendedVisionDataset):
@@ -117,13 +87,8 @@ class ImageNet22k(ExtendedVisionDataset):
         """Read the headers of all tars: classes in sorted order, images in the order of their tar."""
         rows: list[tuple[int, int, int, str]] = []
         for class_index, class_id in enumerate(self._class_ids):
-            path = self._tar_path(class_id)
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    members = [member for member in tar if member.isfile()]
-            except (OSError, tarfile.TarError) as e:
-                raise DataError(f"expected an uncompressed tar of images: {path} ({e}); fetch it again") from e
-            rows += [(class_index, m.offset_data - HEADER, m.offset_data + m.size, m.name) for m in members]
+            members = walk_tar(self._tar_path(class_id))
+            rows += [(class_index, m.offset - HEADER, m.offset + m.size, m.name) for m in members]
         width = max((len(row[3]) for row in rows), default=1)
         fields = [("class_index", "<u4"), ("start_offset", "<u8"), ("end_offset", "<u8"), ("filename", f"U{width}")]
         return np.array(rows, dtype=fields)

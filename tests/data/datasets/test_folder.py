@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinov2_custom.data.datasets import ImageDataset, LabelledFolder
 from dinov2_custom.errors import DataError
-from tests.data.pictures import make_folder
+from tests.data.pictures import encode, make_folder, picture
 
 
 def upper_left(image):
@@ -74,3 +74,22 @@ def test_loose_images_are_skipped_with_a_word_or_refused(tmp_path, caplog):
     make_folder(tmp_path, ["cat/1.png"])
     assert len(LabelledFolder(str(tmp_path) + "/")) == 1
     assert "images skipped: 1" in caplog.text
+
+
+def test_suffix_says_what_is_listed_and_the_content_what_it_is(tmp_path):
+    image = picture(9, 7)
+    for name, kind in (("a.jpg", "PNG"), ("b.png", "BMP"), ("c.tif", "WEBP"), ("d.jp2", "JPEG2000")):
+        lossless = {"lossless": True} if kind == "WEBP" else {"irreversible": False} if kind == "JPEG2000" else {}
+        (tmp_path / name).write_bytes(encode(image, kind, **lossless))
+    dataset = ImageDataset(tmp_path)
+    assert len(dataset) == 4 and all(one.tobytes() == image.tobytes() for one, _ in dataset)
+
+
+def test_shares_of_any_dataset(tmp_path):
+    make_folder(tmp_path, ["cat/1.png", "dog/1.png"])
+    assert LabelledFolder(str(tmp_path)).shares() == [(f"LabelledFolder {tmp_path}", 2, 1.0)]
+    folders = [tmp_path / f"{i}" for i in range(40)]
+    for folder in folders:
+        make_folder(folder, ["x.png"], 4, 4)
+    assert len(ImageDataset(folders[:32]).shares()) == 32
+    assert ImageDataset(folders).shares() == [(f"{tmp_path} (40 files or folders)", 40, 1.0)]

@@ -106,7 +106,7 @@ def test_missing_and_broken_tars_are_errors(root, tmp_path):
     with pytest.raises(DataError, match="expected images in"):
         ImageNet22k(root=str(tmp_path / "empty"))
     (tmp_path / "empty" / "n09.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(DataError, match="expected an uncompressed tar of images: .*n09.tar"):
+    with pytest.raises(DataError, match="expected an uncompressed tar: .*n09.tar"):
         ImageNet22k(root=str(tmp_path / "empty"))
     dataset = ImageNet22k(root=root)
     (tmp_path / "tars" / "n01.tar").unlink()

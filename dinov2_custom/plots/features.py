@@ -1,13 +1,10 @@
-"""Pictures of a run: the loss curve, and patch features as colours.
+"""Patch features as colours: of a whole photograph, under one basis for several, in rows of pictures.
 
-Not the computation of accuracies (``eval/``). matplotlib is imported when a figure is drawn. Read
-:func:`plot_loss_curve` and :func:`patch_feature_map` first.
+Not the curves of a run (``history.py``). Read :func:`patch_feature_map` first.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,67 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinov2_custom.errors import ConfigError, DataError
-
-_TERMS = {
-    "dino_local_crops_loss": "DINO, local crops",
-    "dino_global_crops_loss": "DINO, global crops",
-    "ibot_loss": "iBOT (half)",
-    "koleo_loss": "KoLeo (half)",
-}
-
-
-def read_metrics(path: str | Path) -> list[dict]:
-    """Return the rows of a run's ``training_metrics.json``, by iteration; lines torn by a kill are left out.
-
-    Raises:
-        DataError: no such file, or no rows in it.
-    """
-    rows = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise DataError(f"expected a run's training_metrics.json, got {e.strerror} at {path}") from e
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[row["iteration"]] = row
-    if not rows:
-        raise DataError(f"expected rows of metrics, got none in {path}; the run ended before its first report")
-    return [rows[iteration] for iteration in sorted(rows)]
-
-
-def plot_loss_curve(rows: Sequence[dict], path: str | Path, num_prototypes: int) -> Path:
-    """Draw each loss term over the iterations, and the level ln(prototypes) at which a run has collapsed.
-
-    The DINO terms are also drawn as their sum, which that level applies to.
-
-    Args:
-        rows: of :func:`read_metrics`.
-    """
-    figure = _figure(figsize=(8, 4.5))
-    axes = figure.subplots()
-    iterations = [row["iteration"] for row in rows]
-    for key, label in _TERMS.items():
-        if key in rows[0]:
-            axes.plot(iterations, [row[key] for row in rows], label=label, linewidth=1)
-    if "dino_global_crops_loss" in rows[0]:
-        axes.plot(iterations, [dino_loss(row) for row in rows], label="DINO, local + global", color="black")
-        level = math.log(num_prototypes)
-        axes.axhline(level, color="grey", linestyle=":", label=f"ln(prototypes) = {level:.2f}: nothing learned")
-    axes.set(xlabel="iteration", ylabel="loss", title="Training loss")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-    return Path(path)
-
-
-def dino_loss(row: dict) -> float:
-    """Return local + global DINO loss of a row: ln(prototypes) for a network that tells nothing apart."""
-    return row.get("dino_local_crops_loss", 0.0) + row["dino_global_crops_loss"]
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.plots.figure import new_figure
 
 
 @torch.inference_mode()
@@ -150,7 +88,7 @@ def plot_rows(rows: dict[str, Sequence[np.ndarray]], path: str | Path, title: st
     widths = [picture.shape[1] / picture.shape[0] for picture in first]
     inches = height / 100
     size = (inches * sum(widths) + 1.2, inches * len(rows) + 0.6)
-    figure = _figure(figsize=size)
+    figure = new_figure(figsize=size)
     axes = figure.subplots(len(rows), len(first), squeeze=False, width_ratios=widths)
     for line, (label, pictures) in zip(axes, rows.items(), strict=True):
         for axis, picture, width in zip(line, pictures, widths, strict=True):
@@ -162,12 +100,3 @@ def plot_rows(rows: dict[str, Sequence[np.ndarray]], path: str | Path, title: st
     figure.tight_layout()
     figure.savefig(path)
     return Path(path)
-
-
-def _figure(**kwargs):
-    """Return an empty matplotlib figure that draws into files only."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ConfigError("figures: expected matplotlib, got no such package; run: pip install matplotlib") from e
-    return Figure(dpi=120, **kwargs)

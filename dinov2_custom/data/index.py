@@ -1,0 +1,283 @@
+"""The index of a large collection: named arrays in one file, memory-mapped by every process that reads it.
+
+A listing of many files is kept in ``$XDG_CACHE_HOME/dinov2_custom`` (else ``~/.cache/dinov2_custom``) under a key of
+what was listed, with the time stamps of the folders or shards it came from: it is read again while they are unchanged,
+so that data-loading processes share one mapping and no process holds a Python object a file. Of several processes that
+start together one lists, the others wait for its file. Not in here: listing (``listing``, ``tar_shards``). Read
+:func:`cached` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dinov2_custom.errors import DataError
+
+from .listing import PatientMap
+
+logger = logging.getLogger("dinov2")
+MAGIC = b"DV2IDX01"
+HEADER = struct.Struct("<8sQI")
+ALIGNMENT = 64
+CACHE_FROM = 20_000
+RACY_NS = 2_000_000_000
+
+Build = Callable[[Callable[[int], None]], dict[str, np.ndarray]]
+
+
+class Index:
+    """Named arrays: in memory, or mapped from a file. Pickling a mapped one sends the file's name only."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], file: str = "", ident: str = ""):
+        self.arrays = arrays
+        self.file = file
+        self.ident = ident
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "arrays": {}} if self.file else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.file:
+            again = load(self.file)
+            if again is None or again.ident != self.ident:
+                raise DataError(f"expected the index {self.file} of the start of this run, got another; start again")
+            self.arrays = again.arrays
+
+
+class PathTable(Sequence):
+    """A read-only sequence of texts in two buffers, in memory or in an :class:`Index` under ``<name>_text, _ends``."""
+
+    def __init__(self, paths: Iterable[str] = (), *, index: Index | None = None, name: str = "path"):
+        if index is None:
+            index = Index(pack_texts([list(paths)], name))
+        self.index = index
+        self.name = name
+        self._text, self._ends = index[f"{name}_text"], index[f"{name}_ends"]
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self):
+            raise IndexError(f"expected 0..{len(self) - 1}, got {i}")
+        start = int(self._ends[i - 1]) if i else 0
+        return os.fsdecode(self._text[start : int(self._ends[i])].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+def pack_texts(chunks: Iterable[Sequence[str]], name: str) -> dict[str, np.ndarray]:
+    """Pack texts, given in chunks, into ``<name>_text`` (uint8, all of them) and ``<name>_ends`` (uint64)."""
+    parts, lengths = [], []
+    for chunk in chunks:
+        text = "".join(chunk)
+        if text.isascii():
+            parts.append(text.encode())
+            lengths.append(np.fromiter(map(len, chunk), np.uint64, len(chunk)))
+        else:
+            encoded = [os.fsencode(one) for one in chunk]
+            parts.append(b"".join(encoded))
+            lengths.append(np.fromiter(map(len, encoded), np.uint64, len(encoded)))
+    ends = np.cumsum(np.concatenate(lengths or [np.empty(0, np.uint64)]), dtype=np.uint64)
+    return {f"{name}_text": np.frombuffer(b"".join(parts), np.uint8), f"{name}_ends": ends}
+
+
+def cached(key: Sequence[str], build: Build, cache_from: int = CACHE_FROM) -> Index:
+    """Return what ``build`` returns, from the cache where its stamps still hold.
+
+    ``key``: texts that say what is listed and how. ``build(on_count)`` returns arrays, among them those of
+    :func:`pack_stamps`, and calls ``on_count(n)`` now and then with the number of files so far; listings below
+    ``cache_from`` files stay in memory and leave nothing on disk.
+    """
+    file = cache_file(key)
+    index = load(file)
+    if index is not None and stamps_hold(index):
+        logger.info(f"index: {file} is current (delete it to list again)")
+        return index
+    seen = index.ident if index else ""
+    with _Lock(file + ".lock", cache_from) as lock:
+        try:
+            arrays = build(lock.on_count)
+        except _SomebodyElseLists:
+            logger.info(f"index: waiting for the process that writes {file}")
+            lock.wait()
+            index = load(file)
+            if index is not None and index.ident != seen:
+                return index
+            arrays = build(lambda count: None)
+        return _keep(file, arrays) if lock.large else Index(arrays)
+
+
+def _keep(file: str, arrays: dict[str, np.ndarray]) -> Index:
+    try:
+        save(file, arrays)
+    except OSError as e:
+        logger.info(f"index: stays in memory, {file} cannot be written ({e.strerror})")
+        return Index(arrays)
+    return load(file) or Index(arrays)
+
+
+def cache_file(key: Sequence[str]) -> str:
+    """Return the path of the index file of ``key``."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    digest = hashlib.blake2b("\0".join(key).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    return os.path.join(home, "dinov2_custom", f"{digest}.idx")
+
+
+# time stamps
+
+
+def pack_stamps(
+    places: Sequence[str], stats: Sequence[os.stat_result | None], started_ns: int
+) -> dict[str, np.ndarray]:
+    """Pack the state of folders or files as it was before they were listed; None: never current.
+
+    What changed within the last two seconds before the listing started (``time.time_ns()``) or later may change again
+    without another time stamp: never current, either.
+    """
+    recent = started_ns - RACY_NS
+    times = [status.st_mtime_ns if status and status.st_mtime_ns < recent else -1 for status in stats]
+    sizes = [status.st_size if status else -1 for status in stats]
+    packed = {"stamp_time": np.array(times, np.int64), "stamp_size": np.array(sizes, np.int64)}
+    return {**pack_texts([places], "stamp"), **packed}
+
+
+def stamps_hold(index: Index) -> bool:
+    """Return whether every folder or file that the index was made of is as it was."""
+    stats = PatientMap().map(_stat, PathTable(index=index, name="stamp"))
+    return all(
+        status is not None and status.st_mtime_ns == time_ns and status.st_size == size
+        for status, time_ns, size in zip(stats, index["stamp_time"], index["stamp_size"], strict=True)
+    )
+
+
+def _stat(place: str) -> os.stat_result | None:
+    try:
+        return os.stat(place)
+    except OSError:
+        return None
+
+
+# files
+
+
+def save(file: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write an index file: under another name first, so that there is a whole one or none."""
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    table, offset = {}, 0
+    for name, array in arrays.items():
+        table[name] = [array.dtype.str, len(array), offset]
+        offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+    text = json.dumps({"ident": os.urandom(16).hex(), "size": offset, "arrays": table}).encode()
+    text += b" " * (-(HEADER.size + len(text)) % ALIGNMENT)
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(file), suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(HEADER.pack(MAGIC, len(text), zlib.crc32(text)) + text)
+            for array in arrays.values():
+                out.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.nbytes else b"")
+                out.write(bytes(-array.nbytes % ALIGNMENT))
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(file: str) -> Index | None:
+    """Map an index file; None where there is none, or a damaged one or one of another version (which is said)."""
+    try:
+        with open(file, "rb") as source:
+            magic, length, checksum = HEADER.unpack(source.read(HEADER.size))
+            text = source.read(length) if magic == MAGIC else b""
+        if zlib.crc32(text) != checksum or len(text) != length:
+            raise ValueError("its header is damaged or of another version")
+        content = json.loads(text)
+        start = HEADER.size + length
+        if os.path.getsize(file) != start + content["size"]:
+            raise ValueError("its size is wrong")
+        whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, struct.error) as e:
+        logger.warning(f"index: {file} is not used, it will be made again ({e})")
+        return None
+    arrays = {}
+    for name, (kind, count, offset) in content["arrays"].items():
+        first, dtype = start + offset, np.dtype(kind)
+        arrays[name] = whole[first : first + count * dtype.itemsize].view(dtype)
+    return Index(arrays, file, content["ident"])
+
+
+# one process lists, the others wait
+
+
+class _SomebodyElseLists(Exception):
+    pass
+
+
+class _Lock:
+    """An advisory lock that is only tried for once ``cache_from`` files were counted; without locks everybody lists."""
+
+    def __init__(self, file: str, cache_from: int):
+        self.file = file
+        self.cache_from = cache_from
+        self.large = False
+        self.descriptor: int | None = None
+
+    def on_count(self, count: int) -> None:
+        if count >= self.cache_from and not self.large:
+            self.large = True
+            if not self._take(wait=False):
+                raise _SomebodyElseLists
+
+    def wait(self) -> None:
+        self.large = True
+        self._take(wait=True)
+
+    def _take(self, wait: bool) -> bool:
+        try:
+            import fcntl
+
+            os.makedirs(os.path.dirname(self.file), exist_ok=True)
+            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            self._close()
+            return False
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            self._close()
+        return True
+
+    def _close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def __enter__(self) -> _Lock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()

@@ -1,0 +1,229 @@
+"""Which image files are below a folder: scandir without a stat a file, progress, threads where the disk is far away.
+
+The order is that of the sorted paths and does not depend on the file system. Not in here: keeping the list (``index``).
+Read :func:`list_chunks` first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from dinov2_custom.errors import DataError
+
+logger = logging.getLogger("dinov2")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".jp2", ".j2k")
+ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}
+
+
+class Scan(NamedTuple):
+    """What is right in one folder. files: names of images, sorted, NUL between them; status None: it cannot be read."""
+
+    files: str
+    folders: list[str]
+    others: Counter[str]
+    status: os.stat_result | None
+
+
+class Listing:
+    """The walk through folders: iterate over :meth:`chunks`, then ask for the rest.
+
+    ``others`` counts files that are no images by extension, ``stamps`` has (folder, status before it was read; None:
+    it could not be) of every folder.
+    """
+
+    def __init__(self, extensions: Sequence[str] = EXTENSIONS, on_count: Callable[[int], None] = lambda count: None):
+        self.extensions = frozenset(extension.lower() for extension in extensions)
+        self.on_count = on_count
+        self.others: Counter[str] = Counter()
+        self.stamps: list[tuple[str, os.stat_result | None]] = []
+        self.progress = Progress("listing", "files")
+        self._seen: set[tuple[int, int]] = set()
+        self._workers = PatientMap()
+
+    def chunks(self, root: str) -> Iterator[list[str]]:
+        """Yield the image paths below ``root`` in sorted order, some at a time; nothing for a folder met before."""
+        scans = self._scan_all(root)
+        pending: list[str | list[str]] = [root]
+        while pending:
+            piece = pending.pop()
+            if isinstance(piece, list):
+                yield piece
+            elif piece in scans:
+                pending += reversed(_pieces(piece, scans.pop(piece)))
+
+    def _scan_all(self, root: str) -> dict[str, Scan]:
+        """Scan level after level; a folder that a link leads back to is entered once."""
+        scans: dict[str, Scan] = {}
+        level = [root]
+        while level:
+            deeper: list[str] = []
+            for folder, scan in zip(level, self._workers.map(self._scan, level), strict=True):
+                self.stamps.append((folder, scan.status))
+                if scan.status is None:
+                    self.others["unreadable folders"] += 1
+                    continue
+                identity = (scan.status.st_dev, scan.status.st_ino)
+                if identity not in self._seen:
+                    self._seen.add(identity)
+                    scans[folder] = scan
+                    self.others.update(scan.others)
+                    deeper += [os.path.join(folder, name) for name in scan.folders]
+                self.on_count(self.progress.count)
+            level = deeper
+        return scans
+
+    def _scan(self, folder: str) -> Scan:
+        files, folders, others, extensions = [], [], Counter(), self.extensions
+        try:
+            status = os.stat(folder)
+            with os.scandir(folder) as entries:
+                for number, entry in enumerate(entries, start=1):
+                    name = entry.name
+                    if number % 4096 == 0:
+                        self.progress.add(4096)
+                    if name[0] == ".":
+                        continue
+                    dot = name.rfind(".")
+                    extension = name[dot:].lower() if dot > 0 else ""
+                    image = extension in extensions
+                    if entry.is_dir(follow_symlinks=False) or (not image and entry.is_symlink() and entry.is_dir()):
+                        folders.append(name)
+                    elif image:
+                        files.append(name)
+                    else:
+                        others[extension or "files without extension"] += 1
+        except OSError as e:
+            logger.warning(f"folder skipped: {folder} ({type(e).__name__}: {e.strerror})")
+            return Scan("", [], Counter(), None)
+        self.progress.add((len(files) + len(folders) + others.total()) % 4096)
+        files.sort()
+        return Scan("\0".join(files), sorted(folders), others, status)
+
+
+def _pieces(folder: str, scan: Scan) -> list[str | list[str]]:
+    """Return a folder's files, in lists, and its folders, in the order of the paths below it."""
+    prefix = os.path.join(folder, "")
+    files = [prefix + name for name in scan.files.split("\0")] if scan.files else []
+    if not scan.folders:
+        return [files]
+    ends = {os.path.join(prefix + name, ""): prefix + name for name in scan.folders}
+    pieces: list[str | list[str]] = []
+    for is_folder, group in itertools.groupby(sorted([*files, *ends]), key=ends.__contains__):
+        some = list(group)
+        pieces += [ends[one] for one in some] if is_folder else [some]
+    return pieces
+
+
+def list_images(roots: Sequence[str], extensions: Sequence[str] = EXTENSIONS) -> list[str]:
+    """List the image files below ``roots``: root after root, each in the order of its sorted paths.
+
+    Extensions are compared without case. Hidden files and folders are skipped, links to folders followed (a folder that
+    is met again is not entered twice), no file is opened. A folder that may not be read is logged and skipped.
+
+    Raises:
+        DataError: all roots that are not folders, or that none holds an image.
+    """
+    listing = Listing(extensions)
+    chunks = list_chunks(roots, listing)
+    return [path for chunk in itertools.chain.from_iterable(chunks) for path in chunk]
+
+
+def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[list[str]]]:
+    """Yield, for each root, the chunks of :meth:`Listing.chunks`; at the end say how long it took.
+
+    Raises:
+        DataError: as :func:`list_images`.
+    """
+    missing = [root for root in roots if not os.path.isdir(root)]
+    if missing or not roots:
+        got = "; ".join(f"{root} ({'a file' if os.path.exists(root) else 'missing'})" for root in missing)
+        raise DataError(f"expected folders of images, got {got or 'no folder'}; check train.dataset_path")
+    found = 0
+
+    def counted(chunks: Iterator[list[str]]) -> Iterator[list[str]]:
+        nonlocal found
+        for chunk in chunks:
+            found += len(chunk)
+            yield chunk
+
+    for root in roots:
+        yield counted(listing.chunks(root))
+    listing.progress.end(f"{found} images")
+    if not found:
+        inside = ", ".join(f"{count} {kind}" for kind, count in listing.others.most_common(5)) or "no files"
+        advice = [f"give {ADVICE[kind].format(roots[0])}" for kind in ADVICE if kind in listing.others]
+        raise DataError(
+            f"expected images ({' '.join(sorted(listing.extensions))}), got {inside} in {', '.join(roots)}; "
+            f"{', '.join(advice) or 'check train.dataset_path, or convert the files'}"
+        )
+
+
+class Progress:
+    """Counts, and logs the count and the rate: after half a second first, then at intervals that double to ten."""
+
+    def __init__(self, task: str, unit: str, first_s: float = 0.5, clock: Callable[[], float] = time.monotonic):
+        self.task = task
+        self.unit = unit
+        self.count = 0
+        self.clock = clock
+        self.start = clock()
+        self.interval = first_s
+        self.next = self.start + first_s
+
+    def add(self, number: int) -> None:
+        """Count ``number`` more."""
+        self.count += number
+        now = self.clock()
+        if now >= self.next:
+            self.interval = min(2 * self.interval, 10.0)
+            self.next = now + self.interval
+            logger.info(f"{self.task}: {self._sum(now)}")
+
+    def end(self, result: str = "") -> None:
+        """Log the total, where there was progress to log before."""
+        now = self.clock()
+        if now - self.start >= 0.5:
+            logger.info(f"{self.task} done: {self._sum(now)} {now - self.start:.1f} s {result}".rstrip())
+
+    def _sum(self, now: float) -> str:
+        return f"{self.count} {self.unit}, {self.count / max(now - self.start, 1e-9):.0f} {self.unit}/s"
+
+
+class PatientMap:
+    """``map`` in order, in threads from when calls turn out to wait (a network file system) rather than to compute."""
+
+    def __init__(self, threads: int = 16, probes: int = 32, waiting: float = 0.5):
+        self.threads = threads
+        self.probes = probes
+        self.waiting = waiting
+        self.calls, self.wall, self.cpu = 0, 0.0, 0.0
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """Yield ``function(item)`` of every item."""
+        items = iter(items)
+        for item in items:
+            if self.waits:
+                break
+            wall, cpu = time.perf_counter(), time.thread_time()
+            result = function(item)
+            self.calls, self.wall = self.calls + 1, self.wall + time.perf_counter() - wall
+            self.cpu += time.thread_time() - cpu
+            yield result
+        else:
+            return
+        items = itertools.chain([item], items)
+        with ThreadPoolExecutor(self.threads) as pool:
+            while some := list(itertools.islice(items, 64 * self.threads)):
+                yield from pool.map(function, some)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the calls so far spent most of their time waiting."""
+        return self.calls >= self.probes and self.cpu < (1 - self.waiting) * self.wall

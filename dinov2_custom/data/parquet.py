@@ -1,0 +1,241 @@
+"""Images in Parquet files, and in the Arrow files of Hugging Face datasets: a column of bytes or of {bytes, path}.
+
+Needs pyarrow (extra ``parquet``). A Parquet file can only be read a row group at a time: the last few are kept, and
+small row groups (or Arrow files, which are memory-mapped and read in place) make random access cheap. Not in here:
+downloading data sets. Read :class:`ParquetSource` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dinov2_custom.errors import DataError
+
+from .sources import Root, Source, as_roots, read_file
+from .tar_shards import find_files
+
+logger = logging.getLogger("dinov2")
+SUFFIXES = (".parquet", ".arrow")
+CACHE_BYTES = 256 << 20
+LARGE_GROUP = 64 << 20
+COLUMNS = ("image", "img", "jpg", "png")
+
+
+class ParquetSource(Source):
+    """The images in ``column`` of Parquet or Arrow files. ``path``: files, folders of them, and brace patterns.
+
+    ``column`` may be left out where there is only one that can hold images. ``cache_bytes``: row groups that a process
+    keeps (at least one).
+
+    Raises:
+        DataError: pyarrow is not installed, files that are missing or broken, or no such column.
+    """
+
+    def __init__(self, path: Root | Sequence[Root], column: str | None = None, *, cache_bytes: int = CACHE_BYTES):
+        arrow()
+        self.files = find_files(as_roots(path), SUFFIXES, "Parquet or Arrow files")
+        self.cache_bytes = cache_bytes
+        self._forget()
+        self.column, rows, groups = column, [], []
+        largest = 0
+        for number, file in enumerate(self.files):
+            reader = self._open(number)
+            self.column = image_column(reader.schema, self.column, file)
+            rows += reader.group_rows()
+            groups += [(number, group) for group in range(len(reader.group_rows()))]
+            largest = max(largest, reader.group_bytes(self.column))
+        self.ends = np.cumsum(rows, dtype=np.int64)
+        self.groups = np.array(groups, np.int64).reshape(-1, 2)
+        self._forget()
+        if not len(self):
+            raise DataError(f"expected rows with images, got none in {', '.join(self.files[:3])}")
+        if largest > LARGE_GROUP:
+            logger.warning(
+                f"large row groups: up to {largest >> 20} MiB are read for each image drawn; write the files again "
+                "with row groups of 100 rows, or as tar shards"
+            )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def name(self, i: int) -> str:
+        """Return ``<file>!<row>``."""
+        group, row = self._place(i)
+        file = self.groups[group, 0]
+        first = np.searchsorted(self.groups[:, 0], file)
+        before = self.ends[group - 1] - (self.ends[first - 1] if first else 0) if group > first else 0
+        return f"{self.files[file]}!{before + row}"
+
+    def read(self, i: int) -> bytes:
+        group, row = self._place(i)
+        number, own = self.groups[group].tolist()
+        try:
+            value = self._group(number, own)[row].as_py()
+        except (OSError, ValueError, arrow().ArrowException) as e:
+            raise DataError(f"expected a readable row: {self.name(i)} ({type(e).__name__}: {e})") from e
+        if isinstance(value, dict):
+            data, path = value.get("bytes"), value.get("path")
+            if data is None and path:
+                return read_file(os.path.join(os.path.dirname(self.files[number]), path))
+            value = data
+        if value is None:
+            raise DataError(f"expected an image, got null: {self.name(i)}")
+        return value
+
+    def parts(self) -> list[tuple[str, int]]:
+        counts = np.bincount(self.groups[:, 0], weights=np.diff(self.ends, prepend=0), minlength=len(self.files))
+        return list(zip(self.files, counts.astype(int).tolist(), strict=True))
+
+    def _place(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"expected 0..{len(self) - 1}, got {i}")
+        group = int(np.searchsorted(self.ends, i, side="right"))
+        return group, int(i - (self.ends[group - 1] if group else 0))
+
+    # open files and row groups belong to one process: pyarrow's do not survive a fork
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._readers: OrderedDict[int, Any] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, int], Any] = OrderedDict()
+
+    def _open(self, number: int) -> Any:
+        if self._process != os.getpid():
+            self._forget()
+        if number not in self._readers:
+            if len(self._readers) >= 64:
+                self._readers.popitem(last=False)
+            self._readers[number] = open_reader(self.files[number])
+        return self._readers[number]
+
+    def _group(self, number: int, group: int) -> Any:
+        reader = self._open(number)
+        if reader.in_place:
+            return reader.read(group, self.column)
+        key = (number, group)
+        if key not in self._cache:
+            values = reader.read(group, self.column)
+            while self._cache and sum(kept.nbytes for kept in self._cache.values()) + values.nbytes > self.cache_bytes:
+                self._cache.popitem(last=False)
+            self._cache[key] = values
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": OrderedDict(), "_cache": OrderedDict()}
+
+
+class ParquetReader:
+    """Row groups of one Parquet file, read in this thread."""
+
+    in_place = False
+
+    def __init__(self, file: str):
+        import pyarrow.parquet
+
+        self.file = pyarrow.parquet.ParquetFile(file, memory_map=True, pre_buffer=False)
+        self.schema = self.file.schema_arrow
+
+    def group_rows(self) -> list[int]:
+        return [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
+
+    def group_bytes(self, column: str) -> int:
+        """Return the uncompressed size of the largest row group of ``column``."""
+        largest = 0
+        for i in range(self.file.metadata.num_row_groups):
+            group = self.file.metadata.row_group(i)
+            parts = [group.column(k) for k in range(group.num_columns)]
+            own = [part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column]
+            largest = max(largest, sum(own))
+        return largest
+
+    def read(self, group: int, column: str) -> Any:
+        return self.file.read_row_group(group, columns=[column], use_threads=False).column(column)
+
+
+class ArrowReader:
+    """Record batches of one Arrow file (stream format, as Hugging Face writes it, or file format), memory-mapped."""
+
+    in_place = True
+
+    def __init__(self, file: str):
+        import pyarrow as pa
+
+        source = pa.memory_map(file)
+        try:
+            reader = pa.ipc.open_stream(source)
+            self.batches = list(reader)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            reader = pa.ipc.open_file(source)
+            self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self.schema = reader.schema
+
+    def group_rows(self) -> list[int]:
+        return [batch.num_rows for batch in self.batches]
+
+    def group_bytes(self, column: str) -> int:
+        return 0
+
+    def read(self, group: int, column: str) -> Any:
+        return self.batches[group].column(column)
+
+
+def open_reader(file: str) -> ParquetReader | ArrowReader:
+    """Open a file by its suffix.
+
+    Raises:
+        DataError: it is broken.
+    """
+    pa = arrow()
+    try:
+        return ArrowReader(file) if file.lower().endswith(".arrow") else ParquetReader(file)
+    except (OSError, pa.ArrowException) as e:
+        raise DataError(f"expected a Parquet or Arrow file: {file} ({type(e).__name__}: {e})") from e
+
+
+def image_column(schema: Any, column: str | None, file: str) -> str:
+    """Return ``column``, or the only one that may hold images.
+
+    Raises:
+        DataError: there is none, or several and none of the usual names.
+    """
+    fit = [field.name for field in schema if _holds_images(field.type)]
+    if column is None:
+        usual = [name for name in COLUMNS if name in fit]
+        column = fit[0] if len(fit) == 1 else usual[0] if usual else None
+    if column in fit:
+        return column
+    there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    wanted = "one column of image bytes, named with column=" if column is None else f"image bytes in column {column!r}"
+    raise DataError(f"expected {wanted}, got {there}: {file}")
+
+
+def _holds_images(kind: Any) -> bool:
+    types = arrow().types
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def arrow() -> Any:
+    """Import pyarrow.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.types
+    except ImportError as e:
+        raise DataError(
+            "expected pyarrow for Parquet and Hugging Face data, got none; pip install 'dinov2_custom[parquet]'"
+        ) from e
+    return pyarrow

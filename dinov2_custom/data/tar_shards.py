@@ -1,0 +1,262 @@
+"""Images in uncompressed tar files (plain or WebDataset style), read in place at their offset; nothing is extracted.
+
+The headers are walked once into an index (shard, offset, length, name), after that every image is one read: random
+access over all shards. A member is an image by its extension; other members (``.json``, ``.cls``, ``.txt`` of
+WebDataset) are passed over. Read :class:`TarSource` first, then :func:`walk_tar`.
+
+Source of the format: POSIX.1-2001 pax / ustar interchange formats, and GNU tar's long names and base-256 numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov2_custom.errors import DataError
+
+from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
+from .listing import EXTENSIONS, Listing, PatientMap, Progress
+from .sources import OpenFiles, Root, Source, as_roots, real
+
+logger = logging.getLogger("dinov2")
+BLOCK = 512
+MAX_OPEN = 64
+MAX_HEADER = 1 << 20
+TAR_SUFFIXES = (".tar",)
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+REGULAR = (b"0", b"\0", b"7")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class Member(NamedTuple):
+    """One file in a tar; its bytes are [offset, offset + size)."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class TarSource(Source):
+    """The images in tar files. ``path``: tars, folders of tars, and brace patterns such as ``/d/s-{0000..0127}.tar``.
+
+    Raises:
+        DataError: files that are missing, compressed or no tar (all of them named), or no image in them.
+    """
+
+    def __init__(
+        self, path: Root | Sequence[Root], extensions: Sequence[str] = EXTENSIONS, *, cache_from: int = CACHE_FROM
+    ):
+        self.shards = find_files(as_roots(path), TAR_SUFFIXES, "tar files")
+        key = ["tars", *sorted(set(extensions)), *(place for one in self.shards for place in (one, real(one)))]
+        self.index = cached(key, lambda on_count: index_tars(self.shards, extensions, on_count), cache_from)
+        self.names = PathTable(index=self.index)
+        self._files = OpenFiles(MAX_OPEN)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        """Return ``<shard>!<member>``."""
+        return f"{self.shards[int(self.index['shard'][i])]}!{self.names[i]}"
+
+    def read(self, i: int) -> bytes:
+        shard = self.shards[int(self.index["shard"][i])]
+        offset, size = int(self.index["offset"][i]), int(self.index["size"][i])
+        return self._files.read_all(shard, offset, size, self.name(i))
+
+    def parts(self) -> list[tuple[str, int]]:
+        counts = np.bincount(self.index["shard"], minlength=len(self.shards)).tolist()
+        return list(zip(self.shards, counts, strict=True))
+
+
+def index_tars(
+    shards: Sequence[str], extensions: Sequence[str], on_count: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Walk tar files into the arrays of an index: name, shard, offset and size of every image, stamps of the shards."""
+    started = time.time_ns()
+    stats = [os.stat(shard) for shard in shards]
+    wanted = tuple(extension.lower() for extension in extensions)
+    progress = Progress("reading tar headers", "images")
+    rows: list[np.ndarray] = [np.empty((0, 3), np.int64)]
+    errors: list[str] = []
+
+    def images(shard: str) -> list[Member] | DataError:
+        try:
+            return [member for member in walk_tar(shard) if _is_image(member.name, wanted)]
+        except DataError as e:
+            return e
+
+    def names() -> Iterator[list[str]]:
+        for number, members in enumerate(PatientMap(probes=4).map(images, shards)):
+            if isinstance(members, DataError):
+                errors.append(str(members))
+                continue
+            rows.append(np.array([(number, m.offset, m.size) for m in members], np.int64).reshape(-1, 3))
+            yield [member.name for member in members]
+            progress.add(len(members))
+            on_count(progress.count)
+
+    packed = pack_texts(names(), "path")
+    progress.end()
+    table = np.concatenate(rows)
+    if errors or not len(table):
+        none = f"expected images ({' '.join(extensions)}) in tar files, got none in {', '.join(shards[:3])}"
+        raise DataError("; ".join(errors[:10]) or f"{none}; check the names of the members with tar -tf")
+    columns = {"shard": table[:, 0].astype(np.int32), "offset": table[:, 1].copy(), "size": table[:, 2].copy()}
+    return {**packed, **columns, **pack_stamps(shards, stats, started)}
+
+
+def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
+    """Return whether a member is an image by its extension and not hidden (``._x.jpg`` is what macOS adds to x.jpg)."""
+    return name.lower().endswith(extensions) and not name.rpartition("/")[2].startswith(".")
+
+
+def walk_tar(path: str) -> list[Member]:
+    """Return the regular files of a tar in their order, by reading the headers alone.
+
+    A tar that ends early gives what its headers announce, and a damaged header ends the walk; both are logged.
+
+    Raises:
+        DataError: it cannot be read, is compressed or no tar.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return _walk(file, path)
+    except OSError as e:
+        raise DataError(f"expected a readable tar: {path} ({type(e).__name__}: {e.strerror})") from e
+    except ValueError as e:
+        raise DataError(f"expected a tar with legal headers: {path} ({e})") from e
+
+
+def _walk(file, path: str) -> list[Member]:
+    end, position = os.fstat(file.fileno()).st_size, 0
+    members: list[Member] = []
+    overrides: dict[str, str] = {}
+    defaults: dict[str, str] = {}
+    _refuse_compressed(file.read(BLOCK), path)
+    while position + BLOCK <= end:
+        file.seek(position)
+        header = file.read(BLOCK)
+        if not any(header):
+            return members
+        if not _checksum_holds(header):
+            if position == 0:
+                raise DataError(f"expected an uncompressed tar: {path} (it has no tar header)")
+            logger.warning(f"damaged tar: {path} byte={position}; {len(members)} files before it are used")
+            return members
+        size, kind, start = _number(header[124:136]), header[156:157], position + BLOCK
+        if kind in (b"L", b"x", b"g", b"K"):
+            content = file.read(min(size, MAX_HEADER))
+            if kind == b"L":
+                overrides["path"] = _text(content)
+            elif kind != b"K":
+                (overrides if kind == b"x" else defaults).update(_pax(content))
+        else:
+            own = {**defaults, **overrides}
+            size = int(own.get("size", size))
+            name = own.get("path") or _name(header)
+            if kind in REGULAR and not name.endswith("/") and "GNU.sparse.major" not in own:
+                members.append(Member(name, start, size))
+            overrides = {}
+            size = 0 if kind in (b"1", b"2", b"3", b"4", b"5", b"6") else size
+        position = start + -(-size // BLOCK) * BLOCK
+    if position > end and members and members[-1].offset + members[-1].size > end:
+        logger.warning(f"truncated tar: {path} ends in the middle of {members[-1].name}")
+    elif position != end or not end:
+        logger.warning(f"truncated tar: {path} byte={min(position, end)}; {len(members)} files before it are used")
+    return members
+
+
+def _checksum_holds(header: bytes) -> bool:
+    """Compare the header's checksum: the sum of its bytes with the checksum's own eight taken as blanks."""
+    try:
+        return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * 32
+    except ValueError:
+        return False
+
+
+def _number(field: bytes) -> int:
+    """Read an octal field, or GNU's base-256 (first byte 0x80)."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _name(header: bytes) -> str:
+    name = _text(header[:100])
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _pax(content: bytes) -> dict[str, str]:
+    """Read the records ``<length> <key>=<value>\\n`` of a pax header."""
+    found, position = {}, 0
+    while (blank := content.find(b" ", position)) > 0 and content[position:blank].isdigit():
+        following = position + int(content[position:blank])
+        key, _, value = content[blank + 1 : following - 1].partition(b"=")
+        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        position = max(following, blank)
+    return found
+
+
+def _refuse_compressed(start: bytes, path: str) -> None:
+    for magic, name in COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"expected an uncompressed tar: {path} (it is compressed with {name}, which allows no access by "
+                "offset; decompress it)"
+            )
+
+
+# which files
+
+
+def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> list[str]:
+    """Return the files that paths, folders and brace patterns stand for; a folder's in sorted order, at any depth.
+
+    Raises:
+        DataError: all that are missing, or folders without such files.
+    """
+    found: list[str] = []
+    wrong: list[str] = []
+    for place in itertools.chain.from_iterable([one] if os.path.exists(one) else expand_braces(one) for one in places):
+        if os.path.isdir(place):
+            inside = [path for chunk in Listing(suffixes).chunks(place) for path in chunk]
+            found += inside
+            wrong += [] if inside else [f"{place} (a folder with none)"]
+        elif os.path.isfile(place):
+            found.append(place)
+        else:
+            wrong.append(f"{place} (missing)")
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise DataError(f"expected {what}, got {', '.join(wrong[:10])}{more}; check train.dataset_path")
+    return found
+
+
+def expand_braces(pattern: str) -> Iterable[str]:
+    """Expand ``{0000..0127}`` (width kept) and ``{a,b}``, the first one slowest; other braces stay as they are."""
+    match = next((m for m in _BRACES.finditer(pattern) if _choices(m[1])), None)
+    if match is None:
+        return [pattern]
+    before, after = pattern[: match.start()], expand_braces(pattern[match.end() :])
+    return [f"{before}{choice}{rest}" for choice in _choices(match[1]) for rest in after]
+
+
+def _choices(inside: str) -> list[str]:
+    if limits := _RANGE.fullmatch(inside):
+        width = len(limits[1]) if limits[1].startswith("0") or len(limits[1]) == len(limits[2]) else 0
+        return [f"{n:0{width}d}" for n in range(int(limits[1]), int(limits[2]) + 1)]
+    return inside.split(",") if "," in inside else []

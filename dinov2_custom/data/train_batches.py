@@ -1,0 +1,139 @@
+"""From an iteration to the uint8 arrays of its batch, and from those to what the model takes.
+
+:class:`TrainBatches` is what a data-loading process runs, a pure function of (seed, iteration, rank);
+:func:`unpack` is the main process's part. Not in here: processes (``ring``). Read :meth:`TrainBatches.build` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dinov2_custom.utils.rng import random_for
+
+from . import image_ops as ops
+from .augmentations import render_into
+from .collate import describe_masks, draw_masks
+from .finish import NUM_PARAMETERS, Finisher, pack_draw
+from .slots import Field
+from .train_samples import BadRecord, TrainSample, TrainSamples
+
+
+class Masks(NamedTuple):
+    """How the masks of a batch are drawn; see ``collate.draw_masks``."""
+
+    ratios: Sequence[float]
+    probability: float
+    n_tokens: int
+    generator: Callable[..., np.ndarray]
+
+
+class Report(NamedTuple):
+    """What a built batch has beside its arrays. complete: False when there is a draw without any readable image."""
+
+    complete: bool
+    upperbound: int
+    bad: list[BadRecord]
+
+
+class TrainBatches:
+    """Build the batch of any iteration: iteration i of the whole job has the draws [i*b*W, (i+1)*b*W), of which rank r
+    takes the r-th block of b = ``batch_size``. ``late_colours``: leave the colours to the device."""
+
+    def __init__(
+        self,
+        samples: TrainSamples,
+        masks: Masks,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        late_colours: bool = False,
+    ):
+        self.samples = samples
+        self.masks = masks
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.late_colours = late_colours
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """The arrays of a batch, crop-major. Crops are (crops, b, 3, S, S), with late colours (crops, b, S, S, 3)."""
+        augment, b = self.samples.augment, self.batch_size
+        fields = {"masks": Field((2 * b, self.masks.n_tokens), np.bool_)}
+        for kind, number, size in (
+            ("global", 2, augment.global_crops_size),
+            ("local", augment.local_crops_number, augment.local_crops_size),
+        ):
+            shape = (size, size, 3) if self.late_colours else (3, size, size)
+            fields[f"{kind}_crops"] = Field((number, b, *shape))
+            if self.late_colours:
+                fields[f"{kind}_colours"] = Field((number, b, NUM_PARAMETERS), np.float32)
+        return fields
+
+    def name(self, index: int) -> str:
+        """Return the path of image ``index``."""
+        return self.samples.dataset.name(index)
+
+    def give_up(self, index: int, reason: str) -> None:
+        """Count image ``index`` as one that cannot be read."""
+        self.samples.give_up(index, reason)
+
+    def build(
+        self, iteration: int, arrays: dict[str, np.ndarray], note: Callable[[int], Any] = lambda index: None
+    ) -> Report:
+        """Fill ``arrays`` (of :attr:`fields`) with the batch of ``iteration``; ``note``: see ``TrainSamples.find``."""
+        first = (iteration * self.world_size + self.rank) * self.batch_size
+        bad: list[BadRecord] = []
+        complete = True
+        for position in range(self.batch_size):
+            sample = self.samples.find(first + position, note)
+            bad += sample.bad
+            if sample.pixels is None:
+                complete = False
+            elif complete:
+                self._cut(sample, arrays, position)
+        masks, upperbound = draw_masks(
+            2 * self.batch_size,
+            self.masks.ratios,
+            self.masks.probability,
+            self.masks.n_tokens,
+            self.masks.generator,
+            random_for(self.samples.seed, "masks", first),
+        )
+        arrays["masks"][...] = masks.numpy()
+        return Report(complete, upperbound, bad)
+
+    def _cut(self, sample: TrainSample, arrays: dict[str, np.ndarray], position: int) -> None:
+        for i, crop in enumerate(sample.crops):
+            kind, i = ("global", i) if i < 2 else ("local", i - 2)
+            out = arrays[f"{kind}_crops"][i, position]
+            if self.late_colours:
+                ops.resized_crop_into(out, sample.pixels, crop.box, crop.flip)
+                pack_draw(crop, arrays[f"{kind}_colours"][i, position])
+            else:
+                render_into(out, sample.pixels, crop)
+
+
+def unpack(
+    arrays: dict[str, np.ndarray], upperbound: int, finish: Finisher, device: torch.device | str
+) -> dict[str, Any]:
+    """Return the batch that ``arrays`` hold under upstream's names: crops finished on ``device``, masks on the CPU.
+
+    Nothing of it looks at ``arrays`` any more, once the device has done what it was asked to.
+    """
+    crops = {
+        f"collated_{kind}_crops": finish(
+            torch.from_numpy(arrays[f"{kind}_crops"]).flatten(0, 1),
+            device,
+            arrays[f"{kind}_colours"].reshape(-1, NUM_PARAMETERS) if f"{kind}_colours" in arrays else None,
+        )
+        for kind in ("global", "local")
+    }
+    if not len(crops["collated_local_crops"]):
+        crops["collated_local_crops"] = crops["collated_global_crops"][:0]
+    return {**crops, **describe_masks(torch.from_numpy(arrays["masks"].copy()), upperbound)}

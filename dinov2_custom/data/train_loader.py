@@ -1,0 +1,150 @@
+"""TrainLoader: the endless batches of one rank, built by other processes (or here), finished on the model's device.
+
+Not in here: what is in a batch (``train_batches``), processes (``ring``), making one from a configuration
+(``loaders.make_train_loader``). Read :meth:`TrainLoader.batches` first.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from .finish import Finisher
+from .native import colour_changer
+from .ring import Built, Ring
+from .slots import allocate
+from .train_batches import TrainBatches, unpack
+from .train_samples import BadImages
+from .workers import AutoWorkers, at_most_cores
+
+logger = logging.getLogger("dinov2")
+
+
+class TrainLoader:
+    """An endless sequence of collated batches of one rank, the same whatever ``num_workers`` is.
+
+    ``num_images``: images to train on. ``draws``: number of the job's next draw, (iteration * batch * world).
+    ``num_workers``: processes, 0: none but this one, "auto": as many as keep up. ``colours``: where the colour changes
+    are made, "cpu" | "device" | "auto" (on the device if it is not a CPU); the pixels are the same.
+    """
+
+    def __init__(
+        self,
+        builder: TrainBatches,
+        finish: Finisher,
+        bad_images: BadImages,
+        *,
+        num_workers: int | str,
+        colours: str = "auto",
+        start_iteration: int = 0,
+    ):
+        self.builder = builder
+        self.finish = finish
+        self.bad_images = bad_images
+        self.num_workers = num_workers
+        self.colours = colours
+        self.start_iteration = start_iteration
+        self.num_images = len(builder.samples.dataset)
+        self.draws = start_iteration * builder.batch_size * builder.world_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.batches(self.start_iteration)
+
+    def batches(self, start_iteration: int = 0, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
+        """Yield the batches of iteration ``start_iteration`` and after, their crops on ``device``.
+
+        Raises:
+            DataError: too many images cannot be read, or the data-loading processes die again and again.
+        """
+        device = torch.device(device)
+        batch_size, world_size = self.builder.batch_size, self.builder.world_size
+        self.draws = start_iteration * batch_size * world_size
+        source, auto = self._source(start_iteration, device)
+        try:
+            while True:
+                built = source.next_batch()
+                self.bad_images.add(batch_size, built.result.bad)
+                if not built.result.complete:
+                    raise self.bad_images.error()
+                batch = unpack(built.arrays, built.result.upperbound, self.finish, device)
+                copied = _mark(device) if device.type == "cuda" else None  # elsewhere it has been copied already
+                if copied is None:
+                    source.release(built.slot)
+                self.draws += batch_size * world_size
+                start = time.perf_counter()
+                yield batch
+                if copied is not None:
+                    copied.synchronize()
+                    source.release(built.slot)
+                if auto is not None and auto.observe(built.seconds, time.perf_counter() - start):
+                    source.grow(auto.chosen)
+        finally:
+            source.close()
+
+    def _source(self, start_iteration: int, device: torch.device) -> tuple[Any, AutoWorkers | None]:
+        """Start what builds the batches; with it, for ``num_workers`` "auto", who chooses the number of processes."""
+        builder = copy.copy(self.builder)
+        builder.late_colours = self.colours == "device" or (self.colours == "auto" and device.type != "cpu")
+        if not builder.late_colours:
+            colour_changer()  # compile before the processes need it
+        if self.num_workers == "auto":
+            auto = AutoWorkers(builder.batch_size, builder.world_size)
+            ring = PinnedRing if device.type == "cuda" else Ring
+            return ring(builder, auto.first, start_iteration, max_workers=auto.most), auto
+        num_workers = at_most_cores(self.num_workers)
+        if num_workers == 0:
+            return InProcess(builder, start_iteration), None
+        return (PinnedRing if device.type == "cuda" else Ring)(builder, num_workers, start_iteration), None
+
+
+class InProcess:
+    """What :class:`Ring` does, in this process, when the batch is asked for."""
+
+    def __init__(self, builder: TrainBatches, first_iteration: int):
+        self.builder = builder
+        self.iterations = itertools.count(first_iteration)
+        self.arrays = allocate(builder.fields)
+
+    def next_batch(self) -> Built:
+        start = time.perf_counter()
+        report = self.builder.build(next(self.iterations), self.arrays)
+        return Built(0, self.arrays, report, time.perf_counter() - start)
+
+    def release(self, slot: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class PinnedRing(Ring):
+    """A :class:`Ring` whose slots CUDA copies from directly; where it will not, through its own buffers."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        whole: np.ndarray = self.slots.whole
+        self._registered = whole.ctypes.data
+        error = int(torch.cuda.cudart().cudaHostRegister(self._registered, whole.nbytes, 0))
+        if error:
+            self._registered = 0
+            logger.info(f"batches are copied once more on their way: memory could not be pinned (CUDA error {error})")
+
+    def close(self) -> None:
+        if self._registered:
+            torch.cuda.cudart().cudaHostUnregister(self._registered)
+            self._registered = 0
+        super().close()
+
+
+def _mark(device: torch.device) -> torch.cuda.Event:
+    """Return an event after all that a GPU was asked to do so far; ``synchronize`` waits for it."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,0 +1,175 @@
+"""Where rows of metrics go: the run's JSON-lines file, TensorBoard, Weights & Biases. One ``log(step, row)`` for all.
+
+Seeing a run must never end it: a place that cannot be written is reported once, and training goes on. Not here: how
+rows are made (``metrics.py``), and W&B itself (``wandb_sink.py``). Read :func:`open_sinks` and :class:`Sinks` first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dinov2_custom import distributed
+from dinov2_custom.logging.rows import append_row
+from dinov2_custom.logging.wandb_sink import open_wandb, without_secrets
+
+logger = logging.getLogger("dinov2")
+METRICS_FILE = "training_metrics.json"
+
+
+class Sink(Protocol):
+    """A place for rows. ``retries``: whether to go on trying after a failure."""
+
+    name: str
+    retries: bool
+
+    def log(self, step: int, row: Mapping[str, float]) -> None: ...
+
+    def state(self) -> dict[str, str]: ...
+
+    def close(self, exit_code: int) -> None: ...
+
+
+class Sinks:
+    """Several sinks as one, which raises nothing of what goes wrong in them. A context manager that closes them.
+
+    Args:
+        sinks: none on the ranks that do not report.
+    """
+
+    def __init__(self, sinks: Iterable[Sink] = ()):
+        self._sinks = list(sinks)
+        self._warned: set[str] = set()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sinks that still take rows."""
+        return [sink.name for sink in self._sinks]
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Write ``row``, the numbers of iteration ``step``, everywhere."""
+        for sink in list(self._sinks):
+            try:
+                sink.log(step, row)
+            except Exception as e:  # each library has errors of its own
+                self._report(sink, e, "this row is lost" if sink.retries else "nothing more is sent there")
+                if not sink.retries:
+                    self._sinks.remove(sink)
+                    self._close(sink, 1)
+
+    def state(self) -> dict[str, str]:
+        """Return what a checkpoint has to hold for the sinks to go on: ``wandb_run_id`` where there is W&B."""
+        return {key: value for sink in self._sinks for key, value in sink.state().items()}
+
+    def close(self, exit_code: int = 0) -> None:
+        """Write out what waits and end the records; ``exit_code`` other than 0 says that training is not done."""
+        while self._sinks:
+            self._close(self._sinks.pop(), exit_code)
+
+    def _close(self, sink: Sink, exit_code: int) -> None:
+        try:
+            sink.close(exit_code)
+        except Exception as e:
+            self._report(sink, e, "its last rows may be missing there")
+
+    def _report(self, sink: Sink, error: Exception, consequence: str) -> None:
+        if sink.name not in self._warned:
+            self._warned.add(sink.name)
+            reason = without_secrets(f"{type(error).__name__}: {error}")
+            logger.warning(f"{sink.name}: cannot write metrics, {reason}; {consequence}; training goes on")
+
+    def __enter__(self) -> Sinks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.close(0 if kind is None else 1)
+
+
+class JsonLines:
+    """Rows as lines of JSON, with upstream's keys first."""
+
+    retries = True  # a full disk may have room again
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.name = Path(path), Path(path).name
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        append_row(self.path, {"iteration": step} | dict(row))
+
+    def state(self) -> dict[str, str]:
+        return {}
+
+    def close(self, exit_code: int) -> None:
+        pass  # every row is on disk already
+
+
+class TensorBoard:
+    """Rows as TensorBoard scalars, and the configuration as text.
+
+    Args:
+        folder: event files; several runs' folders can be looked at together.
+        first_step: iteration that comes next; what an earlier process wrote from there on is hidden.
+
+    Raises:
+        ImportError: the package ``tensorboard`` is missing.
+    """
+
+    name = "TensorBoard"
+    retries = False
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step or None, flush_secs=30)
+        text = json.dumps(config, indent=2)
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), first_step)
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            self._writer.add_scalar(key, value, step)
+
+    def state(self) -> dict[str, str]:
+        return {}
+
+    def close(self, exit_code: int) -> None:
+        self._writer.close()
+
+
+def open_sinks(
+    output_dir: str | os.PathLike,
+    config: Mapping[str, Any],
+    first_step: int,
+    stored_run_id: Callable[[], str | None] | None = None,
+) -> Sinks:
+    """Open every sink that ``config`` asks for; on rank 0 only, the others get none.
+
+    ``training_metrics.json`` is always written. TensorBoard and W&B keep their files in ``<output_dir>/logs``. What
+    cannot be opened is left out with one warning.
+
+    Args:
+        config: of the run, as nested plain dicts; ``train.tensorboard`` and ``wandb`` are read, all of it is recorded.
+        first_step: iteration that comes next.
+        stored_run_id: W&B run of the checkpoint, asked when ``<output_dir>/logs`` does not know it.
+    """
+    if not distributed.is_main_process():
+        return Sinks()
+    out = Path(output_dir)
+    sinks: list[Sink] = [JsonLines(out / METRICS_FILE)]
+    if config["train"]["tensorboard"]:
+        folder = out / "logs" / "tensorboard"
+        try:
+            sinks.append(TensorBoard(folder, config, first_step))
+            logger.info(f"TensorBoard: folder={folder}")
+        except ImportError as e:
+            logger.warning(
+                "train.tensorboard: expected the package tensorboard, got none "
+                f"({e}); run: pip install tensorboard; training goes on without it"
+            )
+        except Exception as e:
+            logger.warning(f"train.tensorboard: cannot write to {folder}, {e}; training goes on without it")
+    wandb = open_wandb(config["wandb"], out / "logs", config, out.resolve().name, stored_run_id)
+    return Sinks([*sinks, wandb] if wandb else sinks)

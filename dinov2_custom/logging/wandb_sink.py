@@ -1,0 +1,174 @@
+"""Metrics to Weights & Biases: never a prompt, never an endless wait, never a failed run.
+
+Without a key or a connection the run is recorded offline, in files that ``wandb sync`` sends later; without the package
+not at all; one warning says so. A resumed run goes on under the same id, which is kept in ``wandb_run_id`` beside the
+log files and in checkpoints. The key stays where W&B looks for it (WANDB_API_KEY, ``wandb login``). Read
+:func:`open_wandb` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dinov2_custom.errors import DINOv2Error
+
+logger = logging.getLogger("dinov2")
+ID_FILE = "wandb_run_id"
+DEFAULT_PROJECT = "dinov2_custom"
+INIT_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = 60.0
+_SECRETS = ("WANDB_API_KEY",)
+
+
+class WandB:
+    """Rows as the history of one W&B run, under the iteration as step."""
+
+    name = "W&B"
+    retries = False
+
+    def __init__(self, run: Any, teardown: Callable[[], None]):
+        self._run, self._teardown = run, teardown
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        self._run.log(dict(row), step=step)
+
+    def state(self) -> dict[str, str]:
+        return {"wandb_run_id": self._run.id}
+
+    def close(self, exit_code: int) -> None:
+        try:
+            self._run.finish(exit_code=exit_code)
+        finally:
+            self._teardown()  # finish alone may return before the last rows are on disk
+
+
+def open_wandb(
+    options: Mapping[str, Any],
+    folder: Path,
+    config: Mapping[str, Any],
+    default_name: str,
+    stored_run_id: Callable[[], str | None] | None = None,
+) -> WandB | None:
+    """Start or go on with a W&B run; None when there is to be none, or when it cannot be had.
+
+    The id is ``options["id"]``, else WANDB_RUN_ID, else that of ``folder``, else ``stored_run_id()``, else new.
+
+    Args:
+        options: section ``wandb`` of the configuration.
+        folder: where W&B's folder ``wandb`` and the id go.
+        config: recorded with the run.
+        default_name: of the run, when ``options`` has none.
+    """
+    mode = _mode(options["mode"])
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+    except Exception as e:  # a broken installation raises anything
+        logger.warning(
+            f"wandb.mode={options['mode']}: expected the package wandb, got {type(e).__name__}: {e}; run: pip install "
+            "wandb; training goes on without W&B"
+        )
+        return None
+    reasons = []
+    for attempt in ("online", "offline") if mode == "online" else ("offline",):
+        try:
+            if attempt == "online" and not _has_credentials(wandb):
+                reasons.append("no API key (set WANDB_API_KEY or run: wandb login)")
+                continue
+            run_id = _run_id(options["id"], folder, stored_run_id)
+            run = _start(wandb, attempt, options, folder, default_name, run_id)
+            run.config.update(dict(config), allow_val_change=True)
+        except Exception as e:
+            reasons.append(without_secrets(f"{type(e).__name__}: {e}".partition("\n")[0]))
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # or the id counts as in use
+            continue
+        _describe(run, attempt, folder, reasons)
+        return WandB(run, wandb.teardown)
+    logger.warning(f"wandb.mode={options['mode']}: {'; '.join(reasons)}; training goes on without W&B")
+    return None
+
+
+def without_secrets(text: str) -> str:
+    """Return ``text`` with the values of secret environment variables blotted out."""
+    for name in _SECRETS:
+        if value := os.environ.get(name):
+            text = text.replace(value, f"<{name}>")
+    return text
+
+
+def _mode(wanted: str) -> str:
+    """Return the mode of the configuration, or less if WANDB_MODE says so, as on nodes without a network."""
+    environment = {"dryrun": "offline"}.get(os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_MODE", ""))
+    order = ["disabled", "offline", "online"]
+    if environment in order and order.index(environment) < order.index(wanted):
+        logger.info(f"W&B: mode={environment}, from the environment variable WANDB_MODE")
+        return environment
+    return wanted
+
+
+def _has_credentials(wandb: Any) -> bool:
+    """Return whether W&B knows a key, without asking anyone."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    return bool(wandb.login(prompt=False, verify=False))
+
+
+def _run_id(given: str, folder: Path, stored_run_id: Callable[[], str | None] | None) -> str:
+    """Settle the run's id and write it to ``folder``."""
+    file = folder / ID_FILE
+    kept = file.read_text().strip() if file.exists() else ""
+    run_id = given or os.environ.get("WANDB_RUN_ID") or kept
+    if not run_id and stored_run_id is not None:
+        try:
+            run_id = stored_run_id()
+        except DINOv2Error as e:
+            logger.info(f"W&B: a new run, the former one's id cannot be read: {e}")
+    run_id = run_id or secrets.token_hex(4)
+    if run_id != kept:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text(run_id + "\n")
+        os.replace(temporary, file)
+    return run_id
+
+
+def _start(wandb: Any, mode: str, options: Mapping[str, Any], folder: Path, default_name: str, run_id: str) -> Any:
+    tags = options["tags"]
+    settings = wandb.Settings(
+        console="off",  # stdout and stderr stay as they are
+        silent=True,
+        init_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,
+    )
+    return wandb.init(
+        project=options["project"] or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+        entity=options["entity"] or None,
+        name=options["name"] or os.environ.get("WANDB_NAME") or default_name,
+        group=options["group"] or None,
+        tags=([tags] if isinstance(tags, str) else list(tags)) if tags else None,
+        id=run_id,
+        resume="allow" if mode == "online" else None,
+        mode=mode,
+        dir=str(folder),
+        settings=settings,
+    )
+
+
+def _describe(run: Any, mode: str, folder: Path, reasons: list[str]) -> None:
+    """Log where the run can be seen; a warning when it is not where it was wanted."""
+    if mode == "online":
+        logger.info(f"W&B: mode=online id={run.id} url={run.url}")
+        return
+    later = f"send it with: wandb sync --yes {folder / 'wandb'}/offline-run-*-{run.id}"
+    if reasons:
+        logger.warning(f"wandb.mode=online: {'; '.join(reasons)}; recorded offline, id={run.id}; {later}")
+    else:
+        logger.info(f"W&B: mode=offline id={run.id}; {later}")

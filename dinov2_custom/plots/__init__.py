@@ -1,0 +1,33 @@
+"""Pictures of runs: curves of the metrics, and patch features as colours.
+
+Each name is imported on first use: what draws curves only does not wait for torch. Start at ``history.py`` (all metrics
+of runs), ``loss_curve.py`` or ``features.py``.
+"""
+
+import importlib
+
+_MODULES = {
+    "dino_loss": "metrics_file",
+    "draw_history": "history",
+    "patch_feature_map": "features",
+    "pca_colours": "features",
+    "plot_loss_curve": "loss_curve",
+    "plot_rows": "features",
+    "read_metrics": "metrics_file",
+}
+
+__all__ = [
+    "dino_loss",
+    "draw_history",
+    "patch_feature_map",
+    "pca_colours",
+    "plot_loss_curve",
+    "plot_rows",
+    "read_metrics",
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

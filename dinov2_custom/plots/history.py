@@ -1,0 +1,243 @@
+"""All metrics of one run, or of several to compare them: a panel each, in a PNG and in a self-contained HTML page.
+
+Not the page around the panels (``page.py``). Read :func:`main`, then ``PANELS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov2_custom.plots.figure import new_figure
+from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run, short_names
+from dinov2_custom.plots.page import write_page
+
+COLUMNS = 3
+# of Okabe and Ito: told apart by colour-blind readers too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6BB1")
+STYLES = ("-", "--", ":")
+NOISY_POINTS = 200
+SMOOTHED_POINTS = 60
+
+Value = Callable[[dict], float | None]
+
+
+class Line(NamedTuple):
+    """One curve: how it is called, and its number in a row (None: the row has none)."""
+
+    label: str
+    value: Value
+
+
+class Panel(NamedTuple):
+    """One plot. ``level`` gives a run's line of reference; ``noisy`` curves are smoothed when there are many points."""
+
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    level: Callable[[Run], float | None] = lambda run: None
+    noisy: bool = True
+    log: bool = False
+    from_zero: bool = False
+
+
+def _key(name: str, factor: float = 1.0) -> Value:
+    return lambda row: None if row.get(name) is None else row[name] * factor
+
+
+def _dino(row: dict) -> float | None:
+    return dino_loss(row) if "dino_global_crops_loss" in row else None
+
+
+def _data_wait(row: dict) -> float | None:
+    """In per cent; upstream's rows have the two times only."""
+    if not row.get("iter_time"):
+        return None
+    return 100 * row.get("data_wait", row.get("data_time", 0.0) / row["iter_time"])
+
+
+def uniform_level(run: Run) -> float | None:
+    """Return ln(prototypes) of the DINO head: loss and entropy of a network that tells no images apart."""
+    prototypes = run.setting("dino.head_n_prototypes")
+    return math.log(prototypes) if isinstance(prototypes, int) and prototypes > 1 else None
+
+
+PANELS = (
+    Panel("Total loss", "nats, as reported", (Line("", _key("total_loss")),)),
+    Panel(
+        "DINO loss",
+        "nats",
+        (
+            Line("local + global", _dino),
+            Line("local crops", _key("dino_local_crops_loss")),
+            Line("global crops", _key("dino_global_crops_loss")),
+        ),
+        level=lambda run: uniform_level(run) if run.setting("crops.local_crops_number") else None,
+    ),
+    Panel("iBOT loss, half", "nats", (Line("", _key("ibot_loss")),)),
+    Panel("KoLeo loss, half", "weighted", (Line("", _key("koleo_loss")),)),
+    Panel(
+        "Teacher's assignments",
+        "entropy, nats",
+        (Line("of an image, mean", _key("teacher_entropy")), Line("of the mean", _key("prototype_entropy"))),
+        level=uniform_level,
+    ),
+    Panel(
+        "Gradient norm before clipping",
+        "norm",
+        tuple(
+            Line(part.replace("_", " "), _key(f"grad_norm_{part}")) for part in ("backbone", "dino_head", "ibot_head")
+        ),
+        log=True,
+    ),
+    Panel(
+        "Learning rate",
+        "learning rate",
+        (Line("network", _key("lr")), Line("prototypes", _key("last_layer_lr"))),
+        noisy=False,
+    ),
+    Panel("Teacher's EMA momentum", "momentum", (Line("", _key("mom")),), noisy=False),
+    Panel("Weight decay", "weight decay", (Line("", _key("wd")),), noisy=False),
+    Panel("Throughput", "images / s", (Line("", _key("images_per_s")),), from_zero=True),
+    Panel("Time spent waiting for data", "% of an iteration", (Line("", _data_wait),), from_zero=True),
+    Panel("Peak memory of rank 0", "GiB", (Line("", _key("memory_mib", 1 / 1024)),), noisy=False, from_zero=True),
+)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draw the runs that ``args.runs`` name and print where; return 0.
+
+    Raises:
+        DataError: a place without a run, or a run without rows.
+        ConfigError: matplotlib is missing.
+    """
+    folders = find_runs(args.runs)
+    runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    out = Path(args.output_dir or (folders[0] if len(folders) == 1 else "."))
+    out.mkdir(parents=True, exist_ok=True)
+    figure = draw_history(runs)
+    for path in (_write(out / "history.png", figure.savefig), _write(out / "history.html", _page(runs, figure))):
+        print(path)
+    return 0
+
+
+def _page(runs: Sequence[Run], figure) -> Callable[[Path], None]:
+    return lambda path: write_page(path, runs, figure)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let ``write`` make the file under another name first: somebody may be looking at the old one."""
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def draw_history(runs: Sequence[Run]):
+    """Return a matplotlib figure with a panel for everything that any run has numbers of.
+
+    One run: a colour a curve. Several: a colour a run, a dash pattern a curve.
+    """
+    panels = [panel for panel in PANELS if any(_series(run, line)[0].size for run in runs for line in panel.lines)]
+    grid = -(-len(panels) // COLUMNS)
+    figure = new_figure(figsize=(5.2 * COLUMNS, 3.1 * grid + 0.7), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    axes = figure.subplots(grid, COLUMNS, squeeze=False).flatten()
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw_panel(axis, panel, runs)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    last = max(run.rows[-1]["iteration"] for run in runs)
+    figure.suptitle(f"{runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}, up to iteration {last:,}", fontsize=14)
+    if len(runs) > 1:
+        from matplotlib.lines import Line2D
+
+        handles = [Line2D([], [], color=_colour(n), linewidth=3, label=run.name) for n, run in enumerate(runs)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
+    return figure
+
+
+def _draw_panel(axis, panel: Panel, runs: Sequence[Run]) -> None:
+    single = len(runs) == 1
+    lines = [line for line in panel.lines if any(_series(run, line)[0].size for run in runs)]
+    for n, run in enumerate(runs):
+        for m, line in enumerate(lines):
+            colour, style = _colour(m if single else n), _style(panel, m, single)
+            _draw_curve(axis, *_series(run, line), colour, style, panel.noisy)
+    _draw_levels(axis, panel, runs)
+    if single:
+        latest = _series(runs[0], lines[0])[1][-1]
+        axis.set_title(f"{latest:.4g}", loc="right", fontsize=10, color="#555555")
+    _add_legend(axis, panel, lines, single)
+    axis.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axis.set(xlabel="iteration", ylabel=panel.unit)
+    if panel.log:
+        axis.set_yscale("log")
+    if panel.from_zero:
+        axis.set_ylim(bottom=0)
+    axis.locator_params(axis="x", nbins=6)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curve(axis, x: np.ndarray, y: np.ndarray, colour: str, style: str, noisy: bool) -> None:
+    if noisy and x.size > NOISY_POINTS:
+        axis.plot(x, y, color=colour, linewidth=0.6, alpha=0.25)
+        width = x.size // SMOOTHED_POINTS
+        x, y = (np.convolve(values, np.full(width, 1 / width), mode="valid") for values in (x, y))
+    marker = {"marker": "o", "markersize": 3} if x.size == 1 else {}
+    axis.plot(x, y, color=colour, linestyle=style, linewidth=1.5, **marker)
+
+
+def _draw_levels(axis, panel: Panel, runs: Sequence[Run]) -> None:
+    for level in sorted({level for run in runs if (level := panel.level(run)) is not None}):
+        axis.axhline(level, color="#777777", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1)
+        axis.annotate(
+            f"ln(prototypes) = {level:.2f}",
+            (1, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="#555555",
+        )
+        axis.margins(y=0.12)
+
+
+def _add_legend(axis, panel: Panel, lines: Sequence[Line], single: bool) -> None:
+    if len(lines) < 2:
+        return
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=_colour(m) if single else "#444444", linestyle=_style(panel, m, single), label=line.label)
+        for m, line in enumerate(lines)
+    ]
+    axis.legend(handles=handles, fontsize=8, framealpha=0.7)
+
+
+def _style(panel: Panel, number: int, single: bool) -> str:
+    """Dash the second curve where colour alone would not do: several runs, or curves that lie on each other."""
+    return "-" if single and panel.noisy else STYLES[number % len(STYLES)]
+
+
+def _series(run: Run, line: Line) -> tuple[np.ndarray, np.ndarray]:
+    """Return iterations and values, finite ones only."""
+    points = [(row["iteration"], value) for row in run.rows if (value := line.value(row)) is not None]
+    x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]

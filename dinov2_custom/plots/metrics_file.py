@@ -1,0 +1,115 @@
+"""Read the metrics and the configuration of a run directory, also while the run writes them. Without torch.
+
+Read :func:`read_run` first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dinov2_custom.errors import DataError
+
+METRICS_FILE = "training_metrics.json"
+
+
+class Run(NamedTuple):
+    """``rows`` by iteration; ``config`` is empty where the directory has none."""
+
+    name: str
+    rows: list[dict]
+    config: dict[str, Any]
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a dotted key, or None."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Return the rows of a run's ``training_metrics.json``, by iteration; lines torn by a kill are left out.
+
+    Raises:
+        DataError: no such file, or no rows in it.
+    """
+    rows = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as e:
+        raise DataError(f"expected a run's {METRICS_FILE}, got {e.strerror} at {path}") from e
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows[int(row["iteration"])] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    if not rows:
+        raise DataError(f"expected rows of metrics, got none in {path}; the run ended before its first report")
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def dino_loss(row: dict) -> float:
+    """Return local + global DINO loss of a row: ln(prototypes) for a network that tells nothing apart."""
+    return row.get("dino_local_crops_loss", 0.0) + row["dino_global_crops_loss"]
+
+
+def find_runs(places: Sequence[str | Path]) -> list[Path]:
+    """Return the run directories that ``places`` are or directly contain, each once, in order.
+
+    A place may also be a metrics file itself.
+
+    Raises:
+        DataError: all places without a run.
+    """
+    found: dict[Path, None] = {}
+    missing = []
+    for place in map(Path, places):
+        if place.name == METRICS_FILE or (place / METRICS_FILE).is_file():
+            folders = [place.parent if place.name == METRICS_FILE else place]
+        else:
+            folders = sorted(file.parent for file in place.glob(f"*/{METRICS_FILE}"))
+        if not folders:
+            missing.append(str(place))
+        found |= dict.fromkeys(folders)
+    if missing:
+        raise DataError(
+            f"expected run directories, each with a {METRICS_FILE}, got none at {', '.join(missing)}; give the "
+            "--output-dir of a training, which has one after its first iterations"
+        )
+    return list(found)
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read one run directory.
+
+    Raises:
+        DataError: no rows, see :func:`read_metrics`.
+    """
+    config: Any = {}
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        pass  # curves can be drawn without it
+    return Run(name, read_metrics(folder / METRICS_FILE), config if isinstance(config, dict) else {})
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Name each folder by the parts of its path that tell it from the others."""
+    parts = [folder.resolve().parts for folder in folders]
+    if len(set(parts)) == 1:
+        return [own[-1] for own in parts]
+    front, back = _shared(parts), _shared([own[::-1] for own in parts])
+    return ["/".join(own[front : len(own) - back] or own[-1:]) for own in parts]
+
+
+def _shared(parts: Sequence[tuple[str, ...]]) -> int:
+    count = 0
+    while all(len(own) > count + 1 for own in parts) and len({own[count] for own in parts}) == 1:
+        count += 1
+    return count

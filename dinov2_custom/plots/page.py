@@ -1,0 +1,110 @@
+"""One HTML file with the panels, the newest numbers and what tells the runs' configurations apart.
+
+It loads nothing: no scripts, fonts or pictures from elsewhere. Not the panels (``history.py``). Read :func:`write_page`
+first.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dinov2_custom.plots.metrics_file import Run
+
+_STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; margin: 1.5em auto; max-width: 1500px; padding: 0 1em; color: #222; }
+h1 { font-size: 1.4em; } h2 { font-size: 1.1em; margin-top: 1.6em; }
+table { border-collapse: collapse; } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
+svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1em; overflow: auto; }
+"""
+_NOT_SETTINGS = ("train.output_dir", "wandb.name", "wandb.id")
+
+
+def write_page(path: Path, runs: Sequence[Run], figure: Any) -> None:
+    """Write the page to ``path``; ``figure`` is drawn into it as SVG."""
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        _table(["run", *(label for label, _ in _FACTS)], ([run.name, *_facts(run)] for run in runs)),
+        _svg(figure),
+    ]
+    if len(runs) > 1 and (differences := config_differences(runs)):
+        parts += ["<h2>Settings that differ</h2>", _table(["key", *(run.name for run in runs)], differences)]
+    for run in runs:
+        if run.config:
+            text = escape(yaml.safe_dump(run.config, sort_keys=False))
+            parts.append(f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{text}</pre></details>")
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    body = "\n".join(parts)
+    path.write_text(
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n', encoding="utf-8"
+    )
+
+
+def config_differences(runs: Sequence[Run]) -> list[list[str]]:
+    """Return key and value in each run, of the keys whose values are not the same in all."""
+    flat = [_flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one if key not in _NOT_SETTINGS)
+    rows = [[key, *(str(one.get(key, "")) for one in flat)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in config.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _last(key: str) -> Callable[[Run], float | None]:
+    return lambda run: run.rows[-1].get(key)
+
+
+def _over_rows(
+    key: str, statistic: Callable[[list[float]], float], factor: float = 1.0
+) -> Callable[[Run], float | None]:
+    def value(run: Run) -> float | None:
+        numbers = [row[key] for row in run.rows if row.get(key) is not None]
+        return statistic(numbers) * factor if numbers else None
+
+    return value
+
+
+_FACTS: tuple[tuple[str, Callable[[Run], float | None]], ...] = (
+    ("iteration", _last("iteration")),
+    ("total loss", _last("total_loss")),
+    ("local DINO", _last("dino_local_crops_loss")),
+    ("global DINO", _last("dino_global_crops_loss")),
+    ("iBOT, half", _last("ibot_loss")),
+    ("teacher entropy", _last("teacher_entropy")),
+    ("learning rate", _last("lr")),
+    ("images/s, median", _over_rows("images_per_s", statistics.median)),
+    ("waiting for data, median %", _over_rows("data_wait", statistics.median, 100)),
+    ("peak memory, GiB", _over_rows("memory_mib", max, 1 / 1024)),
+)
+
+
+def _facts(run: Run) -> list[str]:
+    values = [value(run) for _, value in _FACTS]
+    return ["" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for v in values]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def _svg(figure: Any) -> str:
+    """Return the figure as an SVG element, without the XML declaration and without the date."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,150 @@
+"""One image file -> the files that are written for it: unchanged, shrunk, converted, or none because it is bad.
+
+What need not change is passed on byte for byte. Pixels follow the rules of ``data.decode`` (16-bit and float to 8 bits,
+alpha dropped, first frame); a grey image stays grey, an EXIF orientation stays written in the file. Not in here: huge
+images (``tiles``). Read :func:`prepare_image` first.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+from PIL import Image
+
+from dinov2_custom.data.decode import FORMATS, to_rgb
+from dinov2_custom.verify.check import Checked, check_image
+
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k"),
+}
+WRITTEN_AS = {"JPEG": "JPEG", "WEBP": "WEBP"}  # when pixels change and the format is kept; others become PNG
+DRAFT = 2  # a JPEG is decoded at a half, quarter or eighth that is at least this many times what is wanted
+ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to change; 0 means not at all. ``tile_above`` in megapixels, the rest in pixels."""
+
+    short_side: int = 0
+    format: str = "keep"
+    quality: int = 90
+    tile: int = 0
+    tile_above: float = 50.0
+
+
+class Output(NamedTuple):
+    """A file to write. ``name``: relative, with "/"."""
+
+    name: str
+    data: bytes
+    width: int
+    height: int
+
+
+class Prepared(NamedTuple):
+    """What became of one image. ``action``: kept, changed, tiled or bad; ``spool``: a tar of many outputs."""
+
+    action: str
+    outputs: tuple[Output, ...] = ()
+    reason: str = ""
+    num_bytes: int = 0
+    spool: str = ""
+
+
+def prepare_image(data: bytes, name: str, options: Options, simplejpeg: ModuleType | None = None) -> Prepared:
+    """Check the bytes of an image file and change them as ``options`` say.
+
+    Args:
+        name: wanted name of the file written; its suffix follows the format.
+        simplejpeg: see ``verify.check.check_image``.
+    """
+    found = check_image(data, simplejpeg)
+    if found.reason:
+        return Prepared("bad", reason=found.reason, num_bytes=len(data))
+    target = target_format(found.format, options, changed=False)
+    width, height = shrunk_size(found.width, found.height, options.short_side)
+    if target == found.format and (width, height) == (found.width, found.height):
+        output = Output(with_suffix(name, found.format), data, width, height)
+        return Prepared("kept", (output,), num_bytes=len(data))
+    target = target_format(found.format, options, changed=True)
+    try:
+        changed = encode(*_pixels(data, found, (width, height)), target, options.quality)
+    except Exception as e:  # whatever Pillow's codecs raise; the image is the cause, not the run
+        return Prepared("bad", reason=f"not changed: {type(e).__name__}: {e}", num_bytes=len(data))
+    return Prepared("changed", (Output(with_suffix(name, target), changed, width, height),), num_bytes=len(data))
+
+
+def target_format(format: str, options: Options, changed: bool) -> str:
+    """Return Pillow's name of the format to write a file of ``format`` in."""
+    if options.format != "keep":
+        return options.format.upper()
+    return WRITTEN_AS.get(format, "PNG") if changed else format
+
+
+def shrunk_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Return (width, height) with the shorter side at most ``short_side`` (0: no limit)."""
+    shorter = min(width, height)
+    if not short_side or shorter <= short_side:
+        return width, height
+    return max(1, round(width * short_side / shorter)), max(1, round(height * short_side / shorter))
+
+
+def with_suffix(name: str, format: str) -> str:
+    """Return ``name`` with a suffix that says ``format``; a right one stays as it is, a wrong image suffix goes."""
+    allowed = SUFFIXES.get(format, (f".{format.lower()}",))
+    stem, dot, suffix = name.rpartition(".")
+    if dot and f".{suffix.lower()}" in allowed:
+        return name
+    known = dot and any(f".{suffix.lower()}" in one for one in SUFFIXES.values())
+    return (stem if known else name) + allowed[0]
+
+
+def _pixels(data: bytes, found: Checked, size: tuple[int, int]) -> tuple[Image.Image, int]:
+    """Return (image of that size, mode RGB or L; EXIF orientation)."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    orientation = _orientation(image)
+    if found.format == "JPEG" and size != image.size:
+        image.draft(None, (DRAFT * size[0], DRAFT * size[1]))
+    image.load()
+    grey = image.mode in ("L", "1")
+    image = image.convert("L") if grey else to_rgb(image)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return image, orientation
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where there is none that can be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = image.getexif().get(ORIENTATION, 1)
+        return found if found in range(1, 9) else 1
+    except Exception:  # broken metadata is no reason to lose the pixels
+        return 1
+
+
+def encode(image: Image.Image, orientation: int, format: str, quality: int) -> bytes:
+    """Return the bytes of an image file; the only metadata is the orientation, where it is not the usual one."""
+    clean = Image.new(image.mode, (1, 1)).getexif()
+    if orientation != 1:
+        clean[ORIENTATION] = orientation
+    settings: dict = {"JPEG": {"quality": quality}, "WEBP": {"quality": quality}}.get(format, {})
+    if len(clean):
+        settings["exif"] = clean.tobytes()
+    image.info.clear()
+    buffer = io.BytesIO()
+    image.save(buffer, format, **settings)
+    return buffer.getvalue()

@@ -1,0 +1,122 @@
+"""Write outputs in parts that are either there as a whole or not at all: tar shards, or stretches of a plain folder.
+
+A part is ``shard-000000.tar`` (or files below ``images/``) and ``shard-000000.jsonl``, which lists what is in it and is
+written last: it is the mark that the part is done. A run that was killed goes on after the last part with that mark.
+Read :class:`PartWriter` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dinov2_custom.verify.folder import written_whole
+
+from .change import Output
+from .names import Taken
+from .tiles import add_member
+
+FILES_A_PART = 1000  # of a plain folder
+
+
+class PartWriter:
+    """Writes outputs one after the other into ``folder``.
+
+    Args:
+        shard_size: bytes of a tar; 0: a plain folder.
+
+    ``position``: (image, number of its outputs) up to which everything is done; the first to :meth:`add` next.
+    """
+
+    def __init__(self, folder: Path, shard_size: int):
+        self.folder, self.shard_size = folder, shard_size
+        self.position = (0, 0)
+        self.number = 0
+        for temporary in folder.glob("shard-*.tmp"):
+            temporary.unlink()
+        while self._mark(self.number).exists():
+            self.position = tuple(next(_lines(self._mark(self.number)))["next"])
+            self.number += 1
+        self.taken = Taken(row["name"] for row in self.rows() if "name" in row)
+        self._tar: tarfile.TarFile | None = None
+        self._rows: list[dict[str, Any]] = []
+        self._size = 0
+        self._next = self.position
+
+    def _mark(self, number: int) -> Path:
+        return self.folder / f"shard-{number:06d}.jsonl"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield what the marks of finished parts list, in order."""
+        for number in range(self.number):
+            lines = _lines(self._mark(number))
+            next(lines)
+            yield from lines
+
+    def add(self, i: int, k: int, output: Output, row: dict[str, Any]) -> None:
+        """Write output ``k`` of image ``i``; ``row`` goes into the list with the output's name and place."""
+        self._next = (i, k)
+        too_much = 0 < self._size and self.shard_size < self._size + len(output.data)
+        if too_much if self.shard_size else len(self._rows) >= FILES_A_PART:
+            self.finish()
+        output = output._replace(name=self.taken.free(output.name))
+        self._size += len(output.data)
+        where = {"name": output.name, "bytes": len(output.data), "width": output.width, "height": output.height}
+        if self.shard_size:
+            tar = self._open()
+            where |= {"shard": f"shard-{self.number:06d}.tar", "offset": add_member(tar, output)}
+        else:
+            _write_file(self.folder / "images" / output.name, output.data)
+        self._rows.append(row | where)
+        self._next = (i, k + 1)
+
+    def note(self, row: dict[str, Any]) -> None:
+        """List an image without outputs."""
+        self._rows.append(row)
+
+    def image_done(self, i: int) -> None:
+        """Say that image ``i`` has no more outputs."""
+        self._next = (i + 1, 0)
+
+    def _open(self) -> tarfile.TarFile:
+        if self._tar is None:
+            self._tar = tarfile.open(
+                self.folder / f"shard-{self.number:06d}.tar.tmp",
+                "w",
+                format=tarfile.PAX_FORMAT,
+                encoding="utf-8",
+                errors="surrogateescape",
+            )
+        return self._tar
+
+    def finish(self) -> None:
+        """Complete the part that is being written, if any."""
+        if not self._rows:
+            return
+        if self._tar is not None:
+            self._tar.close()
+            temporary = Path(os.fsdecode(self._tar.name))
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, temporary.with_suffix(""))
+            self._tar = None
+        with written_whole(self._mark(self.number)) as file:
+            for row in [{"next": list(self._next)}, *self._rows]:
+                file.write(json.dumps(row) + "\n")
+        self.position, self.number, self._rows, self._size = self._next, self.number + 1, [], 0
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

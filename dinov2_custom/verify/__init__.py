@@ -1,0 +1,1 @@
+"""Find damaged images of a dataset beforehand. Read ``main.verify`` first."""

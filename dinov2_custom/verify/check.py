@@ -1,0 +1,134 @@
+"""Bytes of one image file -> sound, or the reason why not: everything is decoded, nothing is let pass in silence.
+
+JPEG is entropy-decoded to its last bit by libjpeg-turbo through simplejpeg where that is installed, because Pillow
+hides libjpeg's warnings; only as many pixels are made as that needs. Without simplejpeg: Pillow's full decode and the
+syntax checks of ``structure``, which find less (``docs/verify.md`` has the measured rates). All other formats: Pillow,
+every frame, with ``structure``. What is sound here can be decoded by ``data.decode``. Read :func:`check_image` first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+from PIL import Image
+
+from dinov2_custom.data.decode import FORMATS, describe, to_rgb
+
+from .structure import ZERO_RUN, fault
+from .tiff import read_coefficients, tiff_fault
+
+PLAIN_MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr")  # their conversion to RGB cannot fail
+HEADER_QUIRKS = ("Invalid SOS parameters", "Unknown Adobe color transform", "unknown JFIF revision")
+ABOUT_METADATA = ("EXIF", "Metadata", "Palette images with Transparency", "APNG contains")
+
+
+class Checked(NamedTuple):
+    """What was found in one image file. ``reason`` is "class: details", or "" for a sound one."""
+
+    reason: str = ""
+    format: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    frames: int = 1
+    by: str = "pillow"
+
+
+def find_simplejpeg() -> ModuleType | None:
+    """Return the module simplejpeg, None where it is not installed or does not load."""
+    try:
+        return importlib.import_module("simplejpeg")
+    except ImportError:
+        return None
+
+
+def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
+    """Check the bytes of an image file.
+
+    Args:
+        simplejpeg: what :func:`find_simplejpeg` returns; None checks JPEG with Pillow.
+    """
+    if not data:
+        return Checked("empty: the file has no bytes")
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError as e:
+            return Checked(f"too large: {e}; cut it into tiles (run/data/prepare.py --tile)")
+        except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
+            return Checked(f"not an image: {describe(data)} ({_text(e)})")
+        seen = Checked("", image.format or "", image.mode, *image.size)
+        seen = seen._replace(format="JPEG" if seen.format == "MPO" else seen.format)
+        if seen.format == "JPEG" and simplejpeg is not None:
+            return _check_jpeg(data, seen, simplejpeg)
+        return _check_with_pillow(image, data, seen, raised, simplejpeg)
+
+
+def _check_with_pillow(
+    image: Image.Image, data: bytes, seen: Checked, raised: list, simplejpeg: ModuleType | None = None
+) -> Checked:
+    found = fault(data, seen.format)
+    if found:
+        return seen._replace(reason=f"damaged {seen.format}: {found}")
+    frame, frames = 0, 1
+    try:
+        frames = 1 if seen.format == "JPEG" else getattr(image, "n_frames", 1)
+        for frame in range(frames):
+            if frame:
+                image.seek(frame)
+            image.load()
+            found = found or tiff_fault(data, image, simplejpeg)
+            if frame == 0 and image.mode not in PLAIN_MODES:
+                to_rgb(image.copy())
+    except Exception as e:
+        where = f" (frame {frame + 1} of {frames})" if frames > 1 else ""
+        return seen._replace(reason=f"damaged {seen.format}: {_text(e)}{where}", frames=frames)
+    if found:
+        return seen._replace(reason=f"damaged {seen.format}: {found}", frames=frames)
+    told = [str(w.message) for w in raised if not issubclass(w.category, Image.DecompressionBombWarning)]
+    told = [text for text in told if not any(known in text for known in ABOUT_METADATA)]
+    return seen._replace(reason=f"damaged {seen.format}: {told[0]}" if told else "", frames=frames)
+
+
+def _check_jpeg(data: bytes, seen: Checked, simplejpeg: ModuleType) -> Checked:
+    """Let libjpeg-turbo read all coefficients of all components; any of its warnings is a reason."""
+    seen = seen._replace(by="simplejpeg")
+    try:
+        read_coefficients(data, simplejpeg)
+    except ValueError as e:
+        text = str(e).removeprefix("Corrupt JPEG data: ")
+        quirk = any(known in text for known in HEADER_QUIRKS)
+        return _second_opinion(data, seen, "" if quirk else text)
+    # the only damage seen that has a valid syntax, and only where such a run is there at all
+    found = fault(data, "JPEG") if bytes(ZERO_RUN) in data else ""
+    return seen._replace(reason=f"damaged JPEG: {found}" if found else "")
+
+
+def _second_opinion(data: bytes, seen: Checked, text: str) -> Checked:
+    """Word the reason for a JPEG that simplejpeg refuses; one that only it cannot decode is left to Pillow.
+
+    ``text``: libjpeg's message, "" for one that says nothing about the pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with warnings.catch_warnings(record=True) as raised:
+                warnings.simplefilter("always")
+                by_pillow = _check_with_pillow(image, data, seen, raised)
+    except Exception as e:
+        return seen._replace(reason=f"damaged JPEG: {_text(e)}")
+    if by_pillow.reason:
+        return by_pillow
+    if not text or "nsupported" in text or "precision" in text.lower():
+        return by_pillow._replace(by="pillow")
+    return seen._replace(reason=f"damaged JPEG: {text} (other decoders return wrong pixels without a word)")
+
+
+def _text(e: Exception) -> str:
+    """Return the exception's first line without the address of the buffer that Pillow puts into it."""
+    text = str(e).split(" <_io.BytesIO", 1)[0].split("\n", 1)[0]
+    return f"{type(e).__name__}: {text}" if text else type(e).__name__

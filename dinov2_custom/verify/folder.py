@@ -1,0 +1,70 @@
+"""An output folder that belongs to one command and one process at a time. Read :func:`own_folder` first."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from dinov2_custom.errors import ConfigError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def own_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
+    """Make ``folder``, or enter one that has the file ``marker`` of an earlier run, and lock it for the body.
+
+    Raises:
+        ConfigError: a folder with other things in it, one that cannot be made, or one in use by another process.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        others = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
+        lock = open(path / LOCK, "ab")
+    except OSError as e:
+        raise ConfigError(f"--output-dir: expected a folder to write to, got {path} ({e.strerror})") from e
+    with lock:
+        if others and marker not in others:
+            raise ConfigError(
+                f"--output-dir: expected an empty folder or one of this command, got {path} with "
+                f"{', '.join(others[:5])}; nothing was changed, choose another"
+            )
+        _lock(lock, path)
+        (path / marker).touch()
+        yield path
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Hold a lock that ends with this process and that children do not inherit, where the system has one."""
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        raise ConfigError(f"--output-dir: {path} is in use by another run; wait for it or choose another") from e
+    except (ImportError, OSError):  # no such locks on this system or file system
+        pass
+
+
+def default_folder(command: str, dataset: Sequence[str]) -> str:
+    """Return ``./outputs/<command>_<last part of the dataset>_<hash>``, the same for the same dataset."""
+    text = "\n".join(os.path.abspath(os.path.expanduser(one)) if os.path.exists(one) else one for one in dataset)
+    last = re.sub(r"[^\w.-]+", "_", re.split(r"[/\\:=]", dataset[0].rstrip("/\\:"))[-1]) or "dataset"
+    return os.path.join("outputs", f"{command}_{last}_{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that appears under its name only when the body has ended well."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,139 @@
+"""Decode every image of a dataset strictly, in parallel, and write down what is bad and what is clean.
+
+Killed and started again it goes on where it was. Not in here: what "strictly" means (``check``), surviving decoders
+that crash (``pool``). Read :func:`verify` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from dinov2_custom.data.loaders import make_dataset
+from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.logging import setup_logging, track
+
+from .check import Checked, check_image, find_simplejpeg
+from .folder import default_folder, own_folder
+from .pool import Death, num_cores, run_pool
+from .report import as_text, write_report
+from .results import Results, Stamp, stamp_of
+
+logger = logging.getLogger("dinov2")
+MARKER = "verify_results.jsonl"
+MAX_BYTES = 1 << 30
+TIME_LIMIT_S = 600.0
+
+
+class Checker:
+    """Reads and checks image i of a dataset; runs in the decoder processes."""
+
+    def __init__(self, dataset: Any, simplejpeg: bool):
+        self.dataset = dataset
+        self.simplejpeg = simplejpeg
+        self._module: ModuleType | None = None
+
+    def __call__(self, i: int) -> tuple[Checked, Stamp]:
+        name = self.dataset.name(i)
+        stamp = stamp_of(name)
+        if self._module is None and self.simplejpeg:
+            self._module = find_simplejpeg()
+        if stamp is not None and stamp[0] > MAX_BYTES and os.path.exists(name):
+            return Checked(f"too large: {stamp[0]:,} bytes; cut it into tiles (run/data/prepare.py --tile)"), stamp
+        try:
+            data = read_image(self.dataset, i)
+        except DataError as e:
+            return Checked(f"unreadable: {e}"), stamp
+        return check_image(data, self._module), stamp
+
+
+def open_dataset(words: Sequence[str]) -> Any:
+    """Make the dataset of a command line: one or several folders or dataset strings, or YAML as train.dataset_path.
+
+    Raises:
+        ConfigError: words that cannot be understood.
+        DataError: nothing is there.
+    """
+    try:
+        parts = [yaml.safe_load(word) if word.startswith(("[", "{")) else word for word in words]
+    except yaml.YAMLError as e:
+        raise ConfigError(f"dataset: expected a path, a dataset string or YAML, got {' '.join(words)} ({e})") from e
+    return make_dataset(dataset_str=parts[0] if len(parts) == 1 else parts)
+
+
+def read_image(dataset: Any, i: int) -> bytes:
+    """Return the bytes of image ``i`` of anything that ``make_dataset`` makes.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    return (getattr(dataset, "read", None) or dataset.get_image_data)(i)
+
+
+def verify(
+    dataset: Any, folder: Path, *, workers: int = 0, label: str = "", time_limit_s: float = TIME_LIMIT_S
+) -> dict:
+    """Check all images of ``dataset`` and write the results into ``folder``, which has to be the caller's own.
+
+    Args:
+        dataset: has ``len``, ``name(i)`` and ``read(i)``.
+        workers: decoder processes; 0: one for each core.
+        label: what to call the dataset in the summary.
+        time_limit_s: longest time for one image.
+
+    Returns:
+        the summary that is in summary.json.
+
+    Raises:
+        DataError: decoder processes cannot run at all.
+    """
+    workers = workers or num_cores()
+    has_simplejpeg = find_simplejpeg() is not None
+    with Results(folder / MARKER, dataset.name, len(dataset)) as results:
+        before = results.take_over(has_simplejpeg)
+        todo = results.todo()
+        by = "simplejpeg (strict)" if has_simplejpeg else "Pillow (misses silent damage; pip install simplejpeg)"
+        logger.info(
+            f"verify: images={len(dataset)} verified_before={before} workers={workers} jpeg={by} output={folder}"
+        )
+        started = time.monotonic()
+        pool = run_pool(Checker(dataset, has_simplejpeg), map(int, todo), workers=workers, time_limit_s=time_limit_s)
+        for i, result in track(pool, "verify", total=len(todo), unit="images"):
+            found, stamp = (_of_death(result), stamp_of(dataset.name(i))) if isinstance(result, Death) else result
+            results.add(i, found, stamp)
+            if found.reason and len(results.reasons) <= 20:
+                logger.warning(f"bad image: {dataset.name(i)} ({found.reason})")
+        seconds = time.monotonic() - started
+        if len(todo):
+            logger.info(f"verify: done in {seconds:.1f} s, {len(todo) / max(seconds, 1e-9):.0f} images/s")
+        return write_report(results, folder, label)
+
+
+def _of_death(death: Death) -> Checked:
+    kind = "too slow" if death.reason.startswith("took") else "decoder died"
+    return Checked(f"{kind}: {death.reason}")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run what ``args.get_args_parser`` parsed; return the exit code."""
+    setup_logging(name="dinov2", level=logging.INFO)
+    try:
+        dataset = open_dataset(args.dataset)
+        with own_folder(args.output_dir or default_folder("verify", args.dataset), MARKER) as folder:
+            setup_logging(folder, name="dinov2", level=logging.INFO)
+            summary = verify(dataset, folder, workers=args.workers, label=" ".join(args.dataset))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(as_text(summary))
+    print(f"bad images: {folder / 'bad_images.jsonl'}\nlist to train on: {folder / 'clean.txt'}")
+    return 1 if summary["bad"] else 0

@@ -1,0 +1,236 @@
+"""Run a function over numbers in several processes, surviving the death of any of them.
+
+Decoders are C code that meets broken input: a process that dies (segmentation fault, out of memory) or hangs is
+replaced, its innocent work is done again, and the number it died on gets a :class:`Death` as its result. Not for torch
+tensors and not for small work: results travel through pipes. Read :func:`run_pool` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+from dinov2_custom.errors import DataError
+
+IDLE = -1
+ATTEMPTS = 2  # an image on which two processes died is to blame
+CHUNKS_AHEAD = 2
+
+
+class Death(NamedTuple):
+    """Stands for the result of a number on which the process died; ``reason`` says how."""
+
+    reason: str
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_pool(
+    work: Callable[[int], Any],
+    items: Iterable[int],
+    *,
+    workers: int,
+    chunk: int = 16,
+    ordered: bool = False,
+    window: int = 1 << 30,
+    time_limit_s: float = 600.0,
+) -> Iterator[tuple[int, Any]]:
+    """Yield (item, ``work(item)``) for every item, each number once, computed by ``workers`` processes.
+
+    Args:
+        work: called in the other processes; what it raises ends the run. Picklable where processes are not forked.
+        chunk: items sent to a process at a time; its results come back together.
+        ordered: yield in the order of ``items``, else as they come.
+        window: at most this many items are under way or wait for their turn (bounds memory when ``ordered``).
+        time_limit_s: a process that takes longer for one item is killed.
+
+    Raises:
+        DataError: processes keep dying before they do any work.
+        RuntimeError: ``work`` raised; the message is its traceback.
+    """
+    pool = _Pool(work, iter(items), workers, chunk, window, time_limit_s)
+    early: dict[int, Any] = {}
+    try:
+        for item, result in pool.results():
+            if not ordered:
+                pool.waiting.pop(item)
+                yield item, result
+                continue
+            early[item] = result
+            while pool.waiting and (first := next(iter(pool.waiting))) in early:
+                pool.waiting.pop(first)
+                yield first, early.pop(first)
+    finally:
+        pool.close()
+
+
+class _Worker:
+    """A process, the pipe to it, and the items it was sent and has not answered."""
+
+    def __init__(self, context: Any, work: Callable[[int], Any], foreign: list[Connection]):
+        self.current = context.RawValue("q", IDLE)
+        self.pipe, theirs = context.Pipe()
+        inherited = [*foreign, self.pipe] if context.get_start_method() == "fork" else []
+        self.process = context.Process(target=_serve, args=(work, theirs, self.current, inherited), daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of forks beside threads; these children only read, decode and write to their pipe
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.process.start()
+        theirs.close()
+        self.todo: deque[int] = deque()
+        self.seen, self.spent_s, self.looked = IDLE, 0.0, time.monotonic()
+
+    def overdue(self, limit_s: float) -> bool:
+        """Return whether one item is in work for ``limit_s`` seconds; time when nobody looked counts little."""
+        item, now = self.current.value, time.monotonic()
+        self.spent_s = self.spent_s + min(now - self.looked, 2.0) if item == self.seen != IDLE else 0.0
+        self.seen, self.looked = item, now
+        return self.spent_s > limit_s
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+
+class _Pool:
+    def __init__(self, work: Any, items: Iterator[int], workers: int, chunk: int, window: int, time_limit_s: float):
+        self.context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.work, self.items, self.chunk, self.window, self.time_limit_s = work, items, chunk, window, time_limit_s
+        self.waiting: dict[int, None] = {}  # sent and not yet yielded, in their order
+        self.again: deque[list[int]] = deque()  # work of processes that died
+        self.deaths: dict[int, int] = {}
+        self.deaths_without_work = 0
+        self.finished: deque[tuple[int, Any]] = deque()
+        self.workers: list[_Worker] = []
+        for _ in range(workers):
+            self._start()
+
+    def _start(self) -> None:
+        self.workers.append(_Worker(self.context, self.work, [worker.pipe for worker in self.workers]))
+
+    def results(self) -> Iterator[tuple[int, Any]]:
+        while True:
+            while self.finished:  # before feeding: what is taken away makes room in the window
+                yield self.finished.popleft()
+            for worker in list(self.workers):
+                self._feed(worker)
+            busy = {worker.pipe: worker for worker in self.workers if worker.todo}
+            if not busy and not self.again and not self.finished:
+                return
+            for pipe in wait(list(busy), timeout=1.0):
+                self._receive(busy[pipe])
+            for worker in list(self.workers):
+                if worker.overdue(self.time_limit_s):
+                    self._bury(worker, f"took longer than {self.time_limit_s:g} s")
+
+    def _feed(self, worker: _Worker) -> None:
+        while len(worker.todo) <= (CHUNKS_AHEAD - 1) * self.chunk:
+            items = self._next_chunk()
+            if not items:
+                return
+            worker.todo += items
+            try:
+                worker.pipe.send(items)
+            except OSError:  # it died: its end of the pipe says so to _receive
+                return
+
+    def _next_chunk(self) -> list[int]:
+        if self.again:
+            return self.again.popleft()
+        items: list[int] = []
+        while len(items) < self.chunk and len(self.waiting) < self.window:
+            item = next(self.items, None)
+            if item is None:
+                break
+            self.waiting[item] = None
+            items.append(item)
+        return items
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            results, failure = worker.pipe.recv()
+        except (EOFError, OSError):
+            self._bury(worker, "")
+            return
+        self.finished += results
+        for _ in results:
+            worker.todo.popleft()
+        if failure:
+            raise RuntimeError(f"a decoder process failed:\n{failure}")
+
+    def _bury(self, worker: _Worker, reason: str) -> None:
+        """Replace a dead or hanging process, blame the item it was at, and hand its other work to the living."""
+        item = worker.current.value
+        if not reason:
+            worker.process.join(10.0)
+        code = worker.process.exitcode
+        worker.end()
+        lost = list(worker.todo)
+        self.workers.remove(worker)
+        if item in lost:
+            lost.remove(item)
+            self.deaths[item] = self.deaths.get(item, 0) + 1
+            if reason or self.deaths[item] >= ATTEMPTS:
+                self.finished.append((item, Death(reason or f"the process died decoding it ({_how(code)})")))
+            else:
+                self.again.append([item])
+        else:
+            self.deaths_without_work += 1
+            if self.deaths_without_work > 10 + 2 * len(self.workers):
+                raise DataError(
+                    f"expected decoder processes to run, got {self.deaths_without_work} that died at once "
+                    f"({_how(code)}); use fewer --workers, or more memory"
+                )
+        self.again.extend(lost[i : i + self.chunk] for i in range(0, len(lost), self.chunk))
+        self._start()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.end()
+
+
+def _how(code: int | None) -> str:
+    """Say what an exit code means: "SIGSEGV", "SIGKILL: out of memory?", "exit code 3"."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"{name}: out of memory?" if name == "SIGKILL" else name
+
+
+def _serve(work: Callable[[int], Any], pipe: Connection, current: Any, inherited: list[Connection]) -> None:
+    """Answer chunks until the other end of the pipe closes, which it also does when that process is killed."""
+    for other in inherited:
+        other.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable(logging.CRITICAL)  # what there is to say goes into the results
+    warnings.simplefilter("ignore")
+    try:
+        while True:
+            items, results, failure = pipe.recv(), [], ""
+            try:
+                for item in items:
+                    current.value = item
+                    results.append((item, work(item)))
+            except Exception:
+                failure = traceback.format_exc()
+            current.value = IDLE
+            pipe.send((results, failure))
+    except (EOFError, OSError):
+        pass

@@ -1,0 +1,106 @@
+"""The results as files and as text: bad_images.jsonl, clean.txt, summary.json. Read :func:`write_report` first."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .folder import written_whole
+from .results import BAD, SOUND, Results
+
+SIDES = (32, 64, 128, 224, 384, 512, 1024, 2048, 4096)
+TOP = 10
+
+
+def write_report(results: Results, folder: Path, dataset: str) -> dict[str, Any]:
+    """Write the three files into ``folder`` and return the summary. The same results give the same bytes."""
+    with written_whole(folder / "bad_images.jsonl") as file:
+        for i in np.flatnonzero(results.status == BAD).tolist():
+            file.write(json.dumps({"path": absolute(results.name(i)), "reason": results.reasons[i]}) + "\n")
+    unlisted = 0
+    with written_whole(folder / "clean.txt") as file:
+        for i in np.flatnonzero(results.status == SOUND).tolist():
+            path = absolute(results.name(i))
+            if "\n" in path or "\r" in path:
+                unlisted += 1
+            else:
+                file.write(path + "\n")
+    summary = summarize(results, dataset) | {"sound_but_not_listable": unlisted}
+    with written_whole(folder / "summary.json") as file:
+        file.write(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def absolute(name: str) -> str:
+    """Return the absolute path of an image named by its path; other names as they are."""
+    if os.path.isabs(name):
+        return name
+    return os.path.abspath(name) if os.path.exists(name) or os.path.exists(name.split("!", 1)[0]) else name
+
+
+def summarize(results: Results, dataset: str) -> dict[str, Any]:
+    """Return counts and histograms; formats, modes and sizes are those of the sound images."""
+    sound = results.status == SOUND
+    kinds = np.bincount(results.kind[sound], minlength=len(results.kinds)).tolist()
+    formats, modes, checkers = Counter[str](), Counter[str](), Counter[str]()
+    for (format, mode, by), count in zip(results.kinds, kinds, strict=True):
+        if count:
+            formats[format] += count
+            modes[mode] += count
+            checkers[by] += count if format == "JPEG" else 0
+    sizes = results.sizes[sound]
+    exact, counts = np.unique(sizes, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:TOP]
+    return {
+        "dataset": dataset,
+        "images": len(results.status),
+        "sound": int(sound.sum()),
+        "bad": int((results.status == BAD).sum()),
+        "reasons": _sorted(Counter(reason.split(":")[0] for reason in results.reasons.values())),
+        "worst_folders": dict(_bad_folders(results).most_common(TOP)),
+        "formats": _sorted(formats),
+        "modes": _sorted(modes),
+        "jpeg_checked_by": _sorted(+checkers),
+        "short_side": _histogram(sizes.min(axis=1) if len(sizes) else np.empty(0)),
+        "sizes": {f"{exact[k][0]}x{exact[k][1]}": int(counts[k]) for k in order.tolist()},
+        "megapixels_mean": round(float(sizes.prod(axis=1, dtype=np.int64).mean() / 1e6), 3) if len(sizes) else 0.0,
+    }
+
+
+def _bad_folders(results: Results) -> Counter[str]:
+    folders = Counter(os.path.dirname(results.name(i)) or "." for i in results.reasons)
+    return Counter(dict(sorted(folders.items())))
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _histogram(sides: np.ndarray) -> dict[str, int]:
+    """Return the number of images by their shorter side in pixels."""
+    places = np.bincount(np.searchsorted(SIDES, sides, side="right"), minlength=len(SIDES) + 1).tolist()
+    names = [f"<{SIDES[0]}", *(f"{a}-{b - 1}" for a, b in zip(SIDES, SIDES[1:], strict=False)), f">={SIDES[-1]}"]
+    return {name: count for name, count in zip(names, places, strict=True) if count}
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """Return the summary for people."""
+    lines = [f"images: {summary['images']:,}, sound: {summary['sound']:,}, bad: {summary['bad']:,}"]
+    for title, key in (("reasons", "reasons"), ("bad images by folder", "worst_folders"), ("formats", "formats"),
+                       ("modes", "modes")):  # fmt: skip
+        if summary[key]:
+            lines.append(f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in summary[key].items()))
+    if summary["short_side"]:
+        lines.append("shorter side, pixels:")
+        most = max(summary["short_side"].values())
+        for name, count in summary["short_side"].items():
+            lines.append(f"  {name:>10} {count:>10,} {'#' * -(-40 * count // most)}")
+        lines.append("most frequent sizes: " + ", ".join(f"{s} ({n:,})" for s, n in list(summary["sizes"].items())[:5]))
+    if summary["jpeg_checked_by"].get("pillow"):
+        lines.append("JPEG was checked with Pillow, which misses much silent damage: pip install simplejpeg, run again")
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""Listing folders: order, extensions, links, hidden files, progress, and what goes wrong."""
+
+import itertools
+import logging
+import os
+import sys
+import time
+
+import pytest
+
+from dinov2_custom.data import listing
+from dinov2_custom.data.listing import Listing, PatientMap, Progress, list_images
+from dinov2_custom.errors import DataError
+
+links = pytest.mark.skipif(sys.platform == "win32", reason="NOT CHECKED: symbolic links need rights on Windows")
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def test_nested_folders_in_sorted_order_with_all_extensions(tmp_path):
+    names = ["b/2.PNG", "a.jpg", "b/10.jpeg", "b/c/d/e.Tiff", "z.webp", "B.bmp", "m.tif"]
+    touch(tmp_path, *names, "notes.txt", "b/mask.npy", "noextension", "b/jpg")
+    assert list_images([str(tmp_path)]) == sorted(str(tmp_path / name) for name in names)
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    touch(tmp_path, *[f"{folder}/{i}.png" for folder in "cab" for i in (3, 1, 2)])
+    expected = list_images([str(tmp_path)])
+    scandir = os.scandir
+
+    class Reversed:
+        def __init__(self, folder):
+            with scandir(folder) as entries:
+                self.entries = sorted(entries, key=lambda e: e.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *exc):
+            return None
+
+    monkeypatch.setattr(listing.os, "scandir", Reversed)
+    assert list_images([str(tmp_path)]) == expected
+
+
+def test_hidden_files_and_folders_are_skipped(tmp_path):
+    touch(tmp_path, "seen.jpg", ".hidden.jpg", "._seen.jpg", ".cache/x.jpg")
+    assert list_images([str(tmp_path)]) == [str(tmp_path / "seen.jpg")]
+
+
+def test_several_roots_one_after_the_other_without_repeats(tmp_path):
+    touch(tmp_path, "z/1.jpg", "a/2.jpg", "a/inner/3.jpg")
+    roots = [str(tmp_path / "z"), str(tmp_path / "a"), str(tmp_path / "a" / "inner")]
+    found = list_images(roots)
+    assert [os.path.relpath(path, tmp_path) for path in found] == ["z/1.jpg", "a/2.jpg", "a/inner/3.jpg"]
+
+
+@links
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    touch(tmp_path / "data", "1.jpg")
+    touch(tmp_path / "elsewhere", "2.jpg")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "self").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "file.jpg").symlink_to(tmp_path / "elsewhere" / "2.jpg")
+    (tmp_path / "data" / "nowhere").symlink_to(tmp_path / "not there")
+    found = [os.path.relpath(path, tmp_path) for path in list_images([str(tmp_path / "data")])]
+    assert found == ["data/1.jpg", "data/file.jpg", "data/more/2.jpg"]
+
+
+def test_missing_roots_are_all_named(tmp_path):
+    touch(tmp_path, "file.jpg")
+    with pytest.raises(DataError) as e:
+        list_images([str(tmp_path / "nope"), str(tmp_path / "file.jpg"), str(tmp_path)])
+    assert f"{tmp_path / 'nope'} (missing)" in str(e.value) and "file.jpg (a file)" in str(e.value)
+    assert "expected folders" in str(e.value) and "train.dataset_path" in str(e.value)
+
+
+def test_folder_without_images_says_what_is_in_it(tmp_path):
+    touch(tmp_path, "a.heic", "b.heic", "c/README")
+    with pytest.raises(DataError) as e:
+        list_images([str(tmp_path)])
+    for words in (".jpg", "2 .heic", "1 files without extension", str(tmp_path), "convert"):
+        assert words in str(e.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="got no files in"):
+        list_images([str(tmp_path / "empty")])
+
+
+def test_unreadable_folder_is_skipped_and_said(tmp_path, monkeypatch, caplog):
+    touch(tmp_path, "1.jpg", "locked/2.jpg")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if folder.endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(listing.os, "scandir", refuse)
+    assert list_images([str(tmp_path)]) == [str(tmp_path / "1.jpg")]
+    assert "locked (PermissionError: Permission denied)" in caplog.text
+
+
+def test_order_is_that_of_the_sorted_paths(tmp_path):
+    names = [
+        "a.jpg",
+        "a/1.jpg",
+        "a-b/1.jpg",
+        "a.b/1.jpg",
+        "a/b/c.jpg",
+        "ab.jpg",
+        "a0/x.jpg",
+        "é.jpg",
+        "é/1.jpg",
+        "A.jpg",
+    ]
+    touch(tmp_path, *names)
+    assert list_images([str(tmp_path)]) == sorted(str(tmp_path / name) for name in names)
+
+
+@links
+def test_links_to_images_are_not_looked_at(tmp_path):
+    touch(tmp_path / "elsewhere", "1.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link.jpg").symlink_to(tmp_path / "elsewhere" / "1.jpg")
+    (tmp_path / "data" / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert [os.path.basename(path) for path in list_images([str(tmp_path / "data")])] == ["broken.jpg", "link.jpg"]
+
+
+def test_no_file_is_statted_or_opened(tmp_path, monkeypatch):
+    touch(tmp_path, *[f"{folder}/{i}.jpg" for folder in "ab" for i in range(20)])
+    statted = []
+    stat = os.stat
+    monkeypatch.setattr(listing.os, "stat", lambda place, **options: statted.append(place) or stat(place, **options))
+    monkeypatch.setattr("builtins.open", lambda *arguments: pytest.fail("a file was opened"))
+    assert len(list_images([str(tmp_path)])) == 40
+    assert sorted(set(map(str, statted))) == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_shards_in_a_folder_are_pointed_out(tmp_path):
+    touch(tmp_path, "a.tar", "b.tar")
+    with pytest.raises(DataError, match=r"got 2 \.tar in .*; give Tar:path="):
+        list_images([str(tmp_path)])
+
+
+def test_threads_give_the_same_order(tmp_path, monkeypatch):
+    touch(tmp_path, *[f"{a}/{b}/{i}.jpg" for a in "xyz" for b in range(20) for i in range(3)])
+    expected = list_images([str(tmp_path)])
+    monkeypatch.setattr(PatientMap, "waits", True)
+    assert list_images([str(tmp_path)]) == expected and len(expected) == 180
+
+
+def test_folder_that_goes_away_meanwhile_is_skipped(tmp_path, caplog):
+    touch(tmp_path, "1.jpg")
+    found = Listing()
+    assert list(found.chunks(str(tmp_path / "gone"))) == [] and "folder skipped" in caplog.text
+    assert found.others["unreadable folders"] == 1 and found.stamps == [(str(tmp_path / "gone"), None)]
+
+
+def test_slow_calls_go_to_threads_and_quick_ones_do_not():
+    def wait(i: int) -> int:
+        time.sleep(0.003)
+        return i
+
+    slow, quick = PatientMap(threads=8, probes=4), PatientMap(threads=8, probes=4)
+    assert list(slow.map(wait, range(40))) == list(range(40)) and slow.waits and slow.calls == 4
+    assert list(quick.map(lambda i: sum(range(20_000)) and i, range(40))) == list(range(40))
+    assert quick.calls == 40 or quick.waits  # a machine that is busy otherwise looks like one that waits
+    assert list(slow.map(wait, [])) == []
+
+
+def test_progress_is_logged_at_growing_intervals(caplog):
+    caplog.set_level(logging.INFO, "dinov2")
+    now = itertools.count(0, 0.25)
+    progress = Progress("listing", "files", clock=lambda: next(now))
+    for _ in range(80):
+        progress.add(1000)
+    progress.end("7 images")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "listing: 2000 files, 4000 files/s"
+    assert lines[1] == "listing: 6000 files, 4000 files/s"
+    assert lines[-1] == "listing done: 80000 files, 3951 files/s 20.2 s 7 images" and len(lines) == 6
+
+
+def test_quick_listing_logs_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "dinov2")
+    touch(tmp_path, "1.jpg")
+    list_images([str(tmp_path)])
+    assert caplog.text == ""

@@ -1,0 +1,215 @@
+"""Processes that build batches: order, death of one, signals, and nothing left behind."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2_custom.data.ring import MAX_DEATHS, Ring, describe_exit
+from dinov2_custom.errors import DataError
+from tests.data import ring_builders as builders
+from tests.data.ring_builders import IMAGES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+
+
+@pytest.fixture
+def start():
+    """Return a function that makes a ring, which is closed at the end."""
+    rings = []
+
+    def make(builder, num_workers=2, first_iteration=0, **options):
+        rings.append(Ring(builder, num_workers, first_iteration, **options))
+        return rings[-1]
+
+    yield make
+    for ring in rings:
+        ring.close()
+    assert not [child for child in multiprocessing.active_children() if child.name.startswith("data-")]
+
+
+def take(ring: Ring, number: int) -> list[tuple[list[int], list[str]]]:
+    """Return (values, result) of the next batches, having checked the arrays."""
+    found = []
+    for _ in range(number):
+        built = ring.next_batch()
+        values = built.arrays["values"].tolist()
+        squares = built.arrays["square"][:, 4].tolist()
+        assert all(square in (n**2, -1) for n, square in zip(values, squares, strict=True))
+        found.append((values, list(built.result)))
+        ring.release(built.slot)
+    return found
+
+
+def expected(number: int, first: int = 0) -> list[tuple[list[int], list[str]]]:
+    return [([IMAGES * i + k for k in range(IMAGES)], []) for i in range(first, first + number)]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+def test_batches_come_in_order(start, num_workers):
+    assert take(start(builders.Numbers(), num_workers, 4), 30) == expected(30, 4)
+
+
+@pytest.mark.parametrize("method", [m for m in ("spawn", "forkserver") if m in multiprocessing.get_all_start_methods()])
+def test_other_ways_to_start_processes(start, method, tmp_path):
+    ring = start(builders.KilledOnce(tmp_path), 1, start_method=method)
+    assert take(ring, 4) == expected(4)
+
+
+def test_a_held_slot_is_not_filled_again(start):
+    ring = start(builders.Numbers(), 1)
+    held = ring.next_batch()
+    before = held.arrays["values"].copy()
+    assert take(ring, 10) == expected(10, 1)
+    np.testing.assert_array_equal(held.arrays["values"], before)
+    ring.release(held.slot)
+    assert take(ring, 5) == expected(5, 11)
+
+
+def test_a_killed_process_is_replaced_and_the_image_named(start, tmp_path, caplog):
+    ring = start(builders.KilledOnce(tmp_path))
+    assert take(ring, 8) == expected(8)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "was killed by SIGKILL (out of memory?) while it read image-7.jpg; another one goes on" in caplog.text
+
+
+def test_an_image_that_kills_twice_counts_as_unreadable(start, caplog):
+    ring = start(builders.Deadly())
+    found = take(ring, 12)
+    assert [values for values, _ in found] == [values for values, _ in expected(12)]
+    bad = {i: result for i, (_, result) in enumerate(found) if result}
+    assert sorted(bad) == [2, 6]
+    assert bad[2] == ["two data-loading processes died of it, the last one ended with exit code 3"]
+    assert len(caplog.records) == 4
+
+
+def test_idle_process_that_is_killed_is_replaced(start, caplog):
+    ring = start(builders.Numbers(), 1)
+    take(ring, 3)
+    deadline = time.monotonic() + 20
+    while len(ring.done) < 2 and time.monotonic() < deadline:
+        ring._wait()
+    os.kill(ring.workers[0].process.pid, signal.SIGKILL)
+    assert take(ring, 6) == expected(6, 3)
+    assert "between two images" in caplog.text
+
+
+def test_processes_that_die_again_and_again_end_in_one_error(start, tmp_path):
+    ring = start(builders.Starving(tmp_path))
+    with pytest.raises(DataError, match=rf"got {MAX_DEATHS + 1} dead ones within.*image-\d+.jpg.*train.num_workers"):
+        take(ring, 20)
+
+
+def test_errors_of_the_builder_arrive_where_the_batch_is_asked_for(start):
+    ring = start(builders.Mistaken())
+    assert take(ring, 2) == expected(2)
+    with pytest.raises(DataError, match="a mistake at image 7") as e:
+        ring.next_batch()
+    assert "in accident" in str(e.value.__cause__)
+    with pytest.raises(RuntimeError, match="Local: cannot travel"):
+        start(builders.Unpicklable(), 1).next_batch()
+
+
+def test_more_processes_can_be_started_later(start):
+    ring = start(builders.Numbers(), 1, max_workers=3)
+    assert take(ring, 3) == expected(3)
+    ring.grow(9)
+    assert len(ring.workers) == 3 and take(ring, 20) == expected(20, 3)
+
+
+def test_close_ends_busy_processes_at_once_and_twice_does_nothing():
+    ring = Ring(builders.Slow(), 2, 0)
+    processes = [worker.process.pid for worker in ring.workers]
+    ring.close()
+    ring.close()
+    for pid in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_ring_that_is_dropped_takes_its_processes_along():
+    ring = Ring(builders.Slow(), 1, 0)
+    pid = ring.workers[0].process.pid
+    del ring
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+SCRIPT = """
+import os, signal, sys, time
+from dinov2_custom.data.ring import Ring
+from tests.data import ring_builders
+
+if __name__ == "__main__":
+    ring = Ring(ring_builders.Slow(), 2, 0, start_method=sys.argv[1])
+    signal.signal(signal.SIGINT, lambda *args: None)
+    signal.signal(signal.SIGTERM, lambda *args: None)
+    print(*(worker.process.pid for worker in ring.workers), flush=True)
+    if sys.argv[2] == "exit":
+        sys.exit(0)
+    os.killpg(0, signal.SIGINT)
+    os.killpg(0, signal.SIGTERM)
+    if sys.argv[2] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    for _ in range(6):
+        ring.release(ring.next_batch().slot)
+    print("went on", flush=True)
+    ring.close()
+"""
+
+
+def run(tmp_path, *args) -> tuple[subprocess.CompletedProcess, list[int]]:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", str(tmp_path / "script.py"), *args]
+    out, err = tmp_path / "out", tmp_path / "err"
+    with open(out, "w") as o, open(err, "w") as e:
+        code = subprocess.run(command, env=env, stdout=o, stderr=e, timeout=120, start_new_session=True).returncode
+    done = subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+    return done, [int(pid) for pid in done.stdout.splitlines()[0].split()]
+
+
+def alive(pids: list[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        try:
+            os.kill(pid, 0)
+            found.append(pid)
+        except ProcessLookupError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_signals_to_the_group_leave_the_processes_at_work_and_nothing_is_left(tmp_path, method):
+    done, pids = run(tmp_path, method, "go on")
+    assert (done.returncode, done.stderr) == (0, "") and "went on" in done.stdout
+    assert len(pids) == 2 and not alive(pids)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_program_that_ends_without_closing_leaves_nothing(tmp_path, method):
+    done, pids = run(tmp_path, method, "exit")
+    assert (done.returncode, done.stderr) == (0, "") and not alive(pids)
+
+
+def test_processes_end_when_the_main_one_was_killed(tmp_path):
+    done, pids = run(tmp_path, "fork", "die")
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(pids)
+
+
+def test_how_a_process_ended():
+    assert describe_exit(3) == "ended with exit code 3"
+    assert describe_exit(-signal.SIGSEGV) == "was killed by SIGSEGV"
+    assert describe_exit(-200) == "was killed by signal 200"

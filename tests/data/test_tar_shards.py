@@ -1,0 +1,194 @@
+"""Tar shards: the walk against the standard library's, names, truncation, patterns, errors."""
+
+import io
+import os
+import pickle
+import tarfile
+import tracemalloc
+
+import pytest
+
+from dinov2_custom.data.datasets import SourceDataset
+from dinov2_custom.data.tar_shards import Member, TarSource, expand_braces, find_files, walk_tar
+from dinov2_custom.errors import DataError
+from tests.data.pictures import encode, picture
+
+LONG = "a" * 90 + "/" + "b" * 120 + "/" + "é" * 80 + ".jpg"
+
+
+def write(path, files: dict[str, bytes], kind: int = tarfile.GNU_FORMAT, mode: str = "w") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, format=kind) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def by_tarfile(path) -> list[Member]:
+    with tarfile.open(path) as tar:
+        return [Member(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_walk_finds_what_the_standard_library_finds(tmp_path, kind):
+    deep = "d" * 40 + "/" + "n" * 90 + ".jpg"
+    files = {"0001.jpg": b"x" * 700, "0001.json": b"{}", "empty.png": b"", deep: b"y" * 512}
+    if kind != tarfile.USTAR_FORMAT:
+        files |= {LONG: b"z" * 513, "é/ü.jpg": b"w", "last.jpg": b"v"}
+    path = write(tmp_path / "x.tar", files, kind)
+    with tarfile.open(path, "a", format=kind) as tar:
+        folder, link, hard = tarfile.TarInfo("folder"), tarfile.TarInfo("link.jpg"), tarfile.TarInfo("hard.jpg")
+        folder.type, link.type, hard.type = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
+        link.linkname = hard.linkname = "0001.jpg"
+        for member in (folder, link, hard):
+            tar.addfile(member)
+        tar.addfile(tarfile.TarInfo("after.jpg"))
+    members = walk_tar(path)
+    assert members == by_tarfile(path)
+    assert [member.name for member in members] == [*files, "after.jpg"]
+
+
+def test_walk_reads_pax_sizes_global_headers_and_large_numbers(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "all = of them"}) as tar:
+        member = tarfile.TarInfo("a.jpg")
+        member.size, member.pax_headers = 5, {"size": "5", "mtime": "1.5", "note": "a=b"}
+        tar.addfile(member, io.BytesIO(b"12345"))
+        tar.addfile(tarfile.TarInfo("b.jpg"))
+    assert walk_tar(str(path)) == by_tarfile(path) and walk_tar(str(path))[0].size == 5
+    large = tarfile.TarInfo("large.jpg")
+    large.size = 9 << 30  # more than eleven octal digits
+    path.write_bytes(large.tobuf(tarfile.GNU_FORMAT))
+    assert walk_tar(str(path)) == [Member("large.jpg", 512, 9 << 30)]
+
+
+def test_walk_does_not_hold_the_contents(tmp_path):
+    path = write(tmp_path / "x.tar", {f"{i}.jpg": bytes(1 << 20) for i in range(8)})
+    tracemalloc.start()
+    assert len(walk_tar(path)) == 8
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_source_over_shards(tmp_path):
+    pictures = [encode(picture(8, 6, seed=i), "PNG") for i in range(6)]
+    for shard in range(3):
+        files = {f"{2 * shard + i:04d}.{kind}": data for i in range(2) for kind, data in (
+            ("PNG", pictures[2 * shard + i]), ("json", b"{}"), ("cls", b"3"))}  # fmt: skip
+        write(tmp_path / f"s-{shard:04d}.tar", files)
+    pattern = str(tmp_path / "s-{0000..0002}.tar")
+    source = TarSource(pattern)
+    assert len(source) == 6 and [source.read(i) for i in range(6)] == pictures
+    assert source.name(3) == f"{tmp_path}/s-0001.tar!0003.PNG"
+    assert source.parts() == [(str(tmp_path / f"s-000{i}.tar"), 2) for i in range(3)]
+    again = pickle.loads(pickle.dumps(source))
+    assert [again.read(i) for i in (5, 0, 3, 3)] == [pictures[i] for i in (5, 0, 3, 3)]
+    assert [TarSource(place).name(4) for place in (tmp_path, [tmp_path / "s-0002.tar", tmp_path])] == [
+        f"{tmp_path}/s-0002.tar!0004.PNG",
+        f"{tmp_path}/s-0001.tar!0002.PNG",
+    ]
+    image, target = SourceDataset(source)[2]
+    assert target == () and image.tobytes() == picture(8, 6, seed=2).tobytes()
+    assert sorted(os.listdir(tmp_path)) == ["s-0000.tar", "s-0001.tar", "s-0002.tar"]
+
+
+def test_hidden_members_are_no_images(tmp_path):
+    path = write(tmp_path / "x.tar", {"._a.jpg": b"0", "./a.jpg": b"1", "d/.b.jpg": b"2", "d/b.JPG": b"3"})
+    source = TarSource(path)
+    assert [source.read(i) for i in range(len(source))] == [b"1", b"3"]
+
+
+def test_index_of_shards_is_kept_until_one_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"22"})
+    os.utime(path, (1e9, 1e9))
+    TarSource(path, cache_from=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("dinov2_custom.data.tar_shards.walk_tar", None)  # so that walking again would fail
+        source = TarSource(path, cache_from=1)
+    assert source.read(1) == b"22" and source.index.file
+    write(tmp_path / "x.tar", {"a.jpg": b"333"})
+    assert len(TarSource(path, cache_from=1)) == 1 and TarSource(path, cache_from=1).read(0) == b"333"
+
+
+@pytest.mark.parametrize("left, readable, words", [
+    (512 + 512 + 512 + 700, 1, "ends in the middle of b.jpg"),  # in b's data
+    (512 + 512 + 512, 1, "ends in the middle of b.jpg"),  # right after b's header
+    (512 + 512 + 100, 1, "1 files before it are used"),  # in b's header
+    (512 + 512, 1, ""),  # between the two, without the end mark
+    (512 + 512 + 512 + 1024, 2, ""),  # only the end mark is missing
+])  # fmt: skip
+def test_truncated_tar_gives_what_is_there(tmp_path, caplog, left, readable, words):
+    path = write(tmp_path / "x.tar", {"a.jpg": b"1" * 512, "b.jpg": b"2" * 1024})
+    with open(path, "r+b") as file:
+        file.truncate(left)
+    source = TarSource(path)
+    assert words in caplog.text and (words or not caplog.text)
+    assert [source.read(i) for i in range(readable)] == [b"1" * 512, b"2" * 1024][:readable]
+    if len(source) > readable:
+        with pytest.raises(DataError, match=r"expected 1,024 bytes, got [\d,]+, the file ends there: .*x\.tar!b\.jpg"):
+            source.read(1)
+
+
+def test_damaged_header_ends_the_walk_with_a_word(tmp_path, caplog):
+    path = write(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"2"})
+    with open(path, "r+b") as file:
+        file.seek(1024 + 10)
+        file.write(b"!")
+    assert [member.name for member in walk_tar(path)] == ["a.jpg"]
+    assert "damaged tar" in caplog.text and "byte=1024" in caplog.text
+
+
+@pytest.mark.parametrize("mode, name", [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
+def test_compressed_tars_are_all_named(tmp_path, mode, name):
+    paths = [write(tmp_path / f"{i}.tar.z", {"a.jpg": b"1"}, mode=mode) for i in range(2)]
+    with pytest.raises(DataError, match=f"compressed with {name}.*decompress it.*; .*compressed with {name}") as e:
+        TarSource(paths)
+    assert all(path in str(e.value) for path in paths)
+
+
+def test_what_is_no_tar_or_has_no_image(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"hello " * 200)
+    with pytest.raises(DataError, match="expected an uncompressed tar: .*x.tar .it has no tar header"):
+        TarSource(tmp_path / "x.tar")
+    (tmp_path / "empty.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="expected images .* in tar files, got none in .*empty.tar"):
+        TarSource(tmp_path / "empty.tar")
+    write(tmp_path / "text.tar", {"a.txt": b"1"})
+    with pytest.raises(DataError, match="tar -tf"):
+        TarSource(tmp_path / "text.tar")
+    with pytest.raises(DataError) as e:
+        TarSource([tmp_path / "s-{0..2}.tar", tmp_path / "text.tar"])
+    assert all(f"s-{i}.tar (missing)" in str(e.value) for i in range(3)) and "train.dataset_path" in str(e.value)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="folder with none"):
+        TarSource(tmp_path / "folder")
+
+
+def test_shard_that_goes_away_is_a_data_error(tmp_path):
+    path = write(tmp_path / "x.tar", {"a.jpg": b"1"})
+    source = TarSource(path)
+    os.remove(path)
+    with pytest.raises(DataError, match=r"x\.tar!a\.jpg \(FileNotFoundError"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("pattern, expanded", [
+    ("a.tar", ["a.tar"]),
+    ("{0..2}", ["0", "1", "2"]),
+    ("{08..11}", ["08", "09", "10", "11"]),
+    ("{8..11}", ["8", "9", "10", "11"]),
+    ("{a,b}-{1..2}.tar", ["a-1.tar", "a-2.tar", "b-1.tar", "b-2.tar"]),
+    ("{x}/{0..1}", ["{x}/0", "{x}/1"]),
+    ("{", ["{"]),
+])  # fmt: skip
+def test_braces_expand_as_in_a_shell(pattern, expanded):
+    assert list(expand_braces(pattern)) == expanded
+
+
+def test_name_with_braces_that_exists_is_taken_as_it_is(tmp_path):
+    path = write(tmp_path / "s-{0..1}.tar", {"a.jpg": b"1"})
+    assert find_files([path], (".tar",), "tars") == [path]

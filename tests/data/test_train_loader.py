@@ -1,0 +1,155 @@
+"""TrainLoader with real images: processes that die, the number of processes chosen, everything left as it was."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+from dinov2_custom.data import loaders, train_loader, workers
+from dinov2_custom.data.datasets import ImageDataset
+from dinov2_custom.data.loaders import make_train_loader
+from dinov2_custom.data.workers import AutoWorkers
+from dinov2_custom.errors import DataError
+from tests.data.pictures import make_folder, train_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+NUM_IMAGES = 7
+
+
+class Deadly(ImageDataset):
+    """Reading 3.png ends a data-loading process, as a decoder's crash would."""
+
+    deadly = "3.png"
+
+    def get_image_data(self, index):
+        if self.name(index).endswith(self.deadly) and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().get_image_data(index)
+
+
+class Doomed(Deadly):
+    """Every image does."""
+
+    deadly = ".png"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    make_folder(tmp_path / "data", [f"{i}.png" for i in range(NUM_IMAGES)])
+    monkeypatch.setattr(train_loader, "at_most_cores", lambda num_workers: num_workers)
+    return str(tmp_path / "data")
+
+
+def equal(a: dict, b: dict) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k] for k, v in a.items())
+
+
+def take(folder, number, told=None, **train):
+    loader = make_train_loader(
+        train_config(folder, **train), rank=0, world_size=1, on_bad_image=lambda *story: (told or []).append(story)
+    )
+    return list(itertools.islice(loader, number))
+
+
+def test_an_image_that_kills_its_reader_is_reported_and_replaced(folder, monkeypatch, caplog):
+    monkeypatch.setattr(loaders, "make_dataset", lambda *, dataset_str: Deadly(dataset_str))
+    told = [("", "")]
+    found = take(folder, 9, told, num_workers=2, max_bad_fraction=0.5)
+    ((path, reason),) = told[1:]
+    assert path.endswith("3.png") and "two data-loading processes died of it" in reason
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * len(caplog.records)
+    assert caplog.text.count("was killed by SIGKILL") >= 2 and "3.png" in caplog.text
+
+    class Broken(ImageDataset):
+        def get_image_data(self, index):
+            if self.name(index).endswith("3.png"):
+                raise DataError("cannot be read")
+            return super().get_image_data(index)
+
+    monkeypatch.setattr(loaders, "make_dataset", lambda *, dataset_str: Broken(dataset_str))
+    assert all(equal(a, b) for a, b in zip(found, take(folder, 9, max_bad_fraction=0.5), strict=True))
+
+
+def test_images_that_all_kill_end_the_run_with_one_error(folder, monkeypatch):
+    monkeypatch.setattr(loaders, "make_dataset", lambda *, dataset_str: Doomed(dataset_str))
+    with pytest.raises(DataError, match="dead ones within|unreadable images"):
+        take(folder, 9, num_workers=2, max_bad_fraction=1.0)
+
+
+def test_auto_gives_the_same_batches_and_says_what_it_chose(folder, monkeypatch, caplog):
+    monkeypatch.setattr(workers, "num_cores", lambda: 3)
+    caplog.set_level("INFO", logger="dinov2")
+    found = take(folder, 14, num_workers="auto")
+    assert all(equal(a, b) for a, b in zip(found, take(folder, 14), strict=True))
+    assert caplog.text.count("(train.num_workers=auto): one makes") == 1
+
+
+def decide(build_s, step_s, cores, world_size=1):
+    auto = AutoWorkers(8, world_size, cores)
+    for _ in range(AutoWorkers.WARM_UP):
+        assert not auto.observe(100 * build_s, step_s)
+    decided = [auto.observe(build_s, step_s) for _ in range(12)]
+    assert decided.count(True) == 1 and decided[AutoWorkers.STEPS - AutoWorkers.WARM_UP - 1]
+    return auto.first, auto.chosen
+
+
+def test_auto_keeps_up_with_the_step_and_has_one_to_spare():
+    assert decide(build_s=0.4, step_s=0.1, cores=16) == (2, 5)
+    assert decide(build_s=0.01, step_s=0.1, cores=16) == (2, 2)
+    assert decide(build_s=5.0, step_s=0.1, cores=12) == (2, 12)
+    assert decide(build_s=5.0, step_s=0.1, cores=200) == (2, 16)
+    assert decide(build_s=5.0, step_s=0.0, cores=1) == (1, 1)
+    assert decide(build_s=5.0, step_s=0.1, cores=16, world_size=4) == (2, 4)
+
+
+def test_abandoned_batches_leave_no_process(folder):
+    loader = make_train_loader(train_config(folder, num_workers=2), rank=0, world_size=1)
+    batches = loader.batches(5)
+    next(batches)
+    assert [p for p in multiprocessing.active_children() if p.name.startswith("data-")]
+    del batches
+    assert not [p for p in multiprocessing.active_children() if p.name.startswith("data-")]
+
+
+def test_a_batch_stays_as_it_is_while_the_next_ones_are_built(folder):
+    batches = make_train_loader(train_config(folder, num_workers=1), rank=0, world_size=1).batches()
+    first = next(batches)
+    copy = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in first.items()}
+    for _ in range(8):
+        next(batches)
+    assert equal(first, copy)
+
+
+class FakeCudart:
+    """CUDA's runtime as far as pinning goes; ``error`` is what registering returns."""
+
+    def __init__(self, error: int):
+        self.error = error
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address, size, flags):
+        if not self.error:
+            self.registered[address] = size
+        return self.error
+
+    def cudaHostUnregister(self, address):
+        del self.registered[address]
+
+
+@pytest.mark.parametrize("error", [0, 801])
+def test_slots_are_pinned_once_and_given_back_or_it_is_said(folder, monkeypatch, caplog, error):
+    runtime = FakeCudart(error)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    caplog.set_level("INFO", logger="dinov2")
+    builder = make_train_loader(train_config(folder), rank=0, world_size=1).builder
+    ring = train_loader.PinnedRing(builder, 1, 0)
+    ring.release(ring.next_batch().slot)
+    assert list(runtime.registered.values()) == ([] if error else [ring.slots.whole.nbytes])
+    assert ("could not be pinned (CUDA error 801)" in caplog.text) == bool(error)
+    ring.close()
+    ring.close()
+    assert not runtime.registered

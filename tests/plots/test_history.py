@@ -1,0 +1,132 @@
+import json
+import math
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2_custom.errors import DataError
+from dinov2_custom.plots.args import get_history_args_parser
+from dinov2_custom.plots.history import PANELS, draw_history, main
+from dinov2_custom.plots.metrics_file import Run
+from dinov2_custom.plots.page import config_differences
+
+CONFIG = {"dino": {"head_n_prototypes": 256}, "crops": {"local_crops_number": 8}, "optim": {"base_lr": 0.004}}
+UPSTREAM = [
+    "iteration", "iter_time", "data_time", "lr", "wd", "mom", "last_layer_lr", "current_batch_size", "total_loss",
+    "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss",
+]  # fmt: skip
+OURS = [
+    "grad_norm_backbone", "grad_norm_dino_head", "teacher_entropy", "prototype_entropy", "images_per_s", "data_wait",
+    "memory_mib",
+]  # fmt: skip
+
+
+def rows(keys, count=5, step=10):
+    return [{"iteration": step * i} | {key: 1.0 + i / 10 for key in keys[1:]} for i in range(count)]
+
+
+def titles(figure):
+    return [axis.get_title(loc="left") for axis in figure.axes if axis.axison]
+
+
+def panel(figure, title):
+    return next(axis for axis in figure.axes if axis.get_title(loc="left") == title)
+
+
+def write(folder, keys=(*UPSTREAM, *OURS), config=CONFIG, count=5):
+    folder.mkdir()
+    lines = [json.dumps(row) for row in rows(keys, count)]
+    (folder / "training_metrics.json").write_text("\n".join([*lines, '{"iteration": 50, "total']))
+    (folder / "config.yaml").write_text(json.dumps(config))
+    return folder
+
+
+def draw(*arguments) -> int:
+    return main(get_history_args_parser().parse_args([str(a) for a in arguments]))
+
+
+def test_everything_a_run_reports_has_a_panel_with_a_unit():
+    figure = draw_history([Run("r", rows([*UPSTREAM, *OURS]), CONFIG)])
+    assert titles(figure) == [p.title for p in PANELS]
+    assert all(axis.get_xlabel() == "iteration" and axis.get_ylabel() for axis in figure.axes)
+
+
+def test_upstreams_rows_have_no_panels_of_ours():
+    figure = draw_history([Run("r", rows(UPSTREAM), {})])
+    gone = {"Teacher's assignments", "Gradient norm before clipping", "Throughput", "Peak memory of rank 0"}
+    assert set(titles(figure)) == {p.title for p in PANELS} - gone
+    wait = panel(figure, "Time spent waiting for data").lines[0]
+    np.testing.assert_allclose(wait.get_ydata(), 100.0)  # both times are equal in these rows
+
+
+def test_numbers_and_the_level_of_collapse():
+    figure = draw_history([Run("r", rows([*UPSTREAM, *OURS]), CONFIG)])
+    curves = panel(figure, "DINO loss").lines
+    np.testing.assert_array_equal(curves[0].get_xdata(), [0, 10, 20, 30, 40])
+    np.testing.assert_allclose(curves[0].get_ydata(), [2.0, 2.2, 2.4, 2.6, 2.8])  # local + global
+    np.testing.assert_allclose(curves[1].get_ydata(), [1.0, 1.1, 1.2, 1.3, 1.4])
+    assert curves[-1].get_ydata()[0] == pytest.approx(math.log(256))
+    assert [text.get_text() for text in panel(figure, "DINO loss").texts] == ["ln(prototypes) = 5.55"]
+    assert panel(figure, "Peak memory of rank 0").lines[0].get_ydata()[0] == pytest.approx(1 / 1024)
+
+
+def test_nan_and_missing_numbers_are_gaps():
+    some = rows(["iteration", "total_loss"])
+    some[1]["total_loss"], some[2]["total_loss"] = math.nan, None
+    line = panel(draw_history([Run("r", some, {})]), "Total loss").lines[0]
+    np.testing.assert_array_equal(line.get_xdata(), [0, 30, 40])
+
+
+def test_long_noisy_curves_are_smoothed_schedules_are_not():
+    figure = draw_history([Run("r", rows(["iteration", "total_loss", "lr"], count=1000), {})])
+    raw, smooth = panel(figure, "Total loss").lines
+    assert len(raw.get_xdata()) == 1000 and len(smooth.get_xdata()) < 1000
+    np.testing.assert_allclose(smooth.get_ydata(), 1 + smooth.get_xdata() / 100)  # of a straight line: on the line
+    assert [len(line.get_xdata()) for line in panel(figure, "Learning rate").lines] == [1000]
+
+
+def test_runs_are_told_apart_by_colour():
+    runs = [Run(name, rows(UPSTREAM), CONFIG) for name in ("a", "b")]
+    figure = draw_history(runs)
+    first, second = panel(figure, "Total loss").lines
+    assert first.get_color() != second.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert len({line.get_linestyle() for line in panel(figure, "DINO loss").lines[:3]}) == 3
+
+
+def test_files_of_one_run(tmp_path, capsys):
+    out = write(tmp_path / "<run>&co")
+    assert draw(out) == 0
+    assert capsys.readouterr().out.split("\n")[:2] == [str(out / "history.png"), str(out / "history.html")]
+    with Image.open(out / "history.png") as image:
+        assert min(image.size) > 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+    page = (out / "history.html").read_text()
+    assert "<svg" in page and "&lt;run&gt;&amp;co" in page and "<run>" not in page
+    assert not re.search(r"<script|<link|<img|src=|@import|url\((?!#)", page)
+    assert set(re.findall(r'(?:href)="([^#"][^"]*)"', page)) == set()
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.yaml", "history.html", "history.png", "training_metrics.json",
+    ]  # fmt: skip
+
+
+def test_comparison_shows_the_settings_that_differ(tmp_path):
+    other = {**CONFIG, "optim": {"base_lr": 0.001}, "train": {"output_dir": "x"}}
+    folders = [write(tmp_path / "a"), write(tmp_path / "b", config=other)]
+    assert draw(*folders, "--output-dir", tmp_path / "new" / "place") == 0
+    page = (tmp_path / "new" / "place" / "history.html").read_text()
+    assert "<td>optim.base_lr</td><td>0.004</td><td>0.001</td>" in page
+    assert config_differences([Run("a", [], CONFIG), Run("b", [], other)]) == [["optim.base_lr", "0.004", "0.001"]]
+
+
+def test_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(DataError, match=r"got none at .*nothing"):
+        draw(tmp_path / "nothing")
+
+
+def test_drawing_does_not_load_torch():
+    code = "import sys, dinov2_custom.plots.history, dinov2_custom.plots.page; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
