@@ -105,9 +105,14 @@ class _LogFileHandler(logging.FileHandler):
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Lines that do not tear an open progress bar; what the bar shows already is not printed beside it."""
+    """Lines that do not tear an open progress bar; what the bar shows already is not printed beside it.
+
+    Records with ``extra={"file_only": True}`` are left to the log file.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
         if getattr(record, "shown_by_bar", False) and progress.bar_is_open() and self.stream.isatty():
             return
         with progress.bar_set_aside(self.stream):

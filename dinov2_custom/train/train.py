@@ -284,7 +284,7 @@ def _run(args, rank: int, world_size: int) -> int:
             return write_newest_teacher(cfg, model)
         return do_train(cfg, model, loader, resume=not args.no_resume)
     except DINOv2Error as e:
-        logger.error(str(e))
+        logger.error(str(e), extra={"file_only": True})  # the caller tells the user
         raise
 
 
