@@ -1,5 +1,6 @@
 """Train on real photographs for a few minutes: python run/quickstart.py"""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 
 def main() -> int:
     args = get_args_parser(config_file=str(RECIPE)).parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as run/train/train.py
     from dinov2_custom.quickstart.main import main as quickstart
 
     try:

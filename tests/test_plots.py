@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.plots import patch_feature_map, pca_colours, plot_loss_curve, plot_rows, read_metrics
+from dinov2_custom.plots import (
+    average_neighbours,
+    patch_feature_map,
+    pca_colours,
+    plot_loss_curve,
+    plot_rows,
+    read_metrics,
+)
 
 
 class Position(torch.nn.Module):
@@ -46,6 +53,15 @@ def test_patch_feature_map_puts_cells_where_they_belong(step):
 def test_patch_feature_map_refuses(window, step):
     with pytest.raises(ConfigError, match=f"window {window}"):
         patch_feature_map(Position(), torch.zeros(3, 24, 24), window=window, step=step)
+
+
+def test_average_neighbours_is_a_mean_over_a_square():
+    features = np.random.default_rng(0).normal(size=(6, 5, 2))
+    got = average_neighbours(features, 1)
+    assert got.shape == features.shape
+    np.testing.assert_allclose(got[2, 3], features[1:4, 2:5].mean(axis=(0, 1)))
+    corner = features[[0, 0, 1, 0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 1, 1, 1]].mean(axis=0)
+    np.testing.assert_allclose(got[0, 0], corner)
 
 
 def test_pca_finds_the_planes_that_vary():

@@ -176,6 +176,7 @@ def eval_knn_with_model(
     transform = transform or make_classification_eval_transform()
     normalized = ModelWithNormalize(model, autocast_dtype)
     datasets = [make_dataset(dataset_str=text, transform=transform) for text in (train_dataset_str, val_dataset_str)]
+    check_labelled(("--train-dataset", train_dataset_str, datasets[0]), ("--val-dataset", val_dataset_str, datasets[1]))
     to_train_label = match_classes(*datasets)
     extracted: list[Tensor] = []
     for text, dataset in zip((train_dataset_str, val_dataset_str), datasets, strict=True):
@@ -201,6 +202,17 @@ def eval_knn_with_model(
     if distributed.is_main_process():
         _append_results(Path(output_dir) / "results_eval_knn.json", results)
     return results
+
+
+def check_labelled(*datasets: tuple[str, str, object]) -> None:
+    """Look for labels before any work.
+
+    Raises:
+        ConfigError: a dataset without them, as (flag, dataset string, dataset).
+    """
+    for flag, text, dataset in datasets:
+        if not hasattr(dataset, "get_targets"):
+            raise ConfigError(f"{flag}: expected images with labels, got {text}; write LabelledFolder:root={text}")
 
 
 def match_classes(train_dataset, val_dataset) -> Tensor | None:

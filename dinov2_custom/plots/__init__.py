@@ -7,6 +7,7 @@ of runs), ``loss_curve.py`` or ``features.py``.
 import importlib
 
 _MODULES = {
+    "average_neighbours": "features",
     "dino_loss": "metrics_file",
     "draw_history": "history",
     "patch_feature_map": "features",
@@ -17,6 +18,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "average_neighbours",
     "dino_loss",
     "draw_history",
     "patch_feature_map",

@@ -63,6 +63,16 @@ def patch_feature_map(
     return (total / count).numpy()
 
 
+def average_neighbours(features: np.ndarray, radius: int) -> np.ndarray:
+    """Replace every cell of a map (h, w, D) by the mean of the cells at most ``radius`` away; the border is repeated.
+
+    Single small patches mostly show edges and their direction; a neighbourhood shows the texture.
+    """
+    padded = np.pad(features, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
+    sides = (2 * radius + 1, 2 * radius + 1)
+    return np.lib.stride_tricks.sliding_window_view(padded, sides, axis=(0, 1)).mean(axis=(3, 4))
+
+
 def pca_colours(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Turn feature maps (h, w, D) into uint8 colours (h, w, 3): the first three principal components, of all maps.
 

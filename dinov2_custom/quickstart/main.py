@@ -1,6 +1,6 @@
 """Cut the tiles, train, measure, draw, report. Read :func:`main` first.
 
-Not the tiles (``photos.py``), the measuring (``measure.py``) or the figures (``plots.py``).
+Not the tiles (``photos.py``), the measuring (``measure.py``) or the figures (``plots/``).
 """
 
 from __future__ import annotations
@@ -17,14 +17,23 @@ from torch import nn
 
 from dinov2_custom.configs.load import check_output_dir, load_run_config
 from dinov2_custom.data.transforms import MaybeToTensor, Normalize
-from dinov2_custom.plots import dino_loss, patch_feature_map, pca_colours, plot_loss_curve, plot_rows, read_metrics
+from dinov2_custom.plots import (
+    average_neighbours,
+    dino_loss,
+    patch_feature_map,
+    pca_colours,
+    plot_loss_curve,
+    plot_rows,
+    read_metrics,
+)
 from dinov2_custom.quickstart.measure import NEIGHBOURS, Measurement, measure_run
 from dinov2_custom.quickstart.photos import Tiling, cut_photos, open_photo
 from dinov2_custom.train.train import main as train
 
 DEFAULT_TILING = Tiling()
-SHOWN = ("cat", "coffee", "motorcycle", "astronaut", "coins")
+SHOWN = ("cat", "coffee", "motorcycle", "astronaut", "coins", "tissue")
 PCA_STEP = 16
+POOL_RADIUS = 2
 
 
 def main(args: argparse.Namespace, tiling: Tiling = DEFAULT_TILING) -> int:
@@ -116,7 +125,13 @@ def draw_features(run: Path, window: int, untrained: nn.Module, trained: nn.Modu
     normalize = Normalize(**load_run_config(str(run / "config.yaml")).data.normalize)
     photos = [open_photo(name) for name in SHOWN]
     images = [normalize(MaybeToTensor()(photo.convert("L").convert("RGB"))) for photo in photos]
-    rows = {"photograph": [np.asarray(photo) for photo in photos]}
-    for label, backbone in (("untrained", untrained), ("trained", trained)):
-        rows[label] = pca_colours([patch_feature_map(backbone, image, window, PCA_STEP) for image in images])
-    plot_rows(rows, path, "Patch features, first three principal components as colours")
+    before, after = ([patch_feature_map(b, i, window, PCA_STEP) for i in images] for b in (untrained, trained))
+    rows = {
+        "photograph": [np.asarray(photo) for photo in photos],
+        "untrained": pca_colours([average_neighbours(one, POOL_RADIUS) for one in before]),
+        "trained": pca_colours([average_neighbours(one, POOL_RADIUS) for one in after]),
+        "single patches": pca_colours(after),
+    }
+    side = 2 * POOL_RADIUS + 1
+    title = f"Patch features, means of {side} x {side} patches; last row: the trained teacher's, patch by patch"
+    plot_rows(rows, path, title)

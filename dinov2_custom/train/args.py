@@ -17,7 +17,7 @@ examples:
     python run/train/train.py --config-file configs/vits.yaml --output-dir out train.dataset_path=/my/images
   a short run on a CPU, continued if the output directory has a checkpoint:
     python run/train/train.py --config-file configs/vits.yaml train.dataset_path=/my/images --output-dir out \\
-        optim.epochs=1 optim.warmup_epochs=0.1 train.batch_size_per_gpu=8
+        optim.epochs=2 optim.warmup_epochs=0.2 optim.freeze_last_layer_epochs=0 train.batch_size_per_gpu=8
 
 all keys: docs/configuration.md
 """

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from omegaconf import OmegaConf
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.data.loaders import make_train_loader
-from dinov2_custom.errors import DINOv2Error
+from dinov2_custom.errors import CheckpointError, DINOv2Error
 from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_sinks, setup_logging, truncate_after
 from dinov2_custom.parallel import GradientReducer
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
+from dinov2_custom.train.gradients import accumulate_gradients, over_all_ranks
 from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite, stop_requests
 from dinov2_custom.train.pretrained import load_pretrained_backbone
+from dinov2_custom.train.run_directory import changed_keys, locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import RunLength, describe_end, describe_run, run_length
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
@@ -137,6 +140,8 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
         return 0
     if resumed is None:
         start_student(cfg, model)
+    elif changes := changed_keys(out, cfg):
+        logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")
     write_config(cfg, str(out))
     for line in describe_run(cfg, model, length, loader.num_images, world_size):
         logger.info(line)
@@ -203,41 +208,6 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     return 0
 
 
-def accumulate_gradients(
-    cfg,
-    model: SSLMetaArch,
-    reducer: GradientReducer,
-    batch: dict,
-    batches: Iterator[dict],
-    teacher_temp: float,
-    generator: torch.Generator,
-) -> dict[str, torch.Tensor]:
-    """Run ``batch``, and the next ones of ``batches`` up to ``optim.accumulation_steps``; return their mean losses."""
-    count, sums = cfg.optim.accumulation_steps, {}
-    for index in range(count):
-        if index > 0:
-            batch = next(batches)
-        if index == count - 1:
-            reducer.arm()
-        losses = model.forward_backward(batch, teacher_temp, generator, micro_batch=(index, count))
-        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
-    reducer.finish()
-    return {name: value / count for name, value in sums.items()}
-
-
-def over_all_ranks(losses: dict[str, torch.Tensor], stop: list[int]) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the losses averaged over all processes, and the signal that any of them was asked to stop by, or 0."""
-    signum = stop[0] if stop else 0
-    if not distributed.is_enabled():
-        return losses, signum
-    values = torch.stack(list(losses.values())).float()
-    signals = values.new_zeros(64)
-    signals[signum] = 1.0
-    reduced = distributed.all_reduce(torch.cat((values, signals[1:])))
-    means, asked = reduced[: len(values)] / distributed.get_global_size(), reduced[len(values) :].nonzero().flatten()
-    return dict(zip(losses, means, strict=True)), int(asked[0]) + 1 if len(asked) else 0
-
-
 def start_student(cfg, model: SSLMetaArch) -> None:
     """Load ``student.pretrained_weights``, if any, into student and teacher backbones."""
     if cfg.student.pretrained_weights:
@@ -277,15 +247,18 @@ def _run(args, rank: int, world_size: int) -> int:
     for note in notes:
         logger.warning(note)
     try:
-        on_gpu = torch.cuda.is_available()
-        model = SSLMetaArch(cfg).to(torch.device("cuda", distributed.get_local_rank()) if on_gpu else "cpu")
-        model.prepare_for_distributed_training()
-        if args.eval_only:
-            return write_newest_teacher(cfg, model)
-        return do_train(cfg, model, loader, resume=not args.no_resume)
+        with locked(out) if rank == 0 else nullcontext():
+            return _train_or_write(args, cfg, loader)
     except DINOv2Error as e:
         logger.error(str(e), extra={"file_only": True})  # the caller tells the user
         raise
+
+
+def _train_or_write(args, cfg, loader) -> int:
+    on_gpu = torch.cuda.is_available()
+    model = SSLMetaArch(cfg).to(torch.device("cuda", distributed.get_local_rank()) if on_gpu else "cpu")
+    model.prepare_for_distributed_training()
+    return write_newest_teacher(cfg, model) if args.eval_only else do_train(cfg, model, loader, not args.no_resume)
 
 
 def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
@@ -293,6 +266,7 @@ def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
     optimizer = build_optimizer(cfg, model.get_params_groups())
     done = Checkpointer(Path(cfg.train.output_dir), model, optimizer).load_latest()
     if done is None:
-        start_student(cfg, model)
-    logger.info(f"teacher weights: {do_test(cfg, model, f'manual_{0 if done is None else done + 1}')}")
+        out = cfg.train.output_dir
+        raise CheckpointError(f"--eval-only: expected a run with a checkpoint, got none in {out}; check --output-dir")
+    logger.info(f"teacher weights: {do_test(cfg, model, f'manual_{done + 1}')}")
     return 0

@@ -6,6 +6,7 @@ Not here: what a caller does about tensors that do not fit. Read :func:`flat_sta
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ def read_weights(source: str | os.PathLike) -> Any:
         raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
     except Exception as e:  # torch raises many kinds on torn files
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        if isinstance(e, pickle.UnpicklingError):  # torch's own words advise to load it without the safeguard
+            reason = "no weight file, or one that holds more than tensors and plain values"
         raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
 
 

@@ -10,9 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinov2_custom.errors import CheckpointError, ConfigError, DataError, DINOv2Error
+from dinov2_custom.errors import CheckpointError, ConfigError, DataError, DINOv2Error, LaunchError
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.train import get_args_parser, main
+from dinov2_custom.train.run_directory import locked
 from dinov2_custom.train.train import build_schedulers
 from tests.train.batches import TINY, tiny_config
 
@@ -64,6 +65,7 @@ def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, ca
     assert train(f"train.dataset_path={images}", *RUN, "--output-dir", out, "evaluation.eval_period_iterations=3") == 0
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert files == {
+        ".lock",
         "config.yaml",
         "last_checkpoint",
         "logs/log.txt",
@@ -138,6 +140,27 @@ def test_eval_only_writes_the_newest_teacher(images, tmp_path):
     last = torch.load(out / "eval" / "training_7" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     manual = torch.load(out / "eval" / "manual_8" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     assert all(torch.equal(last[key], manual[key]) for key in last)
+
+
+def test_eval_only_needs_a_checkpoint(images, tmp_path):
+    with pytest.raises(CheckpointError, match="--eval-only: expected a run with a checkpoint"):
+        train(f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out", "--eval-only")
+
+
+def test_two_runs_cannot_share_a_directory(images, tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(LaunchError, match="without an active run"):
+            train(f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path)
+    assert train(f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path) == 0
+
+
+def test_a_resume_with_other_settings_says_which(images, tmp_path, capsys):
+    command = [f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out"]
+    train(*command)
+    train(*command, "optim.epochs=3", "train.num_workers=1", "train.seed=7")
+    log = capsys.readouterr().out
+    assert "other settings than before: train.seed: 0 -> 7; optim.epochs: 2 -> 3" in log
+    assert "num_workers: 0" not in log
 
 
 def test_an_epoch_can_be_a_pass_over_the_data(images, tmp_path, capsys):
