@@ -31,6 +31,7 @@ ALLOWED = {
     "utils.weights": {"errors"},
     "utils.utils": BASE | {"utils.weights"},
     "world": {"errors"},
+    "entry": {"errors"},
     "distributed": {"errors", "world"},
     "configs": {"errors"},
     "logging": {"errors", "distributed"},
@@ -53,6 +54,7 @@ LAZY_ONLY = {("run", "train")}  # allowed inside a function: the node imports it
 
 TORCH_FREE = [
     "errors",
+    "entry",
     "world",
     "configs",
     "configs.load",
