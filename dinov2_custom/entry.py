@@ -4,23 +4,48 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
+from types import ModuleType
 from typing import Any
 
 from dinov2_custom.errors import DINOv2Error
+from dinov2_custom.exit_codes import ERROR, stopped_by
 
 
-def run(module: str, args: Any, *, error_code: int = 1, quiet_threads: bool = False) -> int:
+def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool = False) -> int:
     """Import ``module``, call its ``main(args)`` and return the exit code; ``error_code`` after a DINOv2Error.
+
+    Ctrl-C ends it without a traceback, wherever it strikes.
 
     ``quiet_threads``: compute threads sleep while they wait. Spinning ones slow a CPU run tenfold when data loading
     shares the cores. Torch reads this when it is imported, so it has to be set here.
     """
     if quiet_threads:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    main = importlib.import_module(module).main
     try:
-        return main(args)
+        return _import_quietly(module).main(args)
     except DINOv2Error as e:
         print(f"error: {e}", file=sys.stderr)
         return error_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return stopped_by(signal.SIGINT)
+
+
+def _import_quietly(module: str) -> ModuleType:
+    """Import ``module``; a Ctrl-C then ends the process at once, as libraries print or swallow the exception."""
+    is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_pythons or threading.current_thread() is not threading.main_thread():
+        return importlib.import_module(module)
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        return importlib.import_module(module)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(signum: int, frame) -> None:
+    os.write(2, b"stopped by Ctrl-C\n")
+    os._exit(stopped_by(signum))

@@ -31,7 +31,8 @@ ALLOWED = {
     "utils.weights": {"errors"},
     "utils.utils": BASE | {"utils.weights"},
     "world": {"errors"},
-    "entry": {"errors"},
+    "exit_codes": set(),
+    "entry": {"errors", "exit_codes"},
     "distributed": {"errors", "world"},
     "configs": {"errors"},
     "logging": {"errors", "distributed"},
@@ -55,6 +56,7 @@ LAZY_ONLY = {("run", "train")}  # allowed inside a function: the node imports it
 TORCH_FREE = [
     "errors",
     "entry",
+    "exit_codes",
     "world",
     "configs",
     "configs.load",

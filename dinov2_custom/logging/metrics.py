@@ -131,6 +131,11 @@ class MetricLogger:
         self.delimiter = delimiter
         self.output_file = output_file
         self.sinks = sinks
+        self._ends = False
+
+    def end_after_this(self) -> None:
+        """Let :meth:`log_every` end after the present iteration, whose row is written."""
+        self._ends = True
 
     def update(self, **values: float | torch.Tensor) -> None:
         """Add one number to each named series; see :meth:`SmoothedValue.update` for tensors."""
@@ -182,6 +187,7 @@ class MetricLogger:
 
         A log line and a JSON row follow each iteration that is a multiple of ``print_freq``, and the last. On a
         terminal there is a bar too. Nothing is taken from ``iterable`` when the start is not before the end.
+        :meth:`end_after_this` makes any iteration the last.
 
         Args:
             header: first field of a log line.
@@ -198,12 +204,14 @@ class MetricLogger:
             return
         iter_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
         iteration, start = start_iteration, time.perf_counter()
+        self._ends = False
         with ProgressBar(n_iterations, initial=start_iteration, description=header) as bar:
             end = start
             for item in iterable:
                 data_time.update(time.perf_counter() - end)
                 yield item
-                writes = iteration % print_freq == 0 or iteration == n_iterations - 1
+                last = iteration == n_iterations - 1 or self._ends
+                writes = last or iteration % print_freq == 0
                 if writes:
                     _read_pending(self.meters.values())  # waits for the device, which belongs to the iteration's time
                 iter_time.update(time.perf_counter() - end)
@@ -215,7 +223,7 @@ class MetricLogger:
                     logger.info(self.delimiter.join(fields), extra={"shown_by_bar": bar.visible})
                 bar.update()
                 iteration += 1
-                if iteration >= n_iterations:
+                if last:
                     break
                 end = time.perf_counter()
         seconds, done = time.perf_counter() - start, iteration - start_iteration

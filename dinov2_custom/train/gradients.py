@@ -33,9 +33,11 @@ def accumulate_gradients(
     return {name: value / count for name, value in sums.items()}
 
 
-def over_all_ranks(losses: dict[str, torch.Tensor], stop: list[int]) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the losses averaged over all processes, and the signal that any of them was asked to stop by, or 0."""
-    signum = stop[0] if stop else 0
+def over_all_ranks(losses: dict[str, torch.Tensor], signum: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the losses averaged over all processes, and the signal that any of them was asked to stop by, or 0.
+
+    ``signum``: the one that asked this process, or 0.
+    """
     if not distributed.is_enabled():
         return losses, signum
     values = torch.stack(list(losses.values())).float()

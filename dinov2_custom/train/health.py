@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -117,23 +114,3 @@ def _parse(line: str) -> dict | None:
         return json.loads(line)
     except ValueError:  # torn by a kill
         return None
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the yielded list instead of dying of them; a second one acts as usual."""
-    received: list[int] = []
-    former = {}
-
-    def remember(signum: int, frame) -> None:
-        received.append(signum)
-        signal.signal(signum, former[signum])
-        logger.warning(f"{signal.Signals(signum).name} received: saving after this step, once more to stop at once")
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        former[signum] = signal.signal(signum, remember)
-    try:
-        yield received
-    finally:
-        for signum, handler in former.items():
-            signal.signal(signum, handler)

@@ -18,16 +18,18 @@ from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.errors import CheckpointError, DINOv2Error
+from dinov2_custom.exit_codes import DONE, stopped_by
 from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_sinks, setup_logging, truncate_after
 from dinov2_custom.parallel import GradientReducer
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
 from dinov2_custom.train.gradients import accumulate_gradients, over_all_ranks
-from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite, stop_requests
+from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite
 from dinov2_custom.train.pretrained import load_pretrained_backbone
 from dinov2_custom.train.run_directory import changed_keys, locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import RunLength, describe_end, describe_run, run_length
+from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
 from dinov2_custom.utils.schedules import CosineScheduler
@@ -119,7 +121,7 @@ def optimizer_step(cfg, model: SSLMetaArch, optimizer) -> dict[str, torch.Tensor
 
 
 def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
-    """Train ``model`` on ``loader`` and return the exit code: 0 when done, 128 + signal when asked to stop.
+    """Train ``model`` on ``loader`` and return the exit code, see ``exit_codes``.
 
     Raises:
         NumericsError: the loss or a gradient was non-finite in three steps running.
@@ -137,7 +139,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     iteration = 0 if resumed is None else resumed + 1
     if iteration >= length.total:
         logger.info(f"nothing to do: all {length.total:,} iterations are done; raise optim.epochs to go on")
-        return 0
+        return DONE
     if resumed is None:
         start_student(cfg, model)
     elif changes := changed_keys(out, cfg):
@@ -155,10 +157,15 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
     guard, alarm = StepGuard(scaled=model.fp16_scaler is not None), CollapseAlarm(model.num_prototypes)
     model.train()
 
-    with stop_requests() as stop, sinks:
+    with StopRequests() as stop, sinks:
         batches = loader.batches(iteration * cfg.optim.accumulation_steps, device=model.device)
         for batch in metrics.log_every(
-            batches, cfg.train.log_every, "Training", length.total, iteration, images_per_iteration=length.global_batch
+            batches,
+            cfg.train.log_every,
+            "Training",
+            length.total,
+            iteration,
+            images_per_iteration=length.global_batch,
         ):
             lr, wd, momentum, teacher_temp, last_layer_lr = (float(schedule[iteration]) for schedule in schedules)
             apply_optim_scheduler(optimizer, lr, wd, last_layer_lr)
@@ -168,7 +175,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
             model.diagnose = iteration % cfg.train.log_every == 0 or iteration == length.total - 1
             drop_path_draws = generator_for(cfg.train.seed, "drop_path", iteration, rank)
             losses = accumulate_gradients(cfg, model, reducer, batch, batches, teacher_temp, drop_path_draws)
-            losses, stop_signal = over_all_ranks(losses, stop)
+            losses, stop_signal = over_all_ranks(losses, stop.signum)
 
             # update, unless something is not finite
             grad_norms = optimizer_step(cfg, model, optimizer) if all_finite(losses) else {}
@@ -197,15 +204,18 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or stop_signal or (iteration + 1) % save_period == 0:
                 checkpoint_path = checkpointer.save(iteration, final=last, extra=sinks.state())
-            if stop_signal and not last:
-                logger.warning(f"stopped at iteration={iteration}; the same command goes on from {checkpoint_path}")
-                sinks.close(128 + stop_signal)
-                return 128 + stop_signal
+            if stop_signal:
+                metrics.end_after_this()
             iteration += 1
+        if not last:
+            sinks.close(stopped_by(stop_signal))
+            distributed.barrier()  # a launcher ends the others when the first one leaves
+            logger.warning(f"stopped after iteration={iteration - 1}; the same command goes on from {checkpoint_path}")
+            return stopped_by(stop_signal)
 
     for line in describe_end(cfg, teacher_path, checkpoint_path):
         logger.info(line)
-    return 0
+    return DONE
 
 
 def start_student(cfg, model: SSLMetaArch) -> None:

@@ -1,12 +1,10 @@
 import json
-import os
-import signal
 
 import pytest
 import torch
 
 from dinov2_custom.errors import NumericsError
-from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite, stop_requests
+from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite
 
 GOOD, BAD = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, {"a": torch.tensor(1.0), "b": torch.tensor(float("nan"))}
 
@@ -62,13 +60,3 @@ def test_bad_images_are_logged_once_also_after_a_restart(tmp_path):
     assert json.loads(lines[0]) == {"path": "a.png", "reason": "truncated"}
     assert json.loads(lines[-1]) == {"path": "b.png", "reason": "empty"}
     assert len(lines) == 3 and again.seen == {"a.png", "b.png"}
-
-
-def test_first_signal_is_remembered_and_the_second_acts():
-    with pytest.raises(KeyboardInterrupt):
-        with stop_requests() as stop:
-            assert stop == []
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop == [signal.SIGINT]
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

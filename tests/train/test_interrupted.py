@@ -11,11 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinov2_custom.utils.weights import read_weights
 from tests.train.batches import TINY
 from tests.train.test_train import rows, weights, write_images
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOTAL = 40
+STOPS = [
+    (signal.SIGINT, 130),
+    (signal.SIGTERM, 143),
+    (signal.SIGUSR1, 138),
+    (signal.SIGUSR2, 140),
+    (signal.SIGKILL, -9),
+]
 
 
 def command(images: Path, out: Path, total: int = TOTAL) -> list[str]:
@@ -58,7 +66,7 @@ def uninterrupted(images, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("signum", "code"), STOPS)
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(images, uninterrupted, tmp_path, signum, code):
     out = tmp_path / "out"
     process = start(images, out)
@@ -66,14 +74,62 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(images, uninterrup
     os.killpg(process.pid, signum)
     assert process.wait(timeout=60) == code
     assert not (out / "model_final.pth").exists()
+    if code > 0:  # saved after the step, whose row is there too
+        stopped_after = read_weights(out / (out / "last_checkpoint").read_text())["iteration"]
+        assert rows(out)[-1]["iteration"] == stopped_after
 
     assert start(images, out).wait(timeout=240) == 0
     log = (tmp_path / "out.log").read_text()
     assert "resumed from=" in log and "Traceback" not in log
     expected, got = weights(uninterrupted), weights(out)
     assert all(torch.equal(expected[key], got[key]) for key in expected)
-    written = [row["iteration"] for row in rows(out)]
-    assert written == sorted(set(written)) and written[-1] == TOTAL - 1
+    assert [row["iteration"] for row in rows(out)] == list(range(TOTAL)) or signum == signal.SIGKILL
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_a_save(images, tmp_path):
+    out = tmp_path / "out"
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = subprocess.Popen(
+        [*torchrun, *command(images, out)[1:]], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_checkpoint(launcher, out)
+    pid = int((out / "logs" / "log.txt.rank1").read_text().split()[2])
+    os.kill(pid, signal.SIGUSR1)
+    _, errors = launcher.communicate(timeout=60)
+    assert errors.count("exitcode  : 138") == 2 and "dinov2_custom/" not in errors, errors
+    saved = read_weights(out / (out / "last_checkpoint").read_text())["iteration"]
+    assert rows(out)[-1]["iteration"] == saved < TOTAL - 1
+
+
+def test_ctrl_c_while_libraries_are_loaded_leaves_no_traceback(tmp_path):
+    slow = tmp_path / "slow_library.py"
+    slow.write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    script = "import sys\nfrom dinov2_custom import entry\nsys.exit(entry.run('slow_library', None))"
+    env = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+    options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], **options)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "stopped by Ctrl-C\n" and process.returncode == 130
+
+
+def test_ctrl_c_before_the_first_step_leaves_no_traceback(images, tmp_path):
+    started = tmp_path / "started"
+    script = (
+        "import sys, time, pathlib\nfrom dinov2_custom import entry\nimport dinov2_custom.train.train as t\n"
+        f"def slow(*a, **k): pathlib.Path({str(started)!r}).touch(); time.sleep(60)\n"
+        "t.make_train_loader = slow\n"
+        "sys.exit(entry.run('dinov2_custom.train.train', t.get_args_parser().parse_args()))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    arguments = [sys.executable, "-c", script, *command(images, tmp_path / "out")[2:]]
+    process = subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "stopped by Ctrl-C\n" and process.returncode == 130
 
 
 def test_killed_at_three_random_moments(images, uninterrupted, tmp_path):

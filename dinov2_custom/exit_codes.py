@@ -1,0 +1,39 @@
+"""What a process of ours ends with, for shells, launchers and schedulers. Read :func:`is_worth_a_restart`.
+
+=========  ==================================================================================================
+0          done, or nothing to do
+1          a mistake or fault that a person has to look at; one line of error, or a traceback, is in the log
+2          a command line that cannot be understood
+75         another process of the job is gone or hangs; the same command goes on from the newest checkpoint
+128 + n    asked to stop by signal n: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2; in training, saved first
+=========  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import signal
+
+DONE = 0
+ERROR = 1
+USAGE = 2
+LOST_PROCESS = 75  # sysexits.h calls it EX_TEMPFAIL: try again
+# a user's Ctrl-C, a kill, and what schedulers send some minutes before they take a node away
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+
+
+def stopped_by(signum: int) -> int:
+    """Return the exit code of a run that signal ``signum`` asked to stop."""
+    return 128 + signum
+
+
+def is_worth_a_restart(code: int) -> bool:
+    """Return whether the same command, started again by a machine, has work to do and a chance to do it.
+
+    So after a preemption, a kill (negative codes are Python's for a child killed by a signal) and a lost process; not
+    after the end, a mistake, or a person's Ctrl-C.
+    """
+    if code < 0:
+        code = stopped_by(-code)
+    return code == LOST_PROCESS or (code > 128 and code != stopped_by(signal.SIGINT))
