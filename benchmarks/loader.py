@@ -27,7 +27,8 @@ from benchmarks.data_pipeline import InMemory
 from dinov2_custom.data.augmentations import DataAugmentationDINO
 from dinov2_custom.data.masking import MaskingGenerator
 from dinov2_custom.data.ring import Ring
-from dinov2_custom.data.train_batches import Masks, TrainBatches
+from dinov2_custom.data.step_masks import Masks
+from dinov2_custom.data.train_batches import TrainBatches
 from dinov2_custom.data.train_samples import TrainSamples
 
 BATCH, WORKERS = 32, 2

@@ -22,7 +22,8 @@ from .holdout import split_off
 from .masking import MaskingGenerator
 from .samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
 from .spec import parse_dataset
-from .train_batches import Masks, TrainBatches
+from .step_masks import Masks
+from .train_batches import TrainBatches
 from .train_loader import TrainLoader
 from .train_samples import BadImages, TrainSamples
 from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -147,7 +148,12 @@ def make_train_loader(
     samples = TrainSamples(dataset, augment, cfg.train.seed, dct_scaling=_get(cfg, "data.dct_scaling", False))
     samples.probe()
     builder = TrainBatches(
-        samples, make_masks(cfg), batch_size=cfg.train.batch_size_per_gpu, rank=rank, world_size=world_size
+        samples,
+        make_masks(cfg),
+        batch_size=cfg.train.batch_size_per_gpu,
+        rank=rank,
+        world_size=world_size,
+        accumulation_steps=_get(cfg, "optim.accumulation_steps", 1),
     )
     return TrainLoader(
         builder,
@@ -175,7 +181,7 @@ def make_augmentation(cfg: Any) -> DataAugmentationDINO:
 
 
 def make_masks(cfg: Any) -> Masks:
-    """Return how ``cfg`` wants the masks of a batch.
+    """Return how ``cfg`` wants the masks of a step.
 
     A rectangle of a mask has at most half the patches, rounded down from left to right as upstream does.
     """

@@ -1,34 +1,24 @@
 """From an iteration to the uint8 arrays of its batch, and from those to what the model takes.
 
-:class:`TrainBatches` is what a data-loading process runs, a pure function of (seed, iteration, rank);
+:class:`TrainBatches` is what a data-loading process runs, a pure function of (seed, draw numbers);
 :func:`unpack` is the main process's part. Not in here: processes (``ring``). Read :meth:`TrainBatches.build` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dinov2_custom.utils.rng import random_for
-
 from . import image_ops as ops
 from .augmentations import render_into
-from .collate import describe_masks, draw_masks
+from .collate import describe_masks
 from .finish import NUM_PARAMETERS, Finisher, pack_draw
 from .slots import Field
+from .step_masks import Masks, Step, masks_of_draws
 from .train_samples import BadRecord, TrainSample, TrainSamples
-
-
-class Masks(NamedTuple):
-    """How the masks of a batch are drawn; see ``collate.draw_masks``."""
-
-    ratios: Sequence[float]
-    probability: float
-    n_tokens: int
-    generator: Callable[..., np.ndarray]
 
 
 class Report(NamedTuple):
@@ -40,8 +30,9 @@ class Report(NamedTuple):
 
 
 class TrainBatches:
-    """Build the batch of any iteration: iteration i of the whole job has the draws [i*b*W, (i+1)*b*W), of which rank r
-    takes the r-th block of b = ``batch_size``. ``late_colours``: leave the colours to the device."""
+    """Build any batch: the i-th of the whole job has the draws ``first_draw`` + [i*b*W, (i+1)*b*W), of which rank r
+    takes the r-th block of b = ``batch_size``; ``accumulation_steps`` of them make one step, and masks are spread over
+    a step. ``late_colours``: leave the colours to the device."""
 
     def __init__(
         self,
@@ -51,6 +42,8 @@ class TrainBatches:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        accumulation_steps: int = 1,
+        first_draw: int = 0,
         late_colours: bool = False,
     ):
         self.samples = samples
@@ -58,6 +51,8 @@ class TrainBatches:
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self.accumulation_steps = accumulation_steps
+        self.first_draw = first_draw
         self.late_colours = late_colours
 
     @property
@@ -75,6 +70,16 @@ class TrainBatches:
                 fields[f"{kind}_colours"] = Field((number, b, NUM_PARAMETERS), np.float32)
         return fields
 
+    def draws(self, iteration: int) -> range:
+        """Return this rank's draws of batch ``iteration``."""
+        first = self.first_draw + (iteration * self.world_size + self.rank) * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def step(self, iteration: int) -> Step:
+        """Return the draws of all ranks of the step that batch ``iteration`` belongs to."""
+        size = self.accumulation_steps * self.world_size * self.batch_size
+        return Step(self.first_draw + iteration // self.accumulation_steps * size, size)
+
     def name(self, index: int) -> str:
         """Return the path of image ``index``."""
         return self.samples.dataset.name(index)
@@ -86,26 +91,19 @@ class TrainBatches:
     def build(
         self, iteration: int, arrays: dict[str, np.ndarray], note: Callable[[int], Any] = lambda index: None
     ) -> Report:
-        """Fill ``arrays`` (of :attr:`fields`) with the batch of ``iteration``; ``note``: see ``TrainSamples.find``."""
-        first = (iteration * self.world_size + self.rank) * self.batch_size
+        """Fill ``arrays`` (of :attr:`fields`) with batch ``iteration``; ``note``: see ``TrainSamples.find``."""
+        draws = self.draws(iteration)
         bad: list[BadRecord] = []
         complete = True
-        for position in range(self.batch_size):
-            sample = self.samples.find(first + position, note)
+        for position, draw in enumerate(draws):
+            sample = self.samples.find(draw, note)
             bad += sample.bad
             if sample.pixels is None:
                 complete = False
             elif complete:
                 self._cut(sample, arrays, position)
-        masks, upperbound = draw_masks(
-            2 * self.batch_size,
-            self.masks.ratios,
-            self.masks.probability,
-            self.masks.n_tokens,
-            self.masks.generator,
-            random_for(self.samples.seed, "masks", first),
-        )
-        arrays["masks"][...] = masks.numpy()
+        step = self.step(iteration)
+        arrays["masks"][...], upperbound = masks_of_draws(self.masks, self.samples.seed, step, draws)
         return Report(complete, upperbound, bad)
 
     def _cut(self, sample: TrainSample, arrays: dict[str, np.ndarray], position: int) -> None:

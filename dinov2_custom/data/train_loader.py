@@ -30,7 +30,8 @@ logger = logging.getLogger("dinov2")
 class TrainLoader:
     """An endless sequence of collated batches of one rank, the same whatever ``num_workers`` is.
 
-    ``num_images``: images to train on. ``draws``: number of the job's next draw, (iteration * batch * world).
+    ``num_images``: images to train on. ``draws``: number of the job's next draw, which a resumed run gives to
+    :meth:`batches`.
     ``num_workers``: processes, 0: none but this one, "auto": as many as keep up. ``colours``: where the colour changes
     are made, "cpu" | "device" | "auto" (on the device if it is not a CPU); the pixels are the same.
     """
@@ -57,16 +58,18 @@ class TrainLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.batches(self.start_iteration)
 
-    def batches(self, start_iteration: int = 0, device: torch.device | str = "cpu") -> Iterator[dict[str, Any]]:
-        """Yield the batches of iteration ``start_iteration`` and after, their crops on ``device``.
+    def batches(
+        self, start_iteration: int = 0, device: torch.device | str = "cpu", *, first_draw: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the batches from ``start_iteration`` on, counted from ``first_draw``; their crops on ``device``.
 
         Raises:
             DataError: too many images cannot be read, or the data-loading processes die again and again.
         """
         device = torch.device(device)
         batch_size, world_size = self.builder.batch_size, self.builder.world_size
-        self.draws = start_iteration * batch_size * world_size
-        source, auto = self._source(start_iteration, device)
+        self.draws = first_draw + start_iteration * batch_size * world_size
+        source, auto = self._source(start_iteration, device, first_draw)
         try:
             while True:
                 built = source.next_batch()
@@ -88,9 +91,10 @@ class TrainLoader:
         finally:
             source.close()
 
-    def _source(self, start_iteration: int, device: torch.device) -> tuple[Any, AutoWorkers | None]:
+    def _source(self, start_iteration: int, device: torch.device, first_draw: int) -> tuple[Any, AutoWorkers | None]:
         """Start what builds the batches; with it, for ``num_workers`` "auto", who chooses the number of processes."""
         builder = copy.copy(self.builder)
+        builder.first_draw = first_draw
         builder.late_colours = self.colours == "device" or (self.colours == "auto" and device.type != "cpu")
         if not builder.late_colours:
             colour_changer()  # compile before the processes need it

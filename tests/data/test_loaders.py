@@ -19,9 +19,11 @@ from dinov2_custom.data import (
     train_loader,
     workers,
 )
+from dinov2_custom.data.collate import describe_masks
 from dinov2_custom.data.datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder
 from dinov2_custom.data.loaders import make_augmentation, make_masks, make_train_loader
 from dinov2_custom.data.samplers import permuted_index
+from dinov2_custom.data.step_masks import Step, masks_of_draws
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.utils.rng import random_for
 from tests.data.datasets.test_image_net_22k import write_tar
@@ -155,11 +157,11 @@ def test_batch_is_what_the_classes_for_users_give(folder):
         draws = (2 * iteration, 2 * iteration + 1)
         images = [dataset[permuted_index(draw, 7, 0)][0] for draw in draws]
         samples = [augment(image, rng=random_for(0, "augment", n)) for image, n in zip(images, draws, strict=True)]
-        expected = collate_data_and_cast(
-            samples, masks.ratios, masks.probability, torch.float32, masks.n_tokens, masks.generator,
-            rng=random_for(0, "masks", draws[0]),
-        )  # fmt: skip
-        assert equal(batch, expected)
+        of_users = collate_data_and_cast(
+            samples, masks.ratios, masks.probability, torch.float32, masks.n_tokens, masks.generator
+        )
+        drawn, upperbound = masks_of_draws(masks, 0, Step(draws[0], 2), draws)
+        assert equal(batch, of_users | describe_masks(torch.from_numpy(drawn), upperbound))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -211,6 +213,35 @@ def test_ranks_have_different_parts_of_the_same_draws(folder):
         for mine, all_of_it in zip(half, alone, strict=True):
             expected = all_of_it["collated_global_crops"].unflatten(0, (2, 4))[:, 2 * rank : 2 * rank + 2].flatten(0, 1)
             assert torch.equal(mine["collated_global_crops"], expected)
+
+
+def test_masks_do_not_depend_on_how_a_step_is_cut(folder):
+    (whole,) = batches(folder, number=1, batch_size_per_gpu=8, start_iteration=2)
+    expected = whole["collated_masks"].unflatten(0, (2, 8))
+    for processes, accumulated in ((1, 2), (2, 1), (2, 2), (4, 1), (8, 1)):
+        size, parts = 8 // processes // accumulated, []
+        for part in range(accumulated):
+            for rank in range(processes):
+                cfg = train_config(folder, batch_size_per_gpu=size)
+                cfg.optim = SimpleNamespace(accumulation_steps=accumulated)
+                loader = make_train_loader(cfg, rank=rank, world_size=processes)
+                batch = next(loader.batches(2 * accumulated + part))
+                parts.append(batch["collated_masks"].unflatten(0, (2, size)))
+        assert torch.equal(torch.cat(parts, dim=1), expected)
+    assert expected.any(-1).sum() == 8
+
+
+def test_another_batch_size_goes_on_at_the_draw_where_the_former_stopped(folder):
+    loader = make_train_loader(train_config(folder, batch_size_per_gpu=3), rank=0, world_size=1)
+    for _ in zip(range(3), loader.batches(), strict=False):
+        pass
+    assert loader.draws == 9
+    other = make_train_loader(train_config(folder, batch_size_per_gpu=2), rank=0, world_size=1)
+    found = next(other.batches(first_draw=loader.draws))["collated_global_crops"].unflatten(0, (2, 2))
+    expected = batches(folder, 12, batch_size_per_gpu=1)
+    for i in (0, 1):
+        assert torch.equal(found[:, i], expected[9 + i]["collated_global_crops"])
+    assert other.draws == 11
 
 
 def test_another_seed_gives_other_batches(folder):
