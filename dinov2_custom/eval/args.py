@@ -47,12 +47,12 @@ def get_args_parser(
 
 
 def get_knn_args_parser(
-    description: str | None = "Classify by the nearest neighbours of frozen features.",
+    description: str | None = None,
     parents: Sequence[argparse.ArgumentParser] = (),
     add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """Return the parser of the kNN evaluation."""
-    parser = get_args_parser(description, parents, add_help)
+    parser = get_args_parser(description or "Classify by the nearest neighbours of frozen features.", parents, add_help)
     parser.add_argument(
         "--train-dataset",
         dest="train_dataset_str",

@@ -15,17 +15,27 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from dinov2_custom import distributed
-from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
+from dinov2_custom.eval.datasets import open_pair
 from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
+from dinov2_custom.eval.results import append_lines
 from dinov2_custom.eval.setup import setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 
-__all__ = ["KnnModule", "eval_knn", "eval_knn_with_model", "get_args_parser", "leave_one_out_accuracy", "main"]
+__all__ = [
+    "KnnModule",
+    "eval_knn",
+    "eval_knn_features",
+    "eval_knn_with_model",
+    "get_args_parser",
+    "leave_one_out_accuracy",
+    "main",
+]
 
 logger = logging.getLogger("dinov2")
 _QUERIES_A_STEP = 256
@@ -41,24 +51,31 @@ class KnnModule(nn.Module):
         train_labels: (N,) in 0..num_classes-1.
         nb_knn: numbers of neighbours to score with.
         T: temperature of the softmax over the max(nb_knn) similarities that weighs the votes.
+        device: where to compute; None: where ``train_features`` are.
 
     Source: Wu et al. 2018 (instance discrimination), section 3.4; upstream ``eval/knn.py``.
     """
 
     def __init__(
-        self, train_features: Tensor, train_labels: Tensor, nb_knn: Sequence[int], T: float, num_classes: int
+        self,
+        train_features: Tensor,
+        train_labels: Tensor,
+        nb_knn: Sequence[int],
+        T: float,
+        device: str | torch.device | None = None,
+        num_classes: int = 1000,
     ) -> None:
         super().__init__()
-        self.train_features, self.train_labels = train_features, train_labels
+        self.train_features, self.train_labels = train_features.to(device), train_labels.to(device)
         self.nb_knn, self.T, self.num_classes = list(nb_knn), T, num_classes
 
-    def forward(self, features: Tensor, exclude: Tensor | None = None) -> dict[int, Tensor]:
-        """Return ``{k: class scores (B, C)}``, rows summing to at most 1, for ``features`` (B, D) of length 1.
+    def forward(self, features_rank: Tensor, exclude: Tensor | None = None) -> dict[int, Tensor]:
+        """Return ``{k: class scores (B, C)}``, rows summing to at most 1, for ``features_rank`` (B, D) of length 1.
 
         Args:
             exclude: (B,) index of a training feature that has no vote on each row.
         """
-        similarity = features.to(self.train_features.device) @ self.train_features.T
+        similarity = features_rank.to(self.train_features.device) @ self.train_features.T
         available = len(self.train_features)
         if exclude is not None:
             similarity.scatter_(1, exclude[:, None].to(similarity.device), float("-inf"))
@@ -66,13 +83,13 @@ class KnnModule(nn.Module):
         nearest, indices = similarity.topk(min(max(self.nb_knn), available), dim=1)
         weights = F.softmax(nearest / self.T, dim=1)
         labels = self.train_labels[indices]
-        scores = {k: weights.new_zeros(len(features), self.num_classes) for k in self.nb_knn}
+        scores = {k: weights.new_zeros(len(features_rank), self.num_classes) for k in self.nb_knn}
         for k, votes in scores.items():
             votes.scatter_add_(1, labels[:, :k], weights[:, :k])
         return scores
 
 
-def eval_knn(
+def eval_knn_features(
     train_features: Tensor,
     train_labels: Tensor,
     val_features: Tensor,
@@ -85,6 +102,8 @@ def eval_knn(
     n_tries: int = 1,
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
     """Classify ``val_features`` (M, D) by ``train_features`` (N, D), both with rows of length 1.
+
+    With several processes, which must all have all features, each classifies its share.
 
     Args:
         n_per_class_list: training images kept a class, -1 for all; only numbers of neighbours up to it are used, and
@@ -109,7 +128,7 @@ def eval_knn(
             tries = [_subset(train_labels, n_per_class, seed) for seed in range(n_tries)]
         scores: dict[int, list[dict[str, Tensor]]] = {k: [] for k in ks}
         for chosen in (indices.to(train_labels.device) for indices in tries):
-            module = KnnModule(train_features[chosen], train_labels[chosen], ks, temperature, num_classes)
+            module = KnnModule(train_features[chosen], train_labels[chosen], ks, temperature, num_classes=num_classes)
             metrics = {k: build_topk_accuracy_metric(accuracy_averaging, num_classes) for k in ks}
             _classify(module, val_features, val_labels, metrics)
             for k in ks:
@@ -119,10 +138,43 @@ def eval_knn(
     return results
 
 
+def eval_knn(
+    model: nn.Module,
+    train_dataset: Dataset,
+    val_dataset: Dataset,
+    accuracy_averaging: AccuracyAveraging,
+    nb_knn: Sequence[int],
+    temperature: float,
+    batch_size: int,
+    num_workers: int,
+    gather_on_cpu: bool,
+    n_per_class_list: Sequence[int] = (-1,),
+    n_tries: int = 1,
+) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """Extract the features of two labelled datasets with ``model``, which gives rows of length 1, and compare them.
+
+    Returns what :func:`eval_knn_features` does.
+    """
+    extracted: list[Tensor] = []
+    for name, dataset in (("train", train_dataset), ("val", val_dataset)):
+        logger.info(f"features: {name} images={len(dataset)}")
+        extracted += extract_features(model, dataset, batch_size, num_workers, gather_on_cpu)
+    if max(nb_knn) > len(extracted[0]):
+        logger.warning(f"{max(nb_knn)} neighbours asked for, all {len(extracted[0])} training images vote")
+    return eval_knn_features(
+        *extracted,
+        nb_knn=nb_knn,
+        temperature=temperature,
+        accuracy_averaging=accuracy_averaging,
+        n_per_class_list=n_per_class_list,
+        n_tries=n_tries,
+    )
+
+
 def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> float:
     """Return the top-1 accuracy of classifying each row of ``features`` (N, D), of length 1, by all the others."""
     num_classes = int(labels.max()) + 1
-    module = KnnModule(features, labels, [k], temperature, num_classes)
+    module = KnnModule(features, labels, [k], temperature, num_classes=num_classes)
     metrics = {k: build_topk_accuracy_metric(AccuracyAveraging.MEAN_ACCURACY, num_classes, (1,))}
     _classify(module, features, labels, metrics, leave_one_out=True)
     return float(metrics[k].compute()["top-1"])
@@ -131,10 +183,13 @@ def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 20, temper
 def _classify(
     module: KnnModule, features: Tensor, labels: Tensor, metrics: dict[int, MetricCollection], leave_one_out=False
 ) -> None:
-    for rows in torch.arange(len(features)).split(_QUERIES_A_STEP):
+    own = torch.arange(distributed.get_global_rank(), len(features), distributed.get_global_size())
+    for rows in own.split(_QUERIES_A_STEP):
         votes = module(features[rows.to(features.device)], exclude=rows if leave_one_out else None)
         for k, scores in votes.items():
             metrics[k].update(scores, labels[rows.to(labels.device)])
+    for metric in metrics.values():
+        metric.all_reduce()
 
 
 def _subset(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
@@ -174,71 +229,30 @@ def eval_knn_with_model(
         ``{"('full', 10) Top 1": percent, ...}``, also what the file gets, one pair a line.
     """
     transform = transform or make_classification_eval_transform()
-    normalized = ModelWithNormalize(model, autocast_dtype)
-    datasets = [make_dataset(dataset_str=text, transform=transform) for text in (train_dataset_str, val_dataset_str)]
-    check_labelled(("--train-dataset", train_dataset_str, datasets[0]), ("--val-dataset", val_dataset_str, datasets[1]))
-    to_train_label = match_classes(*datasets)
-    extracted: list[Tensor] = []
-    for text, dataset in zip((train_dataset_str, val_dataset_str), datasets, strict=True):
-        logger.info(f"dataset: {text} images={len(dataset)}")
-        extracted += extract_features(normalized, dataset, batch_size, num_workers, gather_on_cpu)
-    if to_train_label is not None:
-        extracted[3] = to_train_label.to(extracted[3].device)[extracted[3]]
-    if max(nb_knn) > len(extracted[0]):
-        logger.warning(f"{max(nb_knn)} neighbours asked for, all {len(extracted[0])} training images vote")
+    train_dataset, val_dataset = open_pair(
+        ("--train-dataset", train_dataset_str, transform), ("--val-dataset", val_dataset_str, transform)
+    )
     accuracies = eval_knn(
-        *extracted,
-        nb_knn=nb_knn,
-        temperature=temperature,
-        accuracy_averaging=accuracy_averaging,
-        n_per_class_list=n_per_class_list,
-        n_tries=n_tries,
+        ModelWithNormalize(model, autocast_dtype),
+        train_dataset,
+        val_dataset,
+        accuracy_averaging,
+        nb_knn,
+        temperature,
+        batch_size,
+        num_workers,
+        gather_on_cpu,
+        n_per_class_list,
+        n_tries,
     )
     results: dict[str, float] = {}
     for key, values in accuracies.items():
         top1, top5 = (values[name].mean().item() * 100 for name in ("top-1", "top-5"))
         results |= {f"{key} Top 1": top1, f"{key} Top 5": top5}
         logger.info(f"{key} top1={top1:.2f}% top5={top5:.2f}%")
-    if distributed.is_main_process():
-        _append_results(Path(output_dir) / "results_eval_knn.json", results)
+    lines = (json.dumps({key: value}) for key, value in results.items())
+    append_lines(Path(output_dir) / "results_eval_knn.json", lines)
     return results
-
-
-def check_labelled(*datasets: tuple[str, str, object]) -> None:
-    """Look for labels before any work.
-
-    Raises:
-        ConfigError: a dataset without them, as (flag, dataset string, dataset).
-    """
-    for flag, text, dataset in datasets:
-        if not hasattr(dataset, "get_targets"):
-            raise ConfigError(f"{flag}: expected images with labels, got {text}; write LabelledFolder:root={text}")
-
-
-def match_classes(train_dataset, val_dataset) -> Tensor | None:
-    """Return, for two class-per-folder datasets, the training label of each validation label; None for other datasets.
-
-    Raises:
-        DataError: a validation class that has no training images.
-    """
-    train_classes, val_classes = (getattr(d, "class_to_idx", None) for d in (train_dataset, val_dataset))
-    if train_classes is None or val_classes is None:
-        return None
-    unknown = sorted(set(val_classes) - set(train_classes))
-    if unknown:
-        raise DataError(
-            f"--val-dataset: expected the class folders of --train-dataset ({len(train_classes)}), got {len(unknown)} "
-            f"others: {', '.join(unknown[:5])}; give both datasets the same folder names"
-        )
-    return torch.tensor([train_classes[name] for name in sorted(val_classes, key=val_classes.get)])
-
-
-def _append_results(path: Path, results: dict[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        for key, value in results.items():
-            file.write(json.dumps({key: value}) + "\n")
-    logger.info(f"results: {path}")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -247,6 +261,13 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         DINOv2Error: bad arguments, configuration, weights or data.
     """
+    try:
+        return _run(args)
+    finally:
+        distributed.disable()
+
+
+def _run(args: argparse.Namespace) -> int:
     if min(args.nb_knn) < 1 or not 0 < args.crop_size or not 0 < args.resize_size:
         raise ConfigError(
             "expected positive numbers, got "

@@ -6,9 +6,13 @@ Not the classifiers. Read :class:`TopKAccuracy` first.
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from dinov2_custom import distributed
 
 
 class MetricType(Enum):
@@ -56,6 +60,10 @@ class TopKAccuracy:
         self.correct.index_add_(0, target, hit)
         self.seen.index_add_(0, target, torch.ones_like(hit))
 
+    def all_reduce(self) -> None:
+        """Add up the counts of all processes."""
+        self.correct, self.seen = _sum_over_processes(torch.stack([self.correct, self.seen]))
+
     def compute(self) -> Tensor:
         """Return the accuracy in 0..1: a scalar, or (C,) for ``none``."""
         if self.average is AccuracyAveraging.MEAN_ACCURACY:
@@ -66,40 +74,56 @@ class TopKAccuracy:
         return by_class[self.seen > 0].mean()
 
 
-class ImageNetRealAccuracy:
+class ImageNetReaLAccuracy:
     """Share of samples of which one of the ``top_k`` highest scores is among several true labels.
+
+    ``kwargs`` are accepted as upstream does, and not used.
 
     Source: Beyer et al. 2020 (ReaL labels).
     """
 
-    def __init__(self, num_classes: int, top_k: int) -> None:
+    def __init__(self, num_classes: int, top_k: int = 1, **kwargs: Any) -> None:
         self.top_k = min(top_k, num_classes)
-        self.correct = self.seen = 0
+        self.counts = torch.zeros(2, dtype=torch.float64)  # correct, seen
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count scores (B, C) against labels (B, A), padded by -1; samples without any label do not count."""
         best = preds.topk(self.top_k, dim=1).indices
         labelled = (target >= 0).any(dim=1)
         hit = (best[:, :, None] == target[:, None, :]).any(dim=2).any(dim=1)
-        self.correct += int((hit & labelled).sum())
-        self.seen += int(labelled.sum())
+        self.counts += torch.stack([(hit & labelled).sum(), labelled.sum()]).cpu()
+
+    def all_reduce(self) -> None:
+        """Add up the counts of all processes."""
+        self.counts = _sum_over_processes(self.counts)
 
     def compute(self) -> Tensor:
-        return torch.tensor(self.correct / max(self.seen, 1), dtype=torch.float64)
+        """Return the accuracy in 0..1, a scalar."""
+        return self.counts[0] / self.counts[1].clamp(min=1)
 
 
 class MetricCollection:
     """Metrics by name that see the same predictions."""
 
-    def __init__(self, metrics: dict[str, TopKAccuracy | ImageNetRealAccuracy]) -> None:
+    def __init__(self, metrics: dict[str, TopKAccuracy | ImageNetReaLAccuracy]) -> None:
         self.metrics = metrics
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         for metric in self.metrics.values():
             metric.update(preds, target)
 
+    def all_reduce(self) -> None:
+        """Add up the counts of all processes; before that :meth:`compute` is this process's own."""
+        for metric in self.metrics.values():
+            metric.all_reduce()
+
     def compute(self) -> dict[str, Tensor]:
         return {name: metric.compute() for name, metric in self.metrics.items()}
+
+
+def _sum_over_processes(counts: Tensor) -> Tensor:
+    on_gpu = distributed.is_enabled() and dist.get_backend() == "nccl"
+    return distributed.all_reduce(counts.cuda() if on_gpu else counts).cpu()
 
 
 def build_metric(metric_type: MetricType, *, num_classes: int, ks: tuple[int, ...] | None = None) -> MetricCollection:
@@ -117,4 +141,4 @@ def build_topk_accuracy_metric(
 
 
 def build_topk_imagenet_real_accuracy_metric(num_classes: int, ks: tuple[int, ...] = (1, 5)) -> MetricCollection:
-    return MetricCollection({f"top-{k}": ImageNetRealAccuracy(num_classes, k) for k in ks})
+    return MetricCollection({f"top-{k}": ImageNetReaLAccuracy(num_classes, k) for k in ks})

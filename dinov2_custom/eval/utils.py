@@ -159,4 +159,3 @@ def extract_features_with_dataloader(
         raise DataError(f"dataset: expected the features of {sample_count} images, got {int(seen.sum())}")
     logger.debug(f"features: images={sample_count} dim={features.shape[1]}")
     return features, labels
-

@@ -1,7 +1,7 @@
 """Building blocks of the models, under upstream's names."""
 
 from dinov2_custom.layers.attention import Attention, MemEffAttention
-from dinov2_custom.layers.block import Block, NestedTensorBlock
+from dinov2_custom.layers.block import Block, CausalAttentionBlock, NestedTensorBlock
 from dinov2_custom.layers.dino_head import DINOHead
 from dinov2_custom.layers.drop_path import DropPath
 from dinov2_custom.layers.layer_scale import LayerScale
@@ -12,6 +12,7 @@ from dinov2_custom.layers.swiglu_ffn import SwiGLUFFN, SwiGLUFFNAligned, SwiGLUF
 __all__ = [
     "Attention",
     "Block",
+    "CausalAttentionBlock",
     "DINOHead",
     "DropPath",
     "LayerScale",

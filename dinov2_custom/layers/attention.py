@@ -57,6 +57,10 @@ class Attention(nn.Module):
 class MemEffAttention(Attention):
     """Upstream's name for the attention that may use a fused kernel; here every :class:`Attention` does."""
 
+    def forward(self, x: Tensor, attn_bias=None) -> Tensor:
+        """Map (B, N, D) to (B, N, D), or (1, T, D) whose sequences ``attn_bias`` (``nested.PackedSequences``) tells."""
+        return super().forward(x) if attn_bias is None else self.forward_packed(x[0], attn_bias.segments)[None]
+
 
 def split_segments(x_TD: Tensor, segments: Segments) -> tuple[Tensor, ...]:
     """Cut packed tokens into one (num_sequences * length, D) view a segment."""

@@ -15,6 +15,14 @@ from dinov2_custom.layers.attention import Attention, MemEffAttention, Segments,
 from dinov2_custom.layers.drop_path import DropPath, Subset, draw_subset
 from dinov2_custom.layers.layer_scale import LayerScale
 from dinov2_custom.layers.mlp import Mlp
+from dinov2_custom.layers.nested import (
+    CausalAttentionBlock,
+    add_residual,
+    drop_add_residual_stochastic_depth,
+    drop_add_residual_stochastic_depth_list,
+    get_attn_bias_and_cat,
+    get_branges_scales,
+)
 
 
 class Block(nn.Module):
@@ -100,6 +108,10 @@ class Block(nn.Module):
 class NestedTensorBlock(Block):
     """Upstream's name for the block that accepts a list of tensors; here every :class:`Block` does."""
 
+    def forward_nested(self, x_list: list[Tensor]) -> list[Tensor]:
+        """Map a list of (B_i, N_i, D) to the same shapes."""
+        return self.forward(x_list)
+
 
 class BlockChunk(nn.ModuleList):
     """A run of blocks under one module name. Positions before the run hold ``nn.Identity``, so names count globally."""
@@ -137,9 +149,18 @@ __all__ = [
     "Attention",
     "Block",
     "BlockChunk",
+    "CausalAttentionBlock",
+    "DropPath",
+    "LayerScale",
     "MemEffAttention",
+    "Mlp",
     "NestedTensorBlock",
+    "add_residual",
     "add_residual_subset",
+    "drop_add_residual_stochastic_depth",
+    "drop_add_residual_stochastic_depth_list",
+    "get_attn_bias_and_cat",
+    "get_branges_scales",
     "pack",
     "unpack",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 
-def to_pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def make_2tuple(value: int | tuple[int, int]) -> tuple[int, int]:
     """Return (value, value), or a given pair as it is."""
     if isinstance(value, int):
         return (value, value)
@@ -31,8 +31,8 @@ class PatchEmbed(nn.Module):
         flatten_embedding: bool = True,
     ) -> None:
         super().__init__()
-        self.img_size = to_pair(img_size)
-        self.patch_size = to_pair(patch_size)
+        self.img_size = make_2tuple(img_size)
+        self.patch_size = make_2tuple(patch_size)
         self.patches_resolution = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
         self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
         self.in_chans, self.embed_dim, self.flatten_embedding = in_chans, embed_dim, flatten_embedding
@@ -54,3 +54,9 @@ class PatchEmbed(nn.Module):
         patches = self.proj(x)
         tokens = self.norm(patches.flatten(2).transpose(1, 2))
         return tokens if self.flatten_embedding else tokens.unflatten(1, patches.shape[-2:])
+
+    def flops(self) -> int:
+        """Return the multiply-adds of one image of ``img_size``."""
+        patch_area = self.patch_size[0] * self.patch_size[1]
+        norm = 0 if isinstance(self.norm, nn.Identity) else self.embed_dim
+        return self.num_patches * (self.embed_dim * self.in_chans * patch_area + norm)

@@ -177,7 +177,7 @@ class MetricLogger:
         self,
         iterable: Iterable[Any],
         print_freq: int,
-        header: str = "",
+        header: str | None = None,
         n_iterations: int | None = None,
         start_iteration: int = 0,
         *,
@@ -196,6 +196,7 @@ class MetricLogger:
                 ``images_per_s``, ``data_wait`` (0..1, the share of the time in which the loop waits for data) and
                 ``memory_mib`` (this process's peak: of CUDA, else resident).
         """
+        header = header or ""
         if n_iterations is None:
             if not isinstance(iterable, Sized):
                 raise TypeError("log_every: expected n_iterations, or an iterable with a length")

@@ -13,6 +13,10 @@ _DUPLICATE_DISTANCE = 1e-6
 class KoLeoLoss(nn.Module):
     """Minus the mean log distance to the nearest neighbour, computed in float32 whatever the input."""
 
+    def pairwise_NNs_inner(self, x: Tensor) -> Tensor:  # noqa: N802 - upstream's name
+        """Return :func:`nearest_neighbours` of ``x``."""
+        return nearest_neighbours(x)
+
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
         """Return the loss of features (B, D); 0 when B < 2, and without gradient for exact duplicates."""
         if len(student_output) < 2:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.data.transforms import Compose, MaybeToTensor, Normalize
-from dinov2_custom.eval.knn import eval_knn
+from dinov2_custom.eval.knn import eval_knn_features
 from dinov2_custom.eval.setup import get_autocast_dtype
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 from dinov2_custom.train.health import COLLAPSE_MARGIN
@@ -95,7 +95,7 @@ def knn_accuracy(model: nn.Module, datasets: Sequence, dtype: torch.dtype) -> fl
     """Return the top-1 accuracy of classifying ``datasets[1]`` by its nearest neighbours in ``datasets[0]``."""
     normalized = ModelWithNormalize(model.eval(), dtype)
     features = [part for dataset in datasets for part in extract_features(normalized, dataset, BATCH_SIZE, 0)]
-    return float(eval_knn(*features, nb_knn=[NEIGHBOURS])["full", NEIGHBOURS]["top-1"])
+    return float(eval_knn_features(*features, nb_knn=[NEIGHBOURS])["full", NEIGHBOURS]["top-1"])
 
 
 @torch.inference_mode()
@@ -117,9 +117,7 @@ class _ClassTokenLogits(nn.Module):
             return self.teacher["dino_head"](self.teacher["backbone"](images)).float()
 
 
-def describe_collapse(
-    dino_loss: float, teacher_entropy: float, prototype_entropy: float, num_prototypes: int
-) -> str:
+def describe_collapse(dino_loss: float, teacher_entropy: float, prototype_entropy: float, num_prototypes: int) -> str:
     """Say how a run collapsed; empty if it did not.
 
     Args:

@@ -219,16 +219,20 @@ class SSLMetaArch(nn.Module):
 
     def get_params_groups(self) -> list[dict]:
         """Return the optimizer's groups, fused within each part on equal multipliers."""
-        groups = []
-        for module in self.student.values():
-            groups += fuse_params_groups(
-                get_params_groups_with_decay(
-                    module,
-                    lr_decay_rate=self.cfg.optim.layerwise_decay,
-                    patch_embed_lr_mult=self.cfg.optim.patch_embed_lr_mult,
-                )
+        return [group for part in self.student.values() for group in self.get_maybe_fused_params_for_submodel(part)]
+
+    def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict]:
+        """Return the optimizer's groups of one part of the student."""
+        return fuse_params_groups(
+            get_params_groups_with_decay(
+                m,
+                lr_decay_rate=self.cfg.optim.layerwise_decay,
+                patch_embed_lr_mult=self.cfg.optim.patch_embed_lr_mult,
             )
-        return groups
+        )
+
+    def fsdp_synchronize_streams(self) -> None:
+        """Do nothing: no streams of FSDP's own have to wait for each other here. Upstream's name."""
 
     def _dtype(self, model: str, part: str) -> torch.dtype:
         precision = self.cfg.compute_precision[model][part].mixed_precision

@@ -120,8 +120,12 @@ def optimizer_step(cfg, model: SSLMetaArch, optimizer) -> dict[str, torch.Tensor
     return norms if finite else {}
 
 
-def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
-    """Train ``model`` on ``loader`` and return the exit code, see ``exit_codes``.
+def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> int:
+    """Train ``model`` and return the exit code, see ``exit_codes``.
+
+    Args:
+        resume: go on from the newest checkpoint in the run directory, if there is one.
+        loader: of :func:`make_train_loader`; None: as ``cfg`` says.
 
     Raises:
         NumericsError: the loss or a gradient was non-finite in three steps running.
@@ -129,6 +133,7 @@ def do_train(cfg, model: SSLMetaArch, loader, resume: bool = True) -> int:
         CheckpointError: the run directory holds a checkpoint of another architecture.
     """
     out, rank, world_size = Path(cfg.train.output_dir), distributed.get_global_rank(), distributed.get_global_size()
+    loader = loader or make_train_loader(cfg, rank=rank, world_size=world_size)
     length = run_length(cfg, loader.num_images, world_size)
     schedules = build_schedulers(cfg, length)
     optimizer = build_optimizer(cfg, model.get_params_groups())
@@ -268,7 +273,9 @@ def _train_or_write(args, cfg, loader) -> int:
     on_gpu = torch.cuda.is_available()
     model = SSLMetaArch(cfg).to(torch.device("cuda", distributed.get_local_rank()) if on_gpu else "cpu")
     model.prepare_for_distributed_training()
-    return write_newest_teacher(cfg, model) if args.eval_only else do_train(cfg, model, loader, not args.no_resume)
+    if args.eval_only:
+        return write_newest_teacher(cfg, model)
+    return do_train(cfg, model, resume=not args.no_resume, loader=loader)
 
 
 def write_newest_teacher(cfg, model: SSLMetaArch) -> int:

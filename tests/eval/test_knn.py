@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.eval.args import get_knn_args_parser
-from dinov2_custom.eval.knn import KnnModule, eval_knn, eval_knn_with_model, leave_one_out_accuracy, main
+from dinov2_custom.eval.knn import KnnModule, eval_knn_features, eval_knn_with_model, leave_one_out_accuracy, main
 
 TEMPERATURE = 0.07
 
@@ -47,7 +47,7 @@ def test_scores_equal_a_slow_reference(ks):
 def test_accuracies_equal_a_slow_reference():
     labels = torch.arange(600) % 7
     train, queries = features_of(0, labels[:60]), features_of(1, labels)
-    results = eval_knn(train, labels[:60], queries, labels, nb_knn=[10, 20])
+    results = eval_knn_features(train, labels[:60], queries, labels, nb_knn=[10, 20])
     for k in (10, 20):
         scores = [slow_scores(train.numpy(), labels, q, k, 20, 7) for q in queries.numpy()]
         ranked = [np.argsort(-s, kind="stable") for s in scores]
@@ -61,7 +61,7 @@ def test_accuracies_equal_a_slow_reference():
 def test_fewer_classes_than_five_and_fewer_samples_than_neighbours():
     labels = torch.tensor([0, 0, 1, 1, 1])
     features = features_of(3, labels)
-    results = eval_knn(features, labels, features, labels, nb_knn=[10, 200])
+    results = eval_knn_features(features, labels, features, labels, nb_knn=[10, 200])
     assert set(results) == {("full", 10), ("full", 200)}
     assert results["full", 10] == results["full", 200]
     assert float(results["full", 10]["top-5"]) == 1.0
@@ -81,7 +81,7 @@ def test_leave_one_out():
 def test_limited_samples_per_class():
     labels = torch.arange(90) % 3
     train, queries = features_of(0, labels), features_of(1, labels)
-    results = eval_knn(train, labels, queries, labels, nb_knn=[1, 10], n_per_class_list=[-1, 4], n_tries=2)
+    results = eval_knn_features(train, labels, queries, labels, nb_knn=[1, 10], n_per_class_list=[-1, 4], n_tries=2)
     assert set(results) == {("full", 1), ("full", 10), ("4 per class", 1), ("4 per class", 4)}
     assert float(results["4 per class", 1]["top-1"]) != float(results["full", 1]["top-1"])
 
@@ -89,7 +89,7 @@ def test_limited_samples_per_class():
 def test_no_features():
     empty = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
     with pytest.raises(DataError, match="got 0 for training"):
-        eval_knn(*empty, torch.ones(1, 3), torch.zeros(1, dtype=torch.int64), nb_knn=[1])
+        eval_knn_features(*empty, torch.ones(1, 3), torch.zeros(1, dtype=torch.int64), nb_knn=[1])
 
 
 class MeanColour(torch.nn.Module):

@@ -149,8 +149,13 @@ class ImageNet(ExtendedVisionDataset):
             entries[i] = (actual_index, index_of.get(class_id, NO_CLASS))
         return entries
 
-    def dump_extra(self, root: str | None = None) -> None:
-        """List the split and write its tables into the ``extra`` folder (``root``: the images, if elsewhere)."""
+    def dump_extra(self, split: Split | str | None = None, root: str | None = None) -> None:
+        """List the split and write its tables into the ``extra`` folder (``root``: the images, if elsewhere).
+
+        ``split`` is the dataset's own; upstream's former versions ask for it.
+        """
+        if split not in (None, self.split, self.split.name):
+            raise DataError(f"expected the dataset's own split {self.split.name}, got {split}; open that split")
         if self._extra_root is None:
             raise DataError("expected an extra folder to write to; construct ImageNet with extra=<folder>")
         listed = ImageNet(split=self.split, root=root or self.root)

@@ -1,0 +1,193 @@
+"""Upstream's names for sharded modules and their checkpoints, on torch's public ``fully_shard`` (FSDP2).
+
+Training here does not use them: its parallelism is ``parallel.py``, its checkpoints ``train/checkpoint.py``. They are
+for scripts that import them from upstream. Without a process group nothing is sharded and everything works on plain
+modules. Read :func:`get_fsdp_wrapper` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+from dinov2_custom import distributed
+from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.train.checkpoint import save_atomically
+from dinov2_custom.utils.dtype import resolve_dtype
+from dinov2_custom.utils.weights import read_weights
+
+__all__ = [
+    "FSDPCheckpointer",
+    "ShardedGradScaler",
+    "free_if_fsdp",
+    "get_fsdp_modules",
+    "get_fsdp_wrapper",
+    "is_fsdp",
+    "is_sharded_fsdp",
+    "rankstr",
+    "reshard_fsdp_model",
+]
+
+logger = logging.getLogger("dinov2")
+_LAST = "last_checkpoint"
+# what a section's sharding_strategy means for fully_shard's reshard_after_forward
+_RESHARD = {"SHARD_GRAD_OP": False, "FULL_SHARD": True}
+
+
+def get_fsdp_wrapper(
+    model_cfg: Any, modules_to_wrap: Iterable[type[nn.Module]] = ()
+) -> Callable[[nn.Module], nn.Module]:
+    """Return a function that shards a module in place over all processes and returns it; does nothing in a single one.
+
+    Args:
+        model_cfg: a section such as ``cfg.compute_precision.student.backbone``.
+        modules_to_wrap: classes whose instances inside are units of their own.
+
+    Raises:
+        ConfigError: several processes and a ``sharding_strategy`` without shards.
+    """
+    strategy, precision = model_cfg.sharding_strategy, model_cfg.mixed_precision
+    classes = tuple(modules_to_wrap)
+
+    def wrap(module: nn.Module) -> nn.Module:
+        if not distributed.is_enabled():
+            return module
+        if strategy not in _RESHARD:
+            raise ConfigError(
+                f"sharding_strategy: expected one of {', '.join(_RESHARD)} to shard a module, got {strategy}; for "
+                "whole copies use torch.nn.parallel.DistributedDataParallel"
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        policy = MixedPrecisionPolicy(
+            param_dtype=resolve_dtype(precision.param_dtype, device),
+            reduce_dtype=resolve_dtype(precision.reduce_dtype, device),
+        )
+        options = {
+            "mesh": torch.distributed.device_mesh.init_device_mesh(device, (distributed.get_global_size(),)),
+            "mp_policy": policy,
+            "reshard_after_forward": _RESHARD[strategy],
+        }
+        inner = [child for child in module.modules() if child is not module and isinstance(child, classes)]
+        for child in [*reversed(inner), module]:
+            fully_shard(child, **options)
+        return module
+
+    return wrap
+
+
+def is_fsdp(x: nn.Module) -> bool:
+    """Return whether ``x`` itself is a sharded unit."""
+    return isinstance(x, FSDPModule)
+
+
+def is_sharded_fsdp(x: nn.Module) -> bool:
+    """Return the same as :func:`is_fsdp`: every unit of FSDP2 is sharded."""
+    return is_fsdp(x)
+
+
+def free_if_fsdp(x: nn.Module) -> None:
+    """Give up the gathered parameters of ``x`` if it is a sharded unit."""
+    if is_fsdp(x):
+        x.reshard()
+
+
+def get_fsdp_modules(x: nn.Module) -> list[nn.Module]:
+    """Return the sharded units in ``x``, itself included, outer ones first."""
+    return [module for module in x.modules() if is_fsdp(module)]
+
+
+def reshard_fsdp_model(x: nn.Module) -> None:
+    """Give up all gathered parameters in ``x``."""
+    for module in get_fsdp_modules(x):
+        free_if_fsdp(module)
+
+
+def rankstr() -> str:
+    """Return ``rank_<r>``."""
+    return f"rank_{distributed.get_global_rank()}"
+
+
+class FSDPCheckpointer:
+    """Save and load a model, sharded or not, with optimizers and the like, as one file readable by any number of ranks.
+
+    Not upstream's files: those hold one rank's shards each and need unpickling.
+
+    Args:
+        checkpointables: by keyword, ``model``'s optimizers and anything with ``state_dict`` and ``load_state_dict``.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str | os.PathLike = "", **checkpointables: Any) -> None:
+        self.model, self.save_dir, self.checkpointables = model, str(save_dir), checkpointables
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<save_dir>/<name>.pth``; all ranks call it, the first writes. ``kwargs`` are stored beside."""
+        whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = {"model": dcp.get_model_state_dict(self.model, options=whole), **kwargs}
+        for key, part in self.checkpointables.items():
+            if isinstance(part, torch.optim.Optimizer):
+                state[key] = dcp.get_optimizer_state_dict(self.model, part, options=whole)
+            else:
+                state[key] = part.state_dict()
+        if distributed.is_main_process():
+            save_atomically(state, Path(self.save_dir) / f"{name}.pth")
+            self.tag_last_checkpoint(f"{name}.pth")
+        distributed.barrier()
+
+    def load(self, path: str | os.PathLike, checkpointables: Iterable[str] | None = None) -> dict[str, Any]:
+        """Restore the model, and ``checkpointables`` (None: all), from ``path``; return what else is in the file.
+
+        Raises:
+            CheckpointError: not a file of :meth:`save`, or one that does not fit the model.
+        """
+        if not path:
+            return {}
+        state = read_weights(path)
+        if not isinstance(state, Mapping) or "model" not in state:
+            raise CheckpointError(f"expected a file that FSDPCheckpointer.save wrote, got one without a model: {path}")
+        whole = dcp.StateDictOptions(full_state_dict=True)
+        try:
+            dcp.set_model_state_dict(self.model, state.pop("model"), options=whole)
+        except (RuntimeError, ValueError) as e:
+            raise CheckpointError(f"expected the tensors of {type(self.model).__name__} in {path}: {e}") from e
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key not in state:
+                logger.warning(f"{path}: no state of {key}, which stays as it is")
+            elif isinstance(part := self.checkpointables[key], torch.optim.Optimizer):
+                dcp.set_optimizer_state_dict(self.model, part, state.pop(key), options=whole)
+            else:
+                part.load_state_dict(state.pop(key))
+        return state
+
+    def resume_or_load(self, path: str | os.PathLike, *, resume: bool = True) -> dict[str, Any]:
+        """Go on from the last checkpoint of ``save_dir`` if there is one and ``resume``; else load ``path``'s model.
+
+        Returns what :meth:`load` does; after resuming, it holds the ``iteration`` that was saved.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self.get_checkpoint_file())
+        return self.load(path, checkpointables=[])
+
+    def has_checkpoint(self) -> bool:
+        """Return whether ``save_dir`` names a last checkpoint."""
+        return (Path(self.save_dir) / _LAST).is_file()
+
+    def get_checkpoint_file(self) -> str:
+        """Return the path of the last checkpoint, "" without one."""
+        if not self.has_checkpoint():
+            return ""
+        return str(Path(self.save_dir) / (Path(self.save_dir) / _LAST).read_text().strip())
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the file that :meth:`get_checkpoint_file` returns."""
+        marker = Path(self.save_dir) / _LAST
+        marker.with_suffix(".tmp").write_text(last_filename_basename)
+        os.replace(marker.with_suffix(".tmp"), marker)

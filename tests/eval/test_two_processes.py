@@ -1,0 +1,57 @@
+"""Evaluations on two real processes (gloo) give what one process gives, and only the first writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.eval.test_setup import REPOSITORY, make_run
+from tests.test_parallel import launch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory's weights, and images of 3 classes that overlap; 27 and 21 do not divide by 2 processes."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    _, _, weights = make_run(folder / "run", "student.layerscale=1.0")
+    overlapping_classes(folder / "train", count=9, seed=0)
+    overlapping_classes(folder / "val", count=7, seed=1)
+    return folder, ["--pretrained-weights", str(weights), *datasets(folder)]
+
+
+def overlapping_classes(root, count, seed):
+    generator = np.random.default_rng(seed)
+    for index, name in enumerate("abc"):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            level = generator.normal(90 + 40 * index, 25)
+            pixels = generator.normal(level, 20, (16, 16, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+
+
+def datasets(folder):
+    return [f"--{part}-dataset=LabelledFolder:root={folder}/{part}" for part in ("train", "val")]
+
+
+def alone(*command):
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "env": environment}
+    done = subprocess.run([sys.executable, *command], **options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_knn(run):
+    folder, data = run
+    small = ["--num-workers=0", "--resize-size=16", "--crop-size=16", "--batch-size=4", "--nb_knn", "1", "3"]
+    limited = ["--n-per-class-list", "-1", "2", "--n-tries", "2"]
+    alone("run/eval/knn.py", *data, "--output-dir", str(folder / "knn1"), *small, *limited)
+    launch(2, "run/eval/knn.py", *data, "--output-dir", str(folder / "knn2"), *small, *limited)
+    results = [(folder / f"knn{n}" / "results_eval_knn.json").read_text().splitlines() for n in (1, 2)]
+    assert results[0] == results[1]
+    assert len(results[0]) == 8 and 40 < json.loads(results[0][0])["('full', 1) Top 1"] < 100
+    assert (folder / "knn2" / "logs" / "log.txt.rank1").is_file()
