@@ -21,4 +21,4 @@ test: lint
 	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 clean:
-	rm -rf $(VENV) .oracle build *.egg-info
+	rm -rf $(VENV) .oracle* build *.egg-info

@@ -42,6 +42,7 @@ ALLOWED = {
     "loss": BASE | {"distributed"},
     "data": BASE,
     "parallel": BASE | {"distributed", "configs"},
+    "teacher": BASE | {"configs", "models", "utils.weights"},
     "run": {"errors", "utils.cluster"},
     "_dinov2": set(),
 }
@@ -68,6 +69,7 @@ TORCH_FREE = [
     "prepare.args",
     "plots.args",
     "plots.history",
+    "export.args",
 ]
 WORK = {
     "os.getenv", "os.environ", "os.makedirs", "os.mkdir", "os.uname", "torch.manual_seed", "torch.set_default_dtype",

@@ -16,14 +16,20 @@ from torch import nn
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir, load_run_config
-from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval.args import get_args_parser
 from dinov2_custom.logging import setup_logging
 from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.teacher import load_teacher_backbone, run_config_near
 from dinov2_custom.utils.dtype import resolve_dtype
-from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
 
-__all__ = ["build_model_for_eval", "get_args_parser", "get_autocast_dtype", "setup_and_build_model"]
+__all__ = [
+    "build_model_for_eval",
+    "get_args_parser",
+    "get_autocast_dtype",
+    "load_teacher_backbone",
+    "setup_and_build_model",
+]
 
 logger = logging.getLogger("dinov2")
 _RUN_FILES = ("config.yaml", "training_metrics.json", "last_checkpoint")
@@ -72,10 +78,9 @@ def find_run_config(weights: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path = Path(weights).expanduser().absolute()
-    for folder in list(path.parents)[:4]:
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
+    found = run_config_near(weights)
+    if found is not None:
+        return found
     raise ConfigError(
         f"--config-file: expected the configuration of {weights}, got none, and there is no config.yaml in the three "
         "folders above it; give the run's config.yaml with --config-file"
@@ -119,28 +124,6 @@ def build_model_for_eval(config: DictConfig, pretrained_weights: str) -> nn.Modu
     load_teacher_backbone(model, pretrained_weights)
     model.requires_grad_(False)
     return model.eval().to(_device())
-
-
-def load_teacher_backbone(model: nn.Module, source: str) -> None:
-    """Copy every tensor of the backbone from ``source``, a path or URL; none may be missing, over or of another shape.
-
-    ``{"teacher": ...}`` files, flat ones and whole training checkpoints (their teacher) are understood, prefixes and
-    block chunks do not count, heads are left out.
-
-    Raises:
-        CheckpointError: unreadable, or of another architecture, with counts; the model is unchanged then.
-    """
-    fit, num_wanted = fit_state(model, flat_state(read_weights(source))), len(model.state_dict())
-    if fit.missing or fit.unexpected or fit.misshapen:
-        raise CheckpointError(
-            f"--pretrained-weights: expected the {num_wanted} tensors of the configured backbone, got "
-            f"{len(fit.missing)} missing, {len(fit.unexpected)} unexpected and {len(fit.misshapen)} of another shape "
-            f"in {source}:\n  "
-            + "\n  ".join(fit.examples())
-            + "\nuse the config.yaml of the run that wrote the weights"
-        )
-    model.load_state_dict(fit.found, strict=True)
-    logger.info(f"weights: {source} tensors={num_wanted}")
 
 
 def _device() -> torch.device:

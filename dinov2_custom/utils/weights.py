@@ -32,6 +32,8 @@ def read_weights(source: str | os.PathLike) -> Any:
     if str(source).startswith(("http://", "https://")):
         return torch.hub.load_state_dict_from_url(str(source), map_location="cpu", weights_only=True)
     path = Path(source).expanduser()
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
@@ -41,6 +43,19 @@ def read_weights(source: str | os.PathLike) -> Any:
         if isinstance(e, pickle.UnpicklingError):  # torch's own words advise to load it without the safeguard
             reason = "no weight file, or one that holds more than tensors and plain values"
         raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as e:
+        raise CheckpointError(f'{path}: expected the extra "export" for this format; pip install ".[export]"') from e
+    try:
+        return load_file(path)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
+    except Exception as e:  # a class of its own, which the library does not document
+        raise CheckpointError(f"expected a safetensors file at {path}, could not read it: {e}") from e
 
 
 def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ asks for (:mod:`tests.oracle.stand_ins`), and driven step by step on a CPU in fp
 Read :class:`tests.oracle.trainer.OracleTrainer` first.
 """
 
-from tests.oracle.fetch import OracleUnavailable, ensure_oracle
+from tests.oracle.fetch import OracleUnavailable, ensure_oracle, ensure_package
 from tests.oracle.loader import load_oracle
 from tests.oracle.trainer import OracleTrainer, make_batch, oracle_config, preserved_rng, reduced_depth
 
@@ -14,6 +14,7 @@ __all__ = [
     "OracleTrainer",
     "OracleUnavailable",
     "ensure_oracle",
+    "ensure_package",
     "load_oracle",
     "make_batch",
     "oracle_config",

@@ -26,28 +26,37 @@ class OracleUnavailable(RuntimeError):
 def ensure_oracle(target: Path = REPOSITORY / ".oracle") -> Path:
     """Return the folder that holds upstream's ``dinov2``, installing it first where it is missing.
 
+    Raises:
+        OracleUnavailable: with pip's last words.
+    """
+    return ensure_package(target, MARKER, REQUIREMENTS)
+
+
+def ensure_package(target: Path, marker: Path, requirements: Path) -> Path:
+    """Return ``target`` with the one package of ``requirements`` in it; ``marker`` is a file of the package.
+
     Safe when several test processes ask at once: each installs into a folder of its own and renames it; the first wins.
 
     Raises:
         OracleUnavailable: with pip's last words.
     """
-    if (target / MARKER).is_file():
+    if (target / marker).is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".oracle-", dir=target.parent))
     try:
-        _pip_install(scratch / "new")
-        _move_into_place(scratch / "new", target, scratch / "old")
+        _pip_install(scratch / "new", requirements)
+        _move_into_place(scratch / "new", target, scratch / "old", marker)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if not (target / MARKER).is_file():
-        raise OracleUnavailable(f"expected {target / MARKER} after the installation, found nothing; delete {target}")
+    if not (target / marker).is_file():
+        raise OracleUnavailable(f"expected {target / marker} after the installation, found nothing; delete {target}")
     return target
 
 
-def _pip_install(folder: Path) -> None:
+def _pip_install(folder: Path, requirements: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
-    command += ["--no-deps", "--require-hashes", "--requirement", str(REQUIREMENTS), "--target", str(folder)]
+    command += ["--no-deps", "--require-hashes", "--requirement", str(requirements), "--target", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as e:
@@ -57,9 +66,9 @@ def _pip_install(folder: Path) -> None:
         raise OracleUnavailable("pip could not fetch the oracle: " + " | ".join(words))
 
 
-def _move_into_place(new: Path, target: Path, old: Path) -> None:
+def _move_into_place(new: Path, target: Path, old: Path, marker: Path) -> None:
     """Rename ``new`` to ``target``; a complete ``target`` made by another process meanwhile is kept."""
-    if target.exists() and not (target / MARKER).is_file():
+    if target.exists() and not (target / marker).is_file():
         try:
             os.rename(target, old)  # a torn folder
         except FileNotFoundError:
@@ -67,5 +76,5 @@ def _move_into_place(new: Path, target: Path, old: Path) -> None:
     try:
         os.rename(new, target)
     except OSError:
-        if not (target / MARKER).is_file():
+        if not (target / marker).is_file():
             raise

@@ -9,15 +9,15 @@ import pytest
 from tests.oracle import OracleUnavailable, fetch
 
 
-def _install(folder: Path, text: str = "new") -> None:
+def _install(folder: Path, requirements: Path | None = None, text: str = "new") -> None:
     marker = folder / fetch.MARKER
     marker.parent.mkdir(parents=True)
     marker.write_text(text)
 
 
 def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
-    _install(tmp_path / "oracle", "old")
-    monkeypatch.setattr(fetch, "_pip_install", lambda folder: pytest.fail("fetched again"))
+    _install(tmp_path / "oracle", text="old")
+    monkeypatch.setattr(fetch, "_pip_install", lambda folder, requirements: pytest.fail("fetched again"))
     assert fetch.ensure_oracle(tmp_path / "oracle") == tmp_path / "oracle"
 
 
@@ -29,9 +29,9 @@ def test_a_torn_folder_is_replaced(tmp_path, monkeypatch):
 
 
 def test_another_process_that_was_faster_wins(tmp_path, monkeypatch):
-    def install(folder):
+    def install(folder, requirements):
         _install(folder)
-        _install(tmp_path / "oracle", "other process")
+        _install(tmp_path / "oracle", text="other process")
 
     monkeypatch.setattr(fetch, "_pip_install", install)
     assert (fetch.ensure_oracle(tmp_path / "oracle") / fetch.MARKER).read_text() == "other process"

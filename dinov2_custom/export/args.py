@@ -1,0 +1,49 @@
+"""Command line of the export, without torch, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+
+FORMATS = {
+    "hf": "folder for transformers: AutoModel.from_pretrained, AutoImageProcessor.from_pretrained",
+    "timm": "folder for timm: timm.create_model('local-dir:<folder>')",
+    "torch": "one .pth in the layout of the released DINOv2 weights",
+    "safetensors": "the same tensors as one .safetensors",
+    "onnx": "one .onnx for any batch size: image -> cls_token, patch_tokens",
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``run/export/export.py``."""
+    parser = argparse.ArgumentParser(
+        description="Write a trained backbone for another library, load it there and compare the features."
+        "\n\nformats:\n" + "\n".join(f"  {name:12} {text}" for name, text in FORMATS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file")
+    parser.add_argument("--to", required=True, choices=list(FORMATS), help="format, see above")
+    parser.add_argument(
+        "--output",
+        "--output-dir",
+        "--output_dir",
+        default="",
+        metavar="PATH",
+        help="folder or file to write (default: ./outputs/export/<name of the run>_<format>)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="side that the exported positions are sized for, a multiple of the patch size (default: that of training)",
+    )
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="configuration of the model (default: the run's config.yaml)"
+    )
+    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
+    parser.add_argument(
+        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
+    return parser

@@ -1,0 +1,61 @@
+"""One ONNX file for any batch size at one image size. Read :func:`write_onnx` first."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.export.portable import Portable
+
+INPUT, OUTPUTS = "image", ("cls_token", "patch_tokens")
+
+
+class _TwoOutputs(nn.Module):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.backbone.forward_features(image)
+        return features["x_norm_clstoken"], features["x_norm_patchtokens"]
+
+
+def write_onnx(model: Portable, path: Path) -> None:
+    """Write a graph ``image (batch, C, S, S) -> cls_token (batch, D), patch_tokens (batch, N, D)``, float32.
+
+    Positions of ``model.image_size`` are part of the graph; other sizes need an export of their own.
+
+    Raises:
+        ConfigError: a library is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise ConfigError(
+            f'--to onnx: expected the extra "export", {e.name} is missing; pip install ".[export]"'
+        ) from e
+    backbone = copy.deepcopy(model.backbone).float().cpu().eval()
+    backbone.pos_embed = nn.Parameter(model.state["pos_embed"].clone(), requires_grad=False)
+    for block in backbone.all_blocks():
+        block.attn.backend = "sdpa"
+    image = torch.zeros(2, model.in_chans, model.image_size, model.image_size)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter's notes to itself
+        program = torch.onnx.export(
+            _TwoOutputs(backbone).eval(),
+            (image,),
+            dynamo=True,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+        program.save(str(path))

@@ -1,0 +1,61 @@
+"""Files of tensors in the released weights' layout, and where an export goes. Read :func:`write_torch` first."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.export.portable import Portable
+
+
+def write_torch(model: Portable, path: Path) -> None:
+    """Save a flat dict of tensors, as the released .pth files hold: for ``load_state_dict`` of a ViT without chunks."""
+    torch.save(model.state, path)
+
+
+def write_safetensors(model: Portable, path: Path) -> None:
+    """Save the tensors of :func:`write_torch` as safetensors."""
+    save_safetensors(model.state, path)
+
+
+def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
+    """Save ``state`` with the header that transformers asks for.
+
+    Raises:
+        ConfigError: the library is missing.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as e:
+        raise ConfigError(
+            'expected the extra "export" for this format, safetensors is missing; pip install ".[export]"'
+        ) from e
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def make_room(path: Path, suffix: str, overwrite: bool) -> Path:
+    """Return the path to write to before it is renamed to ``path``; an empty folder may lie there.
+
+    Raises:
+        ConfigError: something is at ``path`` already.
+    """
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(
+            f"--output: expected nothing at {path}, found an earlier result; choose another, or --overwrite"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial{suffix}")
+    remove(partial)
+    return partial
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,191 @@
+"""From a run directory or a weight file to a frozen backbone, with what is needed to feed it images.
+
+What the evaluations, the export, the features and the plots start from. Not the training state (``train/checkpoint``).
+Read :func:`load_teacher` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
+
+logger = logging.getLogger("dinov2")
+_NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
+_HEAD_DIM = 64  # of every architecture here and upstream
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+class Teacher(NamedTuple):
+    """A backbone in evaluation mode without gradients, and how it was trained.
+
+    Attributes:
+        image_size: pixels a side that ``pos_embed`` is sized for.
+        normalize: ``{"mean": (3 floats), "std": (3 floats)}`` of images in 0..1.
+        weights: the file they came from, or the URL.
+        described_by: the configuration file, or "the shapes of its tensors".
+    """
+
+    backbone: DinoVisionTransformer
+    image_size: int
+    normalize: dict[str, tuple[float, ...]]
+    weights: str
+    described_by: str
+
+
+def load_teacher(
+    source: str, config_file: str = "", opts: Sequence[str] = (), allow_unknown_keys: bool = False
+) -> Teacher:
+    """Load the teacher of ``source``: a run directory (its newest teacher), a weight file or a URL.
+
+    The architecture comes from ``config_file``, else from the config.yaml of the run around the weights, else from the
+    shapes of the tensors (released weights).
+
+    Raises:
+        ConfigError: a configuration that cannot be read.
+        CheckpointError: nothing there, unreadable, or of another architecture.
+    """
+    weights = find_weights(source)
+    config_file = config_file or str(run_config_near(weights) or "")
+    if not config_file:
+        state = flat_state(read_weights(weights))
+        backbone = backbone_like(state, weights)
+        size = backbone.patch_embed.img_size[0]
+        normalize, described_by = dict(_IMAGENET), "the shapes of its tensors"
+    else:
+        cfg = load_run_config(
+            config_file, ["train.output_dir=", *opts], allow_unknown_keys=allow_unknown_keys, require_dataset=False
+        )
+        backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
+        size = cfg.crops.global_crops_size
+        normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
+        described_by = config_file
+    load_teacher_backbone(backbone, weights)
+    return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, described_by)
+
+
+def find_weights(source: str) -> str:
+    """Return the weight file that ``source`` means; of a run directory the newest teacher, else the last checkpoint.
+
+    Raises:
+        CheckpointError: a directory without any.
+    """
+    if str(source).startswith(("http://", "https://")):
+        return str(source)
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return str(path)
+    teachers = [path / "teacher_checkpoint.pth", *path.glob("eval/*/teacher_checkpoint.pth")]
+    found = [(int(match[1]) if (match := _NUMBERED.search(t.parent.name)) else -1, t) for t in teachers if t.is_file()]
+    if found:
+        return str(max(found)[1])
+    pointer = path / "last_checkpoint"
+    if pointer.is_file() and (path / pointer.read_text().strip()).is_file():
+        return str(path / pointer.read_text().strip())
+    raise CheckpointError(
+        f"expected a weight file or a run directory, got {path} without eval/*/teacher_checkpoint.pth or "
+        "last_checkpoint; give the file"
+    )
+
+
+def run_config_near(weights: str) -> Path | None:
+    """Return the config.yaml of the run directory that ``weights`` lies in (up to three folders above), or None."""
+    path = Path(weights).expanduser().absolute()
+    return next((f / "config.yaml" for f in list(path.parents)[:4] if (f / "config.yaml").is_file()), None)
+
+
+def load_teacher_backbone(model: nn.Module, source: str) -> None:
+    """Copy every tensor of the backbone from ``source``, a path or URL; none may be missing, over or of another shape.
+
+    ``{"teacher": ...}`` files, flat ones and whole training checkpoints (their teacher) are understood, prefixes and
+    block chunks do not count, heads are left out.
+
+    Raises:
+        CheckpointError: unreadable, or of another architecture, with counts; the model is unchanged then.
+    """
+    fit, num_wanted = fit_state(model, flat_state(read_weights(source))), len(model.state_dict())
+    if fit.missing or fit.unexpected or fit.misshapen:
+        raise CheckpointError(
+            f"--pretrained-weights: expected the {num_wanted} tensors of the configured backbone, got "
+            f"{len(fit.missing)} missing, {len(fit.unexpected)} unexpected and {len(fit.misshapen)} of another shape "
+            f"in {source}:\n  "
+            + "\n  ".join(fit.examples())
+            + "\nuse the config.yaml of the run that wrote the weights"
+        )
+    model.load_state_dict(fit.found, strict=True)
+    logger.info(f"weights: {source} tensors={num_wanted}")
+
+
+def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransformer:
+    """Build the backbone whose flat state dict is ``state``: width, depth, patch, registers and FFN by their shapes.
+
+    Resampling of positions, which no shape tells, is as in the released models: with registers antialiased.
+
+    Raises:
+        CheckpointError: not a DINOv2 backbone.
+    """
+    try:
+        return DinoVisionTransformer(**_arguments_of(state))
+    except (KeyError, ValueError) as e:
+        raise CheckpointError(
+            f"expected the weights of a DINOv2 backbone at {where}, could not tell its architecture: {e}; give the "
+            "configuration that it was trained with"
+        ) from e
+
+
+def _arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    if dim % _HEAD_DIM or side * side != state["pos_embed"].shape[1] - 1:
+        raise ValueError(f"width {dim} is no multiple of {_HEAD_DIM}, or the positions form no square")
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    if not swiglu:
+        hidden, ffn_layer = state["blocks.0.mlp.fc1.weight"].shape[0], "mlp"
+    else:
+        hidden, ffn_layer = 4 * dim, "swiglufused"
+    return {
+        "img_size": side * patch,
+        "patch_size": patch,
+        "in_chans": in_chans,
+        "embed_dim": dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "num_heads": dim // _HEAD_DIM,
+        "mlp_ratio": hidden / dim,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "proj_bias": "blocks.0.attn.proj.bias" in state,
+        "ffn_bias": f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.bias" in state,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in state else None,
+        "ffn_layer": ffn_layer,
+        "block_chunks": 0,
+        "num_register_tokens": registers,
+        "interpolate_antialias": bool(registers),
+        "interpolate_offset": 0.0 if registers else 0.1,
+    }
+
+
+def device_of_choice(name: str = "auto") -> torch.device:
+    """Return the device called ``name``; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"--device: expected a device of this machine, got {name!r}; leave it out for auto") from e
+    return torch.device(name)
