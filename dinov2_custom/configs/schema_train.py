@@ -52,9 +52,14 @@ class Train:
     max_bad_fraction: float = option(
         0.01, "stop when more than this share of the images read so far is unreadable", within="[0, 1]"
     )
-    log_every: int = option(
-        10, "log interval", unit="iterations", changes_results=False, within="[1, inf)"
+    max_nonfinite_steps: int = option(
+        3,
+        "steps in a row with a non-finite loss or gradient, each left out, that end the run",
+        unit="steps",
+        changes_results=False,
+        within="[1, inf)",
     )
+    log_every: int = option(10, "log interval", unit="iterations", changes_results=False, within="[1, inf)")
     tensorboard: bool = option(
         False, "write the metrics to <output_dir>/logs/tensorboard too; needs that package", changes_results=False
     )
@@ -137,9 +142,7 @@ class Crops:
 @dataclass
 class Normalize:
     mean: list[float] = option([0.485, 0.456, 0.406], "subtracted from R, G, B in 0..1 (ImageNet's)", length=3)
-    std: list[float] = option(
-        [0.229, 0.224, 0.225], "then divided by (ImageNet's)", within="(0, inf)", length=3
-    )
+    std: list[float] = option([0.229, 0.224, 0.225], "then divided by (ImageNet's)", within="(0, inf)", length=3)
 
 
 @dataclass

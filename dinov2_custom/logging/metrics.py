@@ -8,6 +8,7 @@ an iteration never waits for the GPU. Not here: where the lines (``setup.py``) a
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ _MAX_PENDING = 1000
 
 
 class SmoothedValue:
-    """A series of numbers: statistics over a window of the newest ones and over all of them.
+    """A series of numbers: statistics over a window of the newest ones and over all of them, as far as they are finite.
 
     Args:
         window_size: numbers in the window.
@@ -61,8 +62,10 @@ class SmoothedValue:
             self.count, self.total = int(sums[0]), float(sums[1])
 
     def _window(self) -> torch.Tensor:
+        """The numbers of the window that are finite, if any is: a step that was left out says nothing."""
         _read_pending([self])
-        return torch.tensor(list(self.deque) or [float("nan")], dtype=torch.float32)
+        numbers = list(self.deque)
+        return torch.tensor([n for n in numbers if math.isfinite(n)] or numbers or [math.nan], dtype=torch.float32)
 
     @property
     def median(self) -> float:
@@ -112,8 +115,9 @@ def _read_pending(meters: Iterable[SmoothedValue]) -> None:
         for value, num in meter.pending:
             number = float(next(numbers[value.device, value.dtype]) if isinstance(value, torch.Tensor) else value)
             meter.deque.append(number)
-            meter.count += num
-            meter.total += number * num
+            if math.isfinite(number):
+                meter.count += num
+                meter.total += number * num
         meter.pending.clear()
 
 
@@ -124,6 +128,9 @@ class MetricLogger:
         delimiter: between the fields of a log line.
         output_file: JSON-lines file that rank 0 appends to; None: none.
         sinks: further places for rows; closing them is the caller's.
+
+    Attributes:
+        counts: numbers that rows give as they stand, after the series.
     """
 
     def __init__(self, delimiter: str = "\t", output_file: str | os.PathLike | None = None, sinks: Sinks | None = None):
@@ -131,6 +138,7 @@ class MetricLogger:
         self.delimiter = delimiter
         self.output_file = output_file
         self.sinks = sinks
+        self.counts: dict[str, int] = {}
         self._ends = False
 
     def end_after_this(self) -> None:
@@ -167,7 +175,7 @@ class MetricLogger:
             return
         _read_pending(self.meters.values())
         row: dict[str, Any] = {"iteration": iteration, "iter_time": iter_time, "data_time": data_time}
-        row |= {name: meter.median for name, meter in self.meters.items()} | rates
+        row |= {name: meter.median for name, meter in self.meters.items()} | rates | self.counts
         if self.output_file is not None:
             append_row(self.output_file, row)
         if self.sinks is not None:

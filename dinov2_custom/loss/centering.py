@@ -48,16 +48,28 @@ class CenteredLoss(nn.Module):
         self._pending.append((sum_and_count, handle))
 
     @torch.no_grad()
+    def cancel_center_update(self, where: Tensor) -> None:
+        """Forget the started updates where the 0-dim ``where`` is 1: the step that they belong to is left out."""
+        for sum_and_count in self._finished_updates():
+            sum_and_count.masked_fill_(where > 0, 0.0)
+
+    @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Blend in the mean over all started updates; without rows the centre stays as it is."""
+        """Blend in the mean over all started updates; without rows, or where it is not finite, the centre stays."""
         if not self._pending:
             return
-        for _, handle in self._pending:
-            if handle is not None:
-                handle.wait()
-        sum_and_count = sum(sums for sums, _ in self._pending)
+        sum_and_count = sum(self._finished_updates())
         self._pending.clear()
         count = sum_and_count[-1]
         mean = (sum_and_count[:-1] / count.clamp_min(1)).view_as(self.center)
         blended = self.center * self.center_momentum + mean * (1 - self.center_momentum)
-        self.center.copy_(torch.where(count > 0, blended, self.center))
+        usable = (count > 0) & mean.isfinite().all()
+        self.center.copy_(torch.where(usable, blended, self.center))
+
+    def _finished_updates(self) -> list[Tensor]:
+        """Return the sums of the started updates, reduced over all ranks."""
+        for _, handle in self._pending:
+            if handle is not None:
+                handle.wait()
+        self._pending = [(sums, None) for sums, _ in self._pending]
+        return [sums for sums, _ in self._pending]

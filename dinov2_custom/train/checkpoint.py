@@ -97,10 +97,9 @@ class Checkpointer:
             try:
                 write()
             except OSError as e:
-                last = self.folder / "last_checkpoint"
-                before = last.read_text() if last.exists() else "none"
                 trouble = (
-                    f"checkpoint: expected to write {path}, got {e.strerror or e}; the newest complete one ({before}) "
+                    f"checkpoint: expected to write {path}, got {e.strerror or e}; the newest complete one "
+                    f"({self.newest()}) "
                     "is intact; make room, then the same command goes on from it"
                 )
         trouble = distributed.broadcast_object(trouble)  # all ranks wait here, and stop or go on together
@@ -145,6 +144,11 @@ class Checkpointer:
                 "start afresh with --no-resume"
             )
         return None
+
+    def newest(self) -> str:
+        """Return the name of the newest complete checkpoint, or "none"."""
+        last = self.folder / "last_checkpoint"
+        return last.read_text() if last.exists() else "none"
 
     def candidates(self) -> list[Path]:
         """Return the checkpoint files, newest first; the one named in ``last_checkpoint`` leads."""

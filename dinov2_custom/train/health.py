@@ -1,4 +1,4 @@
-"""Is the run still healthy: finite numbers, readable images, a teacher that has not collapsed."""
+"""Is the run still healthy: readable images, a teacher that has not collapsed. Finite numbers: ``step_guard.py``."""
 
 from __future__ import annotations
 
@@ -9,52 +9,10 @@ from pathlib import Path
 
 import torch
 
-from dinov2_custom.errors import NumericsError
 from dinov2_custom.logging import append_row
 
 logger = logging.getLogger("dinov2")
-MAX_BAD_STEPS = 3
-# A loss scaler that starts too high overflows a gradient in each of its first steps while it halves itself.
-MAX_BAD_STEPS_SCALED = 40
 COLLAPSE_MARGIN = 0.01
-
-
-class StepGuard:
-    """Count steps with non-finite losses or gradients and give up after too many in a row.
-
-    Args:
-        scaled: whether a loss scaler is at work.
-    """
-
-    def __init__(self, scaled: bool) -> None:
-        self.scaled = scaled
-        self.in_a_row = self.skipped = 0
-
-    def check(self, finite: bool, losses: dict[str, torch.Tensor], iteration: int) -> None:
-        """Note one step.
-
-        Raises:
-            NumericsError: too many bad steps in a row; names the terms.
-        """
-        if finite:
-            self.in_a_row = 0
-            return
-        self.in_a_row += 1
-        self.skipped += 1
-        terms = [name for name, value in losses.items() if not bool(value.isfinite())]
-        named = ", ".join(terms) or "a gradient"
-        logger.warning(f"non-finite {named} iteration={iteration}: step skipped, weights unchanged")
-        if self.in_a_row >= (MAX_BAD_STEPS_SCALED if self.scaled and not terms else MAX_BAD_STEPS):
-            raise NumericsError(
-                f"loss: expected finite values, got non-finite {named} in {self.in_a_row} steps running, the last "
-                f"iteration={iteration}; lower optim.base_lr, lengthen optim.warmup_epochs, or set param_dtype to bf16 "
-                "or fp32; the same command goes on from the last checkpoint"
-            )
-
-
-def all_finite(losses: dict[str, torch.Tensor]) -> bool:
-    """Return whether every loss is finite (waits for the device)."""
-    return bool(torch.stack(list(losses.values())).isfinite().all())
 
 
 class CollapseAlarm:

@@ -213,9 +213,16 @@ class SSLMetaArch(nn.Module):
         loss.backward()
 
     @torch.no_grad()
-    def update_teacher(self, m: float) -> None:
-        """Move the teacher towards the student: t <- m t + (1 - m) s, over all parameters."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - m)
+    def update_teacher(self, m: float, skip: Tensor | None = None) -> None:
+        """Move the teacher towards the student: t <- m t + (1 - m) s, over all parameters.
+
+        Where the 0-dim ``skip`` is 1 it stays where it is.
+        """
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        if skip is None:
+            torch._foreach_lerp_(teacher, student, 1.0 - m)
+        else:
+            torch._foreach_lerp_(teacher, student, [(1.0 - skip) * (1.0 - m)] * len(teacher))
 
     def get_params_groups(self) -> list[dict]:
         """Return the optimizer's groups, fused within each part on equal multipliers."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,16 +22,23 @@ from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_sinks, setup_
 from dinov2_custom.parallel import GradientReducer
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
-from dinov2_custom.train.gradients import accumulate_gradients, over_all_ranks
-from dinov2_custom.train.health import BadImageLog, CollapseAlarm, StepGuard, all_finite
+from dinov2_custom.train.gradients import accumulate_gradients
+from dinov2_custom.train.health import BadImageLog, CollapseAlarm
+from dinov2_custom.train.optimization import (
+    apply_optim_scheduler,
+    build_optimizer,
+    build_schedulers,
+    clip_gradients,
+    step_unless,
+)
 from dinov2_custom.train.pretrained import load_pretrained_backbone
 from dinov2_custom.train.run_directory import changed_keys, locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.startup import RunLength, describe_end, describe_run, run_length
+from dinov2_custom.train.startup import describe_end, describe_run, run_length
+from dinov2_custom.train.step_guard import StepGuard
 from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
-from dinov2_custom.utils.schedules import CosineScheduler
 from dinov2_custom.utils.weights import read_weights
 
 __all__ = [
@@ -48,76 +54,9 @@ __all__ = [
 logger = logging.getLogger("dinov2")
 
 
-def build_optimizer(cfg, params_groups: Iterable[dict]) -> torch.optim.AdamW:
-    """Build AdamW over ``params_groups``; their lr and weight decay are set by :func:`apply_optim_scheduler`."""
-    return torch.optim.AdamW(params_groups, betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2), foreach=True)
-
-
-def build_schedulers(cfg, length: RunLength | None = None):
-    """Return (lr, weight decay, momentum, teacher temperature, last layer's lr), each indexed by iteration.
-
-    ``length`` is needed when ``train.OFFICIAL_EPOCH_LENGTH`` is ``auto``; else it follows from the configuration.
-    """
-    length = length or run_length(cfg, num_images=1, world_size=1)
-    lr = {
-        "base_value": cfg.optim.lr,
-        "final_value": cfg.optim.min_lr,
-        "total_iters": length.total,
-        "warmup_iters": length.iterations(cfg.optim.warmup_epochs),
-        "start_warmup_value": 0,
-    }
-    lr_schedule, last_layer_lr_schedule = CosineScheduler(**lr), CosineScheduler(**lr)
-    last_layer_lr_schedule.schedule[: length.iterations(cfg.optim.freeze_last_layer_epochs)] = 0
-    wd_schedule = CosineScheduler(
-        base_value=cfg.optim.weight_decay, final_value=cfg.optim.weight_decay_end, total_iters=length.total
-    )
-    momentum_schedule = CosineScheduler(
-        base_value=cfg.teacher.momentum_teacher,
-        final_value=cfg.teacher.final_momentum_teacher,
-        total_iters=length.total,
-    )
-    temp_warmup = length.iterations(cfg.teacher.warmup_teacher_temp_epochs)
-    teacher_temp_schedule = CosineScheduler(
-        base_value=cfg.teacher.teacher_temp,
-        final_value=cfg.teacher.teacher_temp,
-        total_iters=temp_warmup,
-        warmup_iters=temp_warmup,
-        start_warmup_value=cfg.teacher.warmup_teacher_temp,
-    )
-    return lr_schedule, wd_schedule, momentum_schedule, teacher_temp_schedule, last_layer_lr_schedule
-
-
-def apply_optim_scheduler(optimizer, lr: float, wd: float, last_layer_lr: float) -> None:
-    """Write this iteration's lr and weight decay into every group, times the group's multipliers."""
-    for group in optimizer.param_groups:
-        group["weight_decay"] = wd * group["wd_multiplier"]
-        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
-
-
 def do_test(cfg, model: SSLMetaArch, iteration: int | str) -> Path:
     """Write the teacher's weights to ``eval/<iteration>/teacher_checkpoint.pth`` and return the path."""
     return save_teacher(model, Path(cfg.train.output_dir), str(iteration))
-
-
-def optimizer_step(cfg, model: SSLMetaArch, optimizer) -> dict[str, torch.Tensor]:
-    """Clip each part's gradient and step; return its norm before that, or nothing if one is not finite.
-
-    Then nothing is changed either.
-    """
-    scaler = model.fp16_scaler
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    norms = {
-        f"grad_norm_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), cfg.optim.clip_grad or float("inf"))
-        for name, part in model.student.items()
-    }
-    finite = all_finite(norms)
-    if scaler is not None:
-        scaler.step(optimizer)
-        scaler.update()
-    elif finite:
-        optimizer.step()
-    return norms if finite else {}
 
 
 def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> int:
@@ -128,7 +67,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         loader: of :func:`make_train_loader`; None: as ``cfg`` says.
 
     Raises:
-        NumericsError: the loss or a gradient was non-finite in three steps running.
+        NumericsError: the loss or a gradient was non-finite in ``train.max_nonfinite_steps`` steps running.
         DataError: more images than ``train.max_bad_fraction`` cannot be read.
         CheckpointError: the run directory holds a checkpoint of another architecture.
     """
@@ -159,18 +98,14 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     metrics = MetricLogger(delimiter="  ", sinks=sinks)
     save_period = cfg.checkpointing.period or length.iterations(3)
     eval_period = cfg.evaluation.eval_period_iterations
-    guard, alarm = StepGuard(scaled=model.fp16_scaler is not None), CollapseAlarm(model.num_prototypes)
+    guard = StepGuard(cfg.train.max_nonfinite_steps, model.fp16_scaler is not None, checkpointer.newest)
+    alarm = CollapseAlarm(model.num_prototypes)
     model.train()
 
     with StopRequests() as stop, sinks:
         batches = loader.batches(iteration * cfg.optim.accumulation_steps, device=model.device)
         for batch in metrics.log_every(
-            batches,
-            cfg.train.log_every,
-            "Training",
-            length.total,
-            iteration,
-            images_per_iteration=length.global_batch,
+            batches, cfg.train.log_every, "Training", length.total, iteration, images_per_iteration=length.global_batch
         ):
             lr, wd, momentum, teacher_temp, last_layer_lr = (float(schedule[iteration]) for schedule in schedules)
             apply_optim_scheduler(optimizer, lr, wd, last_layer_lr)
@@ -180,13 +115,12 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             model.diagnose = iteration % cfg.train.log_every == 0 or iteration == length.total - 1
             drop_path_draws = generator_for(cfg.train.seed, "drop_path", iteration, rank)
             losses = accumulate_gradients(cfg, model, reducer, batch, batches, teacher_temp, drop_path_draws)
-            losses, stop_signal = over_all_ranks(losses, stop.signum)
 
             # update, unless something is not finite
-            grad_norms = optimizer_step(cfg, model, optimizer) if all_finite(losses) else {}
-            if grad_norms:
-                model.update_teacher(momentum)
-            guard.check(bool(grad_norms), losses, iteration)
+            grad_norms = clip_gradients(cfg, model, optimizer)
+            losses, skip = guard.judge(iteration, losses, grad_norms, stop.signum)
+            step_unless(skip, model, optimizer, momentum)
+            stop_signal = guard.hear()
 
             # report
             metrics.update(
@@ -205,6 +139,9 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
 
             # save
             last = iteration == length.total - 1
+            if last or stop_signal:
+                guard.hear_all()
+            metrics.counts["skipped_steps"] = guard.skipped
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or stop_signal or (iteration + 1) % save_period == 0:

@@ -16,6 +16,7 @@ OURS = {
     "train.path_preserved": "",
     "train.frac": 0.0,
     "train.max_bad_fraction": 0.01,
+    "train.max_nonfinite_steps": 3,
     "train.log_every": 10,
     "train.tensorboard": False,
     "wandb.mode": "disabled",

@@ -52,8 +52,9 @@ class OurTrainer:
         our_train.apply_optim_scheduler(self.optimizer, lr, wd, last_layer_lr)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.forward_backward(batch, float(teacher_temp), seed)
-        assert our_train.optimizer_step(self.cfg, self.model, self.optimizer), "non-finite gradients"
-        self.model.update_teacher(momentum)
+        norms = our_train.clip_gradients(self.cfg, self.model, self.optimizer)
+        assert all(norm.isfinite() for norm in norms.values()), "non-finite gradients"
+        our_train.step_unless(torch.zeros(()), self.model, self.optimizer, momentum)
         return losses
 
 

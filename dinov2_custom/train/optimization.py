@@ -1,0 +1,92 @@
+"""The optimizer, its schedules, and a step that a flag on the device can call off. Read :func:`step_unless` first.
+
+Not here: how the flag is found (``step_guard.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dinov2_custom.train.startup import RunLength, run_length
+from dinov2_custom.utils.schedules import CosineScheduler
+
+
+def build_optimizer(cfg, params_groups: Iterable[dict]) -> torch.optim.AdamW:
+    """Build AdamW over ``params_groups``; their lr and weight decay are set by :func:`apply_optim_scheduler`.
+
+    The fused kernels alone can be told by a flag on the device to change nothing; see :func:`step_unless`.
+    """
+    return torch.optim.AdamW(params_groups, betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2), fused=True)
+
+
+def build_schedulers(cfg, length: RunLength | None = None):
+    """Return (lr, weight decay, momentum, teacher temperature, last layer's lr), each indexed by iteration.
+
+    ``length`` is needed when ``train.OFFICIAL_EPOCH_LENGTH`` is ``auto``; else it follows from the configuration.
+    """
+    length = length or run_length(cfg, num_images=1, world_size=1)
+    lr = {
+        "base_value": cfg.optim.lr,
+        "final_value": cfg.optim.min_lr,
+        "total_iters": length.total,
+        "warmup_iters": length.iterations(cfg.optim.warmup_epochs),
+        "start_warmup_value": 0,
+    }
+    lr_schedule, last_layer_lr_schedule = CosineScheduler(**lr), CosineScheduler(**lr)
+    last_layer_lr_schedule.schedule[: length.iterations(cfg.optim.freeze_last_layer_epochs)] = 0
+    wd_schedule = CosineScheduler(
+        base_value=cfg.optim.weight_decay, final_value=cfg.optim.weight_decay_end, total_iters=length.total
+    )
+    momentum_schedule = CosineScheduler(
+        base_value=cfg.teacher.momentum_teacher,
+        final_value=cfg.teacher.final_momentum_teacher,
+        total_iters=length.total,
+    )
+    temp_warmup = length.iterations(cfg.teacher.warmup_teacher_temp_epochs)
+    teacher_temp_schedule = CosineScheduler(
+        base_value=cfg.teacher.teacher_temp,
+        final_value=cfg.teacher.teacher_temp,
+        total_iters=temp_warmup,
+        warmup_iters=temp_warmup,
+        start_warmup_value=cfg.teacher.warmup_teacher_temp,
+    )
+    return lr_schedule, wd_schedule, momentum_schedule, teacher_temp_schedule, last_layer_lr_schedule
+
+
+def apply_optim_scheduler(optimizer, lr: float, wd: float, last_layer_lr: float) -> None:
+    """Write this iteration's lr and weight decay into every group, times the group's multipliers."""
+    for group in optimizer.param_groups:
+        group["weight_decay"] = wd * group["wd_multiplier"]
+        group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+
+
+def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:
+    """Undo the loss scale, clip each part's gradient to ``optim.clip_grad`` and return its norm before that."""
+    if model.fp16_scaler is not None:
+        model.fp16_scaler.unscale_(optimizer)
+    largest = cfg.optim.clip_grad or float("inf")
+    return {
+        f"grad_norm_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), largest)
+        for name, part in model.student.items()
+    }
+
+
+@torch.no_grad()
+def step_unless(skip: Tensor, model, optimizer, momentum: float) -> None:
+    """Update student and teacher; where the 0-dim ``skip`` on their device is 1, leave everything bitwise as it is.
+
+    Everything: weights, AdamW's two means and step counts, the teacher, the centres. A loss scale is lowered.
+    The host does not wait for the flag.
+
+    Source: ``found_inf`` is how torch.amp.GradScaler tells fused optimizers of an overflow.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, skip
+    optimizer.step()
+    if model.fp16_scaler is not None:
+        model.fp16_scaler.update()
+    model.update_teacher(momentum, skip=skip)
+    for loss in (model.dino_loss, model.ibot_patch_loss):
+        loss.cancel_center_update(where=skip)

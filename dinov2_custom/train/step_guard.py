@@ -1,0 +1,134 @@
+"""Finite numbers or no step: decided on the device, heard of by the host one step later, so that it never waits.
+
+Not here: how a step is left out (``optimization.py``). Read :meth:`StepGuard.judge` first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinov2_custom import distributed
+from dinov2_custom.errors import NumericsError
+
+logger = logging.getLogger("dinov2")
+# A loss scaler that starts too high overflows a gradient in each of its first steps while it halves itself.
+MAX_STEPS_SCALED = 40
+_NUM_SIGNALS = 64
+
+
+class _Report(NamedTuple):
+    """What the host will read of a step: ``facts`` has a finite flag for each of ``terms``, then a count a signal."""
+
+    iteration: int
+    terms: list[str]
+    facts: Tensor
+    ready: torch.cuda.Event | None
+
+
+class StepGuard:
+    """Agree with all processes on each step: are its numbers finite, and was one of the processes asked to stop.
+
+    Args:
+        max_in_a_row: steps left out in a row that end the run; 40 at least for gradients while ``scaled``.
+        scaled: whether a loss scaler is at work.
+        last_good: names the newest checkpoint.
+
+    Attributes:
+        skipped: steps left out so far, as far as the host has heard.
+    """
+
+    def __init__(self, max_in_a_row: int, scaled: bool, last_good: Callable[[], str]) -> None:
+        self.max_in_a_row, self.scaled, self.last_good = max_in_a_row, scaled, last_good
+        self.in_a_row = self.skipped = 0
+        self._own_signal = 0
+        self._reports: deque[_Report] = deque()
+
+    @torch.no_grad()
+    def judge(
+        self, iteration: int, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], signum: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the losses averaged over all processes, and 0-dim 1.0 if the step has to be left out, else 0.0.
+
+        Both stay on the device, and are the same in all processes.
+
+        Args:
+            losses: 0-dim, this process's.
+            grad_norms: 0-dim, of the averaged gradients, so the same everywhere.
+            signum: the signal that asked this process to stop, or 0.
+        """
+        self._own_signal = signum
+        values = torch.stack(list(losses.values())).float()
+        signals = torch.zeros(_NUM_SIGNALS)
+        signals[signum] = float(signum > 0)
+        if distributed.is_enabled():
+            both = torch.cat((values, signals.to(values.device, non_blocking=True)))
+            both = distributed.all_reduce(both)
+            values, signals = both[: len(values)] / distributed.get_global_size(), both[len(values) :]
+        norms = torch.stack([_whole(norm).float() for norm in grad_norms.values()])
+        finite = torch.cat((values, norms)).isfinite()
+        facts = torch.cat((finite.float(), signals.to(values.device)))
+        self._reports.append(_Report(iteration, [*losses, *grad_norms], *_to_host(facts)))
+        return dict(zip(losses, values, strict=True)), 1.0 - finite.all().float()
+
+    def hear(self) -> int:
+        """Take in the report of the step before the one judged last; return the signal to stop for, or 0.
+
+        Raises:
+            NumericsError: too many steps in a row were left out; names the terms.
+        """
+        while len(self._reports) > 1:
+            if signum := self._read(self._reports.popleft()):
+                return signum
+        return 0 if distributed.is_enabled() else self._own_signal  # alone there is nobody to agree with
+
+    def hear_all(self) -> None:
+        """Take in every report, waiting for the device. Raises as :meth:`hear`."""
+        while self._reports:
+            self._read(self._reports.popleft())
+
+    def _read(self, report: _Report) -> int:
+        if report.ready is not None:
+            report.ready.synchronize()
+        facts = report.facts.tolist()
+        bad = [term for term, is_finite in zip(report.terms, facts, strict=False) if not is_finite]
+        self._count(bad, report.iteration)
+        asked = [signum for signum, count in enumerate(facts[len(report.terms) :]) if count]
+        return asked[0] if asked else 0
+
+    def _count(self, bad: list[str], iteration: int) -> None:
+        if not bad:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.skipped += 1
+        losses = [term for term in bad if not term.startswith("grad_norm_")]
+        named = ", ".join(losses) or f"gradient of {', '.join(term.removeprefix('grad_norm_') for term in bad)}"
+        logger.warning(f"non-finite {named} iteration={iteration}: step skipped, nothing changed")
+        limit = max(self.max_in_a_row, MAX_STEPS_SCALED) if self.scaled and not losses else self.max_in_a_row
+        if self.in_a_row >= limit:
+            raise NumericsError(
+                f"loss: expected finite values, got non-finite {named} in {self.in_a_row} steps running, the last "
+                f"iteration={iteration}; lower optim.base_lr, lengthen optim.warmup_epochs, or set param_dtype to bf16 "
+                f"or fp32; the last good checkpoint is {self.last_good()}, the same command goes on from it"
+            )
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """Return a sharded norm's value, another one as it is."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _to_host(facts: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start the copy of ``facts`` to the host; it is there when the event, if any, has happened."""
+    if facts.device.type != "cuda":
+        return facts, None
+    copy = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True).copy_(facts, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event

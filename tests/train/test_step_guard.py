@@ -1,0 +1,276 @@
+"""Steps that are left out: nothing of them stays, all processes leave them out, and the host waits for none of it."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinov2_custom.errors import NumericsError
+from dinov2_custom.logging import remove_logging
+from dinov2_custom.parallel import GradientReducer
+from dinov2_custom.train import get_args_parser, main
+from dinov2_custom.train import train as train_module
+from dinov2_custom.train.gradients import accumulate_gradients
+from dinov2_custom.train.optimization import apply_optim_scheduler, build_optimizer, clip_gradients, step_unless
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.step_guard import MAX_STEPS_SCALED, StepGuard
+from tests.train.batches import TINY, random_batch, tiny_config
+from tests.train.test_train import rows, weights, write_images
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GOOD, BAD = {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}, {"a": torch.tensor(1.0), "b": torch.tensor(math.nan)}
+NORM, BAD_NORM = {"grad_norm_backbone": torch.tensor(3.0)}, {"grad_norm_backbone": torch.tensor(math.inf)}
+
+
+def guard_of(*, scaled=False):
+    return StepGuard(3, scaled, lambda: "model_0000004.pth")
+
+
+def judge(guard, iteration, losses, norms=NORM, signum=0):
+    return float(guard.judge(iteration, losses, norms, signum)[1])
+
+
+def test_a_step_is_left_out_for_a_loss_or_a_gradient():
+    guard = guard_of()
+    assert [judge(guard, 0, GOOD), judge(guard, 1, BAD), judge(guard, 2, GOOD, BAD_NORM)] == [0.0, 1.0, 1.0]
+    guard.hear_all()
+    assert guard.skipped == guard.in_a_row == 2
+
+
+def test_the_third_in_a_row_ends_the_run_and_names_term_iteration_and_checkpoint():
+    guard = guard_of()
+    for iteration, losses in enumerate([BAD, BAD, GOOD, BAD, BAD, BAD]):
+        judge(guard, iteration, losses)
+        guard.hear()
+    assert (guard.skipped, guard.in_a_row) == (4, 2)  # one step late
+    judge(guard, 6, GOOD)
+    with pytest.raises(NumericsError, match=r"non-finite b in 3 .* iteration=5;.* model_0000004\.pth"):
+        guard.hear()
+
+
+def test_a_loss_scaler_may_look_for_its_scale():
+    guard = guard_of(scaled=True)
+    for iteration in range(MAX_STEPS_SCALED - 1):
+        judge(guard, iteration, GOOD, BAD_NORM)
+    guard.hear_all()
+    judge(guard, 99, GOOD, BAD_NORM)
+    with pytest.raises(NumericsError, match="gradient of backbone"):
+        guard.hear_all()
+
+
+def test_alone_a_stop_is_heard_at_once():
+    guard = guard_of()
+    judge(guard, 0, GOOD, signum=15)
+    assert guard.hear() == 15
+
+
+class Trainer:
+    """The loop's step without the loop."""
+
+    def __init__(self, *overrides):
+        self.cfg = tiny_config(*overrides)
+        self.model = SSLMetaArch(self.cfg)
+        self.model.prepare_for_distributed_training()
+        self.model.train()
+        self.optimizer = build_optimizer(self.cfg, self.model.get_params_groups())
+        self.reducer = GradientReducer(self.model.student.parameters())
+        self.guard = guard_of()
+
+    def step(self, iteration, *batches):
+        apply_optim_scheduler(self.optimizer, 1e-2, 0.1, 1e-2)
+        self.optimizer.zero_grad(set_to_none=True)
+        first, *rest = batches
+        losses = accumulate_gradients(self.cfg, self.model, self.reducer, first, iter(rest), 0.04, None)
+        norms = clip_gradients(self.cfg, self.model, self.optimizer)
+        losses, skip = self.guard.judge(iteration, losses, norms)
+        step_unless(skip, self.model, self.optimizer, 0.9)
+        self.guard.hear()
+        return losses
+
+    def state(self):
+        for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
+            loss.apply_center_update()
+        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return all(same(a, b) for a, b in zip(one, other, strict=True))
+
+
+def poisoned(batch, key="collated_local_crops"):
+    batch = dict(batch)
+    batch[key] = batch[key].clone()
+    batch[key].view(-1)[5] = math.nan
+    return batch
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("where", ["collated_local_crops", "collated_global_crops", "gradient"])
+def test_a_step_left_out_changes_no_bit(centering, where):
+    trainer = Trainer(f"train.centering={centering}", "ibot.separate_head=true")
+    batches = [random_batch(trainer.cfg, seed) for seed in range(3)]
+    trainer.step(0, batches[0])
+    before = trainer.state()
+    assert before[1][0]["step"] == 1
+    if where == "gradient":  # of a finite loss
+        parameter = trainer.model.student["backbone"].norm.bias
+        hook = parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor([3]), math.inf))
+        trainer.step(1, batches[1])
+        hook.remove()
+    else:
+        trainer.step(1, poisoned(batches[1], where))
+    assert same(trainer.state(), before)
+    trainer.step(2, batches[2])
+    other = Trainer(f"train.centering={centering}", "ibot.separate_head=true")
+    other.step(0, batches[0])
+    other.step(2, batches[2])
+    assert same(trainer.state(), other.state()) and not same(trainer.state(), before)
+
+
+def test_one_bad_micro_batch_leaves_the_whole_step_out():
+    trainer = Trainer("optim.accumulation_steps=2")
+    batches = [random_batch(trainer.cfg, seed) for seed in range(4)]
+    trainer.step(0, *batches[:2])
+    before = trainer.state()
+    trainer.step(1, poisoned(batches[2]), batches[3])
+    assert same(trainer.state(), before)
+
+
+def test_a_loss_scale_is_lowered_by_a_step_left_out():
+    fp16 = [
+        f"compute_precision.{model}.{part}.mixed_precision.param_dtype=fp16"
+        for model in ("student", "teacher")
+        for part in ("backbone", "dino_head", "ibot_head")
+    ]
+    trainer = Trainer(*fp16)
+    trainer.model.fp16_scaler.scale(torch.ones(()))  # makes the scale
+    scales = [trainer.model.fp16_scaler.get_scale()]
+    before = trainer.state()
+    trainer.step(0, poisoned(random_batch(trainer.cfg)))
+    scales.append(trainer.model.fp16_scaler.get_scale())
+    assert scales[1] == scales[0] / 2 and same(trainer.state()[0], before[0])
+
+
+class Reads(TorchDispatchMode):
+    """Count the operators that make the host wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item"):
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_no_step_reads_a_tensor(centering):
+    trainer = Trainer(f"train.centering={centering}")
+    batches = [random_batch(trainer.cfg, seed) for seed in range(3)]
+    with Reads() as reads:
+        assert bool(torch.ones(1)) and reads.found == {"_local_scalar_dense": 1}
+        for iteration, batch in enumerate(batches):
+            trainer.step(iteration, batch)
+    assert reads.found == {"_local_scalar_dense": 1}
+
+
+def poison_iterations(monkeypatch, iterations):
+    make = train_module.make_train_loader
+
+    def make_poisoned(*args, **kwargs):
+        loader = make(*args, **kwargs)
+        batches = loader.batches
+
+        def poisoning(start, device):
+            for iteration, batch in enumerate(batches(start, device=device), start):
+                yield poisoned(batch) if iteration in iterations else batch
+
+        loader.batches = poisoning
+        return loader
+
+    monkeypatch.setattr(train_module, "make_train_loader", make_poisoned)
+
+
+RUN = (*TINY, "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=12", "optim.epochs=1", "optim.warmup_epochs=0.25")
+
+
+def run(images, out, *options):
+    try:
+        arguments = [f"train.dataset_path={images}", *RUN, "--output-dir", str(out), *options]
+        return main(get_args_parser().parse_args(arguments))
+    finally:
+        remove_logging("dinov2")
+
+
+def test_a_run_goes_over_bad_steps_counts_them_and_its_rows_stay_readable(tmp_path, monkeypatch):
+    images = write_images(tmp_path / "images", 12)
+    poison_iterations(monkeypatch, {3, 4, 11})
+    assert run(images, tmp_path / "out", "train.log_every=1") == 0
+    written = rows(tmp_path / "out")
+    assert [row["skipped_steps"] for row in written] == [0] * 4 + [1] + [2] * 6 + [3]
+    assert all(math.isfinite(value) for row in written for value in row.values())
+    log = (tmp_path / "out" / "logs" / "log.txt").read_text()
+    assert log.count("step skipped") == 3 and "non-finite dino_local_crops_loss iteration=3" in log
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
+
+
+def test_a_run_that_cannot_go_on_names_the_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    images = write_images(tmp_path / "images", 12)
+    poison_iterations(monkeypatch, {6, 7})
+    with pytest.raises(NumericsError, match=r"iteration=7; .* checkpoint is model_0000005\.pth"):
+        run(images, tmp_path / "out", "train.max_nonfinite_steps=2", "checkpointing.period=3")
+
+
+def test_two_processes_leave_out_the_same_step(tmp_path):
+    script = tmp_path / "poison.py"
+    script.write_text(
+        """
+import json, sys, torch
+from dinov2_custom import distributed
+from tests.train.test_step_guard import Trainer, poisoned, random_batch, same
+distributed.enable()
+rank = distributed.get_global_rank()
+results = []
+for centering in ("centering", "sinkhorn_knopp"):
+    trainer = Trainer(f"train.centering={centering}")
+    batches = [random_batch(trainer.cfg, 10 * seed + rank) for seed in range(3)]
+    trainer.step(0, batches[0])
+    before = trainer.state()
+    losses = trainer.step(1, poisoned(batches[1]) if rank == 1 else batches[1])
+    unchanged = same(trainer.state(), before)
+    trainer.step(2, batches[2])
+    trainer.guard.hear_all()
+    results.append([unchanged, trainer.guard.skipped, not same(trainer.state(), before)])
+    weights = trainer.model.student["backbone"].pos_embed.detach().clone()
+    results[-1].append(torch.equal(distributed.all_reduce(weights.clone()) / 2, weights))
+trainer.guard.judge(3, {"a": torch.ones(())}, {"grad_norm_b": torch.ones(())}, signum=12 if rank == 1 else 0)
+heard = [trainer.guard.hear()]
+trainer.guard.judge(4, {"a": torch.ones(())}, {"grad_norm_b": torch.ones(())}, signum=0)
+heard.append(trainer.guard.hear())
+json.dump([results, heard], open(f"{sys.argv[1]}{rank}", "w"))
+distributed.disable()
+"""
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(script), str(tmp_path / "rank")]
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        results, heard = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert results == [[True, 1, True, True]] * 2
+        assert heard == [0, 12]  # agreed on, one step late
