@@ -83,7 +83,9 @@ def test_one_and_two_processes_give_the_same_weights(tmp_path, centering):
         "dino.koleo_loss_weight=0",
     ]  # fmt: skip
     launch(1, *common, "train.batch_size_per_gpu=8", "--output-dir", str(tmp_path / "one"))
-    done = launch(2, *common, "train.batch_size_per_gpu=4", "--output-dir", str(tmp_path / "two"))
+    done = launch(
+        2, *common, "train.batch_size_per_gpu=4", "train.view_groups=4", "--output-dir", str(tmp_path / "two")
+    )
     assert "world_size=2" in done.stdout
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     start = torch.load(tmp_path / "one" / "model_final.pth", weights_only=True)

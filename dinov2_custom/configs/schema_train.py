@@ -43,6 +43,14 @@ class Train:
     centering: str = option(
         "centering", "how teacher outputs are kept from collapsing", choices=("centering", "sinkhorn_knopp")
     )
+    view_groups: int | str = option(
+        "auto",
+        "parts in which the student's crops are computed, one after the other, which divides the memory; 1: all "
+        "together; 2: global, local; more: each global crop alone, local ones in parts; auto: as many as pay",
+        changes_results=False,
+        choices=("auto",),
+        within="[1, inf)",
+    )
     path_preserved: str | list[str] = option(
         "",
         "folder or folders of whose images train.frac is held out, listed in the run's preserved_images.txt; or a text "

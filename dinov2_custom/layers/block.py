@@ -6,13 +6,13 @@ Read :meth:`Block.forward_packed` first. Residuals are written out of place: FSD
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_custom.layers.attention import Attention, MemEffAttention, Segments, split_segments
-from dinov2_custom.layers.drop_path import DropPath, Subset, draw_subset
+from dinov2_custom.layers.drop_path import Draw, DropPath, Subset, draw_kept, to_subsets
 from dinov2_custom.layers.layer_scale import LayerScale
 from dinov2_custom.layers.mlp import Mlp
 from dinov2_custom.layers.nested import (
@@ -72,18 +72,22 @@ class Block(nn.Module):
     def ffn_residual(self, x_TD: Tensor, segments: Segments) -> Tensor:
         return self.ls2(self.mlp(self.norm2(x_TD)))
 
-    def forward_packed(self, x_TD: Tensor, segments: Segments, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None) -> list[Draw]:
+        """Draw what the two branches, attention and FFN, are computed for, in tensors of ``num_sequences``."""
+        ratio = self.sample_drop_ratio if self.training else 0.0
+        return [draw_kept(num_sequences, ratio, generator) for _ in range(2)]
+
+    def forward_packed(self, x_TD: Tensor, segments: Segments, subsets: Sequence[Subset] | None = None) -> Tensor:
         """Run the block on packed tokens.
 
         Args:
             x_TD: (T, D), the crops of every segment end to end.
             segments: [(num_sequences, length), ...]; their products sum to T.
-            generator: CPU generator of the stochastic-depth subsets; attention's is drawn before the FFN's.
+            subsets: of the attention branch and of the FFN branch; None: everything.
         """
-        ratio = self.sample_drop_ratio if self.training else 0.0
-        for residual in (self.attention_residual, self.ffn_residual):
-            x_TD = add_residual_subset(x_TD, residual, draw_subset(segments, ratio, generator, x_TD.device))
-        return x_TD
+        attention, ffn = subsets or [Subset(None, segments, 1.0)] * 2
+        x_TD = add_residual_subset(x_TD, self.attention_residual, attention)
+        return add_residual_subset(x_TD, self.ffn_residual, ffn)
 
     def forward(
         self, x_or_x_list: Tensor | list[Tensor], generator: torch.Generator | None = None
@@ -94,9 +98,13 @@ class Block(nn.Module):
             segments = [x_BND.shape[:2]]
             if self.training and 0.0 < self.sample_drop_ratio <= 0.1:
                 return self._forward_zeroing(x_BND, segments)
-            return self.forward_packed(x_BND.flatten(0, 1), segments, generator).view(x_BND.shape)
+            return self._forward_drawn(x_BND.flatten(0, 1), segments, generator).view(x_BND.shape)
         x_TD, segments = pack(x_or_x_list)
-        return unpack(self.forward_packed(x_TD, segments, generator), segments)
+        return unpack(self._forward_drawn(x_TD, segments, generator), segments)
+
+    def _forward_drawn(self, x_TD: Tensor, segments: Segments, generator: torch.Generator | None) -> Tensor:
+        draws = self.draw([total for total, _ in segments], generator)
+        return self.forward_packed(x_TD, segments, to_subsets(draws, segments, x_TD.device))
 
     def _forward_zeroing(self, x_BND: Tensor, segments: Segments) -> Tensor:
         for residual in (self.attention_residual, self.ffn_residual):
@@ -129,8 +137,26 @@ def add_residual_subset(x_TD: Tensor, residual: Callable[[Tensor, Segments], Ten
     """
     if subset.rows is None:
         return x_TD + residual(x_TD, subset.segments)
-    branch = residual(x_TD.index_select(0, subset.rows), subset.segments)
-    return x_TD.index_add(0, subset.rows, (branch * subset.scale).to(x_TD.dtype))
+    x_TD, kept = _Gather.apply(x_TD, subset.rows)
+    branch = residual(kept, subset.segments)
+    if isinstance(subset.scale, Tensor):
+        return x_TD.index_add(0, subset.rows, (branch * subset.scale).to(x_TD.dtype))
+    return x_TD.index_add(0, subset.rows, branch.to(x_TD.dtype), alpha=subset.scale)
+
+
+class _Gather(torch.autograd.Function):
+    """Return (x, x[rows]). Its backward adds the second gradient into a copy of the first: one pass less than two uses
+    of x, whose gradients autograd would spread out and sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return x.view_as(x), x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, of_rows: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return gradient.index_add(0, rows, of_rows), None
 
 
 def pack(x_list: list[Tensor]) -> tuple[Tensor, Segments]:

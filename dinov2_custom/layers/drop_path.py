@@ -1,10 +1,14 @@
-"""Stochastic depth, in its two forms: zeroed samples (:class:`DropPath`) and skipped samples (:func:`draw_subset`).
+"""Stochastic depth, in its two forms: zeroed samples (:class:`DropPath`) and skipped samples (:func:`draw_kept`).
 
 DINOv2 trains with the second: a residual branch is computed for a random subset of the samples only, which saves its
-cost, and the result is scaled by batch / kept so that its expectation is unchanged.
+cost, and the result is scaled by batch / kept so that its expectation is unchanged. Which samples is drawn on the CPU,
+for a whole pass at once if wanted; :func:`restrict` cuts such a draw for passes over parts of the samples.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,36 +44,101 @@ def num_kept(batch: int, drop_ratio: float) -> int:
     return max(int(batch * (1 - drop_ratio)), 1)
 
 
-class Subset:
-    """The samples that one residual branch is computed for.
+class Kept(NamedTuple):
+    """What one residual branch is computed for in one tensor of sequences: their numbers, in the order drawn, and the
+    factor total / kept of their results."""
+
+    sequences: Tensor
+    scale: float
+
+
+# For one branch: its Kept in each tensor, or None where it is computed for all sequences.
+Draw = list[Kept] | None
+
+
+class Subset(NamedTuple):
+    """A draw, told in rows of the packed tensor.
 
     Attributes:
-        rows: (T_kept,) indices of the kept token rows in the packed tensor, or None for all.
-        segments: the kept samples' segments, in the same order.
-        scale: (T_kept, 1) batch / kept of each row's segment, or None when it is 1 everywhere.
+        rows: (T_kept,) indices of the kept token rows, or None for all.
+        segments: the kept sequences' segments, in the same order.
+        scale: the factor of all kept rows, or (T_kept, 1) where segments differ in it.
     """
 
-    def __init__(self, rows: Tensor | None, segments: Segments, scale: Tensor | None) -> None:
-        self.rows, self.segments, self.scale = rows, segments, scale
+    rows: Tensor | None
+    segments: Segments
+    scale: float | Tensor
+
+
+def draw_kept(num_sequences: Sequence[int], drop_ratio: float, generator: torch.Generator | None) -> Draw:
+    """Draw for each tensor the first ``num_kept`` of a random permutation, as upstream's list mode does.
+
+    ``generator`` is a CPU generator (None: torch's global one), so the draw is the same on every device.
+    """
+    if drop_ratio == 0.0:
+        return None
+    draw = []
+    for total in num_sequences:
+        kept = num_kept(total, drop_ratio)
+        draw.append(Kept(torch.randperm(total, generator=generator)[:kept], total / kept))
+    return draw
+
+
+def restrict(draw: Draw, parts: Sequence[tuple[int, range]]) -> Draw:
+    """Return what of ``draw`` lies in ``parts``, each (which tensor, which of its sequences); numbers start there at 0.
+
+    The factors stay those of the whole, so that passes over parts add up to one pass over everything.
+    """
+    if draw is None:
+        return None
+    restricted = []
+    for tensor, within in parts:
+        sequences, scale = draw[tensor]
+        inside = (sequences >= within.start) & (sequences < within.stop)
+        restricted.append(Kept(sequences[inside] - within.start, scale))
+    return restricted
+
+
+def to_subsets(draws: Sequence[Draw], segments: Segments, device: torch.device) -> list[Subset]:
+    """Turn draws over the tensors that ``segments`` describes into rows on ``device``, with one transfer for all."""
+    starts = [0]
+    for total, length in segments:
+        starts.append(starts[-1] + total * length)
+    rows, scales = [], []
+    for draw in draws:
+        for (sequences, scale), (_, length), start in zip(draw or (), segments, starts, strict=False):
+            rows.append((sequences[:, None] * length + torch.arange(length) + start).flatten())
+            scales.append(torch.full((len(rows[-1]), 1), scale) if len(segments) > 1 else scale)
+    if not rows:
+        return [Subset(None, segments, 1.0) for _ in draws]
+    rows_on = iter(_moved(rows, device))
+    scales_on = iter(_moved(scales, device) if len(segments) > 1 else scales)
+    subsets = []
+    for draw in draws:
+        if draw is None:
+            subsets.append(Subset(None, segments, 1.0))
+            continue
+        kept = [(len(one.sequences), length) for one, (_, length) in zip(draw, segments, strict=True)]
+        own_rows, own_scales = [next(rows_on) for _ in kept], [next(scales_on) for _ in kept]
+        single = len(kept) == 1
+        subsets.append(
+            Subset(
+                own_rows[0] if single else torch.cat(own_rows), kept, own_scales[0] if single else torch.cat(own_scales)
+            )
+        )
+    return subsets
+
+
+def _moved(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    packed = torch.cat(tensors)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return packed.to(device, non_blocking=True).split([len(tensor) for tensor in tensors])
 
 
 def draw_subset(
     segments: Segments, drop_ratio: float, generator: torch.Generator | None, device: torch.device
 ) -> Subset:
-    """Draw one subset a segment: the first ``num_kept`` of a random permutation, as upstream's list mode does.
-
-    ``generator`` is a CPU generator (None: torch's global one), so the draw is the same on every device.
-    """
-    if drop_ratio == 0.0:
-        return Subset(None, segments, None)
-    rows, kept_segments, scales, offset = [], [], [], 0
-    for num_sequences, length in segments:
-        kept = num_kept(num_sequences, drop_ratio)
-        sequences = torch.randperm(num_sequences, generator=generator)[:kept]
-        rows.append((sequences[:, None] * length + torch.arange(length)).flatten() + offset)
-        scales.append(torch.full((kept * length, 1), num_sequences / kept))
-        kept_segments.append((kept, length))
-        offset += num_sequences * length
-    return Subset(
-        torch.cat(rows).to(device, non_blocking=True), kept_segments, torch.cat(scales).to(device, non_blocking=True)
-    )
+    """Draw one branch's subset: :func:`draw_kept`, then :func:`to_subsets`."""
+    draw = draw_kept([total for total, _ in segments], drop_ratio, generator)
+    return to_subsets([draw], segments, device)[0]

@@ -1,8 +1,9 @@
-"""From a configuration to student and teacher backbones."""
+"""From a configuration to student and teacher backbones, and to heads."""
 
 from __future__ import annotations
 
 from dinov2_custom.errors import ConfigError
+from dinov2_custom.layers import DINOHead
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
 
@@ -46,3 +47,24 @@ def build_model(args, only_teacher: bool = False, img_size: int = 224):
 def build_model_from_cfg(cfg, only_teacher: bool = False):
     """Build from a whole configuration; position embeddings are sized for ``crops.global_crops_size``."""
     return build_model(cfg.student, only_teacher=only_teacher, img_size=cfg.crops.global_crops_size)
+
+
+def build_heads(cfg, embed_dim: int) -> dict[str, DINOHead]:
+    """Return the heads that the losses of ``cfg`` need: ``dino_head``, ``ibot_head``, or both."""
+    separate = cfg.ibot.loss_weight > 0 and cfg.ibot.separate_head
+    wanted = {
+        "dino_head": cfg.dino.loss_weight > 0 or (cfg.ibot.loss_weight > 0 and not separate),
+        "ibot_head": separate,
+    }
+    sections = {"dino_head": cfg.dino, "ibot_head": cfg.ibot}
+    return {
+        name: DINOHead(
+            in_dim=embed_dim,
+            out_dim=sections[name].head_n_prototypes,
+            hidden_dim=sections[name].head_hidden_dim,
+            bottleneck_dim=sections[name].head_bottleneck_dim,
+            nlayers=sections[name].head_nlayers,
+        )
+        for name in ("dino_head", "ibot_head")
+        if wanted[name]
+    }

@@ -1,4 +1,4 @@
-"""How blocks are stacked and initialised: drop-path rates, chunks, weights."""
+"""How blocks are stacked and initialised: FFN by name, drop-path rates, chunks, weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 from torch import nn
 from torch.nn.init import trunc_normal_
 
+from dinov2_custom.layers import Mlp, SwiGLUFFNFused
 from dinov2_custom.layers.block import BlockChunk
+
+
+def _identity_ffn(**_) -> nn.Module:
+    return nn.Identity()
+
+
+FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLUFFNFused, "swiglufused": SwiGLUFFNFused, "identity": _identity_ffn}
 
 
 def drop_path_rates(depth: int, rate: float, uniform: bool) -> list[float]:

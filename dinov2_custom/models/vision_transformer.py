@@ -13,17 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
-from dinov2_custom.layers import MemEffAttention, Mlp, PatchEmbed, SwiGLUFFNFused
+from dinov2_custom.layers import MemEffAttention, PatchEmbed
 from dinov2_custom.layers.block import Block, BlockChunk, NestedTensorBlock, pack, unpack
+from dinov2_custom.layers.drop_path import Draw, to_subsets
 from dinov2_custom.models.pos_embed import resample_pos_embed
-from dinov2_custom.models.stacking import chunk_blocks, drop_path_rates, init_weights_vit_timm, named_apply
-
-
-def _identity_ffn(**_) -> nn.Module:
-    return nn.Identity()
-
-
-FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLUFFNFused, "swiglufused": SwiGLUFFNFused, "identity": _identity_ffn}
+from dinov2_custom.models.stacking import FFN_LAYERS, chunk_blocks, drop_path_rates, init_weights_vit_timm, named_apply
 
 
 class DinoVisionTransformer(nn.Module):
@@ -87,23 +81,20 @@ class DinoVisionTransformer(nn.Module):
         self.register_tokens = (
             nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None
         )
-        rates = drop_path_rates(depth, drop_path_rate, drop_path_uniform)
-        blocks = [
-            block_fn(
-                dim=embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                ffn_bias=ffn_bias,
-                drop_path=rate,
-                norm_layer=norm_layer,
-                act_layer=act_layer,
-                ffn_layer=FFN_LAYERS[ffn_layer],
-                init_values=init_values,
-            )
-            for rate in rates
-        ]
+        make_block = partial(
+            block_fn,
+            dim=embed_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            ffn_bias=ffn_bias,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            ffn_layer=FFN_LAYERS[ffn_layer],
+            init_values=init_values,
+        )
+        blocks = [make_block(drop_path=rate) for rate in drop_path_rates(depth, drop_path_rate, drop_path_uniform)]
         self.chunked_blocks = block_chunks > 0
         self.blocks = nn.ModuleList(chunk_blocks(blocks, block_chunks) if self.chunked_blocks else blocks)
         self.norm = norm_layer(embed_dim)
@@ -124,6 +115,15 @@ class DinoVisionTransformer(nn.Module):
         if not self.chunked_blocks:
             return list(self.blocks)
         return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
+
+    def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None) -> list[Draw]:
+        """Draw the stochastic-depth subsets of one pass over tensors of ``num_sequences``, two a block, in order."""
+        return [draw for block in self.all_blocks() for draw in block.draw(num_sequences, generator)]
+
+    def num_tokens_of(self, x: Tensor) -> int:
+        """Return how many tokens an image of (..., H, W) becomes."""
+        rows, columns = (side // self.patch_size for side in x.shape[-2:])
+        return self.num_tokens + self.num_register_tokens + rows * columns
 
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         """Return ``pos_embed`` (1, 1+n, D) for tokens ``x`` (B, 1+n, D) of an image ``w`` pixels high and ``h`` wide.
@@ -157,6 +157,7 @@ class DinoVisionTransformer(nn.Module):
         x_list: Sequence[Tensor],
         masks_list: Sequence[Tensor | None],
         generator: torch.Generator | None = None,
+        draws: Sequence[Draw] | None = None,
     ) -> list[dict[str, Tensor | None]]:
         """Run crops of several sizes through one packed pass.
 
@@ -164,14 +165,16 @@ class DinoVisionTransformer(nn.Module):
             x_list: images, each (B_i, C, H_i, W_i).
             masks_list: (B_i, N_i) bool or None, each.
             generator: CPU generator of the stochastic-depth subsets (None: torch's global one).
+            draws: those subsets, as :meth:`draw` returns them, cut to ``x_list``; None: draw them here.
 
         Returns:
             One dict a tensor: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
             (B, N, D), ``x_prenorm`` (B, 1+R+N, D), ``masks`` as given.
         """
         x_TD, segments = pack([self.prepare_tokens_with_masks(*pair) for pair in zip(x_list, masks_list, strict=True)])
-        for block in self.all_blocks():
-            x_TD = block.forward_packed(x_TD, segments, generator)
+        subsets = to_subsets(draws or self.draw([len(x) for x in x_list], generator), segments, x_TD.device)
+        for block, *own in zip(self.all_blocks(), subsets[::2], subsets[1::2], strict=True):
+            x_TD = block.forward_packed(x_TD, segments, own)
         normed, prenormed = unpack(self.norm(x_TD), segments), unpack(x_TD, segments)
         return [self._features(*parts) for parts in zip(normed, prenormed, masks_list, strict=True)]
 
@@ -185,10 +188,10 @@ class DinoVisionTransformer(nn.Module):
             "masks": masks,
         }
 
-    def forward_features(self, x, masks=None, generator: torch.Generator | None = None):
+    def forward_features(self, x, masks=None, generator: torch.Generator | None = None, draws=None):
         """Return the feature dict of (B, C, H, W), or a list of them for a list of images."""
         if isinstance(x, list | tuple):
-            return self.forward_features_list(x, masks if masks is not None else [None] * len(x), generator)
+            return self.forward_features_list(x, masks if masks is not None else [None] * len(x), generator, draws)
         tokens = self.prepare_tokens_with_masks(x, masks)
         for block in self.all_blocks():
             tokens = block(tokens, generator)
@@ -228,14 +231,14 @@ class DinoVisionTransformer(nn.Module):
             patches = [p.transpose(1, 2).reshape(len(x), -1, rows, columns).contiguous() for p in patches]
         return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
 
-    def forward(self, x, masks=None, is_training: bool = False, generator: torch.Generator | None = None):
+    def forward(self, x, masks=None, is_training: bool = False, generator: torch.Generator | None = None, draws=None):
         """Return class features (B, D), or with ``is_training`` the dict(s) of :meth:`forward_features`."""
-        features = self.forward_features(x, masks, generator)
+        features = self.forward_features(x, masks, generator, draws)
         if is_training:
             return features
-        if isinstance(features, list):
-            return [self.head(one["x_norm_clstoken"]) for one in features]
-        return self.head(features["x_norm_clstoken"])
+        parts = features if isinstance(features, list) else [features]
+        outputs = [self.head(one["x_norm_clstoken"]) for one in parts]
+        return outputs if isinstance(features, list) else outputs[0]
 
 
 def _vit(embed_dim: int, depth: int, num_heads: int, patch_size: int, num_register_tokens: int, kwargs: dict):

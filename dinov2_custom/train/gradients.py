@@ -24,9 +24,8 @@ def accumulate_gradients(
     for index in range(count):
         if index > 0:
             batch = next(batches)
-        if index == count - 1:
-            reducer.arm()
-        losses = model.forward_backward(batch, teacher_temp, generator, micro_batch=(index, count))
+        arm = reducer.arm if index == count - 1 else None
+        losses = model.forward_backward(batch, teacher_temp, generator, (index, count), on_last_backward=arm)
         sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
     reducer.finish()
     return {name: value / count for name, value in sums.items()}

@@ -1,40 +1,28 @@
-"""Student, teacher and losses of DINOv2: one training step as four named stages.
+"""Student, teacher and losses of DINOv2: one training step as named stages.
 
-``forward_backward`` = ``teacher_targets`` -> ``student_outputs`` -> ``losses`` -> ``backprop_loss``. Not in here: the
-optimizer, schedules, data, checkpoints. Parameters are float32; each part computes in the precision that its
-``compute_precision`` section names, losses in float32.
+``forward_backward`` = ``teacher_targets``, then for each group of views ``student_outputs`` -> ``losses`` ->
+``backprop_loss``. Not in here: the optimizer, schedules, data, checkpoints. Parameters are float32; each part computes
+in the precision that its ``compute_precision`` section names, losses in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dinov2_custom.layers import DINOHead
+from dinov2_custom.layers.drop_path import Draw
 from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
-from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.models import build_heads, build_model_from_cfg
+from dinov2_custom.train.targets import LOSS_NAMES, Outputs, Targets, assignment_entropies
+from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2_custom.utils.rng import seed_for
 
-
-class Targets(NamedTuple):
-    """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: not trained."""
-
-    cls: Tensor | None
-    patches: Tensor | None
-
-
-class Outputs(NamedTuple):
-    """Student logits ``local_cls`` (L*b, K), ``global_cls`` (2b, K), ``patches`` (M, K'), and ``features`` (2b, D)."""
-
-    local_cls: Tensor | None
-    global_cls: Tensor | None
-    patches: Tensor | None
-    features: Tensor
+__all__ = ["Outputs", "SSLMetaArch", "Targets", "assignment_entropies"]
 
 
 class SSLMetaArch(nn.Module):
@@ -55,8 +43,8 @@ class SSLMetaArch(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(cfg.train.seed, "weights"))
             student_backbone, teacher_backbone, self.embed_dim = build_model_from_cfg(cfg)
-            self.student = nn.ModuleDict({"backbone": student_backbone, **self._build_heads()})
-            self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **self._build_heads()})
+            self.student = nn.ModuleDict({"backbone": student_backbone, **build_heads(cfg, self.embed_dim)})
+            self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **build_heads(cfg, self.embed_dim)})
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
@@ -67,24 +55,6 @@ class SSLMetaArch(nn.Module):
         self.fp16_scaler: torch.amp.GradScaler | None = None
         self.diagnose = False
         self.diagnostics: dict[str, Tensor] = {}
-
-    def _build_heads(self) -> dict[str, nn.Module]:
-        wanted = {
-            "dino_head": self.do_dino or (self.do_ibot and not self.ibot_separate_head),
-            "ibot_head": self.ibot_separate_head,
-        }
-        sections = {"dino_head": self.cfg.dino, "ibot_head": self.cfg.ibot}
-        return {
-            name: DINOHead(
-                in_dim=self.embed_dim,
-                out_dim=sections[name].head_n_prototypes,
-                hidden_dim=sections[name].head_hidden_dim,
-                bottleneck_dim=sections[name].head_bottleneck_dim,
-                nlayers=sections[name].head_nlayers,
-            )
-            for name in ("dino_head", "ibot_head")
-            if wanted[name]
-        }
 
     @property
     def device(self) -> torch.device:
@@ -111,8 +81,12 @@ class SSLMetaArch(nn.Module):
         teacher_temp: float,
         generator: torch.Generator | None = None,
         micro_batch: tuple[int, int] = (0, 1),
+        on_last_backward: Callable[[], None] | None = None,
     ) -> dict[str, Tensor]:
         """Compute the losses of one batch and add their gradients to the student's parameters.
+
+        The student's views are forwarded and backwarded group by group (``train.view_groups``); neither the losses nor
+        the gradients depend on the groups, but for rounding.
 
         Args:
             images: what ``collate_data_and_cast`` returns.
@@ -120,10 +94,12 @@ class SSLMetaArch(nn.Module):
             generator: CPU generator of the drop-path subsets (None: torch's global one).
             micro_batch: (index, count) when ``count`` batches make one step: gradients are divided by ``count``, and
                 the centres move once a step.
+            on_last_backward: called right before the last of this call's backward passes.
 
         Returns:
             0-dim losses on the device, detached. KoLeo and iBOT are half of what is trained, as upstream reports them.
         """
+        masked_in_first = int(images["collated_masks"].chunk(2)[0].sum())
         images = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in images.items()
@@ -131,10 +107,33 @@ class SSLMetaArch(nn.Module):
         index, count = micro_batch
         self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
         targets = self.teacher_targets(images, teacher_temp)
-        outputs = self.student_outputs(images, generator)
-        total, reported = self.losses(outputs, targets, images)
-        self.backprop_loss(total / count)
-        return {name: value.detach() for name, value in reported.items()}
+        reported: dict[str, Tensor] = {}
+        groups, draws = self._plan_groups(images, generator)
+        for group in groups:
+            views = cut_views(images, group, masked_in_first)
+            outputs = self.student_outputs(views, cut_draws(draws, group, views.batch_size))
+            total, terms = self.losses(outputs, targets, group, views)
+            if group is groups[-1] and on_last_backward is not None:
+                on_last_backward()
+            self.backprop_loss(total / count)
+            del outputs, total  # before the next group's
+            for name, value in terms.items():
+                reported[name] = reported[name] + value.detach() if name in reported else value.detach()
+        return {name: reported[name] for name in LOSS_NAMES if name in reported}
+
+    def _plan_groups(self, images: dict, generator: torch.Generator | None) -> tuple[list[ViewGroup], list[Draw]]:
+        """Return the groups, and the drop-path draws over all global and all local crops."""
+        backbone = self.student["backbone"]
+        crops = [images["collated_global_crops"], *([images["collated_local_crops"]] if self.num_local_crops else [])]
+        tokens = [len(images["collated_global_crops"]) // 2 * backbone.num_tokens_of(crop) for crop in crops]
+        groups = group_views(
+            self.cfg.train.view_groups,
+            self.num_local_crops if self.do_dino else 0,  # else nothing looks at local crops
+            tokens[0],
+            tokens[-1],
+            backbone.embed_dim * backbone.n_blocks,
+        )
+        return groups, backbone.draw([len(crop) for crop in crops], generator)
 
     @torch.no_grad()
     def teacher_targets(self, images: dict, teacher_temp: float) -> Targets:
@@ -145,7 +144,7 @@ class SSLMetaArch(nn.Module):
             features = self.teacher["backbone"](images["collated_global_crops"], is_training=True)
         first, second = features["x_norm_clstoken"].chunk(2)
         cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
-        patches = self._masked_patches(features, images)
+        patches = self._masked_patches(features, images["mask_indices_list"])
         cls_logits, patch_logits = self._heads("teacher", [cls] if self.do_dino else [], patches)
         targets = Targets(
             self._assign(self.dino_loss, cls_logits[0], teacher_temp) if self.do_dino else None,
@@ -155,53 +154,54 @@ class SSLMetaArch(nn.Module):
             self.diagnostics = assignment_entropies(targets)
         return targets
 
-    def student_outputs(self, images: dict, generator: torch.Generator | None = None) -> Outputs:
-        """Run masked global crops and local crops through the student in one pass."""
-        crops, masks = [images["collated_global_crops"]], [images["collated_masks"]]
-        if self.num_local_crops:
-            crops.append(images["collated_local_crops"])
-            masks.append(None)
+    def student_outputs(self, views: Views, draws: list[Draw]) -> Outputs:
+        """Run a group's masked global crops and local crops through the student in one pass."""
+        crops = [(views.global_crops, views.masks), (views.local_crops, None)]
+        crops, masks = zip(*((crop, mask) for crop, mask in crops if crop is not None), strict=True)
         with self._autocast("student", "backbone"):
-            global_features, *local_features = self.student["backbone"](
-                crops, masks=masks, is_training=True, generator=generator
-            )
-        global_cls = global_features["x_norm_clstoken"]
-        cls = [*(one["x_norm_clstoken"] for one in local_features), global_cls]
-        patches = self._masked_patches(global_features, images)
+            features = self.student["backbone"](list(crops), masks=list(masks), is_training=True, draws=draws)
+        cls = [one["x_norm_clstoken"] for one in features][::-1]  # local crops first
+        has_global = views.global_crops is not None
+        patches = self._masked_patches(features[0], views.patches) if has_global else None
         cls_logits, patch_logits = self._heads("student", cls if self.do_dino else [], patches)
         return Outputs(
-            local_cls=cls_logits[0] if self.do_dino and self.num_local_crops else None,
-            global_cls=cls_logits[-1] if self.do_dino else None,
+            local_cls=cls_logits[0] if self.do_dino and views.local_crops is not None else None,
+            global_cls=cls_logits[-1] if self.do_dino and has_global else None,
             patches=patch_logits,
-            features=global_cls,
+            features=cls[-1] if has_global else None,
         )
 
-    def losses(self, outputs: Outputs, targets: Targets, images: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to train on and the terms as upstream reports them.
+    def losses(
+        self, outputs: Outputs, targets: Targets, group: ViewGroup, views: Views
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a group's part of the loss to train on, and of the terms as upstream reports them.
 
         Source: upstream ``train/ssl_meta_arch.py``; the DINO terms are averaged over 2 + max(2 L, 1) crop pairs.
         """
-        total, reported = outputs.features.new_zeros((), dtype=torch.float32), {}
+        total, reported = torch.zeros((), device=self.device), {}
         num_terms = 2 + max(2 * self.num_local_crops, 1)
-        if self.do_dino:
-            if outputs.local_cls is not None:
-                students = outputs.local_cls.chunk(self.num_local_crops)
-                local_loss = self.dino_loss(students, targets.cls.chunk(2)) / num_terms
-                reported["dino_local_crops_loss"] = local_loss
-                total = total + self.cfg.dino.loss_weight * local_loss
-            global_loss = self.dino_loss([outputs.global_cls], [targets.cls]) * 2 / num_terms
+        if outputs.local_cls is not None:
+            students = outputs.local_cls.chunk(len(group.local_views))
+            local_loss = self.dino_loss(students, targets.cls.chunk(2)) / num_terms
+            reported["dino_local_crops_loss"] = local_loss
+            total = total + self.cfg.dino.loss_weight * local_loss
+        share = len(group.global_views) / 2
+        if outputs.global_cls is not None:
+            rows = slice(*(edge * views.batch_size for edge in (group.global_views.start, group.global_views.stop)))
+            global_loss = self.dino_loss([outputs.global_cls], [targets.cls[rows]]) * 2 * share / num_terms
             reported["dino_global_crops_loss"] = global_loss
             total = total + self.cfg.dino.loss_weight * global_loss
-        if self.do_koleo:
-            koleo = self.cfg.dino.koleo_loss_weight * sum(self.koleo_loss(half) for half in outputs.features.chunk(2))
+        if self.do_koleo and outputs.features is not None:
+            halves = outputs.features.chunk(len(group.global_views))
+            koleo = self.cfg.dino.koleo_loss_weight * sum(self.koleo_loss(half) for half in halves)
             reported["koleo_loss"] = koleo / 2
             total = total + koleo
-        if self.do_ibot:
-            ibot = self.ibot_patch_loss.forward_masked(
+        if self.do_ibot and outputs.patches is not None:
+            ibot = share * self.ibot_patch_loss.forward_masked(
                 outputs.patches,
-                targets.patches,
-                student_masks_flat=images["collated_masks"],
-                masks_weight=images["masks_weight"],
+                targets.patches[views.patch_rows.start : views.patch_rows.stop],
+                student_masks_flat=views.masks,
+                masks_weight=views.patch_weights,
             )
             reported["ibot_loss"] = ibot / 2
             total = total + self.cfg.ibot.loss_weight * ibot
@@ -249,10 +249,8 @@ class SSLMetaArch(nn.Module):
         dtype = self._dtype(model, part)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def _masked_patches(self, features: dict, images: dict) -> Tensor | None:
-        if not self.do_ibot:
-            return None
-        return features["x_norm_patchtokens"].flatten(0, 1).index_select(0, images["mask_indices_list"])
+    def _masked_patches(self, features: dict, positions: Tensor) -> Tensor | None:
+        return features["x_norm_patchtokens"].flatten(0, 1).index_select(0, positions) if self.do_ibot else None
 
     def _heads(self, model: str, cls_list: list[Tensor], patches: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Run class tokens and masked patches through their heads: together when the head is shared."""
@@ -277,16 +275,4 @@ class SSLMetaArch(nn.Module):
             return loss.sinkhorn_knopp_teacher(logits, teacher_temp=teacher_temp, **rows)
         targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
         loss.update_center(logits)
-        return targets
-
-
-def assignment_entropies(targets: Targets) -> dict[str, Tensor]:
-    """Return, in nats, how undecided the teacher is: ``teacher_entropy`` the mean entropy of a row, and
-    ``prototype_entropy`` that of the mean row. Both at ln K: uniform collapse. The second near 0: one prototype won.
-    """
-    probabilities = targets.cls if targets.cls is not None else targets.patches
-    mean = probabilities.mean(dim=0)
-    return {
-        "teacher_entropy": torch.special.entr(probabilities).sum(dim=-1).mean(),
-        "prototype_entropy": torch.special.entr(mean).sum(),
-    }
+        return targets.view_as(logits)  # the centre of patches has one dimension more

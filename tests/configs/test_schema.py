@@ -19,6 +19,7 @@ OURS = {
     "train.max_nonfinite_steps": 3,
     "train.log_every": 10,
     "train.tensorboard": False,
+    "train.view_groups": "auto",
     "wandb.mode": "disabled",
     **{f"wandb.{key}": "" for key in ("project", "entity", "name", "group", "tags", "id")},
     "checkpointing.period": 0,

@@ -25,6 +25,10 @@ FP32 = [
     for kind in ("param", "reduce")
 ]
 
+# What makes our step fast and lean, all on and all off: neither changes a result.
+OPTIMISED = ("train.view_groups=4",)
+PLAIN = ("train.view_groups=1",)
+
 
 def our_config(overrides: list[str], output_dir: str):
     """Return our configuration for upstream-style overrides, everything in fp32."""
@@ -35,8 +39,8 @@ def our_config(overrides: list[str], output_dir: str):
 class OurTrainer:
     """Our model and optimizer with the calls of :class:`tests.oracle.trainer.OracleTrainer`."""
 
-    def __init__(self, overrides: list[str], output_dir: str, *, depth: int | None = None):
-        self.cfg = our_config(overrides, output_dir)
+    def __init__(self, overrides: list[str], output_dir: str, *, depth: int | None = None, own: tuple[str, ...] = ()):
+        self.cfg = our_config([*overrides, *own], output_dir)
         with preserved_rng(0), reduced_depth(vision_transformer, depth):
             self.model = SSLMetaArch(self.cfg)
         self.model.train()
@@ -58,10 +62,12 @@ class OurTrainer:
         return losses
 
 
-def make_pair(oracle: SimpleNamespace, case: Case, output_dir: str) -> tuple[OracleTrainer, OurTrainer]:
-    """Build both trainers with the same weights, by default not those a network starts from."""
+def make_pair(
+    oracle: SimpleNamespace, case: Case, output_dir: str, own: tuple[str, ...] = ()
+) -> tuple[OracleTrainer, OurTrainer]:
+    """Build both trainers with the same weights, by default not those a network starts from; ``own``: keys of ours."""
     theirs = OracleTrainer(oracle, case.dotlist(), depth=case.depth)
-    ours = OurTrainer(case.dotlist(), output_dir, depth=case.depth)
+    ours = OurTrainer(case.dotlist(), output_dir, depth=case.depth, own=own)
     if not case.as_initialised:
         unsettle(theirs.model, seed=1)
     load_into_ours(theirs.model.state_dict(), ours.model)
@@ -103,9 +109,9 @@ class StepErrors:
         return max(self.gradients.values())
 
 
-def compare_step(oracle: SimpleNamespace, case: Case, output_dir: str) -> StepErrors:
+def compare_step(oracle: SimpleNamespace, case: Case, output_dir: str, own: tuple[str, ...] = OPTIMISED) -> StepErrors:
     """Run one forward and backward on both sides and return how far apart they are."""
-    theirs, ours = make_pair(oracle, case, output_dir)
+    theirs, ours = make_pair(oracle, case, output_dir, own)
     batch = make_batch(oracle, theirs.cfg, case.batch_size, seed=2)
     expected = theirs.forward_backward(batch, teacher_temp=0.05, seed=3)
     got = ours.forward_backward(batch, teacher_temp=0.05, seed=3)
@@ -147,9 +153,11 @@ class RunErrors:
     losses: dict[str, float]
 
 
-def compare_run(oracle: SimpleNamespace, case: Case, output_dir: str, steps: int) -> RunErrors:
+def compare_run(
+    oracle: SimpleNamespace, case: Case, output_dir: str, steps: int, own: tuple[str, ...] = OPTIMISED
+) -> RunErrors:
     """Train both sides for ``steps`` iterations, a new batch each, with schedules, clipping, AdamW and EMA."""
-    theirs, ours = make_pair(oracle, case, output_dir)
+    theirs, ours = make_pair(oracle, case, output_dir, own)
     start = {name: value.clone() for name, value in theirs.model.state_dict().items()}
     their_schedules = oracle.train.build_schedulers(theirs.cfg)
     our_schedules = our_train.build_schedulers(ours.cfg)

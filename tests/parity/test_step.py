@@ -5,15 +5,24 @@ from __future__ import annotations
 import pytest
 
 from tests.parity.cases import STEP_CASES
-from tests.parity.pair import compare_step
+from tests.parity.pair import OPTIMISED, PLAIN, compare_step
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("case", STEP_CASES, ids=lambda case: case.name)
-def test_losses_and_gradients_equal_upstream(oracle, case, tmp_path):
-    errors = compare_step(oracle, case, str(tmp_path))
+# every case with all optimisations, two without any too
+UNOPTIMISED = ("S/14 no KoLeo", "S/14 sinkhorn, shared head, drop path .05")
+CASES = [(case, OPTIMISED) for case in STEP_CASES] + [(case, PLAIN) for case in STEP_CASES if case.name in UNOPTIMISED]
+
+
+def _name(value) -> str:
+    return getattr(value, "name", "plain" if value is PLAIN else "optimised")
+
+
+@pytest.mark.parametrize(("case", "own"), CASES, ids=_name)
+def test_losses_and_gradients_equal_upstream(oracle, case, own, tmp_path):
+    errors = compare_step(oracle, case, str(tmp_path), own)
     losses = {name: error for name, error in errors.losses.items() if not error < LOSS_TOLERANCE}
     gradients = {name: error for name, error in errors.gradients.items() if not error < GRADIENT_TOLERANCE}
     assert not losses, losses

@@ -1,0 +1,101 @@
+"""Which views go through the student together, and what of a batch belongs to them.
+
+The loss is a sum over the student's views, so their gradients may be computed group by group, and only one group's
+activations are alive at a time. Not in here: the networks and the losses. Read :func:`group_views` first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dinov2_custom.layers.drop_path import Draw, restrict
+
+# ``auto`` splits until a group's activations are estimated below this; what is smaller is not worth a further pass.
+_ENOUGH_BYTES = 256 * 2**20
+_BYTES_PER_CHANNEL = 20  # kept for the backward pass by a block in 16 bits, for each token and channel
+
+
+class ViewGroup(NamedTuple):
+    """Global crops ``global_views`` (within 0..1) and local crops ``local_views``."""
+
+    global_views: range
+    local_views: range
+
+
+def group_views(
+    setting: int | str, num_local: int, tokens_global: int = 1, tokens_local: int = 1, channels: int = 0
+) -> list[ViewGroup]:
+    """Return the groups, all views in one or global crops before local ones.
+
+    1: everything together. 2: global crops, local crops. n > 2: each global crop alone, the local crops in n - 2 parts,
+    as far as there are so many.
+
+    Args:
+        setting: ``train.view_groups``.
+        tokens_global: tokens of one global crop of all images, ``tokens_local`` of one local crop.
+        channels: width times depth of the backbone, by which ``auto`` estimates memory.
+    """
+    if setting == "auto":
+        total = 2 * tokens_global + num_local * tokens_local
+        parts_local = min(num_local, -(-num_local * tokens_local // tokens_global))
+        sizes = {1: total, 2: max(2 * tokens_global, num_local * tokens_local), 2 + max(parts_local, 1): 0}
+        setting = next(n for n, size in sizes.items() if size * channels * _BYTES_PER_CHANNEL <= _ENOUGH_BYTES)
+    if setting == 1:
+        return [ViewGroup(range(2), range(num_local))]
+    groups = [range(2)] if setting == 2 else [range(1), range(1, 2)]
+    parts = min(num_local, max(1, setting - 2))
+    edges = [num_local * i // max(parts, 1) for i in range(parts + 1)]
+    local_groups = [range(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    nothing = range(0)
+    return [*(ViewGroup(views, nothing) for views in groups), *(ViewGroup(nothing, views) for views in local_groups)]
+
+
+class Views(NamedTuple):
+    """What of a batch of b = ``batch_size`` images belongs to a group.
+
+    Attributes:
+        global_crops: (G*b, 3, H, W), ``masks`` (G*b, N); None without global crops.
+        local_crops: (L*b, 3, h, w), or None.
+        patches: (M,) positions of the masked patches in G*b*N, ``patch_weights`` (M,), and which rows of the teacher's
+            patch targets theirs are.
+    """
+
+    batch_size: int
+    global_crops: Tensor | None
+    masks: Tensor | None
+    local_crops: Tensor | None
+    patches: Tensor
+    patch_weights: Tensor
+    patch_rows: range
+
+
+def cut_views(images: dict, group: ViewGroup, masked_in_first: int) -> Views:
+    """Cut a collated batch; ``masked_in_first``: masked patches of the first global crops."""
+    batch_size = len(images["collated_global_crops"]) // 2
+    num_patches = images["collated_masks"].shape[1]
+    edges = (0, masked_in_first, len(images["mask_indices_list"]))
+    views, local = group
+    first = views.start * batch_size
+    rows = range(edges[views.start], edges[views.stop]) if views else range(0)
+    crops = slice(first, views.stop * batch_size)
+    return Views(
+        batch_size,
+        images["collated_global_crops"][crops] if views else None,
+        images["collated_masks"][crops] if views else None,
+        images["collated_local_crops"][local.start * batch_size : local.stop * batch_size] if local else None,
+        images["mask_indices_list"][rows.start : rows.stop] - first * num_patches,
+        images["masks_weight"][rows.start : rows.stop],
+        rows,
+    )
+
+
+def cut_draws(draws: list[Draw], group: ViewGroup, batch_size: int) -> list[Draw]:
+    """Cut drop-path draws over (global crops, local crops) to a group's sequences."""
+    parts = [
+        (tensor, range(views.start * batch_size, views.stop * batch_size))
+        for tensor, views in enumerate(group)
+        if views
+    ]
+    return [restrict(draw, parts) for draw in draws]
