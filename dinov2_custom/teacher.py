@@ -20,7 +20,7 @@ from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
-from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
+from dinov2_custom.utils.weights import fit_state, flat_state, is_url, read_weights
 
 logger = logging.getLogger("dinov2")
 _NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
@@ -82,7 +82,7 @@ def find_weights(source: str) -> str:
     Raises:
         CheckpointError: a directory without any.
     """
-    if str(source).startswith(("http://", "https://")):
+    if is_url(source):
         return str(source)
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -137,7 +137,7 @@ def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransfor
         CheckpointError: not a DINOv2 backbone.
     """
     try:
-        return DinoVisionTransformer(**_arguments_of(state))
+        return DinoVisionTransformer(**arguments_of(state))
     except (KeyError, ValueError) as e:
         raise CheckpointError(
             f"expected the weights of a DINOv2 backbone at {where}, could not tell its architecture: {e}; give the "
@@ -145,7 +145,12 @@ def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransfor
         ) from e
 
 
-def _arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of ``DinoVisionTransformer`` that a backbone's flat state dict was built with.
+
+    Raises:
+        KeyError, ValueError: not a DINOv2 backbone's.
+    """
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     if dim % _HEAD_DIM or side * side != state["pos_embed"].shape[1] - 1:

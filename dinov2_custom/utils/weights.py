@@ -5,6 +5,7 @@ Not here: what a caller does about tensors that do not fit. Read :func:`flat_sta
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.download import fetch
 
+RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
 _PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module)\.")
 _CHUNKED = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
@@ -29,9 +32,7 @@ def read_weights(source: str | os.PathLike) -> Any:
     Raises:
         CheckpointError: missing, torn, or holding anything but tensors and plain values.
     """
-    if str(source).startswith(("http://", "https://")):
-        return torch.hub.load_state_dict_from_url(str(source), map_location="cpu", weights_only=True)
-    path = Path(source).expanduser()
+    path = _local_copy(str(source)) if is_url(source) else Path(source).expanduser()
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -56,6 +57,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
     except Exception as e:  # a class of its own, which the library does not document
         raise CheckpointError(f"expected a safetensors file at {path}, could not read it: {e}") from e
+
+
+def is_url(source: str | os.PathLike) -> bool:
+    return str(source).startswith(("http://", "https://"))
+
+
+def _local_copy(url: str) -> Path:
+    """Return the file of ``url`` in torch.hub's folder; only released files have names that are nobody else's."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return fetch(
+        url, folder if url.startswith(RELEASED_URL) else folder / hashlib.sha256(url.encode()).hexdigest()[:16]
+    )
 
 
 def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor]:

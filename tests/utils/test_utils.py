@@ -11,6 +11,7 @@ from torch import nn
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils import utils
 from dinov2_custom.utils.utils import fix_random_seeds, get_sha, has_batchnorms, load_pretrained_weights
+from tests.hub.served import serve
 from tests.oracle import preserved_rng
 
 
@@ -109,13 +110,11 @@ def test_bad_files(tmp_path, content):
 
 
 def test_urls_are_fetched(tmp_path, monkeypatch):
-    def fetch(url, map_location, weights_only):
-        assert url == "https://host/weights.pth" and weights_only
-        return _trained()
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
+    torch.save(_trained(), tmp_path / "weights.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     model = Net()
-    load_pretrained_weights(model, "https://host/weights.pth", "teacher")
+    with serve(tmp_path) as (url, _):
+        load_pretrained_weights(model, f"{url}/weights.pth", "teacher")
     assert _is_loaded(model)
 
 

@@ -1,0 +1,1 @@
+"""What ``hubconf.py`` offers to ``torch.hub.load``. Read ``backbones.py`` first."""

@@ -1,0 +1,154 @@
+"""The eight released backbones, random, with Meta's weights, or with the weights of a run of this project.
+
+Read :func:`make_backbone` first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom.errors import CheckpointError
+from dinov2_custom.hub.utils import released_file
+from dinov2_custom.models import vision_transformer
+from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.utils.weights import fit_state, flat_state, is_url, read_weights
+
+_OF_THE_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # which the name says
+_RESAMPLING = ("interpolate_antialias", "interpolate_offset")  # which no shape tells
+
+
+class Weights(Enum):
+    """Released weights, by the data they were trained on."""
+
+    LVD142M = "LVD142M"
+
+
+def make_backbone(
+    arch: str,
+    *,
+    registers: bool = False,
+    pretrained: bool = True,
+    weights: Weights | str | os.PathLike = Weights.LVD142M,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """Build a backbone in training mode, as upstream's hub does.
+
+    Args:
+        arch: ``vit_small``, ``vit_base``, ``vit_large`` or ``vit_giant2``.
+        pretrained: load ``weights``; False: random ones.
+        weights: ``LVD142M``; or a path or URL of Meta's file or of a run's ``teacher_checkpoint.pth``, whose patch
+            size, image size, registers, FFN and LayerScale are then taken from the file.
+        kwargs: of :class:`DinoVisionTransformer`; they win.
+
+    Raises:
+        CheckpointError: unknown ``weights``, no download, or a file of another architecture.
+    """
+    factory = getattr(vision_transformer, arch)
+    options = {
+        "img_size": 518,
+        "patch_size": 14,
+        "init_values": 1.0,
+        "ffn_layer": "swiglufused" if arch == "vit_giant2" else "mlp",
+        "block_chunks": 0,
+        "num_register_tokens": 4 if registers else 0,
+        "interpolate_antialias": registers,
+        "interpolate_offset": 0.0 if registers else 0.1,
+    }
+    if not pretrained:
+        return factory(**(options | kwargs))
+    if _is_released(weights):
+        file = released_file(arch, options["num_register_tokens"], "pretrain")
+        state = flat_state(read_weights(file))
+    else:
+        file = weights
+        state = flat_state(read_weights(_existing(weights)))
+        options |= _options_of(state, file)
+    with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
+        model = factory(**(options | kwargs))
+    _load(model, state, file, arch)
+    return model.to(torch.get_default_device())
+
+
+def _is_released(weights: Weights | str | os.PathLike) -> bool:
+    return weights is Weights.LVD142M or str(weights) == Weights.LVD142M.value
+
+
+def _existing(weights: str | os.PathLike) -> str | os.PathLike:
+    if not is_url(weights) and not Path(weights).expanduser().is_file():
+        raise CheckpointError(f"weights: expected LVD142M, or a file, got {weights}; check the path")
+    return weights
+
+
+def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[str, Any]:
+    """Return how the backbone of ``file`` was built: from its tensors, and the config.yaml of the run around it."""
+    from omegaconf import OmegaConf
+
+    from dinov2_custom.teacher import arguments_of, run_config_near  # reads configurations, which needs more than torch
+
+    try:
+        options = arguments_of(state)
+    except (KeyError, ValueError) as e:
+        raise CheckpointError(f"weights: expected a backbone's tensors, got a file without: {file} ({e})") from e
+    config = run_config_near(str(file))
+    student = OmegaConf.load(config).get("student", {}) if config else {}
+    found = {name: options[name] for name in options if name not in _OF_THE_ARCHITECTURE}
+    return found | {name: student[name] for name in _RESAMPLING if name in student}
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], file: str | os.PathLike, arch: str) -> None:
+    fit = fit_state(model, {name: tensor.float() for name, tensor in state.items()})
+    if fit.missing or fit.unexpected or fit.misshapen:
+        raise CheckpointError(
+            f"weights: expected the {len(model.state_dict())} tensors of {arch}, got {len(fit.missing)} missing, "
+            f"{len(fit.unexpected)} unexpected and {len(fit.misshapen)} of another shape in {file}:\n  "
+            + "\n  ".join(fit.examples())
+            + "\nload it under the name of its own architecture; a torn download is mended by deleting the file"
+        )
+    model.load_state_dict(fit.found, assign=True)
+
+
+def dinov2_vits14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+    """ViT-S/14: width 384, 22 M weights."""
+    return make_backbone("vit_small", pretrained=pretrained, weights=weights, **kwargs)
+
+
+def dinov2_vitb14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+    """ViT-B/14: width 768, 87 M weights."""
+    return make_backbone("vit_base", pretrained=pretrained, weights=weights, **kwargs)
+
+
+def dinov2_vitl14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+    """ViT-L/14: width 1024, 304 M weights."""
+    return make_backbone("vit_large", pretrained=pretrained, weights=weights, **kwargs)
+
+
+def dinov2_vitg14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+    """ViT-g/14: width 1536, SwiGLU, 1.1 G weights."""
+    return make_backbone("vit_giant2", pretrained=pretrained, weights=weights, **kwargs)
+
+
+def dinov2_vits14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+    """ViT-S/14 with four registers."""
+    return make_backbone("vit_small", registers=True, pretrained=pretrained, weights=weights, **kwargs)
+
+
+def dinov2_vitb14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+    """ViT-B/14 with four registers."""
+    return make_backbone("vit_base", registers=True, pretrained=pretrained, weights=weights, **kwargs)
+
+
+def dinov2_vitl14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+    """ViT-L/14 with four registers."""
+    return make_backbone("vit_large", registers=True, pretrained=pretrained, weights=weights, **kwargs)
+
+
+def dinov2_vitg14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+    """ViT-g/14 with four registers."""
+    return make_backbone("vit_giant2", registers=True, pretrained=pretrained, weights=weights, **kwargs)

@@ -1,0 +1,43 @@
+"""Names and addresses of the released files, and padding to whole patches."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_custom.utils.download import fetch
+from dinov2_custom.utils.weights import RELEASED_URL
+
+_LETTERS = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
+
+
+def model_name(arch: str, patch_size: int = 14, num_register_tokens: int = 0) -> str:
+    """Return the released name of an architecture: ``dinov2_vits14`` or ``dinov2_vits14_reg4``."""
+    registers = f"_reg{num_register_tokens}" if num_register_tokens else ""
+    return f"dinov2_{_LETTERS[arch]}{patch_size}{registers}"
+
+
+def released_file(arch: str, num_register_tokens: int, ending: str) -> Path:
+    """Return the local copy, in torch.hub's folder, of a released file: ``ending`` is ``pretrain`` or of a head.
+
+    Raises:
+        CheckpointError: it cannot be downloaded.
+    """
+    url = f"{RELEASED_URL}/{model_name(arch)}/{model_name(arch, 14, num_register_tokens)}_{ending}.pth"
+    return fetch(url, Path(torch.hub.get_dir()) / "checkpoints")
+
+
+class CenterPadding(nn.Module):
+    """Pad images (..., H, W) with zeros on all sides, so that H and W are multiples of ``multiple``."""
+
+    def __init__(self, multiple: int) -> None:
+        super().__init__()
+        self.multiple = multiple
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = [-side % self.multiple for side in (x.shape[-1], x.shape[-2])]  # F.pad wants the last dimension first
+        return F.pad(x, list(itertools.chain.from_iterable((m // 2, m - m // 2) for m in missing)))
