@@ -1,0 +1,81 @@
+"""A local S3 server (moto) with rclone as its client, and an environment for the setup and run blocks of the tasks."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KEY, SECRET = "AKIATESTKEY", "not-a-real-secret-0123456789"
+
+
+class Bucket:
+    """An empty bucket on the local server; ``env`` is what rclone and the setup block need to reach it."""
+
+    def __init__(self, name: str, env: dict[str, str]):
+        self.name, self.env = name, env
+
+    def put(self, folder: Path, prefix: str = "") -> str:
+        """Upload a folder or a file and return its URL."""
+        target = f":s3:{self.name}/{prefix}".rstrip("/")
+        subprocess.run(["rclone", "copyto", str(folder), target], env=self.env, check=True, timeout=120)
+        return f"s3://{self.name}/{prefix}".rstrip("/")
+
+
+@pytest.fixture(scope="session")
+def s3_environment(tmp_path_factory):
+    """Start the server once; skip, saying why, where it or rclone is not installed."""
+    if shutil.which("rclone") is None:
+        pytest.skip("the data staging is not tested: no rclone here (apt install rclone)")
+    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask_cors") is None:
+        pytest.skip("the data staging is not tested: no moto here (pip install 'moto[s3]' flask flask-cors)")
+    port = free_port()
+    log = tmp_path_factory.mktemp("moto") / "log.txt"
+    with open(log, "w") as file:
+        command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        wait_for_server(port, server, log)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RCLONE_"))}
+        yield {
+            **inherited,
+            "RCLONE_CONFIG": "/dev/null",
+            "RCLONE_S3_PROVIDER": "Other",
+            "RCLONE_S3_ENV_AUTH": "true",
+            "RCLONE_S3_ENDPOINT": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+        }
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@pytest.fixture
+def bucket(s3_environment, request):
+    name = "b" + "".join(c for c in request.node.name.lower() if c.isalnum())[:50]
+    subprocess.run(["rclone", "mkdir", f":s3:{name}"], env=s3_environment, check=True, timeout=60)
+    return Bucket(name, s3_environment)
+
+
+def wait_for_server(port: int, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"the S3 server did not start: {log.read_text()[-2000:]}")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

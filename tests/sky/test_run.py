@@ -1,0 +1,215 @@
+"""The run block on two nodes: this machine twice, with SkyPilot's variables made up. Killed, and resumed on one."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.sky.conftest import REPOSITORY, free_port
+from tests.train.batches import TINY
+from tests.train.test_train import rows, write_images
+
+TASK = yaml.safe_load((REPOSITORY / "sky" / "train.yaml").read_text())
+RUN = TASK["run"]
+# stands for the lines that SkyPilot appends to wait for the uploads: reached after any end, with bash's default options
+EPILOGUE = (
+    '\nended=$?\necho "uploads waited for, options $- $(set -o | grep pipefail | tr -s "[:space:]" " ")"\nexit $ended'
+)
+TOTAL, WANDB_KEY = 40, "0123456789abcdef0123456789abcdef01234567"
+
+
+class Launch:
+    """The run block on each node of a pretended cluster."""
+
+    def __init__(self, folder, images, nodes: int, gpus: int = 1, **changes: str):
+        overrides = [
+            *(option for option in TINY if not option.startswith("train.batch_size")),
+            f"train.OFFICIAL_EPOCH_LENGTH={TOTAL}",
+            "optim.epochs=1",
+            "optim.warmup_epochs=0.25",
+            "train.num_workers=0",
+            "train.log_every=1",
+            "checkpointing.period=2",
+        ]
+        env = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "SKYPILOT"))},
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "VENV": sys.prefix,
+            "MASTER_PORT": str(free_port()),
+            "RUN_NAME": "run-1",
+            "DATA": str(images),
+            "DATA_DIR": str(folder / "data"),
+            "CHECKPOINT_DIR": str(folder / "checkpoints"),
+            "CONFIG": "configs/vits.yaml",
+            "GLOBAL_BATCH": "8",
+            "MAX_BATCH_PER_GPU": "4",
+            "OVERRIDES": " ".join(overrides),
+            "WANDB_API_KEY": "",
+            "SKYPILOT_TASK_ID": f"sky-{time.time_ns()}",  # marks the processes of this launch
+            "SKYPILOT_NODE_IPS": "\n".join(["127.0.0.1"] * nodes),
+            "SKYPILOT_NUM_NODES": str(nodes),
+            "SKYPILOT_NUM_GPUS_PER_NODE": str(gpus),
+            **changes,
+        }
+        self.mark = env["SKYPILOT_TASK_ID"]
+        self.out = folder / "checkpoints" / env["RUN_NAME"]
+        self.logs = [folder / f"node{rank}.log" for rank in range(nodes)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            with open(log, "w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        ["bash", "-c", RUN + EPILOGUE],
+                        cwd=REPOSITORY,
+                        env={**env, "SKYPILOT_NODE_RANK": str(rank)},
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def wait(self) -> list[int]:
+        try:
+            return [process.wait(timeout=240) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Pull the plug: torchrun's workers have a session of their own and outlive it otherwise."""
+        while found := processes_with(self.mark):
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+            for process in self.processes:
+                process.poll()
+
+    def log(self) -> str:
+        return "".join(log.read_text() for log in self.logs)
+
+
+def processes_with(mark: str) -> list[int]:
+    """Return the processes whose environment has ``mark``."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in entry.read_bytes():
+                found.append(int(entry.parent.name))
+    return found
+
+
+def wait_for_checkpoint(launch: Launch, line: str = "") -> None:
+    """Return when there is a checkpoint and ``line`` in the log; on any other end of the launch fail."""
+    deadline = time.monotonic() + 180
+    while not (launch.out / "last_checkpoint").exists() or line not in launch.log():
+        if time.monotonic() > deadline or any(process.poll() is not None for process in launch.processes):
+            launch.kill()
+            raise AssertionError(launch.log())
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 12)
+
+
+def test_two_nodes_killed_then_resumed_on_one(images, tmp_path):
+    first = Launch(tmp_path, images, nodes=2)
+    wait_for_checkpoint(first)
+    first.kill()
+    assert not (first.out / "model_final.pth").exists()
+    assert "4 a process x 2 processes x 1 accumulated = 8" in first.log()
+
+    key = {"WANDB_API_KEY": WANDB_KEY, "WANDB_MODE": "offline"}
+    second = Launch(tmp_path, images, nodes=1, gpus=0, **key)
+    assert second.wait() == [0], second.log()
+    log = second.log()
+    assert "4 a process x 1 processes x 2 accumulated = 8" in log and "resumed from=" in log
+    assert "uploads waited for" in log and "Traceback" not in log
+    iterations = [row["iteration"] for row in rows(second.out)]
+    assert iterations == list(range(TOTAL))
+
+    assert (second.out / "logs" / "wandb_run_id").read_text().strip() == "run-1"
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 5 and not [path for path in written if WANDB_KEY.encode() in path.read_bytes()]
+
+    third = Launch(tmp_path, images, nodes=1, gpus=1)
+    assert third.wait() == [0] and "nothing to do" in third.log()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RUN_NAME": "../escape"}, "error: expected RUN_NAME of letters, digits, '_', '-' and '.', got '../escape'"),
+        ({"SKYPILOT_NUM_GPUS_PER_NODE": "3"}, "divides the global batch of 8, got 3; take 2 or 4 GPUs"),
+        ({"DATA": "s3://bucket/images"}, "got no complete copy; run sky/setup.sh"),
+    ],
+)
+def test_a_mistake_ends_the_node_and_still_waits_for_the_uploads(images, tmp_path, changes, message):
+    launch = Launch(tmp_path, images, nodes=1, **changes)
+    assert launch.wait() == [1]
+    assert message in launch.log()
+    waited = launch.log().splitlines()[-1]
+    assert waited.startswith("uploads waited for, options ") and waited.endswith("pipefail off ")
+    assert not set("eu") & set(waited.split()[4])
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_mistake_is_no_reason_to_start_again(images, tmp_path):
+    launch = Launch(tmp_path, images, nodes=1, OVERRIDES="no.such.key=1")
+    assert launch.wait() == [1]
+    assert "no.such.key" in launch.log() and "uploads waited for" in launch.log()
+
+
+def trainers(launch: Launch) -> dict[int, int]:
+    """Return rank -> process of each training process of a launch."""
+    found = {}
+    for pid in processes_with(launch.mark):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            if "run/train/train.py" in words[1:3]:
+                rank = re.search(r"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_bytes().decode())
+                found[int(rank[1])] = pid
+    return found
+
+
+def test_killed_processes_and_signals_are_told_to_skypilot_as_such(images, tmp_path):
+    launch = Launch(tmp_path, images, nodes=1, gpus=2)
+    wait_for_checkpoint(launch)
+    os.kill(trainers(launch)[1], signal.SIGKILL)
+    assert launch.wait() == [137], launch.log()
+
+    again = Launch(tmp_path, images, nodes=1, gpus=2)
+    wait_for_checkpoint(again, "Training  [")
+    for pid in processes_with(again.mark):  # as `sky cancel` does
+        with contextlib.suppress(ProcessLookupError, OSError):
+            if Path(f"/proc/{pid}/comm").read_text().strip() != "bash":
+                os.kill(pid, signal.SIGTERM)
+    assert again.wait() == [143], again.log()
+    assert "the same command goes on from" in again.log() and "uploads waited for" in again.log()
+    assert {137, 143} <= set(TASK["resources"]["job_recovery"]["recover_on_exit_codes"])
+
+
+def test_the_key_is_not_on_a_command_line(images, tmp_path):
+    """A stand-in for Python writes down its arguments."""
+    seen = tmp_path / "seen.txt"
+    fake = tmp_path / "venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    real = f'exec {sys.executable} "$@"'
+    fake.write_text(f'#!/bin/sh\ncase "$1" in */torchrun.py) printf "%s\\n" "$@" >{seen};; *) {real};; esac\n')
+    fake.chmod(0o755)
+    launch = Launch(tmp_path, images, 1, VENV=str(tmp_path / "venv"), WANDB_API_KEY=WANDB_KEY, OVERRIDES="a=1 b=[2,3]")
+    assert launch.wait() == [0], launch.log()
+    arguments = seen.read_text().split("\n")[:-1]
+    assert arguments[0] == "sky/torchrun.py"
+    assert {"wandb.mode=online", "wandb.name=run-1", "a=1", "b=[2,3]"} <= set(arguments)
+    assert WANDB_KEY not in seen.read_text() + launch.log()
+    assert json.dumps(arguments).count("train.batch_size_per_gpu=4") == 1
