@@ -104,6 +104,7 @@ def _ours(files: list[bytes], *, scaling=False, late=False, pillow=False, normal
     masks = Masks((0.1, 0.5), 0.5, 256, MaskingGenerator((16, 16), max_num_patches=128))
     batches = TrainBatches(samples, masks, batch_size=len(files), late_colours=late)
     arrays, finish = allocate(batches.fields), Finisher(augment.mean, augment.std)
+    batches.kernel = "torch" if pillow else None
     real = decode.fast_jpeg, augmentations.colour_changer
 
     def run(n: int) -> object:

@@ -17,6 +17,7 @@ from PIL import Image
 from . import image_ops as ops
 from .draws import Box, CropDraw, Recipe, draw_crop
 from .native import colour_changer
+from .resize import cut_crops
 from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 SHRINK_MARGIN = 1.5
@@ -69,7 +70,11 @@ class DataAugmentationDINO:
         """
         pixels = as_pixels(image)
         draws = self.draw(pixels.shape[1], pixels.shape[0], rng or random.Random())
-        crops = [self.render(pixels, draw, size) for draw, size in zip(draws, self.sizes, strict=True)]
+        resized = [np.empty((size, size, 3), np.uint8) for size in self.sizes]
+        cut_draws(resized, pixels, draws)
+        planes = (np.ascontiguousarray(crop.transpose(2, 0, 1)) for crop in resized)
+        changed = (change_colours(crop, draw) for crop, draw in zip(planes, draws, strict=True))
+        crops = [ops.normalize(crop, self.mean, self.std) for crop in changed]
         return {
             "global_crops": crops[:2],
             "global_crops_teacher": crops[:2],
@@ -92,10 +97,6 @@ class DataAugmentationDINO:
         for _ in range(self.local_crops_number):
             draws.append(draw_crop(rng, width, height, self.local_crops_scale, recipe, blur_local, 0.0))
         return draws
-
-    def render(self, pixels: torch.Tensor, draw: CropDraw, size: int) -> torch.Tensor:
-        """Make one normalised (3, size, size) crop of ``pixels`` (uint8, H W 3)."""
-        return ops.normalize(render_uint8(pixels, draw, size), self.mean, self.std)
 
     def fraction(self, draws: Sequence[CropDraw]) -> int:
         """Return 1, 2, 4 or 8: decoded at that fraction of its size, an image still has ``SHRINK_MARGIN`` times the
@@ -121,9 +122,11 @@ def as_pixels(image: Image.Image | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image)
 
 
-def render_uint8(pixels: torch.Tensor, draw: CropDraw, size: int) -> np.ndarray:
-    """Make one crop before normalisation: uint8 (3, size, size), or (1, size, size) if grey."""
-    return change_colours(ops.resized_crop(pixels, draw.box, size, draw.flip), draw)
+def cut_draws(
+    outs: Sequence[np.ndarray], pixels: torch.Tensor, draws: Sequence[CropDraw], kernel: str | None = None
+) -> None:
+    """Cut the crops of ``draws`` out of ``pixels`` (uint8, H W 3) into ``outs``, (size, size, 3), colours unchanged."""
+    cut_crops(outs, pixels, [draw.box for draw in draws], [draw.flip for draw in draws], kernel)
 
 
 def change_colours(crop: np.ndarray, draw: CropDraw) -> np.ndarray:
@@ -137,13 +140,8 @@ def change_colours(crop: np.ndarray, draw: CropDraw) -> np.ndarray:
     return ops.solarize(crop) if draw.solarize else crop
 
 
-def render_into(out: np.ndarray, pixels: torch.Tensor, draw: CropDraw) -> None:
-    """Write the crop of :func:`render_uint8` to ``out``, uint8 (3, size, size), by compiled code where there is."""
-    size = out.shape[-1]
+def change_colours_into(out: np.ndarray, crop: np.ndarray, draw: CropDraw) -> None:
+    """Write what :func:`change_colours` makes of ``crop``, uint8 (S, S, 3), to ``out``, (3, S, S)."""
     change = colour_changer()
-    if change is not None:
-        resized = np.empty((size, size, 3), np.uint8)
-        ops.resized_crop_into(resized, pixels, draw.box)
-        if change(out, resized, draw):
-            return
-    out[...] = render_uint8(pixels, draw, size)
+    if change is None or not change(out, crop, draw):
+        out[...] = change_colours(np.ascontiguousarray(crop.transpose(2, 0, 1)), draw)

@@ -11,21 +11,11 @@
 enum { BRIGHTNESS = 1, CONTRAST, SATURATION, HUE };
 enum { STEPS = 4, GRAY = 8, SOLARIZE = 9, BLUR = 10, RADIUS = 4 };
 
-static void split(const uint8_t *restrict pixels, uint8_t *restrict x, int size, int flip)
+static void split(const uint8_t *restrict pixels, uint8_t *restrict x, int n)
 {
-    int n = size * size;
-    for (int y = 0; y < size; y++) {
-        const uint8_t *from = pixels + 3 * y * size;
-        uint8_t *r = x + y * size, *g = r + n, *b = g + n;
-        if (flip)
-            for (int i = 0; i < size; i++) {
-                int j = size - 1 - i;
-                r[i] = from[3 * j], g[i] = from[3 * j + 1], b[i] = from[3 * j + 2];
-            }
-        else
-            for (int i = 0; i < size; i++)
-                r[i] = from[3 * i], g[i] = from[3 * i + 1], b[i] = from[3 * i + 2];
-    }
+    uint8_t *r = x, *g = x + n, *b = x + 2 * n;
+    for (int i = 0; i < n; i++)
+        r[i] = pixels[3 * i], g[i] = pixels[3 * i + 1], b[i] = pixels[3 * i + 2];
 }
 
 static void luma(const uint8_t *x, uint8_t *grey, int n)
@@ -175,10 +165,10 @@ static void step(uint8_t *x, int n, int code, float value, uint8_t *grey)
     blend_level(x, 3 * n, base, gain, shift);
 }
 
-void change_colours(const uint8_t *pixels, uint8_t *x, int size, int flip, const float *row, uint8_t *scratch)
+void change_colours(const uint8_t *pixels, uint8_t *x, int size, const float *row, uint8_t *scratch)
 {
     int n = size * size, planes = 3;
-    split(pixels, x, size, flip);
+    split(pixels, x, n);
     for (int i = 0; i < STEPS; i++)
         if (row[2 * i] > 0)
             step(x, n, (int)row[2 * i], row[2 * i + 1], scratch);

@@ -12,59 +12,9 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
-Box = tuple[int, int, int, int]
 BLUR_RADIUS = 4
 SOLARIZE_THRESHOLD = 128
-
-
-def resized_crop(image: torch.Tensor, box: Box, size: int, flip: bool = False) -> np.ndarray:
-    """Cut ``box`` = (left, top, width, height) out of ``image`` (H, W, 3) and resize it to (3, size, size).
-
-    Bicubic with antialiasing; pixels outside the box have no say. ``flip`` mirrors left and right. Within one level of
-    ``Image.crop(...).resize(..., BICUBIC)`` on average.
-    """
-    left, top, width, height = box
-    crop = image[top : top + height, left : left + width]
-    if _torch_resize_is_fast():
-        resized = F.interpolate(
-            crop.permute(2, 0, 1)[None], size=(size, size), mode="bicubic", antialias=True, align_corners=False
-        )[0].numpy()
-    else:
-        pixels = Image.fromarray(crop.numpy()).resize((size, size), Image.Resampling.BICUBIC)
-        resized = np.asarray(pixels).transpose(2, 0, 1)
-    return np.ascontiguousarray(hflip(resized) if flip else resized)
-
-
-def resized_crop_into(out: np.ndarray, image: torch.Tensor, box: Box, flip: bool = False) -> None:
-    """Write what :func:`resized_crop` returns to ``out`` (size, size, 3), a part of a batch, without a copy between."""
-    left, top, width, height = box
-    size = len(out)
-    crop = image[top : top + height, left : left + width]
-    if _torch_resize_is_fast():
-        target = torch.from_numpy(out).permute(2, 0, 1)[None]
-        torch.ops.aten._upsample_bicubic2d_aa.out(
-            crop.permute(2, 0, 1)[None], (size, size), False, None, None, out=target
-        )
-        if flip:
-            target.copy_(target.flip(3))
-    else:
-        pixels = Image.fromarray(crop.numpy()).resize((size, size), Image.Resampling.BICUBIC)
-        resized = np.asarray(pixels)
-        out[...] = resized[:, ::-1] if flip else resized
-
-
-@functools.cache
-def _torch_resize_is_fast() -> bool:
-    """Whether torch has its vector uint8 kernel here (x86 with AVX2); elsewhere Pillow's C code is faster."""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
-def hflip(image: np.ndarray) -> np.ndarray:
-    """Mirror left and right (a view)."""
-    return image[..., ::-1]
 
 
 def blend(base: np.ndarray | int, image: np.ndarray, factor: float) -> np.ndarray:

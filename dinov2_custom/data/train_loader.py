@@ -18,6 +18,7 @@ import torch
 
 from .finish import Finisher
 from .native import colour_changer
+from .resize import fastest_kernel
 from .ring import Built, Ring
 from .slots import allocate
 from .train_batches import TrainBatches, unpack
@@ -96,6 +97,7 @@ class TrainLoader:
         builder = copy.copy(self.builder)
         builder.first_draw = first_draw
         builder.late_colours = self.colours == "device" or (self.colours == "auto" and device.type != "cpu")
+        builder.kernel = fastest_kernel()  # one choice for all processes
         if not builder.late_colours:
             colour_changer()  # compile before the processes need it
         if self.num_workers == "auto":

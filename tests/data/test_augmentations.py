@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dinov2_custom.data import DataAugmentationDINO
-from dinov2_custom.data.augmentations import as_pixels, render_uint8
+from dinov2_custom.data.augmentations import as_pixels, change_colours, cut_draws
 from dinov2_custom.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tests.data import reference
 from tests.data.pictures import picture, planes
@@ -99,10 +99,13 @@ def check_fidelity(image: Image.Image, seeds: range, size: int, local_size: int)
     augment = DataAugmentationDINO(*SCALES, 2, size, local_size)
     pixels, differences = as_pixels(image), []
     for seed in seeds:
-        for i, draw in enumerate(augment.draw(*image.size, random.Random(seed))):
-            side = size if i < 2 else local_size
-            ours = np.broadcast_to(render_uint8(pixels, draw, side), (3, side, side)).astype(float)
-            differences.append((ours - planes(reference.render(image, draw, side))).ravel())
+        draws = augment.draw(*image.size, random.Random(seed))
+        resized = [np.empty((side, side, 3), np.uint8) for side in augment.sizes]
+        cut_draws(resized, pixels, draws)
+        for crop, draw in zip(resized, draws, strict=True):
+            ours = change_colours(np.ascontiguousarray(crop.transpose(2, 0, 1)), draw)
+            slow = planes(reference.render(image, draw, len(crop)))
+            differences.append((np.broadcast_to(ours, slow.shape).astype(float) - slow).ravel())
     flat = np.concatenate(differences)
     return float(np.abs(flat).mean()), float(flat.mean())
 

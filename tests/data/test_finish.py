@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinov2_custom.data import image_ops
-from dinov2_custom.data.augmentations import DataAugmentationDINO, as_pixels, render_uint8
+from dinov2_custom.data.augmentations import DataAugmentationDINO, as_pixels, change_colours, cut_draws
 from dinov2_custom.data.draws import CropDraw
 from dinov2_custom.data.finish import NUM_PARAMETERS, Finisher, apply_colours, pack_draw
 from dinov2_custom.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,10 +34,7 @@ def on_device(images: list[np.ndarray], draws) -> np.ndarray:
 
 def on_cpu(image: np.ndarray, draw: CropDraw) -> np.ndarray:
     """Apply the colour changes of ``draw`` with the operations of the CPU path."""
-    full = torch.from_numpy(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    size = image.shape[1]
-    pixels = render_uint8(full, draw._replace(box=(0, 0, size, size)), size)
-    return np.broadcast_to(pixels, image.shape)
+    return np.broadcast_to(change_colours(image, draw), image.shape)
 
 
 @pytest.mark.parametrize("recipe", [None, STRONG], ids=["upstream", "strong"])
@@ -83,22 +80,20 @@ def test_no_change_and_mixed_orders_leave_the_others_alone():
 
 
 def test_normalised_crops_are_those_of_the_float_path_bit_for_bit():
-    augment = DataAugmentationDINO((0.32, 1), (0.05, 0.32), 1, 32, 16)
+    augment = DataAugmentationDINO((0.32, 1), (0.05, 0.32), 0, 32)
     image = as_pixels(picture(60, 50))
-    draws = augment.draw(60, 50, random.Random(3))[:2]
-    finish = Finisher(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    crops = [np.broadcast_to(render_uint8(image, draw, 32), (3, 32, 32)) for draw in draws]
-    got = finish(torch.from_numpy(np.stack(crops)), "cpu")
-    assert got.dtype == torch.float32
-    for i, draw in enumerate(draws):
-        assert torch.equal(got[i], augment.render(image, draw, 32))
-
+    draws = augment.draw(60, 50, random.Random(3))
     resized = np.empty((2, 32, 32, 3), np.uint8)
-    for out, draw in zip(resized, draws, strict=True):
-        image_ops.resized_crop_into(out, image, draw.box, draw.flip)
+    cut_draws(list(resized), image, draws)
+    finish = Finisher(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     late = finish(torch.from_numpy(resized), torch.device("cpu"), rows_of(draws))
-    assert torch.equal(late, got) and late.is_contiguous()
-    half = Finisher(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, torch.float16)(
-        torch.from_numpy(np.stack(crops)), "cpu"
-    )
-    assert torch.equal(half, got.half())
+    assert late.dtype == torch.float32 and late.is_contiguous()
+    assert torch.equal(late, torch.stack(augment(image.numpy(), random.Random(3))["global_crops"]))
+
+    changed = [
+        change_colours(np.ascontiguousarray(x.transpose(2, 0, 1)), d) for x, d in zip(resized, draws, strict=True)
+    ]
+    crops = torch.from_numpy(np.stack([np.broadcast_to(crop, (3, 32, 32)) for crop in changed]))
+    assert torch.equal(finish(crops, "cpu"), late)
+    half = Finisher(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, torch.float16)(crops, "cpu")
+    assert torch.equal(half, late.half())

@@ -120,27 +120,6 @@ def test_blur_with_a_tiny_sigma_changes_nothing():
     np.testing.assert_array_equal(image_ops.gaussian_blur(image, 0.1), image)
 
 
-BOXES = [((0, 0, 120, 90), 48), ((13, 7, 60, 71), 48), ((100, 70, 9, 12), 32), ((5, 5, 1, 1), 8), ((3, 2, 48, 48), 48)]
-
-
-@pytest.mark.parametrize("box, size", BOXES)
-@pytest.mark.parametrize("flip", [False, True])
-def test_resized_crop_equals_pillow_within_a_level(box, size, flip):
-    image = picture(120, 90, 5)
-    ours = image_ops.resized_crop(torch.from_numpy(np.array(image)), box, size, flip)
-    difference = np.abs(ours.astype(float) - planes(reference.resized_crop(image, box, size, flip)))
-    assert ours.shape == (3, size, size) and ours.flags.c_contiguous
-    assert difference.mean() < 0.1 and difference.max() <= 12
-
-
-def test_resized_crop_by_pillow_is_exact(monkeypatch):
-    monkeypatch.setattr(image_ops, "_torch_resize_is_fast", lambda: False)
-    image = picture(120, 90, 5)
-    for box, size in BOXES:
-        ours = image_ops.resized_crop(torch.from_numpy(np.array(image)), box, size, flip=True)
-        np.testing.assert_array_equal(ours, planes(reference.resized_crop(image, box, size, flip=True)))
-
-
 def test_normalize_equals_the_formula_and_repeats_grey():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     image = PICTURES[0]
@@ -159,16 +138,3 @@ def test_operations_leave_their_input_alone():
     ]:  # fmt: skip
         operation(image, parameter)
         np.testing.assert_array_equal(image, before)
-
-
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("box, size", BOXES)
-def test_resized_crop_into_a_batch_is_resized_crop(monkeypatch, fast, box, size):
-    if not fast:
-        monkeypatch.setattr(image_ops, "_torch_resize_is_fast", lambda: False)
-    image = torch.from_numpy(np.array(picture(120, 90, 5)))
-    batch = np.zeros((3, size, size, 3), np.uint8)
-    for flip in (False, True):
-        image_ops.resized_crop_into(batch[1], image, box, flip)
-        np.testing.assert_array_equal(batch[1].transpose(2, 0, 1), image_ops.resized_crop(image, box, size, flip))
-    assert not batch[0].any() and not batch[2].any()

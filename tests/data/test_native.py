@@ -5,16 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
-from dinov2_custom.data import augmentations, native
-from dinov2_custom.data.augmentations import DataAugmentationDINO, render_into, render_uint8
+from dinov2_custom.data import augmentations, compiler, native
+from dinov2_custom.data.augmentations import DataAugmentationDINO, change_colours, change_colours_into
 from dinov2_custom.data.draws import CropDraw
 from tests.data.pictures import picture
 from tests.data.test_finish import BOX, STRONG
 
 needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, native.COMPILERS)), reason="NOT CHECKED: there is no C compiler here"
+    not any(map(shutil.which, compiler.COMPILERS)), reason="NOT CHECKED: there is no C compiler here"
 )
 
 
@@ -27,11 +26,11 @@ def own_cache(monkeypatch, tmp_path):
 
 
 def check(draws, size, image):
-    pixels = torch.from_numpy(np.array(image))
+    crop = np.array(image.resize((size, size)))
     for draw in draws:
         out = np.full((3, size, size), 7, np.uint8)
-        render_into(out, pixels, draw)
-        expected = render_uint8(pixels, draw, size)
+        change_colours_into(out, crop, draw)
+        expected = change_colours(np.ascontiguousarray(crop.transpose(2, 0, 1)), draw)
         np.testing.assert_array_equal(out, np.broadcast_to(expected, out.shape), err_msg=str(draw))
 
 
@@ -68,7 +67,7 @@ def test_library_is_compiled_once_and_only_for_its_owner(own_cache, monkeypatch)
     (library,) = own_cache.iterdir()
     assert own_cache.stat().st_mode & 0o077 == 0
     native.colour_changer.cache_clear()
-    monkeypatch.setattr(native, "COMPILERS", ())
+    monkeypatch.setattr(compiler, "COMPILERS", ())
     assert native.colour_changer() is not None and list(own_cache.iterdir()) == [library]
 
 
@@ -80,7 +79,7 @@ def fallback(caplog, words: str) -> None:
 
 
 def test_without_a_compiler_python_does_it_and_says_so(own_cache, monkeypatch, caplog):
-    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiler, "COMPILERS", ("no-such-compiler",))
     fallback(caplog, "no C compiler (no-such-compiler)")
 
 
@@ -88,7 +87,7 @@ def test_without_a_compiler_python_does_it_and_says_so(own_cache, monkeypatch, c
 def test_a_compiler_that_fails_is_named(own_cache, monkeypatch, caplog, tmp_path):
     broken = tmp_path / "broken.c"
     broken.write_text("this is no C\n")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(native, "COLOURS", broken)
     fallback(caplog, "failed: ")
 
 
