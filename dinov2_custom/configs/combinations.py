@@ -10,6 +10,7 @@ from typing import Any
 from dinov2_custom.configs.archs import DEPTH_OF_ARCH, plain_arch_name
 from dinov2_custom.configs.mistakes import Mistakes
 from dinov2_custom.configs.schema import all_options
+from dinov2_custom.configs.values import share_of_run
 
 Problem = tuple[str, str] | None  # (expected, what to do)
 
@@ -53,9 +54,9 @@ def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
         if ignored:
             notes.append(f"ignored because ibot.separate_head is false: {', '.join(ignored)}")
     epochs, freeze = values["optim.epochs"], values["optim.freeze_last_layer_epochs"]
-    if freeze >= epochs:
+    if share_of_run(freeze, epochs) >= 1:
         notes.append(
-            f"optim.freeze_last_layer_epochs = {freeze} covers the whole run (optim.epochs = {epochs}): "
+            f"optim.freeze_last_layer_epochs = {freeze} covers the whole run (optim.epochs = {epochs:g}): "
             "the prototypes of the heads never train"
         )
     masks = values["ibot.mask_sample_probability"] * values["ibot.mask_ratio_min_max"][1]
@@ -100,10 +101,14 @@ def _divisible(key: str, size: int, patch: int) -> Problem:
     return f"a multiple of the patch size {patch}", f"use {key}={' or '.join(valid)}"
 
 
-def _warmup(warmup: float, epochs: float) -> Problem:
-    if warmup <= epochs:
+def _warmup(warmup: float | str, epochs: float) -> Problem:
+    if share_of_run(warmup, epochs) <= 1:
         return None
-    return "at most optim.epochs", f"lower optim.warmup_epochs to {epochs / 10:g} (a tenth) or raise optim.epochs"
+    return "at most optim.epochs", f"set optim.warmup_epochs=10% (of the run) or {epochs / 10:g}, or raise optim.epochs"
+
+
+def _one_length(steps: int, hours: float) -> Problem:
+    return ("0 when the other is set", "choose one of them for the length of the run") if steps and hours else None
 
 
 def _some_loss(dino: float, ibot: float) -> Problem:
@@ -116,5 +121,6 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Problem]], ...] = (
     (("crops.global_crops_size", "student.patch_size"), _global_size),
     (("crops.local_crops_size", "student.patch_size", "crops.local_crops_number"), _local_size),
     (("optim.warmup_epochs", "optim.epochs"), _warmup),
+    (("train.max_steps", "train.max_hours"), _one_length),
     (("dino.loss_weight", "ibot.loss_weight"), _some_loss),
 )

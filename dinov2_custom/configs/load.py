@@ -105,9 +105,7 @@ def _check_dataset(path: str | list[str], where: Callable[[str], str], mistakes:
         mistakes.add(f"{key} ({where(key)})", "a folder of images", "nothing", fix)
 
 
-def _check_unknown(
-    unknown: list[Setting], options: dict[str, Option], allowed: bool, mistakes: Mistakes
-) -> list[str]:
+def _check_unknown(unknown: list[Setting], options: dict[str, Option], allowed: bool, mistakes: Mistakes) -> list[str]:
     """Report unknown keys as mistakes, or return one warning that lists them."""
     kept = []
     for setting in unknown:
@@ -177,7 +175,7 @@ def _hint(option: Option, value: Any) -> str:
     takes_numbers = int in option.types or float in option.types
     if isinstance(value, str) and takes_numbers and _is_number(value):
         return "write the number without quotes"
-    if str in option.types and not option.choices and isinstance(value, (int, float)):
+    if is_text(option) and isinstance(value, (int, float)):
         return "put the text in quotes"
     near = difflib.get_close_matches(str(value), option.choices, n=1, cutoff=0.5)
     if near:
@@ -187,10 +185,9 @@ def _hint(option: Option, value: Any) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _as_values(settings: Iterable[Setting]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Option:
     within: str
     length: int | None
     increasing: bool
+    share: bool
     unused: bool
 
 
@@ -36,6 +37,7 @@ def option(
     within: str = "",
     length: int | None = None,
     increasing: bool = False,
+    share: bool = False,
     unused: bool = False,
 ) -> Any:
     """Make a dataclass field that carries the description of a key.
@@ -47,6 +49,7 @@ def option(
         within: legal interval of each number, such as "[0, 1)" or "(0, inf)".
         length: number of elements of a list.
         increasing: whether a list must be in non-decreasing order.
+        share: whether a text such as "10%", a share of the run, is legal too.
         unused: upstream's key that nothing reads; it is accepted and said to be unused.
     """
     metadata = {
@@ -57,6 +60,7 @@ def option(
         "within": within,
         "length": length,
         "increasing": increasing,
+        "share": share,
         "unused": unused,
     }
     if isinstance(default, list):

@@ -103,9 +103,7 @@ class Student:
     )
     patch_size: int = option(16, "side of a patch; must divide both crop sizes", unit="px", within="[1, inf)")
     drop_path_rate: float = option(0.3, "share of samples that skip a residual branch", within="[0, 1)")
-    layerscale: float | None = option(
-        1e-5, "initial LayerScale factor; 0 or null: no LayerScale", within="[0, inf)"
-    )
+    layerscale: float | None = option(1e-5, "initial LayerScale factor; 0 or null: no LayerScale", within="[0, inf)")
     drop_path_uniform: bool = option(True, "same rate in all blocks; false: rises linearly from 0 with depth")
     pretrained_weights: str = option("", "weights the student's backbone starts from; empty: random", unit="path")
     ffn_layer: str = option("mlp", "feed-forward kind; identity: none", choices=FFN_LAYERS)
@@ -131,6 +129,6 @@ class Teacher:
     final_momentum_teacher: float = option(1.0, "EMA momentum at the end (cosine between)", within="[0, 1]")
     warmup_teacher_temp: float = option(0.04, "teacher's softmax temperature at the start", within="(0, inf)")
     teacher_temp: float = option(0.07, "teacher's softmax temperature after its warm-up", within="(0, inf)")
-    warmup_teacher_temp_epochs: int | float = option(
-        30, "length of that linear warm-up; may exceed the run", unit="epochs", within="[0, inf)"
+    warmup_teacher_temp_epochs: int | float | str = option(
+        30, "length of that linear warm-up; may exceed the run", unit="epochs", within="[0, inf)", share=True
     )

@@ -39,6 +39,19 @@ class Train:
         choices=("auto",),
         within="[1, inf)",
     )
+    max_steps: int = option(
+        0,
+        "length of the run instead of optim.epochs; lengths in epochs keep their share of optim.epochs; 0: not set",
+        unit="iterations",
+        within="[0, inf)",
+    )
+    max_hours: int | float = option(
+        0,
+        "length of the run in hours of training, without the time between a stop and the resume; the schedules follow "
+        "the clock, so results depend on the speed; lengths in epochs keep their share of optim.epochs; 0: not set",
+        unit="hours",
+        within="[0, inf)",
+    )
     cache_dataset: bool = option(True, "unused, as upstream", changes_results=False, unused=True)
     centering: str = option(
         "centering", "how teacher outputs are kept from collapsing", choices=("centering", "sinkhorn_knopp")
@@ -111,15 +124,23 @@ class Optim:
     lr: float = option(
         0.0, "computed: base_lr * sqrt(global batch / 1024); a value given here is ignored", within="[0, inf)"
     )
-    warmup_epochs: int | float = option(
-        10, "linear warm-up of the learning rate from 0; at most optim.epochs", unit="epochs", within="[0, inf)"
+    warmup_epochs: int | float | str = option(
+        10,
+        "linear warm-up of the learning rate from 0; at most the whole run",
+        unit="epochs",
+        within="[0, inf)",
+        share=True,
     )
     min_lr: float = option(1e-6, "learning rate at the end (cosine)", within="[0, inf)")
     clip_grad: float | None = option(
         3.0, "largest gradient norm, of backbone and heads separately; 0 or null: no clipping", within="[0, inf)"
     )
-    freeze_last_layer_epochs: int | float = option(
-        1, "start of the run in which the prototypes stay as they are", unit="epochs", within="[0, inf)"
+    freeze_last_layer_epochs: int | float | str = option(
+        1,
+        "start of the run in which the prototypes stay as they are",
+        unit="epochs",
+        within="[0, inf)",
+        share=True,
     )
     scaling_rule: str = option("sqrt_wrt_1024", "how optim.lr follows from base_lr", choices=("sqrt_wrt_1024",))
     patch_embed_lr_mult: float = option(0.2, "learning-rate factor of the patch embedding", within="[0, inf)")

@@ -12,6 +12,7 @@ from typing import Any
 from dinov2_custom.configs.option import Option
 
 _INTERVAL = re.compile(r"([\[(])\s*(\S+)\s*,\s*(\S+)\s*([\])])")
+_SHARE = re.compile(r"\d+(\.\d*)?%")
 _QUOTES = "'\""
 _MAPPING = re.compile(r"\{\s*[\w'\"]+\s*:.*\}", re.DOTALL)
 
@@ -26,7 +27,7 @@ def coerce(option: Option, value: Any) -> Any:
     """
     if value is None and type(None) in option.types:
         return None
-    if value is None and str in option.types and not option.choices:
+    if value is None and is_text(option):
         return ""
     for kind in option.types:
         result = _fit(option, kind, value)
@@ -43,7 +44,7 @@ def expected(option: Option) -> str:
 
 def is_text(option: Option) -> bool:
     """Tell whether an override's value for this key is taken as it stands, YAML's special characters included."""
-    return str in option.types and not option.choices
+    return str in option.types and not option.choices and not option.share
 
 
 def is_quoted_or_list(text: str) -> bool:
@@ -56,6 +57,11 @@ def is_quoted_or_list(text: str) -> bool:
 def is_mapping(option: Option, text: str) -> bool:
     """Tell whether an override's value for a text key that may be a mapping is one, `{path: /a, ...}`."""
     return dict in option.types and _MAPPING.fullmatch(text.strip()) is not None
+
+
+def share_of_run(length: float | str, epochs: float) -> float:
+    """Return what part of a run of ``epochs`` a length in epochs, or a share such as "10%", is."""
+    return float(length.rstrip("%")) / 100 if isinstance(length, str) else length / epochs
 
 
 def _fit(option: Option, kind: Any, value: Any) -> Any:
@@ -71,6 +77,8 @@ def _fit(option: Option, kind: Any, value: Any) -> Any:
         return value if isinstance(value, bool) else None
     if kind is str:
         legal = isinstance(value, str) and (not option.choices or value in option.choices)
+        if option.share:
+            legal = legal and _SHARE.fullmatch(value) is not None and float(value[:-1]) <= 100
         return value if legal else None
     if kind in (int, float):
         return _fit_number(option, kind, value)
@@ -118,6 +126,8 @@ def _describe(option: Option, kind: Any) -> str:
     if kind is bool:
         return "true or false"
     if kind is str:
+        if option.share:
+            return "a share of the run such as 10%"
         return " | ".join(option.choices) if option.choices else "text"
     if kind is dict:
         return "a mapping"

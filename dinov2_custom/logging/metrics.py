@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -190,6 +190,8 @@ class MetricLogger:
         start_iteration: int = 0,
         *,
         images_per_iteration: int | None = None,
+        left_s: Callable[[], float] | None = None,
+        shown: Sequence[str] = (),
     ) -> Iterator[Any]:
         """Yield the items numbered ``start_iteration`` to ``n_iterations - 1``; time the loop body, write its metrics.
 
@@ -199,17 +201,19 @@ class MetricLogger:
 
         Args:
             header: first field of a log line.
-            n_iterations: None: ``len(iterable)``.
+            n_iterations: None: ``len(iterable)``, or with ``left_s`` until :meth:`end_after_this`.
             images_per_iteration: of all processes together; adds the field ``images/s`` to lines, and to rows
                 ``images_per_s``, ``data_wait`` (0..1, the share of the time in which the loop waits for data) and
                 ``memory_mib`` (this process's peak: of CUDA, else resident).
+            left_s: seconds until the end, where ``n_iterations`` does not tell.
+            shown: series that a log line has, of those there are; empty: all. Rows have all.
         """
         header = header or ""
-        if n_iterations is None:
+        if n_iterations is None and left_s is None:
             if not isinstance(iterable, Sized):
                 raise TypeError("log_every: expected n_iterations, or an iterable with a length")
             n_iterations = len(iterable)
-        if start_iteration >= n_iterations:
+        if n_iterations is not None and start_iteration >= n_iterations:
             return
         iter_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
         iteration, start = start_iteration, time.perf_counter()
@@ -219,7 +223,7 @@ class MetricLogger:
             for item in iterable:
                 data_time.update(time.perf_counter() - end)
                 yield item
-                last = iteration == n_iterations - 1 or self._ends
+                last = self._ends or (n_iterations is not None and iteration == n_iterations - 1)
                 writes = last or iteration % print_freq == 0
                 if writes:
                     _read_pending(self.meters.values())  # waits for the device, which belongs to the iteration's time
@@ -227,9 +231,11 @@ class MetricLogger:
                 if writes:
                     rates = _rates(images_per_iteration, iter_time.avg, data_time.avg)
                     self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates)
-                    fields = self._fields(header, iteration, n_iterations, iter_time, data_time, images_per_iteration)
+                    times = [f"time: {iter_time}", f"data: {data_time}"]
+                    place = _place(iteration, n_iterations, iter_time.global_avg, left_s)
+                    fields = [header, *place, self._line(shown), *times, *_speed(images_per_iteration, iter_time.avg)]
                     bar.show(self._headline())
-                    logger.info(self.delimiter.join(fields), extra={"shown_by_bar": bar.visible})
+                    logger.info(self.delimiter.join(filter(None, fields)), extra={"shown_by_bar": bar.visible})
                 bar.update()
                 iteration += 1
                 if last:
@@ -238,29 +244,34 @@ class MetricLogger:
         seconds, done = time.perf_counter() - start, iteration - start_iteration
         logger.info(f"{header} took {duration(seconds)} for {done} iterations ({seconds / max(done, 1):.6f} s / it)")
 
-    def _fields(
-        self,
-        header: str,
-        iteration: int,
-        n_iterations: int,
-        iter_time: SmoothedValue,
-        data_time: SmoothedValue,
-        images: int | None,
-    ) -> list[str]:
-        width = len(str(n_iterations))
-        left_s = iter_time.global_avg * (n_iterations - 1 - iteration)
-        fields = [header, f"[{iteration:{width}d}/{n_iterations}]", f"eta: {duration(left_s)}", str(self)]
-        fields += [f"time: {iter_time}", f"data: {data_time}"]
-        if images is not None:
-            fields.append(f"images/s: {images / max(iter_time.avg, 1e-9):.1f}")
-        if torch.cuda.is_available():
-            fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-        return [field for field in fields if field]
+    def _line(self, shown: Sequence[str]) -> str:
+        """Return the series for a log line: of ``shown`` the medians, else everything."""
+        if not shown:
+            return str(self)
+        _read_pending(self.meters.values())
+        fields = [f"{name}: {self.meters[name].median:.4g}" for name in shown if name in self.meters]
+        return self.delimiter.join([*fields, *(f"{name}: {count}" for name, count in self.counts.items() if count)])
 
     def _headline(self) -> str:
         return " ".join(
             f"{name}={self.meters[name].median:.4g}" for name in ("total_loss", "lr") if name in self.meters
         )
+
+
+def _place(iteration: int, n_iterations: int | None, iter_s: float, left_s: Callable[[], float] | None) -> list[str]:
+    """Return the fields of a log line that say where the loop is and how long it will take."""
+    if n_iterations is None:
+        return [f"[{iteration}]", f"eta: {duration(left_s())}"]
+    place = f"[{iteration:{len(str(n_iterations))}d}/{n_iterations}]"
+    return [place, f"eta: {duration(iter_s * (n_iterations - 1 - iteration))}"]
+
+
+def _speed(images: int | None, iter_s: float) -> list[str]:
+    """Return the fields of a log line about rates and memory."""
+    fields = [] if images is None else [f"images/s: {images / max(iter_s, 1e-9):.1f}"]
+    if torch.cuda.is_available():
+        fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
+    return fields
 
 
 def _rates(images: int | None, iter_time: float, data_time: float) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,7 +143,7 @@ def open_sinks(
     output_dir: str | os.PathLike,
     config: Mapping[str, Any],
     first_step: int,
-    stored_run_id: Callable[[], str | None] | None = None,
+    stored_run_id: str | None = None,
 ) -> Sinks:
     """Open every sink that ``config`` asks for; on rank 0 only, the others get none.
 
@@ -153,7 +153,7 @@ def open_sinks(
     Args:
         config: of the run, as nested plain dicts; ``train.tensorboard`` and ``wandb`` are read, all of it is recorded.
         first_step: iteration that comes next.
-        stored_run_id: W&B run of the checkpoint, asked when ``<output_dir>/logs`` does not know it.
+        stored_run_id: W&B run of the checkpoint, taken when ``<output_dir>/logs`` does not know it.
     """
     if not distributed.is_main_process():
         return Sinks()

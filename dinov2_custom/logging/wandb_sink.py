@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dinov2_custom.errors import DINOv2Error
-
 logger = logging.getLogger("dinov2")
 ID_FILE = "wandb_run_id"
 DEFAULT_PROJECT = "dinov2_custom"
@@ -53,11 +51,11 @@ def open_wandb(
     folder: Path,
     config: Mapping[str, Any],
     default_name: str,
-    stored_run_id: Callable[[], str | None] | None = None,
+    stored_run_id: str | None = None,
 ) -> WandB | None:
     """Start or go on with a W&B run; None when there is to be none, or when it cannot be had.
 
-    The id is ``options["id"]``, else WANDB_RUN_ID, else that of ``folder``, else ``stored_run_id()``, else new.
+    The id is ``options["id"]``, else WANDB_RUN_ID, else that of ``folder``, else ``stored_run_id``, else new.
 
     Args:
         options: section ``wandb`` of the configuration.
@@ -121,17 +119,11 @@ def _has_credentials(wandb: Any) -> bool:
     return bool(wandb.login(prompt=False, verify=False))
 
 
-def _run_id(given: str, folder: Path, stored_run_id: Callable[[], str | None] | None) -> str:
+def _run_id(given: str, folder: Path, stored_run_id: str | None) -> str:
     """Settle the run's id and write it to ``folder``."""
     file = folder / ID_FILE
     kept = file.read_text().strip() if file.exists() else ""
-    run_id = given or os.environ.get("WANDB_RUN_ID") or kept
-    if not run_id and stored_run_id is not None:
-        try:
-            run_id = stored_run_id()
-        except DINOv2Error as e:
-            logger.info(f"W&B: a new run, the former one's id cannot be read: {e}")
-    run_id = run_id or secrets.token_hex(4)
+    run_id = given or os.environ.get("WANDB_RUN_ID") or kept or stored_run_id or secrets.token_hex(4)
     if run_id != kept:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(file.name + ".tmp")

@@ -23,6 +23,7 @@ from dinov2_custom.utils.weights import read_weights
 logger = logging.getLogger("dinov2")
 _NAME = re.compile(r"model_(\d{7,}|final)\.pth")
 FORMAT = 1
+_OWN_KEYS = ("format", "iteration", "model", "optimizer", "scaler")
 
 
 def save_atomically(obj: Any, path: Path) -> None:
@@ -54,6 +55,9 @@ class Checkpointer:
         keep_last: how many periodic checkpoints stay; older ones are removed after a new one is complete.
         keep_every: those of every so many iterations stay for good; 0 for none.
         on_error: ``warn`` goes on with the checkpoint before when a new one cannot be written, ``stop`` raises.
+
+    Attributes:
+        extra: what :meth:`save` was given as such, after :meth:`load_latest`.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Checkpointer:
     ) -> None:
         self.folder, self.model, self.optimizer, self.scaler = Path(folder), model, optimizer, scaler
         self.keep_last, self.keep_every, self.on_error = keep_last, keep_every, on_error
+        self.extra: dict[str, Any] = {}
 
     def save(self, iteration: int, *, final: bool = False, extra: dict[str, Any] | None = None) -> Path:
         """Write the state after ``iteration`` (0-based, done) and return its path.
@@ -136,6 +141,7 @@ class Checkpointer:
                 logger.warning(f"skipped an unreadable checkpoint, falling back to the one before: {e}")
                 continue
             self._restore(state, path)
+            self.extra = {key: value for key, value in state.items() if key not in _OWN_KEYS}
             logger.info(f"resumed from={path} iteration={state['iteration']}")
             return state["iteration"]
         if candidates:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dinov2_custom.train.startup import RunLength, run_length
+from dinov2_custom.train.course import RunLength, run_length
 from dinov2_custom.utils.schedules import CosineScheduler
 
 
@@ -24,6 +24,8 @@ def build_optimizer(cfg, params_groups: Iterable[dict]) -> torch.optim.AdamW:
 
 def build_schedulers(cfg, length: RunLength | None = None):
     """Return (lr, weight decay, momentum, teacher temperature, last layer's lr), each indexed by iteration.
+
+    In a run by the clock by ``Course.position`` instead.
 
     ``length`` is needed when ``train.OFFICIAL_EPOCH_LENGTH`` is ``auto``; else it follows from the configuration.
     """

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import shlex
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from dinov2_custom import __version__
+from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.utils import get_sha
 
 
-class RunLength(NamedTuple):
-    """How long a run is: ``epoch_length`` iterations an epoch, ``total`` iterations, ``global_batch`` images a step."""
-
-    epoch_length: int
-    total: int
-    global_batch: int
-
-    def iterations(self, epochs: float) -> int:
-        """Turn (fractional) epochs into iterations, rounded."""
-        return round(epochs * self.epoch_length)
-
-
-def run_length(cfg, num_images: int, world_size: int) -> RunLength:
-    """Resolve ``train.OFFICIAL_EPOCH_LENGTH`` (an int, or ``auto`` for one pass over the data) and ``optim.epochs``."""
-    global_batch = cfg.train.batch_size_per_gpu * world_size * cfg.optim.accumulation_steps
-    length = cfg.train.OFFICIAL_EPOCH_LENGTH
-    epoch_length = math.ceil(num_images / global_batch) if length == "auto" else int(length)
-    return RunLength(epoch_length, max(1, round(cfg.optim.epochs * epoch_length)), global_batch)
-
-
-def describe_run(cfg, model, length: RunLength, num_images: int, world_size: int) -> list[str]:
+def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -> list[str]:
     """Return the start-up block, one fact a line."""
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     dtype = str(resolve_dtype(cfg.compute_precision.student.backbone.mixed_precision.param_dtype, device))
     millions = sum(p.numel() for p in model.student.parameters()) / 1e6
-    images_per_epoch = length.epoch_length * length.global_batch
-    passes = length.total * length.global_batch / num_images
+    length = course.length
     return [
         f"command: {shlex.join(sys.argv)}",
         f"versions: dinov2_custom={__version__} torch={torch.__version__} python={platform.python_version()} "
@@ -54,8 +32,7 @@ def describe_run(cfg, model, length: RunLength, num_images: int, world_size: int
         f"images: {num_images:,} found in {cfg.train.dataset_path}",
         f"batch: {cfg.train.batch_size_per_gpu} a process x {world_size} processes x {cfg.optim.accumulation_steps} "
         f"accumulated = {length.global_batch}, lr={cfg.optim.lr:.3g}",
-        f"length: epoch={length.epoch_length:,} iterations = {images_per_epoch:,} images, {cfg.optim.epochs:g} epochs "
-        f"= {length.total:,} iterations = {passes:.1f} passes over the data",
+        f"length: {course.describe(num_images)}",
         f"files: {cfg.train.output_dir} (complete configuration: config.yaml)",
     ]
 
@@ -65,7 +42,7 @@ def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
     out = Path(cfg.train.output_dir)
     return [
         f"teacher weights: {teacher_path}",
-        f"training state: {checkpoint_path} (the same command with more optim.epochs goes on from it)",
+        f"training state: {checkpoint_path} (the same command, made longer, goes on from it)",
         f"losses: {out / 'training_metrics.json'}",
         f"next: python run/eval/knn.py --pretrained-weights {shlex.quote(str(teacher_path))} "
         "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",

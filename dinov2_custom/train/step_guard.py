@@ -22,8 +22,18 @@ MAX_STEPS_SCALED = 40
 _NUM_SIGNALS = 64
 
 
+class Word(NamedTuple):
+    """What a process has to tell the others: the signal that asks it to stop, or 0; the main one its training time."""
+
+    stop_signal: int = 0
+    seconds: float = 0.0
+
+
+_NOTHING = Word()
+
+
 class _Report(NamedTuple):
-    """What the host will read of a step: ``facts`` has a finite flag for each of ``terms``, then a count a signal."""
+    """What the host will read of a step: ``facts`` has a finite flag for each of ``terms``, then what was told."""
 
     iteration: int
     terms: list[str]
@@ -46,12 +56,12 @@ class StepGuard:
     def __init__(self, max_in_a_row: int, scaled: bool, last_good: Callable[[], str]) -> None:
         self.max_in_a_row, self.scaled, self.last_good = max_in_a_row, scaled, last_good
         self.in_a_row = self.skipped = 0
-        self._own_signal = 0
+        self._own_word = _NOTHING
         self._reports: deque[_Report] = deque()
 
     @torch.no_grad()
     def judge(
-        self, iteration: int, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], signum: int = 0
+        self, iteration: int, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], word: Word = _NOTHING
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the losses averaged over all processes, and 0-dim 1.0 if the step has to be left out, else 0.0.
 
@@ -60,46 +70,44 @@ class StepGuard:
         Args:
             losses: 0-dim, this process's.
             grad_norms: 0-dim, of the averaged gradients, so the same everywhere.
-            signum: the signal that asked this process to stop, or 0.
+            word: what the others should know.
         """
-        self._own_signal = signum
+        self._own_word = word
         values = torch.stack(list(losses.values())).float()
-        signals = torch.zeros(_NUM_SIGNALS)
-        signals[signum] = float(signum > 0)
+        told = values.new_empty(0)
         if distributed.is_enabled():
-            both = torch.cat((values, signals.to(values.device, non_blocking=True)))
+            both = torch.cat((values, _encode(word).to(values.device, non_blocking=True)))
             both = distributed.all_reduce(both)
-            values, signals = both[: len(values)] / distributed.get_global_size(), both[len(values) :]
+            values, told = both[: len(values)] / distributed.get_global_size(), both[len(values) :]
         norms = torch.stack([_whole(norm).float() for norm in grad_norms.values()])
         finite = torch.cat((values, norms)).isfinite()
-        facts = torch.cat((finite.float(), signals.to(values.device)))
+        facts = torch.cat((finite.float(), told))
         self._reports.append(_Report(iteration, [*losses, *grad_norms], *_to_host(facts)))
         return dict(zip(losses, values, strict=True)), 1.0 - finite.all().float()
 
-    def hear(self) -> int:
-        """Take in the report of the step before the one judged last; return the signal to stop for, or 0.
+    def hear(self) -> Word:
+        """Take in the report of the step before the one judged last; return what was agreed on with it.
 
         Raises:
             NumericsError: too many steps in a row were left out; names the terms.
         """
+        heard = _NOTHING
         while len(self._reports) > 1:
-            if signum := self._read(self._reports.popleft()):
-                return signum
-        return 0 if distributed.is_enabled() else self._own_signal  # alone there is nobody to agree with
+            heard = self._read(self._reports.popleft())
+        return heard if distributed.is_enabled() else self._own_word  # alone there is nobody to agree with
 
     def hear_all(self) -> None:
         """Take in every report, waiting for the device. Raises as :meth:`hear`."""
         while self._reports:
             self._read(self._reports.popleft())
 
-    def _read(self, report: _Report) -> int:
+    def _read(self, report: _Report) -> Word:
         if report.ready is not None:
             report.ready.synchronize()
         facts = report.facts.tolist()
         bad = [term for term, is_finite in zip(report.terms, facts, strict=False) if not is_finite]
         self._count(bad, report.iteration)
-        asked = [signum for signum, count in enumerate(facts[len(report.terms) :]) if count]
-        return asked[0] if asked else 0
+        return _decode(facts[len(report.terms) :])
 
     def _count(self, bad: list[str], iteration: int) -> None:
         if not bad:
@@ -117,6 +125,20 @@ class StepGuard:
                 f"iteration={iteration}; lower optim.base_lr, lengthen optim.warmup_epochs, or set param_dtype to bf16 "
                 f"or fp32; the last good checkpoint is {self.last_good()}, the same command goes on from it"
             )
+
+
+def _encode(word: Word) -> Tensor:
+    """Return a vector whose sum over all processes :func:`_decode` understands."""
+    told = torch.zeros(1 + _NUM_SIGNALS)
+    told[0] = word.seconds if distributed.is_main_process() else 0.0
+    if word.stop_signal:
+        told[1 + word.stop_signal] = 1.0
+    return told
+
+
+def _decode(told: list[float]) -> Word:
+    asked = [signum for signum, count in enumerate(told[1:]) if count]
+    return Word(asked[0] if asked else 0, told[0] if told else 0.0)
 
 
 def _whole(norm: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_sinks, setup_
 from dinov2_custom.parallel import GradientReducer
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
+from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BadImageLog, CollapseAlarm
 from dinov2_custom.train.optimization import (
@@ -34,12 +35,11 @@ from dinov2_custom.train.optimization import (
 from dinov2_custom.train.pretrained import load_pretrained_backbone
 from dinov2_custom.train.run_directory import changed_keys, locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.startup import describe_end, describe_run, run_length
-from dinov2_custom.train.step_guard import StepGuard
+from dinov2_custom.train.startup import describe_end, describe_run
+from dinov2_custom.train.step_guard import StepGuard, Word
 from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
-from dinov2_custom.utils.weights import read_weights
 
 __all__ = [
     "apply_optim_scheduler",
@@ -81,22 +81,22 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     reducer = GradientReducer(model.student.parameters())
     resumed = checkpointer.load_latest() if resume else None
     iteration = 0 if resumed is None else resumed + 1
-    if iteration >= length.total:
-        logger.info(f"nothing to do: all {length.total:,} iterations are done; raise optim.epochs to go on")
+    course = Course(length, checkpointer.extra.get("course"), late=int(distributed.is_enabled()))
+    if course.is_finished(iteration):
+        logger.info(f"nothing to do: {course.how_to_extend()}")
         return DONE
     if resumed is None:
         start_student(cfg, model)
     elif changes := changed_keys(out, cfg):
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")
     write_config(cfg, str(out))
-    for line in describe_run(cfg, model, length, loader.num_images, world_size):
+    for line in describe_run(cfg, model, course, loader.num_images, world_size):
         logger.info(line)
     if rank == 0:
         truncate_after(out / METRICS_FILE, iteration)
-    kept = None if resumed is None else lambda: read_weights(checkpointer.candidates()[0]).get("wandb_run_id")
-    sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, stored_run_id=kept)
+    sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, checkpointer.extra.get("wandb_run_id"))
     metrics = MetricLogger(delimiter="  ", sinks=sinks)
-    save_period = cfg.checkpointing.period or length.iterations(3)
+    save_period = cfg.checkpointing.period or 3 * length.epoch_length
     eval_period = cfg.evaluation.eval_period_iterations
     guard = StepGuard(cfg.train.max_nonfinite_steps, model.fp16_scaler is not None, checkpointer.newest)
     alarm = CollapseAlarm(model.num_prototypes)
@@ -105,22 +105,31 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     with StopRequests() as stop, sinks:
         batches = loader.batches(iteration * cfg.optim.accumulation_steps, device=model.device)
         for batch in metrics.log_every(
-            batches, cfg.train.log_every, "Training", length.total, iteration, images_per_iteration=length.global_batch
+            batches,
+            cfg.train.log_every,
+            "Training",
+            None if course.limit_s else length.total,
+            iteration,
+            images_per_iteration=length.global_batch,
+            left_s=course.left_s,
+            shown=("total_loss", "lr", "grad_norm_backbone", "teacher_entropy", "prototype_entropy"),
         ):
-            lr, wd, momentum, teacher_temp, last_layer_lr = (float(schedule[iteration]) for schedule in schedules)
+            position, last = course.position(iteration), course.is_last(iteration)
+            lr, wd, momentum, teacher_temp, last_layer_lr = (float(schedule[position]) for schedule in schedules)
             apply_optim_scheduler(optimizer, lr, wd, last_layer_lr)
 
             # gradients
             optimizer.zero_grad(set_to_none=True)
-            model.diagnose = iteration % cfg.train.log_every == 0 or iteration == length.total - 1
+            model.diagnose = iteration % cfg.train.log_every == 0 or last
             drop_path_draws = generator_for(cfg.train.seed, "drop_path", iteration, rank)
             losses = accumulate_gradients(cfg, model, reducer, batch, batches, teacher_temp, drop_path_draws)
 
             # update, unless something is not finite
             grad_norms = clip_gradients(cfg, model, optimizer)
-            losses, skip = guard.judge(iteration, losses, grad_norms, stop.signum)
+            losses, skip = guard.judge(iteration, losses, grad_norms, Word(stop.signum, course.tell()))
             step_unless(skip, model, optimizer, momentum)
-            stop_signal = guard.hear()
+            word = guard.hear()
+            course.hear(word.seconds)
 
             # report
             metrics.update(
@@ -138,22 +147,23 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 alarm.check(model.diagnostics, iteration)
 
             # save
-            last = iteration == length.total - 1
-            if last or stop_signal:
+            if last or word.stop_signal:
                 guard.hear_all()
             metrics.counts["skipped_steps"] = guard.skipped
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
-            if last or stop_signal or (iteration + 1) % save_period == 0:
-                checkpoint_path = checkpointer.save(iteration, final=last, extra=sinks.state())
-            if stop_signal:
+            if last or word.stop_signal or (iteration + 1) % save_period == 0:
+                checkpoint_path = checkpointer.save(
+                    iteration, final=last, extra=sinks.state() | course.state(ended=last)
+                )
+            if last or word.stop_signal:
                 metrics.end_after_this()
             iteration += 1
         if not last:
-            sinks.close(stopped_by(stop_signal))
+            sinks.close(stopped_by(word.stop_signal))
             distributed.barrier()  # a launcher ends the others when the first one leaves
             logger.warning(f"stopped after iteration={iteration - 1}; the same command goes on from {checkpoint_path}")
-            return stopped_by(stop_signal)
+            return stopped_by(word.stop_signal)
 
     for line in describe_end(cfg, teacher_path, checkpoint_path):
         logger.info(line)

@@ -60,7 +60,11 @@ def test_more_chunks_than_blocks():
 
 def test_warmup_longer_than_the_run_names_both_keys():
     (line,) = problems(optim__warmup_epochs=0.6, optim__epochs=0.5)
-    assert "optim.warmup_epochs (here)" in line and "optim.epochs = 0.5 (here)" in line and "to 0.05" in line
+    assert (
+        "optim.warmup_epochs (here)" in line
+        and "optim.epochs = 0.5 (here)" in line
+        and "=10% (of the run) or 0.05" in line
+    )
 
 
 def test_warmup_as_long_as_the_run_is_fine():

@@ -244,3 +244,18 @@ def test_upstreams_defaults_load_as_a_file(tmp_path):
     path = ROOT / "tests" / "contracts" / "upstream_config_defaults.yaml"
     cfg = load_run_config(str(path), warn=pytest.fail)
     assert cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp16"
+
+
+@pytest.mark.parametrize("value", ["nan", ".nan", "inf", "-3", "-nan"])
+def test_a_length_that_is_no_length_is_one_error(value):
+    keys = ("optim.epochs", "optim.warmup_epochs", "train.max_hours", "train.max_steps")
+    with pytest.raises(ConfigError) as caught:
+        load_run_config("", [f"{key}={value}" for key in keys], "out", require_dataset=False)
+    text = str(caught.value)
+    assert "4 mistakes" in text and all(f"{key} (override): expected a " in text for key in keys)
+    assert "quotes" not in text and "the default is 100" in text
+
+
+def test_one_length_of_two():
+    with pytest.raises(ConfigError, match="choose one of them"):
+        load_run_config("", ["train.max_hours=1", "train.max_steps=5"], "out", require_dataset=False)

@@ -17,6 +17,8 @@ OURS = {
     "train.frac": 0.0,
     "train.max_bad_fraction": 0.01,
     "train.max_nonfinite_steps": 3,
+    "train.max_steps": 0,
+    "train.max_hours": 0,
     "train.log_every": 10,
     "train.tensorboard": False,
     "train.view_groups": "auto",

@@ -23,6 +23,9 @@ from dinov2_custom.configs.values import coerce, expected, is_quoted_or_list
         ("crops.local_crops_scale", [1, 1], [1.0, 1.0]),
         ("evaluation.eval_period_iterations", -1, -1),
         ("student.qkv_bias", False, False),
+        ("optim.warmup_epochs", 3, 3),
+        ("optim.warmup_epochs", 0.5, 0.5),
+        ("optim.warmup_epochs", "12.5%", "12.5%"),
     ],
 )
 def test_legal_values_take_the_type_of_the_key(key, value, result):
@@ -40,6 +43,12 @@ def test_legal_values_take_the_type_of_the_key(key, value, result):
         ("optim.base_lr", None, "a number of at least 0"),
         ("optim.epochs", float("inf"), "a number above 0"),
         ("optim.epochs", 0, "a number above 0"),
+        ("optim.warmup_epochs", "101%", "a number of at least 0 or a share of the run such as 10%"),
+        ("optim.warmup_epochs", "-1%", "a number of at least 0 or a share of the run such as 10%"),
+        ("optim.warmup_epochs", "ten", "a number of at least 0 or a share of the run such as 10%"),
+        ("optim.warmup_epochs", None, "a number of at least 0 or a share of the run such as 10%"),
+        ("optim.epochs", "10%", "a number above 0"),
+        ("train.max_steps", -1, "a whole number of at least 0"),
         ("student.drop_path_rate", 1.0, "a number in [0, 1)"),
         ("student.patch_size", 14.5, "a whole number of at least 1"),
         ("student.patch_size", [14, 14], "a whole number of at least 1"),

@@ -1,0 +1,145 @@
+"""How long a run is and where it stands: in epochs, in steps, or by the clock. Read :class:`Course` first.
+
+Not here: the schedules themselves (``optimization.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any, NamedTuple
+
+# Points of the schedules of a run by the clock, whose number of steps nobody knows beforehand.
+TICKS = 100_000
+
+
+class RunLength(NamedTuple):
+    """How long a run is: ``epoch_length`` iterations an epoch, ``total`` points of its schedules.
+
+    ``global_batch``: images a step. A point is an iteration, in a run by the clock 1 / ``TICKS`` of ``max_hours``.
+    ``epochs`` is ``optim.epochs``; ``stretched``: the run has another length, and lengths in epochs
+    keep their share of it.
+    """
+
+    epoch_length: int
+    total: int
+    global_batch: int
+    epochs: float
+    stretched: bool = False
+    max_hours: float = 0.0
+
+    def iterations(self, length: float | str) -> int:
+        """Turn (fractional) epochs, or a share of the run such as "10%", into points of the schedules, rounded."""
+        if isinstance(length, str):
+            return round(float(length.rstrip("%")) / 100 * self.total)
+        return round(length / self.epochs * self.total if self.stretched else length * self.epoch_length)
+
+
+def run_length(cfg, num_images: int, world_size: int) -> RunLength:
+    """Resolve ``train.max_hours``, ``train.max_steps`` or ``optim.epochs``, the first that is set, and an epoch.
+
+    An epoch is ``train.OFFICIAL_EPOCH_LENGTH``: iterations, or ``auto`` for one pass over ``num_images``.
+    """
+    global_batch = cfg.train.batch_size_per_gpu * world_size * cfg.optim.accumulation_steps
+    length = cfg.train.OFFICIAL_EPOCH_LENGTH
+    epoch_length = math.ceil(num_images / global_batch) if length == "auto" else int(length)
+    stretched, max_hours = True, cfg.train.max_hours
+    if max_hours:
+        total = TICKS
+    elif cfg.train.max_steps:
+        total = cfg.train.max_steps
+    else:
+        total, stretched = max(1, round(cfg.optim.epochs * epoch_length)), False
+    return RunLength(epoch_length, total, global_batch, cfg.optim.epochs, stretched, max_hours)
+
+
+class Course:
+    """Where a run stands between its first and its last step, the same in all processes.
+
+    In a run by the clock the main process's seconds count; the others learn them with the reductions of a step
+    (:meth:`tell`, :meth:`hear`), one step late. Time between a stop and the resume does not count.
+
+    Args:
+        state: of an earlier process's course, from a checkpoint.
+        late: how many steps after a :meth:`tell` its :meth:`hear` comes.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        length: RunLength,
+        state: dict[str, Any] | None = None,
+        late: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.length, self.late, self._clock = length, late, clock
+        self.limit_s = length.max_hours * 3600
+        self.elapsed_s = float((state or {}).get("elapsed_s", 0.0))
+        self.step_s = float((state or {}).get("step_s", 0.0))
+        self.ended_at_h = float((state or {}).get("ended_at_h", 0.0))
+        self._began = clock() - self.elapsed_s
+        self._steps: deque[float] = deque(maxlen=20)
+        self._heard = 0
+
+    def position(self, iteration: int) -> int:
+        """Return the index into the schedules for the step ``iteration``."""
+        if not self.limit_s:
+            return iteration
+        return min(int(self.elapsed_s / self.limit_s * self.length.total), self.length.total - 1)
+
+    def is_last(self, iteration: int) -> bool:
+        """Return whether the step ``iteration`` is the run's last: after it there is no time for another."""
+        if not self.limit_s:
+            return iteration >= self.length.total - 1
+        return self.elapsed_s + (self.late + 2) * self.step_s > self.limit_s
+
+    def is_finished(self, iteration: int) -> bool:
+        """Return whether there is nothing left for the step ``iteration`` to do."""
+        if not self.limit_s:
+            return iteration >= self.length.total
+        return self.ended_at_h >= self.length.max_hours
+
+    def tell(self) -> float:
+        """Return the seconds that this process's clock shows, of training in all."""
+        return self._clock() - self._began if self.limit_s else 0.0
+
+    def hear(self, seconds: float) -> None:
+        """Take in what the main process told; how long a step takes is the mean of the newest 20."""
+        if not self.limit_s or seconds <= self.elapsed_s:
+            return
+        self._heard += 1
+        if self._heard == 2:
+            self._steps.clear()  # the first step also compiles, starts processes and fills caches
+        self._steps.append(seconds - self.elapsed_s)
+        self.step_s, self.elapsed_s = fmean(self._steps), seconds
+
+    def left_s(self) -> float:
+        """Return the seconds until the end, in a run by the clock."""
+        return max(0.0, self.limit_s - self.elapsed_s)
+
+    def state(self, ended: bool = False) -> dict[str, Any]:
+        """Return what a checkpoint has to hold for the course to go on; ``ended``: after the last step."""
+        ended_at_h = self.length.max_hours if ended else 0.0
+        state = {"elapsed_s": self.elapsed_s, "step_s": self.step_s, "ended_at_h": ended_at_h}
+        return {"course": state} if self.limit_s else {}
+
+    def describe(self, num_images: int) -> str:
+        """Return the length in words: what it is, in images and in passes over ``num_images``."""
+        length = self.length
+        epoch = f"epoch={length.epoch_length:,} iterations = {length.epoch_length * length.global_batch:,} images"
+        if self.limit_s:
+            done = f", {self.elapsed_s / 3600:.2f} of them done" if self.elapsed_s else ""
+            return f"{epoch}, {length.max_hours:g} hours of training{done}"
+        passes = length.total * length.global_batch / num_images
+        whole = f"{length.total / length.epoch_length:.4g}" if length.stretched else f"{length.epochs:g}"
+        return f"{epoch}, {whole} epochs = {length.total:,} iterations = {passes:.1f} passes over the data"
+
+    def how_to_extend(self) -> str:
+        """Return what to change for a finished run to go on."""
+        if self.limit_s:
+            return f"all {self.length.max_hours:g} hours are over; raise train.max_hours to go on"
+        key = "train.max_steps" if self.length.stretched else "optim.epochs"
+        return f"all {self.length.total:,} iterations are done; raise {key} to go on"
