@@ -71,6 +71,8 @@ TORCH_FREE = [
     "plots.args",
     "plots.history",
     "export.args",
+    "patching.args",
+    "patching.main",
 ]
 WORK = {
     "os.getenv", "os.environ", "os.makedirs", "os.mkdir", "os.uname", "torch.manual_seed", "torch.set_default_dtype",

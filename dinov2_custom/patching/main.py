@@ -1,0 +1,79 @@
+"""Apply, revert, show. Read :func:`main`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+
+import dinov2_custom
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.patching.checkout import find_package, plan, state_of, write
+from dinov2_custom.patching.patch_file import Patch, read_series, table
+
+_MARKERS = ("<!-- table: made by python -m dinov2_custom.patching.main -->\n", "<!-- end of table -->\n")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Do what ``args`` (``patching.args``) ask for and say what changed; return the exit code.
+
+    Raises:
+        ConfigError: no checkout, no such patch, or a checkout without what a patch rebinds.
+    """
+    root = find_package(args.checkout)
+    series = read_series(patches_folder(args.patches))
+    chosen = _chosen(series, args.only)
+    if args.status:
+        for patch in chosen:
+            print(f"{patch.name:20} {state_of(patch, root)}")
+        return 0
+    changes = plan(root, series, chosen, args.revert)
+    for path, (now, wanted) in changes.items():
+        relative = path.relative_to(root).as_posix()
+        if args.diff:
+            lines = (text.decode(errors="replace").splitlines(keepends=True) for text in (now, wanted))
+            sys.stdout.writelines(difflib.unified_diff(*lines, f"a/{relative}", f"b/{relative}"))
+        else:
+            write(path, wanted)
+            print(f"changed: {relative}")
+    if not args.diff:
+        verb = "reverted" if args.revert else "applied"
+        what = f"{len(changes)} files changed" if changes else "nothing to change"
+        print(f"{verb}: {', '.join(patch.name for patch in chosen)} ({what})")
+    return 0
+
+
+def _chosen(series: list[Patch], only: str) -> list[Patch]:
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = [patch.name for patch in series]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"--only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return [patch for patch in series if not names or patch.name in names]
+
+
+def patches_folder(given: str = "") -> Path:
+    """Return the folder of the series: ``given``, or ``patches/`` beside the package.
+
+    Raises:
+        ConfigError: the package is installed without its repository.
+    """
+    folder = Path(given).expanduser() if given else Path(dinov2_custom.__file__).parents[1] / "patches"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--patches: expected the folder patches/ of the repository, got none at {folder}; give its path"
+        )
+    return folder
+
+
+def readme_with_table(readme: str, patches: list[Patch]) -> str:
+    """Return ``readme`` with the table between its markers made anew."""
+    before, _, rest = readme.partition(_MARKERS[0])
+    return before + _MARKERS[0] + table(patches) + _MARKERS[1] + rest.partition(_MARKERS[1])[2]
+
+
+if __name__ == "__main__":
+    home = patches_folder()
+    text = readme_with_table((home / "README.md").read_text(encoding="utf-8"), read_series(home))
+    (home / "README.md").write_text(text, encoding="utf-8")

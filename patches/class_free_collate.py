@@ -1,0 +1,11 @@
+"""Samples without a target.
+
+Why: the collate function indexes (sample, target) pairs; a dataset that gives the crops alone ends in KeyError: 0.
+Target: dinov2/data/collate.py: collate_data_and_cast
+Kind: replaces a function; masks are drawn by the checkout's own generator, draw for draw
+Upstream: #100 #142
+Drop-When: never needed where all datasets give pairs
+Test: tests/patches/test_faults.py::test_class_free_collate
+"""
+
+from dinov2_custom.patching.datasets import collate_data_and_cast

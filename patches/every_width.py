@@ -1,0 +1,12 @@
+"""ViT-S, ViT-Ti and every other width, in every number type.
+
+Why: xformers' index kernels up to 0.0.22 take half precision and rows of multiples of 256
+    only, so ViT-S dies in training.
+Target: dinov2/layers/block.py: index_select_cat, scaled_index_add
+Kind: replaces two functions
+Upstream: #160 #108 #278 #266 #319 #195
+Drop-When: xformers >= 0.0.23 with Triton is installed everywhere
+Test: tests/patches/test_faults.py::test_every_width
+"""
+
+from dinov2_custom.patching.packed import index_select_cat, scaled_index_add
