@@ -24,7 +24,6 @@ from .sources import Root, Source, as_roots, read_file, real
 
 CHUNK = 4096
 COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
-LIST_SUFFIXES = (".txt", ".csv")
 
 
 class ListSource(Source):

@@ -20,6 +20,8 @@ from dinov2_custom.errors import DataError
 logger = logging.getLogger("dinov2")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".jp2", ".j2k")
 ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}
+ADVICE_FILE = {**ADVICE, ".txt": "ImageList:path={}", ".csv": "ImageList:path={}", ".lst": "ImageList:path={}"}
+LOCK, OUTPUTS = ".lock", ("config.yaml", "prepare.json", "verify_results.jsonl")  # what a folder that we write to has
 
 
 class Scan(NamedTuple):
@@ -31,16 +33,27 @@ class Scan(NamedTuple):
     status: os.stat_result | None
 
 
+OUTPUT = Scan("", [], Counter(), None)  # a folder that a command of ours writes to
+
+
 class Listing:
     """The walk through folders: iterate over :meth:`chunks`, then ask for the rest.
 
     ``others`` counts files that are no images by extension, ``stamps`` has (folder, status before it was read; None:
-    it could not be) of every folder.
+    it could not be) of every folder. ``outputs``: whether to enter folders below the root that training, verify or
+    prepare write to.
     """
 
-    def __init__(self, extensions: Sequence[str] = EXTENSIONS, on_count: Callable[[int], None] = lambda count: None):
+    def __init__(
+        self,
+        extensions: Sequence[str] = EXTENSIONS,
+        on_count: Callable[[int], None] = lambda count: None,
+        *,
+        outputs: bool = False,
+    ):
         self.extensions = frozenset(extension.lower() for extension in extensions)
         self.on_count = on_count
+        self.outputs = outputs
         self.others: Counter[str] = Counter()
         self.stamps: list[tuple[str, os.stat_result | None]] = []
         self.progress = Progress("listing", "files")
@@ -65,6 +78,14 @@ class Listing:
         while level:
             deeper: list[str] = []
             for folder, scan in zip(level, self._workers.map(self._scan, level), strict=True):
+                if scan is OUTPUT and folder == root:
+                    scan = self._scan(folder, output=True)
+                if scan is OUTPUT:
+                    self.others["folders with the output of a run"] += 1
+                    logger.info(
+                        f"folder skipped: {folder} (the output of a run; name it in train.dataset_path to use it)"
+                    )
+                    continue
                 self.stamps.append((folder, scan.status))
                 if scan.status is None:
                     self.others["unreadable folders"] += 1
@@ -79,8 +100,9 @@ class Listing:
             level = deeper
         return scans
 
-    def _scan(self, folder: str) -> Scan:
-        files, folders, others, extensions = [], [], Counter(), self.extensions
+    def _scan(self, folder: str, output: bool = False) -> Scan:
+        """Read one folder; ``output``: even one that we write to."""
+        files, folders, others, extensions, marks = [], [], Counter(), self.extensions, []
         try:
             status = os.stat(folder)
             with os.scandir(folder) as entries:
@@ -89,6 +111,7 @@ class Listing:
                     if number % 4096 == 0:
                         self.progress.add(4096)
                     if name[0] == ".":
+                        marks += [name] if name == LOCK else []
                         continue
                     dot = name.rfind(".")
                     extension = name[dot:].lower() if dot > 0 else ""
@@ -98,10 +121,13 @@ class Listing:
                     elif image:
                         files.append(name)
                     else:
+                        marks += [name] if name in OUTPUTS else []
                         others[extension or "files without extension"] += 1
         except OSError as e:
             logger.warning(f"folder skipped: {folder} ({type(e).__name__}: {e.strerror})")
             return Scan("", [], Counter(), None)
+        if LOCK in marks and len(marks) > 1 and not output and not self.outputs:
+            return OUTPUT
         self.progress.add((len(files) + len(folders) + others.total()) % 4096)
         files.sort()
         return Scan("\0".join(files), sorted(folders), others, status)
@@ -143,7 +169,7 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
     """
     missing = [root for root in roots if not os.path.isdir(root)]
     if missing or not roots:
-        got = "; ".join(f"{root} ({'a file' if os.path.exists(root) else 'missing'})" for root in missing)
+        got = "; ".join(f"{root} ({_what_it_is(root)})" for root in missing)
         raise DataError(f"expected folders of images, got {got or 'no folder'}; check train.dataset_path")
     found = 0
 
@@ -163,6 +189,16 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
             f"expected images ({' '.join(sorted(listing.extensions))}), got {inside} in {', '.join(roots)}; "
             f"{', '.join(advice) or 'check train.dataset_path, or convert the files'}"
         )
+
+
+def _what_it_is(place: str) -> str:
+    """Say why a place is no folder, and for a file how to train on it."""
+    if not os.path.exists(place):
+        return "missing"
+    advice = next((text for suffix, text in ADVICE_FILE.items() if place.lower().endswith(suffix)), None)
+    if advice is None:
+        return "a file; give its folder, or a list of images as ImageList:path=.."
+    return f"a file; give {advice.format(place)}"
 
 
 class Progress:

@@ -82,8 +82,8 @@ class MaskingGenerator:
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if w >= width or h >= height:
                 continue
-            top = rng.randint(0, height - h)
-            left = rng.randint(0, width - w)
+            top = rng.randrange(height - h + 1)
+            left = rng.randrange(width - w + 1)
             rectangle = (self._first_column[h] * ((1 << w) - 1)) << (top * width + left)
             added = (rectangle & ~mask).bit_count()
             if 0 < added <= max_added:

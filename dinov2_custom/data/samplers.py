@@ -1,7 +1,7 @@
 """Which image comes next: a keyed permutation without a list of indices, and the samplers on top of it.
 
-:class:`DrawSampler` is what training uses; the other three have upstream's names and per-rank meaning. Read
-:func:`permuted_index` first.
+Training maps draw numbers to images with :func:`permuted_index`; the samplers have upstream's names and per-rank
+meaning. Read :func:`permuted_index` first.
 """
 
 from __future__ import annotations
@@ -51,27 +51,6 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
     return x ^ (x >> 31)
-
-
-class DrawSampler(Sampler[int]):
-    """Yield the draw numbers of one rank, for ever: iteration i of the whole job has draws [i*b*W, (i+1)*b*W), of which
-    rank r takes the r-th block of b = ``batch_size``. Starts at ``start_iteration``."""
-
-    def __init__(self, *, batch_size: int, rank: int = 0, world_size: int = 1, start_iteration: int = 0):
-        if batch_size < 1 or not 0 <= rank < world_size or start_iteration < 0:
-            raise ValueError(
-                f"expected batch_size >= 1, 0 <= rank < world_size, start_iteration >= 0, got {batch_size=}, {rank=}, "
-                f"{world_size=}, {start_iteration=}"
-            )
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.start_iteration = start_iteration
-
-    def __iter__(self) -> Iterator[int]:
-        for iteration in itertools.count(self.start_iteration):
-            first = (iteration * self.world_size + self.rank) * self.batch_size
-            yield from range(first, first + self.batch_size)
 
 
 def start_and_step(start: int | None, step: int | None) -> tuple[int, int]:

@@ -233,7 +233,7 @@ def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> lis
     wrong: list[str] = []
     for place in itertools.chain.from_iterable([one] if os.path.exists(one) else expand_braces(one) for one in places):
         if os.path.isdir(place):
-            inside = [path for chunk in Listing(suffixes).chunks(place) for path in chunk]
+            inside = [path for chunk in Listing(suffixes, outputs=True).chunks(place) for path in chunk]
             found += inside
             wrong += [] if inside else [f"{place} (a folder with none)"]
         elif os.path.isfile(place):

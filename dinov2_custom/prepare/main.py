@@ -38,7 +38,7 @@ from dinov2_custom.verify.report import absolute
 from .change import Options, Output, Prepared, prepare_image
 from .names import Names
 from .parts import PartWriter
-from .tiles import DecodedBands, TiffBands, find_tifffile, read_tiles, write_tiles
+from .tiles import INSTALL, DecodedBands, TiffBands, find_tifffile, read_tiles, write_tiles
 
 logger = logging.getLogger("dinov2")
 MARKER = "prepare.json"
@@ -154,7 +154,7 @@ def prepare(dataset: Any, folder: Path, options: Options, *, shard_size: int, wo
     first, skip = writer.position
     logger.info(f"prepare: images={len(dataset)} prepared_before={first} workers={workers} output={folder}")
     if options.tile and find_tifffile() is None:
-        logger.warning("tifffile is not installed: slides above Pillow's limit will be left out; pip install tifffile")
+        logger.warning(f"tifffile is not installed: slides above Pillow's limit will be left out; {INSTALL}")
     pool = run_pool(
         Preparer(dataset, options, spool),
         range(first, len(dataset)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +39,29 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def deep_rgb(kind: str, values: np.ndarray) -> bytes:
+    """Return a PNG or TIFF file of ``values`` (H, W, 3) with 16 bits a channel, which Pillow cannot write."""
+    height, width, _ = values.shape
+    if kind == "PNG":
+        rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
+        head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+        chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        packed = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    data = values.astype("<u2").tobytes()
+    short, long, bits = 3, 4, 8 + len(data)
+    tags = [
+        (256, long, 1, width),
+        (257, long, 1, height),
+        (258, short, 3, bits),
+        (259, short, 1, 1),
+        (262, short, 1, 2),
+    ]
+    tags += [(273, long, 1, 8), (277, short, 1, 3), (278, long, 1, height), (279, long, 1, len(data))]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return b"II*\0" + struct.pack("<I", bits + 6) + data + struct.pack("<HHH", 16, 16, 16) + directory
 
 
 def make_folder(root: Path, names: list[str], width: int = 20, height: int = 16) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 
 from dinov2_custom.data import listing
 from dinov2_custom.data.listing import Listing, PatientMap, Progress, list_images
+from dinov2_custom.data.tar_shards import find_files
 from dinov2_custom.errors import DataError
 
 links = pytest.mark.skipif(sys.platform == "win32", reason="NOT CHECKED: symbolic links need rights on Windows")
@@ -77,8 +78,47 @@ def test_missing_roots_are_all_named(tmp_path):
     touch(tmp_path, "file.jpg")
     with pytest.raises(DataError) as e:
         list_images([str(tmp_path / "nope"), str(tmp_path / "file.jpg"), str(tmp_path)])
-    assert f"{tmp_path / 'nope'} (missing)" in str(e.value) and "file.jpg (a file)" in str(e.value)
+    assert f"{tmp_path / 'nope'} (missing)" in str(e.value) and "file.jpg (a file; give its folder, or" in str(e.value)
     assert "expected folders" in str(e.value) and "train.dataset_path" in str(e.value)
+
+
+@pytest.mark.parametrize("name, advice", [
+    ("shard-0.tar", "Tar:path={}"), ("x.PARQUET", "Parquet:path={}"), ("x.arrow", "Parquet:path={}"),
+    ("files.txt", "ImageList:path={}"), ("files.csv", "ImageList:path={}"), ("images.zip", "ImageList:path=.."),
+])  # fmt: skip
+def test_a_file_where_a_folder_is_expected_is_told_how_to_be_given(tmp_path, name, advice):
+    touch(tmp_path, name)
+    with pytest.raises(DataError) as e:
+        list_images([str(tmp_path / name)])
+    assert advice.format(tmp_path / name) in str(e.value) and str(tmp_path / name) in str(e.value)
+
+
+@pytest.mark.parametrize("marker", ["config.yaml", "prepare.json", "verify_results.jsonl"])
+def test_what_our_commands_write_into_the_folder_is_not_listed(tmp_path, marker, caplog):
+    caplog.set_level("INFO", logger="dinov2")
+    touch(tmp_path, "a.jpg", "runs/1/.lock", f"runs/1/{marker}", "runs/1/2.png", "runs/1/deep/3.png", "runs/4.jpg")
+    assert list_images([str(tmp_path)]) == [str(tmp_path / "a.jpg"), str(tmp_path / "runs/4.jpg")]
+    assert f"folder skipped: {tmp_path / 'runs/1'} (the output of a run" in caplog.text
+    both = [str(tmp_path / "runs/1/2.png"), str(tmp_path / "runs/1/deep/3.png")]
+    assert list_images([str(tmp_path / "runs/1")]) == both, "what is named is used"
+
+
+def test_a_marker_alone_is_no_output_and_one_that_appears_later_is_noticed(tmp_path):
+    touch(tmp_path, "a/.lock", "a/1.jpg", "b/config.yaml", "b/2.jpg")
+    assert len(list_images([str(tmp_path)])) == 2
+    touch(tmp_path, "b/.lock")
+    assert list_images([str(tmp_path)]) == [str(tmp_path / "a/1.jpg")]
+
+
+def test_a_folder_with_outputs_only_says_so(tmp_path):
+    touch(tmp_path, "run/.lock", "run/config.yaml", "run/1.png")
+    with pytest.raises(DataError, match="got 1 folders with the output of a run in"):
+        list_images([str(tmp_path)])
+
+
+def test_prepared_shards_in_a_folder_are_data(tmp_path):
+    touch(tmp_path, "one/.lock", "one/prepare.json", "one/shard-000000.tar")
+    assert find_files([str(tmp_path)], (".tar",), "tars") == [str(tmp_path / "one/shard-000000.tar")]
 
 
 def test_folder_without_images_says_what_is_in_it(tmp_path):

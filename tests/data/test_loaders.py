@@ -1,7 +1,9 @@
 """make_dataset, make_data_loader and the training loader."""
 
+import errno
 import inspect
 import itertools
+import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from dinov2_custom.data import (
     loaders,
     make_data_loader,
     make_dataset,
+    sources,
     train_loader,
     workers,
 )
@@ -315,6 +318,22 @@ def test_images_that_vanish_during_training_end_in_one_clear_error(folder, many_
     with pytest.raises(DataError, match="7 different files.*FileNotFoundError") as e:
         list(itertools.islice(loader, 2))
     assert "Traceback" not in str(e.value)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_disk_or_a_permission_that_fails_for_one_image_costs_that_image_alone(folder, monkeypatch, number):
+    victim = sorted(Path(folder).iterdir())[2]
+
+    def fragile(path, *arguments):
+        if os.fspath(path) == str(victim):
+            raise OSError(number, os.strerror(number))
+        return open(path, *arguments)
+
+    monkeypatch.setattr(sources, "open", fragile, raising=False)
+    told = []
+    assert len(batches(folder, number=10, on_bad_image=lambda *story: told.append(story))) == 10
+    ((path, reason),) = told
+    assert path == str(victim) and os.strerror(number) in reason
 
 
 def test_no_readable_image_is_an_error_before_training(tmp_path):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dinov2_custom.data.samplers import (
-    DrawSampler,
     EpochSampler,
     InfiniteSampler,
     ShardedInfiniteSampler,
     permuted_index,
 )
+from dinov2_custom.data.train_batches import TrainBatches
 
 
 def take(sampler, number: int) -> list[int]:
@@ -49,20 +49,18 @@ def test_huge_datasets_need_no_list():
     assert len(set(drawn)) == 500 and max(drawn) < size and abs(np.mean(drawn) / size - 0.5) < 0.06
 
 
+def draws_of_rank(number: int, *, batch: int, rank: int, world_size: int, start: int = 0) -> list[int]:
+    """Return the draws of one rank of a training run, from iteration ``start`` on."""
+    batches = TrainBatches(None, None, batch_size=batch, rank=rank, world_size=world_size)
+    return [draw for iteration in range(start, start + number // batch) for draw in batches.draws(iteration)]
+
+
 @pytest.mark.parametrize("world_size, batch", [(1, 3), (2, 2), (4, 5)])
 def test_draws_of_all_ranks_are_the_global_batches(world_size, batch):
-    ranks = [take(DrawSampler(batch_size=batch, rank=r, world_size=world_size), 4 * batch) for r in range(world_size)]
+    ranks = [draws_of_rank(4 * batch, batch=batch, rank=r, world_size=world_size) for r in range(world_size)]
     for iteration in range(4):
         drawn = [draw for rank in ranks for draw in rank[iteration * batch : (iteration + 1) * batch]]
         assert drawn == list(range(iteration * batch * world_size, (iteration + 1) * batch * world_size))
-
-
-def test_draws_go_on_where_they_stopped():
-    whole = take(DrawSampler(batch_size=3, rank=1, world_size=2), 30)
-    assert take(DrawSampler(batch_size=3, rank=1, world_size=2, start_iteration=4), 18) == whole[12:]
-    for wrong in (dict(batch_size=0), dict(batch_size=1, rank=2, world_size=2), dict(batch_size=1, start_iteration=-1)):
-        with pytest.raises(ValueError, match="expected batch_size >= 1"):
-            DrawSampler(**wrong)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -115,12 +113,9 @@ def test_global_sequence_is_the_same_for_any_number_of_ranks(size):
 
     def sequence(world_size: int, batch: int, first_draw: int = 0, number: int = 240) -> list[int]:
         start = first_draw // (world_size * batch)
-        ranks = [
-            DrawSampler(batch_size=batch, rank=r, world_size=world_size, start_iteration=start)
-            for r in range(world_size)
-        ]
         steps = number // (world_size * batch)
-        drawn = [take(rank, steps * batch) for rank in ranks]
+        where = dict(batch=batch, world_size=world_size, start=start)
+        drawn = [draws_of_rank(steps * batch, rank=r, **where) for r in range(world_size)]
         draws = [draw for i in range(steps) for rank in drawn for draw in rank[i * batch : (i + 1) * batch]]
         return [permuted_index(draw, size, seed=9) for draw in draws]
 
@@ -132,7 +127,7 @@ def test_global_sequence_is_the_same_for_any_number_of_ranks(size):
 
 
 def test_fewer_images_than_ranks_all_draw():
-    ranks = [take(DrawSampler(batch_size=2, rank=r, world_size=8), 4) for r in range(8)]
+    ranks = [draws_of_rank(4, batch=2, rank=r, world_size=8) for r in range(8)]
     drawn = [permuted_index(draw, 3, seed=0) for rank in ranks for draw in rank]
     assert len(drawn) == 32 and set(drawn) == {0, 1, 2}
 

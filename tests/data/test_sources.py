@@ -1,10 +1,12 @@
 """Folder sources: names, bytes, parts, and the kept listing."""
 
+import errno
 import os
 import pickle
 
 import pytest
 
+from dinov2_custom.data import sources
 from dinov2_custom.data.datasets import ImageDataset
 from dinov2_custom.data.sources import FolderSource, OpenFiles, read_file
 from dinov2_custom.errors import DataError
@@ -77,3 +79,20 @@ def test_open_files_keeps_few_open_and_reads_parts(tmp_path):
 def test_names_no_file_can_have_are_data_errors():
     with pytest.raises(DataError, match="ValueError"):
         read_file("a\0b.jpg")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE])
+def test_a_file_or_shard_that_the_system_refuses_is_a_data_error_with_the_reason(tmp_path, monkeypatch, number):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    shard = tmp_path / "shard.tar"
+    shard.write_bytes(bytes(100))
+    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    with pytest.raises(DataError, match=f"expected a readable file: .*x.jpg .*{os.strerror(number)}"):
+        read_file(tmp_path / "x.jpg")
+    files = OpenFiles(2)
+    files.read(str(shard), 0, 10)
+    monkeypatch.setattr(os, "pread", refuse)
+    with pytest.raises(DataError, match=f"expected a readable file: shard.tar!a.jpg .*{os.strerror(number)}"):
+        files.read_all(str(shard), 0, 10, "shard.tar!a.jpg")

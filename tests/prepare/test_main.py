@@ -139,7 +139,7 @@ def test_slides_above_pillows_limit(tmp_path, monkeypatch):
     assert (tile == pixels[72:, 172:]).all()
     monkeypatch.setitem(sys.modules, "tifffile", None)
     run(dataset, tmp_path / "no_tifffile", options)
-    assert "pip install tifffile" in (tmp_path / "no_tifffile" / "bad_images.jsonl").read_text()
+    assert "pip install 'dinov2_custom[slides]'" in (tmp_path / "no_tifffile" / "bad_images.jsonl").read_text()
 
 
 def test_a_damaged_slide_is_left_out(tmp_path, monkeypatch):

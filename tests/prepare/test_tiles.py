@@ -66,6 +66,18 @@ def test_bands_of_a_tiff_are_its_pixels(tifffile, tmp_path, pixels, options):
     bands.close()
 
 
+@pytest.mark.parametrize("compression", ["jpeg", "lzw"])
+def test_slides_as_scanners_write_them(tifffile, tmp_path, pixels, compression):
+    pytest.importorskip("imagecodecs", reason="NOT CHECKED: imagecodecs is not installed")
+    path = written(tifffile, tmp_path, pixels, tile=(64, 64), compression=compression, photometric="rgb")
+    bands = TiffBands(path, "x")
+    found = bands.rows(0, HEIGHT).astype(int)
+    bands.close()
+    with Image.open(path) as whole:
+        assert np.abs(found - np.asarray(whole.convert("RGB"))).max() <= (2 if compression == "jpeg" else 0)
+    assert np.abs(found - pixels).mean() < 8
+
+
 @pytest.mark.parametrize("kind", ["grey", "white is zero", "deep", "alpha"])
 def test_kinds_of_tiff(tifffile, tmp_path, pixels, kind):
     grey = pixels[:, :, 0]
@@ -112,7 +124,7 @@ def test_a_missing_codec_is_no_damage(tifffile, tmp_path, pixels, monkeypatch):
         raise ValueError("<COMPRESSION.JPEG: 7> requires the 'imagecodecs' package")
 
     monkeypatch.setattr(type(bands._page), "decode", decode)
-    with pytest.raises(DataError, match="pip install imagecodecs"):
+    with pytest.raises(DataError, match=r"pip install 'dinov2_custom\[slides\]'"):
         bands.rows(0, HEIGHT)
     bands.close()
 
@@ -121,7 +133,7 @@ def test_tifffile_is_optional(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(DataError, match="pip install tifffile"):
+    with pytest.raises(DataError, match=r"pip install 'dinov2_custom\[slides\]'"):
         TiffBands("x.tif", "x")
 
 
