@@ -35,14 +35,19 @@ class Teacher(NamedTuple):
         image_size: pixels a side that ``pos_embed`` is sized for.
         normalize: ``{"mean": (3 floats), "std": (3 floats)}`` of images in 0..1.
         weights: the file they came from, or the URL.
-        described_by: the configuration file, or "the shapes of its tensors".
+        config_file: the configuration that describes it; empty when the shapes of the tensors had to.
     """
 
     backbone: DinoVisionTransformer
     image_size: int
     normalize: dict[str, tuple[float, ...]]
     weights: str
-    described_by: str
+    config_file: str = ""
+
+    @property
+    def described_by(self) -> str:
+        """Say where the architecture comes from."""
+        return self.config_file or "the shapes of its tensors"
 
 
 def load_teacher(
@@ -63,7 +68,7 @@ def load_teacher(
         state = flat_state(read_weights(weights))
         backbone = backbone_like(state, weights)
         size = backbone.patch_embed.img_size[0]
-        normalize, described_by = dict(_IMAGENET), "the shapes of its tensors"
+        normalize = dict(_IMAGENET)
     else:
         cfg = load_run_config(
             config_file, ["train.output_dir=", *opts], allow_unknown_keys=allow_unknown_keys, require_dataset=False
@@ -71,9 +76,8 @@ def load_teacher(
         backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
         size = cfg.crops.global_crops_size
         normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
-        described_by = config_file
     load_teacher_backbone(backbone, weights)
-    return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, described_by)
+    return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file)
 
 
 def find_weights(source: str) -> str:

@@ -71,6 +71,7 @@ TORCH_FREE = [
     "plots.args",
     "plots.history",
     "export.args",
+    "embed.args",
     "patching.args",
     "patching.main",
 ]

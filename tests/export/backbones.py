@@ -31,7 +31,7 @@ def make_teacher(kind="patch 14", **kwargs):
     for name, value in backbone.named_parameters():
         noise = torch.randn(value.shape, generator=generator)
         value.copy_(noise * 0.1 + (1 if "norm" in name or "gamma" in name else 0))
-    return Teacher(backbone, options["img_size"], NORMALIZE, "weights", "test")
+    return Teacher(backbone, options["img_size"], NORMALIZE, "weights")
 
 
 def features_of(backbone, images):

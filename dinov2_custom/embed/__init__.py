@@ -1,0 +1,1 @@
+"""Features of a dataset, into a file. Read ``main.main``."""

@@ -1,0 +1,63 @@
+"""Command line of the features, without torch, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+
+FEATURES = ("cls", "mean", "cls+mean")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``run/embed.py``."""
+    parser = argparse.ArgumentParser(
+        description="Write the features of every image of a dataset. The same command goes on where it was stopped; "
+        "under torchrun the processes share the work.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint", metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file"
+    )
+    parser.add_argument("dataset", help="folder of images, or a dataset string as for training; labels are kept")
+    parser.add_argument(
+        "--output-dir",
+        "--output_dir",
+        default="",
+        metavar="DIR",
+        help="where the files go (empty: ./outputs/embed/<name of the run>)",
+    )
+    parser.add_argument(
+        "--format", choices=("npy", "parquet"), default="npy", help="features.npy and rows.jsonl, or both in one"
+    )
+    parser.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="cls",
+        help="class token, mean of the patch tokens, or one after the other",
+    )
+    parser.add_argument("--l2", action="store_true", help="scale each row to length 1")
+    parser.add_argument("--save-dtype", choices=("float32", "float16"), default="float32", help="numbers in the file")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="PIXELS",
+        help="side of the central square that is seen, after the shorter side was resized to 256/224 of it; several "
+        "sizes give a folder each (default: that of the training, 224 for released weights)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
+    parser.add_argument("--num-workers", type=int, default=4, help="decoding processes; 0: in the main process")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="number type that the model computes in"
+    )
+    parser.add_argument(
+        "--config-file", default="", metavar="FILE", help="configuration of the model, instead of the run's"
+    )
+    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
+    parser.add_argument(
+        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="begin anew where other features lie")
+    return parser

@@ -1,0 +1,169 @@
+"""Where features lie while they are made, and how they become one file; a kill loses a part at most.
+
+A part is the features of ``PART_BATCHES`` batches of consecutive images, one file, renamed into place. Read
+:class:`Store` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2_custom.errors import ConfigError, DataError
+
+PART_BATCHES = 32
+DESCRIPTION, ROWS, BAD = "embed.json", "rows.jsonl", "bad_images.jsonl"
+
+
+class Store:
+    """The output folder of one run.
+
+    Args:
+        description: all that the features depend on, and the path ``weights`` for the reader; a folder with another
+            one is refused.
+        fresh: remove what another run left.
+
+    Raises:
+        ConfigError: the folder holds other features, or other files under our names.
+    """
+
+    def __init__(self, folder: Path, description: dict[str, Any], *, fresh: bool = False) -> None:
+        self.folder, self.description = folder, description
+        self.parts = folder / "parts"
+        path = folder / DESCRIPTION
+        if fresh:
+            for name in (DESCRIPTION, ROWS, BAD, "features.npy", "features.parquet"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.parts, ignore_errors=True)
+        if path.is_file():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            other = [
+                f"{k}: {earlier.get(k)!r}, now {v!r}"
+                for k, v in description.items()
+                if k != "weights" and earlier.get(k) != v
+            ]
+            if other:
+                raise ConfigError(
+                    f"--output-dir: expected the same features as those in {folder}, got other ones:\n  "
+                    + "\n  ".join(other)
+                    + "\nchoose another folder, or --overwrite"
+                )
+        elif (folder / self.result_name).exists():
+            raise ConfigError(f"--output-dir: expected no {self.result_name} of unknown origin in {folder}, found one")
+        self.parts.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(description, indent=2) + "\n")
+
+    @property
+    def result_name(self) -> str:
+        return f"features.{self.description['format']}"
+
+    def is_complete(self) -> bool:
+        """Return whether the result is there."""
+        return (self.folder / self.result_name).is_file()
+
+    def missing_parts(self) -> list[tuple[int, range]]:
+        """Return (number, images) of every part that is still to be made, in order."""
+        size = PART_BATCHES * self.description["batch_size"]
+        images = self.description["images"]
+        parts = [range(start, min(start + size, images)) for start in range(0, images, size)]
+        return [(number, part) for number, part in enumerate(parts) if not self._path(number).is_file()]
+
+    def save_part(self, number: int, features: np.ndarray, indices: Sequence[int], bad: dict[int, str]) -> None:
+        """Keep the features (n, D) of the images ``indices``, and the reasons of the unreadable ones."""
+        path = self._path(number)
+        temporary = path.with_suffix(".writing")
+        with open(temporary, "wb") as file:
+            np.savez(
+                file,
+                features=features.astype(self.description["save_dtype"]),
+                indices=np.asarray(indices, dtype=np.int64),
+                bad=np.asarray(list(bad), dtype=np.int64),
+                reasons=np.asarray(list(bad.values()), dtype=str),
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def finish(self, name: Any, label: Any) -> tuple[int, int]:
+        """Join the parts; ``name(i)`` and ``label(i)`` (or None) describe an image. Return rows and bad images.
+
+        Raises:
+            DataError: not one readable image.
+        """
+        indices, bad = [], {}
+        for part in self._all_parts():
+            indices += part["indices"].tolist()
+            bad |= dict(zip(part["bad"].tolist(), part["reasons"].tolist(), strict=True))
+        if not indices:
+            raise DataError(
+                f"expected readable images, got none of {len(bad)}; the first: {next(iter(bad.values()), '')}"
+            )
+        rows = [{"path": name(i)} | ({} if label is None else {"label": label(i)}) for i in indices]
+        write = _write_parquet if self.description["format"] == "parquet" else _write_npy
+        temporary = self.folder / f".{self.result_name}"
+        write(temporary, (part["features"] for part in self._all_parts()), rows, len(rows))
+        if self.description["format"] == "npy":
+            _write(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+        lines = [json.dumps({"path": name(i), "reason": reason}) + "\n" for i, reason in bad.items()]
+        if lines:
+            _write(self.folder / BAD, "".join(lines))
+        os.replace(temporary, self.folder / self.result_name)
+        shutil.rmtree(self.parts)
+        return len(rows), len(bad)
+
+    def _path(self, number: int) -> Path:
+        return self.parts / f"{number:06}.npz"
+
+    def _all_parts(self) -> Iterator[Any]:
+        for path in sorted(self.parts.glob("*.npz")):
+            with np.load(path) as part:
+                yield part
+
+
+def _write_npy(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], count: int) -> None:
+    """Stream the blocks into one array (count, D), without holding it."""
+    target, start = None, 0
+    for block in blocks:
+        if target is None:
+            shape = (count, block.shape[1])
+            target = np.lib.format.open_memmap(path, mode="w+", dtype=block.dtype, shape=shape)
+        target[start : start + len(block)] = block
+        start += len(block)
+    target.flush()
+
+
+def _write_parquet(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], count: int) -> None:
+    """Write columns path, label (where there are labels) and features, a row group a part."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise ConfigError('--format parquet: expected the extra "parquet"; pip install ".[parquet]"') from e
+    writer, start = None, 0
+    for block in blocks:
+        chosen = rows[start : start + len(block)]
+        start += len(block)
+        columns = {key: pa.array([_text(row[key]) for row in chosen], pa.string()) for key in rows[0]}
+        columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), block.shape[1])
+        table = pa.table(columns)
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        if len(table):
+            writer.write_table(table)
+    writer.close()
+
+
+def _text(path: str) -> str:
+    """Return a path as Unicode; bytes that are none become question marks."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,177 @@
+"""Features of a dataset in a file: which rows, in which order, the same after a kill, by one process or two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.embed.args import get_args_parser
+from dinov2_custom.embed.main import compute, main
+from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.teacher import load_teacher
+from tests.eval.test_setup import make_run
+from tests.export.backbones import make_teacher
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.save(make_teacher("registers").backbone.state_dict(), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Seven images in two class folders, the third of them broken."""
+    pixels = np.random.default_rng(0).integers(0, 255, (7, 40, 60, 3), dtype=np.uint8)
+    for number, one in enumerate(pixels):
+        path = tmp_path / "images" / ("ants" if number < 4 else "bees") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one).save(path)
+    (tmp_path / "images" / "ants" / "2.png").write_bytes(b"broken")
+    return tmp_path / "images"
+
+
+def run(*arguments):
+    return main(get_args_parser().parse_args([*map(str, arguments), "--num-workers", "0", "--device", "cpu"]))
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_the_readable_images_in_order(weights, images, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        run(weights, f"LabelledFolder:root={images}", "--output-dir", out, "--image-size", 32, "--batch-size", 2) == 0
+    )
+    rows, features = rows_of(out), np.load(out / "features.npy")
+    assert [Path(row["path"]).name for row in rows] == [f"{i}.png" for i in (0, 1, 3, 4, 5, 6)]
+    assert [row["label"] for row in rows] == ["ants"] * 3 + ["bees"] * 3
+    teacher = load_teacher(str(weights))
+    transform = make_classification_eval_transform(resize_size=37, crop_size=32, **teacher.normalize)
+    for row, feature in zip(rows, features, strict=True):
+        image = transform(Image.open(row["path"]))
+        with torch.inference_mode():
+            wanted = teacher.backbone(image[None])[0]
+        torch.testing.assert_close(torch.from_numpy(feature), wanted, rtol=1e-4, atol=1e-4)
+    (bad,) = [json.loads(line) for line in (out / "bad_images.jsonl").read_text().splitlines()]
+    assert bad["path"].endswith("2.png") and "expected an image" in bad["reason"]
+    assert "rows=6 bad images=1" in capsys.readouterr().err
+    assert not (out / "parts").exists()
+    assert (
+        run(weights, f"LabelledFolder:root={images}", "--output-dir", out, "--image-size", 32, "--batch-size", 2) == 0
+    )
+    assert "complete already" in capsys.readouterr().err
+
+
+def test_a_run_several_sizes_and_parquet(images, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    make_run(tmp_path / "cells")
+    monkeypatch.chdir(tmp_path)
+    options = ["--features", "cls+mean", "--l2", "--save-dtype", "float16"]
+    run("cells", images, "--image-size", 16, 32, "--format", "parquet", *options)
+    run("cells", images, "--output-dir", tmp_path / "own size", *options)
+    small, large = (parquet.read_table(tmp_path / "outputs/embed/cells" / s / "features.parquet") for s in ("16", "32"))
+    features = np.stack(small["features"].to_numpy(zero_copy_only=False))
+    assert features.dtype == np.float16 and features.shape == (6, 128)
+    np.testing.assert_allclose(np.linalg.norm(features.astype(np.float32), axis=1), 1, atol=2e-3)
+    assert np.array_equal(features, np.load(tmp_path / "own size" / "features.npy"))
+    assert small["path"].to_pylist() == [row["path"] for row in rows_of(tmp_path / "own size")]
+    assert not np.array_equal(features, np.stack(large["features"].to_numpy(zero_copy_only=False)))
+    assert small.column_names == ["path", "features"]
+
+
+def test_kinds_of_features():
+    backbone = make_teacher("registers").backbone
+    images = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(0))
+    tokens = backbone.forward_features(images)
+    both = compute(backbone, images, "cls+mean")
+    torch.testing.assert_close(both[:, :64], tokens["x_norm_clstoken"])
+    torch.testing.assert_close(both[:, 64:], tokens["x_norm_patchtokens"].mean(dim=1))
+    assert torch.equal(compute(backbone, images, "mean"), both[:, 64:])
+    half = compute(backbone, images, "cls", precision="bf16")
+    assert half.dtype == torch.float32 and 0 < (half - both[:, :64]).abs().max() < 1
+
+
+def script(*arguments, processes=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(REPOSITORY / "run" / "embed.py"), *map(str, arguments), "--num-workers", "0"]
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_killed_and_taken_up_again_by_two_processes(weights, images, tmp_path):
+    listed = tmp_path / "many.txt"
+    readable = sorted(path for path in images.rglob("*.png") if path.name != "2.png")
+    listed.write_text("".join(f"{readable[i % 6]}\n" for i in range(400)))
+    options = [weights, listed, "--batch-size", 1, "--image-size", 96]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    process = subprocess.Popen(script(*options, "--output-dir", out), env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("parts/*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (out / "features.npy").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
+    assert 0 < len(kept) < 13
+
+    again = subprocess.run(
+        script(*options, "--output-dir", out, processes=2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"400 in {listed}, {32 * len(kept)} done before" in again.stderr
+    run(*options, "--output-dir", whole)
+    assert np.array_equal(np.load(out / "features.npy"), np.load(whole / "features.npy"))
+    assert rows_of(out) == rows_of(whole) and len(rows_of(out)) == 400
+
+
+def test_other_features_are_refused(weights, images, tmp_path):
+    options = [weights, images, "--output-dir", tmp_path / "out", "--image-size", 32]
+    run(*options)
+    with pytest.raises(
+        ConfigError, match=r"(?s)got other ones:\n  features: 'cls', now 'mean'\n  l2: False, now True\n"
+    ):
+        run(*options, "--features", "mean", "--l2")
+    Image.new("RGB", (40, 40)).save(images / "new.png")
+    with pytest.raises(ConfigError, match=r"images: 7, now 8\n  names_sha256"):
+        run(*options)
+    run(*options, "--overwrite")
+    assert len(np.load(tmp_path / "out" / "features.npy")) == 7
+    (tmp_path / "out" / "embed.json").unlink()
+    with pytest.raises(ConfigError, match="expected no features.npy of unknown origin"):
+        run(*options)
+
+
+def test_mistakes(weights, images, tmp_path):
+    with pytest.raises(ConfigError, match="--image-size: expected multiples of the patch size 8, got 30, 4"):
+        run(weights, images, "--image-size", 32, 30, 4)
+    with pytest.raises(ConfigError, match="--batch-size: expected at least 1, got 0"):
+        run(weights, images, "--batch-size", 0)
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(DataError, match="expected readable images, got none of 7"):
+        run(weights, images, "--output-dir", tmp_path / "out")
+
+
+def test_script_says_what_is_wrong(tmp_path):
+    done = subprocess.run(script(tmp_path / "none.pth", tmp_path), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: expected a weight file at")
