@@ -28,7 +28,7 @@ def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool 
         return _import_quietly(module).main(args)
     except DINOv2Error as e:
         print(f"error: {e}", file=sys.stderr)
-        return error_code
+        return error_code if e.exit_code is None else e.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return stopped_by(signal.SIGINT)

@@ -3,9 +3,17 @@
 Every message says what was expected, what was found, where (file, key or path) and what to do about it.
 """
 
+from dinov2_custom.exit_codes import LOST_PROCESS
+
 
 class DINOv2Error(Exception):
-    """Base of all errors that the user, not the developer, can mend."""
+    """Base of all errors that the user, not the developer, can mend.
+
+    Attributes:
+        exit_code: what a script ends with, see ``exit_codes``; None: as it does after any error.
+    """
+
+    exit_code: int | None = None
 
 
 class ConfigError(DINOv2Error):
@@ -22,6 +30,16 @@ class CheckpointError(DINOv2Error):
 
 class LaunchError(DINOv2Error):
     """A job that cannot be started as asked."""
+
+
+class LostProcessError(LaunchError):
+    """Another process of the job that is gone."""
+
+    exit_code = LOST_PROCESS
+
+
+class ResourceError(DINOv2Error):
+    """Too little memory for what was asked for."""
 
 
 class NumericsError(DINOv2Error):

@@ -80,6 +80,14 @@ class Train:
         changes_results=False,
         within="[1, inf)",
     )
+    hang_timeout: int | float = option(
+        480,
+        "without a step for so long, three times that for the first, a run says which process hangs and ends; below "
+        "the 600 s after which nccl gives up; 0: never",
+        unit="s",
+        changes_results=False,
+        within="[0, inf)",
+    )
     log_every: int = option(10, "log interval", unit="iterations", changes_results=False, within="[1, inf)")
     tensorboard: bool = option(
         False, "write the metrics to <output_dir>/logs/tensorboard too; needs that package", changes_results=False

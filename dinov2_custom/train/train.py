@@ -16,13 +16,14 @@ from omegaconf import OmegaConf
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.data.loaders import make_train_loader
-from dinov2_custom.errors import CheckpointError, DINOv2Error
+from dinov2_custom.errors import CheckpointError
 from dinov2_custom.exit_codes import DONE, stopped_by
 from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_sinks, setup_logging, truncate_after
 from dinov2_custom.parallel import GradientReducer
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
+from dinov2_custom.train.faults import translate
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BadImageLog, CollapseAlarm
 from dinov2_custom.train.optimization import (
@@ -38,6 +39,7 @@ from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
 from dinov2_custom.train.stopping import StopRequests
+from dinov2_custom.train.watch import Watch, describe_lost
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
 
@@ -102,7 +104,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     alarm = CollapseAlarm(model.num_prototypes)
     model.train()
 
-    with StopRequests() as stop, sinks:
+    with StopRequests() as stop, sinks, Watch(out, cfg.train.hang_timeout) as watch:
         batches = loader.batches(iteration * cfg.optim.accumulation_steps, device=model.device)
         for batch in metrics.log_every(
             batches,
@@ -114,6 +116,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             left_s=course.left_s,
             shown=("total_loss", "lr", "grad_norm_backbone", "teacher_entropy", "prototype_entropy"),
         ):
+            watch.mark(iteration)
             position, last = course.position(iteration), course.is_last(iteration)
             lr, wd, momentum, teacher_temp, last_layer_lr = (float(schedule[position]) for schedule in schedules)
             apply_optim_scheduler(optimizer, lr, wd, last_layer_lr)
@@ -156,6 +159,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 checkpoint_path = checkpointer.save(
                     iteration, final=last, extra=sinks.state() | course.state(ended=last)
                 )
+                watch.mark(iteration)
             if last or word.stop_signal:
                 metrics.end_after_this()
             iteration += 1
@@ -211,9 +215,11 @@ def _run(args, rank: int, world_size: int) -> int:
     try:
         with locked(out) if rank == 0 else nullcontext():
             return _train_or_write(args, cfg, loader)
-    except DINOv2Error as e:
-        logger.error(str(e), extra={"file_only": True})  # the caller tells the user
-        raise
+    except Exception as e:
+        told = translate(e, cfg, out, describe_lost)
+        if told is e:
+            raise
+        raise told from e
 
 
 def _train_or_write(args, cfg, loader) -> int:

@@ -17,6 +17,7 @@ OURS = {
     "train.frac": 0.0,
     "train.max_bad_fraction": 0.01,
     "train.max_nonfinite_steps": 3,
+    "train.hang_timeout": 480,
     "train.max_steps": 0,
     "train.max_hours": 0,
     "train.log_every": 10,

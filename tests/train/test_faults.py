@@ -1,0 +1,164 @@
+"""Processes that die, hang or run out of memory: real ones, found in the run's log with their rank."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov2_custom.errors import LostProcessError, ResourceError
+from dinov2_custom.train import train as train_module
+from dinov2_custom.train.faults import describe_memory, is_out_of_memory, translate
+from dinov2_custom.train.watch import Watch, describe_lost
+from tests.train.batches import TINY, tiny_config
+from tests.train.test_step_guard import run
+from tests.train.test_train import write_images
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import os, signal, sys, time
+from dinov2_custom import entry
+from dinov2_custom.train import train
+make, fault, faulty_rank = train.make_train_loader, sys.argv.pop(1), int(sys.argv.pop(1))
+
+def make_faulty(*args, rank=0, **kwargs):
+    loader = make(*args, rank=rank, **kwargs)
+    batches = loader.batches
+
+    def with_fault(start, device):
+        for iteration, batch in enumerate(batches(start, device=device), start):
+            if iteration == 3 and rank == faulty_rank:
+                if fault == "raise":
+                    raise RuntimeError("boom in the loader")
+                if fault == "sleep":
+                    time.sleep(1000)
+                os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
+            yield batch
+
+    loader.batches = with_fault
+    return loader
+
+train.make_train_loader = make_faulty
+sys.exit(entry.run("dinov2_custom.train.train", train.get_args_parser().parse_args()))
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 12)
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "expected"),
+    [
+        ("raise", 1, ["rank 1] Traceback (most recent call last)", "RuntimeError: boom in the loader"]),
+        ("kill", 1, ["rank 1 (pid ", "is gone without a word"]),
+        ("sleep", 1, ["no step for 3 s", "rank 1 hangs in ", "rank 0 waits for the others in "]),
+        ("stop", 0, ["rank 1] ", "rank 0 hangs: it does not even beat any more"]),
+    ],
+)
+def test_a_lost_or_hanging_process_ends_the_job_and_is_named_in_the_log(images, tmp_path, fault, rank, expected):
+    (tmp_path / "faulty.py").write_text(SCRIPT)
+    arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=3"]
+    arguments += ["train.max_steps=1000", "--output-dir", str(tmp_path / "out")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, str(tmp_path / "faulty.py"), fault, str(rank), *arguments]
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    log = (tmp_path / "out" / "logs" / "log.txt").read_text()
+    for text in expected:
+        assert text in log, log
+    if fault in ("sleep", "stop"):
+        assert "exitcode  : 75" in done.stderr
+
+
+def test_a_process_alone_says_where_it_hangs(images, tmp_path):
+    (tmp_path / "faulty.py").write_text(SCRIPT)
+    arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]
+    command = [
+        sys.executable,
+        str(tmp_path / "faulty.py"),
+        "sleep",
+        "0",
+        *arguments,
+        "--output-dir",
+        str(tmp_path / "o"),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75 and "Traceback" not in done.stderr
+    assert "rank 0 hangs in " in (tmp_path / "o" / "logs" / "log.txt").read_text()
+
+
+def test_a_watched_run_that_goes_on_is_left_alone(tmp_path):
+    with Watch(tmp_path, hang_s=0.5) as watch:
+        for iteration in range(8):
+            watch.mark(iteration)
+            time.sleep(0.2)
+        assert describe_lost(tmp_path) == ""
+    assert list((tmp_path / "logs" / "ranks").iterdir()) == []
+
+
+def test_who_is_gone_is_read_from_the_files(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    watch = Watch(tmp_path, hang_s=0)
+    watch.rank = 3
+    with pytest.raises(KeyError), watch:
+        raise KeyError("gone")
+    assert describe_lost(tmp_path) == ""  # this very process
+    file = tmp_path / "logs" / "ranks" / "rank3"
+    file.write_text(file.read_text().replace(str(os.getpid()), str(child.pid)))
+    assert "rank 3" in describe_lost(tmp_path) and "ended with KeyError: 'gone'" in describe_lost(tmp_path)
+    file.write_text(file.read_text().replace("died", "lived"))
+    assert describe_lost(tmp_path) == ""
+    child.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, not buried
+    assert "is gone without a word" in describe_lost(tmp_path)
+    child.wait()
+    assert "is gone without a word" in describe_lost(tmp_path)
+
+
+def test_a_broken_connection_is_a_lost_process(tmp_path, monkeypatch):
+    for name, value in (("is_enabled", True), ("get_global_size", 3), ("get_global_rank", 1)):
+        monkeypatch.setattr(f"dinov2_custom.distributed.{name}", lambda value=value: value)
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+    told = translate(broken, tiny_config(), tmp_path, lambda run: "rank 2 is gone")
+    assert isinstance(told, LostProcessError) and told.exit_code == 75 and "rank 2 is gone" in str(told)
+    assert "rank 1] expected all 3 processes" in (tmp_path / "logs" / "log.txt").read_text()
+    other = ValueError("boom")
+    assert translate(other, tiny_config(), tmp_path, lambda run: "") is other
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_which_errors_are_out_of_memory(error, is_memory):
+    assert is_out_of_memory(error) == is_memory
+
+
+def test_out_of_memory_is_one_sentence(images, tmp_path, monkeypatch):
+    def greedy(*args, **kwargs):
+        torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(train_module, "accumulate_gradients", greedy)
+    with pytest.raises(ResourceError) as caught:
+        run(images, tmp_path)
+    text = str(caught.value)
+    assert "batch of 4 images a process = 16 crops" in text and "allocate" in text and "\n" not in text
+    assert "train.batch_size_per_gpu to 2 with optim.accumulation_steps=2" in text
+    assert text in (tmp_path / "logs" / "log.txt").read_text()
+    assert describe_memory(tiny_config("train.batch_size_per_gpu=1"), MemoryError()).count("MemoryError") == 1
