@@ -40,7 +40,7 @@ ALLOWED = {
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
     "models": BASE | {"layers", "utils.weights"},
-    "loss": BASE | {"distributed"},
+    "loss": BASE | {"distributed", "layers"},
     "data": BASE,
     "parallel": BASE | {"distributed", "configs"},
     "teacher": BASE | {"configs", "models", "utils.weights"},

@@ -64,6 +64,12 @@ class Train:
         choices=("auto",),
         within="[1, inf)",
     )
+    lean: bool = option(
+        True,
+        "keep half of what autograd would for the backward pass, and no logits: norms, activations and targets are "
+        "computed twice instead; false: autograd's own way, for comparison",
+        changes_results=False,
+    )
     path_preserved: str | list[str] = option(
         "",
         "folder or folders of whose images train.frac is held out, listed in the run's preserved_images.txt; or a text "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_custom.layers.backend import attention
+from dinov2_custom.layers.lean import activation_linear, norm_linear
 
 # How tokens of several crops lie in one (T, D) tensor: [(number of sequences, tokens a sequence), ...]
 Segments = list[tuple[int, int]]
@@ -42,16 +43,23 @@ class Attention(nn.Module):
 
     def forward_packed(self, x_TD: Tensor, segments: Segments) -> Tensor:
         """Map packed tokens (T, D) to (T, D); the linear layers run once, attention once a segment."""
-        dim = x_TD.shape[-1]
+        return self.proj_drop(self.proj(self.attend(self.qkv(x_TD), segments)))
+
+    def forward_lean(self, x_TD: Tensor, segments: Segments, norm: nn.LayerNorm, gamma: Tensor | None) -> Tensor:
+        """Return gamma * forward_packed(norm(x)), keeping less for the backward pass; see ``lean``."""
+        return activation_linear(self.attend(norm_linear(x_TD, norm, self.qkv), segments), None, self.proj, gamma)
+
+    def attend(self, qkv_TE: Tensor, segments: Segments) -> Tensor:
+        """Map (T, 3 D) queries, keys and values to (T, D), each sequence by itself."""
+        dim = qkv_TE.shape[-1] // 3
         dropout_p = self.attn_drop.p if self.training else 0.0
         outputs = []
-        for (num_sequences, length), qkv in zip(segments, split_segments(self.qkv(x_TD), segments), strict=True):
+        for (num_sequences, length), qkv in zip(segments, split_segments(qkv_TE, segments), strict=True):
             heads = qkv.view(num_sequences, length, 3, self.num_heads, dim // self.num_heads)
             q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
             out = attention(q, k, v, backend=self.backend, dropout_p=dropout_p)
             outputs.append(out.transpose(1, 2).reshape(num_sequences * length, dim))
-        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.proj_drop(self.proj(packed))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 class MemEffAttention(Attention):

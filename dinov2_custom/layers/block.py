@@ -65,12 +65,24 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.sample_drop_ratio = drop_path
+        # Hand-written backward passes that keep less; the inner modules are then not called, nor are their hooks.
+        self.lean = False
 
     def attention_residual(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        if self.lean:
+            return self.attn.forward_lean(x_TD, segments, self.norm1, getattr(self.ls1, "gamma", None))
         return self.ls1(self.attn.forward_packed(self.norm1(x_TD), segments))
 
     def ffn_residual(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        if self.lean:
+            return self.mlp.forward_lean(x_TD, self.norm2, getattr(self.ls2, "gamma", None))
         return self.ls2(self.mlp(self.norm2(x_TD)))
+
+    def can_be_lean(self) -> bool:
+        """Return whether ``lean`` may be set: the modules are this project's, without dropout."""
+        dropout = any(module.p > 0 for module in self.modules() if isinstance(module, nn.Dropout))
+        norms = type(self.norm1) is type(self.norm2) is nn.LayerNorm
+        return norms and not dropout and all(hasattr(part, "forward_lean") for part in (self.attn, self.mlp))
 
     def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None) -> list[Draw]:
         """Draw what the two branches, attention and FFN, are computed for, in tensors of ``num_sequences``."""

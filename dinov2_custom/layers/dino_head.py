@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
+
+from dinov2_custom.layers.prototype_loss import PrototypeJob, prototype_cross_entropy
+from dinov2_custom.layers.weight_norm import normalised
 
 
 class WeightNormLinear(nn.Module):
@@ -32,7 +37,9 @@ class WeightNormLinear(nn.Module):
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight())
+        if torch.is_grad_enabled():
+            return F.linear(x, self.weight())
+        return F.linear(x, normalised(self.weight_v, self.weight_g, x.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -73,6 +80,13 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(self.embed(x))
+
+    def cross_entropy(self, x: Tensor, jobs: Sequence[PrototypeJob]) -> tuple[Tensor, Tensor]:
+        """Return the jobs' summed loss over the prototypes of features (R, in_dim), and each job's without gradient.
+
+        Equal to cross-entropies of ``forward``'s logits, which are never there all at once.
+        """
+        return prototype_cross_entropy(self.embed(x), self.last_layer.weight_v, self.last_layer.weight_g, jobs)
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the L2-normalised bottleneck features (..., bottleneck_dim)."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from dinov2_custom.layers.lean import activation_linear, norm_linear
+
 
 class Mlp(nn.Module):
     """fc2(act(fc1(x))), with dropout after each layer."""
@@ -28,3 +30,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+    def forward_lean(self, x_TD: Tensor, norm: nn.LayerNorm, gamma: Tensor | None) -> Tensor:
+        """Return gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
+        return activation_linear(norm_linear(x_TD, norm, self.fc1), self.act, self.fc2, gamma)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_custom.layers.lean import activation_linear, norm_linear
+
 
 class SwiGLUFFN(nn.Module):
     """SwiGLU with gate and value in one linear layer ``w12``, gate first. ``act_layer`` and ``drop`` are not used."""
@@ -26,8 +28,17 @@ class SwiGLUFFN(nn.Module):
         self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return self.w3(gated(self.w12(x)))
+
+    def forward_lean(self, x_TD: Tensor, norm: nn.LayerNorm, gamma: Tensor | None) -> Tensor:
+        """Return gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
+        return activation_linear(norm_linear(x_TD, norm, self.w12), gated, self.w3, gamma)
+
+
+def gated(gate_and_value: Tensor) -> Tensor:
+    """Return silu(gate) * value of the two halves of the last dimension."""
+    gate, value = gate_and_value.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 def aligned_hidden_features(hidden_features: int, multiple: int = 8) -> int:

@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_custom.loss.soft_targets import SoftTargets, centered_targets_
+
 
 class CenteredLoss(nn.Module):
     """Hold ``center`` and blend each batch's mean into it, one call late so that the reduction overlaps the backward.
@@ -41,8 +43,19 @@ class CenteredLoss(nn.Module):
     @torch.no_grad()
     def reduce_center_update(self, teacher_output: Tensor) -> None:
         rows = teacher_output.float().flatten(0, -2)
-        count = rows.new_full((1,), len(rows))
-        sum_and_count = torch.cat((rows.sum(dim=0), count))
+        self._start_update(rows.sum(dim=0), len(rows))
+
+    @torch.no_grad()
+    def soft_targets_(self, teacher_output: Tensor, teacher_temp: float) -> SoftTargets:
+        """Write :meth:`softmax_center_teacher`'s result over the logits (R, K), and start :meth:`update_center`."""
+        if not self.hold_center:
+            self.apply_center_update()
+        targets, sums = centered_targets_(teacher_output, self.center, teacher_temp)
+        self._start_update(sums, len(targets))
+        return targets
+
+    def _start_update(self, sums: Tensor, num_rows: int) -> None:
+        sum_and_count = torch.cat((sums, sums.new_full((1,), num_rows)))
         parallel = dist.is_available() and dist.is_initialized()
         handle = dist.all_reduce(sum_and_count, async_op=True) if parallel else None
         self._pending.append((sum_and_count, handle))

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_custom.loss.centering import CenteredLoss
-from dinov2_custom.loss.sinkhorn import all_reduce, sinkhorn_knopp
+from dinov2_custom.loss.sinkhorn import all_reduce, sinkhorn_knopp, sinkhorn_targets_
+from dinov2_custom.loss.soft_targets import SoftTargets
 
 
 class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
@@ -27,6 +28,13 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
         """
         num_rows = all_reduce(n_masked_patches_tensor.float().sum())
         return sinkhorn_knopp(teacher_output, teacher_temp, num_rows, n_iterations)
+
+    @torch.no_grad()
+    def sinkhorn_targets_(
+        self, teacher_output: Tensor, teacher_temp: float, n_masked_patches_tensor: Tensor
+    ) -> SoftTargets:
+        """Write :meth:`sinkhorn_knopp_teacher`'s result over the logits (M, K)."""
+        return sinkhorn_targets_(teacher_output, teacher_temp, all_reduce(n_masked_patches_tensor.float().sum()))
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
         """Return the mean over crops of the mean loss of each crop's masked patches.

@@ -1,6 +1,6 @@
 """Student, teacher and losses of DINOv2: one training step as named stages.
 
-``forward_backward`` = ``teacher_targets``, then for each group of views ``student_outputs`` -> ``losses`` ->
+``forward_backward`` = ``teacher_targets``, then for each group of views ``student_features`` -> ``losses`` ->
 ``backprop_loss``. Not in here: the optimizer, schedules, data, checkpoints. Parameters are float32; each part computes
 in the precision that its ``compute_precision`` section names, losses in float32.
 """
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from dinov2_custom.layers.drop_path import Draw
 from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2_custom.models import build_heads, build_model_from_cfg
-from dinov2_custom.train.targets import LOSS_NAMES, Outputs, Targets, assignment_entropies
+from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies
+from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
 from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2_custom.utils.rng import seed_for
 
-__all__ = ["Outputs", "SSLMetaArch", "Targets", "assignment_entropies"]
+__all__ = ["Features", "SSLMetaArch", "Targets", "assignment_entropies"]
 
 
 class SSLMetaArch(nn.Module):
@@ -52,6 +53,10 @@ class SSLMetaArch(nn.Module):
         self.ibot_patch_loss = iBOTPatchLoss(patch_head.head_n_prototypes)
         self.num_prototypes = (cfg.dino if self.do_dino else patch_head).head_n_prototypes
         self.koleo_loss = KoLeoLoss()
+        self.patch_head = "ibot_head" if self.ibot_separate_head else "dino_head"
+        self.lean = cfg.train.lean
+        for block in (block for model in (self.student, self.teacher) for block in model["backbone"].all_blocks()):
+            block.lean = self.lean and block.can_be_lean()
         self.fp16_scaler: torch.amp.GradScaler | None = None
         self.diagnose = False
         self.diagnostics: dict[str, Tensor] = {}
@@ -99,7 +104,7 @@ class SSLMetaArch(nn.Module):
         Returns:
             0-dim losses on the device, detached. KoLeo and iBOT are half of what is trained, as upstream reports them.
         """
-        masked_in_first = int(images["collated_masks"].chunk(2)[0].sum())
+        masked_in_first = self.masked_in_first(images)
         images = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in images.items()
@@ -108,24 +113,28 @@ class SSLMetaArch(nn.Module):
         self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
         targets = self.teacher_targets(images, teacher_temp)
         reported: dict[str, Tensor] = {}
-        groups, draws = self._plan_groups(images, generator)
-        for group in groups:
+        groups = self.plan_groups(images, generator)
+        for group, draws in groups:
             views = cut_views(images, group, masked_in_first)
-            outputs = self.student_outputs(views, cut_draws(draws, group, views.batch_size))
-            total, terms = self.losses(outputs, targets, group, views)
-            if group is groups[-1] and on_last_backward is not None:
+            features = self.student_features(views, draws)
+            total, terms = self.losses(features, targets, group, views)
+            if group is groups[-1][0] and on_last_backward is not None:
                 on_last_backward()
             self.backprop_loss(total / count)
-            del outputs, total  # before the next group's
+            del features, total  # before the next group's
             for name, value in terms.items():
                 reported[name] = reported[name] + value.detach() if name in reported else value.detach()
         return {name: reported[name] for name in LOSS_NAMES if name in reported}
 
-    def _plan_groups(self, images: dict, generator: torch.Generator | None) -> tuple[list[ViewGroup], list[Draw]]:
-        """Return the groups, and the drop-path draws over all global and all local crops."""
-        backbone = self.student["backbone"]
+    def masked_in_first(self, images: dict) -> int:
+        """Return how many patches of the first global crops are masked (waits for the device if they are there)."""
+        return int(images["collated_masks"].chunk(2)[0].sum())
+
+    def plan_groups(self, images: dict, generator: torch.Generator | None) -> list[tuple[ViewGroup, list[Draw]]]:
+        """Return the groups, each with its part of the drop-path draws over all global and all local crops."""
+        backbone, batch_size = self.student["backbone"], len(images["collated_global_crops"]) // 2
         crops = [images["collated_global_crops"], *([images["collated_local_crops"]] if self.num_local_crops else [])]
-        tokens = [len(images["collated_global_crops"]) // 2 * backbone.num_tokens_of(crop) for crop in crops]
+        tokens = [batch_size * backbone.num_tokens_of(crop) for crop in crops]
         groups = group_views(
             self.cfg.train.view_groups,
             self.num_local_crops if self.do_dino else 0,  # else nothing looks at local crops
@@ -133,78 +142,50 @@ class SSLMetaArch(nn.Module):
             tokens[-1],
             backbone.embed_dim * backbone.n_blocks,
         )
-        return groups, backbone.draw([len(crop) for crop in crops], generator)
+        draws = backbone.draw([len(crop) for crop in crops], generator)
+        return [(group, cut_draws(draws, group, batch_size)) for group in groups]
 
     @torch.no_grad()
     def teacher_targets(self, images: dict, teacher_temp: float) -> Targets:
         """Turn the unmasked global crops into target probabilities."""
         if not (self.do_dino or self.do_ibot):
             return Targets(None, None)
-        with self._autocast("teacher", "backbone"):
+        with self.autocast("teacher", "backbone"):
             features = self.teacher["backbone"](images["collated_global_crops"], is_training=True)
         first, second = features["x_norm_clstoken"].chunk(2)
         cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
         patches = self._masked_patches(features, images["mask_indices_list"])
-        cls_logits, patch_logits = self._heads("teacher", [cls] if self.do_dino else [], patches)
+        cls_logits, patch_logits = self.run_heads("teacher", [cls] if self.do_dino else [], patches)
         targets = Targets(
-            self._assign(self.dino_loss, cls_logits[0], teacher_temp) if self.do_dino else None,
-            self._assign(self.ibot_patch_loss, patch_logits, teacher_temp, images) if self.do_ibot else None,
+            self.assign(self.dino_loss, cls_logits[0], teacher_temp) if self.do_dino else None,
+            self.assign(self.ibot_patch_loss, patch_logits, teacher_temp, images) if self.do_ibot else None,
         )
         if self.diagnose:
             self.diagnostics = assignment_entropies(targets)
         return targets
 
-    def student_outputs(self, views: Views, draws: list[Draw]) -> Outputs:
+    def student_features(self, views: Views, draws: list[Draw]) -> Features:
         """Run a group's masked global crops and local crops through the student in one pass."""
         crops = [(views.global_crops, views.masks), (views.local_crops, None)]
         crops, masks = zip(*((crop, mask) for crop, mask in crops if crop is not None), strict=True)
-        with self._autocast("student", "backbone"):
+        with self.autocast("student", "backbone"):
             features = self.student["backbone"](list(crops), masks=list(masks), is_training=True, draws=draws)
-        cls = [one["x_norm_clstoken"] for one in features][::-1]  # local crops first
-        has_global = views.global_crops is not None
-        patches = self._masked_patches(features[0], views.patches) if has_global else None
-        cls_logits, patch_logits = self._heads("student", cls if self.do_dino else [], patches)
-        return Outputs(
-            local_cls=cls_logits[0] if self.do_dino and views.local_crops is not None else None,
-            global_cls=cls_logits[-1] if self.do_dino and has_global else None,
-            patches=patch_logits,
-            features=cls[-1] if has_global else None,
+        local, of_global = views.local_crops is not None, views.global_crops is not None
+        return Features(
+            local_cls=features[-1]["x_norm_clstoken"] if local else None,
+            global_cls=features[0]["x_norm_clstoken"] if of_global else None,
+            patches=self._masked_patches(features[0], views.patches) if of_global else None,
         )
 
-    def losses(
-        self, outputs: Outputs, targets: Targets, group: ViewGroup, views: Views
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a group's part of the loss to train on, and of the terms as upstream reports them.
-
-        Source: upstream ``train/ssl_meta_arch.py``; the DINO terms are averaged over 2 + max(2 L, 1) crop pairs.
-        """
-        total, reported = torch.zeros((), device=self.device), {}
-        num_terms = 2 + max(2 * self.num_local_crops, 1)
-        if outputs.local_cls is not None:
-            students = outputs.local_cls.chunk(len(group.local_views))
-            local_loss = self.dino_loss(students, targets.cls.chunk(2)) / num_terms
-            reported["dino_local_crops_loss"] = local_loss
-            total = total + self.cfg.dino.loss_weight * local_loss
-        share = len(group.global_views) / 2
-        if outputs.global_cls is not None:
-            rows = slice(*(edge * views.batch_size for edge in (group.global_views.start, group.global_views.stop)))
-            global_loss = self.dino_loss([outputs.global_cls], [targets.cls[rows]]) * 2 * share / num_terms
-            reported["dino_global_crops_loss"] = global_loss
-            total = total + self.cfg.dino.loss_weight * global_loss
-        if self.do_koleo and outputs.features is not None:
-            halves = outputs.features.chunk(len(group.global_views))
+    def losses(self, features: Features, targets: Targets, group: ViewGroup, views: Views) -> Terms:
+        """Return a group's part of the loss to train on, and of the terms as upstream reports them."""
+        terms = chunked_terms if self.lean else dense_terms
+        total, reported = terms(self, features, targets, group, views)
+        if self.do_koleo and features.global_cls is not None:
+            halves = features.global_cls.chunk(len(group.global_views))
             koleo = self.cfg.dino.koleo_loss_weight * sum(self.koleo_loss(half) for half in halves)
             reported["koleo_loss"] = koleo / 2
             total = total + koleo
-        if self.do_ibot and outputs.patches is not None:
-            ibot = share * self.ibot_patch_loss.forward_masked(
-                outputs.patches,
-                targets.patches[views.patch_rows.start : views.patch_rows.stop],
-                student_masks_flat=views.masks,
-                masks_weight=views.patch_weights,
-            )
-            reported["ibot_loss"] = ibot / 2
-            total = total + self.cfg.ibot.loss_weight * ibot
         return total, reported
 
     def backprop_loss(self, loss: Tensor) -> None:
@@ -245,34 +226,44 @@ class SSLMetaArch(nn.Module):
         precision = self.cfg.compute_precision[model][part].mixed_precision
         return resolve_dtype(precision.param_dtype, self.device)
 
-    def _autocast(self, model: str, part: str) -> AbstractContextManager:
+    def autocast(self, model: str, part: str) -> AbstractContextManager:
+        """Return the region in which ``part`` of ``model`` computes in its configured precision."""
         dtype = self._dtype(model, part)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _masked_patches(self, features: dict, positions: Tensor) -> Tensor | None:
         return features["x_norm_patchtokens"].flatten(0, 1).index_select(0, positions) if self.do_ibot else None
 
-    def _heads(self, model: str, cls_list: list[Tensor], patches: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        """Run class tokens and masked patches through their heads: together when the head is shared."""
+    def run_heads(
+        self, model: str, cls_list: list[Tensor], patches: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return the logits of class tokens and masked patches; they share a pass where they share the head."""
         heads = getattr(self, model)
         shared = cls_list if patches is None or self.ibot_separate_head else [*cls_list, patches]
         logits: list[Tensor] = []
         if shared:
-            with self._autocast(model, "dino_head"):
+            with self.autocast(model, "dino_head"):
                 packed = heads["dino_head"](torch.cat(shared))
             logits = list(packed.split([len(one) for one in shared]))
         if patches is None:
             return logits, None
         if not self.ibot_separate_head:
             return logits[:-1], logits[-1]
-        with self._autocast(model, "ibot_head"):
+        with self.autocast(model, "ibot_head"):
             return logits, heads["ibot_head"](patches)
 
-    def _assign(self, loss: nn.Module, logits: Tensor, teacher_temp: float, images: dict | None = None) -> Tensor:
-        """Turn teacher logits into targets by the configured centering; ``images`` is given for patches."""
+    def assign(self, loss: nn.Module, logits: Tensor, teacher_temp: float, images: dict | None = None):
+        """Turn teacher logits into targets by the configured centering, in their place when ``lean``.
+
+        ``images`` is given for patches.
+        """
         if self.cfg.train.centering == "sinkhorn_knopp":
             rows = {} if images is None else {"n_masked_patches_tensor": images["n_masked_patches"]}
+            if self.lean:
+                return loss.sinkhorn_targets_(logits, teacher_temp, **rows)
             return loss.sinkhorn_knopp_teacher(logits, teacher_temp=teacher_temp, **rows)
+        if self.lean:
+            return loss.soft_targets_(logits, teacher_temp)
         targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
         loss.update_center(logits)
         return targets.view_as(logits)  # the centre of patches has one dimension more

@@ -1,4 +1,4 @@
-"""What passes between the stages of a step: the teacher's targets and the student's outputs, by name.
+"""What passes between the stages of a step: the teacher's targets and the student's features, by name.
 
 Not in here: how they are computed (``ssl_meta_arch``). Read :class:`Targets` first.
 """
@@ -10,33 +10,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dinov2_custom.loss.soft_targets import SoftTargets
+
 LOSS_NAMES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
 
 
 class Targets(NamedTuple):
     """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: not trained."""
 
-    cls: Tensor | None
-    patches: Tensor | None
+    cls: Tensor | SoftTargets | None
+    patches: Tensor | SoftTargets | None
 
 
-class Outputs(NamedTuple):
-    """A group's student logits ``local_cls`` (L*b, K), ``global_cls`` (G*b, K), ``patches`` (M, K'), and ``features``
-    (G*b, D) of the global crops; None: not trained or not in the group."""
+class Features(NamedTuple):
+    """A group's student features ``local_cls`` (L*b, D), ``global_cls`` (G*b, D) and ``patches`` (M, D), the masked
+    ones; None: not in the group, or not trained."""
 
     local_cls: Tensor | None
     global_cls: Tensor | None
     patches: Tensor | None
-    features: Tensor | None
 
 
 def assignment_entropies(targets: Targets) -> dict[str, Tensor]:
     """Return, in nats, how undecided the teacher is: ``teacher_entropy`` the mean entropy of a row, and
     ``prototype_entropy`` that of the mean row. Both at ln K: uniform collapse. The second near 0: one prototype won.
     """
-    probabilities = targets.cls if targets.cls is not None else targets.patches
-    mean = probabilities.mean(dim=0)
+    assignments = targets.cls if targets.cls is not None else targets.patches
+    chunks = [assignments] if isinstance(assignments, Tensor) else assignments.chunks()
+    of_rows, mean = 0.0, 0.0
+    for probabilities in chunks:
+        of_rows = of_rows + torch.special.entr(probabilities).sum()
+        mean = mean + probabilities.sum(dim=0)
+    num_rows = max(len(assignments), 1)
     return {
-        "teacher_entropy": torch.special.entr(probabilities).sum(dim=-1).mean(),
-        "prototype_entropy": torch.special.entr(mean).sum(),
+        "teacher_entropy": of_rows / num_rows,
+        "prototype_entropy": torch.special.entr(mean / num_rows).sum(),
     }

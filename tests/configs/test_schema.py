@@ -23,6 +23,7 @@ OURS = {
     "train.log_every": 10,
     "train.tensorboard": False,
     "train.view_groups": "auto",
+    "train.lean": True,
     "wandb.mode": "disabled",
     **{f"wandb.{key}": "" for key in ("project", "entity", "name", "group", "tags", "id")},
     "checkpointing.period": 0,

@@ -1,0 +1,132 @@
+"""Cross-entropy against prototypes without a (rows x prototypes) tensor that outlives a chunk of rows.
+
+The logits of a chunk are computed, their loss and gradient taken, and dropped; kept for the backward pass are the
+gradients of the bottleneck features and of the prototypes, which a scalar loss only scales. Not here: what the targets
+are (``loss/soft_targets``), the head's MLP (``dino_head``). Read :func:`prototype_cross_entropy` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinov2_custom.layers.weight_norm import normalised, normalised_backward_, row_chunks
+
+# Logits of a chunk, for memory: 16 Mi are 256 rows of 65,536 prototypes. On CPUs as few as give fast products.
+_CHUNK_LOGITS = {"cuda": 2**24, "cpu": 2**22}
+_ACCUMULATE = torch.float32  # logits, losses and gradients, whatever the products are in
+_FP16_LARGEST_FACTOR = 64.0
+
+
+@dataclass(frozen=True)
+class PrototypeJob:
+    """One cross-entropy among those that share a head's prototypes.
+
+    Attributes:
+        targets: (start, stop) -> probabilities (stop - start, K) in float32.
+        num_rows: n, rows of targets.
+        weights: (n,) float32, by which the rows' losses are summed.
+        num_views: J, rows of features that each row of targets is for; features lie as (J, n).
+        mass: what a row of targets sums to.
+        temperature: of the student's softmax.
+    """
+
+    targets: Callable[[int, int], Tensor]
+    num_rows: int
+    weights: Tensor
+    num_views: int = 1
+    mass: float = 1.0
+    temperature: float = 0.1
+
+
+def chunk_size(num_prototypes: int, device: torch.device) -> int:
+    """Return how many rows of logits are computed at a time."""
+    return max(1, _CHUNK_LOGITS.get(device.type, 2**24) // num_prototypes)
+
+
+def prototype_cross_entropy(
+    features: Tensor, weight_v: Tensor, weight_g: Tensor, jobs: Sequence[PrototypeJob]
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the jobs' losses, and each job's (num_jobs,) without gradient.
+
+    Args:
+        features: (R, D) normalised bottleneck features, the jobs' rows end to end; products are in their precision.
+        weight_v, weight_g: (K, D) and (K, 1) of the weight-normalised prototypes.
+    """
+    return _PrototypeCrossEntropy.apply(features, weight_v, weight_g, list(jobs))
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, weight_v, weight_g, jobs):
+        weight = normalised(weight_v, weight_g, features.dtype)
+        needs = ctx.needs_input_grad
+        of_features = torch.zeros(features.shape, dtype=_ACCUMULATE, device=features.device) if needs[0] else None
+        of_weight = torch.zeros(weight.shape, dtype=_ACCUMULATE, device=weight.device) if needs[1] else None
+        losses = [
+            _run_job(job, rows, weight, of_rows, of_weight)
+            for job, rows, of_rows in zip(jobs, _split(features, jobs), _split(of_features, jobs), strict=True)
+        ]
+        of_v, of_g = (None, None) if of_weight is None else normalised_backward_(of_weight, weight_v, weight_g)
+        ctx.save_for_backward(of_features, of_v, of_g)
+        ctx.features_dtype = features.dtype
+        losses = torch.stack(losses) if losses else features.new_zeros(0, dtype=_ACCUMULATE)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        of_features, of_v, of_g = (None if one is None else one * gradient for one in ctx.saved_tensors)
+        return None if of_features is None else of_features.to(ctx.features_dtype), of_v, of_g, None
+
+
+def _split(rows: Tensor | None, jobs: Sequence[PrototypeJob]) -> Sequence[Tensor | None]:
+    """Cut (R, D) into one (J, n, D) view a job."""
+    if rows is None:
+        return [None] * len(jobs)
+    parts = rows.split([job.num_views * job.num_rows for job in jobs])
+    return [part.unflatten(0, (job.num_views, job.num_rows)) for part, job in zip(parts, jobs, strict=True)]
+
+
+def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight) -> Tensor:
+    """Return a job's loss, write its gradient into ``of_rows_JnD`` and add to ``of_weight``, if there are such."""
+    loss = weight.new_zeros((), dtype=_ACCUMULATE)
+    at_a_time = chunk_size(len(weight), weight.device) // job.num_views
+    for rows in row_chunks(job.num_rows, at_a_time):
+        features = rows_JnD[:, rows].flatten(0, 1)
+        logits = (features @ weight.T).unflatten(0, (job.num_views, -1))
+        targets = job.targets(rows.start, rows.stop)
+        losses, gradient = chunk_cross_entropy(logits, targets, 1.0 / job.temperature, job.mass)
+        loss += (losses.sum(dim=0) * job.weights[rows]).sum()
+        gradient = gradient.flatten(0, 1)
+        factor = (job.weights[rows] / job.temperature).repeat(job.num_views)[:, None]
+        if of_rows_JnD is not None:
+            of_rows_JnD[:, rows] = ((gradient @ weight).to(_ACCUMULATE) * factor).unflatten(0, (job.num_views, -1))
+        if of_weight is not None:
+            _add_products(of_weight, gradient, features, factor)
+    return loss
+
+
+def _add_products(of_weight: Tensor, gradient: Tensor, features: Tensor, factor: Tensor) -> None:
+    """Add gradient^T (factor * features) of a chunk to ``of_weight``."""
+    if gradient.dtype == torch.float16:  # the products are far below its smallest number
+        gain = _FP16_LARGEST_FACTOR / factor.amax()
+        weighted = (features.to(_ACCUMULATE) * (factor * gain)).to(features.dtype)
+        of_weight.add_((gradient.T @ weighted).to(_ACCUMULATE).div_(gain))
+    else:
+        of_weight.add_(gradient.T @ (features.to(_ACCUMULATE) * factor).to(features.dtype))
+
+
+def chunk_cross_entropy(logits_JnK: Tensor, targets_nK: Tensor, inverse_temp: float, mass: float):
+    """Return the losses (J, n) of a chunk, and d loss / d (logits * inverse_temp) in the logits' precision.
+
+    -sum t log p has the gradient mass * p - t.
+    """
+    log_p = F.log_softmax(logits_JnK.to(_ACCUMULATE) * inverse_temp, dim=-1)
+    losses = -(targets_nK * log_p).sum(dim=-1)
+    gradient = log_p.exp_().mul_(mass).sub_(targets_nK)
+    return losses, gradient.to(logits_JnK.dtype)

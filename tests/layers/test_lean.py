@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from dinov2_custom.layers import Block, MemEffAttention, SwiGLUFFNFused
+from dinov2_custom.layers.lean import activation_linear, norm_linear
+from dinov2_custom.layers.swiglu_ffn import gated
+
+
+def block(lean, **options):
+    torch.manual_seed(0)
+    made = Block(32, num_heads=2, attn_class=MemEffAttention, **{"init_values": 0.5, "qkv_bias": True, **options})
+    assert made.can_be_lean()
+    made.lean = lean
+    return made.train()
+
+
+def results(made, x, **autocast):
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", **(autocast or {"enabled": False})):
+        out = made([x], torch.Generator().manual_seed(1))[0]
+    out.float().square().mean().backward()
+    return {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in made.named_parameters()}}
+
+
+OPTIONS = [
+    {},
+    {"ffn_layer": SwiGLUFFNFused},
+    {"drop_path": 0.4},
+    {"init_values": None},
+    {"qkv_bias": False, "proj_bias": False, "ffn_bias": False},
+]
+
+
+def tokens():
+    return torch.randn(5, 7, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_block_equals_autograds_own(options):
+    expected, got = (results(block(lean, **options), tokens()) for lean in (False, True))
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
+def test_half_precision_is_as_close_to_fp32_as_autograds_own(options, dtype):
+    exact = results(block(False, **options), tokens())
+    plain, lean = (results(block(one, **options), tokens(), dtype=dtype) for one in (False, True))
+    for name, value in exact.items():
+        of_plain, of_lean = ((other[name].float() - value).norm() for other in (plain, lean))
+        assert of_lean < 2 * of_plain + 3e-3 * value.norm(), name
+        assert lean[name].dtype == plain[name].dtype
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    norm, first, second = nn.LayerNorm(4).double(), nn.Linear(4, 6).double(), nn.Linear(3, 5).double()
+    x, gamma = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
+    gamma.requires_grad_()
+    parameters = [*norm.parameters(), *first.parameters(), *second.parameters()]
+    for p in parameters:
+        p.data.normal_()
+    calls = lambda *_: activation_linear(norm_linear(x, norm, first), gated, second, gamma)  # noqa: E731
+    assert torch.autograd.gradcheck(calls, (x, gamma, *parameters))
+
+
+def kept_bytes(made, x):
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        out = made(x)  # noqa: F841 - the graph
+    own = {p.untyped_storage().data_ptr() for p in made.parameters()}
+    return sum(size for key, size in kept.items() if key not in own)
+
+
+def test_a_lean_block_keeps_half():
+    x = torch.randn(64, 16, 32)
+    plain, lean = (kept_bytes(block(one), x) for one in (False, True))
+    assert lean < 0.65 * plain
+
+
+def test_other_modules_stay_as_they_are():
+    assert not Block(32, 2, norm_layer=nn.Identity).can_be_lean()
+    assert not Block(32, 2, drop=0.1).can_be_lean()
+    assert not Block(32, 2, ffn_layer=lambda **_: nn.Identity()).can_be_lean()
+
+
+def test_hooks_of_inner_modules_work_unless_lean():
+    seen = []
+    made = Block(32, 2)
+    made.attn.qkv.register_forward_hook(lambda *_: seen.append(1))
+    made(torch.randn(1, 3, 32))
+    assert seen == [1] and not made.lean
