@@ -1,4 +1,4 @@
-"""Command line of the history plot, without torch or matplotlib, so that --help is instant."""
+"""Command lines of the plots, without torch or matplotlib, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -20,5 +20,46 @@ def get_history_args_parser() -> argparse.ArgumentParser:
         default=None,
         metavar="DIR",
         help="where the two files go (default: the run's directory; of several runs, the current one)",
+    )
+    return parser
+
+
+def get_features_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``run/plots/features.py``."""
+    parser = argparse.ArgumentParser(
+        description="Draw what a trained backbone sees in images: pca.png (principal components of patch features), "
+        "attention.png (where the class token looks, all heads) and scatter.png (each image a point, coloured by class "
+        "where there are classes: LabelledFolder, or a folder a class).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint", metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file"
+    )
+    parser.add_argument("dataset", help="folder of images, or a dataset string")
+    parser.add_argument(
+        "--output-dir",
+        "--output_dir",
+        default="",
+        metavar="DIR",
+        help="folder of the pictures (empty: ./outputs/features/<name of the run>)",
+    )
+    parser.add_argument("--num-images", type=int, default=6, help="images in pca.png and attention.png")
+    parser.add_argument("--num-points", type=int, default=1000, help="images in scatter.png; 0: do not draw it")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="shorter side in pca.png and attention.png, rounded to whole patches (0: that of the training)",
+    )
+    parser.add_argument(
+        "--heads", type=int, default=6, help="heads shown one by one in attention.png, besides their mean"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="configuration instead of the run's")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
+    parser.add_argument(
+        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
     )
     return parser

@@ -1,0 +1,164 @@
+"""Pictures of what a trained backbone sees: patches, attention, images as points. Read :func:`main`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dinov2_custom.data.loaders import make_dataset
+from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.logging.progress import track
+from dinov2_custom.plots.attention import class_attention, overlay
+from dinov2_custom.plots.features import pca_colours, plot_rows
+from dinov2_custom.plots.scatter import folder_labels, plot_scatter
+from dinov2_custom.teacher import Teacher, device_of_choice, find_weights, load_teacher, run_config_near
+
+logger = logging.getLogger("dinov2")
+_BATCH = 32
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draw what ``args`` (``plots.args.get_features_args_parser``) ask for; return the exit code.
+
+    Raises:
+        ConfigError: numbers below 1, or matplotlib is missing.
+        CheckpointError: unreadable weights.
+        DataError: no such dataset, or no readable image.
+    """
+    if args.num_images < 1 or args.heads < 0 or args.num_points < 0 or args.image_size < 0:
+        raise ConfigError(
+            "expected --num-images of at least 1 and no negative numbers, got "
+            f"--num-images {args.num_images} --heads {args.heads} --num-points {args.num_points} "
+            f"--image-size {args.image_size}"
+        )
+    teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
+    teacher.backbone.to(device_of_choice(args.device))
+    dataset = make_dataset(dataset_str=args.dataset)
+    folder = Path(args.output_dir).expanduser() if args.output_dir else default_folder(args.checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw_pictures(teacher, dataset, folder, args.num_images, args.image_size, args.heads)
+    if args.num_points:
+        pictures.append(draw_points(teacher, dataset, folder, args.num_points))
+    for path in pictures:
+        print(path)
+    return 0
+
+
+def default_folder(checkpoint: str) -> Path:
+    """Return ./outputs/features/<name of the run or file>."""
+    weights = find_weights(checkpoint)
+    config = run_config_near(weights)
+    return Path("outputs") / "features" / (config.parent.name if config else Path(weights).stem)
+
+
+def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size: int, heads: int) -> list[Path]:
+    """Save pca.png and attention.png of ``count`` images spread over the dataset.
+
+    Args:
+        size: pixels of the shorter side; 0: that of the training.
+        heads: how many heads are shown one by one.
+    """
+    backbone = teacher.backbone
+    device = next(backbone.parameters()).device
+    shown, maps, attentions = [], [], []
+    for _, image in readable(dataset, spread(len(dataset), count)):
+        image = to_whole_patches(image, size or teacher.image_size, backbone.patch_size)
+        pixels = as_input(image, teacher.normalize)[None].to(device)
+        with torch.inference_mode():
+            patches = backbone.forward_features(pixels)["x_norm_patchtokens"][0].float().cpu()
+        rows, columns = (side // backbone.patch_size for side in pixels.shape[-2:])
+        maps.append(patches.reshape(rows, columns, -1).numpy())
+        attentions.append(class_attention(backbone, pixels)[0].cpu().numpy())
+        shown.append(np.asarray(image))
+    if not shown:
+        raise DataError(
+            f"expected readable images, got none of {min(count, len(dataset))}; look with run/data/verify.py"
+        )
+    title = f"{Path(teacher.weights).parent.name}/{Path(teacher.weights).name}"
+    parts = {"image": shown, "PCA of patches": pca_colours(maps)}
+    views = {"mean of heads": [one.mean(axis=0) for one in attentions]}
+    heads = min(heads, backbone.num_heads) if backbone.num_heads > 1 else 0  # one head is its own mean
+    views |= {f"head {h + 1}": [one[h] for one in attentions] for h in range(heads)}
+    drawn = {name: [overlay(*pair) for pair in zip(shown, weights, strict=True)] for name, weights in views.items()}
+    return [
+        plot_rows(parts, folder / "pca.png", title),
+        plot_rows(
+            {"image": shown, **drawn}, folder / "attention.png", f"attention of the class token, last block, {title}"
+        ),
+    ]
+
+
+def draw_points(teacher: Teacher, dataset: Any, folder: Path, count: int) -> Path:
+    """Save scatter.png: the class features of up to ``count`` images spread over the dataset."""
+    side = teacher.image_size
+    transform = make_classification_eval_transform(
+        resize_size=round(side * 256 / 224), crop_size=side, **teacher.normalize
+    )
+    device = next(teacher.backbone.parameters()).device
+    indices, features, batch = [], [], []
+    chosen = spread(len(dataset), count)
+    for index, image in track(readable(dataset, chosen), "points", total=len(chosen), unit="image"):
+        indices.append(index)
+        batch.append(transform(image))
+        if len(batch) == _BATCH:
+            features.append(_class_features(teacher, batch, device))
+            batch = []
+    if batch:
+        features.append(_class_features(teacher, batch, device))
+    if len(indices) < 3:
+        raise DataError(f"--num-points: expected at least 3 readable images for a plane, got {len(indices)}; take 0")
+    labels = labels_of(dataset, indices)
+    title = f"{len(indices)} images" + (f", {len(set(labels))} classes" if labels else "")
+    return plot_scatter(np.concatenate(features), labels, folder / "scatter.png", title)
+
+
+@torch.inference_mode()
+def _class_features(teacher: Teacher, images: list[torch.Tensor], device: torch.device) -> np.ndarray:
+    return teacher.backbone(torch.stack(images).to(device)).float().cpu().numpy()
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Return up to ``count`` different numbers below ``length``, evenly spread."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
+
+
+def readable(dataset: Any, indices: list[int]) -> Iterator[tuple[int, Image.Image]]:
+    """Yield (number, RGB image) of the images that can be read; the others are logged."""
+    for index in indices:
+        try:
+            image, _ = dataset[index]
+        except (DataError, OSError) as e:
+            print(f"bad image skipped: {e}", file=sys.stderr)
+            continue
+        yield index, image
+
+
+def labels_of(dataset: Any, indices: list[int]) -> list[str] | None:
+    """Return the class of each image: the dataset's own, else its folder, or None."""
+    if hasattr(dataset, "get_targets"):
+        targets, classes = dataset.get_targets(), getattr(dataset, "classes", None)
+        return [str(classes[targets[i]] if classes else targets[i]) for i in indices]
+    return folder_labels([dataset.name(i) for i in indices])
+
+
+def to_whole_patches(image: Image.Image, size: int, patch: int) -> Image.Image:
+    """Resize so that the shorter side is about ``size`` and both are whole patches, at most four times as long."""
+    scale = size / min(image.size)
+    sides = [min(max(round(side * scale / patch), 1), 4 * max(size // patch, 1)) * patch for side in image.size]
+    return image.resize(tuple(sides), Image.Resampling.BICUBIC)
+
+
+def as_input(image: Image.Image, normalize: dict[str, tuple[float, ...]]) -> torch.Tensor:
+    """Return (3, H, W) normalised."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(normalize[key])[:, None, None] for key in ("mean", "std"))
+    return (pixels - mean) / std

@@ -1,0 +1,60 @@
+"""Features as points of a plane: their two principal components, coloured by class. Read :func:`plot_scatter`."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dinov2_custom.plots.figure import new_figure
+
+MAX_LEGEND, MAX_FOLDERS = 20, 100
+
+
+def principal_plane(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first two principal components (N, 2) of features (N, D), and their shares of the variance (2,).
+
+    Each axis points to where its largest weight is positive.
+    """
+    centred = features.astype(np.float64) - features.mean(axis=0)
+    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
+    return centred @ axes.T, sizes[:2] ** 2 / max(float((sizes**2).sum()), 1e-12)
+
+
+def folder_labels(paths: Sequence[str]) -> list[str] | None:
+    """Return the folder below the common one that each path lies in, or None where that says no classes."""
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    firsts = [os.path.relpath(path, common).split(os.sep) for path in paths]
+    names = {parts[0] for parts in firsts}
+    if any(len(parts) < 2 for parts in firsts) or not 2 <= len(names) <= MAX_FOLDERS:
+        return None
+    return [parts[0] for parts in firsts]
+
+
+def plot_scatter(features: np.ndarray, labels: Sequence[str] | None, path: str | Path, title: str) -> Path:
+    """Save the plane of ``features`` (N, D), with a colour a class and, up to 20 classes, a legend."""
+    points, shares = principal_plane(features)
+    figure = new_figure(figsize=(8, 6))
+    axis = figure.subplots()
+    names = sorted(set(labels or [""]))
+    for number, name in enumerate(names):
+        chosen = np.array([label == name for label in labels]) if labels else slice(None)
+        # evenly spread hues; one class is dark grey
+        colour = _hue(number / len(names)) if len(names) > 1 else "0.25"
+        axis.scatter(*points[chosen].T, s=14, alpha=0.7, linewidths=0, color=colour, label=name)
+    axis.set(
+        xlabel=f"first component ({shares[0]:.0%} of the variance)", ylabel=f"second ({shares[1]:.0%})", title=title
+    )
+    if 1 < len(names) <= MAX_LEGEND:
+        axis.legend(fontsize=8, markerscale=1.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path)
+    return Path(path)
+
+
+def _hue(place: float) -> tuple[float, float, float]:
+    return colorsys.hls_to_rgb(place, 0.45, 0.75)
