@@ -1,12 +1,40 @@
 """Command lines of the evaluations, without torch, so that --help is instant.
 
-Not the evaluations (``knn.py``). Read :func:`get_knn_args_parser` first.
+Not the evaluations (``knn.py``, ``linear.py``, ``log_regression.py``). Read :func:`get_knn_args_parser` first.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from enum import Enum
+
+
+class MetricType(Enum):
+    """Averages of the accuracy that an evaluation can report."""
+
+    MEAN_ACCURACY = "mean_accuracy"
+    MEAN_PER_CLASS_ACCURACY = "mean_per_class_accuracy"
+    PER_CLASS_ACCURACY = "per_class_accuracy"
+    IMAGENET_REAL_ACCURACY = "imagenet_real_accuracy"
+
+    @property
+    def accuracy_averaging(self) -> AccuracyAveraging | None:
+        return getattr(AccuracyAveraging, self.name, None)
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class AccuracyAveraging(Enum):
+    """Over samples, over classes, or not at all; the values are torchmetrics' names."""
+
+    MEAN_ACCURACY = "micro"
+    MEAN_PER_CLASS_ACCURACY = "macro"
+    PER_CLASS_ACCURACY = "none"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 def get_args_parser(
@@ -53,20 +81,7 @@ def get_knn_args_parser(
 ) -> argparse.ArgumentParser:
     """Return the parser of the kNN evaluation."""
     parser = get_args_parser(description or "Classify by the nearest neighbours of frozen features.", parents, add_help)
-    parser.add_argument(
-        "--train-dataset",
-        dest="train_dataset_str",
-        default="ImageNet:split=TRAIN",
-        metavar="DATASET",
-        help="labelled neighbours: LabelledFolder:root=<one folder a class>, or ImageNet:split=TRAIN:root=..:extra=..",
-    )
-    parser.add_argument(
-        "--val-dataset",
-        dest="val_dataset_str",
-        default="ImageNet:split=VAL",
-        metavar="DATASET",
-        help="what is classified, the same classes",
-    )
+    _add_datasets(parser)
     parser.add_argument("--nb_knn", nargs="+", type=int, default=[10, 20, 100, 200], help="numbers of neighbours")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the softmax that weighs the votes")
     parser.add_argument("--gather-on-cpu", action="store_true", help="keep the features in CPU memory")
@@ -76,6 +91,102 @@ def get_knn_args_parser(
         "--n-per-class-list", nargs="+", type=int, default=[-1], help="neighbours kept a class; -1: all of them"
     )
     parser.add_argument("--n-tries", type=int, default=1, help="random subsets for each of --n-per-class-list")
-    parser.add_argument("--resize-size", type=int, default=256, help="pixels of the shorter side before the crop")
-    parser.add_argument("--crop-size", type=int, default=224, help="pixels of the central square that is evaluated")
+    _add_sizes(parser, 256)
     return parser
+
+
+def get_linear_args_parser(
+    description: str | None = None, parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True
+) -> argparse.ArgumentParser:
+    """Return the parser of the linear evaluation."""
+    parser = get_args_parser(description or "Train linear classifiers on frozen features.", parents, add_help)
+    _add_datasets(parser)
+    metrics = [metric.value for metric in MetricType]
+    add = parser.add_argument
+    add(
+        "--test-datasets",
+        dest="test_dataset_strs",
+        nargs="+",
+        metavar="DATASET",
+        help="where the classifier that is best on --val-dataset is scored too; none: only there",
+    )
+    add("--epochs", type=int, default=10, help="of --epoch-length iterations each")
+    add("--batch-size", type=int, default=128, help="images a step on each GPU")
+    add("--num-workers", type=int, default=8, help="data-loading processes; 0: in the main process")
+    add("--epoch-length", type=int, default=1250, help="iterations")
+    add("--save-checkpoint-frequency", type=int, default=20, help="epochs between checkpoints that are kept")
+    add("--eval-period-iterations", type=int, default=1250, help="iterations between scores; 0: only at the end")
+    add(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        default=[1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1],
+        help="for 256 images a step, scaled to the real number",
+    )
+    add("--no-resume", action="store_true", help="do not go on from a checkpoint in the output directory")
+    add("--val-metric-type", choices=metrics, default="mean_accuracy", help="what --val-dataset is scored by")
+    add("--test-metric-types", nargs="+", choices=metrics, help="one for each of --test-datasets; none: as val")
+    add("--classifier-fpath", metavar="FILE", help="classifiers to start from, such as a model_final.pth")
+    add("--val-class-mapping-fpath", metavar="FILE", help=".npy with the training class of each class of --val-dataset")
+    add(
+        "--test-class-mapping-fpaths",
+        nargs="+",
+        default=[None],
+        metavar="FILE",
+        help="the same for each of --test-datasets; None for one without",
+    )
+    _add_sizes(parser, 256)
+    return parser
+
+
+def get_log_regression_args_parser(
+    description: str | None = None, parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True
+) -> argparse.ArgumentParser:
+    """Return the parser of the logistic regression."""
+    parser = get_args_parser(description or "Fit logistic regressions to frozen features.", parents, add_help)
+    _add_datasets(parser)
+    add = parser.add_argument
+    add(
+        "--finetune-dataset-str",
+        metavar="DATASET",
+        help="where the strength of the regularization is chosen; none: on a tenth of --train-dataset held out",
+    )
+    add("--finetune-on-val", action="store_true", help="choose it on --val-dataset itself")
+    add(
+        "--metric-type",
+        choices=[metric.value for metric in MetricType if metric is not MetricType.IMAGENET_REAL_ACCURACY],
+        default="mean_accuracy",
+        help="what --val-dataset is scored by",
+    )
+    add("--train-features-device", default="cpu", help="where the features are kept and fitted: cpu or cuda")
+    add("--train-dtype", default="float64", help="number type of the fit: float64 or float32")
+    add("--max-train-iters", type=int, default=1000, help="L-BFGS iterations for each strength")
+    add("--solver", choices=("torch", "sklearn"), default="torch", help="sklearn needs the extra [eval], on a CPU")
+    add("--batch-size", type=int, default=256, help="images a step on each GPU")
+    add("--num-workers", type=int, default=5, help="data-loading processes; 0: in the main process")
+    _add_sizes(parser, 224)
+    return parser
+
+
+def _add_datasets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--train-dataset",
+        dest="train_dataset_str",
+        default="ImageNet:split=TRAIN",
+        metavar="DATASET",
+        help="with labels: LabelledFolder:root=<one folder a class>, or ImageNet:split=TRAIN:root=..:extra=..",
+    )
+    parser.add_argument(
+        "--val-dataset",
+        dest="val_dataset_str",
+        default="ImageNet:split=VAL",
+        metavar="DATASET",
+        help="what is classified, the same classes",
+    )
+
+
+def _add_sizes(parser: argparse.ArgumentParser, resize_size: int) -> None:
+    parser.add_argument(
+        "--resize-size", type=int, default=resize_size, help="pixels of the shorter side before the crop"
+    )
+    parser.add_argument("--crop-size", type=int, default=224, help="pixels of the square that the model sees")

@@ -5,14 +5,21 @@ Not the reading of images (``data/``). Read :func:`open_pair` first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dinov2_custom import distributed
 from dinov2_custom.data.loaders import make_dataset
+from dinov2_custom.data.samplers import permuted_index
+from dinov2_custom.data.transforms import RandomTransform
+from dinov2_custom.data.workers import set_up_worker
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.utils.rng import random_for
 
 
 class Relabelled(Dataset):
@@ -81,3 +88,59 @@ def match_classes(train_dataset: Any, other_dataset: Any, train_flag: str, other
 def num_classes_of(dataset: Any) -> int:
     """Return the largest class index + 1."""
     return int(np.max(dataset.get_targets())) + 1
+
+
+class Draws(Dataset):
+    """Augmented training samples by draw number: image, crop and flip follow from (``seed``, number) alone.
+
+    Args:
+        dataset: gives (PIL image, class index).
+    """
+
+    def __init__(self, dataset: Any, transform: Callable, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, draw: int) -> tuple[Any, int]:
+        image, target = self.dataset[permuted_index(draw, len(self.dataset), self.seed)]
+        if isinstance(self.transform, RandomTransform):
+            return self.transform(image, random_for(self.seed, "classification", draw)), target
+        return self.transform(image), target
+
+
+class _DrawNumbers(Sampler[int]):
+    """Global batch i has the draws [i*b*W, (i+1)*b*W), of which rank r takes the r-th block of b = ``batch_size``."""
+
+    def __init__(self, batch_size: int, start_iteration: int) -> None:
+        self.batch_size, self.start_iteration = batch_size, start_iteration
+
+    def __iter__(self) -> Iterator[int]:
+        rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
+        for iteration in itertools.count(self.start_iteration):
+            first = (iteration * world_size + rank) * self.batch_size
+            yield from range(first, first + self.batch_size)
+
+
+def draws_for_training(
+    dataset: Any, transform: Callable, seed: int, batch_size: int, *, num_workers: int, start_iteration: int = 0
+) -> DataLoader:
+    """Return an endless loader of batches of :class:`Draws`, each rank its block of every global batch.
+
+    Args:
+        start_iteration: batches that were taken before.
+    """
+    return _loader(
+        Draws(dataset, transform, seed), batch_size, num_workers, sampler=_DrawNumbers(batch_size, start_iteration)
+    )
+
+
+def every_image_once(dataset: Any, batch_size: int, num_workers: int, collate_fn: Callable | None = None) -> DataLoader:
+    """Return a loader in which all ranks together see every image exactly once, in the dataset's order."""
+    own = range(distributed.get_global_rank(), len(dataset), distributed.get_global_size())
+    return _loader(dataset, batch_size, num_workers, sampler=own, collate_fn=collate_fn)
+
+
+def _loader(dataset: Any, batch_size: int, num_workers: int, **options: Any) -> DataLoader:
+    pinned = torch.cuda.is_available()
+    return DataLoader(
+        dataset, batch_size, num_workers=num_workers, pin_memory=pinned, worker_init_fn=set_up_worker, **options
+    )

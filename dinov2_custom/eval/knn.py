@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dinov2_custom import distributed
+from dinov2_custom import distributed, entry
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import open_pair
 from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 
 __all__ = [
@@ -274,10 +275,7 @@ def _run(args: argparse.Namespace) -> int:
             f"--nb_knn {args.nb_knn}, --crop-size {args.crop_size}, --resize-size {args.resize_size}"
         )
     model, autocast_dtype = setup_and_build_model(args)
-    if args.crop_size % model.patch_size:
-        raise ConfigError(
-            f"--crop-size: expected a multiple of student.patch_size={model.patch_size}, got {args.crop_size}"
-        )
+    check_crop_size(args.crop_size, model)
     eval_knn_with_model(
         model=model,
         output_dir=args.output_dir,
@@ -296,3 +294,7 @@ def _run(args: argparse.Namespace) -> int:
         n_tries=args.n_tries,
     )
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run("dinov2_custom.eval.knn", get_args_parser().parse_args(), quiet_threads=True))

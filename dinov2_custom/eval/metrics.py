@@ -5,7 +5,6 @@ Not the classifiers. Read :class:`TopKAccuracy` first.
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Any
 
 import torch
@@ -13,29 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinov2_custom import distributed
-
-
-class MetricType(Enum):
-    MEAN_ACCURACY = "mean_accuracy"
-    MEAN_PER_CLASS_ACCURACY = "mean_per_class_accuracy"
-    PER_CLASS_ACCURACY = "per_class_accuracy"
-    IMAGENET_REAL_ACCURACY = "imagenet_real_accuracy"
-
-    @property
-    def accuracy_averaging(self) -> AccuracyAveraging | None:
-        return getattr(AccuracyAveraging, self.name, None)
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class AccuracyAveraging(Enum):
-    MEAN_ACCURACY = "micro"
-    MEAN_PER_CLASS_ACCURACY = "macro"
-    PER_CLASS_ACCURACY = "none"
-
-    def __str__(self) -> str:
-        return self.value
+from dinov2_custom.eval.args import AccuracyAveraging, MetricType
 
 
 class TopKAccuracy:

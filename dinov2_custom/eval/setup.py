@@ -33,6 +33,7 @@ __all__ = [
 
 logger = logging.getLogger("dinov2")
 _RUN_FILES = ("config.yaml", "training_metrics.json", "last_checkpoint")
+_LINEAR_FILES = ("running_checkpoint_linear_eval.pth", "results_eval_linear.json")  # has a last_checkpoint too
 
 
 def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dtype]:
@@ -94,11 +95,23 @@ def check_not_a_run(folder: str) -> None:
         ConfigError: ``folder`` holds a run.
     """
     found = [name for name in _RUN_FILES if (Path(folder) / name).exists()]
+    if found == ["last_checkpoint"] and any((Path(folder) / name).exists() for name in _LINEAR_FILES):
+        return
     if found:
         raise ConfigError(
             f"--output-dir: expected a folder without a training run, got {', '.join(found)} in {folder}; "
             "choose another, or leave it out for ./outputs/<date>_<time>"
         )
+
+
+def check_crop_size(crop_size: int, model: nn.Module) -> None:
+    """Fit ``--crop-size`` to the model's patches.
+
+    Raises:
+        ConfigError: it is no multiple of the patch size.
+    """
+    if crop_size % model.patch_size:
+        raise ConfigError(f"--crop-size: expected a multiple of student.patch_size={model.patch_size}, got {crop_size}")
 
 
 def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = None) -> torch.dtype:

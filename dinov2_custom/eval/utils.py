@@ -22,12 +22,8 @@ from dinov2_custom.errors import DataError
 logger = logging.getLogger("dinov2")
 
 
-class ModelWithNormalize(nn.Module):
-    """Scale a model's features to length 1, in float32.
-
-    Args:
-        autocast_dtype: number type that the model computes in.
-    """
+class ModelWithAutocast(nn.Module):
+    """Give a model's features in float32, computed in ``autocast_dtype``."""
 
     def __init__(self, model: nn.Module, autocast_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -37,8 +33,15 @@ class ModelWithNormalize(nn.Module):
     def forward(self, samples: Tensor) -> Tensor:
         """Map images (B, C, H, W) to features (B, D)."""
         with autocast(samples.device, self.autocast_dtype):
-            features = self.model(samples)
-        return F.normalize(features.float(), dim=1, p=2)
+            return self.model(samples).float()
+
+
+class ModelWithNormalize(ModelWithAutocast):
+    """Scale a model's features to length 1 too."""
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to features (B, D) of length 1."""
+        return F.normalize(super().forward(samples), dim=1, p=2)
 
 
 class ModelWithIntermediateLayers(nn.Module):
@@ -82,7 +85,7 @@ def evaluate(
         metrics: have ``update(preds=, target=)`` and ``compute()``.
 
     Returns:
-        The mean loss (empty without ``criterion``), and ``{name: metric.compute()}``.
+        The mean loss (empty without ``criterion``), and ``{name: metric.compute()}``, of the images of all processes.
     """
     model.eval()
     total_loss, num_samples = 0.0, 0
@@ -94,7 +97,13 @@ def evaluate(
             num_samples += len(samples)
         for name, metric in metrics.items():
             metric.update(**postprocessors[name](outputs, targets))
-    losses = {"loss": total_loss / num_samples} if num_samples else {}
+    for metric in metrics.values():
+        if hasattr(metric, "all_reduce"):  # torchmetrics' own do it in compute()
+            metric.all_reduce()
+    losses = {}
+    if criterion is not None:
+        sums = distributed.all_reduce(torch.tensor([total_loss, num_samples], dtype=torch.float64, device=device))
+        losses = {"loss": float(sums[0] / sums[1].clamp(min=1))}
     return losses, {name: metric.compute() for name, metric in metrics.items()}
 
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.eval.test_setup import REPOSITORY, make_run
@@ -55,3 +56,26 @@ def test_knn(run):
     assert results[0] == results[1]
     assert len(results[0]) == 8 and 40 < json.loads(results[0][0])["('full', 1) Top 1"] < 100
     assert (folder / "knn2" / "logs" / "log.txt.rank1").is_file()
+
+
+def test_linear(run):
+    """Two processes of 3 images a step are one of 6: the same draws, rates and steps."""
+    folder, data = run
+    small = ["--num-workers=0", "--resize-size=16", "--crop-size=16", "--epochs=2", "--epoch-length=5"]
+    small += ["--learning-rates", "0.1", "1.0"]
+    alone("run/eval/linear.py", *data, "--output-dir", str(folder / "linear1"), *small, "--batch-size=6")
+    launch(2, "run/eval/linear.py", *data, "--output-dir", str(folder / "linear2"), *small, "--batch-size=3")
+    results = [(folder / f"linear{n}" / "results_eval_linear.json").read_text() for n in (1, 2)]
+    assert results[0] == results[1] and "best_classifier" in results[0]
+    models = [torch.load(folder / f"linear{n}" / "model_final.pth", weights_only=True)["model"] for n in (1, 2)]
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(models[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_log_regression(run):
+    folder, data = run
+    small = ["--num-workers=0", "--resize-size=16", "--crop-size=16", "--max-train-iters=30"]
+    alone("run/eval/log_regression.py", *data, "--output-dir", str(folder / "lr1"), *small)
+    launch(2, "run/eval/log_regression.py", *data, "--output-dir", str(folder / "lr2"), *small)
+    results = [(folder / f"lr{n}" / "results_eval_log_regression.json").read_text() for n in (1, 2)]
+    assert results[0] == results[1] and len(results[0].splitlines()) == 3

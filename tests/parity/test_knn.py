@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from types import ModuleType
-from unittest.mock import MagicMock
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from dinov2_custom.eval.knn import KnnModule
-from tests.oracle import ensure_oracle
-
-NEEDED = ("", ".data", ".data.transforms", ".distributed", ".eval", ".eval.metrics", ".eval.setup", ".eval.utils")
+from tests.parity.upstream_eval import load_upstream_eval
 
 
 @pytest.fixture
 def upstream_knn(oracle, monkeypatch):
-    """Upstream's ``eval/knn.py`` alone: what it imports for data, metrics and set-up is not used by the module."""
-    for name in NEEDED:
-        monkeypatch.setitem(sys.modules, f"dinov2{name}", MagicMock(spec=ModuleType))
-        for attribute in ("SamplerType", "make_data_loader", "make_dataset", "make_classification_eval_transform",
-                          "AccuracyAveraging", "build_topk_accuracy_metric", "get_args_parser",
-                          "setup_and_build_model", "ModelWithNormalize", "evaluate", "extract_features"):  # fmt: skip
-            setattr(sys.modules[f"dinov2{name}"], attribute, MagicMock())
-    ranks = sys.modules["dinov2.distributed"]
-    ranks.get_global_rank, ranks.get_global_size = (lambda: 0), (lambda: 1)
-    sys.modules["dinov2"].distributed = ranks
-    spec = importlib.util.spec_from_file_location("upstream_knn", ensure_oracle() / "dinov2" / "eval" / "knn.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_upstream_eval(monkeypatch, "knn")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield module
     dist.destroy_process_group()

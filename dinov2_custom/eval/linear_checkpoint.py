@@ -1,0 +1,87 @@
+"""Files from which the training of linear classifiers goes on: upstream's names, written whole or not at all.
+
+Read :class:`LinearCheckpointer` first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dinov2_custom import distributed
+from dinov2_custom.errors import CheckpointError
+from dinov2_custom.train.checkpoint import save_atomically
+from dinov2_custom.utils.weights import read_weights
+
+logger = logging.getLogger("dinov2")
+
+
+class LinearCheckpointer:
+    """Save and restore classifiers, optimizer, schedule and iteration in ``folder``."""
+
+    def __init__(self, model: nn.Module, folder: str | os.PathLike, optimizer: Any, scheduler: Any) -> None:
+        self.model, self.folder, self.optimizer, self.scheduler = model, Path(folder), optimizer, scheduler
+
+    def save(self, name: str, iteration: int) -> None:
+        """Write ``<name>.pth`` on the main process, after ``iteration`` (0-based) is done, and name it the last one."""
+        if not distributed.is_main_process():
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "iteration": iteration,
+        }
+        try:
+            save_atomically(state, self.folder / f"{name}.pth")
+            (self.folder / "last_checkpoint.tmp").write_text(f"{name}.pth")
+            os.replace(self.folder / "last_checkpoint.tmp", self.folder / "last_checkpoint")
+        except OSError as e:
+            raise CheckpointError(f"expected to write {name}.pth in {self.folder}, got {e}; make room") from e
+
+    def resume_or_load(self, path: str | None, *, resume: bool) -> int:
+        """Restore everything from the folder's last file if ``resume``, else the classifiers from ``path``.
+
+        Returns:
+            The iteration the file was written after, -1 without a file.
+
+        Raises:
+            CheckpointError: a file that cannot be read, or of other classifiers.
+        """
+        last = self.folder / "last_checkpoint"
+        resume = resume and last.is_file()
+        source = self.folder / last.read_text().strip() if resume else path
+        if not source:
+            return -1
+        state = read_weights(source)
+        if not isinstance(state, Mapping) or "model" not in state or (resume and "scheduler" not in state):
+            raise CheckpointError(f"expected a checkpoint of linear classifiers, got something else: {source}")
+        self._check(state["model"], source)
+        self.model.load_state_dict(state["model"])
+        if resume:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+        iteration = int(state.get("iteration", -1))
+        logger.info(f"classifiers from={source} iteration={iteration}")
+        return iteration
+
+    def _check(self, state: Mapping[str, Any], source: str | os.PathLike) -> None:
+        own = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        got = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        differences = [
+            f"{name}: expected {own.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
+            for name in {**own, **got}
+            if own.get(name) != got.get(name)
+        ]
+        if differences:
+            shown = "\n  ".join(differences[:4])
+            raise CheckpointError(
+                f"{source}: the checkpoint is of other classifiers, {len(differences)} tensors differ:\n  {shown}\n"
+                "use the same --learning-rates, --batch-size, number of processes and classes; or another --output-dir "
+                "or --no-resume"
+            )

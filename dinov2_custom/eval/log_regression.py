@@ -1,0 +1,231 @@
+"""Logistic regression on frozen features for 45 strengths of regularization, as upstream's, but without cuML.
+
+Features are extracted once; the strength is chosen on held-out images, and the last fit uses them too. Not the fit
+itself (``log_regression_fit.py``). Read :func:`eval_log_regression` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom import distributed, entry
+from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.eval.args import get_log_regression_args_parser as get_args_parser
+from dinov2_custom.eval.datasets import match_classes, open_labelled, open_pair
+from dinov2_custom.eval.log_regression_fit import (
+    C_POWER_RANGE,
+    DEFAULT_MAX_ITER,
+    LogRegModule,
+    evaluate_model,
+    sweep_C_values,
+    text_of,
+    train_and_evaluate,
+    train_for_C,
+)
+from dinov2_custom.eval.metrics import MetricType, build_metric
+from dinov2_custom.eval.results import append_lines
+from dinov2_custom.eval.setup import check_crop_size, setup_and_build_model
+from dinov2_custom.eval.utils import ModelWithAutocast, extract_features
+from dinov2_custom.utils.dtype import as_torch_dtype
+
+__all__ = [
+    "C_POWER_RANGE",
+    "DEFAULT_MAX_ITER",
+    "LogRegModule",
+    "eval_log_regression",
+    "eval_log_regression_with_model",
+    "evaluate_model",
+    "get_args_parser",
+    "main",
+    "sweep_C_values",
+    "train_and_evaluate",
+    "train_for_C",
+]
+
+logger = logging.getLogger("dinov2")
+RESULTS_FILE = "results_eval_log_regression.json"
+_ROWS = 4096
+_CPU = torch.device("cpu")
+
+
+def eval_log_regression(
+    *,
+    model: nn.Module,
+    train_dataset: Any,
+    val_dataset: Any,
+    finetune_dataset: Any,
+    metric_type: MetricType,
+    batch_size: int,
+    num_workers: int,
+    finetune_on_val: bool = False,
+    train_dtype: torch.dtype = torch.float64,
+    train_features_device: torch.device = _CPU,
+    max_train_iters: int = DEFAULT_MAX_ITER,
+    solver: str = "torch",
+) -> dict[str, Any]:
+    """Extract features, choose C, fit again with the images C was chosen on, and score on ``val_dataset``.
+
+    C is chosen on ``finetune_dataset``; without one on ``val_dataset`` (``finetune_on_val``, no second fit), or on the
+    first tenth of a fixed shuffle of ``train_dataset``.
+
+    Returns:
+        ``{"best_C": C, "top-1": percent, "top-5": percent}``.
+    """
+    device = torch.device(train_features_device)
+
+    def features_of(dataset: Any) -> tuple[Tensor, Tensor]:
+        features, labels = extract_features(model, dataset, batch_size, num_workers, gather_on_cpu=device.type == "cpu")
+        return features.to(device, train_dtype), labels.to(device).long()
+
+    train, val = features_of(train_dataset), features_of(val_dataset)
+    num_classes = int(max(train[1].max(), val[1].max())) + 1
+    if finetune_dataset is not None:
+        finetune = features_of(finetune_dataset)
+    elif finetune_on_val:
+        finetune = val
+    else:
+        shuffled = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0)).to(device)
+        held_out = len(shuffled) // 10
+        if not held_out:
+            raise ConfigError(f"--train-dataset: expected at least 10 images to hold some out, got {len(shuffled)}")
+        finetune = tuple(part[shuffled[:held_out]] for part in train)
+        train = tuple(part[shuffled[held_out:]] for part in train)
+    shared = {"train_dtype": train_dtype, "train_features_device": device, "solver": solver}
+    scores, best_C = sweep_C_values(
+        train_features=train[0],
+        train_labels=train[1],
+        test_data_loader=_batches(finetune),
+        metric_type=metric_type,
+        num_classes=num_classes,
+        max_train_iters=max_train_iters,
+        **shared,
+    )
+    logger.info(f"best C={best_C:.5g}")
+    if finetune is not val:
+        scores = train_and_evaluate(
+            C=best_C,
+            max_iter=max_train_iters,
+            train_features=torch.cat([train[0], finetune[0]]),
+            train_labels=torch.cat([train[1], finetune[1]]),
+            logreg_metric=build_metric(metric_type, num_classes=num_classes),
+            test_data_loader=_batches(val),
+            eval_device=device,
+            num_classes=num_classes,
+            **shared,
+        )
+    results = {"best_C": best_C, **{name: 100.0 * float(value.mean()) for name, value in scores.items()}}
+    logger.info("logistic regression: " + text_of(scores))
+    return results
+
+
+def _batches(features_and_labels: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*(part.split(_ROWS) for part in features_and_labels), strict=True))
+
+
+def eval_log_regression_with_model(
+    model: nn.Module,
+    train_dataset_str: str = "ImageNet:split=TRAIN",
+    val_dataset_str: str = "ImageNet:split=VAL",
+    finetune_dataset_str: str | None = None,
+    autocast_dtype: torch.dtype = torch.float32,
+    finetune_on_val: bool = False,
+    metric_type: MetricType = MetricType.MEAN_ACCURACY,
+    train_dtype: torch.dtype = torch.float64,
+    train_features_device: torch.device = _CPU,
+    max_train_iters: int = DEFAULT_MAX_ITER,
+    *,
+    transform: Callable | None = None,
+    batch_size: int = 256,
+    num_workers: int = 5,
+    solver: str = "torch",
+) -> dict[str, Any]:
+    """Run :func:`eval_log_regression` on datasets by their strings.
+
+    Args:
+        transform: None: shorter side and centre 224 pixels, ImageNet's normalisation.
+    """
+    transform = transform or make_classification_eval_transform(resize_size=224)
+    train_dataset, val_dataset = open_pair(
+        ("--train-dataset", train_dataset_str, transform), ("--val-dataset", val_dataset_str, transform)
+    )
+    finetune_dataset = None
+    if finetune_dataset_str:
+        flag = "--finetune-dataset-str"
+        finetune_dataset = open_labelled(flag, finetune_dataset_str, transform)
+        finetune_dataset = match_classes(train_dataset, finetune_dataset, "--train-dataset", flag)
+    return eval_log_regression(
+        model=ModelWithAutocast(model, autocast_dtype),
+        train_dataset=train_dataset,
+        val_dataset=val_dataset,
+        finetune_dataset=finetune_dataset,
+        metric_type=metric_type,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        finetune_on_val=finetune_on_val,
+        train_dtype=train_dtype,
+        train_features_device=train_features_device,
+        max_train_iters=max_train_iters,
+        solver=solver,
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
+
+    Raises:
+        DINOv2Error: bad arguments, configuration, weights or data.
+    """
+    try:
+        return _run(args)
+    finally:
+        distributed.disable()
+
+
+def _run(args: argparse.Namespace) -> int:
+    if min(args.max_train_iters, args.batch_size, args.crop_size, args.resize_size) < 1:
+        raise ConfigError("expected positive numbers for --max-train-iters, --batch-size, --crop-size, --resize-size")
+    try:
+        dtype = as_torch_dtype(args.train_dtype)
+        device = torch.empty(0, dtype=dtype, device=args.train_features_device).device
+    except (ValueError, RuntimeError, AssertionError) as e:
+        raise ConfigError(
+            f"--train-dtype, --train-features-device: expected float64 or float32, and a device of this machine, got "
+            f"{args.train_dtype} and {args.train_features_device}: {e}"
+        ) from e
+    model, autocast_dtype = setup_and_build_model(args)
+    check_crop_size(args.crop_size, model)
+    results = eval_log_regression_with_model(
+        model=model,
+        train_dataset_str=args.train_dataset_str,
+        val_dataset_str=args.val_dataset_str,
+        finetune_dataset_str=args.finetune_dataset_str,
+        autocast_dtype=autocast_dtype,
+        finetune_on_val=args.finetune_on_val,
+        metric_type=MetricType(args.metric_type),
+        train_dtype=dtype,
+        train_features_device=device,
+        max_train_iters=args.max_train_iters,
+        transform=make_classification_eval_transform(
+            resize_size=args.resize_size, crop_size=args.crop_size, **args.normalize
+        ),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        solver=args.solver,
+    )
+    lines = (json.dumps({key: value}) for key, value in results.items())
+    append_lines(Path(args.output_dir) / RESULTS_FILE, lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run("dinov2_custom.eval.log_regression", get_args_parser().parse_args(), quiet_threads=True))
