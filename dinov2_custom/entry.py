@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +25,13 @@ def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool 
     """
     if quiet_threads:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return reported(lambda: import_quietly(module).main(args), error_code=error_code)
+
+
+def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
+    """Call ``main`` and return its exit code; ``error_code``, after one line, when it raises a DINOv2Error."""
     try:
-        return _import_quietly(module).main(args)
+        return main()
     except DINOv2Error as e:
         print(f"error: {e}", file=sys.stderr)
         return error_code if e.exit_code is None else e.exit_code
@@ -34,7 +40,7 @@ def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool 
         return stopped_by(signal.SIGINT)
 
 
-def _import_quietly(module: str) -> ModuleType:
+def import_quietly(module: str) -> ModuleType:
     """Import ``module``; a Ctrl-C then ends the process at once, as libraries print or swallow the exception."""
     is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_pythons or threading.current_thread() is not threading.main_thread():

@@ -4,7 +4,7 @@
 import sys
 
 from dinov2_custom import entry
-from dinov2_custom.eval.args import get_knn_args_parser
+from dinov2_custom.run.eval.knn import main
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.eval.knn", get_knn_args_parser().parse_args(), quiet_threads=True))
+    sys.exit(entry.reported(main))

@@ -1,9 +1,11 @@
-"""Train: python run/train/train.py --config-file configs/vits.yaml --output-dir out train.dataset_path=/my/images"""
+"""Train: python run/train/train.py --config-file configs/vits.yaml --output-dir out train.dataset_path=/my/images
+
+On this machine, or as a SLURM job with flags such as --partition: docs/slurm.md."""
 
 import sys
 
 from dinov2_custom import entry
-from dinov2_custom.train.args import get_args_parser
+from dinov2_custom.run.train.train import main
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.train.train", get_args_parser().parse_args(), quiet_threads=True))
+    sys.exit(entry.reported(main))

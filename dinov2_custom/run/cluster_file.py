@@ -1,0 +1,129 @@
+"""Defaults of a cluster from a YAML file: the launcher's flags without their dashes.
+
+Without ``--cluster`` the user's own ``~/.config/dinov2_custom/cluster.yaml`` is read for SLURM jobs, if there is one. A
+flag wins over the file. Torch-free. Read :func:`fill_in` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.run.args import CLUSTER_OPTIONS, Option
+
+USER_FILE = "cluster.yaml"
+INTERPRETERS = ("conda_env", "venv", "python")
+_NOTHING = ("", "null", "~")
+
+
+def fill_in(args: argparse.Namespace, home: Path | None = None) -> None:
+    """Set every launcher option of ``args`` that was not given: from the cluster file, else its default.
+
+    ``slurm`` and ``setup`` of the file stand before those of the command line.
+
+    Raises:
+        ConfigError: no such file, or every mistake in it at once.
+    """
+    folder = _user_folder(home)
+    path = find(args.cluster, folder) if args.cluster else folder / USER_FILE
+    values = read(path) if path.is_file() else {}
+    if any(getattr(args, name) for name in INTERPRETERS):  # another environment than the file's
+        values = {dest: value for dest, value in values.items() if dest not in INTERPRETERS}
+    for dest, option in CLUSTER_OPTIONS.items():
+        given, kept = getattr(args, dest, None), values.get(dest)
+        if option.many == "append":
+            setattr(args, dest, [*(kept or []), *(given or [])])
+        elif given is None:
+            setattr(args, dest, option.default if kept is None else kept)
+
+
+def _user_folder(home: Path | None) -> Path:
+    configured = os.environ.get("XDG_CONFIG_HOME")
+    if home is None and configured:
+        return Path(configured) / "dinov2_custom"
+    return (home or Path.home()) / ".config" / "dinov2_custom"
+
+
+def find(name: str, user_folder: Path) -> Path:
+    """Return the file that ``--cluster name`` means.
+
+    Raises:
+        ConfigError: there is none; lists the names there are.
+    """
+    if os.sep in name or name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser().absolute()
+        if path.is_file():
+            return path
+        raise ConfigError(f"--cluster: expected a YAML file, got nothing at {path}; check the path")
+    folders = [user_folder / "cluster", Path(__file__).resolve().parents[2] / "configs" / "cluster"]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ConfigError(
+        f"--cluster: expected one of {', '.join(known) or '(none is there)'}, or a YAML file, got {name!r}; write "
+        f"{folders[0] / name}.yaml with one flag a line, such as `partition: gpu`"
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the options of ``path`` by their names in the parsed arguments.
+
+    Raises:
+        ConfigError: unreadable, unknown keys or values that the flag would refuse, all of them at once.
+    """
+    import yaml
+
+    try:  # BaseLoader: all values are text, as on a command line; 47:30:00 is not a number of base 60
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path}: expected YAML, got {' '.join(str(e).split())}; mend the file") from e
+    if content and not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected `flag: value` lines, got {type(content).__name__}; mend the file")
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, value in (content or {}).items():
+        dest = _dest(str(key))
+        if dest is None:
+            near = difflib.get_close_matches(str(key), _names(), n=1)
+            problems.append(
+                f"{key}: expected a launcher flag -> " + (f"did you mean {near[0]}?" if near else "see --help")
+            )
+            continue
+        try:
+            values[dest] = None if value in _NOTHING else _value(CLUSTER_OPTIONS[dest], value)
+        except (argparse.ArgumentTypeError, ValueError) as e:
+            problems.append(f"{key}: {e}")
+    if problems:
+        raise ConfigError("\n  ".join([f"{path}: cannot use these lines:", *problems]))
+    return values
+
+
+def _names() -> list[str]:
+    return [flag.lstrip("-") for option in CLUSTER_OPTIONS.values() for flag in option.flags]
+
+
+def _dest(key: str) -> str | None:
+    wanted = key.replace("_", "-")
+    return next(
+        (dest for dest, option in CLUSTER_OPTIONS.items() if f"--{wanted}" in option.flags),
+        None,
+    )
+
+
+def _value(option: Option, value: Any) -> Any:
+    if option.many == "flag":
+        if str(value).lower() not in ("true", "false"):
+            raise ValueError(f"expected true or false, got {value!r}")
+        return value.lower() == "true"
+    if option.dest == "slurm" and isinstance(value, dict):
+        value = [name if given == "true" else f"{name}={given}" for name, given in value.items()]
+    if option.many:
+        return [option.type(item) for item in (value if isinstance(value, list) else [value])]
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"expected one value, got {value!r}")
+    return option.type(value)

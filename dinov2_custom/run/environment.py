@@ -1,0 +1,154 @@
+"""The environment that a job asks for: lines of bash that make it, and what has to come out.
+
+Order: modules, setup lines, conda or venv, so that the environment's interpreter is the first on PATH. What can be
+looked up where the job is submitted is looked up there; ``environment_check.py`` looks again on every node. Torch-free.
+Read :func:`resolve` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinov2_custom.errors import LaunchError
+
+_IMPORT = "import sys, dinov2_custom.run.task; print(sys.prefix)"
+_MODULE_INIT = (
+    '"$MODULESHOME/init/bash" "$LMOD_PKG/init/bash" /etc/profile.d/modules.sh /etc/profile.d/lmod.sh '
+    "/etc/profile.d/z00_lmod.sh /usr/share/lmod/lmod/init/bash /usr/share/modules/init/bash"
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """``lines`` of bash, each with a description of the step; ``python`` to run, as bash source; what to expect of it.
+
+    Args:
+        prefix: sys.prefix that the interpreter must have; "" for any.
+        executable: sys.executable that it must have; "" for any.
+    """
+
+    lines: tuple[tuple[str, str], ...]
+    python: str
+    prefix: str = ""
+    executable: str = ""
+
+
+def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environment:
+    """Return what the flags ask for.
+
+    Raises:
+        LaunchError: two environments at once, one that is not there, or one without this package.
+    """
+    chosen = [f"--{name.replace('_', '-')}" for name in ("conda_env", "venv", "python") if getattr(args, name)]
+    if len(chosen) > 1:
+        raise LaunchError(f"expected one of {' and '.join(chosen)}, got both; leave one out")
+    lines = _module_lines(args.modules or []) + [(f"--setup {line}", line) for line in args.setup or []]
+    if args.conda_env:
+        prefix = conda_prefix(args.conda_env, environment)
+        _check_here("--conda-env", prefix, run=not lines)
+        return Environment((*lines, *_conda_lines(prefix)), shlex.quote(str(prefix / "bin" / "python")), str(prefix))
+    if args.venv:
+        prefix = Path(args.venv).expanduser().absolute()
+        _check_here("--venv", prefix, run=not lines)
+        activate = f"source {shlex.quote(str(prefix / 'bin' / 'activate'))}"
+        lines += [(f"activating {prefix}", activate)]
+        return Environment(tuple(lines), shlex.quote(str(prefix / "bin" / "python")), str(prefix))
+    if args.python and os.sep in args.python:
+        python = Path(args.python).expanduser().absolute()
+        if not os.access(python, os.X_OK):
+            raise LaunchError(f"--python: expected an interpreter, got nothing that can be run at {python}")
+        return Environment(tuple(lines), shlex.quote(str(python)), executable=str(python))
+    if args.python:
+        return Environment(tuple(lines), f'"$(command -v {shlex.quote(args.python)} || true)"')
+    own = Environment(tuple(lines), shlex.quote(sys.executable), sys.prefix, sys.executable)
+    if not lines:
+        return own
+    # modules or set-up lines that put another Python first on PATH mean that one
+    found = f'"$([ "$(command -v python3 || true)" = "$python_before" ] && echo {own.python} || command -v python3)"'
+    return Environment((("", "python_before=$(command -v python3 || true)"), *lines), found)
+
+
+def conda_prefix(name: str, environment: Mapping[str, str]) -> Path:
+    """Return the folder of the conda environment ``name``, which may be the folder itself.
+
+    Raises:
+        LaunchError: none of that name where conda keeps and lists environments.
+    """
+    if os.sep in name or name.startswith(("~", ".")):
+        return Path(name).expanduser().absolute()
+    home = Path(environment.get("HOME") or Path.home())
+    known = home / ".conda" / "environments.txt"
+    listed = [Path(line.strip()) for line in known.read_text().splitlines() if line.strip()] if known.is_file() else []
+    roots = [Path(p) for p in environment.get("CONDA_ENVS_PATH", "").split(os.pathsep) if p]
+    command = environment.get("CONDA_EXE") or shutil.which("conda", path=environment.get("PATH", ""))
+    bases = [Path(command).resolve().parents[1]] if command else []
+    bases += [Path(p) for p in (environment.get("CONDA_PREFIX"), environment.get("MAMBA_ROOT_PREFIX")) if p]
+    bases += [home / n for n in ("miniforge3", "mambaforge", "miniconda3", "anaconda3", "micromamba", ".conda")]
+    roots += [base / "envs" for base in bases] + [base.parent for base in bases if base.parent.name == "envs"]
+    candidates = [path for path in listed if path.name == name] + [root / name for root in roots]
+    if name == "base":
+        candidates += bases
+    for path in candidates:
+        if (path / "conda-meta").is_dir():
+            return path
+    names = {path.name for path in listed} | {path.name for root in roots if root.is_dir() for path in root.iterdir()}
+    raise LaunchError(
+        f"--conda-env: expected the name of a conda environment ({', '.join(sorted(names)) or 'none was found'}), got "
+        f"{name!r}; give its folder instead, as `conda env list` prints it"
+    )
+
+
+def _conda_lines(prefix: Path) -> list[tuple[str, str]]:
+    """Do what ``conda activate`` does, without conda, which compute nodes may not have."""
+    quoted = shlex.quote(str(prefix))
+    lines = [
+        f'export CONDA_PREFIX={quoted} CONDA_DEFAULT_ENV={quoted} CONDA_SHLVL=1 PATH={quoted}/bin:"$PATH"',
+        "unset PYTHONHOME VIRTUAL_ENV",
+    ]
+    state = prefix / "conda-meta" / "state"
+    if state.is_file():
+        for name, value in json.loads(state.read_text()).get("env_vars", {}).items():
+            lines.append(f"export {name}={shlex.quote(str(value))}")
+    lines.append(f'for hook in {quoted}/etc/conda/activate.d/*.sh; do if [ -r "$hook" ]; then source "$hook"; fi; done')
+    return [(f"activating {prefix}", line) for line in lines]
+
+
+def _module_lines(names: list[str]) -> list[tuple[str, str]]:
+    if not names:
+        return []
+    load = f"module load {shlex.join(names)}"
+    find = (
+        f"type module >/dev/null 2>&1 || for init in {_MODULE_INIT}; do\n"
+        '  if [ -r "$init" ]; then source "$init"; break; fi\ndone'
+    )
+    lines = [("finding the command `module`", find), ("finding the command `module`", "type module >/dev/null")]
+    lines.append((load, load))
+    for name in names:  # old versions of module return 0 whatever happens
+        lines.append((load, f'[[ ":$LOADEDMODULES:" == *:{shlex.quote(name)}[:/]* ]]'))
+    return lines
+
+
+def _check_here(flag: str, prefix: Path, run: bool) -> None:
+    """``run``: whether the interpreter can run without modules and set-up lines."""
+    python = prefix / "bin" / "python"
+    if not os.access(python, os.X_OK):
+        raise LaunchError(f"{flag}: expected an environment with bin/python, got none at {prefix}; check the path")
+    if not run:
+        return
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
+    tried = subprocess.run([python, "-c", _IMPORT], capture_output=True, text=True, env=clean)
+    if tried.returncode:
+        reason = (tried.stderr.strip().splitlines() or ["no output"])[-1]
+        raise LaunchError(
+            f"{flag}: expected an environment with dinov2_custom, got from {python}: {reason}; install it with "
+            f"`{python} -m pip install -e {Path(__file__).resolve().parents[2]}`"
+        )

@@ -1,0 +1,152 @@
+"""Run a task on this machine: in this process, or one process a GPU under torch elastic's process control.
+
+A signal goes on to every process, which saves and ends; the first process that dies ends the others. Not here: several
+machines (``slurm.py``, or torchrun on each). Read :func:`launch` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dinov2_custom.errors import LaunchError
+from dinov2_custom.run import outcome, task
+from dinov2_custom.run.outcome import Outcome
+
+_FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_POLL_S = 0.1
+
+
+def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
+    """Run ``task_class(args)`` in ``processes`` processes and return the exit code of the whole.
+
+    Rank 0 keeps this terminal; the others print to ``local_<rank>_log.out`` and ``.err`` in ``args.output_dir``.
+    """
+    spec = task.make_spec(task_class, args, f"{args.output_dir}/local", first_output=1)
+    with tempfile.TemporaryDirectory(prefix="dinov2_launch_") as folder:
+        before = _missing_folders(Path(args.output_dir))
+        codes = _run_processes(spec, processes, Path(folder))
+        outcomes = outcome.read(Path(folder))
+    _tidy(before, Path(args.output_dir))
+    return _conclude(codes, outcomes, args.output_dir)
+
+
+def num_processes(args: argparse.Namespace) -> int:
+    """Return ``args.ngpus``, else the number of GPUs, at least 1. ``args.cpu`` hides the GPUs from here on.
+
+    Raises:
+        LaunchError: more processes than GPUs.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see submit.Task
+    if args.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return args.ngpus or 1
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and args.ngpus and args.ngpus > gpus:
+        raise LaunchError(
+            f"--ngpus: expected at most the {gpus} GPUs of this machine, got {args.ngpus}; lower it, or add --cpu to "
+            "train without GPUs"
+        )
+    return args.ngpus or max(gpus, 1)
+
+
+def _run_processes(spec: dict[str, Any], processes: int, folder: Path) -> dict[int, int]:
+    """Run ``spec`` in all ranks; return the exit codes of those that failed, minus the signal for those killed."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # _conclude says it in a sentence
+    os.environ[outcome.FOLDER_VARIABLE] = str(folder)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = _free_port()
+    arguments = ("-u", "-m", "dinov2_custom.run.task", json.dumps(spec))
+    ranks = range(processes)
+    with _signals_kept():
+        context = start_processes(
+            name="dinov2",
+            entrypoint=sys.executable,
+            args={rank: arguments for rank in ranks},
+            envs={r: {k: str(v) for k, v in {**shared, "RANK": r, "LOCAL_RANK": r}.items()} for r in ranks},
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+        )
+
+        def forward(signum: int, frame) -> None:
+            for pid in context.pids().values():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signum)
+
+        for name in _FORWARDED:  # in place of torch's handlers, which wait 30 s for a save and then kill
+            signal.signal(getattr(signal, name), forward)
+        result = None
+        while result is None:
+            result = context.wait(timeout=_POLL_S, period=_POLL_S)
+    return {rank: failure.exitcode for rank, failure in result.failures.items()}
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    former = {name: signal.getsignal(getattr(signal, name)) for name in (*_FORWARDED, "SIGQUIT")}
+    try:
+        yield
+    finally:
+        for name, handler in former.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: str) -> int:
+    """Return the exit code of the whole; say which rank ended it, unless that rank's own words were seen here."""
+    if not codes:
+        return 0
+    refused = [ended for ended in outcomes if ended.kind == "refused"]
+    stopped = [ended for ended in outcomes if ended.kind == "stopped"]
+    dead = {rank: code for rank, code in codes.items() if rank not in {ended.rank for ended in outcomes}}
+    if refused:
+        if not any(ended.rank == 0 for ended in refused):
+            print(f"error: {refused[0].message}", file=sys.stderr)
+        return refused[0].code
+    if stopped and not any(ended.kind == "crashed" for ended in outcomes):
+        return stopped[0].code
+    # the first to die comes first: a death by signal makes the others crash in their next exchange
+    rank, code = next(iter((dead or codes).items()))
+    end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    words = f"rank {rank} {end}, the other processes were stopped"
+    log = Path(output_dir) / "logs" / "log.txt"
+    if log.is_file():
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{words}\n")
+    output = f"; its output: {output_dir}/local_{rank}_log.err" if rank else ""
+    print(f"error: {words}{output}; the same command goes on from the last checkpoint", file=sys.stderr)
+    return 1 if code > 0 else 128 - code
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _tidy(missing_before: list[Path], folder: Path) -> None:
+    """Remove the output files of a run that ended before it made a run directory."""
+    if folder not in missing_before or not folder.is_dir() or (folder / "logs").exists():
+        return
+    for file in folder.glob("local_*_log.*"):
+        file.unlink()
+    for path in missing_before:
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,103 @@
+"""After the processes of a SLURM job have ended: requeue the job if there is more to do.
+
+``python -m dinov2_custom.run.requeue RUN_DIRECTORY MARKER``, the last line of the batch script. MARKER is what
+``last_checkpoint`` held before. There is no limit on the number of attempts, but each has to get somewhere: one that
+ended by itself, or at the time limit, without a new checkpoint is the last. Torch-free. Read :func:`decide` first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinov2_custom.exit_codes import stopped_by
+from dinov2_custom.run import outcome
+from dinov2_custom.run.outcome import Outcome
+
+_LIMIT_SLACK_S = 90  # SLURM signals up to a minute before the time it was asked for
+_WAIT_S = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """What SLURM says of the job: its state, and the seconds left until the time limit."""
+
+    state: str = "RUNNING"
+    seconds_left: float = float("inf")
+    signal_delay: int = 120
+
+
+def decide(outcomes: Sequence[Outcome], progressed: bool, job: Job) -> tuple[bool, str]:
+    """Return whether to requeue, and the reason in words.
+
+    Args:
+        outcomes: of the processes that lived to write one.
+        progressed: whether there is a newer checkpoint than at the start of this attempt.
+    """
+    kinds = {ended.kind for ended in outcomes}
+    codes = {ended.code for ended in outcomes if ended.kind == "stopped"}
+    if job.state not in ("RUNNING", "COMPLETING"):
+        return False, f"the job is {job.state.lower()}"
+    if "refused" in kinds:
+        return False, "it ended with an error that another attempt would meet again"
+    if "done" in kinds:
+        return False, "the run is complete"
+    if stopped_by(signal.SIGINT) in codes:
+        return False, "it was interrupted by hand"
+    if progressed:
+        return True, "stopped after a save" if codes else "it died, and goes on from its last checkpoint"
+    if "crashed" in kinds:
+        return False, "it crashed before it wrote a checkpoint; see the error above or in logs/log.txt"
+    if job.seconds_left < job.signal_delay + _LIMIT_SLACK_S:
+        return False, "the time limit is too short to reach a checkpoint; raise --timeout or lower checkpointing.period"
+    if codes:
+        return True, "stopped by a signal"
+    return False, "a process was killed before there was a checkpoint"
+
+
+def describe_job(text: str, now: float) -> Job:
+    """Read the output of ``scontrol show job``."""
+    fields = dict(re.findall(r"(\w+)=(\S*)", text))
+    end = fields.get("EndTime", "")
+    left = float("inf")
+    if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", end):
+        left = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) - now
+    return Job(fields.get("JobState", "UNKNOWN"), left)
+
+
+def requeue(job_id: str) -> str:
+    """Ask SLURM to run the job again; return what it said against it, or "" after having waited for the end."""
+    asked = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
+    if asked.returncode:
+        return " ".join((asked.stderr or asked.stdout).split())
+    time.sleep(_WAIT_S)  # SLURM ends this process, which must not end first: the job would count as finished
+    return ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Decide and act; return the batch script's exit code, which only matters where the job is not requeued."""
+    folder, before = Path(arguments[0]), arguments[1]
+    job_id = os.environ["SLURM_JOB_ID"]
+    marker = folder / "last_checkpoint"
+    progressed = marker.exists() and marker.read_text(encoding="utf-8").strip() != before.strip()
+    outcomes = outcome.read(Path(os.environ[outcome.FOLDER_VARIABLE]))
+    shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
+    again, why = decide(outcomes, progressed, describe_job(shown.stdout, time.time()))
+    shutil.rmtree(os.environ[outcome.FOLDER_VARIABLE], ignore_errors=True)
+    print(f"job {job_id}: {'requeued' if again else 'not requeued'}: {why}", flush=True)
+    refusal = requeue(job_id) if again else ""
+    if refusal:
+        print(f"error: job {job_id} could not be requeued: {refusal}; submit it again, it goes on from its checkpoint")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

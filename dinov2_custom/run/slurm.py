@@ -1,0 +1,169 @@
+"""Submit a batch script, and say in one sentence why SLURM refused it.
+
+Not the script (``sbatch.py``). Torch-free. Read :func:`submit` first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from dinov2_custom.errors import LaunchError
+from dinov2_custom.run.sbatch import JOB
+
+_QUERY_TIMEOUT_S = 30
+# reasons of a pending job that waiting does not change
+_HOPELESS = (
+    "PartitionConfig",
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "InvalidAccount",
+    "InvalidQOS",
+    "BadConstraints",
+    "WallDurationPerJobLimit",
+    "can't use this partition",
+    "not permitted to use this partition",
+)
+
+
+def submit(script: str, output_dir: str, environment: Mapping[str, str]) -> tuple[str, Path, str]:
+    """Submit ``script``, write it into the run directory, and return (job number, run directory, state in words).
+
+    Args:
+        output_dir: absolute; ``%j`` becomes the job's number.
+        environment: what the job inherits, but for the variables of a job this process may be in.
+
+    Raises:
+        LaunchError: SLURM is not there, refuses the job or will never start it; nothing is left behind then.
+    """
+    check_installed()
+    inherited = _inherited(environment, script)
+    made = [] if JOB in output_dir else _make(Path(output_dir))
+    try:
+        asked = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, env=inherited)
+        if asked.returncode:
+            raise LaunchError(explain(asked.stderr, script, inherited))
+        job_id = asked.stdout.strip().splitlines()[-1].split(";")[0]
+        shown = state(job_id)
+        if any(reason in shown for reason in _HOPELESS):
+            subprocess.run(["scancel", job_id], check=False)
+            raise LaunchError(explain(f"the job could never start: {shown}", script, inherited))
+    except BaseException:
+        for folder in reversed(made):
+            folder.rmdir()
+        raise
+    run_directory = Path(output_dir.replace(JOB, job_id))
+    run_directory.mkdir(parents=True, exist_ok=True)
+    path = run_directory / f"{job_id}_submission.sh"
+    path.write_text(script, encoding="utf-8")
+    path.chmod(0o755)
+    return job_id, run_directory, shown
+
+
+def _inherited(environment: Mapping[str, str], script: str) -> dict[str, str]:
+    """Leave out the variables of a job this process may be in, and those that would win over the script's options."""
+    special = {"TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE"}
+    options = [name.upper().replace("-", "_") for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)]
+    stronger = {f"SBATCH_{special.get(name, name)}" for name in options}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in stronger and (not name.startswith("SLURM_") or name == "SLURM_CONF")
+    }
+
+
+def check_installed() -> None:
+    """Look for SLURM's commands.
+
+    Raises:
+        LaunchError: not there.
+    """
+    missing = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name) is None]
+    if missing:
+        raise LaunchError(
+            f"expected SLURM's commands on PATH, got no {', '.join(missing)}; log in to a cluster, load its module, or "
+            "use --launcher local"
+        )
+
+
+def check_syntax(script: str) -> None:
+    """Let bash read the script without running it.
+
+    Raises:
+        LaunchError: a ``--setup`` line that is no bash.
+    """
+    read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    if read.returncode:
+        reason = read.stderr.strip().splitlines()[0]
+        raise LaunchError(
+            f"--setup: expected lines of bash, got: {reason}; each --setup is one line, quoted for your shell"
+        )
+
+
+def state(job_id: str) -> str:
+    """Return ``PENDING (Priority)`` or the like; "" if SLURM does not answer."""
+    return (
+        _ask(["squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)"], os.environ)
+        .strip()
+        .replace(" (None)", "")
+    )
+
+
+def explain(stderr: str, script: str, environment: Mapping[str, str]) -> str:
+    """Turn sbatch's complaint into a sentence that says what there is instead."""
+    said = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in stderr.splitlines() if line.strip()]
+    reason = "; ".join(dict.fromkeys(said)) or "no reason"
+    low = reason.lower()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.MULTILINE))
+    if "contact" in low or "connect" in low or "slurm_load" in low:
+        return f"SLURM: expected a controller that answers, got: {reason}; try again later, or ask the administrators"
+    if "partition" in low and "invalid" in low:
+        there = ", ".join(_ask(["sinfo", "--noheader", "--format", "%R"], environment).split())
+        return f"--partition: expected one of {there or '(none is known)'}, got {asked.get('partition')!r}"
+    if "account" in low:
+        return (
+            "--account, --partition, --qos: expected a combination you may use, got "
+            f"{_of(asked, 'account', 'partition', 'qos')} ({reason}); `sacctmgr show associations user=$USER` lists yours"
+        )
+    if "timelimit" in low or "wallduration" in low:
+        limits = ", ".join(_ask(["sinfo", "--noheader", "--format", "%R: %l"], environment).strip().splitlines())
+        return (
+            f"--timeout: expected at most the partition's limit ({limits}), got {asked.get('time')} minutes ({reason})"
+        )
+    if (
+        "node configuration" in low
+        or "partitionconfig" in low
+        or "nodelimit" in low
+        or "node count" in low
+        or "gres" in low
+        or "more processors" in low
+    ):
+        table = _ask(["sinfo", "--noheader", "--format", "%R: %D nodes, %c CPUs, %G"], environment).strip()
+        wanted = _of(asked, "nodes", "ntasks-per-node", "gpus-per-node", "gres", "cpus-per-task", "mem", "mem-per-gpu")
+        there = "; ".join(table.splitlines()[:8])
+        return f"--ngpus, --cpus-per-task, --nodes: expected what the nodes have ({there}), got {wanted} ({reason})"
+    return f"SLURM: expected a job that it accepts, got: {reason}; --dry-run prints what was submitted"
+
+
+def _of(asked: Mapping[str, str], *names: str) -> str:
+    return " ".join(f"{name}={asked[name]}" for name in names if name in asked) or "none of them"
+
+
+def _ask(command: list[str], environment: Mapping[str, str]) -> str:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, env=dict(environment), timeout=_QUERY_TIMEOUT_S
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make ``folder`` and return the folders that were not there, outermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing

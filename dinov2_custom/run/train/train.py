@@ -1,0 +1,47 @@
+"""Launch a training, under upstream's names. Not the training (``dinov2_custom/train/train.py``). Torch-free."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from dinov2_custom import entry
+from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs
+from dinov2_custom.train.args import get_args_parser as get_train_args_parser
+
+__all__ = ["Trainer", "main"]
+
+
+class Trainer(Task):
+    """A training in every process."""
+
+    module = "dinov2_custom.train.train"
+
+    def prepare(self, warn: Callable[[str], None]) -> str:
+        """Check the configuration, set ``args.output_dir`` and return the configuration as YAML."""
+        from omegaconf import OmegaConf
+
+        from dinov2_custom.configs.load import load_run_config
+
+        args = self.args
+        cfg = load_run_config(
+            args.config_file,
+            args.opts or [],
+            args.output_dir,
+            allow_unknown_keys=args.allow_unknown_keys,
+            world_size=(args.ngpus or 1) * (args.nodes or 1),
+            warn=warn,
+        )
+        args.output_dir = cfg.train.output_dir
+        return OmegaConf.to_yaml(cfg)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, launch, and return the exit code."""
+    train_parser = get_train_args_parser(add_help=False)
+    parser = get_args_parser(train_parser.description, parents=[train_parser])
+    return submit_jobs(Trainer, parser.parse_args(arguments), name="dinov2:train")
+
+
+if __name__ == "__main__":
+    sys.exit(entry.reported(main))
