@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 test: lint
-	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) .oracle* build *.egg-info

@@ -44,7 +44,9 @@ ALLOWED = {
     "data": BASE,
     "parallel": BASE | {"distributed", "configs"},
     "teacher": BASE | {"configs", "models", "utils.weights"},
-    "run": {"errors", "utils.cluster"},
+    "train.args": {"configs"},  # command lines, which the launcher parses without torch
+    "eval.args": set(),
+    "run": {"errors", "exit_codes", "world", "entry", "configs", "utils.cluster", "train.args", "eval.args"},
     "_dinov2": set(),
 }
 ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
@@ -53,7 +55,7 @@ ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
 ALLOWED["prepare"] = ALLOWED["verify"] | {"verify"}  # what is written again is checked first
 # a demonstration of everything: uses the satellites, nothing uses it
 ALLOWED["quickstart"] = set(ALLOWED) - {"_dinov2"}
-LAZY_ONLY = {("run", "train")}  # allowed inside a function: the node imports it, not the submitting machine
+LAZY_ONLY = {("run", "train"), ("run", "eval")}  # allowed inside a function: the node imports it, not who submits
 
 TORCH_FREE = [
     "errors",
@@ -64,6 +66,11 @@ TORCH_FREE = [
     "configs.load",
     "utils.rng",
     "utils.cluster",
+    "run.submit",
+    "run.task",
+    "run.requeue",
+    "run.train.train",
+    "run.eval.knn",
     "train.args",
     "eval.args",
     "verify.args",

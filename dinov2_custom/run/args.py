@@ -121,12 +121,15 @@ class LaunchParser(OverridesParser):
             return super().parse_known_args(args, namespace)
         left, modules = _without_modules(list(args))
         namespace, extras = super().parse_known_args(left, namespace)
+        if "" in modules:
+            self.error("argument --modules: expected at least one argument")
         if modules:
             namespace.modules = [*(namespace.modules or []), *modules]
         return namespace, extras
 
 
 def _without_modules(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return (the other arguments, names after --modules; "" for a --modules without any)."""
     left: list[str] = []
     modules: list[str] = []
     position = 0
@@ -136,9 +139,8 @@ def _without_modules(arguments: list[str]) -> tuple[list[str], list[str]]:
             while position < len(arguments) and not re.search(r"^-|=", arguments[position]):
                 modules.append(arguments[position])
                 position += 1
-            if position > start:
-                continue
-            left.append("--modules")  # without a value: argparse says so
+            if position == start:
+                modules.append("")
             continue
         left.append(arguments[position])
         position += 1

@@ -118,7 +118,7 @@ def _conda_lines(prefix: Path) -> list[tuple[str, str]]:
     if state.is_file():
         for name, value in json.loads(state.read_text()).get("env_vars", {}).items():
             lines.append(f"export {name}={shlex.quote(str(value))}")
-    lines.append(f'for hook in {quoted}/etc/conda/activate.d/*.sh; do if [ -r "$hook" ]; then source "$hook"; fi; done')
+    lines.append(f'for hook in {quoted}/etc/conda/activate.d/*.sh; do [ ! -r "$hook" ] || source "$hook" || true; done')
     return [(f"activating {prefix}", line) for line in lines]
 
 

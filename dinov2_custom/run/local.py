@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dinov2_custom import exit_codes
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import outcome, task
 from dinov2_custom.run.outcome import Outcome
@@ -107,19 +108,21 @@ def _signals_kept() -> Iterator[None]:
 
 def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: str) -> int:
     """Return the exit code of the whole; say which rank ended it, unless that rank's own words were seen here."""
-    if not codes:
-        return 0
-    refused = [ended for ended in outcomes if ended.kind == "refused"]
-    stopped = [ended for ended in outcomes if ended.kind == "stopped"]
-    dead = {rank: code for rank, code in codes.items() if rank not in {ended.rank for ended in outcomes}}
-    if refused:
-        if not any(ended.rank == 0 for ended in refused):
-            print(f"error: {refused[0].message}", file=sys.stderr)
-        return refused[0].code
-    if stopped and not any(ended.kind == "crashed" for ended in outcomes):
-        return stopped[0].code
-    # the first to die comes first: a death by signal makes the others crash in their next exchange
-    rank, code = next(iter((dead or codes).items()))
+    by_kind = {kind: [ended for ended in outcomes if ended.kind == kind] for kind in outcome.KINDS}
+    told = {ended.rank for ended in outcomes}
+    killed = [rank for rank, code in codes.items() if rank not in told and code != -signal.SIGTERM]
+    if by_kind["refused"]:
+        first = by_kind["refused"][0]
+        if first.rank:
+            print(f"error: {first.message}", file=sys.stderr)
+        return first.code
+    crashed = [ended.rank for ended in by_kind["crashed"]]
+    if not killed and not crashed:
+        ended = [*by_kind["stopped"], *by_kind["lost"]]
+        return ended[0].code if ended else 0
+    # a death by signal makes the others crash in their next exchange, or they are stopped by SIGTERM
+    rank = [*killed, *crashed, *codes][0]
+    code = codes.get(rank, exit_codes.ERROR)
     end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     words = f"rank {rank} {end}, the other processes were stopped"
     log = Path(output_dir) / "logs" / "log.txt"
@@ -128,7 +131,7 @@ def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: st
             file.write(f"{words}\n")
     output = f"; its output: {output_dir}/local_{rank}_log.err" if rank else ""
     print(f"error: {words}{output}; the same command goes on from the last checkpoint", file=sys.stderr)
-    return 1 if code > 0 else 128 - code
+    return code if code > 0 else exit_codes.stopped_by(-code)
 
 
 def _missing_folders(folder: Path) -> list[Path]:

@@ -1,8 +1,9 @@
 """After the processes of a SLURM job have ended: requeue the job if there is more to do.
 
-``python -m dinov2_custom.run.requeue RUN_DIRECTORY MARKER``, the last line of the batch script. MARKER is what
-``last_checkpoint`` held before. There is no limit on the number of attempts, but each has to get somewhere: one that
-ended by itself, or at the time limit, without a new checkpoint is the last. Torch-free. Read :func:`decide` first.
+``python -m dinov2_custom.run.requeue RUN_DIRECTORY MARKER CODE``, the last line of the batch script. MARKER is what
+``last_checkpoint`` held before, CODE what the job ended with if it did not come to start the run, else "". There is no
+limit on the number of attempts, but each has to get somewhere: one that ended by itself, or at the time limit, without
+a new checkpoint is the last. Torch-free. Read :func:`decide` first.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ class Job:
     signal_delay: int = 120
 
 
-def decide(outcomes: Sequence[Outcome], progressed: bool, job: Job) -> tuple[bool, str]:
+def decide(outcomes: Sequence[Outcome], num_ranks: int, progressed: bool, job: Job) -> tuple[bool, str]:
     """Return whether to requeue, and the reason in words.
 
     Args:
-        outcomes: of the processes that lived to write one.
+        outcomes: of those of the ``num_ranks`` processes that lived to write one.
         progressed: whether there is a newer checkpoint than at the start of this attempt.
     """
     kinds = {ended.kind for ended in outcomes}
@@ -58,7 +59,7 @@ def decide(outcomes: Sequence[Outcome], progressed: bool, job: Job) -> tuple[boo
         return False, "it crashed before it wrote a checkpoint; see the error above or in logs/log.txt"
     if job.seconds_left < job.signal_delay + _LIMIT_SLACK_S:
         return False, "the time limit is too short to reach a checkpoint; raise --timeout or lower checkpointing.period"
-    if codes:
+    if len(outcomes) == num_ranks:  # else srun sent the signal, after one of them had died of something else
         return True, "stopped by a signal"
     return False, "a process was killed before there was a checkpoint"
 
@@ -83,20 +84,23 @@ def requeue(job_id: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Decide and act; return the batch script's exit code, which only matters where the job is not requeued."""
-    folder, before = Path(arguments[0]), arguments[1]
+    """Decide and act; return the job's exit code, which only matters where it is not requeued."""
+    folder, before, code = Path(arguments[0]), arguments[1], arguments[2]
     job_id = os.environ["SLURM_JOB_ID"]
     marker = folder / "last_checkpoint"
     progressed = marker.exists() and marker.read_text(encoding="utf-8").strip() != before.strip()
+    num_ranks = int(os.environ["SLURM_NTASKS"])
     outcomes = outcome.read(Path(os.environ[outcome.FOLDER_VARIABLE]))
+    if code:
+        outcomes = [Outcome(rank, "stopped", int(code)) for rank in range(num_ranks)]
     shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
-    again, why = decide(outcomes, progressed, describe_job(shown.stdout, time.time()))
+    again, why = decide(outcomes, num_ranks, progressed, describe_job(shown.stdout, time.time()))
     shutil.rmtree(os.environ[outcome.FOLDER_VARIABLE], ignore_errors=True)
     print(f"job {job_id}: {'requeued' if again else 'not requeued'}: {why}", flush=True)
     refusal = requeue(job_id) if again else ""
     if refusal:
         print(f"error: job {job_id} could not be requeued: {refusal}; submit it again, it goes on from its checkpoint")
-    return 0
+    return max((ended.code for ended in outcomes), default=0)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def _environment(environment: Environment) -> list[str]:
     return [
         *lines,
         f"python={environment.python}",
+        "checked=0",
         '[ -n "$python" ] || fail "no Python was found; check --python, --modules and --setup"',
         "read -r -d '' check <<'END_OF_CHECK' || true",
         check.rstrip("\n"),
@@ -123,7 +124,8 @@ def _environment(environment: Environment) -> list[str]:
         "--kill-on-bad-exit=1 bash -c '",
         '  [ -x "$1" ] || { echo "error: node $SLURMD_NODENAME: there is no interpreter $1"; exit 1; }',
         '  exec "$1" -c "$2" "$SLURMD_NODENAME" "$3" "$4"',
-        f'\' check "$python" "$check" {expected} || exit 1',
+        f'\' check "$python" "$check" {expected} || checked=$?',
+        '[ "$checked" = 0 ] || [ "$checked" -gt 128 ] || exit 1  # above 128: stopped by a signal',
         "",
     ]
 
@@ -135,9 +137,9 @@ def _run(args: argparse.Namespace, spec: dict[str, Any]) -> list[str]:
         'marker=$(cat "$run_directory/last_checkpoint" 2>/dev/null || true)',
         'export DINOV2_OUTCOMES="${job_files}_outcomes"; rm -rf "$DINOV2_OUTCOMES"; mkdir "$DINOV2_OUTCOMES"',
         f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{args.cpus_per_task}}}",
-        "code=0",
-        f"srun --cpus-per-task={args.cpus_per_task} --kill-on-bad-exit=1 "
+        "code=$checked",
+        f'[ "$checked" -gt 0 ] || srun --cpus-per-task={args.cpus_per_task} --kill-on-bad-exit=1 --wait=1800 '
         '"$python" -u -m dinov2_custom.run.task "$spec" || code=$?',
-        '"$python" -m dinov2_custom.run.requeue "$run_directory" "$marker" || code=$?',
+        '"$python" -m dinov2_custom.run.requeue "$run_directory" "$marker" "${checked#0}" || code=$?',
         "exit $code",
     ]

@@ -127,7 +127,8 @@ def explain(stderr: str, script: str, environment: Mapping[str, str]) -> str:
     if "account" in low:
         return (
             "--account, --partition, --qos: expected a combination you may use, got "
-            f"{_of(asked, 'account', 'partition', 'qos')} ({reason}); `sacctmgr show associations user=$USER` lists yours"
+            f"{_of(asked, 'account', 'partition', 'qos')} ({reason}); "
+            "`sacctmgr show associations user=$USER` lists yours"
         )
     if "timelimit" in low or "wallduration" in low:
         limits = ", ".join(_ask(["sinfo", "--noheader", "--format", "%R: %l"], environment).strip().splitlines())

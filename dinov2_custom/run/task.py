@@ -57,7 +57,10 @@ def make_spec(task_class: type, args: argparse.Namespace, output_prefix: str, fi
 
 
 def run(spec: dict[str, Any], environment: Mapping[str, str]) -> int:
-    """Run the task of ``spec`` in this process and return its exit code; how it ended is written down."""
+    """Run the task of ``spec`` in this process and return its exit code; how it ended is written down.
+
+    A stopped process then returns 0: after another code, srun and torch elastic would kill those that still save.
+    """
     world = world_from_environment(environment)
     job = environment.get("SLURM_JOB_ID", "local")
     args = argparse.Namespace(**spec["args"])
@@ -65,16 +68,18 @@ def run(spec: dict[str, Any], environment: Mapping[str, str]) -> int:
         setattr(args, name, (getattr(args, name, None) or "").replace("%j", job))
     if world.rank >= spec["first_output"]:
         _redirect(spec["output"].replace("%j", job), world.rank)
+    folder = environment.get(outcome.FOLDER_VARIABLE)
+    if folder:
+        _leave_word_on_signals(world.rank, Path(folder))
     if environment.get("SLURM_RESTART_COUNT", "0") != "0":
         _keep_the_work_of_earlier_attempts(args, job)
     sys.argv = list(spec["command"])
     ended = _ended(spec["task"], args, world.rank)
     if ended.kind == "crashed":
         _tell_main_log(Path(args.output_dir), ended)
-    folder = environment.get(outcome.FOLDER_VARIABLE)
     if folder:
         outcome.write(ended, Path(folder))
-    return ended.code
+    return 0 if folder and ended.kind == "stopped" else ended.code
 
 
 def _ended(task: str, args: argparse.Namespace, rank: int) -> Outcome:
@@ -119,6 +124,19 @@ def _redirect(prefix: str, rank: int) -> None:
         file = os.open(f"{prefix}_{rank}_log.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(file, number)
         os.close(file)
+
+
+def _leave_word_on_signals(rank: int, folder: Path) -> None:
+    """End at once on the signals that a training, once it runs, answers with a save; but say so to the launcher."""
+
+    def leave(signum: int, frame) -> None:
+        code = exit_codes.stopped_by(signum)
+        outcome.write(Outcome(rank, "stopped", code), folder)
+        os._exit(code)
+
+    for signum in exit_codes.STOP_SIGNALS:
+        if signum != signal.SIGINT:  # a KeyboardInterrupt, see _ended
+            signal.signal(signum, leave)
 
 
 def _keep_the_work_of_earlier_attempts(args: argparse.Namespace, job: str) -> None:

@@ -1,0 +1,48 @@
+"""Tasks that end in every way, for the launchers to run."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from dinov2_custom.errors import DataError
+from dinov2_custom.run.submit import Task
+
+
+class Misbehave(Task):
+    """Write ``rank<r>`` files with the world's size; then end as ``args.how`` says, in rank ``args.who``."""
+
+    def __call__(self) -> int:
+        rank, size = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
+        out = Path(self.args.output_dir)
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        (out / "logs" / "log.txt").touch()
+        (out / f"rank{rank}").write_text(f"{size} {os.environ['LOCAL_RANK']}")
+        print(f"hello from rank {rank}", flush=True)
+        if rank == self.args.who:
+            if self.args.how == "crash":
+                raise ValueError("an unexpected value")
+            if self.args.how == "refuse":
+                raise DataError("no such images")
+            if self.args.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return int(self.args.how)
+        time.sleep(60 if self.args.wait else 0)
+        return 0
+
+
+class CountSignals(Task):
+    """Wait for signals for a second after the first one, write them down and end as a stopped training does."""
+
+    def __call__(self) -> int:
+        rank, out = int(os.environ["RANK"]), Path(self.args.output_dir)
+        received: list[int] = []
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda signum, frame: received.append(signum))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"ready{rank}").touch()
+        while not received:
+            time.sleep(0.01)
+        time.sleep(1)
+        (out / f"signals{rank}").write_text(" ".join(map(str, received)))
+        return 128 + received[0]

@@ -1,0 +1,103 @@
+"""What is asked for, looked up where the job is submitted. That it comes out in the job: tests/slurm."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinov2_custom.errors import LaunchError
+from dinov2_custom.run.environment import conda_prefix, resolve
+
+
+def asked(**given):
+    names = ("conda_env", "venv", "python", "modules", "setup")
+    return argparse.Namespace(**{name: given.get(name) for name in names})
+
+
+@pytest.fixture
+def conda_env(tmp_path, monkeypatch):
+    """A prefix that looks like conda's, with this interpreter and this package in it."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    prefix = tmp_path / "envs" / "la b"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "conda-meta").mkdir()
+    (prefix / "bin" / "python").symlink_to(sys.executable)
+    (prefix / "etc/conda/activate.d").mkdir(parents=True)
+    (prefix / "etc/conda/activate.d/hook.sh").write_text('export HOOK="ran in $CONDA_PREFIX"\nfalse\n')
+    (prefix / "conda-meta/state").write_text(json.dumps({"env_vars": {"FROM_STATE": "it's set"}}))
+    return prefix
+
+
+def run(lines, show):
+    text = "\n".join(line for _, line in lines) + f"\n{show}\n"
+    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True).stdout
+
+
+def test_nothing_asked_is_the_interpreter_that_submits():
+    found = resolve(asked(), {})
+    assert found.lines == () and found.executable == sys.executable and found.prefix == sys.prefix
+    assert run([], f"echo {found.python}").strip() == sys.executable
+
+
+def test_a_conda_prefix_is_activated_without_conda(conda_env):
+    found = resolve(asked(conda_env=str(conda_env)), {})
+    assert found.prefix == str(conda_env)
+    shown = run(found.lines, f'echo "$HOOK|$FROM_STATE|$CONDA_PREFIX|${{PATH%%:*}}|"{found.python}')
+    assert shown.strip() == "|".join(
+        [f"ran in {conda_env}", "it's set", str(conda_env), f"{conda_env}/bin", f"{conda_env}/bin/python"]
+    )
+
+
+def test_a_conda_name_is_looked_up_where_conda_lists_environments(conda_env, tmp_path):
+    (tmp_path / ".conda").mkdir()
+    (tmp_path / ".conda/environments.txt").write_text(f"/gone/other\n{conda_env}\n")
+    assert conda_prefix("la b", {"HOME": str(tmp_path)}) == conda_env
+    assert conda_prefix("la b", {"HOME": "/", "CONDA_ENVS_PATH": str(tmp_path / "envs")}) == conda_env
+    with pytest.raises(LaunchError, match=r"name of a conda environment \(.*la b.*\), got 'lab'"):
+        conda_prefix("lab", {"HOME": str(tmp_path)})
+
+
+def test_a_virtual_environment(tmp_path, monkeypatch):
+    import venv
+
+    monkeypatch.chdir(tmp_path)  # python -c finds packages of the working directory
+
+    venv.create(tmp_path / "v", with_pip=False, symlinks=True)
+    with pytest.raises(LaunchError, match="expected an environment with dinov2_custom, got from .*No module named"):
+        resolve(asked(venv=str(tmp_path / "v")), {})
+    found = resolve(asked(venv=str(tmp_path / "v"), setup=["export A=1"]), {})
+    assert run(found.lines, 'echo "$A $VIRTUAL_ENV"').strip() == f"1 {tmp_path / 'v'}"
+    assert found.prefix == str(tmp_path / "v")
+
+
+@pytest.fixture(autouse=True)
+def only_installed(monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"venv": "/nope"}, "--venv: expected an environment with bin/python, got none at /nope"),
+        ({"conda_env": "/nope"}, "--conda-env: expected an environment"),
+        ({"python": "/nope/python"}, "--python: expected an interpreter"),
+        ({"venv": "a", "conda_env": "b"}, "expected one of --conda-env and --venv, got both"),
+    ],
+)
+def test_mistakes(given, message):
+    with pytest.raises(LaunchError, match=message):
+        resolve(asked(**given), {})
+
+
+def test_setup_lines_that_bring_another_python_mean_that_one(tmp_path):
+    (tmp_path / "python3").write_text("#!/bin/sh\n")
+    (tmp_path / "python3").chmod(0o755)
+    harmless = resolve(asked(setup=["export A=1"]), {})
+    assert run(harmless.lines, f"echo {harmless.python}").strip() == sys.executable
+    other = resolve(asked(setup=[f"PATH={tmp_path}:$PATH"]), {})
+    assert run(other.lines, f"echo {other.python}").strip() == str(tmp_path / "python3")
+    named = resolve(asked(setup=[f"PATH={tmp_path}:$PATH"], python="python3"), {})
+    assert run(named.lines, f"echo {named.python}").strip() == str(tmp_path / "python3")

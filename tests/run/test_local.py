@@ -1,0 +1,183 @@
+"""The local launcher with real processes: ranks, signals, deaths, output files."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov2_custom.errors import LaunchError
+from dinov2_custom.run import local
+from tests.run.tasks import Misbehave
+from tests.train.batches import TINY
+from tests.train.test_train import weights, write_images
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOTAL = 40
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 12)
+
+
+def command(images: Path, out: Path, *flags: str) -> list[str]:
+    overrides = [
+        f"train.dataset_path={images}",
+        f"train.OFFICIAL_EPOCH_LENGTH={TOTAL}",
+        "optim.epochs=1",
+        "optim.warmup_epochs=0.25",
+        "train.num_workers=0",
+        "train.log_every=1",
+        "checkpointing.period=10",
+    ]
+    script = str(REPOSITORY / "run/train/train.py")
+    return [sys.executable, script, "--ngpus", "2", "--output-dir", str(out), *flags, *TINY, *overrides]
+
+
+def start(images: Path, out: Path, *flags: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with open(out.parent / f"{out.name}.log", "a") as log:
+        return subprocess.Popen(
+            command(images, out, *flags), env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(images, out).wait(timeout=240) == 0
+    return out
+
+
+def test_two_processes_are_one_run(uninterrupted):
+    assert "world_size=2" in (uninterrupted / "logs/log.txt").read_text()
+    assert (uninterrupted / "logs/log.txt.rank1").exists() and (uninterrupted / "local_1_log.out").exists()
+    assert not (uninterrupted / "local_0_log.out").exists(), "rank 0 keeps the terminal"
+    assert "Training" in uninterrupted.with_name("whole.log").read_text()
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(images, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    process = start(images, out)
+    wait_for(out / "last_checkpoint", process)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal does
+    assert process.wait(timeout=60) == 130
+    assert not (out / "model_final.pth").exists() and children_are_gone(out)
+
+    assert start(images, out).wait(timeout=240) == 0
+    log = (tmp_path / "out.log").read_text()
+    assert "resumed from=" in log and "Traceback" not in log
+    expected, got = weights(uninterrupted), weights(out)
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def children_are_gone(out: Path) -> bool:
+    mine = str(out).encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mine in path.read_bytes():
+                return False
+        except OSError:
+            continue
+    return True
+
+
+def test_a_killed_rank_ends_the_run_with_a_sentence(images, tmp_path):
+    out = tmp_path / "out"
+    process = start(images, out)
+    wait_for(out / "last_checkpoint", process)
+    second = next(pid for pid in children(process) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    assert process.wait(timeout=60) == 137
+    sentence = "rank 1 was killed by SIGKILL, the other processes were stopped"
+    assert sentence in (tmp_path / "out.log").read_text()
+    assert sentence in (out / "logs" / "log.txt").read_text()
+    assert children_are_gone(out)
+
+
+def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
+    out = tmp_path / "runs" / "out"
+    out.parent.mkdir()
+    process = start(tmp_path / "absent", out)
+    assert process.wait(timeout=60) == 1
+    log = (tmp_path / "runs" / "out.log").read_text()
+    assert log.count("error: ") == 1 and "Traceback" not in log
+    assert not out.exists()
+
+
+def launch(how: str, out: Path, who: int = 1, wait: bool = True) -> int:
+    return local.launch(Misbehave, argparse.Namespace(output_dir=str(out), how=how, who=who, wait=wait), processes=3)
+
+
+@pytest.fixture
+def importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+
+
+def test_every_rank_knows_its_place(importable, tmp_path):
+    assert launch("0", tmp_path / "out", wait=False) == 0
+    assert [(tmp_path / "out" / f"rank{r}").read_text() for r in range(3)] == ["3 0", "3 1", "3 2"]
+    assert (tmp_path / "out" / "local_2_log.out").read_text() == "hello from rank 2\n"
+
+
+def test_a_crash_is_in_the_main_log_with_its_traceback(importable, tmp_path, capfd):
+    assert launch("crash", tmp_path / "out") == 1
+    log = (tmp_path / "out" / "logs" / "log.txt").read_text()
+    assert "rank 1 ended with this error:\nTraceback" in log and "ValueError: an unexpected value" in log
+    assert "rank 1 ended with exit code 1" in capfd.readouterr().err
+
+
+def test_a_refusal_of_another_rank_is_told(importable, tmp_path, capfd):
+    assert launch("refuse", tmp_path / "out") == 1
+    error = capfd.readouterr().err
+    assert error.count("error: no such images") == 1 and "Traceback" not in error
+
+
+@pytest.mark.parametrize("how, code", [("kill", 137), ("75", 75), ("140", 140)])
+def test_exit_codes_pass_through(importable, tmp_path, capfd, how, code):
+    assert launch(how, tmp_path / "out", who=0) == code
+    assert ("was killed by SIGKILL" in capfd.readouterr().err) == (how == "kill")
+
+
+def test_a_signal_reaches_every_rank_once(importable, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import argparse, sys; from dinov2_custom.run import local; from tests.run.tasks import CountSignals\n"
+        f"sys.exit(local.launch(CountSignals, argparse.Namespace(output_dir={str(out)!r}), processes=2))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    wait_for(out / "ready0", process)
+    wait_for(out / "ready1", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert [(out / f"signals{rank}").read_text() for rank in range(2)] == ["15", "15"]
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local.num_processes(argparse.Namespace(cpu=None, ngpus=None)) == 2
+    with pytest.raises(LaunchError, match="at most the 2 GPUs of this machine, got 3"):
+        local.num_processes(argparse.Namespace(cpu=None, ngpus=3))
+
+
+def test_cpu_hides_the_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert local.num_processes(argparse.Namespace(cpu=True, ngpus=None)) == 1
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -1,0 +1,163 @@
+"""Which launcher, what is printed, what is refused; without SLURM. Real jobs are in tests/slurm."""
+
+import argparse
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinov2_custom.errors import LaunchError
+from dinov2_custom.run.submit import Task, choose_launcher, get_args_parser, get_shared_folder, submit_jobs
+from tests.train.batches import TINY
+from tests.train.test_train import write_images
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TORCHRUN = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1")
+
+
+def parse(*arguments):
+    return get_args_parser().parse_args(list(arguments))
+
+
+def train(*arguments, cwd, environment=None):
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(environment or {})}
+    command = [sys.executable, str(REPOSITORY / "run/train/train.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "flags, environment, launcher",
+    [
+        ([], {}, "local"),
+        (["--ngpus", "2"], {}, "local"),
+        (["--nodes", "2"], {}, "slurm"),
+        (["--partition", "p"], {}, "slurm"),
+        (["--cluster", "c"], {}, "slurm"),
+        (["--conda-env", "e"], {}, "slurm"),
+        (["--launcher", "slurm"], {}, "slurm"),
+        ([], TORCHRUN, "inline"),
+        ([], {"TORCHELASTIC_RUN_ID": "x"}, "inline"),
+        (["--launcher", "local"], {"SLURM_JOB_ID": "3", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "local"),
+        (["--launcher", "inline"], {}, "inline"),
+    ],
+)
+def test_choice_of_the_launcher(flags, environment, launcher):
+    assert choose_launcher(parse(*flags), environment) == launcher
+
+
+@pytest.mark.parametrize(
+    "flags, environment, message",
+    [
+        (
+            ["--launcher", "local", "--qos", "q", "--venv", "v"],
+            {},
+            "--qos, --venv: expected --launcher slurm, got local",
+        ),
+        (["--partition", "p"], TORCHRUN, "--partition: expected --launcher slurm, got inline"),
+        (["--launcher", "slurm"], TORCHRUN, "expected a single process"),
+        (["--launcher", "local", "--nodes", "2"], {}, "--nodes: expected --launcher slurm"),
+    ],
+)
+def test_flags_without_use_are_refused(flags, environment, message):
+    with pytest.raises(LaunchError, match=message):
+        choose_launcher(parse(*flags), environment)
+
+
+def test_upstreams_signatures():
+    assert list(inspect.signature(get_args_parser).parameters) == ["description", "parents", "add_help"]
+    assert list(inspect.signature(submit_jobs).parameters) == ["task_class", "args", "name"]
+    assert list(inspect.signature(get_shared_folder).parameters) == []
+
+
+def test_the_shared_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("DINOV2_CHECKPOINT_PATH", str(tmp_path))
+    assert get_shared_folder().parent.parent == tmp_path and get_shared_folder().name == "experiments"
+    monkeypatch.delenv("DINOV2_CHECKPOINT_PATH")
+    assert get_shared_folder() == Path("outputs").absolute()
+
+
+def test_a_task_is_what_submitit_requeues():
+    args = argparse.Namespace(output_dir="o")
+    again = Task(args).checkpoint()
+    assert type(again).__name__ == "DelayedSubmission" and again.function.args is args
+
+
+def test_inline_passes_the_arguments_and_the_code():
+    class Echo(Task):
+        def __call__(self):
+            return 40 + self.args.nodes
+
+    assert submit_jobs(Echo, parse("--launcher", "inline", "--nodes", "1"), name="x") == 41
+
+
+def test_dry_run_prints_script_and_configuration_and_leaves_nothing(tmp_path):
+    images = write_images(tmp_path / "images", 2)
+    flags = ["--ngpus", "2", "--nodes", "3", "--account", "me", "--slurm", "mail-type=END", "--mem-per-gpu", "30G"]
+    more = ["--timeout", "10:00:00", "--constraint", "a", "--use-volta32", "--exclusive", "--gres", "gpu:h100:2"]
+    before = sorted(tmp_path.iterdir())
+    done = train(
+        "--dry-run", *flags, *more, "--output-dir", "out dir", *TINY, f"train.dataset_path={images}", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    for option in (
+        "nodes=3",
+        "ntasks-per-node=2",
+        "account=me",
+        "mail-type=END",
+        "mem-per-gpu=30G",
+        "time=600",
+        "requeue",
+    ):
+        assert f"#SBATCH --{option}\n" in done.stdout
+    assert "#SBATCH --exclusive\n" in done.stdout and "#SBATCH --gres=gpu:h100:2\n" in done.stdout
+    assert "#SBATCH --constraint=a&volta32gb\n" in done.stdout and "gpus-per-node" not in done.stdout
+    assert f"dataset_path: {images}\n" in done.stdout and "  arch: vit_nano\n" in done.stdout
+    assert "run_directory='" in done.stdout
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_local_dry_run(tmp_path):
+    done = train("--dry-run", "--cpu", "--ngpus", "2", *TINY, "train.dataset_path=x", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("# local, 2 processes: ")
+    assert "  arch: vit_nano\n" in done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--partition", "p"], ["--launcher", "slurm"], ["--ngpus", "2"]])
+def test_a_bad_configuration_is_refused_first(tmp_path, flags):
+    done = train(*flags, "--output-dir", "out", "optim.epoch=3", "train.dataset_path=x", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "optim.epochs" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_slurm(tmp_path):
+    done = train("--partition", "p", "train.dataset_path=x", cwd=tmp_path, environment={"PATH": "/nowhere"})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: expected SLURM's commands on PATH, got no sbatch, srun, scontrol")
+    assert not list(tmp_path.iterdir())
+
+
+def test_submitting_imports_no_torch():
+    code = (
+        "import sys\nfrom dinov2_custom.run.train.train import main\n"
+        "main(['--partition', 'p', '--dry-run', 'train.dataset_path=x'])\n"
+        "assert not {'torch', 'numpy', 'submitit'} & set(sys.modules)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, stdout=subprocess.DEVNULL)
+
+
+def test_knn_shares_the_launcher(tmp_path):
+    script = str(REPOSITORY / "run/eval/knn.py")
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    (tmp_path / "teacher.pth").touch()
+    flags = ["--partition", "p", "--ngpus", "1", "--pretrained-weights", "teacher.pth", "--dry-run"]
+    done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --job-name=dinov2:knn\n" in done.stdout and "dinov2_custom.run.eval.knn:Evaluator" in done.stdout
+    flags[5] = "absent.pth"
+    done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: --pretrained-weights: expected a weight file")

@@ -1,0 +1,124 @@
+"""One real SLURM of three nodes for all tests here; the first pytest process starts it, the last one stops it."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.train.test_train import write_images
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch")
+
+
+def pytest_collection_modifyitems(items):
+    """One process runs all of them where pytest-xdist is asked to keep groups together."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
+class Cluster:
+    """Commands on the cluster of ``start.sh``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "PYTEST_"))
+        } | {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+    def run(self, *command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
+        options.setdefault("env", self.environment)
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240, **options)
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done
+
+    def train(self, *arguments: object, check: bool = True, **options) -> subprocess.CompletedProcess:
+        return self.run(sys.executable, REPOSITORY / "run/train/train.py", *arguments, check=check, **options)
+
+    def submit(self, *arguments: object, **options) -> str:
+        """Submit a training and return the job's number."""
+        return self.train(*arguments, **options).stdout.split()[1]
+
+    def facts(self, job: str) -> dict[str, str]:
+        shown = self.run("scontrol", "show", "job", job).stdout
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+    def wait(self, job: str, states: Sequence[str] = ("COMPLETED",), timeout: float = 180) -> dict[str, str]:
+        """Wait until the job is in one of ``states``; fail as soon as it is in another final one."""
+        deadline = time.monotonic() + timeout
+        while True:
+            facts = self.facts(job)
+            if facts["JobState"] in states:
+                return facts
+            final = facts["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+            assert not final and time.monotonic() < deadline, f"{facts['JobState']}: {self.log(job)}"
+            time.sleep(0.2)
+
+    def log(self, job: str) -> str:
+        folder = Path(self.facts(job)["StdOut"]).parent
+        return "\n".join(path.read_text() for path in sorted(folder.glob(f"{job}*log.*")))
+
+    def queue(self) -> list[str]:
+        return self.run("squeue", "--noheader", "--format", "%i").stdout.split()
+
+    def ranks(self, job: str) -> dict[int, int]:
+        """Return {rank: process id} of the job's running processes."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                pairs = [pair.split("=", 1) for pair in path.read_text(errors="replace").split("\0") if "=" in pair]
+                command = (path.parent / "cmdline").read_text(errors="replace")
+            except OSError:
+                continue
+            variables = dict(pairs)
+            if variables.get("SLURM_JOB_ID") == job and variables.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                parent = (path.parent / "stat").read_text().rpartition(")")[2].split()[1]
+                started_by = Path(f"/proc/{parent}/comm")
+                if "dinov2_custom.run.task" in command and started_by.exists():
+                    if started_by.read_text().strip() == "slurmstepd":  # not a data-loading process of a rank
+                        found[int(variables["SLURM_PROCID"])] = int(path.parent.name)
+        return found
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    missing = [name for name in DAEMONS if shutil.which(name) is None]
+    reason = "not root" if os.getuid() else f"no {', '.join(missing)} (tests/slurm/install.sh)" if missing else ""
+    if reason:
+        words = f"NO REAL SLURM: {reason}"
+        pytest.fail(words) if os.environ.get("DINOV2_REQUIRE_SLURM") else pytest.skip(words)
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder = base / "slurm"
+    with open(base / "slurm_starting", "w") as starting, open(base / "slurm_users", "w") as users:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_SH)
+        if not folder.exists():
+            log = base / "slurm_start.log"  # a file, as the daemons keep what they inherit open
+            with open(log, "w") as output:
+                started = subprocess.run([HERE / "start.sh", folder], stdout=output, stderr=output).returncode == 0
+            if not started:
+                subprocess.run([HERE / "stop.sh", folder], check=False)
+            assert started, log.read_text()
+        fcntl.flock(starting, fcntl.LOCK_UN)
+        yield Cluster(folder)
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        fcntl.flock(users, fcntl.LOCK_UN)
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another pytest process goes on with it
+            return
+        subprocess.run([HERE / "stop.sh", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 16)

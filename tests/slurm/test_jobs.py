@@ -1,0 +1,176 @@
+"""Real jobs: what a submitted training leaves, and that interruptions of every kind change nothing."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.batches import TINY
+from tests.train.test_train import rows, weights
+
+TOTAL = 60
+
+
+def arguments(images: Path, out: object, *flags: object) -> list[object]:
+    overrides = [
+        f"train.dataset_path={images}",
+        f"train.OFFICIAL_EPOCH_LENGTH={TOTAL}",
+        "optim.epochs=1",
+        "optim.warmup_epochs=0.25",
+        "train.num_workers=1",
+        "train.log_every=1",
+        "checkpointing.period=10",
+        "student.drop_path_rate=0.3",
+    ]
+    small = ["--ngpus", 2, "--cpus-per-task", 2, "--timeout", 10]
+    return [*small, "--output-dir", out, *flags, *TINY, *overrides]
+
+
+def wait_for(condition, what: str, timeout: float = 120):
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.05)
+    return found
+
+
+def last_checkpoint(out: Path) -> str:
+    marker = out / "last_checkpoint"
+    return marker.read_text() if marker.exists() else ""
+
+
+def frozen_after_a_checkpoint(cluster, job: str, out: Path) -> dict[int, int]:
+    """Wait for a newer checkpoint, stop all ranks where they are, and return {rank: process id}."""
+    before = last_checkpoint(out)
+    wait_for(lambda: last_checkpoint(out) not in ("", before), "a checkpoint")
+    ranks = cluster.ranks(job)
+    for pid in ranks.values():
+        os.kill(pid, signal.SIGSTOP)
+    return ranks
+
+
+def set_limit(cluster, job: str, minutes: int) -> None:
+    """SLURM refuses it while it ends a job."""
+    command = ("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
+    wait_for(lambda: cluster.run(*command, check=False).returncode == 0, "another time limit")
+
+
+def preempt(cluster, job: str, out: Path) -> None:
+    """A job of a higher partition wants all nodes: SLURM sends SIGTERM and, 25 s later, kills and requeues."""
+    before = last_checkpoint(out)
+    wait_for(lambda: last_checkpoint(out) not in ("", before), "a checkpoint")
+    cluster.run("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--wrap=true", "--output=/dev/null")
+
+
+def time_out(cluster, job: str, out: Path) -> None:
+    """SLURM sends SIGUSR2 two minutes before the limit; it looks twice a minute, and wakes those that sleep."""
+    frozen_after_a_checkpoint(cluster, job, out)
+    set_limit(cluster, job, 2)
+
+
+def kill(cluster, job: str, out: Path) -> None:
+    """One rank is killed, as by the system when memory is short."""
+    ranks = frozen_after_a_checkpoint(cluster, job, out)
+    os.kill(ranks[max(ranks)], signal.SIGKILL)
+    for pid in ranks.values():
+        try:
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            continue
+
+
+def check_same(out: Path, expected: Path) -> None:
+    one, other = weights(expected), weights(out)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    written = [row["iteration"] for row in rows(out)]
+    assert written == sorted(set(written)) and written[-1] == TOTAL - 1
+
+
+@pytest.fixture(scope="module")
+def two_by_two(cluster, images, tmp_path_factory):
+    """An uninterrupted run of 2 nodes with 2 processes each, below a folder with spaces, named by the job."""
+    folder = tmp_path_factory.mktemp("my runs")
+    done = cluster.train(*arguments(images, "job %j", "--nodes", 2), cwd=folder)
+    job = done.stdout.split()[1]
+    out = folder / f"job {job}"
+    assert f"files: {out}\n" in done.stdout
+    cluster.wait(job)
+    assert [path.name for path in folder.iterdir()] == [f"job {job}"], "no folder called %j"
+    return out
+
+
+def test_everything_is_in_the_run_directory(two_by_two):
+    job = two_by_two.name.removeprefix("job ")
+    files = {path.name for path in two_by_two.iterdir()}
+    logs = {f"{job}_{rank}_log.{stream}" for rank in range(4) for stream in ("out", "err")}
+    assert logs | {f"{job}_log.out", f"{job}_submission.sh", f"{job}_config.yaml", "config.yaml"} <= files
+    log = (two_by_two / f"{job}_log.out").read_text()
+    assert log.count("environment: node") == 2 and sys.executable in log
+    assert "not requeued: the run is complete" in log
+    assert "world_size=4" in (two_by_two / "logs/log.txt").read_text()
+    script = (two_by_two / f"{job}_submission.sh").read_text()
+    assert "# submitted by: cd " in script and "run/train/train.py --ngpus 2" in script
+    assert {f"log.txt.rank{rank}" for rank in (1, 2, 3)} <= {path.name for path in (two_by_two / "logs").iterdir()}
+
+
+def test_a_complete_run_is_not_done_again(cluster, images, two_by_two):
+    before = (two_by_two / "model_final.pth").stat().st_mtime_ns
+    job = cluster.submit(*arguments(images, two_by_two, "--nodes", 2))
+    assert cluster.wait(job)["Restarts"] == "0"
+    assert "nothing to do" in (two_by_two / "logs/log.txt").read_text()
+    assert (two_by_two / "model_final.pth").stat().st_mtime_ns == before
+
+
+def test_preempted_timed_out_and_killed_gives_the_same_weights(cluster, images, two_by_two, tmp_path):
+    out = tmp_path / "out"
+    job = cluster.submit(*arguments(images, out, "--nodes", 2))
+    for attempt, interrupt in enumerate((preempt, time_out, kill)):
+        interrupt(cluster, job, out)
+        wait_for(lambda a=attempt: int(cluster.facts(job)["Restarts"]) > a, f"restart {attempt + 1}")
+        set_limit(cluster, job, 10)
+    assert cluster.wait(job)["Restarts"] == "3"
+    check_same(out, two_by_two)
+    log = (out / f"{job}_log.out").read_text()
+    assert log.count("requeued: stopped after a save") == 2 and log.count("goes on from its last checkpoint") == 1
+    main_log = (out / "logs/log.txt").read_text()
+    assert "SIGTERM received" in main_log and "SIGUSR2 received" in main_log and main_log.count("resumed from=") == 3
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, images, tmp_path):
+    job = cluster.submit(*arguments(images, tmp_path / "out"))
+    wait_for(lambda: last_checkpoint(tmp_path / "out"), "a checkpoint")
+    cluster.run("scancel", job)
+    cluster.wait(job, states=["CANCELLED"])
+    time.sleep(6)  # a requeued job would start after five seconds
+    assert cluster.facts(job)["JobState"] == "CANCELLED" and cluster.facts(job)["Restarts"] == "0"
+
+
+def test_a_run_that_fails_is_not_requeued(cluster, tmp_path):
+    job = cluster.submit(*arguments(tmp_path / "absent", tmp_path / "out"))
+    facts = cluster.wait(job, states=["FAILED"])
+    assert facts["Restarts"] == "0"
+    log = (tmp_path / "out" / f"{job}_log.out").read_text()
+    assert "not requeued: it ended with an error that another attempt would meet again" in log
+    errors = (tmp_path / "out" / f"{job}_0_log.err").read_text()
+    assert errors.startswith("error: ") and "Traceback" not in errors
+
+
+def test_interactive_allocations(cluster, images, tmp_path):
+    """``salloc`` with the local launcher, ``srun`` with one process a rank: every rank once."""
+    few = ["train.OFFICIAL_EPOCH_LENGTH=2", "--launcher"]
+    python = [sys.executable, Path(__file__).parents[2] / "run/train/train.py"]
+    common = [a for a in arguments(images, "OUT") if a not in ("--cpus-per-task", "--timeout", 10)]
+    common.remove(2)  # the value of --cpus-per-task
+    local = [tmp_path / "local" if a == "OUT" else a for a in common]
+    cluster.run("salloc", "--nodes=1", "--ntasks=1", "--quiet", *python, *local, *few, "local")
+    inline = [tmp_path / "inline" if a == "OUT" else a for a in common]
+    cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *python, *inline, *few, "inline")
+    for name, size in (("local", 2), ("inline", 2)):
+        assert f"world_size={size}" in (tmp_path / name / "logs/log.txt").read_text()
+        assert sorted(path.name for path in (tmp_path / name / "logs").iterdir()) == sorted(
+            ["log.txt", *(f"log.txt.rank{rank}" for rank in range(1, size))]
+        )
