@@ -118,7 +118,7 @@ def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: st
         return first.code
     crashed = [ended.rank for ended in by_kind["crashed"]]
     if not killed and not crashed:
-        ended = [*by_kind["stopped"], *by_kind["lost"]]
+        ended = [*by_kind["lost"], *by_kind["stopped"]]
         return ended[0].code if ended else 0
     # a death by signal makes the others crash in their next exchange, or they are stopped by SIGTERM
     rank = [*killed, *crashed, *codes][0]
