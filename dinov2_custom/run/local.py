@@ -110,7 +110,8 @@ def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: st
     """Return the exit code of the whole; say which rank ended it, unless that rank's own words were seen here."""
     by_kind = {kind: [ended for ended in outcomes if ended.kind == kind] for kind in outcome.KINDS}
     told = {ended.rank for ended in outcomes}
-    killed = [rank for rank, code in codes.items() if rank not in told and code != -signal.SIGTERM]
+    by_us = (-signal.SIGTERM, exit_codes.LOST_PROCESS)  # consequences of another one's death
+    killed = [rank for rank, code in codes.items() if rank not in told and code not in by_us]
     if by_kind["refused"]:
         first = by_kind["refused"][0]
         if first.rank:
@@ -119,7 +120,7 @@ def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: st
     crashed = [ended.rank for ended in by_kind["crashed"]]
     if not killed and not crashed:
         ended = [*by_kind["lost"], *by_kind["stopped"]]
-        return ended[0].code if ended else 0
+        return ended[0].code if ended else exit_codes.LOST_PROCESS if codes else exit_codes.DONE
     # a death by signal makes the others crash in their next exchange, or they are stopped by SIGTERM
     rank = [*killed, *crashed, *codes][0]
     code = codes.get(rank, exit_codes.ERROR)

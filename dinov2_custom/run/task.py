@@ -87,7 +87,8 @@ def _ended(task: str, args: argparse.Namespace, rank: int) -> Outcome:
         code = int(_task_class(task)(args)() or 0)
     except DINOv2Error as e:
         print(f"error: {e}", file=sys.stderr)
-        return Outcome(rank, "refused", exit_codes.ERROR, str(e))
+        code = exit_codes.ERROR if e.exit_code is None else e.exit_code
+        return Outcome(rank, "lost" if code == exit_codes.LOST_PROCESS else "refused", code, str(e))
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
     except KeyboardInterrupt:
@@ -148,8 +149,11 @@ def _keep_the_work_of_earlier_attempts(args: argparse.Namespace, job: str) -> No
 
 
 def _tell_main_log(folder: Path, ended: Outcome) -> None:
+    """Add the traceback to the run's log, unless the task has done so."""
     log = folder / "logs" / "log.txt"
-    if log.parent.is_dir():
+    if log.is_file() and ended.message.rstrip().splitlines()[-1] not in log.read_text(
+        encoding="utf-8", errors="replace"
+    ):
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"rank {ended.rank} ended with this error:\n{ended.message}")
 
