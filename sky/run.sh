@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What every node runs: torchrun over all nodes, from SkyPilot's variables. A run that has a checkpoint goes on from it, also
-# on another number of GPUs: the global batch stays. Variables: those of the task's envs, WANDB_API_KEY (secret, may be empty),
+# What every node runs: torchrun over all nodes, from SkyPilot's variables. A run with a checkpoint goes on from it, also
+# on another number of GPUs: the global batch stays. Variables: the envs of the task, WANDB_API_KEY (secret, may be empty),
 # VENV (default ~/dinov2-venv), CHECKPOINT_DIR (default ~/checkpoints), MASTER_PORT (default 29500).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

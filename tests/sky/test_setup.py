@@ -18,7 +18,7 @@ PYTHON = f"""#!/bin/sh
 echo "$(basename $(dirname $(dirname $0))): $*" >>"$CALLS"
 case "$*" in
   "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-  "-m pip "*) [ ! -e "$CALLS.offline" ] ;;
+  "-m pip "*) sleep 0.3; [ ! -e "$CALLS.offline" ] ;;
   *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -80,9 +80,34 @@ def test_an_install_that_broke_off_is_made_again(tmp_path):
     assert node.setup().returncode == 0 and len(node.installs()) == 2
     assert node.setup().returncode == 0 and node.installs() == []
 
-    (marker,) = (node.home / "dinov2-venv").glob(".ready-*")
-    marker.rename(marker.with_name(".ready-of-another-version"))
+    (node.home / "dinov2-venv.made").write_text("another recipe\n")
     assert node.setup().returncode == 0 and len(node.installs()) == 2
+
+
+def test_an_environment_of_ones_own_is_used_as_it_is(tmp_path):
+    node = Node(tmp_path / "node", data=str(tmp_path))
+    own = tmp_path / "own" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.write_text(PYTHON)
+    own.chmod(0o755)
+    (tmp_path / "own" / "precious").touch()
+    assert node.setup(VENV=str(tmp_path / "own")).returncode == 0
+    assert node.installs() == [] and (tmp_path / "own" / "precious").exists()
+    assert not list(tmp_path.glob("own.*"))  # its folder may be read-only
+
+    own.write_text("#!/bin/sh\nexit 1\n")
+    done = node.setup(VENV=str(tmp_path / "own"))
+    assert done.returncode == 1 and "to have dinov2_custom, got an environment without it" in done.stderr
+    assert (tmp_path / "own" / "precious").exists()
+
+
+def test_nodes_that_share_a_home_install_once(tmp_path):
+    node = Node(tmp_path / "node", data=str(tmp_path))
+    node.calls.write_text("")
+    command = ["bash", "-c", SETUP]
+    both = [subprocess.Popen(command, cwd=REPOSITORY, env=node.env, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert len(node.installs()) == 2
 
 
 def test_data_that_cannot_be_had_end_the_setup(bucket, tmp_path):
