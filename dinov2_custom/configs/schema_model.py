@@ -16,7 +16,12 @@ SHARDING_STRATEGIES = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
 
 @dataclass
 class Model:
-    WEIGHTS: str = option("", "checkpoint whose weights a fresh run starts from; empty: none", unit="path")
+    WEIGHTS: str = option(
+        "",
+        "file whose weights a fresh run starts from, of a whole run student, teacher and centres; wins over "
+        "student.pretrained_weights; empty: none",
+        unit="path",
+    )
 
 
 @dataclass
@@ -105,7 +110,12 @@ class Student:
     drop_path_rate: float = option(0.3, "share of samples that skip a residual branch", within="[0, 1)")
     layerscale: float | None = option(1e-5, "initial LayerScale factor; 0 or null: no LayerScale", within="[0, inf)")
     drop_path_uniform: bool = option(True, "same rate in all blocks; false: rises linearly from 0 with depth")
-    pretrained_weights: str = option("", "weights the student's backbone starts from; empty: random", unit="path")
+    pretrained_weights: str = option(
+        "",
+        "weights that student and teacher start from: Meta's files, Hugging Face's Dinov2 (file or folder), teacher "
+        "checkpoints with their heads; a path, a URL, or what iopath serves; empty: random",
+        unit="path",
+    )
     ffn_layer: str = option("mlp", "feed-forward kind; identity: none", choices=FFN_LAYERS)
     block_chunks: int = option(
         0,

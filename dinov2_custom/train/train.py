@@ -33,7 +33,7 @@ from dinov2_custom.train.optimization import (
     clip_gradients,
     step_unless,
 )
-from dinov2_custom.train.pretrained import load_pretrained_backbone
+from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.run_directory import changed_keys, locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_end, describe_run
@@ -88,7 +88,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         logger.info(f"nothing to do: {course.how_to_extend()}")
         return DONE
     if resumed is None:
-        start_student(cfg, model)
+        start_from_weights(cfg, model)
     elif changes := changed_keys(out, cfg):
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")
     write_config(cfg, str(out))
@@ -172,13 +172,6 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     for line in describe_end(cfg, teacher_path, checkpoint_path):
         logger.info(line)
     return DONE
-
-
-def start_student(cfg, model: SSLMetaArch) -> None:
-    """Load ``student.pretrained_weights``, if any, into student and teacher backbones."""
-    if cfg.student.pretrained_weights:
-        load_pretrained_backbone(model.student["backbone"], cfg.student.pretrained_weights)
-        model.teacher["backbone"].load_state_dict(model.student["backbone"].state_dict())
 
 
 def main(args) -> int:

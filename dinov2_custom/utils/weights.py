@@ -6,6 +6,7 @@ Not here: what a caller does about tensors that do not fit. Read :func:`flat_sta
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.download import fetch
+from dinov2_custom.utils.hugging_face import from_hugging_face, is_hugging_face
+from dinov2_custom.utils.paths import local_path
 
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
@@ -27,12 +30,18 @@ _HEADS = ("dino_head.", "ibot_head.")
 
 
 def read_weights(source: str | os.PathLike) -> Any:
-    """Read a file of tensors and plain values from a path or http(s) URL.
+    """Read a file of tensors and plain values: a path, an http(s) URL, or what one of iopath's handlers serves.
+
+    A folder stands for the ``model.safetensors`` in it, whole or in parts, as Hugging Face writes it.
 
     Raises:
         CheckpointError: missing, torn, or holding anything but tensors and plain values.
     """
-    path = _local_copy(str(source)) if is_url(source) else Path(source).expanduser()
+    path = _local_copy(str(source)) if is_url(source) else local_path(source)
+    if (path / "model.safetensors.index.json").is_file():
+        return _read_parts(path)
+    if (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -59,6 +68,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"expected a safetensors file at {path}, could not read it: {e}") from e
 
 
+def _read_parts(folder: Path) -> dict[str, Tensor]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    names = {Path(name).name for name in index["weight_map"].values()}  # never a file outside the folder
+    return {key: value for name in sorted(names) for key, value in _read_safetensors(folder / name).items()}
+
+
 def is_url(source: str | os.PathLike) -> bool:
     return str(source).startswith(("http://", "https://"))
 
@@ -72,14 +87,30 @@ def _local_copy(url: str) -> Path:
 
 
 def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor]:
-    """Return a backbone's tensors under flat names, without heads.
+    """Return a backbone's tensors under the released, flat names, without heads.
 
     The tensors may lie under ``checkpoint_key`` (else teacher, model, state_dict or student); of a whole training state
-    the teacher's are taken. ``blocks.<chunk>.<i>.`` becomes ``blocks.<i>.``.
+    the teacher's are taken. ``blocks.<chunk>.<i>.`` becomes ``blocks.<i>.``,
+    and the names of Hugging Face's models the released ones.
 
     Raises:
         CheckpointError: no dict of tensors.
     """
+    state = _unwrapped(file, checkpoint_key)
+    return {name: value for name, value in state.items() if not name.startswith(_HEADS)}
+
+
+def flat_heads(file: Any, checkpoint_key: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of the same file's heads, ``dino_head`` and ``ibot_head``; a bare backbone has none."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    for name, value in _unwrapped(file, checkpoint_key).items():
+        if name.startswith(_HEADS):
+            head, _, rest = name.partition(".")
+            heads.setdefault(head, {})[rest] = value
+    return heads
+
+
+def _unwrapped(file: Any, checkpoint_key: str | None) -> dict[str, Tensor]:
     if not isinstance(file, Mapping):
         raise CheckpointError(f"expected a weight file that holds a dict of tensors, got a {type(file).__name__}")
     while key := next((k for k in (checkpoint_key, *_WRAPPERS) if k and isinstance(file.get(k), Mapping)), None):
@@ -88,8 +119,9 @@ def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor
     for part in ("teacher.", "student."):
         if any(name.startswith(part) for name in state):
             state = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-    state = {flat_name(name): value for name, value in state.items()}
-    return {name: value for name, value in state.items() if not name.startswith(_HEADS)}
+    if is_hugging_face(state):
+        return from_hugging_face(state)
+    return {flat_name(name): value for name, value in state.items()}
 
 
 def flat_name(name: str) -> str:

@@ -1,9 +1,14 @@
+import sys
+
 import pytest
 import torch
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.models.vision_transformer import vit_micro, vit_nano
-from dinov2_custom.train.pretrained import load_pretrained_backbone
+from dinov2_custom.train.checkpoint import save_teacher
+from dinov2_custom.train.pretrained import load_pretrained_backbone, start_from_weights
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from tests.train.batches import tiny_config
 
 
 def make(arch=vit_nano, **kwargs):
@@ -64,3 +69,114 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing(tmp_path
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="found nothing"):
         load_pretrained_backbone(make(), tmp_path / "absent.pth")
+
+
+def run_of(*overrides):
+    torch.manual_seed(0)
+    return SSLMetaArch(tiny_config(*overrides))
+
+
+def scrambled(model, seed):
+    """Give every tensor other values, student and teacher different ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return model
+
+
+def equal(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_heads_of_a_teacher_checkpoint_are_used(tmp_path, caplog):
+    source = scrambled(run_of(), 1)
+    path = save_teacher(source, tmp_path, "training_1")
+    target = run_of(f"student.pretrained_weights={path}", "train.seed=5")
+    with caplog.at_level("INFO", "dinov2"):
+        start_from_weights(target.cfg, target)
+    expected = source.teacher.state_dict()
+    assert equal(expected, target.student.state_dict()) and equal(expected, target.teacher.state_dict())
+    assert "pretrained backbone" in caplog.text and "pretrained dino_head" in caplog.text
+    assert "missing=0 unexpected=0" in caplog.text
+
+
+def test_heads_of_another_shape_start_at_random_and_say_so(tmp_path, caplog):
+    path = save_teacher(scrambled(run_of(), 1), tmp_path, "training_1")
+    target = run_of(f"student.pretrained_weights={path}", "dino.head_n_prototypes=48")
+    before = {name: value.clone() for name, value in target.student["dino_head"].state_dict().items()}
+    start_from_weights(target.cfg, target)
+    assert equal(before, target.student["dino_head"].state_dict())
+    assert "dino_head: of another shape" in caplog.text and "last_layer" in caplog.text
+
+
+def test_a_whole_run_gives_student_teacher_and_centres(tmp_path, caplog):
+    source = scrambled(run_of(), 2)
+    torch.save({"model": source.state_dict(), "iteration": 7, "optimizer": {}}, tmp_path / "model_0000007.pth")
+    both = [f"MODEL.WEIGHTS={tmp_path / 'model_0000007.pth'}", f"student.pretrained_weights={tmp_path / 'absent'}"]
+    target = run_of(*both, "train.seed=5")
+    start_from_weights(target.cfg, target)
+    assert equal(source.state_dict(), target.state_dict())
+    assert "MODEL.WEIGHTS wins" in caplog.text
+
+
+def test_model_weights_takes_a_bare_backbone_too(tmp_path):
+    source = scrambled(run_of(), 3)
+    torch.save(source.student["backbone"].state_dict(), tmp_path / "flat.pth")
+    target = run_of(f"MODEL.WEIGHTS={tmp_path / 'flat.pth'}")
+    start_from_weights(target.cfg, target)
+    assert equal(source.student["backbone"].state_dict(), target.teacher["backbone"].state_dict())
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("key", ["MODEL.WEIGHTS", "student.pretrained_weights"])
+def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, key):
+    torch.save({"model": Bomb(tmp_path / "ran")}, tmp_path / "bomb.pth")
+    target = run_of(f"{key}={tmp_path / 'bomb.pth'}")
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        start_from_weights(target.cfg, target)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["MODEL.WEIGHTS", "student.pretrained_weights"])
+def test_the_key_of_a_file_that_does_not_fit_is_named(tmp_path, key):
+    torch.save(make(ffn_layer="swiglu").state_dict(), tmp_path / "w.pth")
+    target = run_of(f"{key}={tmp_path / 'w.pth'}")
+    with pytest.raises(CheckpointError, match=f"^{key}: expected weights of this architecture"):
+        start_from_weights(target.cfg, target)
+
+
+def test_weights_from_a_handler_of_iopath(tmp_path):
+    file_io = pytest.importorskip("iopath.common.file_io", reason="NO TEST OF IOPATH: run pip install iopath")
+
+    class Shelf(file_io.PathHandler):
+        def _get_supported_prefixes(self):
+            return ["shelf://"]
+
+        def _get_local_path(self, path, force=False, **kwargs):
+            return str(tmp_path / path.removeprefix("shelf://"))
+
+    source, target = make().eval(), make().eval()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="expected a path that an iopath handler serves"):
+        load_pretrained_backbone(target, "shelf://w.pth")
+    file_io.g_pathmgr.register_handler(Shelf(), allow_override=True)
+    try:
+        load_pretrained_backbone(target, "shelf://w.pth")
+    finally:
+        del file_io.g_pathmgr._path_handlers["shelf://"]
+    assert equal(source.state_dict(), target.state_dict())
+    load_pretrained_backbone(target, f"file://{tmp_path / 'w.pth'}")
+
+
+def test_without_iopath_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "iopath.common", None)
+    with pytest.raises(CheckpointError, match='extra "iopath"'):
+        load_pretrained_backbone(make(), "shelf://w.pth")

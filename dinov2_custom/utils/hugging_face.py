@@ -1,0 +1,83 @@
+"""Weights of Hugging Face's Dinov2 and Dinov2WithRegisters under the released names. Read :func:`from_hugging_face`.
+
+Not the other direction (``export/hugging_face.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dinov2_custom.errors import CheckpointError
+
+_PREFIX = re.compile(
+    r"^(?:backbone\.|model\.)?(?:dinov2_with_registers\.|dinov2\.)?(?=embeddings\.|encoder\.|layernorm\.)"
+)
+_TOP = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "register_tokens",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+    "layernorm.": "norm.",
+}
+_IN_LAYER = {
+    "attention.output.dense.": "attn.proj.",
+    "attention.o_proj.": "attn.proj.",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "mlp.weights_in.": "mlp.w12.",
+    "mlp.weights_out.": "mlp.w3.",
+    "mlp.down_proj.": "mlp.w3.",
+}
+# What is several tensors there, of files as published and of models in the memory of transformers 5, and one here.
+_MERGED = {
+    "attn.qkv": (
+        ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    ),
+    "mlp.w12": (("mlp.gate_proj", "mlp.up_proj"),),
+}
+_PARTS = {part: (name, parts) for name, spellings in _MERGED.items() for parts in spellings for part in parts}
+_LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
+
+
+def is_hugging_face(names: Mapping[str, object]) -> bool:
+    """Return whether the names are those of a Hugging Face model of this family."""
+    return any(_PREFIX.sub("", name) == "embeddings.cls_token" for name in names)
+
+
+def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename, and merge query, key and value into ``qkv``, a SwiGLU's gate and input into ``w12``.
+
+    Names that belong to nothing here stay as they are.
+
+    Raises:
+        CheckpointError: a layer has some of the tensors that are merged, but not all.
+    """
+    renamed: dict[str, Tensor] = {}
+    found: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = {}
+    for name, value in state.items():
+        name = _PREFIX.sub("", name)
+        layer = _LAYER.fullmatch(name)
+        if layer is None:
+            renamed[_renamed(name, _TOP)] = value
+            continue
+        stem, _, leaf = layer[2].rpartition(".")
+        if stem in _PARTS:
+            merged, parts = _PARTS[stem]
+            found.setdefault((f"blocks.{layer[1]}.{merged}.{leaf}", parts), {})[stem] = value
+        else:
+            renamed[f"blocks.{layer[1]}.{_renamed(layer[2], _IN_LAYER)}"] = value
+    for (name, parts), tensors in found.items():
+        if missing := [part for part in parts if part not in tensors]:
+            raise CheckpointError(f"{name}: expected {', '.join(parts)}, got no {', '.join(missing)} in the file")
+        renamed[name] = torch.cat([tensors[part] for part in parts])
+    return renamed
+
+
+def _renamed(name: str, table: dict[str, str]) -> str:
+    return next((new + name.removeprefix(old) for old, new in table.items() if name.startswith(old)), name)

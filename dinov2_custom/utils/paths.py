@@ -1,0 +1,54 @@
+"""Paths that are no local files, through iopath's handlers. Read :func:`local_path`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from dinov2_custom.errors import CheckpointError
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+
+def local_path(source: str | os.PathLike) -> Path:
+    """Return a local file or folder with what ``source`` names: itself, or a copy that iopath's handler fetches.
+
+    Handlers that the program registered with iopath's ``g_pathmgr`` come first, then iopath's own for ``s3://``.
+
+    Raises:
+        CheckpointError: no package or no handler for such a path, or the handler failed.
+    """
+    text = str(source)
+    if not _SCHEME.match(text):
+        return Path(source).expanduser()
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    try:
+        from iopath.common import file_io
+    except ImportError as e:
+        raise CheckpointError(f'{text}: expected the extra "iopath" for such a path; pip install ".[iopath]"') from e
+    try:
+        return Path(_manager_for(text, file_io).get_local_path(text))
+    except CheckpointError:
+        raise
+    except Exception as e:  # each handler has errors of its own
+        raise CheckpointError(f"expected to fetch {text}, got {type(e).__name__}: {e}; check path and access") from e
+
+
+def _manager_for(text: str, file_io):
+    """Return the path manager that has a handler for ``text``."""
+    registered = file_io.g_pathmgr
+    if any(text.startswith(prefix) for prefix in registered._path_handlers):
+        return registered
+    if text.startswith("s3://"):
+        from iopath.common.s3 import S3PathHandler
+
+        own = file_io.PathManager()
+        own.register_handler(S3PathHandler())
+        return own
+    known = ", ".join(registered._path_handlers) or "none"
+    raise CheckpointError(
+        f"{text}: expected a path that an iopath handler serves, got none for it (registered: {known}, and s3://); "
+        "register one with iopath.common.file_io.g_pathmgr, or give a local file"
+    )
