@@ -59,6 +59,8 @@ def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
             f"optim.freeze_last_layer_epochs = {freeze} covers the whole run (optim.epochs = {epochs:g}): "
             "the prototypes of the heads never train"
         )
+    if share_of_run(values["student.freeze_backbone_epochs"], epochs) >= 1:
+        notes.append("student.freeze_backbone_epochs covers the whole run: only the heads train")
     masks = values["ibot.mask_sample_probability"] * values["ibot.mask_ratio_min_max"][1]
     if values["ibot.loss_weight"] > 0 and masks == 0:
         notes.append("ibot.loss_weight is above 0, but the mask settings mask nothing: the iBOT loss stays 0")

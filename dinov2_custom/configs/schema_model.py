@@ -116,6 +116,13 @@ class Student:
         "checkpoints with their heads; a path, a URL, or what iopath serves; empty: random",
         unit="path",
     )
+    freeze_backbone_epochs: int | float | str = option(
+        0,
+        "start of the run in which only the heads train, for random heads on a pretrained backbone",
+        unit="epochs",
+        within="[0, inf)",
+        share=True,
+    )
     ffn_layer: str = option("mlp", "feed-forward kind; identity: none", choices=FFN_LAYERS)
     block_chunks: int = option(
         0,

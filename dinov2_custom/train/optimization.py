@@ -58,11 +58,18 @@ def build_schedulers(cfg, length: RunLength | None = None):
     return lr_schedule, wd_schedule, momentum_schedule, teacher_temp_schedule, last_layer_lr_schedule
 
 
-def apply_optim_scheduler(optimizer, lr: float, wd: float, last_layer_lr: float) -> None:
-    """Write this iteration's lr and weight decay into every group, times the group's multipliers."""
+def apply_optim_scheduler(
+    optimizer, lr: float, wd: float, last_layer_lr: float, *, frozen_backbone: bool = False
+) -> None:
+    """Write this iteration's lr and weight decay into every group, times the group's multipliers.
+
+    ``frozen_backbone``: the backbone's lr is 0, which holds it bitwise while AdamW's means of its gradients build up.
+    """
     for group in optimizer.param_groups:
         group["weight_decay"] = wd * group["wd_multiplier"]
         group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+        if frozen_backbone and group["is_backbone"]:
+            group["lr"] = 0.0
 
 
 def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:

@@ -207,7 +207,11 @@ class SSLMetaArch(nn.Module):
 
     def get_params_groups(self) -> list[dict]:
         """Return the optimizer's groups, fused within each part on equal multipliers."""
-        return [group for part in self.student.values() for group in self.get_maybe_fused_params_for_submodel(part)]
+        return [
+            {**group, "is_backbone": name == "backbone"}
+            for name, part in self.student.items()
+            for group in self.get_maybe_fused_params_for_submodel(part)
+        ]
 
     def get_maybe_fused_params_for_submodel(self, m: nn.Module) -> list[dict]:
         """Return the optimizer's groups of one part of the student."""

@@ -99,6 +99,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, checkpointer.extra.get("wandb_run_id"))
     metrics = MetricLogger(delimiter="  ", sinks=sinks)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
+    frozen = length.iterations(cfg.student.freeze_backbone_epochs)
     eval_period = cfg.evaluation.eval_period_iterations
     guard = StepGuard(cfg.train.max_nonfinite_steps, model.fp16_scaler is not None, checkpointer.newest)
     alarm = CollapseAlarm(model.num_prototypes)
@@ -119,7 +120,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             watch.mark(iteration)
             position, last = course.position(iteration), course.is_last(iteration)
             lr, wd, momentum, teacher_temp, last_layer_lr = (float(schedule[position]) for schedule in schedules)
-            apply_optim_scheduler(optimizer, lr, wd, last_layer_lr)
+            apply_optim_scheduler(optimizer, lr, wd, last_layer_lr, frozen_backbone=position < frozen)
 
             # gradients
             optimizer.zero_grad(set_to_none=True)

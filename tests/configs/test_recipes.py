@@ -10,13 +10,16 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 OURS = ["dino_classic", "vitb", "vitg", "vitl", "vits"]
 
 
+CONTINUED = ["continue_vitb14", "continue_vitg14", "continue_vitl14", "continue_vits14"]
+
+
 def load(name, *overrides):
     path = next(path for path in RECIPES if path.stem == name)
     return load_run_config(str(path), ["train.dataset_path=/images", *overrides], warn=pytest.fail)
 
 
 def test_all_recipes_are_there():
-    assert set(OURS) <= {path.stem for path in RECIPES}
+    assert {*OURS, *CONTINUED} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -24,7 +27,7 @@ def test_recipe_loads_without_a_warning(path):
     load_run_config(str(path), require_dataset=False, warn=pytest.fail)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, *CONTINUED])
 def test_header_has_command_hardware_hours_memory_and_score(name):
     header = next(path for path in RECIPES if path.stem == name).read_text().split("\nstudent:")[0]
     assert f"python run/train/train.py --config-file configs/{name}.yaml --output-dir out " in header
@@ -52,6 +55,17 @@ def test_network_fits_the_released_weights(name, arch, ffn):
     assert (cfg.student.arch, cfg.student.ffn_layer) == (f"vit_{arch}", ffn)
     assert (cfg.student.patch_size, cfg.crops.local_crops_size) == (14, 98)
     assert cfg.train.centering == "sinkhorn_knopp"
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_training_on_moves_a_network_less_than_training_from_nothing(name):
+    cfg, fresh = load(name), load(name.removeprefix("continue_").removesuffix("14"))
+    for key in ("arch", "patch_size", "ffn_layer", "drop_path_rate"):
+        assert cfg.student[key] == fresh.student[key]
+    assert cfg.dino == fresh.dino and cfg.ibot == fresh.ibot and cfg.crops == fresh.crops
+    assert cfg.optim.base_lr == pytest.approx(fresh.optim.base_lr / 5)
+    assert cfg.student.freeze_backbone_epochs == 1 and cfg.optim.freeze_last_layer_epochs == 0
+    assert cfg.optim.warmup_epochs == "10%"
 
 
 def test_classic_dino_has_no_masks_no_koleo_and_the_papers_blur():

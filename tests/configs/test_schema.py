@@ -16,6 +16,7 @@ OURS = {
     "train.path_preserved": "",
     "train.frac": 0.0,
     "train.max_bad_fraction": 0.01,
+    "student.freeze_backbone_epochs": 0,
     "train.max_nonfinite_steps": 3,
     "train.hang_timeout": 480,
     "train.max_steps": 0,
