@@ -73,6 +73,8 @@ TORCH_FREE = [
     "run.requeue",
     "run.train.train",
     "run.eval.knn",
+    "run.eval.linear",
+    "run.eval.log_regression",
     "train.args",
     "eval.args",
     "verify.args",

@@ -83,7 +83,7 @@ def _quoted(value: str) -> str:
 def _start(output_dir: str, config: str | None) -> list[str]:
     folder = '"$SLURM_JOB_ID"'.join(shlex.quote(part) if part else "" for part in output_dir.split(JOB))
     lines = [
-        "set -eEo pipefail",
+        "set -eo pipefail",
         f"run_directory={folder}",
         'mkdir -p "$run_directory"',
         'job_files="$run_directory/$SLURM_JOB_ID"',
@@ -91,7 +91,7 @@ def _start(output_dir: str, config: str | None) -> list[str]:
     if not _PLAIN.fullmatch(output_dir):
         lines.append('exec >>"${job_files}_log.out" 2>&1')
     lines += [
-        'fail() { trap - ERR; echo "error: job $SLURM_JOB_ID on ${SLURMD_NODENAME:-$(hostname)}: $1"; exit 1; }',
+        'fail() { trap - EXIT; echo "error: job $SLURM_JOB_ID on ${SLURMD_NODENAME:-$(hostname)}: $1"; exit 1; }',
         "trap : TERM USR1 USR2  # the processes get these too; this script waits for them",
         'echo "job $SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0} nodes=$SLURM_JOB_NODELIST $(date)"',
     ]
@@ -107,11 +107,11 @@ def _environment(environment: Environment) -> list[str]:
     expected = shlex.join([environment.prefix, environment.executable])
     lines = ["# the environment"]
     if environment.lines:
-        lines.append("trap 'fail \"this step of the environment failed: $step\"' ERR")
+        lines.append("trap 'fail \"this step of the environment failed: $step\"' EXIT")
     for step, text in environment.lines:
         lines += [f"step={shlex.quote(step)}", text] if step else [text]
     if environment.lines:
-        lines.append("trap - ERR")
+        lines.append("trap - EXIT")
     return [
         *lines,
         f"python={environment.python}",

@@ -143,10 +143,14 @@ def explain(stderr: str, script: str, environment: Mapping[str, str]) -> str:
         or "gres" in low
         or "more processors" in low
     ):
-        table = _ask(["sinfo", "--noheader", "--format", "%R: %D nodes, %c CPUs, %G"], environment).strip()
-        wanted = _of(asked, "nodes", "ntasks-per-node", "gpus-per-node", "gres", "cpus-per-task", "mem", "mem-per-gpu")
+        table = _ask(["sinfo", "--noheader", "--format", "%R: %D nodes, %c CPUs, %G, %l"], environment).strip()
+        wanted = _of(
+            asked, "time", "nodes", "ntasks-per-node", "gpus-per-node", "gres", "cpus-per-task", "mem", "mem-per-gpu"
+        )
         there = "; ".join(table.splitlines()[:8])
-        return f"--ngpus, --cpus-per-task, --nodes: expected what the nodes have ({there}), got {wanted} ({reason})"
+        return (
+            f"--ngpus, --cpus-per-task, --nodes, --timeout: expected what there is ({there}), got {wanted} ({reason})"
+        )
     return f"SLURM: expected a job that it accepts, got: {reason}; --dry-run prints what was submitted"
 
 

@@ -5,7 +5,7 @@ out/eval/training_999/teacher_checkpoint.pth --train-dataset LabelledFolder:root
 import sys
 
 from dinov2_custom import entry
-from dinov2_custom.eval.args import get_linear_args_parser
+from dinov2_custom.run.eval.linear import main
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.eval.linear", get_linear_args_parser().parse_args(), quiet_threads=True))
+    sys.exit(entry.reported(main))

@@ -5,7 +5,7 @@ out/eval/training_999/teacher_checkpoint.pth --train-dataset LabelledFolder:root
 import sys
 
 from dinov2_custom import entry
-from dinov2_custom.eval.args import get_log_regression_args_parser as get_args_parser
+from dinov2_custom.run.eval.log_regression import main
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.eval.log_regression", get_args_parser().parse_args(), quiet_threads=True))
+    sys.exit(entry.reported(main))

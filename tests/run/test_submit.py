@@ -150,14 +150,15 @@ def test_submitting_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, env=env, stdout=subprocess.DEVNULL)
 
 
-def test_knn_shares_the_launcher(tmp_path):
-    script = str(REPOSITORY / "run/eval/knn.py")
+@pytest.mark.parametrize("name, job", [("knn", "knn"), ("linear", "linear"), ("log_regression", "logreg")])
+def test_the_evaluations_share_the_launcher(tmp_path, name, job):
+    script = str(REPOSITORY / f"run/eval/{name}.py")
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     (tmp_path / "teacher.pth").touch()
     flags = ["--partition", "p", "--ngpus", "1", "--pretrained-weights", "teacher.pth", "--dry-run"]
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "#SBATCH --job-name=dinov2:knn\n" in done.stdout and "dinov2_custom.run.eval.knn:Evaluator" in done.stdout
+    assert f"#SBATCH --job-name=dinov2:{job}\n" in done.stdout and f"run.eval.{name}:Evaluator" in done.stdout
     flags[5] = "absent.pth"
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --pretrained-weights: expected a weight file")

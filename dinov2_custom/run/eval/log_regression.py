@@ -1,0 +1,27 @@
+"""Launch a logistic regression, under upstream's names. Not the evaluation itself. Torch-free."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from dinov2_custom import entry
+from dinov2_custom.eval.args import get_log_regression_args_parser
+from dinov2_custom.run.eval.evaluation import Evaluation, launch
+
+__all__ = ["Evaluator", "main"]
+
+
+class Evaluator(Evaluation):
+    """A logistic regression in every process."""
+
+    module = "dinov2_custom.eval.log_regression"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, launch, and return the exit code."""
+    return launch(Evaluator, get_log_regression_args_parser(add_help=False), "dinov2:logreg", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.reported(main))

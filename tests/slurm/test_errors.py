@@ -1,0 +1,42 @@
+"""What SLURM refuses is one sentence, and leaves neither a file nor a job."""
+
+import re
+
+import pytest
+
+from tests.slurm.test_jobs import arguments
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--partition", "nope"], "--partition: expected one of low, high, hidden, got 'nope'"),
+        (["--partition", "hidden"], "expected a combination you may use, got partition=hidden"),
+        (["--ngpus", 3], "expected what there is (low: 3 nodes, 8 CPUs, gpu:2, 1:00:00;"),
+        (["--nodes", 4], "expected what there is"),
+        (["--cpus-per-task", 5], "--cpus-per-task, --nodes, --timeout: expected what"),
+        (["--timeout", "2:00:00"], "got time=120 nodes=1"),
+        (["--slurm", "nonsense=1"], "got: unrecognized option '--nonsense=1'"),
+        (["--slurm", "dependency=wrong"], "SLURM: expected a job that it accepts"),
+        (["--setup", "if"], "--setup: expected lines of bash, got: "),
+    ],
+)
+def test_refusals(cluster, tmp_path, flags, message):
+    before = cluster.queue()
+    done = cluster.train(*arguments(tmp_path, tmp_path / "runs" / "out", *flags), check=False)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert errors[0].startswith("error: ") and message in errors[0]
+    assert list(tmp_path.iterdir()) == []
+    assert set(cluster.queue()) <= set(before)
+
+
+def test_a_controller_that_does_not_answer(cluster, tmp_path):
+    text = (cluster.folder / "slurm.conf").read_text()
+    other = re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1", text) + "MessageTimeout=2\n"
+    (tmp_path / "slurm.conf").write_text(other)
+    environment = cluster.environment | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    done = cluster.train(*arguments(tmp_path, tmp_path / "out"), check=False, env=environment)
+    assert done.returncode == 1
+    assert "error: SLURM: expected a controller that answers, got: " in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
