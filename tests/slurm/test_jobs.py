@@ -12,7 +12,7 @@ import torch
 from tests.train.batches import TINY
 from tests.train.test_train import rows, weights
 
-TOTAL = 60
+TOTAL = 40
 
 
 def arguments(images: Path, out: object, *flags: object) -> list[object]:
@@ -23,7 +23,7 @@ def arguments(images: Path, out: object, *flags: object) -> list[object]:
         "optim.warmup_epochs=0.25",
         "train.num_workers=1",
         "train.log_every=1",
-        "checkpointing.period=10",
+        "checkpointing.period=6",
         "student.drop_path_rate=0.3",
     ]
     small = ["--ngpus", 2, "--cpus-per-task", 2, "--timeout", 10]
