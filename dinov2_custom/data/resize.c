@@ -16,7 +16,7 @@ enum { PARTS = 2 };
 #else
 enum { PARTS = 4 };
 #endif
-enum { LANES = 16, PART = LANES / PARTS, BITS = 22, ALIGNED = 64 };
+enum { LANES = 16, PART = LANES / PARTS, BITS = 22, ALIGNED = 64, TOGETHER = 3 };
 
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
 typedef uint8_t anywhere __attribute__((vector_size(LANES), aligned(1)));
@@ -167,24 +167,25 @@ static void resize_across(const Crop *crop, const bytes *tile, int y, bytes *tur
     }
 }
 
-static void resize_down(const Crop *crop, uint8_t *restrict out, int32_t *restrict total)
+static void resize_down(const Crop *crop, uint8_t *out)
 {
     int width = 3 * crop->size;
-    long pitch = crop->pitch;
     for (int y = 0; y < crop->size; y++, out += width) {
         const int32_t *w = crop->down.table + (long)y * crop->down.most;
-        const uint8_t *restrict p = crop->thin + crop->down.first[y] * pitch;
-        int n = crop->down.number[y];
-        for (int i = 0; i < width; i++)
-            total[i] = 1 << (BITS - 1);
-        for (; n >= 4; n -= 4, p += 4 * pitch, w += 4)
-            for (int i = 0; i < width; i++)
-                total[i] += p[i] * w[0] + p[i + pitch] * w[1] + p[i + 2 * pitch] * w[2] + p[i + 3 * pitch] * w[3];
-        for (; n; n--, p += pitch, w++)
-            for (int i = 0; i < width; i++)
-                total[i] += p[i] * w[0];
-        for (int i = 0; i < width; i++)
-            out[i] = rounded(total[i]);
+        const uint8_t *rows = crop->thin + crop->down.first[y] * crop->pitch;
+        for (int x = 0; x < width; x += TOGETHER * LANES) {
+            words total[TOGETHER][PARTS];
+            for (int i = 0; i < TOGETHER * PARTS; i++)
+                total[i / PARTS][i % PARTS] = (words){0} + (1 << (BITS - 1));
+            const uint8_t *p = rows + x;
+            for (int j = 0, n = crop->down.number[y]; j < n; j++, p += crop->pitch)
+                for (int i = 0; i < TOGETHER; i++)
+                    add(total[i], (const bytes *)p + i, w[j]);
+            for (int i = 0, left = width - x; i < TOGETHER && left > 0; i++, left -= LANES) {
+                bytes found = all_rounded(total[i]);
+                memcpy(out + x + i * LANES, &found, left < LANES ? (size_t)left : LANES);
+            }
+        }
     }
 }
 
@@ -204,7 +205,7 @@ static Weights take_weights(char **at, int length, int size)
 }
 
 /* Share `scratch` out; return how much there must be, without touching it. */
-static long lay_out(int crops, const int *numbers, Crop *all, bytes **tile, bytes **turned, int32_t **total, char *scratch)
+static long lay_out(int crops, const int *numbers, Crop *all, bytes **tile, bytes **turned, char *scratch)
 {
     char *at = scratch;
     int right = 0, size = 0;
@@ -212,7 +213,7 @@ static long lay_out(int crops, const int *numbers, Crop *all, bytes **tile, byte
         Crop *c = all + i;
         c->left = numbers[0], c->top = numbers[1], c->width = numbers[2], c->height = numbers[3];
         c->size = numbers[4], c->flip = numbers[5];
-        c->pitch = (3L * c->size + LANES - 1) / LANES * LANES;
+        c->pitch = (3L * c->size + TOGETHER * LANES - 1) / (TOGETHER * LANES) * (TOGETHER * LANES);
         c->across = take_weights(&at, c->width, c->size), c->down = take_weights(&at, c->height, c->size);
         c->thin = take(&at, c->height * c->pitch);
         right = c->left + c->width > right ? c->left + c->width : right;
@@ -220,7 +221,6 @@ static long lay_out(int crops, const int *numbers, Crop *all, bytes **tile, byte
     }
     *tile = take(&at, (3L * right + LANES) * LANES);
     *turned = take(&at, (3L * size + LANES) * LANES);
-    *total = take(&at, 12L * size);
     return at - scratch;
 }
 
@@ -228,18 +228,16 @@ long scratch_size(int crops, const int *numbers)
 {
     Crop all[crops];
     bytes *tile, *turned;
-    int32_t *total;
-    return lay_out(crops, numbers, all, &tile, &turned, &total, 0);
+    return lay_out(crops, numbers, all, &tile, &turned, 0);
 }
 
-/* image: (.., .., 3), rows `stride` bytes apart. numbers: left, top, width, height, size, flip of every crop. Crop i goes
- * to outs[i], (size, size, 3). scratch: scratch_size() bytes, aligned to 64. */
+/* image: (.., .., 3), rows `stride` bytes apart. numbers: left, top, width, height, size, flip of each crop. Crop i
+ * goes to outs[i], (size, size, 3). scratch: scratch_size() bytes, aligned to 64. */
 void cut_crops(const uint8_t *image, long stride, int crops, const int *numbers, uint8_t *const *outs, void *scratch)
 {
     Crop all[crops];
     bytes *tile, *turned;
-    int32_t *total;
-    lay_out(crops, numbers, all, &tile, &turned, &total, scratch);
+    lay_out(crops, numbers, all, &tile, &turned, scratch);
     int top = all[0].top, bottom = 0;
     for (int i = 0; i < crops; i++) {
         Crop *c = all + i;
@@ -262,5 +260,5 @@ void cut_crops(const uint8_t *image, long stride, int crops, const int *numbers,
                 resize_across(all + i, tile + 3 * (all[i].left - left), y, turned);
     }
     for (int i = 0; i < crops; i++)
-        resize_down(all + i, outs[i], total);
+        resize_down(all + i, outs[i]);
 }
