@@ -13,14 +13,13 @@ import os
 from collections.abc import Callable
 from enum import Enum
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from dinov2_custom.data.sources import as_roots, list_images, read_file
+from dinov2_custom.data.sources import list_images, read_file
 from dinov2_custom.errors import DataError
 
-from .extended import ExtendedVisionDataset
+from .table_dataset import TableDataset
 
 NO_CLASS = np.uint32(0xFFFFFFFF)
 
@@ -60,7 +59,7 @@ class Split(Enum):
         return "" if self is Split.TEST else os.path.basename(folder), int(number)
 
 
-class ImageNet(ExtendedVisionDataset):
+class ImageNet(TableDataset):
     """ImageNet-1k: samples are (image, class index), the target of the test split is None."""
 
     Split = Split
@@ -80,9 +79,8 @@ class ImageNet(ExtendedVisionDataset):
         Raises:
             DataError: the split's folder is missing or empty.
         """
-        super().__init__(as_roots(root)[0], transforms, transform, target_transform)
+        super().__init__(root, extra, transforms, transform, target_transform)
         self._split = split if isinstance(split, Split) else Split[split]
-        self._extra_root = None if extra is None else as_roots(extra)[0]
         if not len(self._entries):
             raise DataError(f"expected images, got an empty table: {self._table_path('entries')}; call dump_extra()")
 
@@ -90,34 +88,12 @@ class ImageNet(ExtendedVisionDataset):
     def split(self) -> Split:
         return self._split
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the tables out: a worker process opens them again."""
-        state = dict(self.__dict__)
-        if self._extra_root is not None and os.path.isfile(self._table_path("entries")):
-            state.pop("_entries", None)
-        return state
-
     # tables
 
     def _table_path(self, kind: str) -> str:
         return os.path.join(self._extra_root or "", f"{kind}-{self.split.name}.npy")
 
-    def _load_table(self, kind: str) -> np.ndarray | None:
-        if self._extra_root is None or not os.path.isfile(self._table_path(kind)):
-            return None
-        return np.load(self._table_path(kind), mmap_mode="r", allow_pickle=False)
-
-    @cached_property
-    def _entries(self) -> np.ndarray:
-        """Structured array with at least actual_index and class_index, an image a row; from extra/ or by listing."""
-        table = self._load_table("entries")
-        return self._list_entries() if table is None else table
-
-    @cached_property
-    def _class_ids(self) -> np.ndarray:
-        table = self._load_table("class-ids")
-        if table is not None:
-            return table
+    def _make_class_ids(self) -> np.ndarray:
         if self.split is Split.TEST:
             return np.empty(0, "U1")
         folder = os.path.join(self.root, self.split.get_dirname())
@@ -139,8 +115,8 @@ class ImageNet(ExtendedVisionDataset):
         with open(path, newline="", encoding="utf-8") as file:
             return {row[0]: row[1] for row in csv.reader(file) if len(row) >= 2}
 
-    def _list_entries(self) -> np.ndarray:
-        """List the split's folder: classes in sorted order, images of a class in sorted order."""
+    def _make_entries(self) -> np.ndarray:
+        """List the split's folder: actual_index and class_index of every image, classes and images in sorted order."""
         paths = list_images([os.path.join(self.root, self.split.get_dirname())], (".jpeg",))
         index_of = {str(class_id): i for i, class_id in enumerate(self._class_ids)}
         entries = np.empty(len(paths), dtype=[("actual_index", "<u4"), ("class_index", "<u4")])
@@ -164,19 +140,12 @@ class ImageNet(ExtendedVisionDataset):
         entries = np.zeros(len(listed), dtype=fields)
         for field in ("actual_index", "class_index"):
             entries[field] = listed._entries[field]
-        os.makedirs(self._extra_root, exist_ok=True)
         if self.split is not Split.TEST:
             entries["class_id"], entries["class_name"] = ids[entries["class_index"]], names[entries["class_index"]]
-            np.save(self._table_path("class-ids"), ids)
-            np.save(self._table_path("class-names"), names)
-        np.save(self._table_path("entries"), entries)
-        for cached in ("_entries", "_class_ids", "_class_names"):
-            self.__dict__.pop(cached, None)
+            self._save_tables(class_ids=ids, class_names=names)
+        self._save_tables(entries=entries)
 
     # samples
-
-    def find_class_id(self, class_index: int) -> str:
-        return str(self._class_ids[class_index])
 
     def find_class_name(self, class_index: int) -> str:
         return str(self._class_names[class_index])
@@ -201,6 +170,3 @@ class ImageNet(ExtendedVisionDataset):
 
     def get_class_name(self, index: int) -> str | None:
         return None if self.split is Split.TEST else self.find_class_name(self._entries[index]["class_index"])
-
-    def __len__(self) -> int:
-        return len(self._entries)

@@ -11,23 +11,21 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from dinov2_custom.data.sources import OpenFiles, as_roots
+from dinov2_custom.data.sources import OpenFiles
 from dinov2_custom.data.tar_shards import walk_tar
 from dinov2_custom.errors import DataError
 
-from .extended import ExtendedVisionDataset
+from .table_dataset import TableDataset
 
 HEADER = 512
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_OPEN_TARS = 16
 
 
-class ImageNet22k(ExtendedVisionDataset):
+class ImageNet22k(TableDataset):
     """ImageNet-22k: samples are (image, class index).
 
     Raises:
@@ -44,47 +42,21 @@ class ImageNet22k(ExtendedVisionDataset):
         target_transform: Callable | None = None,
         mmap_cache_size: int = MAX_OPEN_TARS,
     ) -> None:
-        super().__init__(as_roots(root)[0], transforms, transform, target_transform)
-        self._extra_root = None if extra is None else as_roots(extra)[0]
+        super().__init__(root, extra, transforms, transform, target_transform)
         self._tars = OpenFiles(max(1, mmap_cache_size))
         if not len(self._entries):
             raise DataError(f"expected images in {os.path.join(self.root, '<class id>.tar')}, got none")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave tables on disk out: a worker process opens them again."""
-        state = dict(self.__dict__)
-        if self._extra_root is not None and os.path.isfile(self._table_path("entries")):
-            state.pop("_entries", None)
-        return state
-
     # tables
 
-    def _table_path(self, kind: str) -> str:
-        return os.path.join(self._extra_root or "", f"{kind}.npy")
-
-    def _load_table(self, kind: str) -> np.ndarray | None:
-        if self._extra_root is None or not os.path.isfile(self._table_path(kind)):
-            return None
-        return np.load(self._table_path(kind), mmap_mode="r", allow_pickle=False)
-
-    @cached_property
-    def _entries(self) -> np.ndarray:
-        """Structured array an image a row: class_index and [start_offset, end_offset) in the tar, header included."""
-        table = self._load_table("entries")
-        return self._walk_tars() if table is None else table
-
-    @cached_property
-    def _class_ids(self) -> np.ndarray:
-        table = self._load_table("class-ids")
-        return self._list_tars() if table is None else table
-
-    def _list_tars(self) -> np.ndarray:
+    def _make_class_ids(self) -> np.ndarray:
         if not os.path.isdir(self.root):
             raise DataError(f"expected a folder of <class id>.tar, got {self.root} (missing); check root=")
         return np.array(sorted(name[:-4] for name in os.listdir(self.root) if name.endswith(".tar")))
 
-    def _walk_tars(self) -> np.ndarray:
-        """Read the headers of all tars: classes in sorted order, images in the order of their tar."""
+    def _make_entries(self) -> np.ndarray:
+        """Read the headers of all tars, classes in sorted order, images in the order of their tar: class_index and
+        [start_offset, end_offset), header included."""
         rows: list[tuple[int, int, int, str]] = []
         for class_index, class_id in enumerate(self._class_ids):
             members = walk_tar(self._tar_path(class_id))
@@ -104,19 +76,12 @@ class ImageNet22k(ExtendedVisionDataset):
         for field in ("class_index", "start_offset", "end_offset", "filename"):
             entries[field] = walked._entries[field]
         entries["class_id"] = ids[entries["class_index"]]
-        os.makedirs(self._extra_root, exist_ok=True)
-        np.save(self._table_path("class-ids"), ids)
-        np.save(self._table_path("entries"), entries)
-        for cached in ("_entries", "_class_ids"):
-            self.__dict__.pop(cached, None)
+        self._save_tables(class_ids=ids, entries=entries)
 
     # samples
 
     def _tar_path(self, class_id: str) -> str:
         return os.path.join(self.root, f"{class_id}.tar")
-
-    def find_class_id(self, class_index: int) -> str:
-        return str(self._class_ids[class_index])
 
     def name(self, index: int) -> str:
         """Return ``<tar>/<name in the tar>`` of image ``index``."""
@@ -145,6 +110,3 @@ class ImageNet22k(ExtendedVisionDataset):
     def get_class_ids(self) -> np.ndarray:
         """Return the class id of every image (len,)."""
         return self._class_ids[self._entries["class_index"]]
-
-    def __len__(self) -> int:
-        return len(self._entries)

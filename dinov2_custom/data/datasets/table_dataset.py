@@ -1,0 +1,68 @@
+"""What both ImageNets share: .npy tables in the ``extra`` folder, used where they exist. Read :class:`TableDataset`."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dinov2_custom.data.sources import as_roots
+
+from .extended import ExtendedVisionDataset
+
+
+class TableDataset(ExtendedVisionDataset):
+    """Images by the rows of the table "entries", which is mapped from ``extra`` or else made by ``_make_entries``.
+
+    A row has at least class_index. The id of each class is in the table "class-ids", else from ``_make_class_ids``.
+    """
+
+    def __init__(self, root: str, extra: str | None, *transforms: Any) -> None:
+        super().__init__(as_roots(root)[0], *transforms)
+        self._extra_root = None if extra is None else as_roots(extra)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave tables on disk out: a worker process opens them again."""
+        state = dict(self.__dict__)
+        if self._extra_root is not None and os.path.isfile(self._table_path("entries")):
+            state.pop("_entries", None)
+        return state
+
+    def _make_entries(self) -> np.ndarray:
+        raise NotImplementedError
+
+    def _make_class_ids(self) -> np.ndarray:
+        raise NotImplementedError
+
+    def _table_path(self, kind: str) -> str:
+        return os.path.join(self._extra_root or "", f"{kind}.npy")
+
+    def _load_table(self, kind: str) -> np.ndarray | None:
+        if self._extra_root is None or not os.path.isfile(self._table_path(kind)):
+            return None
+        return np.load(self._table_path(kind), mmap_mode="r", allow_pickle=False)
+
+    def _save_tables(self, **tables: np.ndarray) -> None:
+        """Write tables into ``extra`` (``class_ids=`` is "class-ids") and use them from now on."""
+        os.makedirs(self._extra_root, exist_ok=True)
+        for name, table in tables.items():
+            np.save(self._table_path(name.replace("_", "-")), table)
+            self.__dict__.pop(f"_{name}", None)
+
+    @cached_property
+    def _entries(self) -> np.ndarray:
+        table = self._load_table("entries")
+        return self._make_entries() if table is None else table
+
+    @cached_property
+    def _class_ids(self) -> np.ndarray:
+        table = self._load_table("class-ids")
+        return self._make_class_ids() if table is None else table
+
+    def find_class_id(self, class_index: int) -> str:
+        return str(self._class_ids[class_index])
+
+    def __len__(self) -> int:
+        return len(self._entries)
