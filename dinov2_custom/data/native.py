@@ -48,7 +48,7 @@ def crop_cutter() -> Cutter | None:
 
     It cuts the boxes (left, top, width, height) out of ``pixels``, uint8 (H, W, 3), resizes each to the size of its
     ``out``, (S, S, 3), and mirrors those with ``flip``; all contiguous. The pixels are those of Pillow's
-    ``crop(..).resize(.., BICUBIC)`` where that resizes across before down (as all versions before 12 do).
+    ``crop(..).resize(.., BICUBIC)`` where that resizes across before down (as all versions before 13 do).
     """
     return _checked(RESIZE, _load_cutter, cuts_as_pillow, "crops are resized without")
 
