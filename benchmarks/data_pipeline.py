@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -73,7 +74,27 @@ def main() -> None:
             bits = 8 * sum(map(len, files)) / len(files) / size[0] / size[1]
             page += f"\n## {name} ({number} images, {bits:.1f} bits a pixel, {args.rounds} rounds)\n\n"
             page += _table(_measure(_configurations(files, kind, upstream), args.rounds, number), place)
+    page += _masks(upstream, args.rounds)
     machine.finish(page, "data_pipeline", args.write)
+
+
+def _masks(upstream, rounds: int) -> str:
+    """Time the mask sampler alone: 640 masks of 16 x 16 patches a round, a tenth to a half of them masked."""
+    sizes = [26 + i % 103 for i in range(640)]
+
+    def sample(masks: Callable[[int], object], n: int) -> None:
+        upstream_pipeline.seed(n)
+        for size in sizes:
+            masks(size)
+
+    generators = {UPSTREAM: upstream.masks, "ours, the same masks": MaskingGenerator((16, 16), max_num_patches=128)}
+    functions = {name: partial(sample, masks) for name, masks in generators.items()}
+    times = _measure(functions, 3 * rounds, len(sizes))
+    rows = []
+    for name, found in times.items():
+        ratio = statistics.median(a / b for a, b in zip(times[UPSTREAM], found, strict=True))
+        rows.append([name, f"{1e3 * statistics.median(found):.1f}", f"{ratio:.2f}"])
+    return "\n## One mask of 16 x 16 patches\n\n" + machine.table(["sampler", "us", "x"], rows)
 
 
 def _configurations(files: list[bytes], kind: str, upstream) -> dict[str, Callable[[int], object]]:

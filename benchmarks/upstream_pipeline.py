@@ -24,10 +24,12 @@ TORCHVISION = Path(__file__).resolve().parents[1] / "build" / "benchmark_torchvi
 
 
 class Upstream(NamedTuple):
-    """Upstream's pipeline: ``augment(PIL image)`` gives the crops, ``collate(samples)`` the batch in half precision."""
+    """Upstream's pipeline: ``augment(PIL image)`` gives the crops, ``collate(samples)`` the batch in half precision,
+    with masks of ``masks(number of patches)``."""
 
     augment: object
     collate: object
+    masks: object
     versions: str
 
 
@@ -45,7 +47,7 @@ def load() -> Upstream:
         return collate.collate_data_and_cast(samples, (0.1, 0.5), 0.5, torch.half, 256, masks)
 
     augment = augmentations.DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 8)
-    return Upstream(augment, collate_batch, f"torchvision={torchvision.__version__}")
+    return Upstream(augment, collate_batch, masks, f"torchvision={torchvision.__version__}")
 
 
 def import_torchvision() -> ModuleType:

@@ -34,6 +34,7 @@ from dinov2_custom.errors import DataError
 
 logger = logging.getLogger("dinov2")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
+LARGE, STRIP = 1 << 23, 1 << 20  # bytes
 Shrink = Callable[[int, int], int]
 
 
@@ -63,7 +64,7 @@ def decode_array(
     use.
     """
     pixels = None if exif else _decode_by_simplejpeg(data, shrink, scratch)
-    return np.array(_decode_by_pillow(data, source, exif, shrink)) if pixels is None else pixels
+    return _as_array(_decode_by_pillow(data, source, exif, shrink), scratch) if pixels is None else pixels
 
 
 class Scratch:
@@ -80,6 +81,20 @@ class Scratch:
 
     def __reduce__(self):
         return Scratch, ()
+
+
+def _as_array(image: Image.Image, scratch: Scratch | None) -> np.ndarray:
+    """Copy an RGB image; a large one in strips that stay in the cache, where numpy's way makes two whole copies."""
+    width, height = image.size
+    size = 3 * width * height
+    if size < LARGE:
+        return np.array(image)
+    pixels = (scratch or Scratch()).take(size).reshape(height, width, 3)
+    rows = max(1, STRIP // (3 * width))
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return pixels
 
 
 def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | None) -> Image.Image:

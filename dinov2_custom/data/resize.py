@@ -41,7 +41,8 @@ def cut_crops(
         pixels = pixels.numpy()
     if pixels.strides[1:] != (3, 1):
         pixels = np.ascontiguousarray(pixels)
-    KERNELS[kernel or fastest_kernel()](outs, pixels, boxes, flips)
+    if len(outs):
+        KERNELS[kernel or fastest_kernel()](outs, pixels, boxes, flips)
 
 
 def _compiled(outs: Sequence[np.ndarray], pixels: np.ndarray, boxes: Sequence[Box], flips: Sequence[bool]) -> None:

@@ -272,6 +272,21 @@ def test_everything_works_without_simplejpeg(monkeypatch):
     assert pixels.flags.writeable
 
 
+@pytest.mark.parametrize("size", [(24, 18), (7, 1), (1, 7)])
+def test_large_images_are_copied_in_strips(monkeypatch, size):
+    monkeypatch.setattr(decode, "LARGE", 1)
+    monkeypatch.setattr(decode, "STRIP", 3 * 24 * 5)
+    image, scratch = (
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)),
+        decode.Scratch(),
+    )
+    for memory in (None, scratch, scratch):
+        pixels = decode_array(encode(image), scratch=memory)
+        np.testing.assert_array_equal(pixels, np.asarray(image))
+        assert pixels.flags.writeable and pixels.flags.c_contiguous
+    assert np.shares_memory(pixels, scratch.take(1))
+
+
 def test_scratch_is_used_again_and_grows():
     scratch = decode.Scratch()
     small, large = scratch.take(10), scratch.take(20)

@@ -98,6 +98,11 @@ def test_an_image_of_any_layout_is_taken(kernel):
         np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nothing_to_cut_is_nothing(kernel):
+    cut_crops([], np.zeros((2, 2, 3), np.uint8), [], [], kernel)
+
+
 @pytest.fixture
 def unchosen():
     resize.fastest_kernel.cache_clear()

@@ -61,7 +61,7 @@ def test_an_image_that_kills_its_reader_is_reported_and_replaced(folder, monkeyp
     found = take(folder, 9, told, num_workers=2, max_bad_fraction=0.5)
     ((path, reason),) = told[1:]
     assert path.endswith("3.png") and "two data-loading processes died of it" in reason
-    assert [r.levelname for r in caplog.records] == ["WARNING"] * len(caplog.records)
+    assert {r.levelname for r in caplog.records} <= {"INFO", "WARNING"}
     assert caplog.text.count("was killed by SIGKILL") >= 2 and "3.png" in caplog.text
 
     class Broken(ImageDataset):

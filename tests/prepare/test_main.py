@@ -216,6 +216,17 @@ def test_killed_and_started_again(tmp_path, monkeypatch, shard_size):
     assert not log.exists() and contents(folder) == finished, "a finished run has nothing left to do"
 
 
+@pytest.mark.parametrize("shard_size", [20_000, 0])
+def test_an_output_directory_inside_the_dataset_is_no_part_of_it(tmp_path, capsys, quiet, shard_size):
+    write_files(tmp_path / "images", {f"{i}.jpg": jpeg(i) for i in range(3)})
+    out = tmp_path / "images" / "prepared"
+    words = [str(tmp_path / "images"), "--output-dir", str(out), "--shard-size", str(shard_size), "--workers", "1"]
+    for _ in range(2):
+        assert main(get_args_parser().parse_args(words)) == 0
+        assert json.loads((out / "summary.json").read_text())["files"] == 3
+    assert len(make_dataset(dataset_str=str(tmp_path / "images"))) == 3
+
+
 def test_another_task_is_refused(mixed, tmp_path):
     run(mixed, tmp_path / "out")
     before = contents(tmp_path / "out")
