@@ -132,6 +132,20 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return every process's ``value`` (anything that can be pickled), by rank, in every process."""
+    if not is_enabled():
+        return [value]
+    values = [None] * get_global_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def second_group() -> dist.ProcessGroup | None:
+    """Start a gloo group of all processes for a thread of its own; None in a single process. All must call it."""
+    return dist.new_group(backend="gloo") if is_enabled() else None
+
+
 def _world_of_foreign_group() -> World:
     """Describe a group that somebody else started: ranks from torch, the place on the node from the environment."""
     rank, size = get_global_rank(), get_global_size()

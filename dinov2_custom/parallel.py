@@ -1,12 +1,13 @@
-"""Data parallelism: the mean of all processes' gradients, reduced while the backward pass still runs.
+"""Several processes: who holds which part of the networks, and how their gradients meet.
 
-Parameters keep their names and the model its class; nothing is wrapped. Not here: ranks and groups
-(``distributed.py``), sharding. Read :class:`GradientReducer` first.
+A part (backbone, head) is either whole in every process, its gradients averaged in buckets while the backward pass
+still runs, or sharded (``sharding.py``). Parameters keep their names. Not here: ranks and groups (``distributed.py``).
+Read :func:`parallelize` first, then :class:`GradientReducer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,72 @@ from torch import Tensor, nn
 from dinov2_custom import distributed
 
 BUCKET_MIB = 25.0
+NO_SHARD, SHARD_GRAD_OP, FULL_SHARD = "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"
+# weights, gradient and AdamW's two means of the student, and the teacher's weights, all float32
+BYTES_A_PARAMETER = 20
+MOST_OF_A_DEVICE = 0.25
+
+
+def parallelize(cfg, model: nn.Module) -> GradientReducer:
+    """Shard the parts of ``model`` for which ``compute_precision`` says so; return what reduces its gradients.
+
+    Call it once, when the weights are those to start from and before the optimizer is made: sharding replaces
+    parameters. All processes must hold the same weights.
+    """
+    strategies = choose_strategies(cfg, model)
+    for name, strategy in strategies.items():
+        if strategy != NO_SHARD:
+            from dinov2_custom.sharding import shard_part  # imports much, which most runs do not need
+
+            shard_part(model.student[name], cfg.compute_precision.student[name], reshard=strategy == FULL_SHARD)
+            # let go of after the forward pass: no backward pass does it, and they change before the next one
+            shard_part(model.teacher[name], cfg.compute_precision.teacher[name], reshard=True)
+    sharded = {name: model.student[name] for name, strategy in strategies.items() if strategy != NO_SHARD}
+    whole = [p for name, part in model.student.items() if name not in sharded for p in part.parameters()]
+    # the last backward pass may be over local crops, which never reach the patches' own head
+    held = [part for name, part in sharded.items() if strategies[name] == SHARD_GRAD_OP and name != "ibot_head"]
+    return GradientReducer(whole, sharded=held, strategies=strategies)
+
+
+def choose_strategies(cfg, model: nn.Module) -> dict[str, str]:
+    """Return part -> strategy. ``auto`` is NO_SHARD while everything fits into a quarter of a device, else
+    SHARD_GRAD_OP; a single process, and ``auto`` on CPUs, never shard.
+    """
+    if distributed.get_global_size() == 1:
+        return dict.fromkeys(model.student, NO_SHARD)
+    num_bytes = BYTES_A_PARAMETER * sum(p.numel() for p in model.student.parameters())
+    auto = SHARD_GRAD_OP if num_bytes > MOST_OF_A_DEVICE * _device_bytes(model.device) else NO_SHARD
+    chosen = {name: cfg.compute_precision.student[name].sharding_strategy for name in model.student}
+    return {name: auto if strategy == "auto" else strategy for name, strategy in chosen.items()}
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether each process holds some rows of the tensor only (torch's DTensor)."""
+    return hasattr(tensor, "to_local")
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return the tensor that all processes hold a share of; of one that is not sharded, itself. All must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """Return the rows that this process holds, sharing memory; of a tensor that is not sharded, itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def first_row(tensor: Tensor) -> int:
+    """Return the number of the first row of :func:`own_share`: shares are as ``torch.chunk`` cuts them."""
+    if not is_sharded(tensor):
+        return 0
+    rows, parts = tensor.shape[0], tensor.device_mesh.size()
+    start = min(tensor.device_mesh.get_local_rank() * -(-rows // parts), rows)
+    assert len(tensor.to_local()) == min(-(-rows // parts), rows - start)
+    return start
+
+
+def _device_bytes(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
 
 
 class _Bucket:
@@ -47,7 +114,9 @@ class GradientReducer:
     """Average gradients over all processes, in buckets, each sent as soon as its last gradient is there.
 
     Buckets are sent in one fixed order, so that processes whose graphs differ (no masked patch here, some there) still
-    agree. In a single process nothing happens. Use::
+    agree. Of sharded parts, FSDP2 does the work; those in ``sharded`` do it in the last backward pass only, which has
+    to reach all of them, and keep their weights gathered until then; the others do it in every one. In a single process
+    nothing happens. Use::
 
         reducer.arm()           # before the last backward pass of a step
         loss.backward()
@@ -56,9 +125,18 @@ class GradientReducer:
     Backward passes before :meth:`arm` only accumulate.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], bucket_mib: float = BUCKET_MIB) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        bucket_mib: float = BUCKET_MIB,
+        sharded: Sequence[nn.Module] = (),
+        strategies: dict[str, str] | None = None,
+    ) -> None:
         self.world_size = distributed.get_global_size()
+        self.strategies = strategies or {}
+        self.sharded = sharded
         self.armed = False
+        self._sync_sharded(False)
         self.buckets: list[_Bucket] = []
         if self.world_size == 1:
             return
@@ -71,16 +149,30 @@ class GradientReducer:
     def arm(self) -> None:
         """Expect the last backward pass of this step."""
         self.armed, self._next = True, 0
+        self._sync_sharded(True)
         for bucket in self.buckets:
             bucket.waiting = {id(parameter) for parameter in bucket.parameters}
 
     def finish(self) -> None:
         """Send what is left, wait for everything and write the means into ``.grad``."""
         self.armed = False
+        self._sync_sharded(False)
         for bucket in self.buckets[self._next :]:
             bucket.launch()
         for bucket in self.buckets:
             bucket.finish(self.world_size)
+
+    def describe(self) -> str:
+        """Return the strategy of each part for the start-up block."""
+        if self.world_size == 1:
+            return "parallel: one process"
+        parts = " ".join(f"{part}={strategy}" for part, strategy in self.strategies.items())
+        return f"parallel: {self.world_size} processes, {parts} (NO_SHARD: data parallel, others: FSDP2)"
+
+    def _sync_sharded(self, sync: bool) -> None:
+        for part in self.sharded:
+            part.set_requires_gradient_sync(sync)
+            part.set_reshard_after_backward(sync)
 
     def _hook(self, bucket: _Bucket):
         def on_gradient(parameter: nn.Parameter) -> None:

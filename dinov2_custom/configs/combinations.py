@@ -113,6 +113,12 @@ def _one_length(steps: int, hours: float) -> Problem:
     return ("0 when the other is set", "choose one of them for the length of the run") if steps and hours else None
 
 
+def _both_sharded(teacher: str, student: str) -> Problem:
+    if "auto" in (teacher, student) or (teacher == "NO_SHARD") == (student == "NO_SHARD"):
+        return None
+    return "both sharded or neither", "the teacher follows the student's weights: use auto for the teacher"
+
+
 def _some_loss(dino: float, ibot: float) -> Problem:
     return ("dino or ibot above 0", "without both there is nothing to learn from") if dino == ibot == 0 else None
 
@@ -125,4 +131,8 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Problem]], ...] = (
     (("optim.warmup_epochs", "optim.epochs"), _warmup),
     (("train.max_steps", "train.max_hours"), _one_length),
     (("dino.loss_weight", "ibot.loss_weight"), _some_loss),
+    *(
+        (tuple(f"compute_precision.{side}.{part}.sharding_strategy" for side in ("teacher", "student")), _both_sharded)
+        for part in ("backbone", "dino_head", "ibot_head")
+    ),
 )

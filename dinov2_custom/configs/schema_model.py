@@ -11,7 +11,7 @@ from dinov2_custom.configs.option import option, section
 
 DTYPES = ("fp32", "fp16", "bf16")
 FFN_LAYERS = ("mlp", "swiglu", "swiglufused", "identity")
-SHARDING_STRATEGIES = ("NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
+SHARDING_STRATEGIES = ("auto", "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
 
 
 @dataclass
@@ -32,23 +32,25 @@ class MixedPrecision:
         "else fp16 on CUDA, else fp32",
         choices=("auto", *DTYPES),
     )
-    reduce_dtype: str = option("fp16", "number format in which sharded gradients are summed", choices=DTYPES)
+    reduce_dtype: str = option(
+        "auto",
+        "number format in which sharded gradients are summed; auto: fp32; fp16 only where param_dtype is fp16, too",
+        choices=("auto", *DTYPES),
+    )
     buffer_dtype: str = option("fp32", "number format of buffers of a sharded module", choices=DTYPES)
 
 
 @dataclass
 class ModulePrecision:
     sharding_strategy: str = option(
-        "SHARD_GRAD_OP",
-        "how weights and optimizer state are split over GPUs",
+        "auto",
+        "NO_SHARD: whole in every process (data parallel); SHARD_GRAD_OP: weights and optimizer state split over "
+        "processes (FSDP2), weights gathered once a step; FULL_SHARD: again in the backward pass, least memory; auto: "
+        "NO_SHARD on CPUs and while 20 bytes a parameter fit into a quarter of a GPU's memory, else SHARD_GRAD_OP",
         changes_results=False,
         choices=SHARDING_STRATEGIES,
     )
     mixed_precision: MixedPrecision = section(MixedPrecision)
-
-
-def _reduced_in_fp32() -> ModulePrecision:
-    return ModulePrecision(mixed_precision=MixedPrecision(reduce_dtype="fp32"))
 
 
 @dataclass
@@ -61,8 +63,8 @@ class TeacherPrecision:
 @dataclass
 class StudentPrecision:
     backbone: ModulePrecision = section(ModulePrecision)
-    dino_head: ModulePrecision = section(_reduced_in_fp32)
-    ibot_head: ModulePrecision = section(_reduced_in_fp32)
+    dino_head: ModulePrecision = section(ModulePrecision)
+    ibot_head: ModulePrecision = section(ModulePrecision)
 
 
 @dataclass

@@ -121,6 +121,11 @@ class Checkpointing:
         choices=("warn", "stop"),
         changes_results=False,
     )
+    async_save: bool = option(
+        False,
+        "copy the state to memory and write it while training goes on; an error then shows at the next save",
+        changes_results=False,
+    )
 
 
 @dataclass

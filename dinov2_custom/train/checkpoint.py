@@ -1,149 +1,154 @@
 """Everything a run needs to go on, on disk: written whole or not at all, and read without unpickling code.
 
-A checkpoint ``model_<iteration>.pth`` is written under a temporary name, flushed, renamed, and only then named in
-``last_checkpoint``. Loading takes the newest that is readable. Read :class:`Checkpointer` first.
+Each process writes and reads the rows that it holds, so a run can go on with any number of processes, sharded or not.
+Not here: which files, and in which order (``checkpoint_store``), which tensors (``training_state``). Read
+:class:`Checkpointer` first.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import re
+import platform
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from dinov2_custom import distributed
+from dinov2_custom import __version__, distributed
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.train.checkpoint_store import FINAL, CheckpointStore, set_aside
+from dinov2_custom.train.teacher_file import save_atomically, save_teacher, teacher_path, teacher_weights
+from dinov2_custom.train.training_state import PlainState, own_pieces, restore
+from dinov2_custom.utils.checkpoint_folder import StoredState, file_of_rank
+from dinov2_custom.utils.tensor_file import Written, write_pieces
 from dinov2_custom.utils.weights import read_weights
 
+__all__ = ["Checkpointer", "Resumed", "has_checkpoints", "save_teacher", "set_aside"]
 logger = logging.getLogger("dinov2")
-_NAME = re.compile(r"model_(\d{7,}|final)\.pth")
-FORMAT = 1
-_OWN_KEYS = ("format", "iteration", "model", "optimizer", "scaler")
 
 
-def save_atomically(obj: Any, path: Path) -> None:
-    """Write ``obj`` with ``torch.save`` so that ``path`` is either absent, the old file or the whole new one.
+class Resumed(NamedTuple):
+    """What a run goes on from: the last ``iteration`` done, the number of the next draw (None: not known, the former
+    format), and all else that the checkpoint holds beside tensors."""
 
-    Raises:
-        OSError: it cannot be written; nothing is left of the attempt.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(obj, file)
-            except RuntimeError as e:  # torch's writer on a write that failed, for example on a full disk
-                raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e)) from e
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    iteration: int
+    draws: int | None
+    values: dict[str, Any]
 
 
 class Checkpointer:
-    """Save and restore a run's state in ``folder``.
+    """Save and restore a run's state in ``folder``. All processes call every method.
 
     Args:
         model, optimizer, scaler: restored in place by :meth:`load_latest`; ``scaler`` may be None.
         keep_last: how many periodic checkpoints stay; older ones are removed after a new one is complete.
         keep_every: those of every so many iterations stay for good; 0 for none.
         on_error: ``warn`` goes on with the checkpoint before when a new one cannot be written, ``stop`` raises.
-
-    Attributes:
-        extra: what :meth:`save` was given as such, after :meth:`load_latest`.
+        async_save: copy the state and write it while training goes on; errors show at the next save.
     """
 
     def __init__(
         self,
         folder: Path,
         model: nn.Module,
-        optimizer,
+        optimizer: torch.optim.Optimizer,
         scaler=None,
         keep_last: int = 3,
         keep_every: int = 0,
         on_error: str = "stop",
+        async_save: bool = False,
     ) -> None:
         self.folder, self.model, self.optimizer, self.scaler = Path(folder), model, optimizer, scaler
-        self.keep_last, self.keep_every, self.on_error = keep_last, keep_every, on_error
-        self.extra: dict[str, Any] = {}
+        self.on_error, self.async_save = on_error, async_save
+        self.store = CheckpointStore(self.folder, keep_last, keep_every)
+        self._group = distributed.second_group() if async_save else None
+        self._writing: threading.Thread | None = None
+        self._trouble: str | None = None
 
-    def save(self, iteration: int, *, final: bool = False, extra: dict[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        iteration: int,
+        *,
+        final: bool = False,
+        wait: bool = False,
+        draws: int | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> Path:
         """Write the state after ``iteration`` (0-based, done) and return its path.
 
-        All ranks call it; the first writes and the others wait, so that none leaves, or starts to read, before the file
-        is complete.
+        No process returns before the checkpoint is complete, unless ``async_save`` lets it; then ``wait`` does not.
+
+        Args:
+            draws: number of the next draw.
+            extra: plain values to keep, by name.
 
         Raises:
-            CheckpointError: it cannot be written and ``on_error`` is ``stop`` or it is the last one; the one before is
-                intact.
+            CheckpointError: it, or with ``async_save`` the one before, cannot be written and ``on_error`` is ``stop``
+                or it is the last one; the one before is intact.
         """
+        self.wait()
         for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
             loss.apply_center_update()
-        path = self.folder / ("model_final.pth" if final else f"model_{iteration:07d}.pth")
-        self._write_on_main(lambda: self._write(path, iteration, extra or {}), path, required=final)
+        aside = self.async_save and not (final or wait)
+        pieces = own_pieces(self.model, self.optimizer, copy=aside)
+        values = {**self._values(iteration, draws), **(extra or {})}
+        path = self.folder / (FINAL if final else f"model_{iteration:07d}")
+        if not aside:
+            written, trouble = self._write(pieces, values, path, final)
+            self._report(trouble, required=final)
+            return written or path
+
+        def write() -> None:
+            _, self._trouble = self._write(pieces, values, path, final)
+
+        self._writing = threading.Thread(target=write, name="checkpoint")
+        self._writing.start()
         return path
+
+    def wait(self) -> None:
+        """Wait for a checkpoint that is still being written.
+
+        Raises:
+            CheckpointError: it could not be written and ``on_error`` is ``stop``.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self._writing, trouble = None, self._trouble
+            self._report(trouble, required=False)
 
     def save_teacher(self, name: str, *, final: bool = False) -> Path:
         """Write the teacher as :func:`save_teacher` does, with the errors and the waiting of :meth:`save`."""
-        path = teacher_path(self.folder, name)
-        self._write_on_main(lambda: save_teacher(self.model, self.folder, name), path, required=final)
+        path, teacher = teacher_path(self.folder, name), teacher_weights(self.model)
+        _, trouble = self._on_main(lambda: save_atomically(teacher, path))
+        self._report(trouble and self._story(path, trouble), required=final)
         return path
 
-    def _write_on_main(self, write: Callable[[], Any], path: Path, required: bool) -> None:
-        trouble = None
-        if distributed.is_main_process():
-            try:
-                write()
-            except OSError as e:
-                trouble = (
-                    f"checkpoint: expected to write {path}, got {e.strerror or e}; the newest complete one "
-                    f"({self.newest()}) "
-                    "is intact; make room, then the same command goes on from it"
-                )
-        trouble = distributed.broadcast_object(trouble)  # all ranks wait here, and stop or go on together
-        if trouble and (required or self.on_error == "stop"):
-            raise CheckpointError(trouble)
-        if trouble:
-            logger.warning(f"{trouble}; training goes on")
-
-    def _write(self, path: Path, iteration: int, extra: dict[str, Any]) -> None:
-        state = {
-            "format": FORMAT,
-            "iteration": iteration,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            **extra,
-        }
-        save_atomically(state, path)
-        (self.folder / "last_checkpoint.tmp").write_text(path.name)
-        os.replace(self.folder / "last_checkpoint.tmp", self.folder / "last_checkpoint")
-        self._prune()
-
-    def load_latest(self) -> int | None:
-        """Restore the newest readable checkpoint; return its iteration, or None when there is none.
+    def load_latest(self) -> Resumed | None:
+        """Restore the newest readable checkpoint and return where it was, or None when there is none.
 
         Raises:
             CheckpointError: checkpoints exist but none is readable, or the newest is of another architecture.
         """
-        candidates = self.candidates()
+        candidates, trouble = self._on_main(self.store.to_try)
+        if trouble:
+            raise CheckpointError(f"resume: expected a readable folder {self.folder}, got {trouble}")
         for path in candidates:
-            try:
-                state = read_weights(path)
-            except CheckpointError as e:
-                logger.warning(f"skipped an unreadable checkpoint, falling back to the one before: {e}")
+            opened: list[StoredState | PlainState] = []
+            _, trouble = self._everywhere(lambda path=path, opened=opened: opened.append(self._open(path)))
+            if trouble:
+                logger.warning(f"skipped an unreadable checkpoint, falling back to the one before: {trouble}")
                 continue
-            self._restore(state, path)
-            self.extra = {key: value for key, value in state.items() if key not in _OWN_KEYS}
-            logger.info(f"resumed from={path} iteration={state['iteration']}")
-            return state["iteration"]
+            restore(self.model, self.optimizer, opened[0], path)
+            values = opened[0].values
+            if self.scaler is not None and values.get("scaler"):
+                self.scaler.load_state_dict(values["scaler"])
+            logger.info(f"resumed from={path} iteration={values['iteration']}")
+            return Resumed(values["iteration"], values.get("draws"), values)
         if candidates:
             raise CheckpointError(
                 f"resume: expected a readable checkpoint, got {len(candidates)} unreadable ones in {self.folder}; "
@@ -153,82 +158,95 @@ class Checkpointer:
 
     def newest(self) -> str:
         """Return the name of the newest complete checkpoint, or "none"."""
-        last = self.folder / "last_checkpoint"
-        return last.read_text() if last.exists() else "none"
+        return self.store.last() or "none"
 
-    def candidates(self) -> list[Path]:
-        """Return the checkpoint files, newest first; the one named in ``last_checkpoint`` leads."""
-        found = self._periodic()
-        if (final := self.folder / "model_final.pth").exists():
-            found.append(final)
-        marker = self.folder / "last_checkpoint"
-        last = marker.read_text().strip() if marker.exists() else ""
-        return sorted(found, key=lambda p: (p.name == last, p.stat().st_mtime_ns, p.name), reverse=True)
+    def _open(self, path: Path) -> StoredState | PlainState:
+        if not path.is_dir():
+            return PlainState(read_weights(path), self.model, self.optimizer, path)
+        state = StoredState(path)
+        state.verify(distributed.get_global_rank(), distributed.get_global_size())
+        return state
 
-    def _periodic(self) -> list[Path]:
-        if not self.folder.is_dir():
-            return []
-        return [p for p in self.folder.iterdir() if (m := _NAME.fullmatch(p.name)) and m[1] != "final"]
+    def _values(self, iteration: int, draws: int | None) -> dict[str, Any]:
+        config = OmegaConf.to_container(self.model.cfg)
+        return {
+            "iteration": iteration,
+            "draws": draws,
+            "seed": config["train"]["seed"],  # all random numbers are functions of it and of the two above
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "world_size": distributed.get_global_size(),
+            "saved_at": time.time(),
+            "versions": {"dinov2_custom": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "config": config,
+        }
 
-    def _prune(self) -> None:
-        for old in sorted(self._periodic(), reverse=True)[self.keep_last :]:
-            done = int(_NAME.fullmatch(old.name)[1]) + 1
-            if not self.keep_every or done % self.keep_every:
-                old.unlink()
+    def _write(self, pieces: dict, values: dict[str, Any], path: Path, final: bool) -> tuple[Path | None, str | None]:
+        """Write a checkpoint; return where it is, or the story of what went wrong."""
+        complete, trouble = self._attempt(pieces, values, final)
+        if complete is None and trouble is None:  # folders turned out not to be renamed: once more, in its place
+            complete, trouble = self._attempt(pieces, values, final)
+        return complete, trouble and self._story(path, trouble)
 
-    def _restore(self, state: dict, path: Path) -> None:
-        if missing := [key for key in ("iteration", "model", "optimizer") if key not in state]:
-            raise CheckpointError(f"resume: expected a training checkpoint, got no {', '.join(missing)} in {path}")
-        check_same_architecture(self.model, state["model"], path)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler is not None and state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
+    def _attempt(self, pieces: dict, values: dict[str, Any], final: bool) -> tuple[Path | None, str | None]:
+        folder, trouble = self._on_main(lambda: self.store.begin(values["iteration"], final))
+        if trouble:
+            return None, trouble
 
+        def write_own() -> dict[str, Written]:
+            name = file_of_rank(distributed.get_global_rank())
+            folder.mkdir(exist_ok=True, parents=True)
+            return {name: write_pieces(folder / name, pieces)} if pieces else {}
 
-def check_same_architecture(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Compare names and shapes.
+        complete = None
+        written, trouble = self._everywhere(write_own)
+        if trouble is None:
+            files = {name: one for own in written for name, one in own.items()}
+            complete, trouble = self._on_main(lambda: self._commit(folder, files, values, final))
+        if trouble:
+            self._on_main(lambda: self.store.abandon(folder))
+        return complete, trouble
 
-    Raises:
-        CheckpointError: they differ; names the first differences and both shapes.
-    """
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    differences = [
-        f"{name}: expected {own.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
-        for name in [*own, *(n for n in got if n not in own)]
-        if own.get(name) != got.get(name)
-    ]
-    if differences:
-        shown = "\n  ".join(differences[:5])
-        raise CheckpointError(
-            f"resume: the checkpoint is of another architecture, {len(differences)} of {len(own)} tensors differ "
-            f"in {path}:\n  {shown}\nuse the run's own config.yaml, another --output-dir, or --no-resume"
+    def _commit(self, folder: Path, files: dict[str, Written], values: dict[str, Any], final: bool) -> Path | None:
+        complete = self.store.commit(folder, files, values)
+        if complete is None:
+            return None
+        try:
+            return self.store.tidy(final, complete)
+        except OSError as e:
+            logger.warning(f"could not remove an old checkpoint: {e}")
+            return complete
+
+    def _story(self, path: Path, trouble: str) -> str:
+        return (
+            f"checkpoint: expected to write {path}, got {trouble}; the newest complete one "
+            f"({self.newest()}) is intact; make room, then the same command goes on from it"
         )
 
+    def _report(self, trouble: str | None, required: bool) -> None:
+        if trouble and (required or self.on_error == "stop"):
+            raise CheckpointError(trouble)
+        if trouble:
+            logger.warning(f"{trouble}; training goes on")
 
-def teacher_path(folder: Path, name: str) -> Path:
-    return Path(folder) / "eval" / name / "teacher_checkpoint.pth"
+    def _on_main(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
+        """Run ``action`` in the main process; return, everywhere, what it returned or what went wrong."""
+        return distributed.gather_objects(_try(action) if distributed.is_main_process() else None, self._group)[0]
+
+    def _everywhere(self, action: Callable[[], Any]) -> tuple[list[Any], str | None]:
+        """Run ``action`` in all processes; return, everywhere, what they returned and the first trouble."""
+        outcomes = distributed.gather_objects(_try(action), self._group)
+        return [value for value, _ in outcomes], next((trouble for _, trouble in outcomes if trouble), None)
 
 
-def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
-    """Write ``eval/<name>/teacher_checkpoint.pth``, upstream's layout: {"teacher": {backbone.*, dino_head.*, ...}}."""
-    path = teacher_path(folder, name)
-    if not distributed.is_main_process():
-        return path
-    teacher = {key: tensor.detach().float().cpu().clone() for key, tensor in model.teacher.state_dict().items()}
-    save_atomically({"teacher": teacher}, path)
-    return path
+def has_checkpoints(folder: Path) -> bool:
+    """Return whether there is one to go on from, readable or not; all processes get the main one's answer."""
+    return distributed.broadcast_object(bool(CheckpointStore(folder, 1, 0).complete()))
 
 
-def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
-    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, None if there were none."""
-    names = ("last_checkpoint", "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
-    old = [p for p in folder.iterdir() if p.name in names or _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    if not old:
-        return None
-    target = folder / f"previous_{clock()}"
-    target.mkdir()
-    for path in old:
-        os.replace(path, target / path.name)
-    return target
+def _try(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    try:
+        return action(), None
+    except OSError as e:
+        return None, e.strerror or str(e)
+    except CheckpointError as e:
+        return None, str(e)

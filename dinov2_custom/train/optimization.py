@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dinov2_custom.parallel import whole_tensor
 from dinov2_custom.train.course import RunLength, run_length
 from dinov2_custom.utils.schedules import CosineScheduler
 
@@ -78,7 +79,7 @@ def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:
         model.fp16_scaler.unscale_(optimizer)
     largest = cfg.optim.clip_grad or float("inf")
     return {
-        f"grad_norm_{name}": torch.nn.utils.clip_grad_norm_(part.parameters(), largest)
+        f"grad_norm_{name}": whole_tensor(torch.nn.utils.clip_grad_norm_(part.parameters(), largest))
         for name, part in model.student.items()
     }
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dinov2_custom.layers.drop_path import Draw
 from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2_custom.models import build_heads, build_model_from_cfg
+from dinov2_custom.parallel import own_share
 from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies
 from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
 from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
@@ -199,7 +200,7 @@ class SSLMetaArch(nn.Module):
 
         Where the 0-dim ``skip`` is 1 it stays where it is.
         """
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher, student = ([own_share(p) for p in side.parameters()] for side in (self.teacher, self.student))
         if skip is None:
             torch._foreach_lerp_(teacher, student, 1.0 - m)
         else:

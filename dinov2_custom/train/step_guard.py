@@ -79,7 +79,7 @@ class StepGuard:
             both = torch.cat((values, _encode(word).to(values.device, non_blocking=True)))
             both = distributed.all_reduce(both)
             values, told = both[: len(values)] / distributed.get_global_size(), both[len(values) :]
-        norms = torch.stack([_whole(norm).float() for norm in grad_norms.values()])
+        norms = torch.stack([norm.float() for norm in grad_norms.values()])
         finite = torch.cat((values, norms)).isfinite()
         facts = torch.cat((finite.float(), told))
         self._reports.append(_Report(iteration, [*losses, *grad_norms], *_to_host(facts)))
@@ -139,11 +139,6 @@ def _encode(word: Word) -> Tensor:
 def _decode(told: list[float]) -> Word:
     asked = [signum for signum, count in enumerate(told[1:]) if count]
     return Word(asked[0] if asked else 0, told[0] if told else 0.0)
-
-
-def _whole(norm: Tensor) -> Tensor:
-    """Return a sharded norm's value, another one as it is."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _to_host(facts: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -19,9 +19,9 @@ from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.exit_codes import DONE, stopped_by
 from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_sinks, setup_logging, truncate_after
-from dinov2_custom.parallel import GradientReducer
+from dinov2_custom.parallel import parallelize
 from dinov2_custom.train.args import get_args_parser
-from dinov2_custom.train.checkpoint import Checkpointer, save_teacher, set_aside
+from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.faults import translate
 from dinov2_custom.train.gradients import accumulate_gradients
@@ -77,26 +77,28 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     loader = loader or make_train_loader(cfg, rank=rank, world_size=world_size)
     length = run_length(cfg, loader.num_images, world_size)
     schedules = build_schedulers(cfg, length)
+    resume = resume and has_checkpoints(out)
+    if not resume:
+        start_from_weights(cfg, model)
+    reducer = parallelize(cfg, model)
     optimizer = build_optimizer(cfg, model.get_params_groups())
-    keep = {name: cfg.checkpointing[name] for name in ("keep_last", "keep_every", "on_error")}
+    keep = {name: cfg.checkpointing[name] for name in ("keep_last", "keep_every", "on_error", "async_save")}
     checkpointer = Checkpointer(out, model, optimizer, model.fp16_scaler, **keep)
-    reducer = GradientReducer(model.student.parameters())
     resumed = checkpointer.load_latest() if resume else None
-    iteration = 0 if resumed is None else resumed + 1
-    course = Course(length, checkpointer.extra.get("course"), late=int(distributed.is_enabled()))
+    iteration = 0 if resumed is None else resumed.iteration + 1
+    kept = {} if resumed is None else resumed.values
+    course = Course(length, kept.get("course"), late=int(distributed.is_enabled()))
     if course.is_finished(iteration):
         logger.info(f"nothing to do: {course.how_to_extend()}")
         return DONE
-    if resumed is None:
-        start_from_weights(cfg, model)
-    elif changes := changed_keys(out, cfg):
+    if resumed is not None and (changes := changed_keys(out, cfg)):
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")
     write_config(cfg, str(out))
-    for line in describe_run(cfg, model, course, loader.num_images, world_size):
+    for line in (*describe_run(cfg, model, course, loader.num_images, world_size), reducer.describe()):
         logger.info(line)
     if rank == 0:
         truncate_after(out / METRICS_FILE, iteration)
-    sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, checkpointer.extra.get("wandb_run_id"))
+    sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, kept.get("wandb_run_id"))
     metrics = MetricLogger(delimiter="  ", sinks=sinks)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
     frozen = length.iterations(cfg.student.freeze_backbone_epochs)
@@ -106,7 +108,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     model.train()
 
     with StopRequests() as stop, sinks, Watch(out, cfg.train.hang_timeout) as watch:
-        batches = loader.batches(iteration * cfg.optim.accumulation_steps, device=model.device)
+        first_draw = resumed.draws if resumed and resumed.draws is not None else iteration * length.global_batch
+        batches = loader.batches(device=model.device, first_draw=first_draw)
         for batch in metrics.log_every(
             batches,
             cfg.train.log_every,
@@ -157,8 +160,10 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or word.stop_signal or (iteration + 1) % save_period == 0:
+                extra = sinks.state() | course.state(ended=last)
+                leaving = bool(word.stop_signal)
                 checkpoint_path = checkpointer.save(
-                    iteration, final=last, extra=sinks.state() | course.state(ended=last)
+                    iteration, final=last, wait=leaving, draws=loader.draws, extra=extra
                 )
                 watch.mark(iteration)
             if last or word.stop_signal:
@@ -232,5 +237,5 @@ def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
     if done is None:
         out = cfg.train.output_dir
         raise CheckpointError(f"--eval-only: expected a run with a checkpoint, got none in {out}; check --output-dir")
-    logger.info(f"teacher weights: {do_test(cfg, model, f'manual_{done + 1}')}")
+    logger.info(f"teacher weights: {do_test(cfg, model, f'manual_{done.iteration + 1}')}")
     return 0

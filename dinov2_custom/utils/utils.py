@@ -24,6 +24,7 @@ __all__ = ["CosineScheduler", "fix_random_seeds", "get_sha", "has_batchnorms", "
 
 logger = logging.getLogger("dinov2")
 
+
 def load_pretrained_weights(
     model: nn.Module, pretrained_weights: str | os.PathLike, checkpoint_key: str | None
 ) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.checkpoint_folder import read_folder
 from dinov2_custom.utils.download import fetch
 from dinov2_custom.utils.hugging_face import from_hugging_face, is_hugging_face
 from dinov2_custom.utils.paths import local_path
@@ -32,7 +33,8 @@ _HEADS = ("dino_head.", "ibot_head.")
 def read_weights(source: str | os.PathLike) -> Any:
     """Read a file of tensors and plain values: a path, an http(s) URL, or what one of iopath's handlers serves.
 
-    A folder stands for the ``model.safetensors`` in it, whole or in parts, as Hugging Face writes it.
+    A folder stands for the ``model.safetensors`` in it, whole or in parts, as Hugging Face writes it, or is
+    a training checkpoint.
 
     Raises:
         CheckpointError: missing, torn, or holding anything but tensors and plain values.
@@ -42,6 +44,8 @@ def read_weights(source: str | os.PathLike) -> Any:
         return _read_parts(path)
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
+    if path.is_dir():
+        return read_folder(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:

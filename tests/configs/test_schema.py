@@ -10,7 +10,7 @@ from dinov2_custom.configs.values import coerce
 
 UPSTREAM = yaml.safe_load((Path(__file__).parents[1] / "contracts" / "upstream_config_defaults.yaml").read_text())
 DELIBERATE = {"train.dataset_path": "", "train.output_dir": ""} | {
-    key: "auto" for key in UPSTREAM if key.endswith(".param_dtype")
+    key: "auto" for key in UPSTREAM if key.endswith((".param_dtype", ".reduce_dtype", ".sharding_strategy"))
 }
 OURS = {
     "train.path_preserved": "",
@@ -32,6 +32,7 @@ OURS = {
     "checkpointing.keep_every": 0,
     "optim.accumulation_steps": 1,
     "checkpointing.on_error": "warn",
+    "checkpointing.async_save": False,
     "data.normalize.mean": [0.485, 0.456, 0.406],
     "data.normalize.std": [0.229, 0.224, 0.225],
     "data.dct_scaling": False,

@@ -125,7 +125,7 @@ def test_two_nodes_killed_then_resumed_on_one(images, tmp_path):
     first = Launch(tmp_path, images, nodes=2)
     wait_for_checkpoint(first)
     first.kill()
-    assert not (first.out / "model_final.pth").exists()
+    assert not (first.out / "model_final").exists()
     assert "4 a process x 2 processes x 1 accumulated = 8" in first.log()
 
     key = {"WANDB_API_KEY": WANDB_KEY, "WANDB_MODE": "offline"}

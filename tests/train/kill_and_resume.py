@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from dinov2_custom.utils.checkpoint_folder import is_complete
 from tests.train.test_interrupted import start
 from tests.train.test_train import rows, weights, write_images
 
@@ -36,7 +37,7 @@ def survive(images: Path, out: Path, kills: int, rng: random.Random, total: int 
                 time.sleep(0.005)  # it has come further than the last time: now any moment will do
             time.sleep(rng.uniform(0, 3.0 if len(records) % 5 == 4 else 0.2))
         if process.poll() is None and len(records) < kills:
-            torn = len(list(out.glob("*.tmp")))
+            torn = unfinished(out)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             written = rows(out)[-1:] if (out / "training_metrics.json").exists() else []
@@ -45,6 +46,12 @@ def survive(images: Path, out: Path, kills: int, rng: random.Random, total: int 
         if process.wait(timeout=600) != 0:
             raise SystemExit(f"the run failed: see {out}.log")
         return records
+
+
+def unfinished(out: Path) -> bool:
+    """Return whether a checkpoint is just being written."""
+    folders = [p for p in out.glob("model_*") if p.is_dir()]
+    return any(not is_complete(p) for p in folders) or any(out.glob("*.tmp"))
 
 
 def differing(a: Path, b: Path) -> list[str]:

@@ -1,7 +1,9 @@
+import json
 import os
 import pickle
 import re
 import subprocess
+import threading
 
 import pytest
 import torch
@@ -36,25 +38,74 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(tmp_path):
     advance(cfg, straight, saver.optimizer, range(3, 6))
 
     _, resumed, loader = make(tmp_path, "train.seed=99")
-    assert loader.load_latest() == 2
+    assert loader.load_latest().iteration == 2
     advance(cfg, resumed, loader.optimizer, range(3, 6))
     for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def state_file(checkpoint):
+    return checkpoint / "rank_00000.safetensors"
 
 
 def test_nothing_to_load(tmp_path):
     assert make(tmp_path / "absent")[2].load_latest() is None
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "text"])
+def test_what_is_no_tensor_is_kept_too(tmp_path):
+    saver = make(tmp_path, "train.seed=7")[2]
+    saver.save(2, draws=123, extra={"wandb_run_id": "abc"})
+    resumed = make(tmp_path)[2].load_latest()
+    assert (resumed.iteration, resumed.draws) == (2, 123)
+    assert resumed.values["wandb_run_id"] == "abc" and resumed.values["seed"] == 7
+    assert resumed.values["versions"]["torch"] == torch.__version__
+    assert resumed.values["config"]["dino"]["head_n_prototypes"] == 32
+
+
+def test_checkpoint_of_the_former_format_is_read(tmp_path):
+    cfg, straight, saver = make(tmp_path)
+    advance(cfg, straight, saver.optimizer, range(3))
+    for loss in (straight.dino_loss, straight.ibot_patch_loss):
+        loss.apply_center_update()
+    state = {"format": 1, "iteration": 2, "model": straight.state_dict(), "optimizer": saver.optimizer.state_dict()}
+    torch.save({**state, "scaler": None, "wandb_run_id": "abc"}, tmp_path / "model_0000002.pth")
+    advance(cfg, straight, saver.optimizer, range(3, 6))
+
+    _, resumed, loader = make(tmp_path, "train.seed=99", keep_last=1)
+    found = loader.load_latest()
+    assert (found.iteration, found.draws, found.values["wandb_run_id"]) == (2, None, "abc")
+    advance(cfg, resumed, loader.optimizer, range(3, 6))
+    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    loader.save(5)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000005"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "text", "flipped", "gone", "marker"])
 def test_unreadable_newest_falls_back_with_a_warning(tmp_path, caplog, damage):
     _, _, saver = make(tmp_path)
     saver.save(1)
     newest = saver.save(2)
-    whole = newest.read_bytes()
-    newest.write_bytes({"torn": whole[: len(whole) // 2], "empty": b"", "text": b"<html>"}[damage])
-    assert make(tmp_path)[2].load_latest() == 1
+    file = newest / "checkpoint.json" if damage == "marker" else state_file(newest)
+    whole = file.read_bytes()
+    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    torn = whole[: len(whole) // 2]
+    damaged = {"torn": torn, "marker": torn, "empty": b"", "text": b"<html>", "flipped": flipped}
+    file.unlink() if damage == "gone" else file.write_bytes(damaged[damage])
+    assert make(tmp_path)[2].load_latest().iteration == 1
     assert "falling back" in caplog.text and newest.name in caplog.text
+
+
+def test_missing_newest_falls_back_with_a_warning(tmp_path, caplog):
+    saver = make(tmp_path)[2]
+    saver.save(1)
+    (saver.save(2) / "checkpoint.json").unlink()
+    assert make(tmp_path)[2].load_latest().iteration == 1
+    assert "last_checkpoint names model_0000002, which is not there or not complete" in caplog.text
 
 
 def test_only_unreadable_checkpoints_is_an_error_that_names_the_way_out(tmp_path):
@@ -63,15 +114,52 @@ def test_only_unreadable_checkpoints_is_an_error_that_names_the_way_out(tmp_path
         make(tmp_path)[2].load_latest()
 
 
-def test_malicious_pickle_is_refused_unread(tmp_path):
+def test_the_newest_is_the_one_written_last_whatever_the_clock_says(tmp_path, monkeypatch):
+    saver = make(tmp_path)[2]
+    monkeypatch.setattr(ckpt.time, "time", lambda: 2e9)
+    os.utime(saver.save(8), (2e9, 2e9))
+    monkeypatch.setattr(ckpt.time, "time", lambda: 1e9)
+    saver.save(4)
+    (tmp_path / "last_checkpoint").unlink()
+    assert saver.load_latest().iteration == 4
+
+
+def attack(tmp_path):
     class Attack:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Attack()}))
+    return pickle.dumps({"model": Attack()})
+
+
+def test_malicious_pickle_is_refused_unread(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(attack(tmp_path))
     with pytest.raises(CheckpointError, match=r"evil\.pth"):
         ckpt.read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("file", ["checkpoint.json", "rank_00000.safetensors", ".metadata", "model_0000003.pth"])
+def test_a_malicious_checkpoint_runs_nothing(tmp_path, file):
+    saver = make(tmp_path / "run")[2]
+    saver.save(1)
+    newest = saver.save(2)
+    target = tmp_path / "run" / file if file.endswith(".pth") else newest / file
+    target.write_bytes(attack(tmp_path))
+    expected = 2 if file in (".metadata", "model_0000003.pth") else 1
+    assert make(tmp_path / "run")[2].load_latest().iteration == expected
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_marker_cannot_name_files_elsewhere(tmp_path):
+    saver = make(tmp_path)[2]
+    saver.save(1)
+    newest = saver.save(2)
+    marker = newest / "checkpoint.json"
+    values = json.loads(marker.read_text())
+    values["files"] = {"../model_0000001/rank_00000.safetensors": values["files"]["rank_00000.safetensors"]}
+    marker.write_text(json.dumps(values))
+    assert make(tmp_path)[2].load_latest().iteration == 1
 
 
 def test_another_architecture_names_tensors_and_shapes(tmp_path):
@@ -81,25 +169,57 @@ def test_another_architecture_names_tensors_and_shapes(tmp_path):
 
 
 @pytest.mark.parametrize("on_error", ["warn", "stop"])
-def test_failed_save_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch, caplog, on_error):
-    saver = make(tmp_path, on_error=on_error)[2]
-    path = saver.save(0)
-    before = path.read_bytes()
+@pytest.mark.parametrize("async_save", [False, True])
+def test_failed_save_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch, caplog, on_error, async_save):
+    saver = make(tmp_path, on_error=on_error, async_save=async_save)[2]
+    saver.save(0)
+    saver.wait()
+    before = state_file(tmp_path / "model_0000000").read_bytes()
 
-    def full_disk(obj, file):
-        file.write(b"part")
+    def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    message = "got No space left on device; the newest complete one (model_0000000.pth) is intact"
+    monkeypatch.setattr(os, "fsync", full_disk)
+    message = "got No space left on device; the newest complete one (model_0000000) is intact"
+
+    def save():
+        saver.save(1)
+        saver.wait()
+
     if on_error == "stop":
         with pytest.raises(CheckpointError, match=re.escape(message)):
-            saver.save(1)
+            save()
     else:
-        saver.save(1)
+        save()
         assert message in caplog.text
-    assert path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000000.pth"]
+    assert state_file(tmp_path / "model_0000000").read_bytes() == before
+    assert names(tmp_path) == ["last_checkpoint", "model_0000000"]
+
+
+def test_what_is_written_meanwhile_is_the_state_of_the_save(tmp_path, monkeypatch):
+    cfg, model, saver = make(tmp_path, async_save=True)
+    advance(cfg, model, saver.optimizer, [0])
+    go, write = threading.Event(), ckpt.write_pieces
+    monkeypatch.setattr(ckpt, "write_pieces", lambda *args: go.wait(60) and write(*args))
+    saver.save(0)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not (tmp_path / "last_checkpoint").exists()
+    advance(cfg, model, saver.optimizer, [1])
+    go.set()
+    saver.wait()
+    _, restored, loader = make(tmp_path)
+    assert loader.load_latest().iteration == 0
+    for name, tensor in restored.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert not torch.equal(expected["student.backbone.norm.weight"], model.state_dict()["student.backbone.norm.weight"])
+
+
+def test_the_last_save_waits_for_the_one_before(tmp_path):
+    saver = make(tmp_path, async_save=True)[2]
+    saver.save(0)
+    saver.save(1, final=True)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000000", "model_final"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final"
 
 
 def test_old_ones_are_pruned_also_after_a_resume(tmp_path):
@@ -109,25 +229,37 @@ def test_old_ones_are_pruned_also_after_a_resume(tmp_path):
     again = make(tmp_path, keep_last=2)[2]
     again.load_latest()
     again.save(3)
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_0000002.pth", "model_0000003.pth"]
+    assert names(tmp_path) == ["last_checkpoint", "model_0000002", "model_0000003"]
+
+
+def test_a_bad_newest_one_does_not_cost_the_good_ones(tmp_path):
+    saver = make(tmp_path, keep_last=1)[2]
+    saver.save(9)
+    again = make(tmp_path, keep_last=1)[2]
+    again.save(5)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000005"]
+    assert again.load_latest().iteration == 5
+    (tmp_path / "model_0000005" / "checkpoint.json").write_text("{")
+    again.save(6)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000006"]
 
 
 def test_really_full_disk(tmp_path, caplog):
     saver = make(tmp_path / "disk", on_error="warn")[2]
     saver.save(0)
-    size = (tmp_path / "disk" / "model_0000000.pth").stat().st_size
+    size = state_file(tmp_path / "disk" / "model_0000000").stat().st_size
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", small]).returncode:
         pytest.skip("NO FULL DISK TEST: mounting a small tmpfs needs root")
     try:
-        saver.folder = small
+        saver.folder = saver.store.folder = small
         saver.save(1)
         saver.save(2)
         assert "No space left on device" in caplog.text
-        assert sorted(p.name for p in small.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
-        assert saver.load_latest() == 1
-        with pytest.raises(CheckpointError, match="model_final.pth, got No space left"):
+        assert sorted(p.name for p in small.iterdir()) == ["last_checkpoint", "model_0000001"]
+        assert saver.load_latest().iteration == 1
+        with pytest.raises(CheckpointError, match="model_final, got No space left"):
             saver.save(3, final=True)
     finally:
         subprocess.run(["umount", small], check=True)
@@ -137,14 +269,30 @@ def test_every_so_many_are_kept_for_good(tmp_path):
     saver = make(tmp_path, keep_last=1, keep_every=4)[2]
     for iteration in range(1, 10, 2):
         saver.save(iteration)
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [f"model_{i:07d}.pth" for i in (3, 7, 9)]
+    assert names(tmp_path) == ["last_checkpoint", *(f"model_{i:07d}" for i in (3, 7, 9))]
 
 
 def test_periodic_after_final_is_newer(tmp_path):
     saver = make(tmp_path)[2]
     saver.save(4, final=True)
     saver.save(7)
-    assert saver.load_latest() == 7
+    assert saver.load_latest().iteration == 7
+
+
+def test_a_longer_run_replaces_the_final_one_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    saver = make(tmp_path)[2]
+    assert saver.save(4, final=True) == tmp_path / "model_final"
+    seen, rename = [], os.rename
+
+    def watch(a, b):
+        seen.append({p.name for p in tmp_path.iterdir() if (p / "checkpoint.json").exists()})
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", watch)
+    assert saver.save(7, final=True) == tmp_path / "model_final"
+    assert seen == [{"model_final"}, {"model_0000007"}]
+    assert names(tmp_path) == ["last_checkpoint", "model_final"]
+    assert saver.load_latest().iteration == 7
 
 
 def test_pending_centre_is_saved(tmp_path):
@@ -173,6 +321,6 @@ def test_set_aside_keeps_everything(tmp_path):
     (tmp_path / "config.yaml").write_text("x")
     (tmp_path / "notes.txt").write_text("the user's own")
     aside = ckpt.set_aside(tmp_path, lambda: "then")
-    assert sorted(p.name for p in aside.iterdir()) == ["config.yaml", "last_checkpoint", "model_0000003.pth"]
+    assert sorted(p.name for p in aside.iterdir()) == ["config.yaml", "last_checkpoint", "model_0000003"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "previous_then"]
     assert ckpt.set_aside(tmp_path, lambda: "later") is None

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dinov2_custom.logging import remove_logging, sinks
 from dinov2_custom.train import get_args_parser, main
+from dinov2_custom.utils.weights import read_weights
 from tests.logging.wandb_file import read_offline_run
 from tests.train.batches import TINY
 
@@ -64,12 +65,12 @@ def test_every_sink_through_a_stop_and_a_resume(images, tmp_path, monkeypatch):
     monkeypatch.setattr(sinks.JsonLines, "log", write_and_stop)
     assert train(images, out, *SEEN) == 128 + signal.SIGTERM
     monkeypatch.setattr(sinks.JsonLines, "log", write)
-    state = torch.load(out / (out / "last_checkpoint").read_text(), weights_only=True)
+    state = read_weights(out / (out / "last_checkpoint").read_text())
     (out / "logs" / "wandb_run_id").unlink()  # the checkpoint has it too
     assert train(images, out, *SEEN) == 0
     assert train(images, tmp_path / "unseen", "train.log_every=1") == 0
 
-    weights = [torch.load(one / "model_final.pth", weights_only=True)["model"] for one in (out, tmp_path / "unseen")]
+    weights = [read_weights(one / "model_final")["model"] for one in (out, tmp_path / "unseen")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
     stopped, resumed = (read_offline_run(f) for f in sorted(out.glob("logs/wandb/offline-run-*/run-*.wandb")))

@@ -31,7 +31,7 @@ NORM, BAD_NORM = {"grad_norm_backbone": torch.tensor(3.0)}, {"grad_norm_backbone
 
 
 def guard_of(*, scaled=False):
-    return StepGuard(3, scaled, lambda: "model_0000004.pth")
+    return StepGuard(3, scaled, lambda: "model_0000004")
 
 
 def judge(guard, iteration, losses, norms=NORM, word=Word()):  # noqa: B008
@@ -52,7 +52,7 @@ def test_the_third_in_a_row_ends_the_run_and_names_term_iteration_and_checkpoint
         guard.hear()
     assert (guard.skipped, guard.in_a_row) == (4, 2)  # one step late
     judge(guard, 6, GOOD)
-    with pytest.raises(NumericsError, match=r"non-finite b in 3 .* iteration=5;.* model_0000004\.pth"):
+    with pytest.raises(NumericsError, match=r"non-finite b in 3 .* iteration=5;.* model_0000004"):
         guard.hear()
 
 
@@ -198,8 +198,10 @@ def poison_iterations(monkeypatch, iterations):
         loader = make(*args, **kwargs)
         batches = loader.batches
 
-        def poisoning(start, device):
-            for iteration, batch in enumerate(batches(start, device=device), start):
+        def poisoning(device, first_draw):
+            batch_size = loader.builder.batch_size * loader.builder.world_size
+            first = first_draw // batch_size
+            for iteration, batch in enumerate(batches(device=device, first_draw=first_draw), first):
                 yield poisoned(batch) if iteration in iterations else batch
 
         loader.batches = poisoning
@@ -234,7 +236,7 @@ def test_a_run_goes_over_bad_steps_counts_them_and_its_rows_stay_readable(tmp_pa
 def test_a_run_that_cannot_go_on_names_the_checkpoint_to_go_on_from(tmp_path, monkeypatch):
     images = write_images(tmp_path / "images", 12)
     poison_iterations(monkeypatch, {6, 7})
-    with pytest.raises(NumericsError, match=r"iteration=7; .* checkpoint is model_0000005\.pth"):
+    with pytest.raises(NumericsError, match=r"iteration=7; .* checkpoint is model_0000005"):
         run(images, tmp_path / "out", "train.max_nonfinite_steps=2", "checkpointing.period=3")
 
 

@@ -15,6 +15,7 @@ from dinov2_custom.logging import remove_logging
 from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.train.run_directory import locked
 from dinov2_custom.train.train import build_schedulers
+from dinov2_custom.utils.weights import read_weights
 from tests.train.batches import TINY, tiny_config
 
 RUN = (*TINY, "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=2", "optim.warmup_epochs=0.5")
@@ -57,7 +58,7 @@ def rows(out: Path) -> list[dict]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "model_final.pth", weights_only=True)["model"]
+    return read_weights(out / "model_final")["model"]
 
 
 def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, capsys):
@@ -69,7 +70,8 @@ def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, ca
         "config.yaml",
         "last_checkpoint",
         "logs/log.txt",
-        "model_final.pth",
+        "model_final/checkpoint.json",
+        "model_final/rank_00000.safetensors",
         "training_metrics.json",
         *(f"eval/training_{i}/teacher_checkpoint.pth" for i in (2, 5, 7)),
     }
@@ -94,10 +96,10 @@ def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, ca
 def test_a_finished_run_is_left_alone_and_goes_on_when_longer(images, tmp_path, capsys):
     command = [f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out"]
     train(*command)
-    stamp = (tmp_path / "out" / "model_final.pth").stat().st_mtime_ns
+    stamp = (tmp_path / "out" / "model_final" / "checkpoint.json").stat().st_mtime_ns
     assert train(*command) == 0
     assert "nothing to do" in capsys.readouterr().out
-    assert (tmp_path / "out" / "model_final.pth").stat().st_mtime_ns == stamp
+    assert (tmp_path / "out" / "model_final" / "checkpoint.json").stat().st_mtime_ns == stamp
     assert train(*command, "optim.epochs=3") == 0
     assert [row["iteration"] for row in rows(tmp_path / "out")] == [0, 7, 10, 11]
 
@@ -118,7 +120,7 @@ def test_output_dir_of_the_file_the_override_and_the_flag(images, tmp_path):
     train("--config-file", file, *RUN)
     train("--config-file", file, *RUN, f"train.output_dir={tmp_path / 'from_override'}")
     train("--config-file", file, *RUN, f"train.output_dir={tmp_path / 'lost'}", "--output_dir", tmp_path / "from_flag")
-    found = sorted(p.parent.name for p in tmp_path.glob("*/model_final.pth"))
+    found = sorted(p.parent.name for p in tmp_path.glob("*/model_final"))
     assert found == ["from_file", "from_flag", "from_override"]
     assert not (tmp_path / "lost").exists() and list(Path.cwd().iterdir()) == []
 
@@ -128,7 +130,7 @@ def test_no_resume_moves_the_former_run_aside(images, tmp_path):
     train(*command, "--output-dir", out)
     train(*command, "--output-dir", out, "--no-resume", "train.seed=5")
     (aside,) = out.glob("previous_*")
-    assert (aside / "model_final.pth").exists() and (out / "model_final.pth").exists()
+    assert (aside / "model_final").exists() and (out / "model_final").exists()
     assert [row["iteration"] for row in rows(out)] == [0, 7]
 
 
@@ -238,7 +240,7 @@ def test_every_precision_trains_on_a_cpu(images, tmp_path, dtype):
     ]
     options = ["student.drop_path_rate=0.3", "optim.epochs=8"]  # fp16 spends the first steps on finding its loss scale
     train(f"train.dataset_path={images}", *RUN, *precision, *options, "--output-dir", tmp_path)
-    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    state = read_weights(tmp_path / "model_final")
     assert (state["scaler"] is not None) == (dtype == "fp16")
     moved = state["model"]["student.backbone.blocks.0.mlp.fc1.weight"]
     assert moved.isfinite().all() and not torch.equal(moved, state["model"]["teacher.backbone.blocks.0.mlp.fc1.weight"])

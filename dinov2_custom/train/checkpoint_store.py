@@ -1,0 +1,185 @@
+"""The checkpoints in a run directory: which are complete, how one becomes so, which are removed.
+
+``model_<iteration>/`` or ``model_final/`` is written under another name, flushed, renamed, and declared complete by a
+marker written last. A file system need not do more than give back what was written: where there is no flushing, sizes
+and checksums tell; where folders cannot be renamed, the folder is written in its place. Only the main process calls any
+of this. Not here: what is in a checkpoint. Read :meth:`CheckpointStore.begin` and :meth:`CheckpointStore.commit` first.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.checkpoint_folder import MARKER, flush_folder, is_complete, write_marker
+from dinov2_custom.utils.tensor_file import Written
+
+logger = logging.getLogger("dinov2")
+FINAL, LAST = "model_final", "last_checkpoint"
+_NAME = re.compile(r"model_(\d{7,}|final)(\.pth)?")  # the former format was one file
+_UNFINISHED = re.compile(r"model_(\d{7,}|final)(\.pth)?\.tmp")
+_RUN_FILES = (LAST, "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
+
+
+class CheckpointStore:
+    """Keep the newest ``keep_last`` periodic checkpoints in ``folder`` and those of every ``keep_every`` iterations."""
+
+    def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
+        self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
+        self.renames = True
+
+    def complete(self) -> list[Path]:
+        """Return the checkpoints that look complete, newest first, as counted when they were written."""
+        if not self.folder.is_dir():
+            return []
+        named = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)]
+        found = [p for p in named if (is_complete(p) if p.is_dir() else p.suffix == ".pth")]
+        last = self.last()
+        return sorted(found, key=lambda p: _age(p, last), reverse=True)
+
+    def to_try(self) -> list[Path]:
+        """Return :meth:`complete`, with a warning when ``last_checkpoint`` names none of them."""
+        found, last = self.complete(), self.last()
+        if last and last not in {p.name for p in found}:
+            logger.warning(f"{LAST} names {last}, which is not there or not complete: falling back to the one before")
+        return found
+
+    def last(self) -> str:
+        """Return what ``last_checkpoint`` says, or nothing."""
+        try:
+            return (self.folder / LAST).read_text().strip()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return ""
+
+    def begin(self, iteration: int, final: bool) -> Path:
+        """Clear away what earlier attempts left, and return the empty folder to write to."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if _UNFINISHED.fullmatch(path.name) or (
+                path.is_dir() and _NAME.fullmatch(path.name) and not is_complete(path)
+            ):
+                _remove(path)
+        name = self._name(iteration, final)
+        path = self.folder / (f"{name}.tmp" if self.renames else name)
+        _remove(path)
+        path.mkdir()
+        return path
+
+    def commit(self, path: Path, files: dict[str, Written], values: dict[str, Any]) -> Path | None:
+        """Declare the checkpoint written to ``path`` complete and return where it is; None when it has to be written
+        again, in its place.
+
+        Raises:
+            OSError: it cannot be; the former ones are intact.
+            CheckpointError: what other processes wrote is not here.
+        """
+        if missing := [name for name in files if not (path / name).is_file()]:
+            raise CheckpointError(
+                f"{', '.join(missing)} of other processes not there; use a folder shared by all nodes"
+            )
+        flush_folder(path)
+        target = path.with_name(path.name.removesuffix(".tmp"))
+        if path != target:
+            _remove(target)
+            try:
+                os.rename(path, target)
+            except OSError as e:
+                if e.errno == errno.ENOSPC:
+                    raise
+                self.renames = False
+                logger.warning(
+                    f"this file system does not rename folders ({e.strerror or e}): checkpoints are written in their "
+                    f"place and complete once they have a {MARKER}"
+                )
+                return None
+            flush_folder(self.folder)
+        number = 1 + max((_number(p) or 0 for p in self.complete()), default=0)
+        write_marker(target, files, {"number": number, **values})
+        return target
+
+    def tidy(self, final: bool, newest: Path) -> Path:
+        """Remove what the new checkpoint makes superfluous, name it in ``last_checkpoint``, return where it is now."""
+        if final:
+            (self.folder / f"{FINAL}.pth").unlink(missing_ok=True)
+            if newest.name != FINAL and self.renames:
+                _remove(self.folder / FINAL)
+                os.rename(newest, self.folder / FINAL)
+                newest = self.folder / FINAL
+            elif newest.name != FINAL:
+                _remove(self.folder / FINAL)
+        periodic = [p for p in self.complete() if not p.name.startswith(FINAL)]
+        periodic.sort(key=lambda p: p != newest and _number(p) is None)  # those that cannot be read go first
+        for old in periodic[self.keep_last :]:
+            done = int(_NAME.fullmatch(old.name)[1]) + 1
+            if not self.keep_every or done % self.keep_every:
+                _remove(old)
+        self._set_last(newest.name)
+        return newest
+
+    def abandon(self, path: Path) -> None:
+        """Remove what a failed attempt left."""
+        for left in (path, path.with_name(path.name.removesuffix(".tmp"))):
+            if not is_complete(left):
+                _remove(left)
+
+    def _name(self, iteration: int, final: bool) -> str:
+        """Return the folder's name. A complete final one is replaced only after the new one is complete."""
+        return FINAL if final and not is_complete(self.folder / FINAL) else f"model_{iteration:07d}"
+
+    def _set_last(self, name: str) -> None:
+        temporary = self.folder / f"{LAST}.tmp"
+        temporary.write_text(name)
+        try:
+            os.replace(temporary, self.folder / LAST)
+        except OSError:  # a file system that does not replace: the name is a hint, the markers count
+            (self.folder / LAST).write_text(name)
+            temporary.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
+    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, None if there were none."""
+    old = [p for p in folder.iterdir() if p.name in _RUN_FILES or _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    if not old:
+        return None
+    target = folder / f"previous_{clock()}"
+    target.mkdir()
+    for path in old:
+        os.replace(path, target / path.name)
+    return target
+
+
+def _number(path: Path) -> int | None:
+    """Return a checkpoint's number in its run, which no clock can set back; the former format has 0, a torn marker
+    None."""
+    if not path.is_dir():
+        return 0
+    try:
+        return int(json.loads((path / MARKER).read_text())["number"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _age(path: Path, last: str) -> tuple[float, bool, float]:
+    """Return what sorts checkpoints, newest last: those with a torn marker, so that they are told of; the former format
+    by what ``last_checkpoint`` names and by time."""
+    number = _number(path)
+    stamp = 0.0 if path.is_dir() else path.stat().st_mtime
+    return math.inf if number is None else number, path.name == last, stamp
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, its marker first: what is left of one half removed is incomplete."""
+    if path.is_dir() and not path.is_symlink():
+        (path / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""The teacher's weights in upstream's layout, the file that a run is for. Read :func:`save_teacher` first."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov2_custom import distributed
+from dinov2_custom.parallel import whole_tensor
+from dinov2_custom.utils.tensor_file import flush
+
+
+def teacher_path(folder: Path, name: str) -> Path:
+    return Path(folder) / "eval" / name / "teacher_checkpoint.pth"
+
+
+def teacher_weights(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """Return upstream's layout, {"teacher": {backbone.*, dino_head.*, ...}}, whole, in float32. All must call it."""
+    state = model.teacher.state_dict()
+    return {"teacher": {key: whole_tensor(tensor).detach().float().cpu().clone() for key, tensor in state.items()}}
+
+
+def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
+    """Write ``eval/<name>/teacher_checkpoint.pth``, see :func:`teacher_weights`. All processes call it."""
+    path, teacher = teacher_path(folder, name), teacher_weights(model)
+    if distributed.is_main_process():
+        save_atomically(teacher, path)
+    return path
+
+
+def save_atomically(obj: Any, path: Path) -> None:
+    """Write ``obj`` with ``torch.save`` so that ``path`` is either absent, the old file or the whole new one,
+    where the file system can rename.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of the attempt.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(obj, file)
+            except RuntimeError as e:  # torch's writer on a write that failed, for example on a full disk
+                raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e)) from e
+            file.flush()
+            flush(file.fileno())
+        try:
+            os.replace(temporary, path)
+        except OSError as e:  # a file system that does not rename: there, a whole file is all that can be had
+            if e.errno == errno.ENOSPC:
+                raise
+            shutil.copyfile(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,135 @@
+"""What a checkpoint holds of the networks and the optimizer, by name, whole or sharded.
+
+Tensors have the names of ``model.state_dict()``; what the optimizer keeps for a parameter is
+``optimizer.<key>.<parameter>``. Each process gives and takes only the rows that it holds, so the numbers of processes
+before and after need not agree. Not here: files. Read :func:`own_pieces` and :func:`restore` first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_custom import distributed
+from dinov2_custom.errors import CheckpointError
+from dinov2_custom.parallel import first_row, is_sharded, own_share
+from dinov2_custom.utils.tensor_file import Piece
+
+
+class Source(Protocol):
+    """Stored tensors: shape by name, and rows of one of them."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+
+def own_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> dict[str, Piece]:
+    """Return what this process has to write: its rows of sharded tensors, and in the main process all the others.
+
+    Args:
+        copy: to the CPU, so that training can go on while they are written.
+    """
+    tensors = dict(model.state_dict())
+    for name, parameter in _trained(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    pieces = {}
+    for name, tensor in tensors.items():
+        share = own_share(tensor).detach()
+        if is_sharded(tensor):
+            if len(share):
+                pieces[name] = Piece(share, first_row(tensor), tuple(tensor.shape))
+        elif distributed.is_main_process():
+            pieces[name] = Piece.whole(share)
+    if copy:
+        pieces = {name: p._replace(tensor=p.tensor.to("cpu", copy=True)) for name, p in pieces.items()}
+    return pieces
+
+
+@torch.no_grad()
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, path: Path) -> None:
+    """Copy this process's rows of every tensor from ``source`` (which was read from ``path``).
+
+    Raises:
+        CheckpointError: of another architecture, and nothing is changed; or it cannot be read after all.
+    """
+    own = model.state_dict()
+    stored = {name: shape for name, shape in source.shapes.items() if not name.startswith("optimizer.")}
+    check_same_architecture({name: tuple(tensor.shape) for name, tensor in own.items()}, stored, path)
+    for name, tensor in own.items():
+        _copy_rows(tensor, source, name)
+    trained = _trained(model)
+    optimizer.state.clear()
+    for name in source.shapes:
+        if name.startswith("optimizer."):
+            _, key, parameter_name = name.split(".", 2)
+            if (parameter := trained.get(parameter_name)) is not None:
+                optimizer.state[parameter][key] = _state_like(parameter, source, name)
+
+
+def check_same_architecture(own: dict[str, tuple], got: dict[str, tuple], path: Path) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        CheckpointError: they differ; names the first differences and both shapes.
+    """
+    differences = [
+        f"{name}: expected {own.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
+        for name in [*own, *(n for n in got if n not in own)]
+        if own.get(name) != got.get(name)
+    ]
+    if differences:
+        shown = "\n  ".join(differences[:5])
+        raise CheckpointError(
+            f"resume: the checkpoint is of another architecture, {len(differences)} of {len(own)} tensors differ "
+            f"in {path}:\n  {shown}\nuse the run's own config.yaml, another --output-dir, or --no-resume"
+        )
+
+
+class PlainState:
+    """The :class:`Source` in a checkpoint of the former format: one file, the optimizer's state by position.
+
+    Raises:
+        CheckpointError: no training checkpoint.
+    """
+
+    def __init__(self, file: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+        if missing := [key for key in ("iteration", "model", "optimizer") if key not in file]:
+            raise CheckpointError(f"resume: expected a training checkpoint, got no {', '.join(missing)} in {path}")
+        self.values = {key: value for key, value in file.items() if key not in ("model", "optimizer")}
+        self.tensors = dict(file["model"])
+        names = {id(parameter): name for name, parameter in _trained(model).items()}
+        ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        for position, state in file["optimizer"]["state"].items():
+            if position < len(ordered):  # else it is of another architecture, which restore() will tell
+                self.tensors |= {f"optimizer.{key}.{ordered[position]}": value for key, value in state.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensors[name][start:stop] if self.shapes[name] else self.tensors[name]
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {f"student.{name}": parameter for name, parameter in model.student.named_parameters()}
+
+
+def _copy_rows(tensor: Tensor, source: Source, name: str) -> None:
+    share, start = own_share(tensor), first_row(tensor)
+    stop = start + len(share) if share.ndim else 0
+    share.copy_(source.rows(name, start, stop))
+
+
+def _state_like(parameter: nn.Parameter, source: Source, name: str) -> Tensor:
+    """Return the optimizer's tensor ``name``: as sharded as its parameter, or a plain one if it is a count."""
+    shape = source.shapes[name]
+    if not shape:
+        return source.rows(name, 0, 0).clone()
+    if shape != tuple(parameter.shape):
+        raise CheckpointError(f"resume: expected {name} of shape {tuple(parameter.shape)}, got {shape}")
+    state = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    _copy_rows(state, source, name)
+    return state

@@ -1,0 +1,172 @@
+"""A training checkpoint on disk: a folder of tensor files and, written last, ``checkpoint.json``.
+
+The marker names the files with their sizes and checksums and holds all that is no tensor. A folder without it, or whose
+files do not fit it, is no checkpoint. Only JSON and raw numbers are read, never a pickle. Not here: which checkpoint is
+the newest, writing (``train.checkpoint``). Read :class:`StoredState` first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.tensor_file import TensorFile, Written, checksum, flush
+
+MARKER = "checkpoint.json"
+FORMAT = 2
+_FILE = re.compile(r"rank_\d{5}\.safetensors")
+
+
+def file_of_rank(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether ``folder`` has a marker; whether its files are whole is :class:`StoredState`'s to say."""
+    return (folder / MARKER).is_file()
+
+
+def write_marker(folder: Path, files: dict[str, Written], values: dict[str, Any]) -> None:
+    """Declare ``folder`` complete. A torn marker is no JSON, so it is written in place and never renamed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    marker = {"format": FORMAT, **values, "files": {name: written._asdict() for name, written in files.items()}}
+    with open(folder / MARKER, "w") as file:
+        json.dump(marker, file, indent=1)
+        file.flush()
+        flush(file.fileno())
+    flush_folder(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Ask for the names in ``folder`` to be on the disk, where the system can be asked."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class StoredState:
+    """Read the checkpoint in ``folder``.
+
+    ``values``: what the marker holds. ``shapes``: of each whole tensor by name, ``dtypes`` likewise.
+
+    Raises:
+        CheckpointError: no marker, one that is damaged, or files that do not fit it or each other.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.values = self._read_marker()
+        self.written = {name: Written(**fields) for name, fields in self.values.pop("files").items()}
+        self.files = [self._open(name) for name in self.written]
+        pieces: dict[str, list[tuple[int, TensorFile]]] = {}
+        for file in self.files:
+            for name, entry in file.entries.items():
+                pieces.setdefault(name, []).append((entry.start, file))
+        self._pieces = {name: sorted(found, key=lambda one: one[0]) for name, found in pieces.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for name in self._pieces:
+            self._add(name)
+
+    def _read_marker(self) -> dict[str, Any]:
+        path = self.folder / MARKER
+        try:
+            values = json.loads(path.read_text())
+            if values["format"] != FORMAT:
+                raise CheckpointError(
+                    f"expected a checkpoint of format {FORMAT} at {self.folder}, got {values['format']}; read it with "
+                    "the version that wrote it"
+                )
+            for name, fields in values["files"].items():
+                if not _FILE.fullmatch(name) or set(fields) != set(Written._fields):
+                    raise ValueError(f"the file {name!r} with {fields}")
+        except FileNotFoundError as e:
+            raise CheckpointError(
+                f"expected a complete checkpoint, got a folder without {MARKER}: {self.folder}"
+            ) from e
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise CheckpointError(f"expected a readable {MARKER}, could not read {path}: {e}") from e
+        return values
+
+    def _open(self, name: str) -> TensorFile:
+        path, expected = self.folder / name, self.written[name].num_bytes
+        file = TensorFile(path)
+        if path.stat().st_size != expected:
+            raise CheckpointError(f"expected {expected} bytes in {path}, got {path.stat().st_size}")
+        return file
+
+    def _add(self, name: str) -> None:
+        entries = [file.entries[name] for _, file in self._pieces[name]]
+        shape, row = entries[0].whole, 0
+        for entry in entries:
+            if (entry.whole, entry.dtype, entry.start) != (shape, entries[0].dtype, row):
+                row = -1
+                break
+            row += entry.shape[0] if shape else 0
+        if row != (shape[0] if shape else 0) or (len(entries) > 1 and not shape):
+            raise CheckpointError(f"expected all rows of {name} once, {shape}, in {self.folder}; got other ones")
+        self.shapes[name], self.dtypes[name] = shape, entries[0].dtype
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compare the checksums of every ``parts``-th file from number ``part`` on.
+
+        Raises:
+            CheckpointError: a file is not what was written.
+        """
+        for file in self.files[part::parts]:
+            expected = self.written[file.path.name]
+            try:
+                got = checksum(file.path)
+            except OSError as e:
+                raise CheckpointError(f"expected to read {file.path}, got {e.strerror or e}") from e
+            if got != expected:
+                raise CheckpointError(f"expected the file that was written at {file.path}, got another checksum")
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) of ``name`` on the CPU; a tensor without dimensions whole.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        shape = self.shapes[name]
+        out = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=self.dtypes[name])
+        for first, file in self._pieces[name]:
+            if not shape:
+                file.read_into(out, name, 0)
+                break
+            low, high = max(start, first), min(stop, first + file.entries[name].shape[0])
+            if low < high:
+                file.read_into(out[low - start : high - start], name, low - first)
+        return out
+
+    def read(self, name: str) -> Tensor:
+        """Return the whole tensor ``name``."""
+        shape = self.shapes[name]
+        return self.rows(name, 0, shape[0] if shape else 0)
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """Return {"model": {name: tensor}, ...}: weights and loss centres, and the marker's values; no optimizer.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+    """
+    state = StoredState(folder)
+    state.verify()
+    model = {name: state.read(name) for name in state.shapes if not name.startswith("optimizer.")}
+    return {**state.values, "model": model}
