@@ -81,7 +81,7 @@ def test_one_and_two_processes_give_the_same_weights(tmp_path, centering):
     common = [
         "run/train/train.py", f"train.dataset_path={images}", *TINY, *fp32, f"train.centering={centering}",
         "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=10", "optim.epochs=1", "optim.warmup_epochs=0.3",
-        "dino.koleo_loss_weight=0",
+        "dino.koleo_neighbours=all", "student.layerscale=1",  # else features are so alike that rounding matters
     ]  # fmt: skip
     launch(1, *common, "train.batch_size_per_gpu=8", "--output-dir", str(tmp_path / "one"))
     done = launch(

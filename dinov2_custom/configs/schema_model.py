@@ -82,6 +82,12 @@ class Dino:
     head_nlayers: int = option(3, "linear layers before the prototypes", within="[1, inf)")
     head_hidden_dim: int = option(2048, "width of the hidden layers", within="[1, inf)")
     koleo_loss_weight: float = option(0.1, "weight of the KoLeo spreading loss; 0: off", within="[0, inf)")
+    koleo_neighbours: str = option(
+        "process",
+        "where KoLeo looks for an image's nearest neighbour: among the batch of its process, as upstream, or of all, "
+        "whose result does not depend on their number",
+        choices=("process", "all"),
+    )
 
 
 @dataclass

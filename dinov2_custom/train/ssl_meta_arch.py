@@ -53,7 +53,7 @@ class SSLMetaArch(nn.Module):
         patch_head = cfg.ibot if self.ibot_separate_head else cfg.dino
         self.ibot_patch_loss = iBOTPatchLoss(patch_head.head_n_prototypes)
         self.num_prototypes = (cfg.dino if self.do_dino else patch_head).head_n_prototypes
-        self.koleo_loss = KoLeoLoss()
+        self.koleo_loss = KoLeoLoss(over_all_ranks=cfg.dino.koleo_neighbours == "all")
         self.patch_head = "ibot_head" if self.ibot_separate_head else "dino_head"
         self.lean = cfg.train.lean
         for block in (block for model in (self.student, self.teacher) for block in model["backbone"].all_blocks()):

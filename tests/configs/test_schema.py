@@ -17,6 +17,7 @@ OURS = {
     "train.frac": 0.0,
     "train.max_bad_fraction": 0.01,
     "student.freeze_backbone_epochs": 0,
+    "dino.koleo_neighbours": "process",
     "train.max_nonfinite_steps": 3,
     "train.hang_timeout": 480,
     "train.max_steps": 0,
