@@ -64,6 +64,13 @@ class Train:
         choices=("auto",),
         within="[1, inf)",
     )
+    activation_checkpointing: str = option(
+        "auto",
+        "what the backward pass computes again: none; selective: each block's FFN; full: each block; auto: as little "
+        "as fits the GPU, by the count of benchmarks/memory.py",
+        changes_results=False,
+        choices=("none", "selective", "full", "auto"),
+    )
     lean: bool = option(
         True,
         "keep half of what autograd would for the backward pass, and no logits: norms, activations and targets are "

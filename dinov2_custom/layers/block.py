@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinov2_custom.layers.attention import Attention, MemEffAttention, Segments, split_segments
 from dinov2_custom.layers.drop_path import Draw, DropPath, Subset, draw_kept, to_subsets
 from dinov2_custom.layers.layer_scale import LayerScale
+from dinov2_custom.layers.lean import compute_dtype
 from dinov2_custom.layers.mlp import Mlp
 from dinov2_custom.layers.nested import (
     CausalAttentionBlock,
@@ -65,6 +67,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.sample_drop_ratio = drop_path
+        self.recompute = "none"  # or "selective": the FFN, or "full": everything, once more in the backward pass
         # Hand-written backward passes that keep less; the inner modules are then not called, nor are their hooks.
         self.lean = False
 
@@ -97,9 +100,20 @@ class Block(nn.Module):
             segments: [(num_sequences, length), ...]; their products sum to T.
             subsets: of the attention branch and of the FFN branch; None: everything.
         """
-        attention, ffn = subsets or [Subset(None, segments, 1.0)] * 2
+        subsets = subsets or [Subset(None, segments, 1.0)] * 2
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(self._forward_subsets, x_TD, subsets, use_reentrant=False, preserve_rng_state=False)
+        return self._forward_subsets(x_TD, subsets)
+
+    def _forward_subsets(self, x_TD: Tensor, subsets: Sequence[Subset]) -> Tensor:
+        attention, ffn = subsets
         x_TD = add_residual_subset(x_TD, self.attention_residual, attention)
-        return add_residual_subset(x_TD, self.ffn_residual, ffn)
+        again = self.recompute == "selective" and torch.is_grad_enabled()
+        return add_residual_subset(x_TD, self._ffn_again if again else self.ffn_residual, ffn)
+
+    def _ffn_again(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        x_TD = x_TD.to(compute_dtype(x_TD))  # this is what is kept
+        return checkpoint(self.ffn_residual, x_TD, segments, use_reentrant=False, preserve_rng_state=False)
 
     def forward(
         self, x_or_x_list: Tensor | list[Tensor], generator: torch.Generator | None = None
@@ -152,8 +166,8 @@ def add_residual_subset(x_TD: Tensor, residual: Callable[[Tensor, Segments], Ten
     x_TD, kept = _Gather.apply(x_TD, subset.rows)
     branch = residual(kept, subset.segments)
     if isinstance(subset.scale, Tensor):
-        return x_TD.index_add(0, subset.rows, (branch * subset.scale).to(x_TD.dtype))
-    return x_TD.index_add(0, subset.rows, branch.to(x_TD.dtype), alpha=subset.scale)
+        return _Scatter.apply(x_TD, branch * subset.scale, subset.rows, 1.0)
+    return _Scatter.apply(x_TD, branch, subset.rows, subset.scale)
 
 
 class _Gather(torch.autograd.Function):
@@ -169,6 +183,21 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, of_rows: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
         return gradient.index_add(0, rows, of_rows), None
+
+
+class _Scatter(torch.autograd.Function):
+    """Return x with scale * branch added to its rows. Unlike ``index_add`` it keeps no ``branch`` for its backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, branch: Tensor, rows: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.scale, ctx.dtype = scale, branch.dtype
+        return x.index_add(0, rows, branch.to(x.dtype), alpha=scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        return gradient, gradient.index_select(0, rows).mul_(ctx.scale).to(ctx.dtype), None, None
 
 
 def pack(x_list: list[Tensor]) -> tuple[Tensor, Segments]:

@@ -33,4 +33,4 @@ class Mlp(nn.Module):
 
     def forward_lean(self, x_TD: Tensor, norm: nn.LayerNorm, gamma: Tensor | None) -> Tensor:
         """Return gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
-        return activation_linear(norm_linear(x_TD, norm, self.fc1), self.act, self.fc2, gamma)
+        return activation_linear(norm_linear(x_TD, norm, self.fc1), self.act.forward, self.fc2, gamma)

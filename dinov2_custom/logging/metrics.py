@@ -190,6 +190,7 @@ class MetricLogger:
         start_iteration: int = 0,
         *,
         images_per_iteration: int | None = None,
+        speeds: Callable[[float], dict[str, float]] | None = None,
         left_s: Callable[[], float] | None = None,
         shown: Sequence[str] = (),
     ) -> Iterator[Any]:
@@ -205,6 +206,7 @@ class MetricLogger:
             images_per_iteration: of all processes together; adds the field ``images/s`` to lines, and to rows
                 ``images_per_s``, ``data_wait`` (0..1, the share of the time in which the loop waits for data) and
                 ``memory_mib`` (this process's peak: of CUDA, else resident).
+            speeds: from images/s to further fields of lines and rows.
             left_s: seconds until the end, where ``n_iterations`` does not tell.
             shown: series that a log line has, of those there are; empty: all. Rows have all.
         """
@@ -230,10 +232,11 @@ class MetricLogger:
                 iter_time.update(time.perf_counter() - end)
                 if writes:
                     rates = _rates(images_per_iteration, iter_time.avg, data_time.avg)
-                    self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates)
+                    more = speeds(rates["images_per_s"]) if speeds else {}
+                    self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates, **more)
                     times = [f"time: {iter_time}", f"data: {data_time}"]
                     place = _place(iteration, n_iterations, iter_time.global_avg, left_s)
-                    fields = [header, *place, self._line(shown), *times, *_speed(images_per_iteration, iter_time.avg)]
+                    fields = [header, *place, self._line(shown), *times, *_speed(rates, more)]
                     bar.show(self._headline())
                     logger.info(self.delimiter.join(filter(None, fields)), extra={"shown_by_bar": bar.visible})
                 bar.update()
@@ -266,9 +269,10 @@ def _place(iteration: int, n_iterations: int | None, iter_s: float, left_s: Call
     return [place, f"eta: {duration(iter_s * (n_iterations - 1 - iteration))}"]
 
 
-def _speed(images: int | None, iter_s: float) -> list[str]:
+def _speed(rates: dict[str, float], more: dict[str, float]) -> list[str]:
     """Return the fields of a log line about rates and memory."""
-    fields = [] if images is None else [f"images/s: {images / max(iter_s, 1e-9):.1f}"]
+    fields = [f"images/s: {rates['images_per_s']:.1f}"] if rates else []
+    fields += [f"{name}: {value:.3g}" for name, value in more.items()]
     if torch.cuda.is_available():
         fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
     return fields

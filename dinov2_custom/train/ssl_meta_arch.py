@@ -67,10 +67,24 @@ class SSLMetaArch(nn.Module):
         return self.student["backbone"].cls_token.device
 
     def prepare_for_distributed_training(self) -> None:
-        """Fix the precision for the device the parameters are on; call once, after moving the model there."""
-        dtype = self._dtype("student", "backbone")
+        """Fix precision and checkpointing for the device the parameters are on; call once, after moving the model."""
+        dtype = self.precision("student", "backbone")
         use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
         self.fp16_scaler = torch.amp.GradScaler(self.device.type) if use_scaler else None
+        self.set_checkpointing(self._choose_checkpointing())
+
+    def _choose_checkpointing(self) -> str:
+        wanted = self.cfg.train.activation_checkpointing
+        if wanted != "auto" or self.device.type != "cuda":
+            return "none" if wanted == "auto" else wanted
+        from dinov2_custom.train.memory import least_checkpointing  # which runs this class
+
+        return least_checkpointing(self.cfg, available=torch.cuda.mem_get_info(self.device)[1])
+
+    def set_checkpointing(self, mode: str) -> None:
+        """Let the student's blocks compute ``none``, ``selective`` or ``full`` again in the backward pass."""
+        for block in self.student["backbone"].all_blocks():
+            block.recompute = mode
 
     def train(self, mode: bool = True) -> SSLMetaArch:
         """Put the student in training mode; the teacher always stays in evaluation mode."""
@@ -227,13 +241,14 @@ class SSLMetaArch(nn.Module):
     def fsdp_synchronize_streams(self) -> None:
         """Do nothing: no streams of FSDP's own have to wait for each other here. Upstream's name."""
 
-    def _dtype(self, model: str, part: str) -> torch.dtype:
+    def precision(self, model: str, part: str) -> torch.dtype:
+        """Return the number format in which ``part`` of ``model`` computes."""
         precision = self.cfg.compute_precision[model][part].mixed_precision
         return resolve_dtype(precision.param_dtype, self.device)
 
     def autocast(self, model: str, part: str) -> AbstractContextManager:
         """Return the region in which ``part`` of ``model`` computes in its configured precision."""
-        dtype = self._dtype(model, part)
+        dtype = self.precision(model, part)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _masked_patches(self, features: dict, positions: Tensor) -> Tensor | None:

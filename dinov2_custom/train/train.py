@@ -24,6 +24,7 @@ from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.faults import translate
+from dinov2_custom.train.flops import speed_report
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BadImageLog, CollapseAlarm
 from dinov2_custom.train.optimization import (
@@ -117,6 +118,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             None if course.limit_s else length.total,
             iteration,
             images_per_iteration=length.global_batch,
+            speeds=speed_report(cfg, model, world_size),
             left_s=course.left_s,
             shown=("total_loss", "lr", "grad_norm_backbone", "teacher_entropy", "prototype_entropy"),
         ):

@@ -182,3 +182,19 @@ def slice_of(batch, size, index, count):
         "upperbound": int(masks.sum()),
         "n_masked_patches": masks.sum().reshape(1),
     }
+
+
+@pytest.mark.parametrize("lean", ["true", "false"])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(mode, lean):
+    results = []
+    for setting in ("none", mode):
+        cfg = tiny_config(
+            f"train.activation_checkpointing={setting}", f"train.lean={lean}", "student.drop_path_rate=0.3"
+        )
+        model = SSLMetaArch(cfg).train()
+        model.prepare_for_distributed_training()
+        model.forward_backward(random_batch(cfg), 0.05, torch.Generator().manual_seed(0))
+        results.append([p.grad for p in model.student.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)

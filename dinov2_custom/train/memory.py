@@ -1,0 +1,194 @@
+"""Count the bytes that a training step has alive, for any configuration, without a device and without computing.
+
+The step runs on tensors without data (torch's fake tensors) and every allocation and release is counted, so the count
+is exact for tensors; what an allocator loses between them, a CUDA context (about 0.5 GB) and libraries' workspaces are
+not in it. The optimizer is counted as AdamW's two moments. Read :func:`measure_step` first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dinov2_custom.layers import attention as attention_module
+from dinov2_custom.layers import prototype_loss
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.utils.dtype import as_torch_dtype
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "heads", "batch")
+
+
+class StepMemory(NamedTuple):
+    """Bytes alive at the peak of a step: in all, and by category.
+
+    parameters: of student and teacher. heads: logits, targets and gradients of the prototypes. batch: the images.
+    """
+
+    peak: int
+    categories: dict[str, int]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the storages alive, each under the category that was current when it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.category = "activations"
+        self.live: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self._known: dict[int, tuple[weakref.ref, str]] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self.live.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        """Count ``tensor``'s storage from now until it is released."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes()
+
+        def released(_) -> None:
+            _, category = self._known.pop(key)
+            self.live[category] -= size
+
+        self._known[key] = (weakref.ref(storage, released), self.category)
+        self.live[self.category] += size
+        if self.total > sum(self.at_peak.values()):
+            self.at_peak = self.live.copy()
+
+    def move(self, tensor: Tensor, category: str) -> None:
+        """Count ``tensor`` under another category from now on."""
+        storage = tensor.untyped_storage()
+        reference, former = self._known[id(storage)]
+        self._known[id(storage)] = (reference, category)
+        self.live[former] -= storage.nbytes()
+        self.live[category] += storage.nbytes()
+
+    @contextmanager
+    def under(self, category: str):
+        """Count what the body makes under ``category``."""
+        former, self.category = self.category, category
+        try:
+            yield
+        finally:
+            self.category = former
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Shapes and kept tensors of a fused attention kernel on a GPU."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def as_on_a_gpu():
+    """Let attention keep what a fused kernel keeps, and chunks of logits be those of a GPU."""
+    attention, chunks = attention_module.attention, prototype_loss._CHUNK_LOGITS["cpu"]
+    attention_module.attention = lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
+    prototype_loss._CHUNK_LOGITS["cpu"] = prototype_loss._CHUNK_LOGITS["cuda"]
+    try:
+        yield
+    finally:
+        attention_module.attention, prototype_loss._CHUNK_LOGITS["cpu"] = attention, chunks
+
+
+def least_checkpointing(cfg, available: int) -> str:
+    """Return the least activation checkpointing that keeps a step below ``available`` bytes; ``full`` if nothing does.
+
+    An eighth is left to what the count does not know.
+    """
+    return next((mode for mode in ("none", "selective") if measure_step(cfg, mode).peak < available * 7 / 8), "full")
+
+
+def measure_step(cfg, checkpointing: str = "none") -> StepMemory:
+    """Run one step of ``cfg`` on fake tensors and return its peak; ``auto`` precisions count as bf16.
+
+    Args:
+        checkpointing: none, selective or full.
+    """
+    live, mode = LiveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
+    batch = _batch(cfg)
+    with torch.device("meta"):
+        model = SSLMetaArch(cfg).train()
+    model.set_checkpointing(checkpointing)
+    crops = {name: torch.empty(shape, device="meta") for name, (shape, _) in batch.items() if "crops" in name}
+    groups = model.plan_groups(crops, torch.Generator().manual_seed(0))  # draws need values
+    with as_on_a_gpu(), mode, live:
+        with live.under("parameters"):
+            model.to_empty(device="cpu")
+        trainable = list(model.student.parameters())
+        for parameter in trainable:
+            parameter.register_post_accumulate_grad_hook(lambda p: live.move(p.grad, "gradients"))
+        _label(model, live)
+        with live.under("batch"):
+            images = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
+        model.precision = lambda *names: _bf16_unless_given(cfg, *names)
+        model.plan_groups = lambda *_: groups
+        model.masked_in_first = lambda images: batch["mask_indices_list"][0][0] // 2
+        live.live["optimizer"] += 8 * sum(p.numel() for p in trainable)
+        live.at_peak.clear()
+        model.forward_backward(images, 0.05)
+    categories = {name: live.at_peak[name] for name in CATEGORIES}
+    return StepMemory(sum(categories.values()), categories)
+
+
+def _label(model: SSLMetaArch, live: LiveBytes) -> None:
+    """Count what heads and losses make under ``heads``."""
+
+    def labelled(call):
+        def run(*args, **kwargs):
+            with live.under("heads"):
+                return call(*args, **kwargs)
+
+        return run
+
+    for name in ("run_heads", "losses", "assign"):
+        setattr(model, name, labelled(getattr(model, name)))
+
+
+def _bf16_unless_given(cfg, model: str, part: str) -> torch.dtype:
+    dtype = cfg.compute_precision[model][part].mixed_precision.param_dtype
+    return torch.bfloat16 if dtype == "auto" else as_torch_dtype(dtype)
+
+
+def _batch(cfg) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and type of each tensor of a batch with the mean number of masked patches."""
+    crops, b = cfg.crops, cfg.train.batch_size_per_gpu
+    patches = (crops.global_crops_size // cfg.student.patch_size) ** 2
+    masked_crops = int(2 * b * cfg.ibot.mask_sample_probability)
+    masked = int(masked_crops * patches * sum(cfg.ibot.mask_ratio_min_max) / 2)
+    local, size = crops.local_crops_number * b, crops.local_crops_size
+    return {
+        "collated_global_crops": ((2 * b, 3, crops.global_crops_size, crops.global_crops_size), torch.float32),
+        "collated_local_crops": ((local, 3, size, size), torch.float32),
+        "collated_masks": ((2 * b, patches), torch.bool),
+        "mask_indices_list": ((masked,), torch.long),
+        "masks_weight": ((masked,), torch.float32),
+        "n_masked_patches": ((1,), torch.long),
+    }

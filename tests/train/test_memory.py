@@ -1,0 +1,79 @@
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dinov2_custom.train.memory import CATEGORIES, LiveBytes, as_on_a_gpu, least_checkpointing, measure_step
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.view_groups import cut_views
+from tests.train.batches import random_batch, tiny_config
+
+WIDE = ("student.arch=vit_micro", "train.batch_size_per_gpu=32", "student.drop_path_rate=0.3")
+
+
+def kept_by_a_forward_pass(cfg, mode=None):
+    """Return bytes of the storages that autograd keeps beside parameters, LiveBytes' count, bytes of results."""
+    with torch.device("meta" if mode else "cpu"):
+        model = SSLMetaArch(cfg).train()
+    batch, live, kept = random_batch(cfg), LiveBytes(), {}
+    first = model.masked_in_first(batch)
+    ((group, draws),) = model.plan_groups(batch, torch.Generator().manual_seed(0))
+
+    def pack(t):
+        kept[id(t.untyped_storage())] = t.untyped_storage()
+        return t
+
+    with as_on_a_gpu(), mode or nullcontext(), live:
+        if mode:
+            model.to_empty(device="cpu")
+        copy = torch.empty_like if mode else torch.clone
+        views = cut_views({k: copy(v) if torch.is_tensor(v) else v for k, v in batch.items()}, group, first)
+        own = {id(p.untyped_storage()) for p in model.parameters()}
+        own |= {id(t.untyped_storage()) for t in views if torch.is_tensor(t)}
+        before = live.total
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            features = model.student_features(views, draws)
+        after = live.total
+        outputs = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in features if t is not None}
+    sizes = {key: storage.nbytes() for key, storage in kept.items() if key not in own}
+    return sum(sizes.values()), after - before, sum(size for key, size in outputs.items() if key not in sizes)
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.lean=false",), ("student.ffn_layer=swiglu",)], ids=str)
+def test_fake_count_is_what_a_real_run_keeps(overrides):
+    cfg = tiny_config(*WIDE, *overrides, "train.view_groups=1")
+    real, _, _ = kept_by_a_forward_pass(cfg)
+    fake, counted, outputs = kept_by_a_forward_pass(cfg, FakeTensorMode(allow_non_fake_inputs=True))
+    assert fake == real > 1e6
+    assert counted == pytest.approx(fake + outputs, rel=0.01)
+
+
+def test_categories_add_up_and_parameters_are_exact():
+    cfg = tiny_config(*WIDE)
+    memory = measure_step(cfg)
+    model = SSLMetaArch(cfg)
+    student = sum(p.numel() for p in model.student.parameters())
+    tensors = [*model.parameters(), *model.buffers()]
+    assert set(memory.categories) == set(CATEGORIES) and sum(memory.categories.values()) == memory.peak
+    assert memory.categories["parameters"] == sum(4 * t.numel() for t in tensors)
+    assert memory.categories["optimizer"] == 8 * student
+    assert memory.categories["gradients"] <= 4 * student
+
+
+def test_every_means_of_saving_saves():
+    common = (*WIDE, "train.batch_size_per_gpu=64")
+    plain = measure_step(tiny_config(*common, "train.lean=false", "train.view_groups=1")).peak
+    lean = measure_step(tiny_config(*common, "train.view_groups=1")).peak
+    grouped = measure_step(tiny_config(*common, "train.view_groups=4")).peak
+    selective = measure_step(tiny_config(*common, "train.view_groups=4"), "selective").peak
+    full = measure_step(tiny_config(*common, "train.view_groups=4"), "full").peak
+    assert plain > 1.2 * lean > 1.2 * grouped > selective > full
+
+
+def test_auto_recomputes_as_little_as_fits():
+    cfg = tiny_config(*WIDE, "train.batch_size_per_gpu=64")
+    none, selective = measure_step(cfg).peak, measure_step(cfg, "selective").peak
+    assert least_checkpointing(cfg, none * 2) == "none"
+    assert least_checkpointing(cfg, (none + selective) / 2 * 8 / 7) == "selective"
+    assert least_checkpointing(cfg, 1000) == "full"
