@@ -21,7 +21,8 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.train.checkpoint import save_atomically
+from dinov2_custom.sharding import reduce_dtype
+from dinov2_custom.train.teacher_file import save_atomically
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.weights import read_weights
 
@@ -40,7 +41,7 @@ __all__ = [
 logger = logging.getLogger("dinov2")
 _LAST = "last_checkpoint"
 # what a section's sharding_strategy means for fully_shard's reshard_after_forward
-_RESHARD = {"SHARD_GRAD_OP": False, "FULL_SHARD": True}
+_RESHARD = {"auto": False, "SHARD_GRAD_OP": False, "FULL_SHARD": True}
 
 
 def get_fsdp_wrapper(
@@ -67,9 +68,10 @@ def get_fsdp_wrapper(
                 "whole copies use torch.nn.parallel.DistributedDataParallel"
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = resolve_dtype(precision.param_dtype, device)
         policy = MixedPrecisionPolicy(
-            param_dtype=resolve_dtype(precision.param_dtype, device),
-            reduce_dtype=resolve_dtype(precision.reduce_dtype, device),
+            param_dtype=dtype,
+            reduce_dtype=reduce_dtype(precision.reduce_dtype, dtype),
         )
         options = {
             "mesh": torch.distributed.device_mesh.init_device_mesh(device, (distributed.get_global_size(),)),

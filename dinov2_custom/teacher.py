@@ -20,6 +20,7 @@ from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.utils.checkpoint_folder import is_complete
 from dinov2_custom.utils.weights import fit_state, flat_state, is_url, read_weights
 
 logger = logging.getLogger("dinov2")
@@ -81,7 +82,7 @@ def load_teacher(
 
 
 def find_weights(source: str) -> str:
-    """Return the weight file that ``source`` means; of a run directory the newest teacher, else the last checkpoint.
+    """Return the weights that ``source`` means; of a run directory the newest teacher, else the last checkpoint.
 
     Raises:
         CheckpointError: a directory without any.
@@ -89,14 +90,14 @@ def find_weights(source: str) -> str:
     if is_url(source):
         return str(source)
     path = Path(source).expanduser()
-    if not path.is_dir():
+    if not path.is_dir() or is_complete(path):
         return str(path)
     teachers = [path / "teacher_checkpoint.pth", *path.glob("eval/*/teacher_checkpoint.pth")]
     found = [(int(match[1]) if (match := _NUMBERED.search(t.parent.name)) else -1, t) for t in teachers if t.is_file()]
     if found:
         return str(max(found)[1])
     pointer = path / "last_checkpoint"
-    if pointer.is_file() and (path / pointer.read_text().strip()).is_file():
+    if pointer.is_file() and (path / pointer.read_text().strip()).exists():
         return str(path / pointer.read_text().strip())
     raise CheckpointError(
         f"expected a weight file or a run directory, got {path} without eval/*/teacher_checkpoint.pth or "

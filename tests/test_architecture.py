@@ -48,7 +48,7 @@ ALLOWED = {
     "data": BASE,
     "sharding": BASE | {"distributed", "layers"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
-    "teacher": BASE | {"configs", "models", "utils.weights"},
+    "teacher": BASE | {"configs", "models", "utils.checkpoint_folder", "utils.weights"},
     "train.args": {"configs"},  # command lines, which the launcher parses without torch
     "eval.args": set(),
     "run": {"errors", "exit_codes", "world", "entry", "configs", "utils.cluster", "train.args", "eval.args"},

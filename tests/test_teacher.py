@@ -26,9 +26,11 @@ def test_a_run_means_its_newest_teacher(tmp_path):
 
 
 def test_a_run_without_teacher_means_its_last_checkpoint(tmp_path):
-    (tmp_path / "model_0000004.pth").touch()
-    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
-    assert find_weights(str(tmp_path)) == str(tmp_path / "model_0000004.pth")
+    checkpoint = tmp_path / "model_0000004"
+    checkpoint.mkdir()
+    (checkpoint / "checkpoint.json").touch()
+    (tmp_path / "last_checkpoint").write_text("model_0000004")
+    assert find_weights(str(tmp_path)) == find_weights(str(checkpoint)) == str(checkpoint)
     (tmp_path / "last_checkpoint").unlink()
     with pytest.raises(CheckpointError, match="expected a weight file or a run directory"):
         find_weights(str(tmp_path))

@@ -79,7 +79,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(images, uninterru
     wait_for(out / "last_checkpoint", process)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal does
     assert process.wait(timeout=60) == 130
-    assert not (out / "model_final.pth").exists() and children_are_gone(out)
+    assert not (out / "model_final").exists() and children_are_gone(out)
 
     assert start(images, out).wait(timeout=240) == 0
     log = (tmp_path / "out.log").read_text()

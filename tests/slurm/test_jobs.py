@@ -118,11 +118,11 @@ def test_everything_is_in_the_run_directory(two_by_two):
 
 
 def test_a_complete_run_is_not_done_again(cluster, images, two_by_two):
-    before = (two_by_two / "model_final.pth").stat().st_mtime_ns
+    before = (two_by_two / "model_final" / "checkpoint.json").stat().st_mtime_ns
     job = cluster.submit(*arguments(images, two_by_two, "--nodes", 2))
     assert cluster.wait(job)["Restarts"] == "0"
     assert "nothing to do" in (two_by_two / "logs/log.txt").read_text()
-    assert (two_by_two / "model_final.pth").stat().st_mtime_ns == before
+    assert (two_by_two / "model_final" / "checkpoint.json").stat().st_mtime_ns == before
 
 
 def test_preempted_timed_out_and_killed_gives_the_same_weights(cluster, images, two_by_two, tmp_path):
