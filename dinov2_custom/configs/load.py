@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_custom.configs.combinations import check_combinations, list_notes
-from dinov2_custom.configs.mistakes import Mistakes, suggest_key
+from dinov2_custom.configs.mistakes import OF_FORKS, Mistakes, suggest_key
 from dinov2_custom.configs.option import Option
 from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
 from dinov2_custom.configs.schema import all_options
@@ -115,12 +115,13 @@ def _check_unknown(unknown: list[Setting], options: dict[str, Option], allowed: 
         if parent:
             mistakes.add(label, f"{parent} to have no parts", "one", f"set {parent} itself")
         elif allowed:
-            kept.append(label)
+            inside = f" with {', '.join(map(str, setting.value))}" if isinstance(setting.value, dict) else ""
+            kept.append(f"{label}{inside}" + (f": {OF_FORKS[setting.key]}" if setting.key in OF_FORKS else ""))
         else:
             fix = suggest_key(setting.key) or "see docs/configuration.md"
             mistakes.add(label, "a known key", "an unknown one", fix)
             mistakes.advice = "Unknown keys on purpose, of a fork say: --allow-unknown-keys keeps them, unused."
-    return [f"unknown keys, kept but not used: {', '.join(kept)}"] if kept else []
+    return ["unknown keys, kept but not used:\n  " + "\n  ".join(kept)] if kept else []
 
 
 def _read_values(

@@ -19,6 +19,16 @@ _OTHER_NAMES = {
     "epoch_length": "train.OFFICIAL_EPOCH_LENGTH",
     "registers": "student.num_register_tokens",
 }
+# Keys and sections of known forks that are not adopted, and what is here instead.
+OF_FORKS = {
+    "daino": "the supervised side loss of a fork, which is not here",
+    "tune": "kNN during training of a fork: run/eval/knn.py on the teacher checkpoints",
+    "early_stopping": "stop when a score no longer rises, of a fork: not here",
+    "optim.max_iter": "train.max_steps",
+    "train.save_frequency": "checkpointing.period",
+    "wandb.enable": "wandb.mode: online",
+    "wandb.resume_id": "wandb.id",
+}
 
 
 class Mistakes:
@@ -46,7 +56,12 @@ class Mistakes:
 
 
 def suggest_key(key: str) -> str:
-    """Name the known keys or sections nearest to an unknown dotted key, in any section; "" if nothing is near."""
+    """Name the known keys or sections nearest to an unknown dotted key, in any section; "" if nothing is near.
+
+    Of a fork's key, say what is here instead.
+    """
+    if key in OF_FORKS:
+        return OF_FORKS[key]
     options = all_options()
     sections = {name.rsplit(".", count)[0]: None for name in options for count in range(1, name.count(".") + 1)}
     known = [name for name, option in options.items() if not option.unused and name != "optim.lr"] + list(sections)

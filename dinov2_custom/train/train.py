@@ -6,6 +6,7 @@ Not in here: the mathematics of the step (``ssl_meta_arch``), files (``checkpoin
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from dinov2_custom import distributed
+from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.errors import CheckpointError
@@ -241,3 +242,7 @@ def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
         raise CheckpointError(f"--eval-only: expected a run with a checkpoint, got none in {out}; check --output-dir")
     logger.info(f"teacher weights: {do_test(cfg, model, f'manual_{done.iteration + 1}')}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run("dinov2_custom.train.train", get_args_parser().parse_args(), quiet_threads=True))
