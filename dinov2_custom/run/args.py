@@ -148,14 +148,14 @@ def _without_modules(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def get_args_parser(
-    description: str | None = None, parents: Sequence[argparse.ArgumentParser] | None = None, add_help: bool = True
+    description: str | None = None, parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True
 ) -> LaunchParser:
     """Return the launcher's parser, with those of ``parents`` (upstream's signature).
 
     A flag that was not given is None: ``cluster_file.py`` fills in the cluster's values, then ``Option.default``.
     """
-    epilog = next((parent.epilog for parent in parents or [] if parent.epilog), None)
-    parser = LaunchParser(description=description, parents=list(parents or []), add_help=add_help, epilog=epilog)
+    epilog = next((parent.epilog for parent in parents if parent.epilog), None)
+    parser = LaunchParser(description=description, parents=list(parents), add_help=add_help, epilog=epilog)
     launch = parser.add_argument_group("launcher")
     launch.add_argument(
         "--launcher",

@@ -22,8 +22,8 @@ from tests.test_alias import site  # noqa: F401 - a fixture
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = (
-    "student.arch=vit_nano student.patch_size=8 student.block_chunks=0 student.layerscale=1.0 crops.global_crops_size=32 "
-    "crops.local_crops_size=16 crops.local_crops_number=2 dino.head_n_prototypes=64 ibot.head_n_prototypes=64 "
+    "student.arch=vit_nano student.patch_size=8 student.block_chunks=0 student.layerscale=1.0 "
+    "crops.global_crops_size=32 crops.local_crops_size=16 crops.local_crops_number=2 dino.head_n_prototypes=64 "
     "train.batch_size_per_gpu=8 train.num_workers=1 train.OFFICIAL_EPOCH_LENGTH=5 optim.epochs=1 "
     "optim.warmup_epochs=0 optim.freeze_last_layer_epochs=0 teacher.warmup_teacher_temp_epochs=1"
 ).split()
@@ -176,8 +176,9 @@ def test_a_released_backbone_by_its_url(home, released, imagenet, tmp_path):
 
 def test_hub_load(home, released):
     code = (
-        "import sys, torch; model = torch.hub.load(sys.argv[1], 'dinov2_vits14', source='local', weights=sys.argv[2]); "
-        "torch.set_grad_enabled(False); features = model.eval()(torch.ones(1, 3, 56, 56)); print(tuple(features.shape), features.sum().item())"
+        "import sys, torch; torch.set_grad_enabled(False); "
+        "model = torch.hub.load(sys.argv[1], 'dinov2_vits14', source='local', weights=sys.argv[2]).eval(); "
+        "features = model(torch.ones(1, 3, 56, 56)); print(tuple(features.shape), features.sum().item())"
     )
     weights = released / "dinov2_vits14_pretrain.pth"
     shape, total = run(home, "-c", code, REPOSITORY, weights).stdout.rsplit(maxsplit=1)
