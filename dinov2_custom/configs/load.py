@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dinov2_custom.configs.absolute_paths import with_absolute_paths
 from dinov2_custom.configs.combinations import check_combinations, list_notes
 from dinov2_custom.configs.mistakes import OF_FORKS, Mistakes, suggest_key
 from dinov2_custom.configs.option import Option
@@ -72,6 +73,7 @@ def load_run_config(
 
     given_lr, values["optim.lr"] = values["optim.lr"], scaled_lr(values, world_size)
     values["train.output_dir"] = resolve_output_dir(output_dir, values["train.output_dir"])
+    values = with_absolute_paths(values)
     from_a_run = where("optim.lr") != "override" and _is_scaled_lr(given_lr, values)
     if given_lr != 0 and not from_a_run:
         computed = values["optim.lr"]

@@ -16,12 +16,13 @@ from torch import nn
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir, load_run_config
-from dinov2_custom.errors import ConfigError
+from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_args_parser
 from dinov2_custom.logging import setup_logging
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.teacher import load_teacher_backbone, run_config_near
 from dinov2_custom.utils.dtype import resolve_dtype
+from dinov2_custom.utils.weights import is_url
 
 __all__ = [
     "build_model_for_eval",
@@ -78,10 +79,15 @@ def find_run_config(weights: str) -> Path:
 
     Raises:
         ConfigError: there is none.
+        CheckpointError: there is no such file either.
     """
     found = run_config_near(weights)
     if found is not None:
         return found
+    if not is_url(weights) and not Path(weights).expanduser().exists():
+        raise CheckpointError(
+            f"--pretrained-weights: expected a weight file at {weights}, found nothing; check the path"
+        )
     raise ConfigError(
         f"--config-file: expected the configuration of {weights}, got none, and there is no config.yaml in the three "
         "folders above it; give the run's config.yaml with --config-file"

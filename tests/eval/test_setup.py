@@ -13,7 +13,7 @@ from PIL import Image
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_knn_args_parser
 from dinov2_custom.eval.knn import main
-from dinov2_custom.eval.setup import build_model_for_eval, get_autocast_dtype, load_teacher_backbone
+from dinov2_custom.eval.setup import build_model_for_eval, find_run_config, get_autocast_dtype, load_teacher_backbone
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.train.checkpoint import save_teacher
@@ -76,7 +76,7 @@ def test_script_reports_errors_in_one_line(tmp_path):
     command = [sys.executable, "run/eval/knn.py", "--pretrained-weights", str(tmp_path / "none.pth")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 1
-    assert done.stderr.startswith("error: --config-file: expected the configuration of")
+    assert done.stderr.startswith("error: --pretrained-weights: expected a weight file at ")
     assert "Traceback" not in done.stderr
 
 
@@ -161,3 +161,8 @@ def test_code_in_a_weight_file_is_not_run(tmp_path):
 def test_autocast_dtype(name, device, expected):
     cfg = tiny_config(f"compute_precision.teacher.backbone.mixed_precision.param_dtype={name}")
     assert get_autocast_dtype(cfg, device) == expected
+
+
+def test_a_missing_weight_file_is_said_before_its_configuration(tmp_path):
+    with pytest.raises(CheckpointError, match="expected a weight file at .*absent.pth, found nothing"):
+        find_run_config(str(tmp_path / "absent.pth"))

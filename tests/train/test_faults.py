@@ -29,8 +29,8 @@ def make_faulty(*args, rank=0, **kwargs):
     loader = make(*args, rank=rank, **kwargs)
     batches = loader.batches
 
-    def with_fault(start, device):
-        for iteration, batch in enumerate(batches(start, device=device), start):
+    def with_fault(**options):
+        for iteration, batch in enumerate(batches(**options)):
             if iteration == 3 and rank == faulty_rank:
                 if fault == "raise":
                     raise RuntimeError("boom in the loader")

@@ -8,7 +8,10 @@ from dinov2_custom.models.vision_transformer import vit_micro, vit_nano
 from dinov2_custom.train.checkpoint import save_teacher
 from dinov2_custom.train.pretrained import load_pretrained_backbone, start_from_weights
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.utils.weights import read_weights
 from tests.train.batches import tiny_config
+from tests.train.test_step_guard import run
+from tests.train.test_train import write_images
 
 
 def make(arch=vit_nano, **kwargs):
@@ -180,3 +183,12 @@ def test_without_iopath_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "iopath.common", None)
     with pytest.raises(CheckpointError, match='extra "iopath"'):
         load_pretrained_backbone(make(), "shelf://w.pth")
+
+
+def test_a_runs_own_checkpoint_starts_another(tmp_path):
+    images = write_images(tmp_path / "images", 12)
+    assert run(images, tmp_path / "first", "train.max_steps=2", "optim.warmup_epochs=0") == 0
+    kept = read_weights(tmp_path / "first" / "model_final")["model"]
+    target = run_of(f"MODEL.WEIGHTS={tmp_path / 'first' / 'model_final'}", "train.seed=5")
+    start_from_weights(target.cfg, target)
+    assert kept.keys() == target.state_dict().keys() and equal(kept, target.state_dict())
