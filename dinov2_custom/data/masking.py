@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from math import exp, sqrt
 from types import ModuleType
 
 import numpy as np
@@ -41,8 +42,11 @@ class MaskingGenerator:
         limits = (max_num_patches, num_masking_patches, self.num_patches)
         self.max_num_patches = next(limit for limit in limits if limit is not None)
         self.log_aspect_ratio = (math.log(min_aspect), math.log(max_aspect or 1 / min_aspect))
-        # bit y * width + x is the patch of row y and column x; here the first h patches of column 0, for every h
-        self._first_column = [sum(1 << (y * self.width) for y in range(h)) for h in range(self.height + 1)]
+        # bit y * width + x is the patch of row y and column x; here the rectangle of h rows and w columns at the origin
+        self._rectangles = [[0] * self.width]
+        for y in range(self.height - 1):
+            taller = [one | ((1 << w) - 1) << (y * self.width) for w, one in enumerate(self._rectangles[-1])]
+            self._rectangles.append(taller)
 
     def __repr__(self) -> str:
         low, high = self.log_aspect_ratio
@@ -76,15 +80,15 @@ class MaskingGenerator:
         """Return ``mask`` with one rectangle more that adds 1..``max_added`` patches, and how many; 0: none found."""
         height, width, draw = self.height, self.width, rng.random
         least, (low, high) = self.min_num_patches, self.log_aspect_ratio
+        more, wider = max_added - least, high - low
         for _ in range(TRIES):
-            area = least + (max_added - least) * draw()
-            aspect = math.exp(low + (high - low) * draw())
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            area = least + more * draw()
+            aspect = exp(low + wider * draw())
+            h, w = round(sqrt(area * aspect)), round(sqrt(area / aspect))
             if w >= width or h >= height:
                 continue
             top = rng.randrange(height - h + 1)
-            left = rng.randrange(width - w + 1)
-            rectangle = (self._first_column[h] * ((1 << w) - 1)) << (top * width + left)
+            rectangle = self._rectangles[h][w] << (top * width + rng.randrange(width - w + 1))
             added = (rectangle & ~mask).bit_count()
             if 0 < added <= max_added:
                 return mask | rectangle, added
