@@ -1,6 +1,6 @@
 """Bytes of an image file -> RGB pixels, by stated rules; anything that cannot be decoded is a DataError with its name.
 
-============================  =====================================================================================
+============================  ==========================================================================================
 8-bit RGB, grey, 1-bit        as they are; grey and 1-bit in all three channels
 palette, CMYK, YCbCr, Lab     Pillow's conversion to RGB
 alpha (RGBA, LA, palette)     dropped, as upstream does (transparent pixels show their hidden colour)
@@ -9,9 +9,9 @@ other integers (I)            outside 0..65535: least value -> 0, greatest -> 25
 float (F)                     in 0..1: value * 255, rounded; otherwise least -> 0, greatest -> 255 (NaN -> 0)
 16-bit RGB                    the high bytes (Pillow's reader)
 several frames or pages       the first
-EXIF orientation              ignored, as upstream does, unless ``exif=True``
+EXIF orientation              ignored, as upstream does, unless ``exif=True``; of a TIFF applied by Pillow itself
 above Pillow's limit          DataError (179 million pixels: a decompression bomb, or a slide to be cut into tiles)
-============================  =====================================================================================
+============================  ==========================================================================================
 
 The scaling of 16-bit and float images is said once a mode in the log. JPEG files go through simplejpeg where it is
 installed (the extra ``fast``), with the same pixels; what it refuses is Pillow's. Not in here: reading files

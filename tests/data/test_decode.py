@@ -160,13 +160,43 @@ def test_each_mode_is_said_once(caplog):
     ]
 
 
-def test_orientation_is_ignored_unless_asked_for():
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_orientation_is_ignored_unless_asked_for(kind):
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encode(RGB, "PNG", exif=exif)
-    assert decode_rgb(data).size == (24, 18)
-    turned = decode_rgb(data, exif=True)
-    np.testing.assert_array_equal(np.asarray(turned), np.asarray(RGB.transpose(Image.Transpose.ROTATE_270)))
+    data = encode(RGB, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    upright = np.asarray(decode_rgb(encode(RGB, kind))) if kind == "JPEG" else np.asarray(RGB)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(data)), upright)
+    np.testing.assert_array_equal(decode_array(data), upright)
+    np.testing.assert_array_equal(np.asarray(decode_rgb(data, exif=True)), np.rot90(upright, -1))
+    np.testing.assert_array_equal(decode_array(data, exif=True), np.rot90(upright, -1))
+
+
+def test_orientation_of_a_tiff_is_applied_by_pillow_for_upstream_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(RGB, "TIFF", exif=exif)
+    for turned in (decode_rgb(data), decode_rgb(data, exif=True), Image.open(io.BytesIO(data)).convert("RGB")):
+        np.testing.assert_array_equal(np.asarray(turned), np.rot90(np.asarray(RGB), -1))
+
+
+@pytest.mark.parametrize("shape, kind, options", [
+    ((9, 8, 3), np.float32, {"photometric": "rgb"}),
+    ((9, 8, 5), np.uint8, {"photometric": "minisblack", "planarconfig": "contig"}),
+    ((9, 8), np.float64, {"photometric": "minisblack"}),
+])  # fmt: skip
+def test_kinds_of_tiff_that_pillow_does_not_know_are_bad_images(shape, kind, options):
+    tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
+    tifffile.imwrite(file, np.ones(shape, kind), **options)
+    with pytest.raises(DataError, match="expected an image, got .* of data: odd.tif"):
+        decode_rgb(file.getvalue(), "odd.tif")
+
+
+def test_16_bit_rgba_is_the_high_bytes_without_alpha():
+    tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
+    values = np.random.default_rng(0).integers(0, 65536, (9, 8, 4), dtype=np.uint16)
+    tifffile.imwrite(file, values, photometric="rgb", extrasamples=["unassalpha"])
+    np.testing.assert_array_equal(np.asarray(decode_rgb(file.getvalue())), values[..., :3] >> 8)
 
 
 def test_first_picture_of_a_phones_multi_picture_jpeg():
