@@ -24,7 +24,7 @@ from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import outcome, task
 from dinov2_custom.run.outcome import Outcome
 
-_FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_FORWARDED = tuple(n for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
 _POLL_S = 0.1
 
 
@@ -98,7 +98,7 @@ def _run_processes(spec: dict[str, Any], processes: int, folder: Path) -> dict[i
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    former = {name: signal.getsignal(getattr(signal, name)) for name in (*_FORWARDED, "SIGQUIT")}
+    former = {name: signal.getsignal(getattr(signal, name)) for name in _FORWARDED}
     try:
         yield
     finally:

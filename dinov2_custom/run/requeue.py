@@ -45,7 +45,7 @@ def decide(outcomes: Sequence[Outcome], num_ranks: int, progressed: bool, job: J
     """
     kinds = {ended.kind for ended in outcomes}
     codes = {ended.code for ended in outcomes if ended.kind == "stopped"}
-    if job.state not in ("RUNNING", "COMPLETING"):
+    if job.state != "RUNNING":  # COMPLETING: cancelled, or requeued by SLURM itself
         return False, f"the job is {job.state.lower()}"
     if "refused" in kinds:
         return False, "it ended with an error that another attempt would meet again"

@@ -17,6 +17,7 @@ from typing import Any
 from dinov2_custom.run import environment_check
 from dinov2_custom.run.args import RESOURCES
 from dinov2_custom.run.environment import Environment
+from dinov2_custom.world import TORCHRUN_VARIABLES
 
 JOB = "%j"  # stands for the job's number in an output directory, as in upstream
 _PLAIN = re.compile(r"[\w./+,=@:-]+")  # what neither bash nor sbatch's file name patterns read in another way
@@ -92,6 +93,7 @@ def _start(output_dir: str, config: str | None) -> list[str]:
         lines.append('exec >>"${job_files}_log.out" 2>&1')
     lines += [
         'fail() { trap - EXIT; echo "error: job $SLURM_JOB_ID on ${SLURMD_NODENAME:-$(hostname)}: $1"; exit 1; }',
+        f"unset {' '.join(TORCHRUN_VARIABLES)}  # of the shell that submitted",
         "trap : TERM USR1 USR2  # the processes get these too; this script waits for them",
         'echo "job $SLURM_JOB_ID attempt=${SLURM_RESTART_COUNT:-0} nodes=$SLURM_JOB_NODELIST $(date)"',
     ]

@@ -26,6 +26,7 @@ LATE = Job(seconds_left=100)
         (ended(("stopped", 140)), False, Job(), True, "signal"),
         (ended(("stopped", 143)), True, Job("CANCELLED"), False, "cancelled"),
         (ended(("stopped", 143)), True, Job("TIMEOUT"), False, "timeout"),
+        (ended(("stopped", 143)), True, Job("COMPLETING"), False, "completing"),
         (ended(("stopped", 130)), True, Job(), False, "by hand"),
         (ended(("refused", 1)), True, Job(), False, "meet again"),
         (ended(("crashed", 1)), True, Job(), True, "goes on from"),

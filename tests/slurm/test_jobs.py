@@ -140,6 +140,42 @@ def test_preempted_timed_out_and_killed_gives_the_same_weights(cluster, images, 
     assert "SIGTERM received" in main_log and "SIGUSR2 received" in main_log and main_log.count("resumed from=") == 3
 
 
+def test_without_resume_only_the_first_attempt_starts_anew(cluster, images, tmp_path):
+    out = tmp_path / "out"
+    cluster.wait(cluster.submit(*arguments(images, out)))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for name in ("model_final.pth", "last_checkpoint"):
+        (whole / name).write_bytes((out / name).read_bytes())
+
+    job = cluster.submit(*arguments(images, out, "--no-resume"))
+    preempt(cluster, job, out)
+    assert cluster.wait(job)["Restarts"] == "1"
+    check_same(out, whole)
+    assert len(list(out.glob("previous_*"))) == 1
+    assert "resumed from=" in (out / "logs/log.txt").read_text()
+
+
+def test_a_signal_before_the_first_step_is_no_failure(cluster, tmp_path):
+    small = [
+        "--ngpus",
+        2,
+        "--cpus-per-task",
+        1,
+        "--timeout",
+        5,
+        "--output-dir",
+        tmp_path / "out",
+        "--wait-in-attempt",
+        0,
+    ]
+    job = cluster.run(sys.executable, "-m", "tests.slurm.who", *small, cwd=tmp_path).stdout.split()[1]
+    wait_for(lambda: len(list(tmp_path.glob("out/waiting*"))) == 2, "two processes")
+    cluster.run("scancel", "--signal=TERM", job)
+    assert cluster.wait(job)["Restarts"] == "1"
+    assert "requeued: stopped by a signal" in (tmp_path / "out" / f"{job}_log.out").read_text()
+
+
 def test_a_cancelled_job_stays_cancelled(cluster, images, tmp_path):
     job = cluster.submit(*arguments(images, tmp_path / "out"))
     wait_for(lambda: last_checkpoint(tmp_path / "out"), "a checkpoint")

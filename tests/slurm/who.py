@@ -3,20 +3,25 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 
 class Who:
-    """Write ``who.json`` into the output directory."""
+    """Write ``who.json`` into the output directory; first sleep in the attempt ``args.wait_in_attempt`` of the job."""
 
     def __init__(self, args):
         self.args = args
 
     def __call__(self):
+        out = Path(self.args.output_dir)
+        if os.environ.get("SLURM_RESTART_COUNT", "0") == self.args.wait_in_attempt:
+            (out / f"waiting{os.environ['SLURM_PROCID']}").touch()
+            time.sleep(100)
         names = ("CONDA_PREFIX", "VIRTUAL_ENV", "HOOK", "LOADEDMODULES", "FROM_LINE")
         facts = {"prefix": sys.prefix, "version": list(sys.version_info[:2]), "executable": sys.executable}
         facts |= {name: os.environ.get(name) for name in names}
-        (Path(self.args.output_dir) / "who.json").write_text(json.dumps(facts))
+        (out / "who.json").write_text(json.dumps(facts))
         return 0
 
 
@@ -27,4 +32,5 @@ if __name__ == "__main__":
 
     parser = get_args_parser()
     parser.add_argument("--output-dir")
+    parser.add_argument("--wait-in-attempt")
     sys.exit(entry.reported(lambda: submit_jobs(Importable, parser.parse_args(), name="who")))
