@@ -1,7 +1,7 @@
 """OFFICIAL_EPOCH_LENGTH: auto, and schedules that say what is wrong.
 
 Why: an epoch is 1250 iterations whatever the data; a warm-up longer than the run ends in a bare AssertionError.
-Target: dinov2/utils/config.py: apply_scaling_rules_to_cfg
+Target: dinov2/utils/config.py: apply_scaling_rules_to_cfg, distributed
     dinov2/utils/utils.py: CosineScheduler
 Kind: wraps a function, replaces a class (same values)
 Upstream: #135 #307 #376 #494

@@ -55,8 +55,16 @@ def _without_registers(tokens: Tensor, model: Portable) -> Tensor:
 
 def _hugging_face(path: Path, images: Tensor, model: Portable) -> Tensor:
     from transformers import AutoModel
+    from transformers.utils import logging
 
-    return _without_registers(AutoModel.from_pretrained(path).eval()(images).last_hidden_state, model)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded = AutoModel.from_pretrained(path).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return _without_registers(loaded(images).last_hidden_state, model)
 
 
 def _timm(path: Path, images: Tensor, model: Portable) -> Tensor:

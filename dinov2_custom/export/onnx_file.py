@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +27,19 @@ class _TwoOutputs(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         features = self.backbone.forward_features(image)
         return features["x_norm_clstoken"], features["x_norm_patchtokens"]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes to itself off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def write_onnx(model: Portable, path: Path) -> None:
@@ -47,8 +62,7 @@ def write_onnx(model: Portable, path: Path) -> None:
     for block in backbone.all_blocks():
         block.attn.backend = "sdpa"
     image = torch.zeros(2, model.in_chans, model.image_size, model.image_size)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter's notes to itself
+    with _quiet():
         program = torch.onnx.export(
             _TwoOutputs(backbone).eval(),
             (image,),

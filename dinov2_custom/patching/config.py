@@ -80,6 +80,8 @@ def with_epoch_length(original: Callable, count: Callable[[Any], int], world_siz
     @functools.wraps(original)
     def computing(cfg: Any) -> Any:
         cfg = original(cfg) or cfg
+        if cfg.train.get("OFFICIAL_EPOCH_LENGTH") is None:  # a fork with epochs of its own
+            return cfg
         batch = cfg.train.batch_size_per_gpu * world_size()
         if cfg.train.OFFICIAL_EPOCH_LENGTH == "auto":
             images = count(cfg.train.dataset_path)
@@ -93,11 +95,12 @@ def with_epoch_length(original: Callable, count: Callable[[Any], int], world_siz
 
 def _check_epochs(cfg: Any) -> None:
     values = {"train.OFFICIAL_EPOCH_LENGTH": cfg.train.OFFICIAL_EPOCH_LENGTH}
-    values |= {f"optim.{key}": cfg.optim[key] for key in ("epochs", "warmup_epochs", "freeze_last_layer_epochs")}
+    names = [name for name in ("epochs", "warmup_epochs", "freeze_last_layer_epochs") if name in cfg.optim]
+    values |= {f"optim.{name}": cfg.optim[name] for name in names}
     wrong = [
         f"{key}: expected a whole number, got {value!r}" for key, value in values.items() if type(value) is not int
     ]
-    if not wrong and cfg.optim.warmup_epochs > cfg.optim.epochs:
+    if not wrong and {"epochs", "warmup_epochs"} <= {*names} and cfg.optim.warmup_epochs > cfg.optim.epochs:
         wrong = [
             f"optim.warmup_epochs: expected at most optim.epochs={cfg.optim.epochs}, got {cfg.optim.warmup_epochs}; "
             "shorten the warm-up or train longer"
@@ -112,8 +115,9 @@ def with_last_teacher(original: Callable) -> Callable:
     @functools.wraps(original)
     def shortening(cfg: Any) -> Any:
         cfg = original(cfg) or cfg
-        length, period = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.evaluation.eval_period_iterations
-        total = cfg.optim.epochs * length if isinstance(length, int) else 0
+        length, epochs = cfg.train.get("OFFICIAL_EPOCH_LENGTH"), cfg.optim.get("epochs")
+        period = cfg.evaluation.get("eval_period_iterations") or 0
+        total = epochs * length if isinstance(length, int) and isinstance(epochs, int) else 0
         if 0 < total < period:
             cfg.evaluation.eval_period_iterations = total
             logger.info(f"evaluation.eval_period_iterations: {total}, the length of the run, not {period}")

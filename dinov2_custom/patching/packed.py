@@ -103,7 +103,7 @@ fmha = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask, MemoryEfficientAtten
 
 def stand_in_for_xformers() -> None:
     """Answer ``from xformers.ops import fmha`` until :func:`remove_stand_in`, where xformers cannot be imported."""
-    if xformers_ops() is not None:
+    if "xformers" in sys.modules or xformers_ops() is not None:
         return
     for name in _NAMES:
         module = sys.modules[name] = ModuleType(name, _STAND_IN)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.export import compare
+from dinov2_custom.export import compare, hugging_face
 from dinov2_custom.export.args import FORMATS, get_args_parser
 from dinov2_custom.export.main import export, main
 from dinov2_custom.export.portable import Portable, portable
@@ -93,6 +93,16 @@ def test_timm_loads_the_giants_architecture(timm):
     assert config["architecture"] == "vit_giant_patch14_dinov2"
     count = sum(p.numel() for name, p in own.named_parameters() if name != "mask_token")
     assert sum(p.numel() for p in theirs.parameters()) == count
+
+
+def test_transformers_knows_the_giants_architecture(transformers):
+    """The released g, by transformers' own definition of its feed-forward width and by ours."""
+    with torch.device("meta"):
+        own = vit_giant2(patch_size=14, img_size=28, ffn_layer="swiglufused", init_values=1.0, block_chunks=0)
+        config = hugging_face._config(Portable(own, {}, 28, NORMALIZE, in_chans=3, swiglu=True, hidden=4096))
+        theirs = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
+    assert type(theirs).__name__ == "Dinov2Model"
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in own.parameters())
 
 
 @pytest.mark.parametrize("kind", ["chunks, no layerscale, no biases", "swiglu, registers"])

@@ -256,6 +256,9 @@ def test_epoch_length(checkout, images):
             rules(config(load("configs"), optim={"epochs": 2}))
         with pytest.raises(ConfigError, match="optim.epochs: expected a whole number, got 0.5"):
             rules(config(load("configs"), optim={"epochs": 0.5}))
+        fork = config(load("configs"))  # one that counts otherwise
+        del fork.train.OFFICIAL_EPOCH_LENGTH
+        assert rules(fork).optim.epochs == 100
 
 
 def test_last_teacher(checkout):
