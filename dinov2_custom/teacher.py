@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.models import build_model
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
 from dinov2_custom.utils.checkpoint_folder import is_complete
 from dinov2_custom.utils.weights import fit_state, flat_state, is_url, read_weights
@@ -54,7 +54,8 @@ class Teacher(NamedTuple):
 def load_teacher(
     source: str, config_file: str = "", opts: Sequence[str] = (), allow_unknown_keys: bool = False
 ) -> Teacher:
-    """Load the teacher of ``source``: a run directory (its newest teacher), a weight file or a URL.
+    """Load the teacher of ``source``: a run directory (its newest teacher), a weight file, a URL or a folder
+    of Hugging Face's.
 
     The architecture comes from ``config_file``, else from the config.yaml of the run around the weights, else from the
     shapes of the tensors (released weights).
@@ -65,8 +66,8 @@ def load_teacher(
     """
     weights = find_weights(source)
     config_file = config_file or str(run_config_near(weights) or "")
+    state = flat_state(read_weights(weights))
     if not config_file:
-        state = flat_state(read_weights(weights))
         backbone = backbone_like(state, weights)
         size = backbone.patch_embed.img_size[0]
         normalize = dict(_IMAGENET)
@@ -74,15 +75,17 @@ def load_teacher(
         cfg = load_run_config(
             config_file, ["train.output_dir=", *opts], allow_unknown_keys=allow_unknown_keys, require_dataset=False
         )
-        backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
-        size = cfg.crops.global_crops_size
+        size = _side_of(state) * cfg.student.patch_size or cfg.crops.global_crops_size  # an export may have another
+        backbone, _ = build_model(cfg.student, only_teacher=True, img_size=size)
         normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
-    load_teacher_backbone(backbone, weights)
+    _load(backbone, state, weights)
     return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file)
 
 
 def find_weights(source: str) -> str:
     """Return the weights that ``source`` means; of a run directory the newest teacher, else the last checkpoint.
+
+    Folders as Hugging Face writes them stand for themselves.
 
     Raises:
         CheckpointError: a directory without any.
@@ -90,7 +93,8 @@ def find_weights(source: str) -> str:
     if is_url(source):
         return str(source)
     path = Path(source).expanduser()
-    if not path.is_dir() or is_complete(path):
+    hugging_face = any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
+    if not path.is_dir() or is_complete(path) or hugging_face:
         return str(path)
     teachers = [path / "teacher_checkpoint.pth", *path.glob("eval/*/teacher_checkpoint.pth")]
     found = [(int(match[1]) if (match := _NUMBERED.search(t.parent.name)) else -1, t) for t in teachers if t.is_file()]
@@ -120,7 +124,17 @@ def load_teacher_backbone(model: nn.Module, source: str) -> None:
     Raises:
         CheckpointError: unreadable, or of another architecture, with counts; the model is unchanged then.
     """
-    fit, num_wanted = fit_state(model, flat_state(read_weights(source))), len(model.state_dict())
+    _load(model, flat_state(read_weights(source)), source)
+
+
+def _side_of(state: Mapping[str, Tensor]) -> int:
+    """Return the patches a side that the positions are for; 0 when they are missing or form no square."""
+    num_patches = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
+    return math.isqrt(num_patches) if math.isqrt(num_patches) ** 2 == num_patches else 0
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    fit, num_wanted = fit_state(model, state), len(model.state_dict())
     if fit.missing or fit.unexpected or fit.misshapen:
         raise CheckpointError(
             f"--pretrained-weights: expected the {num_wanted} tensors of the configured backbone, got "

@@ -136,6 +136,16 @@ def test_released_layout_comes_back(kind, form, tmp_path):
     assert not any(name.startswith("blocks.0.0.") for name in loaded.backbone.state_dict())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_hugging_face_folder_comes_back(kind, tmp_path):
+    pytest.importorskip("safetensors", reason="NO SAFETENSORS CHECK: the extra 'export' is not installed")
+    teacher = make_teacher(kind)
+    hugging_face.write_hugging_face(portable(teacher), tmp_path)
+    images = random_images(teacher.image_size)
+    loaded = load_teacher(str(tmp_path)).backbone
+    torch.testing.assert_close(features_of(loaded, images), features_of(teacher.backbone, images))
+
+
 def test_a_run_directory_from_the_command_line(tmp_path):
     _, model, _ = make_run(tmp_path / "run", "student.block_chunks=2")
     command = [sys.executable, "run/export/export.py", str(tmp_path / "run"), "--to", "torch"]
@@ -148,6 +158,8 @@ def test_a_run_directory_from_the_command_line(tmp_path):
     assert torch.equal(state["blocks.3.norm1.weight"], model.teacher.backbone.state_dict()["blocks.1.3.norm1.weight"])
     assert state["pos_embed"].shape == (1, 37, 64)
     assert not any(name.startswith("dino_head") for name in state)
+    (tmp_path / "model.pth").rename(tmp_path / "run" / "resized.pth")  # beside a configuration for another size
+    assert load_teacher(str(tmp_path / "run" / "resized.pth")).image_size == 24
 
 
 def test_default_output_is_named_after_the_run(tmp_path, monkeypatch, capsys):
