@@ -27,5 +27,5 @@ read -ra overrides <<<"${OVERRIDES:-}"
 exec "$python" sky/torchrun.py \
   --nnodes "$SKYPILOT_NUM_NODES" --node_rank "$SKYPILOT_NODE_RANK" --nproc_per_node "$per_node" \
   --master_addr "$(head -n 1 <<<"$SKYPILOT_NODE_IPS")" --master_port "${MASTER_PORT:-29500}" \
-  run/train/train.py --config-file "$CONFIG" --output-dir "${CHECKPOINT_DIR:-$HOME/checkpoints}/$RUN_NAME" \
+  run/train/train.py --launcher inline --config-file "$CONFIG" --output-dir "${CHECKPOINT_DIR:-$HOME/checkpoints}/$RUN_NAME" \
   "train.dataset_path=$dataset" "${split[@]}" ${wandb[@]+"${wandb[@]}"} ${overrides[@]+"${overrides[@]}"}

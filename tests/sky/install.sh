@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What the tests of the data staging need from Debian or Ubuntu; does nothing when it is there, or without root.
+# What the tests of staging and of mounted buckets need from Debian or Ubuntu; does nothing when it is there, or without
+# root.
 set -euo pipefail
-command -v rclone >/dev/null && exit 0
+command -v rclone >/dev/null && command -v fusermount3 >/dev/null && exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-  echo "no rclone and no root with apt-get to install it: the tests of the data staging are skipped" >&2
+  echo "no rclone or fuse3, and no root with apt-get to install them: tests in tests/sky are skipped" >&2
   exit 0
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq || echo "apt-get update failed" >&2
-apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends rclone >/dev/null ||
-  echo "rclone could not be installed: the tests of the data staging are skipped" >&2
+apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends rclone fuse3 >/dev/null ||
+  echo "rclone and fuse3 could not be installed: tests in tests/sky are skipped" >&2

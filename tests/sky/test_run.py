@@ -29,10 +29,10 @@ TOTAL, WANDB_KEY = 40, "0123456789abcdef0123456789abcdef01234567"
 class Launch:
     """The run block on each node of a pretended cluster."""
 
-    def __init__(self, folder, images, nodes: int, gpus: int = 1, **changes: str):
+    def __init__(self, folder, images, nodes: int, gpus: int = 1, length: int = TOTAL, **changes: str):
         overrides = [
             *(option for option in TINY if not option.startswith("train.batch_size")),
-            f"train.OFFICIAL_EPOCH_LENGTH={TOTAL}",
+            f"train.OFFICIAL_EPOCH_LENGTH={length}",
             "optim.epochs=1",
             "optim.warmup_epochs=0.25",
             "train.num_workers=0",
@@ -61,7 +61,7 @@ class Launch:
             **changes,
         }
         self.mark = env["SKYPILOT_TASK_ID"]
-        self.out = folder / "checkpoints" / env["RUN_NAME"]
+        self.out = Path(env["CHECKPOINT_DIR"]) / env["RUN_NAME"]
         self.logs = [folder / f"node{rank}.log" for rank in range(nodes)]
         self.processes = []
         for rank, log in enumerate(self.logs):
@@ -91,6 +91,8 @@ class Launch:
             time.sleep(0.02)
             for process in self.processes:
                 process.poll()
+        for process in self.processes:
+            process.wait(timeout=30)
 
     def log(self) -> str:
         return "".join(log.read_text() for log in self.logs)
