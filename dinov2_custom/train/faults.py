@@ -9,7 +9,8 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +31,21 @@ def append_to_main_log(run: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         file.write(line.encode())
+
+
+@contextmanager
+def reported(cfg, run: Path, lost: Callable[[Path], str]) -> Iterator[None]:
+    """Say what ends the body, once however these are nested, and raise what :func:`translate` makes of it."""
+    try:
+        yield
+    except Exception as e:
+        if getattr(e, "is_reported", False):
+            raise
+        told = translate(e, cfg, run, lost)
+        told.is_reported = True
+        if told is e:
+            raise
+        raise told from e
 
 
 def translate(error: Exception, cfg, run: Path, lost: Callable[[Path], str], patience_s: float = 10.0) -> Exception:

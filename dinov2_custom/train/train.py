@@ -24,7 +24,7 @@ from dinov2_custom.parallel import parallelize
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
-from dinov2_custom.train.faults import translate
+from dinov2_custom.train.faults import reported
 from dinov2_custom.train.flops import speed_report
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BadImageLog, CollapseAlarm
@@ -109,7 +109,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     alarm = CollapseAlarm(model.num_prototypes)
     model.train()
 
-    with StopRequests() as stop, sinks, Watch(out, cfg.train.hang_timeout) as watch:
+    with StopRequests() as stop, sinks, reported(cfg, out, describe_lost), Watch(out, cfg.train.hang_timeout) as watch:
         first_draw = resumed.draws if resumed and resumed.draws is not None else iteration * length.global_batch
         batches = loader.batches(device=model.device, first_draw=first_draw)
         for batch in metrics.log_every(
@@ -214,14 +214,8 @@ def _run(args, rank: int, world_size: int) -> int:
     setup_logging(output=str(out), name="dinov2", level=logging.INFO)
     for note in notes:
         logger.warning(note)
-    try:
-        with locked(out) if rank == 0 else nullcontext():
-            return _train_or_write(args, cfg, loader)
-    except Exception as e:
-        told = translate(e, cfg, out, describe_lost)
-        if told is e:
-            raise
-        raise told from e
+    with reported(cfg, out, describe_lost), locked(out) if rank == 0 else nullcontext():
+        return _train_or_write(args, cfg, loader)
 
 
 def _train_or_write(args, cfg, loader) -> int:
