@@ -1,10 +1,10 @@
-# make quickstart: train on real photographs in minutes.  make test: everything CI runs.
+# make quickstart: train on real photographs in minutes.  make test: everything CI runs.  make bench: figures for the docs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,13 @@ lint: $(READY)
 
 test: lint
 	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# CPU benchmarks, under 20 minutes on two cores; each writes a page to benchmarks/results/
+bench: $(READY)
+	$(BIN)/python -m benchmarks.step --write
+	$(BIN)/python -m benchmarks.memory --write
+	$(BIN)/python -m benchmarks.scaling --write
+	$(BIN)/python -m benchmarks.same_curve --write
 
 clean:
 	rm -rf $(VENV) .oracle* build *.egg-info

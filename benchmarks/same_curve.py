@@ -1,0 +1,102 @@
+"""Train 300 steps on real photographs with everything that makes the step lean, and with none of it: the same curve.
+
+The photographs are the quickstart's tiles (scikit-image ships them), the recipe is ``configs/quickstart.yaml`` with
+drop path .1. ``python -m benchmarks.same_curve --write`` writes results/same_curve.md and docs/images/same_curve.png.
+Needs the extra ``quickstart``. Read :func:`main` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.machine import add_write_option, describe, finish, table
+from dinov2_custom.plots.figure import new_figure
+from dinov2_custom.quickstart.photos import cut_photos
+
+ROOT = Path(__file__).parents[1]
+ALL = "train.lean=true train.view_groups=4 train.activation_checkpointing=selective"
+NONE = "train.lean=false train.view_groups=1 train.activation_checkpointing=none"
+TERMS = ("total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
+
+
+def train(images: Path, out: Path, steps: int, options: str, precision: str) -> list[dict]:
+    """Return the rows of ``training_metrics.json``, one a step."""
+    dtypes = [
+        f"compute_precision.{model}.{part}.mixed_precision.param_dtype={precision}"
+        for model in ("student", "teacher")
+        for part in ("backbone", "dino_head", "ibot_head")
+    ]
+    command = [
+        sys.executable,
+        "run/train/train.py",
+        "--config-file",
+        "configs/quickstart.yaml",
+        "--output-dir",
+        str(out),
+    ]
+    command += [f"train.dataset_path={images}", f"train.OFFICIAL_EPOCH_LENGTH={steps}", "optim.epochs=1"]
+    command += ["optim.warmup_epochs=0.1", "student.drop_path_rate=0.1", "train.log_every=1", "train.num_workers=1"]
+    subprocess.run([*command, *dtypes, *options.split()], check=True, cwd=ROOT, capture_output=True)
+    return [json.loads(line) for line in (out / "training_metrics.json").read_text().splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    add_write_option(parser)
+    args = parser.parse_args()
+    curves = {}
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "photos"
+        cut_photos(images)
+        for precision in ("fp32", "bf16"):
+            for name, options in (("all", ALL), ("none", NONE)):
+                out = Path(folder) / f"{precision}_{name}"
+                curves[precision, name] = train(images / "train", out, args.steps, options, precision)
+    rows = []
+    for precision in ("fp32", "bf16"):
+        for term in TERMS:
+            pairs = [
+                (one[term], other[term])
+                for one, other in zip(curves[precision, "all"], curves[precision, "none"], strict=True)
+            ]
+            worst = max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs)
+            rows.append(
+                [precision, term, f"{pairs[0][1]:.4f}", f"{pairs[-1][1]:.4f}", f"{pairs[-1][0]:.4f}", f"{worst:.1e}"]
+            )
+    header = ["precision", "term", "first step", "last step, none", "last step, all", "largest relative difference"]
+    page = (
+        "# The same loss curve with all optimisations and with none\n\n"
+        f"{describe('benchmarks.same_curve')}\n"
+        f"{args.steps} steps of `configs/quickstart.yaml` on tiles of photographs, drop path .1. *all*: `{ALL}`. "
+        f"*none*: `{NONE}`. Medians over 20 steps, as in `training_metrics.json`. In bf16 the two round differently, and "
+        "training amplifies any difference.\n\n"
+        f"{table(header, rows)}"
+    )
+    finish(page, "same_curve", args.write)
+    if args.write:
+        plot(curves, ROOT / "docs" / "images" / "same_curve.png")
+
+
+def plot(curves: dict, path: Path) -> None:
+    """Draw total losses, one line over the other."""
+    figure = new_figure(figsize=(8, 3.2))
+    for column, precision in enumerate(("fp32", "bf16")):
+        axes = figure.add_subplot(1, 2, column + 1)
+        for name, style in (("none", {"linewidth": 3.5, "alpha": 0.35}), ("all", {"linewidth": 1})):
+            rows = curves[precision, name]
+            axes.plot([row["iteration"] for row in rows], [row["total_loss"] for row in rows], label=name, **style)
+        axes.set(title=precision, xlabel="iteration", ylabel="total loss")
+        axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
