@@ -74,8 +74,8 @@ def main() -> None:
         "# The same loss curve with all optimisations and with none\n\n"
         f"{describe('benchmarks.same_curve')}\n"
         f"{args.steps} steps of `configs/quickstart.yaml` on tiles of photographs, drop path .1. *all*: `{ALL}`. "
-        f"*none*: `{NONE}`. Medians over 20 steps, as in `training_metrics.json`. In bf16 the two round differently, and "
-        "training amplifies any difference.\n\n"
+        f"*none*: `{NONE}`. Medians over 20 steps, as in `training_metrics.json`. In bf16 the two round differently, "
+        "and training amplifies any difference.\n\n"
         f"{table(header, rows)}"
     )
     finish(page, "same_curve", args.write)
