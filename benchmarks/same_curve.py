@@ -24,7 +24,7 @@ NONE = "train.lean=false train.view_groups=1 train.activation_checkpointing=none
 TERMS = ("total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
 
 
-def train(images: Path, out: Path, steps: int, options: str, precision: str) -> list[dict]:
+def train(images: Path, out: Path, args, options: str, precision: str) -> list[dict]:
     """Return the rows of ``training_metrics.json``, one a step."""
     dtypes = [
         f"compute_precision.{model}.{part}.mixed_precision.param_dtype={precision}"
@@ -39,8 +39,9 @@ def train(images: Path, out: Path, steps: int, options: str, precision: str) -> 
         "--output-dir",
         str(out),
     ]
-    command += [f"train.dataset_path={images}", f"train.OFFICIAL_EPOCH_LENGTH={steps}", "optim.epochs=1"]
-    command += ["optim.warmup_epochs=0.1", "student.drop_path_rate=0.1", "train.log_every=1", "train.num_workers=1"]
+    command += [f"train.dataset_path={images}", f"train.OFFICIAL_EPOCH_LENGTH={args.steps}", "optim.epochs=1"]
+    command += ["optim.warmup_epochs=0.1", "student.drop_path_rate=0.1", "train.log_every=1", "train.num_workers=0"]
+    command += [f"train.batch_size_per_gpu={args.batch_size}"]
     subprocess.run([*command, *dtypes, *options.split()], check=True, cwd=ROOT, capture_output=True)
     return [json.loads(line) for line in (out / "training_metrics.json").read_text().splitlines()]
 
@@ -48,6 +49,7 @@ def train(images: Path, out: Path, steps: int, options: str, precision: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=64)
     add_write_option(parser)
     args = parser.parse_args()
     curves = {}
@@ -57,7 +59,7 @@ def main() -> None:
         for precision in ("fp32", "bf16"):
             for name, options in (("all", ALL), ("none", NONE)):
                 out = Path(folder) / f"{precision}_{name}"
-                curves[precision, name] = train(images / "train", out, args.steps, options, precision)
+                curves[precision, name] = train(images / "train", out, args, options, precision)
     rows = []
     for precision in ("fp32", "bf16"):
         for term in TERMS:
@@ -73,7 +75,8 @@ def main() -> None:
     page = (
         "# The same loss curve with all optimisations and with none\n\n"
         f"{describe('benchmarks.same_curve')}\n"
-        f"{args.steps} steps of `configs/quickstart.yaml` on tiles of photographs, drop path .1. *all*: `{ALL}`. "
+        f"{args.steps} steps of {args.batch_size} images with `configs/quickstart.yaml`, tiles of photographs, drop path "
+        f".1. *all*: `{ALL}`. "
         f"*none*: `{NONE}`. Medians over 20 steps, as in `training_metrics.json`. In bf16 the two round differently, "
         "and training amplifies any difference.\n\n"
         f"{table(header, rows)}"
