@@ -75,8 +75,8 @@ def main() -> None:
     page = (
         "# The same loss curve with all optimisations and with none\n\n"
         f"{describe('benchmarks.same_curve')}\n"
-        f"{args.steps} steps of {args.batch_size} images with `configs/quickstart.yaml`, tiles of photographs, drop path "
-        f".1. *all*: `{ALL}`. "
+        f"{args.steps} steps of {args.batch_size} images with `configs/quickstart.yaml`, tiles of photographs, "
+        f"drop path .1. *all*: `{ALL}`. "
         f"*none*: `{NONE}`. Medians over 20 steps, as in `training_metrics.json`. In bf16 the two round differently, "
         "and training amplifies any difference.\n\n"
         f"{table(header, rows)}"

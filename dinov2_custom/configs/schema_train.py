@@ -71,6 +71,13 @@ class Train:
         changes_results=False,
         choices=("none", "selective", "full", "auto"),
     )
+    compile: str = option(
+        "auto",
+        "torch.compile the blocks and the heads' loss; needs a C++ compiler on a CPU, Triton on a GPU, else a warning; "
+        "auto: off, as no device was found yet on which it pays",
+        changes_results=False,
+        choices=("auto", "on", "off"),
+    )
     lean: bool = option(
         True,
         "keep half of what autograd would for the backward pass, and no logits: norms, activations and targets are "

@@ -77,6 +77,7 @@ class DINOHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.chunk_loss = None  # or what stands in for prototype_loss.chunk_cross_entropy
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(self.embed(x))
@@ -86,7 +87,8 @@ class DINOHead(nn.Module):
 
         Equal to cross-entropies of ``forward``'s logits, which are never there all at once.
         """
-        return prototype_cross_entropy(self.embed(x), self.last_layer.weight_v, self.last_layer.weight_g, jobs)
+        last = self.last_layer
+        return prototype_cross_entropy(self.embed(x), last.weight_v, last.weight_g, jobs, self.chunk_loss)
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the L2-normalised bottleneck features (..., bottleneck_dim)."""

@@ -49,26 +49,31 @@ def chunk_size(num_prototypes: int, device: torch.device) -> int:
 
 
 def prototype_cross_entropy(
-    features: Tensor, weight_v: Tensor, weight_g: Tensor, jobs: Sequence[PrototypeJob]
+    features: Tensor,
+    weight_v: Tensor,
+    weight_g: Tensor,
+    jobs: Sequence[PrototypeJob],
+    chunk_loss: Callable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the jobs' losses, and each job's (num_jobs,) without gradient.
 
     Args:
         features: (R, D) normalised bottleneck features, the jobs' rows end to end; products are in their precision.
         weight_v, weight_g: (K, D) and (K, 1) of the weight-normalised prototypes.
+        chunk_loss: :func:`chunk_cross_entropy`, or the same compiled.
     """
-    return _PrototypeCrossEntropy.apply(features, weight_v, weight_g, list(jobs))
+    return _PrototypeCrossEntropy.apply(features, weight_v, weight_g, list(jobs), chunk_loss or chunk_cross_entropy)
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, weight_v, weight_g, jobs):
+    def forward(ctx, features, weight_v, weight_g, jobs, chunk_loss):
         weight = normalised(weight_v, weight_g, features.dtype)
         needs = ctx.needs_input_grad
         of_features = torch.zeros(features.shape, dtype=_ACCUMULATE, device=features.device) if needs[0] else None
         of_weight = torch.zeros(weight.shape, dtype=_ACCUMULATE, device=weight.device) if needs[1] else None
         losses = [
-            _run_job(job, rows, weight, of_rows, of_weight)
+            _run_job(job, rows, weight, of_rows, of_weight, chunk_loss)
             for job, rows, of_rows in zip(jobs, _split(features, jobs), _split(of_features, jobs), strict=True)
         ]
         of_v, of_g = (None, None) if of_weight is None else normalised_backward_(of_weight, weight_v, weight_g)
@@ -81,7 +86,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         of_features, of_v, of_g = (None if one is None else one * gradient for one in ctx.saved_tensors)
-        return None if of_features is None else of_features.to(ctx.features_dtype), of_v, of_g, None
+        return None if of_features is None else of_features.to(ctx.features_dtype), of_v, of_g, None, None
 
 
 def _split(rows: Tensor | None, jobs: Sequence[PrototypeJob]) -> Sequence[Tensor | None]:
@@ -92,7 +97,7 @@ def _split(rows: Tensor | None, jobs: Sequence[PrototypeJob]) -> Sequence[Tensor
     return [part.unflatten(0, (job.num_views, job.num_rows)) for part, job in zip(parts, jobs, strict=True)]
 
 
-def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight) -> Tensor:
+def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight, chunk_loss) -> Tensor:
     """Return a job's loss, write its gradient into ``of_rows_JnD`` and add to ``of_weight``, if there are such."""
     loss = weight.new_zeros((), dtype=_ACCUMULATE)
     at_a_time = chunk_size(len(weight), weight.device) // job.num_views
@@ -100,7 +105,7 @@ def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight) -> Tensor:
         features = rows_JnD[:, rows].flatten(0, 1)
         logits = (features @ weight.T).unflatten(0, (job.num_views, -1))
         targets = job.targets(rows.start, rows.stop)
-        losses, gradient = chunk_cross_entropy(logits, targets, 1.0 / job.temperature, job.mass)
+        losses, gradient = chunk_loss(logits, targets, 1.0 / job.temperature, job.mass)
         loss += (losses.sum(dim=0) * job.weights[rows]).sum()
         gradient = gradient.flatten(0, 1)
         factor = (job.weights[rows] / job.temperature).repeat(job.num_views)[:, None]

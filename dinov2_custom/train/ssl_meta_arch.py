@@ -17,6 +17,7 @@ from dinov2_custom.layers.drop_path import Draw
 from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import own_share
+from dinov2_custom.train import compiling
 from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies
 from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
 from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
@@ -72,6 +73,8 @@ class SSLMetaArch(nn.Module):
         use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
         self.fp16_scaler = torch.amp.GradScaler(self.device.type) if use_scaler else None
         self.set_checkpointing(self._choose_checkpointing())
+        if compiling.is_wanted(self.cfg.train.compile):
+            compiling.compile_step(self)
 
     def _choose_checkpointing(self) -> str:
         wanted = self.cfg.train.activation_checkpointing

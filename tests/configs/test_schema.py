@@ -26,6 +26,7 @@ OURS = {
     "train.tensorboard": False,
     "train.view_groups": "auto",
     "train.lean": True,
+    "train.compile": "auto",
     "train.activation_checkpointing": "auto",
     "wandb.mode": "disabled",
     **{f"wandb.{key}": "" for key in ("project", "entity", "name", "group", "tags", "id")},
