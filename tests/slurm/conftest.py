@@ -103,8 +103,10 @@ def cluster(tmp_path_factory):
         fcntl.flock(users, fcntl.LOCK_SH)
         if not folder.exists():
             log = base / "slurm_start.log"  # a file, as the daemons keep what they inherit open
+            pytest_pid = os.getppid() if os.environ.get("PYTEST_XDIST_WORKER") else os.getpid()
+            command = [HERE / "start.sh", folder, str(pytest_pid)]
             with open(log, "w") as output:
-                started = subprocess.run([HERE / "start.sh", folder], stdout=output, stderr=output).returncode == 0
+                started = subprocess.run(command, stdout=output, stderr=output).returncode == 0
             if not started:
                 subprocess.run([HERE / "stop.sh", folder], check=False)
             assert started, log.read_text()

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A SLURM of three nodes on this machine for the tests: private munge key, ports, state and node names; no systemd.
 #
-#   tests/slurm/start.sh DIR && . DIR/env.sh        ...        tests/slurm/stop.sh DIR
+#   tests/slurm/start.sh DIR [PID] && . DIR/env.sh        ...        tests/slurm/stop.sh DIR
 #
+# With PID it stops by itself when that process is gone, however it ended.
 # Needs root and the packages slurm-wlm and munge (tests/slurm/install.sh). Partitions: low (default; its jobs are
 # requeued when the partition high wants the nodes, after GRACE seconds), high, and hidden (nobody may use it).
 set -euo pipefail
@@ -84,7 +85,10 @@ CONF
 } >"$dir/slurm.conf"
 echo "export SLURM_CONF=$dir/slurm.conf" >"$dir/env.sh"
 echo "$prefix" >"$dir/node_prefix"
-for n in 1 2 3; do echo "127.0.0.1 $prefix$n # tests/slurm" >>/etc/hosts; done # torch meets at the first node's name
+( # torch meets at the first node's name
+  flock 9
+  for n in 1 2 3; do echo "127.0.0.1 $prefix$n # tests/slurm"; done >>/etc/hosts
+) 9</etc/hosts
 
 . "$dir/env.sh"
 munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" --pid-file="$dir/pid/munged" \
@@ -94,6 +98,10 @@ for n in 1 2 3; do
   mkdir "$dir/spool-$prefix$n"
   slurmd -N "$prefix$n" -f "$SLURM_CONF"
 done
+if [ -n "${2:-}" ]; then
+  setsid bash -c 'while [ -d "$1" ] && kill -0 "$2" 2>/dev/null; do sleep 1; done; "$3" "$1"' watch "$dir" "$2" \
+    "$(dirname "$(realpath "$0")")/stop.sh" </dev/null >/dev/null 2>&1 &
+fi
 for _ in $(seq 150); do
   [ "$(sinfo -h -N -p low -t idle 2>/dev/null | wc -l)" = 3 ] && exit 0
   sleep 0.1

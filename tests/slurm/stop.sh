@@ -27,6 +27,9 @@ for _ in $(seq 60); do
 done
 [ -z "$left" ] || kill -9 $left
 prefix=$(cat "$dir/node_prefix")
-hosts=$(grep -v " ${prefix}[123] # tests/slurm\$" /etc/hosts)
-echo "$hosts" >/etc/hosts # in place: in a container the file is a mount
+( # in place: in a container the file is a mount
+  flock 9
+  hosts=$(grep -v " ${prefix}[123] # tests/slurm\$" /etc/hosts)
+  echo "$hosts" >/etc/hosts
+) 9</etc/hosts
 rm -rf "$dir"
