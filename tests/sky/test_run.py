@@ -29,7 +29,7 @@ TOTAL, WANDB_KEY = 40, "0123456789abcdef0123456789abcdef01234567"
 class Launch:
     """The run block on each node of a pretended cluster."""
 
-    def __init__(self, folder, images, nodes: int, gpus: int = 1, length: int = TOTAL, **changes: str):
+    def __init__(self, folder, images, nodes: int, gpus: int = 1, length: int = TOTAL, more: str = "", **changes: str):
         overrides = [
             *(option for option in TINY if not option.startswith("train.batch_size")),
             f"train.OFFICIAL_EPOCH_LENGTH={length}",
@@ -38,6 +38,7 @@ class Launch:
             "train.num_workers=0",
             "train.log_every=1",
             "checkpointing.period=2",
+            more,
         ]
         env = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "SKYPILOT"))},
