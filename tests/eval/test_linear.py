@@ -14,10 +14,12 @@ from dinov2_custom.errors import CheckpointError, ConfigError, DataError
 from dinov2_custom.eval.args import get_linear_args_parser
 from dinov2_custom.eval.datasets import draws_for_training, open_labelled
 from dinov2_custom.eval.linear import main
+from dinov2_custom.eval.linear_classifiers import LinearClassifier
 from dinov2_custom.eval.linear_evaluate import _pad_and_collate
 from dinov2_custom.eval.setup import build_model_for_eval
 from dinov2_custom.eval.utils import ModelWithIntermediateLayers
 from dinov2_custom.logging import remove_logging
+from dinov2_custom.utils.rng import generator_for
 from tests.eval.test_setup import make_run
 from tests.eval.test_two_processes import overlapping_classes
 
@@ -93,13 +95,9 @@ def test_training_is_sgd_with_momentum_and_a_cosine(run, tmp_path):
     got = models(tmp_path)
     start = torch.load(tmp_path / "model_0000007.pth", weights_only=True)["model"]
     assert not torch.equal(start[f"{name}.weight"], got[f"{name}.weight"])
-    # the first weights: an evaluation that goes on from iteration -1 of a file with rate 0 has only those
     evaluate(run, tmp_path / "still", "--learning-rates", "0.01", "1e-30", epochs=3)
     still = models(tmp_path / "still")
     rate = 0.01 * 6 / 256
-    from dinov2_custom.eval.linear_classifiers import LinearClassifier
-    from dinov2_custom.utils.rng import generator_for
-
     one = LinearClassifier(2 * 64, 1, True, 3, generator=generator_for(0, "linear", 1, True, rate))
     weight, bias = one.linear.weight.detach().clone(), one.linear.bias.detach().clone()
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
