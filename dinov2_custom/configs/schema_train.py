@@ -102,8 +102,8 @@ class Train:
     )
     hang_timeout: int | float = option(
         480,
-        "without a step for so long, three times that for the first, a run says which process hangs and ends; below "
-        "the 600 s after which nccl gives up; 0: never",
+        "without a step for so long, three times that for the first step and for saves, a run says which process hangs "
+        "and ends; below the 600 s after which nccl gives up; 0: never",
         unit="s",
         changes_results=False,
         within="[0, inf)",

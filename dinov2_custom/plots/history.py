@@ -62,6 +62,11 @@ def _data_wait(row: dict) -> float | None:
     return 100 * row.get("data_wait", row.get("data_time", 0.0) / row["iter_time"])
 
 
+def _skipped(row: dict) -> float | None:
+    """None while there is nothing to show, so that healthy runs have no such panel."""
+    return row.get("skipped_steps") or None
+
+
 def uniform_level(run: Run) -> float | None:
     """Return ln(prototypes) of the DINO head: loss and entropy of a network that tells no images apart."""
     prototypes = run.setting("dino.head_n_prototypes")
@@ -104,6 +109,7 @@ PANELS = (
     ),
     Panel("Teacher's EMA momentum", "momentum", (Line("", _key("mom")),), noisy=False),
     Panel("Weight decay", "weight decay", (Line("", _key("wd")),), noisy=False),
+    Panel("Steps skipped as not finite", "since the last start", (Line("", _skipped),), noisy=False, from_zero=True),
     Panel("Throughput", "images / s", (Line("", _key("images_per_s")),), from_zero=True),
     Panel("Time spent waiting for data", "% of an iteration", (Line("", _data_wait),), from_zero=True),
     Panel("Peak memory of rank 0", "GiB", (Line("", _key("memory_mib", 1 / 1024)),), noisy=False, from_zero=True),

@@ -160,6 +160,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             if last or word.stop_signal:
                 guard.hear_all()
             metrics.counts["skipped_steps"] = guard.skipped
+            watch.mark(iteration, patience=3)
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or word.stop_signal or (iteration + 1) % save_period == 0:
@@ -168,7 +169,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 checkpoint_path = checkpointer.save(
                     iteration, final=last, wait=leaving, draws=loader.draws, extra=extra
                 )
-                watch.mark(iteration)
+            watch.mark(iteration)
             if last or word.stop_signal:
                 metrics.end_after_this()
             iteration += 1

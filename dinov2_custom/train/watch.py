@@ -37,7 +37,8 @@ class Watch:
 
     Args:
         run: the run directory, seen by all processes.
-        hang_s: seconds without a step, three times that for the first one, after which the job hangs; 0: never.
+        hang_s: seconds without a step, three times that for the first one and for saves, after which the job hangs;
+            0: never.
     """
 
     def __init__(self, run: Path, hang_s: float) -> None:
@@ -65,10 +66,10 @@ class Watch:
         else:
             self._write({"died": f"{kind.__name__}: {error}".partition("\n")[0]})
 
-    def mark(self, iteration: int) -> None:
-        """Note that the main thread is at work on ``iteration``."""
+    def mark(self, iteration: int, patience: int = 1) -> None:
+        """Note that the main thread is at work on ``iteration``; ``patience`` times the usual seconds are all right."""
         if self.iteration is not None:
-            self._allowed_s = self.hang_s
+            self._allowed_s = patience * self.hang_s
         self.iteration, self._marked = iteration, time.monotonic()
 
     def _watch(self) -> None:

@@ -21,7 +21,7 @@ UPSTREAM = [
 ]  # fmt: skip
 OURS = [
     "grad_norm_backbone", "grad_norm_dino_head", "teacher_entropy", "prototype_entropy", "images_per_s", "data_wait",
-    "memory_mib",
+    "memory_mib", "skipped_steps",
 ]  # fmt: skip
 
 
@@ -52,15 +52,22 @@ def draw(*arguments) -> int:
 def test_everything_a_run_reports_has_a_panel_with_a_unit():
     figure = draw_history([Run("r", rows([*UPSTREAM, *OURS]), CONFIG)])
     assert titles(figure) == [p.title for p in PANELS]
-    assert all(axis.get_xlabel() == "iteration" and axis.get_ylabel() for axis in figure.axes)
+    shown = [axis for axis in figure.axes if axis.axison]
+    assert all(axis.get_xlabel() == "iteration" and axis.get_ylabel() for axis in shown)
 
 
 def test_upstreams_rows_have_no_panels_of_ours():
     figure = draw_history([Run("r", rows(UPSTREAM), {})])
     gone = {"Teacher's assignments", "Gradient norm before clipping", "Throughput", "Peak memory of rank 0"}
+    gone.add("Steps skipped as not finite")
     assert set(titles(figure)) == {p.title for p in PANELS} - gone
     wait = panel(figure, "Time spent waiting for data").lines[0]
     np.testing.assert_allclose(wait.get_ydata(), 100.0)  # both times are equal in these rows
+
+
+def test_a_run_without_skipped_steps_has_no_panel_of_them():
+    healthy = [row | {"skipped_steps": 0} for row in rows([*UPSTREAM, *OURS])]
+    assert "Steps skipped as not finite" not in titles(draw_history([Run("r", healthy, CONFIG)]))
 
 
 def test_numbers_and_the_level_of_collapse():
