@@ -13,16 +13,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from dinov2_custom import distributed
-from dinov2_custom.layers.layer_scale import LayerScale
 from dinov2_custom.utils.dtype import as_torch_dtype, resolve_dtype
 
 
 def shard_part(part: nn.Module, precision, *, reshard: bool) -> None:
     """Shard a backbone or a head over all processes, by rows of its parameters, which must be equal everywhere.
 
-    Each block of a backbone is gathered and let go of on its own, and then what is left of it. The matrices of the
-    blocks are gathered in ``param_dtype``, which is what they are multiplied in anyway; norms, LayerScale, tokens and
-    heads in float32, so that results are those of the unsharded network.
+    Each block of a backbone is gathered and let go of on its own, and then what is left of it. Weights are gathered in
+    float32 and multiplied in ``param_dtype``, as they are without sharding, so the results are the same.
 
     Args:
         precision: the part's ``compute_precision`` section; gradients are summed in :func:`reduce_dtype`.
@@ -30,17 +28,16 @@ def shard_part(part: nn.Module, precision, *, reshard: bool) -> None:
     """
     device = next(part.parameters()).device
     dtype = resolve_dtype(precision.mixed_precision.param_dtype, device)
-    mesh = init_device_mesh(device.type, (distributed.get_global_size(),))
-    options = {"mesh": mesh, "reshard_after_forward": reshard}
-    policy = {"reduce_dtype": reduce_dtype(precision.mixed_precision.reduce_dtype, dtype), "cast_forward_inputs": False}
-    full, mixed = MixedPrecisionPolicy(**policy), MixedPrecisionPolicy(param_dtype=dtype, **policy)
+    summed = reduce_dtype(precision.mixed_precision.reduce_dtype, dtype)
+    options = {
+        "mesh": init_device_mesh(device.type, (distributed.get_global_size(),)),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=summed, cast_forward_inputs=False),
+        "reshard_after_forward": reshard,
+    }
     for block in part.all_blocks() if hasattr(part, "all_blocks") else ():
-        if dtype != torch.float32:
-            exact = [module for module in block.modules() if isinstance(module, nn.LayerNorm | LayerScale)]
-            fully_shard(exact, mp_policy=full, **options)
-        fully_shard(block, mp_policy=mixed, **options)
+        fully_shard(block, **options)
         register_fsdp_forward_method(block, "forward_packed")
-    fully_shard(part, mp_policy=full, **options)
+    fully_shard(part, **options)
     if hasattr(part, "cross_entropy"):
         register_fsdp_forward_method(part, "cross_entropy")
     # True of a backbone's features, and harmless: no operation on them is in place (tests/test_parallel.py)

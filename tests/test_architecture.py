@@ -46,7 +46,7 @@ ALLOWED = {
     "models": BASE | {"layers", "utils.weights"},
     "loss": BASE | {"distributed", "layers"},
     "data": BASE,
-    "sharding": BASE | {"distributed", "layers"},
+    "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
     "teacher": BASE | {"configs", "models", "utils.checkpoint_folder", "utils.weights"},
     "train.args": {"configs"},  # command lines, which the launcher parses without torch

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from dinov2_custom import parallel
+from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.parallel import GradientReducer, _grouped
-from dinov2_custom.utils.weights import read_weights
-from tests.train.batches import TINY
+from dinov2_custom.sharding import reduce_dtype
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from tests.train.batches import TINY, tiny_config
 from tests.train.test_train import weights, write_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -70,28 +73,99 @@ distributed.disable()
     assert (both, one, none) == ([11.5] * 3, [2.0] * 3, None)
 
 
-@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
-def test_one_and_two_processes_give_the_same_weights(tmp_path, centering):
-    images = write_images(tmp_path / "images", 12)
-    fp32 = [
-        f"compute_precision.{model}.{part}.mixed_precision.param_dtype=fp32"
-        for model in ("student", "teacher")
-        for part in ("backbone", "dino_head")
+def tiny_run(images: Path, *options: str, strategy: str = "auto", dtype: str = "fp32") -> list[str]:
+    """Return the command of a run whose result may not depend on how its batches are cut."""
+    parts = [
+        f"compute_precision.{m}.{p}" for m in ("student", "teacher") for p in ("backbone", "dino_head", "ibot_head")
     ]
-    common = [
-        "run/train/train.py", f"train.dataset_path={images}", *TINY, *fp32, f"train.centering={centering}",
-        "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=10", "optim.epochs=1", "optim.warmup_epochs=0.3",
-        "dino.koleo_neighbours=all", "student.layerscale=1",  # else features are so alike that rounding matters
+    precision = [f"{part}.mixed_precision.param_dtype={dtype}" for part in parts]
+    sharding = [f"{part}.sharding_strategy={strategy}" for part in parts]
+    return [
+        "run/train/train.py", f"train.dataset_path={images}", *TINY, *precision, *sharding, "train.num_workers=0",
+        "train.OFFICIAL_EPOCH_LENGTH=10", "optim.epochs=1", "optim.warmup_epochs=0.3", "train.log_every=1",
+        "optim.freeze_last_layer_epochs=0", "dino.koleo_loss_weight=0", *options,
     ]  # fmt: skip
-    launch(1, *common, "train.batch_size_per_gpu=8", "--output-dir", str(tmp_path / "one"))
-    done = launch(
-        2, *common, "train.batch_size_per_gpu=4", "train.view_groups=4", "--output-dir", str(tmp_path / "two")
-    )
-    assert "world_size=2" in done.stdout
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    start = read_weights(tmp_path / "one" / "model_final")
-    assert start["iteration"] == 9
-    for key in one:
-        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
-    rows = [json.loads(line) for line in (tmp_path / "two" / "training_metrics.json").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == [0, 9]
+
+
+def compare(one: Path, other: Path) -> tuple[float, float]:
+    """Return the largest difference of a weight, and of a loss relative to the loss."""
+    first, second = weights(one), weights(other)
+    apart = max(float((first[key] - second[key]).abs().max()) for key in first)
+    rows = [json.loads(line) for line in (one / "training_metrics.json").read_text().splitlines()]
+    others = [json.loads(line) for line in (other / "training_metrics.json").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [row["iteration"] for row in others]
+    names = [name for name in rows[0] if name.endswith("_loss")]
+    losses = (abs(b[name] / a[name] - 1) for a, b in zip(rows, others, strict=True) for name in names if a[name])
+    return apart, max(losses)
+
+
+CUTS = [  # processes, accumulated batches, strategy, options
+    (2, 1, "NO_SHARD", "train.centering=sinkhorn_knopp"),
+    (2, 1, "SHARD_GRAD_OP", "train.centering=sinkhorn_knopp"),
+    (2, 2, "SHARD_GRAD_OP", "train.centering=centering"),
+    (2, 1, "FULL_SHARD", "train.centering=centering"),
+    (4, 1, "FULL_SHARD", "train.centering=centering"),
+    (4, 1, "NO_SHARD", "train.centering=sinkhorn_knopp"),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Return a function that trains in one process with a batch of 8, once for the same options."""
+    folder, done = tmp_path_factory.mktemp("alone"), {}
+    images = write_images(folder / "images", 12)
+
+    def train(*options: str) -> tuple[Path, Path]:
+        if options not in done:
+            done[options] = folder / str(len(done))
+            command = tiny_run(images, *options, "train.batch_size_per_gpu=8")
+            launch(1, *command, "--output-dir", str(done[options]))
+        return images, done[options]
+
+    return train
+
+
+@pytest.mark.parametrize(("processes", "accumulated", "strategy", "option"), CUTS)
+def test_however_a_batch_is_cut_losses_and_weights_are_the_same(
+    alone, tmp_path, processes, accumulated, strategy, option
+):
+    options = [option, "ibot.separate_head=true", "train.view_groups=2"]
+    images, expected = alone(*options)
+    cut = [f"train.batch_size_per_gpu={8 // processes // accumulated}", f"optim.accumulation_steps={accumulated}"]
+    command = tiny_run(images, *options, *cut, strategy=strategy)
+    done = launch(processes, *command, "--output-dir", str(tmp_path / "out"))
+    assert f"{processes} processes, backbone={strategy} dino_head={strategy} ibot_head={strategy}" in done.stdout
+    assert "Warning" not in done.stdout + done.stderr
+    apart, losses = compare(expected, tmp_path / "out")
+    assert apart < 1e-5 and losses < 1e-5, (apart, losses)
+    start = SSLMetaArch(load_run_config(expected / "config.yaml", [], "unused", require_dataset=False)).state_dict()
+    final = weights(expected)
+    moved = max(float((final[name] - value).abs().max()) for name, value in start.items() if name.startswith("student"))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bf16"])
+def test_sharding_does_not_change_lower_precision(tmp_path, dtype):
+    images = write_images(tmp_path / "images", 12)
+    for strategy in ("NO_SHARD", "FULL_SHARD"):
+        command = tiny_run(images, "optim.epochs=3", strategy=strategy, dtype=dtype)
+        launch(2, *command, "--output-dir", str(tmp_path / strategy))
+    apart, losses = compare(tmp_path / "NO_SHARD", tmp_path / "FULL_SHARD")
+    assert apart < 1e-5 and losses < 1e-5, (apart, losses)
+
+
+def test_auto_shards_what_does_not_fit(monkeypatch):
+    model = SSLMetaArch(tiny_config())
+    needed = 20 * sum(p.numel() for p in model.student.parameters())
+    monkeypatch.setattr(parallel.distributed, "get_global_size", lambda: 2)
+    for room, expected in ((4.1 * needed, "NO_SHARD"), (3.9 * needed, "SHARD_GRAD_OP")):
+        monkeypatch.setattr(parallel, "_device_bytes", lambda device, room=room: room)
+        assert set(parallel.choose_strategies(model.cfg, model).values()) == {expected}
+    monkeypatch.setattr(parallel.distributed, "get_global_size", lambda: 1)
+    assert set(parallel.choose_strategies(model.cfg, model).values()) == {"NO_SHARD"}
+
+
+def test_fp16_sums_need_the_loss_scaler():
+    dtypes = [(name, param) for name in ("auto", "fp16", "bf16") for param in (torch.float16, torch.bfloat16)]
+    found = [reduce_dtype(*pair) for pair in dtypes]
+    assert found == [torch.float32, torch.float32, torch.float16, torch.float32, torch.bfloat16, torch.bfloat16]
