@@ -1,6 +1,5 @@
 """Steps that are left out: nothing of them stays, all processes leave them out, and the host waits for none of it."""
 
-import copy
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_custom.errors import NumericsError
 from dinov2_custom.logging import remove_logging
-from dinov2_custom.parallel import GradientReducer
+from dinov2_custom.parallel import own_share, parallelize
 from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.train import train as train_module
 from dinov2_custom.train.gradients import accumulate_gradients
@@ -79,9 +78,9 @@ class Trainer:
         self.cfg = tiny_config(*overrides)
         self.model = SSLMetaArch(self.cfg)
         self.model.prepare_for_distributed_training()
+        self.reducer = parallelize(self.cfg, self.model)
         self.model.train()
         self.optimizer = build_optimizer(self.cfg, self.model.get_params_groups())
-        self.reducer = GradientReducer(self.model.student.parameters())
         self.guard = guard_of()
 
     def step(self, iteration, *batches):
@@ -98,7 +97,16 @@ class Trainer:
     def state(self):
         for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
             loss.apply_center_update()
-        return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+        return owned((self.model.state_dict(), self.optimizer.state_dict()["state"]))
+
+
+def owned(state):
+    """Copy nested tensors, of sharded ones this process's part."""
+    if isinstance(state, torch.Tensor):
+        return own_share(state).detach().clone()
+    if isinstance(state, dict):
+        return {key: owned(value) for key, value in state.items()}
+    return tuple(owned(value) for value in state)
 
 
 def same(one, other):
@@ -246,12 +254,18 @@ def test_two_processes_leave_out_the_same_step(tmp_path):
         """
 import json, sys, torch
 from dinov2_custom import distributed
+from dinov2_custom.parallel import whole_tensor
 from tests.train.test_step_guard import Trainer, Word, poisoned, random_batch, same
 distributed.enable()
 rank = distributed.get_global_rank()
 results = []
-for centering in ("centering", "sinkhorn_knopp"):
-    trainer = Trainer(f"train.centering={centering}")
+sharded = [
+    f"compute_precision.{model}.{part}.sharding_strategy=FULL_SHARD"
+    for model in ("student", "teacher")
+    for part in ("backbone", "dino_head")
+]
+for options in (["train.centering=centering"], ["train.centering=sinkhorn_knopp"], sharded):
+    trainer = Trainer(*options)
     batches = [random_batch(trainer.cfg, 10 * seed + rank) for seed in range(3)]
     trainer.step(0, batches[0])
     before = trainer.state()
@@ -260,7 +274,7 @@ for centering in ("centering", "sinkhorn_knopp"):
     trainer.step(2, batches[2])
     trainer.guard.hear_all()
     results.append([unchanged, trainer.guard.skipped, not same(trainer.state(), before)])
-    weights = trainer.model.student["backbone"].pos_embed.detach().clone()
+    weights = whole_tensor(trainer.model.student["backbone"].pos_embed.detach()).clone()
     results[-1].append(torch.equal(distributed.all_reduce(weights.clone()) / 2, weights))
 one = {"a": torch.ones(())}
 trainer.guard.judge(3, one, one, Word(12, 7.0) if rank == 1 else Word(0, 4.5))
@@ -278,5 +292,5 @@ distributed.disable()
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         results, heard = json.loads((tmp_path / f"rank{rank}").read_text())
-        assert results == [[True, 1, True, True]] * 2
+        assert results == [[True, 1, True, True]] * 3
         assert heard == [[0, 0.0], [12, 4.5]]  # agreed on, one step late; the main process's clock
