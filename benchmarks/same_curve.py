@@ -50,18 +50,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     add_write_option(parser)
     args = parser.parse_args()
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "photos"
         cut_photos(images)
-        for precision in ("fp32", "bf16"):
+        for precision in args.precisions:
             for name, options in (("all", ALL), ("none", NONE)):
                 out = Path(folder) / f"{precision}_{name}"
                 curves[precision, name] = train(images / "train", out, args, options, precision)
+    report(curves, args)
+
+
+def report(curves: dict[tuple[str, str], list[dict]], args) -> None:
+    """Print the page, and write it and the plot if asked to."""
     rows = []
-    for precision in ("fp32", "bf16"):
+    for precision in args.precisions:
         for term in TERMS:
             pairs = [
                 (one[term], other[term])
@@ -83,14 +89,14 @@ def main() -> None:
     )
     finish(page, "same_curve", args.write)
     if args.write:
-        plot(curves, ROOT / "docs" / "images" / "same_curve.png")
+        plot(curves, args.precisions, ROOT / "docs" / "images" / "same_curve.png")
 
 
-def plot(curves: dict, path: Path) -> None:
+def plot(curves: dict, precisions: list[str], path: Path) -> None:
     """Draw total losses, one line over the other."""
-    figure = new_figure(figsize=(8, 3.2))
-    for column, precision in enumerate(("fp32", "bf16")):
-        axes = figure.add_subplot(1, 2, column + 1)
+    figure = new_figure(figsize=(4.5 * len(precisions), 3.2))
+    for column, precision in enumerate(precisions):
+        axes = figure.add_subplot(1, len(precisions), column + 1)
         for name, style in (("none", {"linewidth": 3.5, "alpha": 0.35}), ("all", {"linewidth": 1})):
             rows = curves[precision, name]
             axes.plot([row["iteration"] for row in rows], [row["total_loss"] for row in rows], label=name, **style)
