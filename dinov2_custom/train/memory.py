@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,14 +109,16 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def as_on_a_gpu():
-    """Let attention keep what a fused kernel keeps, and chunks of logits be those of a GPU."""
+    """Let attention keep what a fused kernel keeps, chunks of logits be a GPU's, and no process speak to others."""
     attention, chunks = attention_module.attention, prototype_loss._CHUNK_LOGITS["cpu"]
+    is_initialized, dist.is_initialized = dist.is_initialized, lambda: False
     attention_module.attention = lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
     prototype_loss._CHUNK_LOGITS["cpu"] = prototype_loss._CHUNK_LOGITS["cuda"]
     try:
         yield
     finally:
         attention_module.attention, prototype_loss._CHUNK_LOGITS["cpu"] = attention, chunks
+        dist.is_initialized = is_initialized
 
 
 def least_checkpointing(cfg, available: int) -> str:

@@ -77,3 +77,14 @@ def test_auto_recomputes_as_little_as_fits():
     assert least_checkpointing(cfg, none * 2) == "none"
     assert least_checkpointing(cfg, (none + selective) / 2 * 8 / 7) == "selective"
     assert least_checkpointing(cfg, 1000) == "full"
+
+
+def test_one_process_of_several_counts_alone(tmp_path):
+    """Fake tensors cannot travel, and the others may count at another time."""
+    cfg = tiny_config(*WIDE, "train.centering=sinkhorn_knopp")
+    alone = measure_step(cfg)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert measure_step(cfg) == alone and torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
