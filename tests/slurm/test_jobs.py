@@ -143,16 +143,11 @@ def test_preempted_timed_out_and_killed_gives_the_same_weights(cluster, images, 
 def test_without_resume_only_the_first_attempt_starts_anew(cluster, images, tmp_path):
     out = tmp_path / "out"
     cluster.wait(cluster.submit(*arguments(images, out)))
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    for name in ("model_final.pth", "last_checkpoint"):
-        (whole / name).write_bytes((out / name).read_bytes())
-
     job = cluster.submit(*arguments(images, out, "--no-resume"))
     preempt(cluster, job, out)
     assert cluster.wait(job)["Restarts"] == "1"
+    (whole,) = out.glob("previous_*")
     check_same(out, whole)
-    assert len(list(out.glob("previous_*"))) == 1
     assert "resumed from=" in (out / "logs/log.txt").read_text()
 
 
@@ -207,6 +202,5 @@ def test_interactive_allocations(cluster, images, tmp_path):
     cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *python, *inline, *few, "inline")
     for name, size in (("local", 2), ("inline", 2)):
         assert f"world_size={size}" in (tmp_path / name / "logs/log.txt").read_text()
-        assert sorted(path.name for path in (tmp_path / name / "logs").iterdir()) == sorted(
-            ["log.txt", *(f"log.txt.rank{rank}" for rank in range(1, size))]
-        )
+        logs = {path.name for path in (tmp_path / name / "logs").glob("log.txt*")}
+        assert logs == {"log.txt", *(f"log.txt.rank{rank}" for rank in range(1, size))}
