@@ -42,6 +42,7 @@ cut 2 x 224 and 8 x 96 crops, jitter, blur and sample masks. Upstream ends with 
 with uint8 crops in the slot that the device reads; "+ normalised" adds the float batch made on the CPU, which training
 on a GPU does not. "Colour on the device" leaves jitter, grey, blur and solarize to the device, with the same pixels.
 "Pure Pillow + torch" has neither simplejpeg nor a C compiler. "DCT scaling" is `data.dct_scaling: true`.
+The last table is the mask sampler alone.
 """
 
 
