@@ -4,7 +4,7 @@
 0          done, or nothing to do
 1          a mistake or fault that a person has to look at; one line of error, or a traceback, is in the log
 2          a command line that cannot be understood
-75         another process of the job is gone or hangs; the same command goes on from the newest checkpoint
+75         a process of the job is gone or hangs (this one too); the same command goes on from the newest checkpoint
 128 + n    asked to stop by signal n: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2; in training, saved first
 =========  ==================================================================================================
 """
