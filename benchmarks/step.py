@@ -154,8 +154,8 @@ def _page(args, overrides: list[str], seconds: dict[str, list[Seconds]], peaks: 
     return (
         "# One training step beside upstream's\n\n"
         f"{describe('benchmarks.step')}\n"
-        f"{args.arch}, patch 14, 2 x 224 + 8 x 98 px, batch {args.batch_size}, 65,536 prototypes, bf16, {args.threads} "
-        f"threads; {args.repetitions} repetitions in turn after one that is not counted.\n\n"
+        f"{args.arch}, patch 14, 2 x 224 + 8 x 98 px, batch {args.batch_size}, 65,536 prototypes, bf16, threads: "
+        f"{args.threads}; {args.repetitions} repetitions in turn after one that is not counted.\n\n"
         f"{table(header, rows)}\n"
         f"Ratio of the medians: **{ratios[0]}** by the clock, {ratios[1]} in processor time. A step has "
         f"{operations / 1e9:.0f} GFLOP by the closed formula of `dinov2_custom/train/flops.py`.\n"
