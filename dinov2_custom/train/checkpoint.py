@@ -182,6 +182,11 @@ class Checkpointer:
 
     def _write(self, pieces: dict, values: dict[str, Any], path: Path, final: bool) -> tuple[Path | None, str | None]:
         """Write a checkpoint; return where it is, or the story of what went wrong."""
+        if final and self._on_main(self.store.has_final)[0]:  # no complete one goes before its successor is complete
+            complete, trouble = self._write(pieces, values, path, final=False)
+            if complete is None:
+                return None, trouble
+            self._on_main(self.store.remove_final)
         complete, trouble = self._attempt(pieces, values, final)
         if complete is None and trouble is None:  # folders turned out not to be renamed: once more, in its place
             complete, trouble = self._attempt(pieces, values, final)
@@ -201,20 +206,20 @@ class Checkpointer:
         written, trouble = self._everywhere(write_own)
         if trouble is None:
             files = {name: one for own in written for name, one in own.items()}
-            complete, trouble = self._on_main(lambda: self._commit(folder, files, values, final))
+            complete, trouble = self._on_main(lambda: self._commit(folder, files, values))
         if trouble:
             self._on_main(lambda: self.store.abandon(folder))
         return complete, trouble
 
-    def _commit(self, folder: Path, files: dict[str, Written], values: dict[str, Any], final: bool) -> Path | None:
+    def _commit(self, folder: Path, files: dict[str, Written], values: dict[str, Any]) -> Path | None:
         complete = self.store.commit(folder, files, values)
         if complete is None:
             return None
         try:
-            return self.store.tidy(final, complete)
+            self.store.tidy(complete, values["iteration"])
         except OSError as e:
             logger.warning(f"could not remove an old checkpoint: {e}")
-            return complete
+        return complete
 
     def _story(self, path: Path, trouble: str) -> str:
         return (

@@ -68,7 +68,7 @@ class CheckpointStore:
                 path.is_dir() and _NAME.fullmatch(path.name) and not is_complete(path)
             ):
                 _remove(path)
-        name = self._name(iteration, final)
+        name = FINAL if final else f"model_{iteration:07d}"
         path = self.folder / (f"{name}.tmp" if self.renames else name)
         _remove(path)
         path.mkdir()
@@ -106,16 +106,11 @@ class CheckpointStore:
         write_marker(target, files, {"number": number, **values})
         return target
 
-    def tidy(self, final: bool, newest: Path) -> Path:
-        """Remove what the new checkpoint makes superfluous, name it in ``last_checkpoint``, return where it is now."""
-        if final:
+    def tidy(self, newest: Path, iteration: int) -> None:
+        """Remove what the new checkpoint makes superfluous and name it in ``last_checkpoint``."""
+        if newest.name == FINAL:
             (self.folder / f"{FINAL}.pth").unlink(missing_ok=True)
-            if newest.name != FINAL and self.renames:
-                _remove(self.folder / FINAL)
-                os.rename(newest, self.folder / FINAL)
-                newest = self.folder / FINAL
-            elif newest.name != FINAL:
-                _remove(self.folder / FINAL)
+            _remove(self.folder / f"model_{iteration:07d}")  # the same, written first where a former final one was
         periodic = [p for p in self.complete() if not p.name.startswith(FINAL)]
         periodic.sort(key=lambda p: p != newest and _number(p) is None)  # those that cannot be read go first
         for old in periodic[self.keep_last :]:
@@ -123,7 +118,6 @@ class CheckpointStore:
             if not self.keep_every or done % self.keep_every:
                 _remove(old)
         self._set_last(newest.name)
-        return newest
 
     def abandon(self, path: Path) -> None:
         """Remove what a failed attempt left."""
@@ -131,9 +125,13 @@ class CheckpointStore:
             if not is_complete(left):
                 _remove(left)
 
-    def _name(self, iteration: int, final: bool) -> str:
-        """Return the folder's name. A complete final one is replaced only after the new one is complete."""
-        return FINAL if final and not is_complete(self.folder / FINAL) else f"model_{iteration:07d}"
+    def has_final(self) -> bool:
+        """Return whether there is a complete final one already, of a shorter run."""
+        return is_complete(self.folder / FINAL)
+
+    def remove_final(self) -> None:
+        """Remove the final one, to make room for another; whoever calls it has written that one by another name."""
+        _remove(self.folder / FINAL)
 
     def _set_last(self, name: str) -> None:
         temporary = self.folder / f"{LAST}.tmp"

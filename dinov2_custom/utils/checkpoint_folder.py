@@ -41,7 +41,7 @@ def write_marker(folder: Path, files: dict[str, Written], values: dict[str, Any]
     """
     marker = {"format": FORMAT, **values, "files": {name: written._asdict() for name, written in files.items()}}
     with open(folder / MARKER, "w") as file:
-        json.dump(marker, file, indent=1)
+        file.write(json.dumps(marker, indent=1))
         file.flush()
         flush(file.fileno())
     flush_folder(folder)

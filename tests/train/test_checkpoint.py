@@ -290,7 +290,7 @@ def test_a_longer_run_replaces_the_final_one_when_the_new_one_is_complete(tmp_pa
 
     monkeypatch.setattr(os, "rename", watch)
     assert saver.save(7, final=True) == tmp_path / "model_final"
-    assert seen == [{"model_final"}, {"model_0000007"}]
+    assert seen == [{"model_final"}, {"model_0000007"}]  # what is complete when the second and the third are renamed
     assert names(tmp_path) == ["last_checkpoint", "model_final"]
     assert saver.load_latest().iteration == 7
 

@@ -1,0 +1,70 @@
+"""A run goes on with other processes, another sharding, other workers, another batch; the chains are in reshard.py."""
+
+import pytest
+
+from dinov2_custom.data.loaders import make_train_loader
+from tests.data.pictures import make_folder, train_config
+from tests.test_parallel import compare, launch, tiny_run
+from tests.train.reshard import ALONE, PERIOD, STEPS, Setting, forget_after, go_through, marker, train
+from tests.train.test_train import write_images
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    images = write_images(folder / "images", 12)
+    train(images, folder / "out", ALONE)
+    return images, folder / "out"
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        (ALONE, Setting(2, "SHARD_GRAD_OP"), ALONE),
+        (Setting(2), Setting(2, "FULL_SHARD"), Setting(1, accumulated=2)),
+    ],
+    ids=lambda chain: ", ".join(map(str, chain)),
+)
+def test_a_chain_of_settings_gives_the_weights_of_one_run(whole, tmp_path, chain):
+    images, expected = whole
+    go_through(images, tmp_path / "out", chain)
+    assert compare(expected, tmp_path / "out")[0] < 1e-5
+
+
+def test_the_same_process_goes_on_bit_for_bit_with_other_workers(whole, tmp_path):
+    images, expected = whole
+    go_through(images, tmp_path / "out", (ALONE, Setting(1, workers=2)))
+    assert compare(expected, tmp_path / "out")[0] == 0.0
+
+
+def test_each_process_writes_its_own_rows(whole, tmp_path):
+    images, expected = whole
+    train(images, tmp_path / "out", Setting(2, "FULL_SHARD"))
+    (alone,), sizes = (
+        [fields["num_bytes"] for fields in marker(out, "model_final")["files"].values()]
+        for out in (expected, tmp_path / "out")
+    )
+    assert len(sizes) == 2 and max(sizes) < 0.7 * alone
+    assert compare(expected, tmp_path / "out")[0] < 1e-5
+
+
+def test_another_batch_goes_on_with_the_next_draw(whole, tmp_path):
+    images, _ = whole
+    out = tmp_path / "out"
+    train(images, out, ALONE)
+    forget_after(out, PERIOD - 1)
+    assert marker(out, f"model_{PERIOD - 1:07d}")["draws"] == PERIOD * 8
+    options = [f"train.OFFICIAL_EPOCH_LENGTH={STEPS}", f"checkpointing.period={PERIOD}", "train.batch_size_per_gpu=3"]
+    launch(2, *tiny_run(images, *options), "--output-dir", str(out))
+    drawn = {n: marker(out, f"model_{n:07d}")["draws"] for n in (7, 3)}
+    assert drawn == {7: PERIOD * 8 + 4 * 6, 3: PERIOD * 8}
+    assert marker(out, "model_final")["draws"] == PERIOD * 8 + 8 * 6
+
+
+def test_a_far_draw_costs_no_more_than_the_first(tmp_path, monkeypatch):
+    make_folder(tmp_path, [f"{i}.png" for i in range(7)])
+    loader = make_train_loader(train_config(str(tmp_path)), rank=0, world_size=1)
+    found, find = [], loader.builder.samples.find
+    monkeypatch.setattr(loader.builder.samples, "find", lambda draw, note: found.append(draw) or find(draw, note))
+    next(loader.batches(first_draw=10**15))
+    assert found == [10**15, 10**15 + 1] and loader.draws == 10**15 + 2
