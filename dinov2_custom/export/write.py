@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2_custom.errors import ConfigError
@@ -23,17 +24,7 @@ def write_safetensors(model: Portable, path: Path) -> None:
 
 
 def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
-    """Save ``state`` with the header that transformers asks for.
-
-    Raises:
-        ConfigError: the library is missing.
-    """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as e:
-        raise ConfigError(
-            'expected the extra "export" for this format, safetensors is missing; pip install ".[export]"'
-        ) from e
+    """Save ``state`` with the header that transformers asks for."""
     save_file(state, path, metadata={"format": "pt"})
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinov2_custom.errors import CheckpointError
@@ -60,10 +61,6 @@ def read_weights(source: str | os.PathLike) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as e:
-        raise CheckpointError(f'{path}: expected the extra "export" for this format; pip install ".[export]"') from e
     try:
         return load_file(path)
     except FileNotFoundError as e:

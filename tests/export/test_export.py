@@ -123,8 +123,6 @@ def test_onnx_takes_any_batch(kind, tmp_path):
 @pytest.mark.parametrize("form", ["torch", "safetensors"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_released_layout_comes_back(kind, form, tmp_path):
-    if form == "safetensors":
-        pytest.importorskip("safetensors", reason="NO SAFETENSORS CHECK: the extra 'export' is not installed")
     teacher = make_teacher(kind)
     path = tmp_path / f"model.{form}"
     path = path.with_suffix(".safetensors" if form == "safetensors" else ".pth")
@@ -138,7 +136,6 @@ def test_released_layout_comes_back(kind, form, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hugging_face_folder_comes_back(kind, tmp_path):
-    pytest.importorskip("safetensors", reason="NO SAFETENSORS CHECK: the extra 'export' is not installed")
     teacher = make_teacher(kind)
     hugging_face.write_hugging_face(portable(teacher), tmp_path)
     images = random_images(teacher.image_size)
