@@ -3,7 +3,7 @@
 import sys
 
 from dinov2_custom import entry
-from dinov2_custom.embed.args import get_args_parser
+from dinov2_custom.run.embed import main
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.embed.main", get_args_parser().parse_args(), quiet_threads=True))
+    sys.exit(entry.reported(main))

@@ -51,7 +51,9 @@ ALLOWED = {
     "teacher": BASE | {"configs", "models", "utils.checkpoint_folder", "utils.weights"},
     "train.args": {"configs"},  # command lines, which the launcher parses without torch
     "eval.args": set(),
-    "run": {"errors", "exit_codes", "world", "entry", "configs", "utils.cluster", "train.args", "eval.args"},
+    "embed.args": set(),
+    "run": {"errors", "exit_codes", "world", "entry", "configs", "utils.cluster"}
+    | {"train.args", "eval.args", "embed.args"},
     "_dinov2": set(),
 }
 ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
@@ -78,6 +80,7 @@ TORCH_FREE = [
     "run.eval.knn",
     "run.eval.linear",
     "run.eval.log_regression",
+    "run.embed",
     "train.args",
     "eval.args",
     "verify.args",

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 FEATURES = ("cls", "mean", "cls+mean")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """Return the parser of ``run/embed.py``."""
+def default_folder(checkpoint: str) -> Path:
+    """Return ./outputs/embed/<name of the run that ``checkpoint`` is or lies in, else of the file>."""
+    path = Path(checkpoint).expanduser().absolute()
+    run = next((folder for folder in (path, *list(path.parents)[:4]) if (folder / "config.yaml").is_file()), None)
+    return Path("outputs") / "embed" / (run.name if run else path.stem)
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """Return the parser of ``run/embed.py``; with ``add_help=False`` it serves as a parent of other parsers."""
     parser = argparse.ArgumentParser(
         description="Write the features of every image of a dataset. The same command goes on where it was stopped; "
-        "under torchrun the processes share the work.",
+        "several processes share the work.",
+        add_help=add_help,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

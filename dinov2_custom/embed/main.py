@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from dinov2_custom import distributed
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.embed.args import default_folder
 from dinov2_custom.embed.images import batches
 from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.logging.progress import ProgressBar
-from dinov2_custom.teacher import Teacher, device_of_choice, find_weights, load_teacher, run_config_near
+from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
 
 logger = logging.getLogger("dinov2")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,13 +65,6 @@ def image_sizes(teacher: Teacher, given: list[int]) -> list[int]:
     if wrong:
         raise ConfigError(f"--image-size: expected multiples of the patch size {patch}, got {', '.join(wrong)}")
     return list(dict.fromkeys(given))
-
-
-def default_folder(checkpoint: str) -> Path:
-    """Return ./outputs/embed/<name of the run or file>."""
-    weights = find_weights(checkpoint)
-    config = run_config_near(weights)
-    return Path("outputs") / "embed" / (config.parent.name if config else Path(weights).stem)
 
 
 def _embed(teacher: Teacher, dataset: Any, size: int, folder: Path, device: torch.device, args) -> None:

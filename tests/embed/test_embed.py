@@ -107,8 +107,8 @@ def test_kinds_of_features():
 
 
 def script(*arguments, processes=1):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launcher, str(REPOSITORY / "run" / "embed.py"), *map(str, arguments), "--num-workers", "0"]
+    launcher = ["--cpu", "--ngpus", str(processes)]
+    return [sys.executable, str(REPOSITORY / "run" / "embed.py"), *map(str, arguments), "--num-workers", "0", *launcher]
 
 
 def environment():

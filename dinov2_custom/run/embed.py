@@ -1,0 +1,30 @@
+"""Launch the features of a dataset. Not the features themselves (``dinov2_custom/embed/``). Torch-free."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from dinov2_custom import entry
+from dinov2_custom.embed.args import default_folder, get_args_parser
+from dinov2_custom.run.eval.evaluation import launch
+from dinov2_custom.run.submit import Task
+
+
+class Embedding(Task):
+    """The features in every process, which share the images."""
+
+    module = "dinov2_custom.embed.main"
+
+    def prepare(self, warn: Callable[[str], None]) -> None:
+        """Choose the output directory, the same for all processes."""
+        self.args.output_dir = self.args.output_dir or str(default_folder(self.args.checkpoint))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, launch, and return the exit code."""
+    return launch(Embedding, get_args_parser(add_help=False), "dinov2:embed", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(entry.reported(main))
