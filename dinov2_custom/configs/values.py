@@ -20,7 +20,8 @@ _MAPPING = re.compile(r"\{\s*[\w'\"]+\s*:.*\}", re.DOTALL)
 def coerce(option: Option, value: Any) -> Any:
     """Return `value` as the key's type.
 
-    Whole numbers pass as float, integral floats as int, null as the empty text. Nothing else is converted.
+    Whole numbers pass as float, integral floats as int, null as the empty text, and true and false as on and off where
+    these are choices. Nothing else is converted.
 
     Raises:
         ValueError: the value does not fit; the text is what was expected.
@@ -76,6 +77,8 @@ def _fit(option: Option, kind: Any, value: Any) -> Any:
     if kind is bool:
         return value if isinstance(value, bool) else None
     if kind is str:
+        if isinstance(value, bool) and "on" in option.choices:  # what YAML makes of a bare on or off
+            return "on" if value else "off"
         legal = isinstance(value, str) and (not option.choices or value in option.choices)
         if option.share:
             legal = legal and _SHARE.fullmatch(value) is not None and float(value[:-1]) <= 100

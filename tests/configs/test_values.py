@@ -23,6 +23,8 @@ from dinov2_custom.configs.values import coerce, expected, is_quoted_or_list
         ("crops.local_crops_scale", [1, 1], [1.0, 1.0]),
         ("evaluation.eval_period_iterations", -1, -1),
         ("student.qkv_bias", False, False),
+        ("train.compile", True, "on"),
+        ("train.compile", False, "off"),
         ("optim.warmup_epochs", 3, 3),
         ("optim.warmup_epochs", 0.5, 0.5),
         ("optim.warmup_epochs", "12.5%", "12.5%"),
