@@ -119,7 +119,7 @@ def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight, chunk_loss) -> Tenso
 def _add_products(of_weight: Tensor, gradient: Tensor, features: Tensor, factor: Tensor) -> None:
     """Add gradient^T (factor * features) of a chunk to ``of_weight``."""
     if gradient.dtype == torch.float16:  # the products are far below its smallest number
-        gain = _FP16_LARGEST_FACTOR / factor.amax()
+        gain = _FP16_LARGEST_FACTOR / factor.amax().clamp_min(1e-30)  # 0 where all rows are padding
         weighted = (features.to(_ACCUMULATE) * (factor * gain)).to(features.dtype)
         of_weight.add_((gradient.T @ weighted).to(_ACCUMULATE).div_(gain))
     else:

@@ -36,26 +36,38 @@ class CenteredLoss(nn.Module):
         return F.softmax((teacher_output.float() - self.center) / teacher_temp, dim=-1)
 
     @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
-        """Start the update from this rank's logits (..., K); it takes effect at the next call."""
-        self.reduce_center_update(teacher_output)
+    def update_center(self, teacher_output: Tensor, real_rows: Tensor | None = None) -> None:
+        """Start the update from this rank's logits (..., K); it takes effect at the next call.
+
+        ``real_rows`` (R,) is 1, or 0 for rows of padding; None: all are real.
+        """
+        self.reduce_center_update(teacher_output, real_rows)
 
     @torch.no_grad()
-    def reduce_center_update(self, teacher_output: Tensor) -> None:
+    def reduce_center_update(self, teacher_output: Tensor, real_rows: Tensor | None = None) -> None:
         rows = teacher_output.float().flatten(0, -2)
-        self._start_update(rows.sum(dim=0), len(rows))
+        if real_rows is None:
+            self._start_update(rows.sum(dim=0), len(rows))
+        else:
+            self._start_update(real_rows @ rows, real_rows.sum())
 
     @torch.no_grad()
-    def soft_targets_(self, teacher_output: Tensor, teacher_temp: float) -> SoftTargets:
-        """Write :meth:`softmax_center_teacher`'s result over the logits (R, K), and start :meth:`update_center`."""
+    def soft_targets_(
+        self, teacher_output: Tensor, teacher_temp: float, real_rows: Tensor | None = None
+    ) -> SoftTargets:
+        """Write :meth:`softmax_center_teacher`'s result over the logits (R, K), and start :meth:`update_center`.
+
+        Rows of padding, see there, become zeros.
+        """
         if not self.hold_center:
             self.apply_center_update()
-        targets, sums = centered_targets_(teacher_output, self.center, teacher_temp)
-        self._start_update(sums, len(targets))
+        targets, sums = centered_targets_(teacher_output, self.center, teacher_temp, real_rows)
+        self._start_update(sums, len(targets) if real_rows is None else real_rows.sum())
         return targets
 
-    def _start_update(self, sums: Tensor, num_rows: int) -> None:
-        sum_and_count = torch.cat((sums, sums.new_full((1,), num_rows)))
+    def _start_update(self, sums: Tensor, num_rows: int | Tensor) -> None:
+        count = num_rows.view(1) if isinstance(num_rows, Tensor) else sums.new_full((1,), num_rows)
+        sum_and_count = torch.cat((sums, count))
         parallel = dist.is_available() and dist.is_initialized()
         handle = dist.all_reduce(sum_and_count, async_op=True) if parallel else None
         self._pending.append((sum_and_count, handle))

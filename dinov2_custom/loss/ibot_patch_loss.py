@@ -19,22 +19,33 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
 
     @torch.no_grad()
     def sinkhorn_knopp_teacher(
-        self, teacher_output: Tensor, teacher_temp: float, n_masked_patches_tensor: Tensor, n_iterations: int = 3
+        self,
+        teacher_output: Tensor,
+        teacher_temp: float,
+        n_masked_patches_tensor: Tensor,
+        n_iterations: int = 3,
+        real_rows: Tensor | None = None,
     ) -> Tensor:
         """Return assignments (M, K) balanced over the masked patches of all ranks.
 
         Args:
             n_masked_patches_tensor: (1,) this rank's number of masked patches; not changed.
+            real_rows: (M,) 1, or 0 for rows of padding, which become zeros; None: all are real.
         """
         num_rows = all_reduce(n_masked_patches_tensor.float().sum())
-        return sinkhorn_knopp(teacher_output, teacher_temp, num_rows, n_iterations)
+        return sinkhorn_knopp(teacher_output, teacher_temp, num_rows, n_iterations, real_rows)
 
     @torch.no_grad()
     def sinkhorn_targets_(
-        self, teacher_output: Tensor, teacher_temp: float, n_masked_patches_tensor: Tensor
+        self,
+        teacher_output: Tensor,
+        teacher_temp: float,
+        n_masked_patches_tensor: Tensor,
+        real_rows: Tensor | None = None,
     ) -> SoftTargets:
         """Write :meth:`sinkhorn_knopp_teacher`'s result over the logits (M, K)."""
-        return sinkhorn_targets_(teacher_output, teacher_temp, all_reduce(n_masked_patches_tensor.float().sum()))
+        num_rows = all_reduce(n_masked_patches_tensor.float().sum())
+        return sinkhorn_targets_(teacher_output, teacher_temp, num_rows, real_rows=real_rows)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
         """Return the mean over crops of the mean loss of each crop's masked patches.

@@ -26,7 +26,9 @@ def all_reduce(tensor: Tensor, op=None) -> Tensor:
 
 
 @torch.no_grad()
-def sinkhorn_targets_(logits: Tensor, teacher_temp: float, num_rows: Tensor, n_iterations: int = 3) -> SoftTargets:
+def sinkhorn_targets_(
+    logits: Tensor, teacher_temp: float, num_rows: Tensor, n_iterations: int = 3, real_rows: Tensor | None = None
+) -> SoftTargets:
     """Write Sinkhorn-Knopp's assignments over ``logits`` (R, K), R >= 0, and return them.
 
     exp(logits / temp) is scaled alternately by prototype and by sample until both marginals are uniform. Only the two
@@ -34,17 +36,20 @@ def sinkhorn_targets_(logits: Tensor, teacher_temp: float, num_rows: Tensor, n_i
     no logit overflows; none of that changes the result.
 
     Args:
-        num_rows: 0-dim, the rows of all ranks together.
+        num_rows: 0-dim, the rows of all ranks together, without padding.
+        real_rows: (R,) 1, or 0 for rows of padding, which become zeros and change nothing else; None: all are real.
 
     Source: Cuturi 2013, algorithm 1; SwAV (Caron et al. 2020), section 3.1; three iterations as in DINOv2.
     """
     kernel = kernel_buffer(logits)
     chunks = list(row_chunks(len(logits), chunk_size(logits.shape[1], logits.device)))
     row_max = logits.amax(dim=1).float() / teacher_temp if len(logits) else logits.new_zeros(0, dtype=torch.float32)
-    highest = row_max.max() if len(logits) else row_max.new_tensor(float("-inf"))
+    is_padding = torch.zeros_like(row_max, dtype=torch.bool) if real_rows is None else real_rows == 0
+    counted = row_max.masked_fill(is_padding, float("-inf"))
+    highest = counted.max() if len(logits) else counted.new_tensor(float("-inf"))
     if dist.is_available() and dist.is_initialized():
         all_reduce(highest, dist.ReduceOp.MAX)
-    per_row = torch.exp(row_max - highest).clamp_min(_LEAST_ROW)
+    per_row = torch.exp(row_max - highest).clamp_min(_LEAST_ROW).masked_fill(is_padding, 0.0)
     sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
     for rows in chunks:
         chunk = logits[rows].to(torch.float32, copy=True).div_(teacher_temp)
@@ -56,12 +61,16 @@ def sinkhorn_targets_(logits: Tensor, teacher_temp: float, num_rows: Tensor, n_i
         sums = torch.zeros_like(sums)
         for rows in chunks:
             chunk = kernel[rows].float()
-            per_row[rows] = 1.0 / (num_rows * (chunk @ per_prototype)).clamp_min(_TINY)
+            row_sums = (num_rows * (chunk @ per_prototype)).clamp_min(_TINY)
+            per_row[rows] = (1.0 / row_sums).masked_fill_(is_padding[rows], 0.0)
             sums += per_row[rows] @ chunk
     return SoftTargets(kernel, per_row * num_rows, per_prototype)
 
 
-def sinkhorn_knopp(logits_BK: Tensor, teacher_temp: float, num_rows: Tensor, n_iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(
+    logits_BK: Tensor, teacher_temp: float, num_rows: Tensor, n_iterations: int = 3, real_rows: Tensor | None = None
+) -> Tensor:
     """Return :func:`sinkhorn_targets_` of a copy of the logits (B, K) as float32 probabilities (B, K)."""
-    targets = sinkhorn_targets_(logits_BK.to(torch.float32, copy=True), teacher_temp, num_rows, n_iterations)
+    copy = logits_BK.to(torch.float32, copy=True)
+    targets = sinkhorn_targets_(copy, teacher_temp, num_rows, n_iterations, real_rows)
     return targets.rows(0, len(targets))

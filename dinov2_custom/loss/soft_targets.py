@@ -13,7 +13,7 @@ from dinov2_custom.layers.weight_norm import row_chunks
 
 
 class SoftTargets:
-    """Probabilities kernel * per_row * per_prototype of R rows over K prototypes; each row sums to 1.
+    """Probabilities kernel * per_row * per_prototype of R rows over K prototypes; each row sums to 1, padding to 0.
 
     Attributes:
         kernel: (R, K), 16 or 32 bits.
@@ -39,8 +39,12 @@ class SoftTargets:
 
 
 @torch.no_grad()
-def centered_targets_(logits: Tensor, center: Tensor, teacher_temp: float) -> tuple[SoftTargets, Tensor]:
+def centered_targets_(
+    logits: Tensor, center: Tensor, teacher_temp: float, real_rows: Tensor | None = None
+) -> tuple[SoftTargets, Tensor]:
     """Write softmax((logits - center) / temp) over ``logits`` (R, K); return it, and the column sums of the logits.
+
+    Where ``real_rows`` (R,) is 0, not 1, is padding: zeros in the result, and in no sum.
 
     Source: Caron et al. 2021, section 3.1.
     """
@@ -49,11 +53,11 @@ def centered_targets_(logits: Tensor, center: Tensor, teacher_temp: float) -> tu
     per_row = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for rows in row_chunks(len(logits), chunk_size(logits.shape[1], logits.device)):
         chunk = logits[rows].to(torch.float32, copy=True)
-        sums += chunk.sum(dim=0)
+        sums += chunk.sum(dim=0) if real_rows is None else real_rows[rows] @ chunk
         chunk.sub_(center).mul_(1.0 / teacher_temp)
         kernel[rows] = chunk.sub_(chunk.amax(dim=1, keepdim=True)).exp_()
         per_row[rows] = 1.0 / kernel[rows].sum(dim=1, dtype=torch.float32)  # of what was stored
-    return SoftTargets(kernel, per_row), sums
+    return SoftTargets(kernel, per_row if real_rows is None else per_row * real_rows), sums
 
 
 def kernel_buffer(logits: Tensor) -> Tensor:

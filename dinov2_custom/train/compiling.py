@@ -49,6 +49,7 @@ def compile_step(model: SSLMetaArch, backend: str = "inductor") -> bool:
                 head.chunk_loss = torch.compile(chunk_cross_entropy, backend=backend, dynamic=True)
     seconds = time.perf_counter() - start
     logger.info(f"train.compile: the compiler works (tried in {seconds:.1f} s); the first step compiles the rest")
+    _time_first_step(model)
     return True
 
 
@@ -57,6 +58,19 @@ def compile_block(block: nn.Module, backend: str) -> None:
     block.lean = False
     for name in ("attention_residual", "ffn_residual"):
         setattr(block, name, torch.compile(getattr(block, name), backend=backend, fullgraph=True, dynamic=True))
+
+
+def _time_first_step(model: SSLMetaArch) -> None:
+    """Let the next call of ``forward_backward``, and only that, log how long it took."""
+
+    def first(*args, **kwargs):
+        del model.forward_backward  # the method is back
+        start = time.perf_counter()
+        losses = model.forward_backward(*args, **kwargs)
+        logger.info(f"train.compile: the first batch took {time.perf_counter() - start:.1f} s, compilation included")
+        return losses
+
+    model.forward_backward = first
 
 
 def _probe(device: torch.device, backend: str) -> None:

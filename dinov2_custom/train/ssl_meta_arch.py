@@ -18,6 +18,7 @@ from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import own_share
 from dinov2_custom.train import compiling
+from dinov2_custom.train.constant_shapes import pad_patches
 from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies
 from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
 from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
@@ -60,6 +61,7 @@ class SSLMetaArch(nn.Module):
         for block in (block for model in (self.student, self.teacher) for block in model["backbone"].all_blocks()):
             block.lean = self.lean and block.can_be_lean()
         self.fp16_scaler: torch.amp.GradScaler | None = None
+        self.constant_shapes = False  # or True: each batch gets rows of padding, see ``pad_patches``
         self.diagnose = False
         self.diagnostics: dict[str, Tensor] = {}
 
@@ -73,8 +75,8 @@ class SSLMetaArch(nn.Module):
         use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
         self.fp16_scaler = torch.amp.GradScaler(self.device.type) if use_scaler else None
         self.set_checkpointing(self._choose_checkpointing())
-        if compiling.is_wanted(self.cfg.train.compile):
-            compiling.compile_step(self)
+        compiled = compiling.is_wanted(self.cfg.train.compile) and compiling.compile_step(self)
+        self.constant_shapes = compiled or self.device.type == "cuda"
 
     def _choose_checkpointing(self) -> str:
         wanted = self.cfg.train.activation_checkpointing
@@ -122,7 +124,11 @@ class SSLMetaArch(nn.Module):
         Returns:
             0-dim losses on the device, detached. KoLeo and iBOT are half of what is trained, as upstream reports them.
         """
+        groups = self.plan_groups(images, generator)
         masked_in_first = self.masked_in_first(images)
+        if self.constant_shapes:
+            apart = any(len(group.global_views) == 1 for group, _ in groups)
+            images, masked_in_first = pad_patches(images, masked_in_first, apart)
         images = {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in images.items()
@@ -131,7 +137,6 @@ class SSLMetaArch(nn.Module):
         self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
         targets = self.teacher_targets(images, teacher_temp)
         reported: dict[str, Tensor] = {}
-        groups = self.plan_groups(images, generator)
         for group, draws in groups:
             views = cut_views(images, group, masked_in_first)
             features = self.student_features(views, draws)
@@ -280,13 +285,16 @@ class SSLMetaArch(nn.Module):
 
         ``images`` is given for patches.
         """
+        padded = images is not None and self.constant_shapes
+        real = {"real_rows": (images["masks_weight"] > 0).float()} if padded else {}
         if self.cfg.train.centering == "sinkhorn_knopp":
-            rows = {} if images is None else {"n_masked_patches_tensor": images["n_masked_patches"]}
+            rows = {} if images is None else {"n_masked_patches_tensor": images["n_masked_patches"], **real}
             if self.lean:
                 return loss.sinkhorn_targets_(logits, teacher_temp, **rows)
             return loss.sinkhorn_knopp_teacher(logits, teacher_temp=teacher_temp, **rows)
         if self.lean:
-            return loss.soft_targets_(logits, teacher_temp)
+            return loss.soft_targets_(logits, teacher_temp, **real)
         targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
-        loss.update_center(logits)
-        return targets.view_as(logits)  # the centre of patches has one dimension more
+        loss.update_center(logits, **real)
+        targets = targets.view_as(logits)  # the centre of patches has one dimension more
+        return targets * real["real_rows"][:, None] if real else targets

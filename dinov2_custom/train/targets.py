@@ -37,11 +37,11 @@ def assignment_entropies(targets: Targets) -> dict[str, Tensor]:
     """
     assignments = targets.cls if targets.cls is not None else targets.patches
     chunks = [assignments] if isinstance(assignments, Tensor) else assignments.chunks()
-    of_rows, mean = 0.0, 0.0
+    of_rows, mean = torch.zeros(()), torch.zeros(())
     for probabilities in chunks:
         of_rows = of_rows + torch.special.entr(probabilities).sum()
         mean = mean + probabilities.sum(dim=0)
-    num_rows = max(len(assignments), 1)
+    num_rows = mean.sum().round().clamp_min(1)  # each row sums to 1, padding to 0
     return {
         "teacher_entropy": of_rows / num_rows,
         "prototype_entropy": torch.special.entr(mean / num_rows).sum(),
