@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 
 from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.exit_codes import ERROR, stopped_by
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool = False) -> int:
@@ -29,12 +32,24 @@ def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool 
 
 
 def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
-    """Call ``main`` and return its exit code; ``error_code``, after one line, when it raises a DINOv2Error."""
+    """Call ``main`` and return its exit code; ``error_code``, after one line, when it raises a DINOv2Error.
+
+    The same where a disk is full, over quota or read-only: any write may meet that.
+    """
     try:
         return main()
     except DINOv2Error as e:
         print(f"error: {e}", file=sys.stderr)
         return error_code if e.exit_code is None else e.exit_code
+    except OSError as e:
+        if e.errno not in NO_ROOM:
+            raise
+        place = f" for {e.filename}" if e.filename else ""
+        print(
+            f"error: expected room to write{place}, got {e.strerror}; make room, then give the same command again",
+            file=sys.stderr,
+        )
+        return error_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return stopped_by(signal.SIGINT)

@@ -84,6 +84,8 @@ def explain_bad_override(text: str) -> str:
         return f"write {text}=VALUE"
     if ":" in text and text.split(":", 1)[0] in all_options():
         return "write = instead of the first colon"
+    if text != text.strip("[]{},:"):
+        return "a list or mapping with blanks needs quotes around the whole override: 'key=[a, b]'"
     return suggest_key(text).replace("?", "=VALUE?") or "write key=value, without spaces around ="
 
 

@@ -92,11 +92,14 @@ def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) ->
     folders = [place for place in places if os.path.isdir(place)]
     if len(folders) == len(places):
         list_file = os.path.join(output_dir, LIST_NAME)
-    elif len(places) == 1:
+    elif len(places) == 1 and (os.path.isfile(places[0]) or os.path.splitext(places[0])[1]):
         folders, list_file = None, places[0]
     else:
         missing = ", ".join(place for place in places if place not in folders)
-        raise ConfigError(f"train.path_preserved: expected existing folders, got {missing}")
+        raise ConfigError(
+            f"train.path_preserved: expected existing folders, or a file such as held_out.txt to keep a list in, "
+            f"got {missing} (missing)"
+        )
     if not frac and not os.path.isfile(list_file):
         raise ConfigError(f"train.frac: expected a share above 0 of the images to list in {list_file}, got {frac}")
     return folders, list_file

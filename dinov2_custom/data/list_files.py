@@ -29,8 +29,8 @@ COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_
 class ListSource(Source):
     """The files that a list file names, in its order.
 
-    ``column``: of a .csv file; may be left out where there is one column, or one of :data:`COLUMNS`. ``root``: folder
-    that the paths are relative to, instead of the list's own.
+    ``column``: of a .csv file, whose columns have ``,``, ``;`` or tabs between them; may be left out where there is one
+    column, or one of :data:`COLUMNS`. ``root``: folder that the paths are relative to, instead of the list's own.
 
     Raises:
         DataError: the list is missing, empty or has no such column.
@@ -80,7 +80,9 @@ class ListSource(Source):
         progress.end()
 
     def _column(self, file: TextIO, column: str | None) -> Iterator[str]:
-        table = csv.reader(file)
+        first = file.readline()
+        between = next((mark for mark in ",;\t" if mark in first), ",")
+        table = csv.reader(itertools.chain([first], file), delimiter=between)
         header = [name.strip() for name in next(table, [])]
         number = self._column_number(header, column)
         return (row[number].strip() for row in table if len(row) > number and row[number].strip())

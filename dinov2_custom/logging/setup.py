@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from dinov2_custom import distributed
@@ -101,7 +102,22 @@ class _Formatter(logging.Formatter):
 
 
 class _LogFileHandler(logging.FileHandler):
-    """A file that :func:`setup_logging` opened."""
+    """A file that :func:`setup_logging` opened. Where it cannot be written that is said once, without a traceback."""
+
+    said = False
+
+    def close(self) -> None:
+        with suppress(OSError):  # lines that could not be written before
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.said:
+            self.said = True
+            trouble = error.strerror or error
+            print(f"warning: {self.baseFilename}: cannot write the log, {trouble}; lines are lost", file=sys.stderr)
 
 
 class _ConsoleHandler(logging.StreamHandler):

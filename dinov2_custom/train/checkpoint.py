@@ -222,10 +222,10 @@ class Checkpointer:
         return complete
 
     def _story(self, path: Path, trouble: str) -> str:
-        return (
-            f"checkpoint: expected to write {path}, got {trouble}; the newest complete one "
-            f"({self.newest()}) is intact; make room, then the same command goes on from it"
-        )
+        newest = self.newest()
+        kept = f"the newest complete one ({newest}) is intact; make room, then the same command goes on from it"
+        none = "there is none from before; make room, then the same command begins again"
+        return f"checkpoint: expected to write {path}, got {trouble}; {none if newest == 'none' else kept}"
 
     def _report(self, trouble: str | None, required: bool) -> None:
         if trouble and (required or self.on_error == "stop"):

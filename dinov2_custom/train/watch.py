@@ -63,7 +63,8 @@ class Watch:
         self._thread.join()
         if kind is None:
             self._file(self.rank).unlink(missing_ok=True)
-        else:
+            return
+        with contextlib.suppress(OSError):  # a full disk, say; what ends the run is the error that is on its way
             self._write({"died": f"{kind.__name__}: {error}".partition("\n")[0]})
 
     def mark(self, iteration: int, patience: int = 1) -> None:
@@ -112,12 +113,15 @@ class Watch:
 
         ``stopped`` processes on this machine are killed, since no launcher's SIGTERM would end them.
         """
-        try:
-            os.close(os.open(self.run / FOLDER / f"{kind}_{self.token}", os.O_CREAT | os.O_EXCL))
-            append_to_main_log(self.run, f"{text}; the same command goes on from the newest checkpoint")
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.close(os.open(self.run / FOLDER / f"{kind}_{self.token}", os.O_CREAT | os.O_EXCL))
+                append_to_main_log(self.run, f"{text}; the same command goes on from the newest checkpoint")
+            except FileExistsError:
+                raise
+            except OSError as e:  # a full disk must not keep a hanging job alive
+                text = f"{text} (not in the log: {e.strerror})"
             print(f"error: {text}", file=sys.stderr, flush=True)
-        except FileExistsError:
-            pass
         for state in stopped or []:
             if state.get("machine") == machine():
                 with contextlib.suppress(ProcessLookupError):

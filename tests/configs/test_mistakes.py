@@ -32,6 +32,7 @@ def test_suggestions_reach_across_sections(key, suggestion):
         ("train.seed:3", "write = instead of the first colon"),
         ("train.sed", "did you mean train.seed=VALUE?"),
         ("zzz", "write key=value, without spaces around ="),
+        ("/b]", "a list or mapping with blanks needs quotes around the whole override: 'key=[a, b]'"),
     ],
 )
 def test_bad_overrides_are_explained(text, advice):

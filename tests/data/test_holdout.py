@@ -79,8 +79,11 @@ def test_half_described_hold_outs_are_refused(tmp_path, folder):
         split_off(dataset, "", 0.1)
     with pytest.raises(ConfigError, match="train.frac: expected a share above 0"):
         split_off(dataset, str(tmp_path / "held.txt"), 0.0)
-    with pytest.raises(ConfigError, match="expected existing folders, got .*nope"):
+    with pytest.raises(ConfigError, match="expected existing folders.* got .*nope"):
         split_off(dataset, [str(tmp_path / "data"), str(tmp_path / "nope")], 0.1)
+    with pytest.raises(ConfigError, match=r"expected existing folders, or a file .* got .*site_c \(missing\)"):
+        split_off(dataset, str(tmp_path / "site_c"), 0.1)
+    assert not (tmp_path / "site_c").exists()
 
 
 def test_nothing_left_to_train_on(tmp_path, folder):

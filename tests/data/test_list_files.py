@@ -146,3 +146,10 @@ def test_list_is_a_dataset(tmp_path):
         assert len(dataset) == 3 and dataset[2][0].size == (20, 16) and dataset.shares()[0][1:] == (3, 1.0)
         with pytest.raises(DataError, match="missing.png"):
             dataset[1]
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_semicolons_and_tabs_between_columns(tmp_path, mark):
+    rows = [["id", "image", "label"], ["1", "a,b.png", "x"], ["2", "c.png", "y"]]
+    (tmp_path / "files.csv").write_text("".join(mark.join(row) + "\r\n" for row in rows))
+    assert names(ListSource(tmp_path / "files.csv")) == [f"{tmp_path}/a,b.png", f"{tmp_path}/c.png"]

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import warnings
 
@@ -135,3 +136,17 @@ def test_log_lines_and_bar_share_a_terminal(monkeypatch):
     lines = [line.split("\r")[-1] for line in drawn.split("\n")]  # what remains visible of each line
     assert sum(bool(LINE.match(line)) for line in lines) == 2
     assert re.search(r"Training:.*4/10", drawn)
+
+
+def test_a_log_that_cannot_be_written_is_said_once_without_a_traceback(tmp_path, capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("NO FULL FILE: /dev/full is Linux's")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "log.txt").symlink_to("/dev/full")
+    setup_logging(output=str(tmp_path), name="dinov2")
+    for _ in range(3):
+        logging.getLogger("dinov2").warning("a line")
+    said = capsys.readouterr()
+    assert said.err.count("cannot write the log, No space left on device; lines are lost") == 1
+    assert "Traceback" not in said.err and (said.out + said.err).count("a line") == 3
+    remove_logging("dinov2")

@@ -162,3 +162,19 @@ def test_out_of_memory_is_one_sentence(images, tmp_path, monkeypatch):
     assert "train.batch_size_per_gpu to 2 with optim.accumulation_steps=2" in text
     assert text in (tmp_path / "logs" / "log.txt").read_text()
     assert describe_memory(tiny_config("train.batch_size_per_gpu=1"), MemoryError()).count("MemoryError") == 1
+
+
+def test_a_full_disk_hides_neither_the_error_that_ends_a_run_nor_a_hang(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    watch = Watch(tmp_path, hang_s=0)
+    with pytest.raises(KeyError, match="the real one"), watch:
+        monkeypatch.setattr(Watch, "_write", full)
+        raise KeyError("the real one")
+    ended = []
+    monkeypatch.setattr(os, "open", full)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watch._end("hang", "rank 0 hangs")
+    assert ended == [75]
+    assert capsys.readouterr().err == "error: rank 0 hangs (not in the log: No space left on device)\n"
