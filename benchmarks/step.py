@@ -52,10 +52,10 @@ def _fused_attention(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def our_step(overrides: list[str], batch: dict) -> Step:
+def our_step(overrides: list[str], batch: dict, device: str = "cpu") -> Step:
     """Return our whole step, as the training loop does it."""
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
-    model = SSLMetaArch(cfg).to(batch["collated_global_crops"].device).train()
+    model = SSLMetaArch(cfg).to(device).train()
     model.prepare_for_distributed_training()
     optimizer = build_optimizer(cfg, model.get_params_groups())
     schedules = build_schedulers(cfg)

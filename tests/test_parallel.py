@@ -99,13 +99,13 @@ def compare(one: Path, other: Path) -> tuple[float, float]:
     return apart, max(losses)
 
 
-CUTS = [  # processes, accumulated batches, strategy, options
-    (2, 1, "NO_SHARD", "train.centering=sinkhorn_knopp"),
-    (2, 1, "SHARD_GRAD_OP", "train.centering=sinkhorn_knopp"),
-    (2, 2, "SHARD_GRAD_OP", "train.centering=centering"),
-    (2, 1, "FULL_SHARD", "train.centering=centering"),
-    (4, 1, "FULL_SHARD", "train.centering=centering"),
-    (4, 1, "NO_SHARD", "train.centering=sinkhorn_knopp"),
+CUTS = [  # processes, accumulated batches, strategy, centering, activation checkpointing, groups of views
+    (2, 1, "NO_SHARD", "sinkhorn_knopp", "selective", 4),
+    (2, 1, "SHARD_GRAD_OP", "sinkhorn_knopp", "selective", 4),
+    (2, 2, "SHARD_GRAD_OP", "centering", "full", 2),
+    (2, 1, "FULL_SHARD", "centering", "full", 4),
+    (4, 1, "FULL_SHARD", "centering", "selective", 1),
+    (4, 1, "NO_SHARD", "sinkhorn_knopp", "none", 2),
 ]
 
 
@@ -125,13 +125,15 @@ def alone(tmp_path_factory):
     return train
 
 
-@pytest.mark.parametrize(("processes", "accumulated", "strategy", "option"), CUTS)
+@pytest.mark.parametrize(("processes", "accumulated", "strategy", "centering", "recompute", "groups"), CUTS)
 def test_however_a_batch_is_cut_losses_and_weights_are_the_same(
-    alone, tmp_path, processes, accumulated, strategy, option
+    alone, tmp_path, processes, accumulated, strategy, centering, recompute, groups
 ):
-    options = [option, "ibot.separate_head=true", "train.view_groups=2"]
+    """Lean blocks on both sides; sharding, groups of views and checkpointing on one."""
+    options = [f"train.centering={centering}", "ibot.separate_head=true"]
     images, expected = alone(*options)
     cut = [f"train.batch_size_per_gpu={8 // processes // accumulated}", f"optim.accumulation_steps={accumulated}"]
+    cut += [f"train.activation_checkpointing={recompute}", f"train.view_groups={groups}"]
     command = tiny_run(images, *options, *cut, strategy=strategy)
     done = launch(processes, *command, "--output-dir", str(tmp_path / "out"))
     assert f"{processes} processes, backbone={strategy} dino_head={strategy} ibot_head={strategy}" in done.stdout
