@@ -42,17 +42,21 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
         print(f"error: {e}", file=sys.stderr)
         return error_code if e.exit_code is None else e.exit_code
     except OSError as e:
-        if e.errno not in NO_ROOM:
+        if not (trouble := describe_no_room(e)):
             raise
-        place = f" for {e.filename}" if e.filename else ""
-        print(
-            f"error: expected room to write{place}, got {e.strerror}; make room, then give the same command again",
-            file=sys.stderr,
-        )
+        print(f"error: {trouble}", file=sys.stderr)
         return error_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return stopped_by(signal.SIGINT)
+
+
+def describe_no_room(error: OSError) -> str:
+    """Return one sentence for a disk that is full, over quota or read-only, "" for anything else."""
+    if error.errno not in NO_ROOM:
+        return ""
+    place = f" for {error.filename}" if error.filename else ""
+    return f"expected room to write{place}, got {error.strerror}; make room, then give the same command again"
 
 
 def import_quietly(module: str) -> ModuleType:

@@ -71,7 +71,7 @@ def _run_processes(spec: dict[str, Any], processes: int, folder: Path) -> dict[i
     os.environ[outcome.FOLDER_VARIABLE] = str(folder)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = _free_port()
+    shared |= {"MASTER_PORT": _free_port(), task.LAUNCHER: os.getpid()}
     arguments = ("-u", "-m", "dinov2_custom.run.task", json.dumps(spec))
     ranks = range(processes)
     with _signals_kept():

@@ -13,16 +13,20 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinov2_custom import exit_codes
+from dinov2_custom import entry, exit_codes
 from dinov2_custom.errors import DINOv2Error, LaunchError
 from dinov2_custom.run import outcome
 from dinov2_custom.run.outcome import Outcome
 from dinov2_custom.world import world_from_environment
+
+LAUNCHER = "DINOV2_LAUNCHER_PID"  # in the environment of processes that end with their launcher
 
 
 def make_spec(task_class: type, args: argparse.Namespace, output_prefix: str, first_output: int) -> dict[str, Any]:
@@ -71,6 +75,9 @@ def run(spec: dict[str, Any], environment: Mapping[str, str]) -> int:
     folder = environment.get(outcome.FOLDER_VARIABLE)
     if folder:
         _leave_word_on_signals(world.rank, Path(folder))
+    if LAUNCHER in environment:
+        name = "launcher"
+        threading.Thread(target=_stop_without, args=(int(environment[LAUNCHER]),), name=name, daemon=True).start()
     if environment.get("SLURM_RESTART_COUNT", "0") != "0":
         _keep_the_work_of_earlier_attempts(args, job)
     sys.argv = list(spec["command"])
@@ -93,7 +100,10 @@ def _ended(task: str, args: argparse.Namespace, rank: int) -> Outcome:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
     except KeyboardInterrupt:
         return Outcome(rank, "stopped", exit_codes.stopped_by(signal.SIGINT))
-    except Exception:
+    except Exception as e:
+        if isinstance(e, OSError) and (trouble := entry.describe_no_room(e)):
+            print(f"error: {trouble}", file=sys.stderr)
+            return Outcome(rank, "refused", exit_codes.ERROR, trouble)
         text = traceback.format_exc()
         print(text, file=sys.stderr, end="")
         return Outcome(rank, "crashed", exit_codes.ERROR, text)
@@ -138,6 +148,13 @@ def _leave_word_on_signals(rank: int, folder: Path) -> None:
     for signum in exit_codes.STOP_SIGNALS:
         if signum != signal.SIGINT:  # a KeyboardInterrupt, see _ended
             signal.signal(signum, leave)
+
+
+def _stop_without(launcher: int) -> None:
+    """Send this process a SIGTERM, so that it saves and ends, once ``launcher`` is gone: nobody else would stop it."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _keep_the_work_of_earlier_attempts(args: argparse.Namespace, job: str) -> None:

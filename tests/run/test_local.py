@@ -181,3 +181,29 @@ def test_cpu_hides_the_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert local.num_processes(argparse.Namespace(cpu=True, ngpus=None)) == 1
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_processes_without_their_launcher_save_and_end(images, tmp_path):
+    process = start(images, tmp_path / "o", "train.max_steps=100000")
+    wait_for(tmp_path / "o" / "last_checkpoint", process)
+    ranks = children(process)
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    try:
+        while (left := [pid for pid in ranks if _runs(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left
+    finally:
+        for pid in [pid for pid in ranks if _runs(pid)]:
+            os.kill(pid, signal.SIGKILL)
+    assert "stopped after iteration=" in (tmp_path / "o" / "logs" / "log.txt").read_text()
+
+
+def _runs(pid: int) -> bool:
+    """Whether process ``pid`` lives; one that nobody waits for counts as ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
