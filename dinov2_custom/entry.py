@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.exit_codes import ERROR, stopped_by
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_REQUIREMENTS = ("torch", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "tqdm")
 
 
 def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool = False) -> int:
@@ -35,9 +37,18 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
     """Call ``main`` and return its exit code; ``error_code``, after one line, when it raises a DINOv2Error.
 
     The same where a disk is full, over quota or read-only: any write may meet that.
+    When what reads standard output is gone, as in ``... | head -1``, it ends without a word: with 128 + SIGPIPE where
+    that stopped ``main``.
     """
     try:
-        return main()
+        code = main()
+        _flush()
+        return code
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        _flush()
+        return stopped_by(signal.SIGPIPE)
     except DINOv2Error as e:
         print(f"error: {e}", file=sys.stderr)
         return error_code if e.exit_code is None else e.exit_code
@@ -45,6 +56,11 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
         if not (trouble := describe_no_room(e)):
             raise
         print(f"error: {trouble}", file=sys.stderr)
+        return error_code
+    except ModuleNotFoundError as e:
+        if not (reason := missing_requirement(e)):
+            raise
+        print(f"error: {reason}", file=sys.stderr)
         return error_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -57,6 +73,37 @@ def describe_no_room(error: OSError) -> str:
         return ""
     place = f" for {error.filename}" if error.filename else ""
     return f"expected room to write{place}, got {error.strerror}; make room, then give the same command again"
+
+
+def missing_requirement(error: ModuleNotFoundError) -> str:
+    """Say that a package everything here needs is not installed; "" for any other module."""
+    name = (error.name or "").partition(".")[0]
+    if name not in _REQUIREMENTS:
+        return ""
+    return (
+        f"expected {name} in the environment of {sys.executable}, found none; activate the environment that has it, or "
+        "`pip install -c constraints.txt -e .` in the root of the repository"
+    )
+
+
+def _nobody_reads() -> bool:
+    """Return whether standard output is a pipe whose other end is closed; any other broken pipe is an error."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no such thing as poll, or no file behind sys.stdout
+        return False
+
+
+def _flush() -> None:
+    """Write out what standard output holds; drop it if nobody reads, or Python complains at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def import_quietly(module: str) -> ModuleType:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import yaml
 
+from dinov2_custom import entry
 from dinov2_custom.configs.archs import DEPTH_OF_ARCH, plain_arch_name
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.errors import ConfigError, DINOv2Error
+from dinov2_custom.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
 WIDTH = {"nano": 64, "micro": 128, "tiny": 192, "small": 384, "base": 768, "large": 1024, "giant2": 1536}
@@ -88,8 +89,15 @@ def images_of(cfg, epochs: float, global_batch: int, images: int | None) -> int:
 
 
 def table(cfg, args: argparse.Namespace) -> list[str]:
-    """Return the report, a line each."""
+    """Return the report, a line each.
+
+    Raises:
+        ConfigError: a price of a GPU that is not in the list, and what :func:`images_of` refuses.
+    """
     prices = yaml.safe_load((HERE / "prices.yaml").read_text())
+    unknown = sorted(set(args.price) - set(prices["gpus"]))
+    if unknown:
+        raise ConfigError(f"--price: expected some of {', '.join(prices['gpus'])}, got {', '.join(unknown)}")
     drawn, gflop = images_of(cfg, args.epochs, args.global_batch, args.images), gflop_per_image(cfg)
     lines = [
         f"{args.config_file}: {args.epochs:g} epochs = {drawn // args.global_batch:,} steps x {args.global_batch:,} "
@@ -116,7 +124,10 @@ def _range(values: list[float]) -> str:
 
 def _price(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    return name, float(value)
+    try:
+        return name, float(value)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"expected GPU=DOLLARS, such as H100=2.10, got {text!r}") from e
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,12 +144,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the configuration")
     args = parser.parse_intermixed_args(arguments)
     args.price = {name: {"spot": value, "on_demand": value} for name, value in args.price}
-    try:
-        cfg = load_run_config(args.config_file, args.opts, require_dataset=False)
-        print("\n".join(table(cfg, args)))
-    except DINOv2Error as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    return entry.reported(lambda: _report(args))
+
+
+def _report(args: argparse.Namespace) -> int:
+    numbers = {name: getattr(args, name) for name in ("images", "epochs", "gpus", "global_batch")}
+    wrong = [f"--{name.replace('_', '-')} {n}" for name, n in numbers.items() if n is not None and not n > 0]
+    wrong += [f"--price {name}={price['spot']:g}" for name, price in args.price.items() if not price["spot"] > 0]
+    if wrong:
+        raise ConfigError(f"expected positive numbers, got {', '.join(wrong)}")
+    cfg = load_run_config(args.config_file, args.opts, require_dataset=False)
+    print("\n".join(table(cfg, args)))
     return 0
 
 

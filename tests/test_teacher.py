@@ -62,6 +62,13 @@ def test_other_tensors_are_refused(tmp_path):
         load_teacher(str(tmp_path / "torn.safetensors"))
 
 
+@pytest.mark.parametrize("content", [b"hello\n", b"", b"# a README\n\nwith text\n"])
+def test_a_file_of_something_else_is_no_weight_file(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match="a.pth, could not read it: no weight file, or one that holds more"):
+        load_teacher(str(tmp_path / "a.pth"))
+
+
 def test_devices():
     assert device_of_choice("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="--device: expected a device of this machine, got 'nonsense'"):

@@ -170,7 +170,7 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
     missing = [root for root in roots if not os.path.isdir(root)]
     if missing or not roots:
         got = "; ".join(f"{root} ({_what_it_is(root)})" for root in missing)
-        raise DataError(f"expected folders of images, got {got or 'no folder'}; check train.dataset_path")
+        raise DataError(f"expected folders of images, got {got or 'no folder'}; check the path")
     found = 0
 
     def counted(chunks: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -187,7 +187,7 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
         advice = [f"give {ADVICE[kind].format(roots[0])}" for kind in ADVICE if kind in listing.others]
         raise DataError(
             f"expected images ({' '.join(sorted(listing.extensions))}), got {inside} in {', '.join(roots)}; "
-            f"{', '.join(advice) or 'check train.dataset_path, or convert the files'}"
+            f"{', '.join(advice) or 'check the path, or convert the files'}"
         )
 
 

@@ -242,7 +242,7 @@ def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> lis
             wrong.append(f"{place} (missing)")
     if wrong:
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise DataError(f"expected {what}, got {', '.join(wrong[:10])}{more}; check train.dataset_path")
+        raise DataError(f"expected {what}, got {', '.join(wrong[:10])}{more}; check the path")
     return found
 
 

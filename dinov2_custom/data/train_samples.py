@@ -127,7 +127,7 @@ class TrainSamples:
                 return
         raise DataError(
             f"expected readable images, got none in {len(indices)} tried of {size}: {self._known_bad[indices[0]]}; "
-            "check train.dataset_path"
+            "check the path"
         )
 
 

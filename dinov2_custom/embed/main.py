@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    if args.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError('--format parquet: expected the extra "parquet"; pip install ".[parquet]"')
     distributed.enable()
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
     dataset = make_dataset(dataset_str=args.dataset)

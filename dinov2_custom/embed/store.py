@@ -140,11 +140,9 @@ def _write_npy(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], count
 
 def _write_parquet(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], count: int) -> None:
     """Write columns path, label (where there are labels) and features, a row group a part."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as e:
-        raise ConfigError('--format parquet: expected the extra "parquet"; pip install ".[parquet]"') from e
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     writer, start = None, 0
     for block in blocks:
         chosen = rows[start : start + len(block)]

@@ -20,12 +20,12 @@ from torch.utils.data import Dataset
 
 from dinov2_custom import distributed, entry
 from dinov2_custom.data.transforms import make_classification_eval_transform
-from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.errors import DataError
 from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import open_pair
 from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import check_crop_size, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 
 __all__ = [
@@ -269,11 +269,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if min(args.nb_knn) < 1 or not 0 < args.crop_size or not 0 < args.resize_size:
-        raise ConfigError(
-            "expected positive numbers, got "
-            f"--nb_knn {args.nb_knn}, --crop-size {args.crop_size}, --resize-size {args.resize_size}"
-        )
+    check_positive(args, "nb_knn", "batch_size", "crop_size", "resize_size")
     model, autocast_dtype = setup_and_build_model(args)
     check_crop_size(args.crop_size, model)
     eval_knn_with_model(

@@ -7,7 +7,6 @@ classifiers themselves (``linear_classifiers.py``) or their scores (``linear_eva
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from dinov2_custom import distributed, entry
 from dinov2_custom.data.transforms import make_classification_eval_transform, make_classification_train_transform
-from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval.args import get_linear_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import draws_for_training, num_classes_of, open_labelled
 from dinov2_custom.eval.linear_checkpoint import LinearCheckpointer
@@ -44,7 +42,7 @@ from dinov2_custom.eval.linear_evaluate import (
     test_on_datasets,
 )
 from dinov2_custom.eval.metrics import MetricType
-from dinov2_custom.eval.setup import check_crop_size, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithIntermediateLayers, autocast
 from dinov2_custom.logging import MetricLogger
 from dinov2_custom.parallel import GradientReducer
@@ -254,10 +252,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     names = ("epochs", "epoch_length", "batch_size", "save_checkpoint_frequency", "crop_size", "resize_size")
-    numbers = {name: getattr(args, name) for name in names}
-    if min(itertools.chain(numbers.values(), args.learning_rates)) <= 0:
-        given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in numbers.items())
-        raise ConfigError(f"expected positive numbers, got {given}, --learning-rates {args.learning_rates}")
+    check_positive(args, *names, "learning_rates")
     model, autocast_dtype = setup_and_build_model(args)
     check_crop_size(args.crop_size, model)
     run_eval_linear(

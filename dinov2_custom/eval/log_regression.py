@@ -32,9 +32,10 @@ from dinov2_custom.eval.log_regression_fit import (
     train_and_evaluate,
     train_for_C,
 )
+from dinov2_custom.eval.log_regression_solvers import check_solver
 from dinov2_custom.eval.metrics import MetricType, build_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import check_crop_size, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithAutocast, extract_features
 from dinov2_custom.utils.dtype import as_torch_dtype
 
@@ -192,8 +193,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if min(args.max_train_iters, args.batch_size, args.crop_size, args.resize_size) < 1:
-        raise ConfigError("expected positive numbers for --max-train-iters, --batch-size, --crop-size, --resize-size")
+    check_positive(args, "max_train_iters", "batch_size", "crop_size", "resize_size")
+    check_solver(args.solver)
     try:
         dtype = as_torch_dtype(args.train_dtype)
         device = torch.empty(0, dtype=dtype, device=args.train_features_device).device

@@ -5,6 +5,7 @@ Both minimise C * (sum of cross-entropies) + |weight|^2 / 2; the bias is free. R
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 
@@ -119,19 +120,26 @@ def mean_objective(
     return loss, grad_weight, grad_bias
 
 
+def check_solver(solver: str) -> None:
+    """Look whether ``solver`` is installed, before features are computed for it.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if solver == "sklearn" and importlib.util.find_spec("sklearn") is None:
+        raise ConfigError('--solver sklearn: expected the extra "eval"; pip install ".[eval]", or --solver torch')
+
+
 def fit_sklearn(features: Tensor, labels: Tensor, C: float, max_iter: int) -> Solution:
     """Find the same minimum with scikit-learn, in float64 on the CPU.
 
     Raises:
         ConfigError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as e:
-        raise ConfigError(
-            '--solver sklearn: expected the extra "eval"; pip install ".[eval]", or --solver torch'
-        ) from e
+    check_solver("sklearn")
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     # of two classes it fits one vector w; the pair -w/2, w/2 has half its penalty
     is_pair = int(labels.max()) == 1
     model = LogisticRegression(C=2 * C if is_pair else C, tol=1e-12, max_iter=max_iter)

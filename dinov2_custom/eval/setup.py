@@ -20,7 +20,7 @@ from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_args_parser
 from dinov2_custom.logging import setup_logging
 from dinov2_custom.models import build_model_from_cfg
-from dinov2_custom.teacher import load_teacher_backbone, run_config_near
+from dinov2_custom.teacher import find_weights, load_teacher_backbone, run_config_near
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.weights import is_url
 
@@ -56,7 +56,8 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
             "eval/training_<iteration>/teacher_checkpoint.pth"
         )
     distributed.enable()
-    config_file = args.config_file or str(find_run_config(args.pretrained_weights))
+    weights = _weights_of(args.pretrained_weights)
+    config_file = args.config_file or str(find_run_config(weights))
     cfg = load_run_config(
         config_file,
         ["train.output_dir=", *args.opts],
@@ -70,8 +71,15 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
     check_output_dir(args.output_dir)
     setup_logging(args.output_dir, name="dinov2", level=logging.INFO)
     logger.info(f"config: {config_file}")
-    model = build_model_for_eval(cfg, args.pretrained_weights)
+    model = build_model_for_eval(cfg, weights)
     return model, get_autocast_dtype(cfg, next(model.parameters()).device)
+
+
+def _weights_of(given: str) -> str:
+    try:
+        return find_weights(given)
+    except CheckpointError as e:
+        raise CheckpointError(f"--pretrained-weights: {e}") from e
 
 
 def find_run_config(weights: str) -> Path:
@@ -108,6 +116,22 @@ def check_not_a_run(folder: str) -> None:
             f"--output-dir: expected a folder without a training run, got {', '.join(found)} in {folder}; "
             "choose another, or leave it out for ./outputs/<date>_<time>"
         )
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuse flags of ``args``, numbers or lists of them, that are not above 0.
+
+    Raises:
+        ConfigError: with those that are not.
+    """
+    values = {name: getattr(args, name) for name in names}
+    wrong = [
+        f"--{name if name == 'nb_knn' else name.replace('_', '-')} {value}"
+        for name, value in values.items()
+        if not all(number > 0 for number in (value if isinstance(value, list | tuple) else [value]))
+    ]
+    if wrong:
+        raise ConfigError(f"expected positive numbers, got {', '.join(wrong)}")
 
 
 def check_crop_size(crop_size: int, model: nn.Module) -> None:

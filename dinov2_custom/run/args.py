@@ -37,10 +37,25 @@ def count(text: str | int) -> int:
     return int(text)
 
 
+_OURS = {  # what --slurm cannot say, because the job's files, signals or processes hang on it: what can
+    "output": "; --output-dir chooses the folder",
+    "error": "; --output-dir chooses the folder",
+    "open-mode": "",
+    "signal": "; take --signal-delay",
+    "array": "; submit each run with its own --output-dir",
+    "wrap": "",
+}
+
+
 def pair(text: str) -> str:
     """Read ``key=value``, or ``key`` alone, of an sbatch option without its dashes."""
     if not re.fullmatch(r"[A-Za-z][\w-]*(=.*)?", text):
         raise argparse.ArgumentTypeError(f"expected an sbatch option as key=value without dashes, got {text!r}")
+    key = text.partition("=")[0]
+    if key in _OURS:
+        raise argparse.ArgumentTypeError(
+            f"expected an option that the job script does not set itself, got {key}{_OURS[key]}"
+        )
     return text
 
 

@@ -66,6 +66,7 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
         python = Path(args.python).expanduser().absolute()
         if not os.access(python, os.X_OK):
             raise LaunchError(f"--python: expected an interpreter, got nothing that can be run at {python}")
+        _check_package("--python", python, run=not lines)
         return Environment(tuple(lines), shlex.quote(str(python)), executable=str(python))
     if args.python:
         return Environment(tuple(lines), f'"$(command -v {shlex.quote(args.python)} || true)"')
@@ -138,10 +139,14 @@ def _module_lines(names: list[str]) -> list[tuple[str, str]]:
 
 
 def _check_here(flag: str, prefix: Path, run: bool) -> None:
-    """``run``: whether the interpreter can run without modules and set-up lines."""
     python = prefix / "bin" / "python"
     if not os.access(python, os.X_OK):
         raise LaunchError(f"{flag}: expected an environment with bin/python, got none at {prefix}; check the path")
+    _check_package(flag, python, run)
+
+
+def _check_package(flag: str, python: Path, run: bool) -> None:
+    """``run``: whether the interpreter can run without modules and set-up lines."""
     if not run:
         return
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}

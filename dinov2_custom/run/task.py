@@ -101,7 +101,9 @@ def _ended(task: str, args: argparse.Namespace, rank: int) -> Outcome:
     except KeyboardInterrupt:
         return Outcome(rank, "stopped", exit_codes.stopped_by(signal.SIGINT))
     except Exception as e:
-        if isinstance(e, OSError) and (trouble := entry.describe_no_room(e)):
+        trouble = entry.describe_no_room(e) if isinstance(e, OSError) else ""
+        trouble = entry.missing_requirement(e) if isinstance(e, ModuleNotFoundError) else trouble
+        if trouble:
             print(f"error: {trouble}", file=sys.stderr)
             return Outcome(rank, "refused", exit_codes.ERROR, trouble)
         text = traceback.format_exc()

@@ -55,7 +55,8 @@ def read_weights(source: str | os.PathLike) -> Any:
         raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
     except Exception as e:  # torch raises many kinds on torn files
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        if isinstance(e, pickle.UnpicklingError):  # torch's own words advise to load it without the safeguard
+        # torch's own words advise to load it without the safeguard; other kinds come from files of text, or of nothing
+        if isinstance(e, pickle.UnpicklingError | LookupError | EOFError):
             reason = "no weight file, or one that holds more than tensors and plain values"
         raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
 

@@ -175,3 +175,9 @@ def test_mistakes(weights, images, tmp_path):
 def test_script_says_what_is_wrong(tmp_path):
     done = subprocess.run(script(tmp_path / "none.pth", tmp_path), env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: expected a weight file at")
+
+
+def test_parquet_that_is_not_installed_is_told_before_anything_is_computed(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match='--format parquet: expected the extra "parquet"'):
+        main(get_args_parser().parse_args([str(tmp_path / "none"), str(images), "--format", "parquet"]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -185,3 +186,10 @@ def test_command(tmp_path):
     with pytest.raises(ConfigError, match="expected at least 10 images"):
         overlapping_classes(tmp_path / "few", count=3, seed=2)
         evaluate(tmp_path, weights, tmp_path / "none", f"--train-dataset=LabelledFolder:root={tmp_path}/few")
+
+
+def test_a_solver_that_is_not_installed_is_told_before_anything_is_computed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    args = get_log_regression_args_parser().parse_args(["--solver", "sklearn"])
+    with pytest.raises(ConfigError, match='--solver sklearn: expected the extra "eval"'):
+        main(args)

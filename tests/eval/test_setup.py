@@ -72,6 +72,24 @@ def test_evaluates_a_run_without_touching_it(tmp_path):
     assert results[0]["('full', 3) Top 1"] > 60
 
 
+def test_a_run_directory_stands_for_its_newest_teacher(tmp_path):
+    make_run(tmp_path / "run")
+    make_images(tmp_path / "images", count=2)
+    images = f"LabelledFolder:root={tmp_path}/images"
+    data = ["--train-dataset", images, "--val-dataset", images]
+    assert main(parse("--pretrained-weights", tmp_path / "run", "--output-dir", tmp_path / "results", *data)) == 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="--pretrained-weights: expected a weight file or a run directory, got "):
+        main(parse("--pretrained-weights", tmp_path / "empty", "--output-dir", tmp_path / "results", *data))
+
+
+def test_numbers_that_are_not_positive_are_named(tmp_path):
+    args = parse("--pretrained-weights", tmp_path, "--batch-size", 0)
+    args.nb_knn = [3, 0]
+    with pytest.raises(ConfigError, match=r"^expected positive numbers, got --nb_knn \[3, 0\], --batch-size 0$"):
+        main(args)
+
+
 def test_script_reports_errors_in_one_line(tmp_path):
     command = [sys.executable, "run/eval/knn.py", "--pretrained-weights", str(tmp_path / "none.pth")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)})

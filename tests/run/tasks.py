@@ -24,6 +24,8 @@ class Misbehave(Task):
                 raise ValueError("an unexpected value")
             if self.args.how == "refuse":
                 raise DataError("no such images")
+            if self.args.how == "no torch":
+                raise ModuleNotFoundError("No module named 'torch'", name="torch")
             if self.args.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             return int(self.args.how)

@@ -51,6 +51,7 @@ def test_modules_end_where_overrides_begin():
         (["--ngpus", "0"], "expected a number of at least 1, got '0'"),
         (["--slurm", "--x=1"], "expected"),
         (["--slurm=--mail=x"], "expected an sbatch option as key=value without dashes"),
+        (["--slurm", "output=x"], "the job script does not set itself, got output; --output-dir chooses the folder"),
         (["--partitoin", "x"], "did you mean --partition?"),
         (["--launcher", "pbs"], "invalid choice"),
     ],

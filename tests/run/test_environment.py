@@ -92,6 +92,17 @@ def test_mistakes(given, message):
         resolve(asked(**given), {})
 
 
+def test_an_interpreter_without_this_package(tmp_path, monkeypatch):
+    import venv
+
+    monkeypatch.chdir(tmp_path)  # python -c finds packages of the working directory
+    venv.create(tmp_path / "v", with_pip=False, symlinks=True)
+    python = str(tmp_path / "v/bin/python")
+    with pytest.raises(LaunchError, match="--python: expected an environment with dinov2_custom, got from .*No module"):
+        resolve(asked(python=python), {})
+    assert resolve(asked(python=python, setup=["export A=1"]), {}).executable == python
+
+
 def test_setup_lines_that_bring_another_python_mean_that_one(tmp_path):
     (tmp_path / "python3").write_text("#!/bin/sh\n")
     (tmp_path / "python3").chmod(0o755)

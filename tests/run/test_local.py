@@ -144,10 +144,13 @@ def test_a_crash_is_in_the_main_log_with_its_traceback(importable, tmp_path, cap
     assert "rank 1 ended with exit code 1" in capfd.readouterr().err
 
 
-def test_a_refusal_of_another_rank_is_told(importable, tmp_path, capfd):
-    assert launch("refuse", tmp_path / "out") == 1
+@pytest.mark.parametrize(
+    "how, told", [("refuse", "no such images"), ("no torch", "expected torch in the environment of")]
+)
+def test_a_refusal_of_another_rank_is_told(importable, tmp_path, capfd, how, told):
+    assert launch(how, tmp_path / "out") == 1
     error = capfd.readouterr().err
-    assert error.count("error: no such images") == 1 and "Traceback" not in error
+    assert error.count(f"error: {told}") == 1 and "Traceback" not in error
 
 
 @pytest.mark.parametrize("how, code", [("kill", 137), ("75", 75), ("140", 140)])

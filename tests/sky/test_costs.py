@@ -101,7 +101,12 @@ def test_an_epoch_of_a_fixed_length_needs_no_number_of_images():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "add --images N"), (["no.such=1", "--images", "5"], "no.such"), (["--images", "0"], "add --images N")],
+    [
+        ([], "add --images N"),
+        (["no.such=1", "--images", "5"], "no.such"),
+        (["--images", "-4", "--gpus", "0"], "expected positive numbers, got --images -4, --gpus 0\n"),
+        (["--images", "5", "--price", "H10=2"], "--price: expected some of H100, "),
+    ],
 )
 def test_mistakes_are_one_line(arguments, message):
     done = report("--config-file", VITL, *arguments)
