@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.slurm.test_jobs import arguments
+from tests.slurm.test_jobs import arguments, wait_for
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_refusals(cluster, tmp_path, flags, message):
     assert done.returncode == 1 and len(errors) == 1, done.stderr
     assert errors[0].startswith("error: ") and message in errors[0]
     assert list(tmp_path.iterdir()) == []
-    assert set(cluster.queue()) <= set(before)
+    wait_for(lambda: set(cluster.queue()) <= set(before), "the end of the cancelled job", timeout=30)
 
 
 def test_a_controller_that_does_not_answer(cluster, tmp_path):
