@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from dinov2_custom.errors import DataError
 
 logger = logging.getLogger("dinov2")
+CHECK_PATH = "check the path, in training train.dataset_path"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".jp2", ".j2k")
 ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}
 ADVICE_FILE = {**ADVICE, ".txt": "ImageList:path={}", ".csv": "ImageList:path={}", ".lst": "ImageList:path={}"}
@@ -170,7 +171,7 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
     missing = [root for root in roots if not os.path.isdir(root)]
     if missing or not roots:
         got = "; ".join(f"{root} ({_what_it_is(root)})" for root in missing)
-        raise DataError(f"expected folders of images, got {got or 'no folder'}; check the path")
+        raise DataError(f"expected folders of images, got {got or 'no folder'}; {CHECK_PATH}")
     found = 0
 
     def counted(chunks: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -187,7 +188,7 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
         advice = [f"give {ADVICE[kind].format(roots[0])}" for kind in ADVICE if kind in listing.others]
         raise DataError(
             f"expected images ({' '.join(sorted(listing.extensions))}), got {inside} in {', '.join(roots)}; "
-            f"{', '.join(advice) or 'check the path, or convert the files'}"
+            f"{', '.join(advice) or CHECK_PATH + ', or convert the files'}"
         )
 
 

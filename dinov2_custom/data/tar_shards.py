@@ -22,7 +22,7 @@ import numpy as np
 from dinov2_custom.errors import DataError
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
-from .listing import EXTENSIONS, Listing, PatientMap, Progress
+from .listing import CHECK_PATH, EXTENSIONS, Listing, PatientMap, Progress
 from .sources import OpenFiles, Root, Source, as_roots, real
 
 logger = logging.getLogger("dinov2")
@@ -242,7 +242,7 @@ def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> lis
             wrong.append(f"{place} (missing)")
     if wrong:
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise DataError(f"expected {what}, got {', '.join(wrong[:10])}{more}; check the path")
+        raise DataError(f"expected {what}, got {', '.join(wrong[:10])}{more}; {CHECK_PATH}")
     return found
 
 

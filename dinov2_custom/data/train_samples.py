@@ -23,6 +23,7 @@ from .datasets import ExtendedVisionDataset
 from .decode import Scratch, decode_array
 from .draws import CropDraw
 from .holdout import IndexSubset
+from .listing import CHECK_PATH
 from .samplers import permuted_index
 
 logger = logging.getLogger("dinov2")
@@ -127,7 +128,7 @@ class TrainSamples:
                 return
         raise DataError(
             f"expected readable images, got none in {len(indices)} tried of {size}: {self._known_bad[indices[0]]}; "
-            "check the path"
+            + CHECK_PATH
         )
 
 

@@ -92,7 +92,8 @@ class Watch:
                 self._end("lost", "; ".join(gone.values()))
         elif self.hang_s and time.monotonic() - self._marked > self._allowed_s:
             seen = [self._read(rank) for rank in range(self.size)]
-            if not self._ended.wait(2.5 * min(self.hang_s / 16, 30.0)):  # a live process shows another beat by then
+            # a live process shows another beat by then, on a busy machine too
+            if not self._ended.wait(max(2.5 * min(self.hang_s / 16, 30.0), 3.0)):
                 self._end("hang", *self._describe_hang(seen))
 
     def _describe_hang(self, before: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:

@@ -60,10 +60,14 @@ def set_limit(cluster, job: str, minutes: int) -> None:
 
 
 def preempt(cluster, job: str, out: Path) -> None:
-    """A job of a higher partition wants all nodes: SLURM sends SIGTERM and, 25 s later, kills and requeues."""
+    """A job of a higher partition wants the same nodes: SLURM sends SIGTERM and, 25 s later, kills and requeues."""
     before = last_checkpoint(out)
     wait_for(lambda: last_checkpoint(out) not in ("", before), "a checkpoint")
-    cluster.run("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--wrap=true", "--output=/dev/null")
+    nodes = f"--nodelist={cluster.facts(job)['NodeList']}"
+    other = cluster.run(
+        "sbatch", "--parsable", "--partition=high", nodes, "--exclusive", "--wrap=true", "--output=/dev/null"
+    )
+    cluster.wait(other.stdout.strip())  # before that it might come between a second time
 
 
 def time_out(cluster, job: str, out: Path) -> None:
