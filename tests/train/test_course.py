@@ -128,7 +128,7 @@ def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(sinks.JsonLines, "log", slowly)
-    hours = 4 / 3600
+    hours = 8 / 3600
     options = [
         f"train.max_hours={hours}",
         "optim.warmup_epochs=10%",
@@ -137,14 +137,14 @@ def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch
     ]
     assert run(images, tmp_path, *options) == 143
     state = read_weights(tmp_path / (tmp_path / "last_checkpoint").read_text())
-    assert 0 < state["course"]["elapsed_s"] < 4
+    assert 0 < state["course"]["elapsed_s"] < 8
     assert run(images, tmp_path, *options) == 0
     written = rows(tmp_path)
     assert [row["iteration"] for row in written] == list(range(len(written)))
     momenta = [row["mom"] for row in written]  # medians
     assert momenta[0] == 0.5 and momenta[-1] > momenta[5] > 0.5
     log = capsys.readouterr().out
-    assert "hours of training, 0.00 of them done" in log or "of them done" in log
+    assert "of them done" in log
     assert (tmp_path / "model_final").exists() and run(images, tmp_path, *options) == 0
     assert "raise train.max_hours to go on" in capsys.readouterr().out
 
