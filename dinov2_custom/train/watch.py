@@ -93,7 +93,7 @@ class Watch:
         elif self.hang_s and time.monotonic() - self._marked > self._allowed_s:
             seen = [self._read(rank) for rank in range(self.size)]
             # a live process shows another beat by then, on a busy machine too
-            if not self._ended.wait(max(2.5 * min(self.hang_s / 16, 30.0), 3.0)):
+            if not self._ended.wait(max(2.5 * min(self.hang_s / 16, 30.0), 1.0)):
                 self._end("hang", *self._describe_hang(seen))
 
     def _describe_hang(self, before: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
