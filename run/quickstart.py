@@ -3,7 +3,13 @@
 import sys
 from pathlib import Path
 
-from dinov2_custom import entry
+try:
+    from dinov2_custom import entry
+except ModuleNotFoundError:
+    sys.exit(
+        f"error: expected dinov2_custom in the environment of {sys.executable}, found none; activate the environment "
+        "that has it, or `pip install -c constraints.txt -e .` in the root of the repository"
+    )
 from dinov2_custom.quickstart.args import get_args_parser
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"

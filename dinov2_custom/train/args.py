@@ -68,9 +68,9 @@ class OverridesParser(argparse.ArgumentParser):
         flag = text.split("=", 1)[0]
         if "." in flag:
             return f"{text}: expected a flag -> an override is written without dashes: {text.lstrip('-')}"
-        flags = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.6)
-        return f"{text}: unknown flag -> " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
+        flags = [name.lstrip("-") for action in self._actions for name in action.option_strings]
+        near = difflib.get_close_matches(flag.lstrip("-"), [name for name in flags if len(name) > 1], n=1, cutoff=0.65)
+        return f"{text}: unknown flag -> " + (f"did you mean --{near[0]}?" if near else "--help lists the flags")
 
 
 def get_args_parser(add_help: bool = True) -> OverridesParser:

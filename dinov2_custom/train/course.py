@@ -131,8 +131,8 @@ class Course:
         length = self.length
         epoch = f"epoch={length.epoch_length:,} iterations = {length.epoch_length * length.global_batch:,} images"
         if self.limit_s:
-            done = f", {self.elapsed_s / 3600:.2f} of them done" if self.elapsed_s else ""
-            return f"{epoch}, {length.max_hours:g} hours of training{done}"
+            done = f", {in_words(self.elapsed_s)} of it done" if self.elapsed_s else ""
+            return f"{epoch}, {in_words(self.limit_s)} of training{done}"
         passes = length.total * length.global_batch / num_images
         whole = f"{length.total / length.epoch_length:.4g}" if length.stretched else f"{length.epochs:g}"
         return f"{epoch}, {whole} epochs = {length.total:,} iterations = {passes:.1f} passes over the data"
@@ -140,6 +140,12 @@ class Course:
     def how_to_extend(self) -> str:
         """Return what to change for a finished run to go on."""
         if self.limit_s:
-            return f"all {self.length.max_hours:g} hours are over; raise train.max_hours to go on"
+            return f"all {in_words(self.limit_s)} of training are over; raise train.max_hours to go on"
         key = "train.max_steps" if self.length.stretched else "optim.epochs"
         return f"all {self.length.total:,} iterations are done; raise {key} to go on"
+
+
+def in_words(seconds: float) -> str:
+    """Return a length of time in the unit that suits it: ``48 s``, ``12.5 min``, ``7.25 h``."""
+    size, unit = next(((s, u) for s, u in ((3600, "h"), (60, "min")) if seconds >= s), (1, "s"))
+    return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"

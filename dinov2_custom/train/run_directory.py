@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,6 +16,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+OF_THE_BATCH = ("train.batch_size_per_gpu", "optim.accumulation_steps", "optim.lr")
 
 
 @contextmanager
@@ -39,7 +42,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def changed_keys(folder: Path, cfg: DictConfig) -> list[str]:
-    """Return "key: before -> now" of every key that may change results and differs from ``folder``'s config.yaml."""
+    """Return "key: before -> now" of every key that may change results and differs from ``folder``'s config.yaml.
+
+    How the global batch is made is not a change; whether it changed: :func:`changed_batch`.
+    """
     path = folder / "config.yaml"
     if not path.exists():
         return []
@@ -47,6 +53,30 @@ def changed_keys(folder: Path, cfg: DictConfig) -> list[str]:
     changes = []
     for key, option in all_options().items():
         old, new = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
-        if option.changes_results and old is not None and old != new and key != "optim.lr":
+        if option.changes_results and old is not None and old != new and key not in OF_THE_BATCH:
             changes.append(f"{key}: {old} -> {new}")
     return changes
+
+
+def changed_batch(before: Mapping[str, Any], cfg: DictConfig, world_size: int) -> list[str]:
+    """Return "global batch: before -> now", and what the learning rate becomes, where a resume has another one.
+
+    Args:
+        before: values of the checkpoint; checkpoints of the former format do not say what their batch was.
+    """
+    if not before.get("world_size") or not before.get("config"):
+        return []
+    earlier = OmegaConf.create(before["config"])
+    old, how_old = _global_batch(earlier, before["world_size"])
+    new, how_new = _global_batch(cfg, world_size)
+    if old == new:
+        return []
+    lr = f"optim.lr, by its square root: {earlier.optim.lr:.3g} -> {cfg.optim.lr:.3g}"
+    return [f"global batch: {old} ({how_old}) -> {new} ({how_new})", lr]
+
+
+def _global_batch(cfg: DictConfig, world_size: int) -> tuple[int, str]:
+    """Return images a step, and what they are the product of."""
+    batch, accumulated = cfg.train.batch_size_per_gpu, OmegaConf.select(cfg, "optim.accumulation_steps", default=1)
+    how = f"{batch} a process x {world_size} processes" + (f" x {accumulated} accumulated" if accumulated > 1 else "")
+    return batch * world_size * accumulated, how

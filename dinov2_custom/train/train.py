@@ -36,7 +36,7 @@ from dinov2_custom.train.optimization import (
     step_unless,
 )
 from dinov2_custom.train.pretrained import start_from_weights
-from dinov2_custom.train.run_directory import changed_keys, locked
+from dinov2_custom.train.run_directory import changed_batch, changed_keys, locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
@@ -93,7 +93,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     if course.is_finished(iteration):
         logger.info(f"nothing to do: {course.how_to_extend()}")
         return DONE
-    if resumed is not None and (changes := changed_keys(out, cfg)):
+    changes = [] if resumed is None else changed_batch(kept, cfg, world_size) + changed_keys(out, cfg)
+    if changes:
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")
     write_config(cfg, str(out))
     for line in (*describe_run(cfg, model, course, loader.num_images, world_size), reducer.describe()):

@@ -4,7 +4,13 @@ out/eval/training_999/teacher_checkpoint.pth --train-dataset LabelledFolder:root
 
 import sys
 
-from dinov2_custom import entry
+try:
+    from dinov2_custom import entry
+except ModuleNotFoundError:
+    sys.exit(
+        f"error: expected dinov2_custom in the environment of {sys.executable}, found none; activate the environment "
+        "that has it, or `pip install -c constraints.txt -e .` in the root of the repository"
+    )
 from dinov2_custom.run.eval.log_regression import main
 
 if __name__ == "__main__":

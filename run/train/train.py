@@ -4,7 +4,13 @@ On this machine, or as a SLURM job with flags such as --partition: docs/slurm.md
 
 import sys
 
-from dinov2_custom import entry
+try:
+    from dinov2_custom import entry
+except ModuleNotFoundError:
+    sys.exit(
+        f"error: expected dinov2_custom in the environment of {sys.executable}, found none; activate the environment "
+        "that has it, or `pip install -c constraints.txt -e .` in the root of the repository"
+    )
 from dinov2_custom.run.train.train import main
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from dinov2_custom.run.args import get_args_parser as get_launch_parser
 from dinov2_custom.train.args import OverridesParser, get_args_parser
 
 
@@ -63,6 +64,15 @@ def test_all_mistakes_are_named_at_once(capsys):
     assert "for a config file write --config-file configs/x.yaml" in text
     assert "--zzz: unknown flag -> --help lists the flags" in text
     assert "  o:" not in text, "the value of an unknown flag is not a mistake of its own"
+
+
+def test_only_a_flag_that_is_near_is_suggested(capsys):
+    parser = get_launch_parser(parents=[get_args_parser(add_help=False)])
+    for given, near in (("--foo", ""), ("--gpu", "--gpus"), ("--node=2", "--nodes"), ("--resume", "--no-resume")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([given])
+        error = capsys.readouterr().err
+        assert f"{given}: unknown flag -> " + (f"did you mean {near}?" if near else "--help lists the flags") in error
 
 
 def test_flags_are_not_abbreviated(capsys):

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dinov2_custom.logging import sinks
-from dinov2_custom.train.course import TICKS, Course, RunLength, run_length
+from dinov2_custom.train.course import TICKS, Course, RunLength, in_words, run_length
 from dinov2_custom.train.optimization import build_schedulers
 from dinov2_custom.utils.weights import read_weights
 from tests.test_parallel import launch
@@ -96,6 +96,14 @@ def test_a_time_shorter_than_a_step_is_one_step():
     assert len(drive(course, now, lambda i: 60.0)) <= 2
 
 
+def test_short_times_are_not_shown_as_hours():
+    assert [in_words(s) for s in (0.04, 7.9, 48, 750, 3600, 26100, 7.2e6)] == [
+        "0.04 s", "7.9 s", "48 s", "12.5 min", "1 h", "7.25 h", "2000 h",
+    ]  # fmt: skip
+    course, _ = clocked(hours=8, state={"elapsed_s": 90.0})
+    assert course.describe(100).endswith("8 h of training, 1.5 min of it done")
+
+
 def test_steps_know_nothing_of_the_clock():
     course = Course(length_of("train.max_steps=5"))
     assert course.tell() == 0.0 and course.state() == {}
@@ -144,7 +152,7 @@ def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch
     momenta = [row["mom"] for row in written]  # medians
     assert momenta[0] == 0.5 and momenta[-1] > momenta[5] > 0.5
     log = capsys.readouterr().out
-    assert "of them done" in log
+    assert "8 s of training" in log and " s of it done" in log
     assert (tmp_path / "model_final").exists() and run(images, tmp_path, *options) == 0
     assert "raise train.max_hours to go on" in capsys.readouterr().out
 
@@ -152,7 +160,7 @@ def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch
 def test_two_processes_agree_on_the_clock(images, tmp_path):
     common = ["run/train/train.py", f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.log_every=1"]
     done = launch(2, *common, f"train.max_hours={3 / 3600}", "optim.warmup_epochs=0", "--output-dir", str(tmp_path))
-    assert "hours of training" in done.stdout
+    assert "3 s of training" in done.stdout
     lines = {
         name: [line.split("] ", 1)[1] for line in (tmp_path / "logs" / name).read_text().splitlines() if "[" in line]
         for name in ("log.txt", "log.txt.rank1")

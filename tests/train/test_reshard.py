@@ -1,5 +1,7 @@
 """A run goes on with other processes, another sharding, other workers, another batch; the chains are in reshard.py."""
 
+import math
+
 import pytest
 
 from dinov2_custom.data.loaders import make_train_loader
@@ -29,6 +31,7 @@ def test_a_chain_of_settings_gives_the_weights_of_one_run(whole, tmp_path, chain
     images, expected = whole
     go_through(images, tmp_path / "out", chain)
     assert compare(expected, tmp_path / "out")[0] < 1e-5
+    assert "other settings than before" not in (tmp_path / "out" / "logs" / "log.txt").read_text()
 
 
 def test_the_same_process_goes_on_bit_for_bit_with_other_workers(whole, tmp_path):
@@ -59,6 +62,10 @@ def test_another_batch_goes_on_with_the_next_draw(whole, tmp_path):
     drawn = {n: marker(out, f"model_{n:07d}")["draws"] for n in (7, 3)}
     assert drawn == {7: PERIOD * 8 + 4 * 6, 3: PERIOD * 8}
     assert marker(out, "model_final")["draws"] == PERIOD * 8 + 8 * 6
+    (warning,) = [x for x in (out / "logs" / "log.txt").read_text().splitlines() if "other settings than before" in x]
+    assert "global batch: 8 (8 a process x 1 processes) -> 6 (3 a process x 2 processes); optim.lr, by" in warning
+    before, now = (0.004 * math.sqrt(images / 1024) for images in (8, 6))
+    assert f"its square root: {before:.3g} -> {now:.3g}" in warning and "batch_size_per_gpu" not in warning
 
 
 def test_a_far_draw_costs_no_more_than_the_first(tmp_path, monkeypatch):

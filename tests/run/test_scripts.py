@@ -1,0 +1,20 @@
+"""The scripts in run/ in an interpreter that lacks what they need."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "run").rglob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_interpreter_without_the_package_is_named_in_one_sentence(script):
+    bare = [sys.executable, "-I", "-S", script]  # nothing but Python's own library
+    done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    said = f"error: expected dinov2_custom in the environment of {sys.executable}, found none; activate "
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
+    assert "pip install -c constraints.txt -e ." in done.stderr
