@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +18,10 @@ from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.models import build_model
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
-from dinov2_custom.utils.checkpoint_folder import is_complete
-from dinov2_custom.utils.weights import fit_state, flat_state, is_url, read_weights
+from dinov2_custom.utils.run_folder import find_weights, run_config_near
+from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
 
 logger = logging.getLogger("dinov2")
-_NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
 _HEAD_DIM = 64  # of every architecture here and upstream
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -80,39 +77,6 @@ def load_teacher(
         normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
     _load(backbone, state, weights)
     return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file)
-
-
-def find_weights(source: str) -> str:
-    """Return the weights that ``source`` means; of a run directory the newest teacher, else the last checkpoint.
-
-    Folders as Hugging Face writes them stand for themselves.
-
-    Raises:
-        CheckpointError: a directory without any.
-    """
-    if is_url(source):
-        return str(source)
-    path = Path(source).expanduser()
-    hugging_face = any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
-    if not path.is_dir() or is_complete(path) or hugging_face:
-        return str(path)
-    teachers = [path / "teacher_checkpoint.pth", *path.glob("eval/*/teacher_checkpoint.pth")]
-    found = [(int(match[1]) if (match := _NUMBERED.search(t.parent.name)) else -1, t) for t in teachers if t.is_file()]
-    if found:
-        return str(max(found)[1])
-    pointer = path / "last_checkpoint"
-    if pointer.is_file() and (path / pointer.read_text().strip()).exists():
-        return str(path / pointer.read_text().strip())
-    raise CheckpointError(
-        f"expected a weight file or a run directory, got {path} without eval/*/teacher_checkpoint.pth or "
-        "last_checkpoint; give the file"
-    )
-
-
-def run_config_near(weights: str) -> Path | None:
-    """Return the config.yaml of the run directory that ``weights`` lies in (up to three folders above), or None."""
-    path = Path(weights).expanduser().absolute()
-    return next((f / "config.yaml" for f in list(path.parents)[:4] if (f / "config.yaml").is_file()), None)
 
 
 def load_teacher_backbone(model: nn.Module, source: str) -> None:

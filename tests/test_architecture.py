@@ -33,7 +33,8 @@ ALLOWED = {
     "utils.paths": {"errors"},
     "utils.weights": {"utils.hugging_face", "utils.paths", "errors", "utils.checkpoint_folder", "utils.download"},
     "utils.tensor_file": {"errors"},
-    "utils.checkpoint_folder": {"errors", "utils.tensor_file"},
+    "utils.run_folder": {"errors"},
+    "utils.checkpoint_folder": {"errors", "utils.run_folder", "utils.tensor_file"},
     "utils.utils": BASE | {"utils.weights"},
     "world": {"errors"},
     "exit_codes": set(),
@@ -48,11 +49,11 @@ ALLOWED = {
     "data": BASE,
     "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
-    "teacher": BASE | {"configs", "models", "utils.checkpoint_folder", "utils.weights"},
+    "teacher": BASE | {"configs", "models", "utils.run_folder", "utils.weights"},
     "train.args": {"configs"},  # command lines, which the launcher parses without torch
     "eval.args": set(),
     "embed.args": set(),
-    "run": {"errors", "exit_codes", "world", "entry", "configs", "utils.cluster"}
+    "run": {"errors", "exit_codes", "world", "entry", "configs", "utils.cluster", "utils.run_folder"}
     | {"train.args", "eval.args", "embed.args"},
     "_dinov2": set(),
 }
@@ -73,6 +74,7 @@ TORCH_FREE = [
     "configs.load",
     "utils.rng",
     "utils.cluster",
+    "utils.run_folder",
     "run.submit",
     "run.task",
     "run.requeue",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.teacher import backbone_like, device_of_choice, find_weights, load_teacher
+from dinov2_custom.teacher import backbone_like, device_of_choice, load_teacher
+from dinov2_custom.utils.run_folder import find_weights
 from dinov2_custom.utils.weights import flat_name
 from tests.eval.test_setup import make_run
 from tests.export.backbones import KINDS, features_of, make_teacher, random_images

@@ -18,7 +18,7 @@ SHARDING_STRATEGIES = ("auto", "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD")
 class Model:
     WEIGHTS: str = option(
         "",
-        "file whose weights a fresh run starts from, of a whole run student, teacher and centres; wins over "
+        "file whose weights a fresh run starts from, of a training state student, teacher and centres; wins over "
         "student.pretrained_weights; empty: none",
         unit="path",
     )
@@ -121,7 +121,8 @@ class Student:
     pretrained_weights: str = option(
         "",
         "weights that student and teacher start from: Meta's files, Hugging Face's Dinov2 (file or folder), teacher "
-        "checkpoints with their heads; a path, a URL, or what iopath serves; empty: random",
+        "checkpoints with their heads, a run directory (its newest teacher); a path, a URL, or what iopath serves; "
+        "empty: random",
         unit="path",
     )
     freeze_backbone_epochs: int | float | str = option(

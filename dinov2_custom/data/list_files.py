@@ -1,5 +1,6 @@
 """Images named by a list file: ``.txt`` with a path a line, or ``.csv`` with a column of paths.
 
+In a ``.txt``, blank lines and lines that begin with ``#`` are no paths; ``./#x.png`` is one.
 Paths are relative to the list's own folder, or to ``root``. No file of the list is looked for before it is drawn: one
 that is missing is an unreadable image like any other. Lines may name images in tar and Parquet files, see
 ``list_members``. Read :class:`ListSource` first.
@@ -41,7 +42,7 @@ class ListSource(Source):
     ):
         self.path = os.path.abspath(as_roots(path)[0])
         self.root = os.path.dirname(self.path) if root is None else as_roots(root)[0]
-        key = ["list", self.path, real(self.path), column or "", self.root]
+        key = ["list, comments skipped", self.path, real(self.path), column or "", self.root]
         self.index = cached(key, lambda on_count: self._pack(column, on_count), cache_from)
         self.paths = PathTable(index=self.index)
         self.members = MemberReader(self.index, ParquetSource)
@@ -111,4 +112,4 @@ class ListSource(Source):
 
 
 def _lines(file: TextIO) -> Iterator[str]:
-    return (line for line in (raw.rstrip("\r\n") for raw in file) if line.strip())
+    return (line for line in (raw.rstrip("\r\n") for raw in file) if line.strip() and not line.lstrip().startswith("#"))

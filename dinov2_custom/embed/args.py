@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 FEATURES = ("cls", "mean", "cls+mean")
-
-
-def default_folder(checkpoint: str) -> Path:
-    """Return ./outputs/embed/<name of the run that ``checkpoint`` is or lies in, else of the file>."""
-    path = Path(checkpoint).expanduser().absolute()
-    run = next((folder for folder in (path, *list(path.parents)[:4]) if (folder / "config.yaml").is_file()), None)
-    return Path("outputs") / "embed" / (run.name if run else path.stem)
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:

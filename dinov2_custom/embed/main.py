@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from dinov2_custom import distributed
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
-from dinov2_custom.embed.args import default_folder
 from dinov2_custom.embed.images import batches
 from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.logging.progress import ProgressBar
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
+from dinov2_custom.utils.run_folder import default_output
 
 logger = logging.getLogger("dinov2")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     distributed.enable()
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
     dataset = make_dataset(dataset_str=args.dataset)
-    folder = Path(args.output_dir).expanduser() if args.output_dir else default_folder(args.checkpoint)
+    folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("embed", args.checkpoint)
     device = device_of_choice(args.device)
     teacher.backbone.to(device)
     sizes = image_sizes(teacher, args.image_size)

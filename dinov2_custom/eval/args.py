@@ -57,8 +57,8 @@ def get_args_parser(
     parser.add_argument(
         "--pretrained-weights",
         default="",
-        metavar="FILE",
-        help="teacher_checkpoint.pth of a run, or released weights",
+        metavar="RUN|FILE",
+        help="run directory (its newest teacher), teacher_checkpoint.pth of a run, or released weights",
     )
     parser.add_argument(
         "--output-dir",
@@ -82,7 +82,13 @@ def get_knn_args_parser(
     """Return the parser of the kNN evaluation."""
     parser = get_args_parser(description or "Classify by the nearest neighbours of frozen features.", parents, add_help)
     _add_datasets(parser)
-    parser.add_argument("--nb_knn", nargs="+", type=int, default=[10, 20, 100, 200], help="numbers of neighbours")
+    parser.add_argument(
+        "--nb_knn",
+        nargs="+",
+        type=int,
+        default=[10, 20, 100, 200],
+        help="numbers of neighbours, at most the training images",
+    )
     parser.add_argument("--temperature", type=float, default=0.07, help="of the softmax that weighs the votes")
     parser.add_argument("--gather-on-cpu", action="store_true", help="keep the features in CPU memory")
     parser.add_argument("--batch-size", type=int, default=256, help="images a step")

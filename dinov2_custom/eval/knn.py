@@ -111,6 +111,8 @@ def eval_knn_features(
             it is added to them.
         n_tries: random subsets over which a limited number a class is averaged.
 
+    Numbers of neighbours above that of the training features are replaced by it, with a warning.
+
     Returns:
         ``{("full", k) or ("<n> per class", k): {"top-1": accuracy in 0..1, "top-5": ...}}``.
 
@@ -127,6 +129,8 @@ def eval_knn_features(
         if n_per_class >= 0:
             ks = sorted({k for k in nb_knn if k <= n_per_class} | {n_per_class})
             tries = [_subset(train_labels, n_per_class, seed) for seed in range(n_tries)]
+        name = "full" if n_per_class < 0 else f"{n_per_class} per class"
+        ks = _at_most(len(tries[0]), ks, name)
         scores: dict[int, list[dict[str, Tensor]]] = {k: [] for k in ks}
         for chosen in (indices.to(train_labels.device) for indices in tries):
             module = KnnModule(train_features[chosen], train_labels[chosen], ks, temperature, num_classes=num_classes)
@@ -134,7 +138,6 @@ def eval_knn_features(
             _classify(module, val_features, val_labels, metrics)
             for k in ks:
                 scores[k].append(metrics[k].compute())
-        name = "full" if n_per_class < 0 else f"{n_per_class} per class"
         results |= {(name, k): _mean(values) for k, values in scores.items()}
     return results
 
@@ -160,8 +163,6 @@ def eval_knn(
     for name, dataset in (("train", train_dataset), ("val", val_dataset)):
         logger.info(f"features: {name} images={len(dataset)}")
         extracted += extract_features(model, dataset, batch_size, num_workers, gather_on_cpu)
-    if max(nb_knn) > len(extracted[0]):
-        logger.warning(f"{max(nb_knn)} neighbours asked for, all {len(extracted[0])} training images vote")
     return eval_knn_features(
         *extracted,
         nb_knn=nb_knn,
@@ -191,6 +192,16 @@ def _classify(
             metrics[k].update(scores, labels[rows.to(labels.device)])
     for metric in metrics.values():
         metric.all_reduce()
+
+
+def _at_most(available: int, ks: Sequence[int], name: str) -> list[int]:
+    """Return ``ks`` without those above the ``available`` training images, for which these stand once."""
+    if too_many := [k for k in ks if k > available]:
+        logger.warning(
+            f"--nb_knn, {name}: expected at most the {available} training images, got k = "
+            f"{', '.join(map(str, too_many))}; evaluated with k = {available} instead"
+        )
+    return sorted({min(k, available) for k in ks})
 
 
 def _subset(labels: Tensor, n_per_class: int, seed: int) -> Tensor:

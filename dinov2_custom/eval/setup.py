@@ -20,8 +20,9 @@ from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_args_parser
 from dinov2_custom.logging import setup_logging
 from dinov2_custom.models import build_model_from_cfg
-from dinov2_custom.teacher import find_weights, load_teacher_backbone, run_config_near
+from dinov2_custom.teacher import load_teacher_backbone
 from dinov2_custom.utils.dtype import resolve_dtype
+from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import is_url
 
 __all__ = [

@@ -15,7 +15,8 @@ from dinov2_custom.export.onnx_file import write_onnx
 from dinov2_custom.export.portable import portable
 from dinov2_custom.export.timm_folder import write_timm
 from dinov2_custom.export.write import make_room, remove, write_safetensors, write_torch
-from dinov2_custom.teacher import find_weights, load_teacher, run_config_near
+from dinov2_custom.teacher import load_teacher
+from dinov2_custom.utils.run_folder import default_output
 
 __all__ = ["export", "main"]
 _WRITERS = {
@@ -34,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
         ConfigError: a size, path or model that cannot be exported.
         CheckpointError: unreadable weights, or features that the other library does not reproduce.
     """
-    path = Path(args.output).expanduser() if args.output else default_output(args.source, args.to)
+    path = Path(args.output).expanduser() if args.output else _default_path(args.source, args.to)
     teacher = load_teacher(args.source, args.config_file, args.opts, args.allow_unknown_keys)
     print(f"weights: {teacher.weights} (architecture from {teacher.described_by})", file=sys.stderr)
     print(export(portable(teacher, args.image_size), args.to, path, args.overwrite), file=sys.stderr)
@@ -65,9 +66,7 @@ def export(model, form: str, path: Path, overwrite: bool = False) -> str:
     return said
 
 
-def default_output(source: str, form: str) -> Path:
+def _default_path(source: str, form: str) -> Path:
     """Return ./outputs/export/<run or file>_<format> with the format's suffix."""
-    weights = find_weights(source)
-    config = run_config_near(weights)
-    name = config.parent.name if config else Path(weights).stem
-    return Path("outputs") / "export" / f"{name}_{form}{_WRITERS[form][1]}"
+    folder = default_output("export", source)
+    return folder.with_name(f"{folder.name}_{form}{_WRITERS[form][1]}")

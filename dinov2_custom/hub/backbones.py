@@ -18,7 +18,8 @@ from dinov2_custom.errors import CheckpointError
 from dinov2_custom.hub.utils import released_file
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
-from dinov2_custom.utils.weights import fit_state, flat_state, is_url, read_weights
+from dinov2_custom.utils.run_folder import find_weights, run_config_near
+from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
 
 _OF_THE_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # which the name says
 _RESAMPLING = ("interpolate_antialias", "interpolate_offset")  # which no shape tells
@@ -43,8 +44,8 @@ def make_backbone(
     Args:
         arch: ``vit_small``, ``vit_base``, ``vit_large`` or ``vit_giant2``.
         pretrained: load ``weights``; False: random ones.
-        weights: ``LVD142M``; or a path or URL of Meta's file or of a run's ``teacher_checkpoint.pth``, whose patch
-            size, image size, registers, FFN and LayerScale are then taken from the file.
+        weights: ``LVD142M``; or a path or URL of Meta's file or of a run's ``teacher_checkpoint.pth``, or a run
+            directory (its newest teacher); patch size, image size, registers, FFN and LayerScale are then the file's.
         kwargs: of :class:`DinoVisionTransformer`; they win.
 
     Raises:
@@ -67,8 +68,8 @@ def make_backbone(
         file = released_file(arch, options["num_register_tokens"], "pretrain")
         state = flat_state(read_weights(file))
     else:
-        file = weights
-        state = flat_state(read_weights(_existing(weights)))
+        file = _existing(weights)
+        state = flat_state(read_weights(file))
         options |= _options_of(state, file)
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
         model = factory(**(options | kwargs))
@@ -81,16 +82,17 @@ def _is_released(weights: Weights | str | os.PathLike) -> bool:
 
 
 def _existing(weights: str | os.PathLike) -> str | os.PathLike:
-    if not is_url(weights) and not Path(weights).expanduser().is_file():
-        raise CheckpointError(f"weights: expected LVD142M, or a file, got {weights}; check the path")
-    return weights
+    found = find_weights(weights)
+    if "://" not in found and not Path(found).exists():
+        raise CheckpointError(f"weights: expected LVD142M, a file or a run directory, got {weights}; check the path")
+    return found
 
 
 def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[str, Any]:
     """Return how the backbone of ``file`` was built: from its tensors, and the config.yaml of the run around it."""
     from omegaconf import OmegaConf
 
-    from dinov2_custom.teacher import arguments_of, run_config_near  # reads configurations, which needs more than torch
+    from dinov2_custom.teacher import arguments_of  # reads configurations, which needs more than torch
 
     try:
         options = arguments_of(state)

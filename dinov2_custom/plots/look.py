@@ -20,7 +20,8 @@ from dinov2_custom.logging.progress import track
 from dinov2_custom.plots.attention import class_attention, overlay
 from dinov2_custom.plots.features import pca_colours, plot_rows
 from dinov2_custom.plots.scatter import folder_labels, plot_scatter
-from dinov2_custom.teacher import Teacher, device_of_choice, find_weights, load_teacher, run_config_near
+from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
+from dinov2_custom.utils.run_folder import default_output
 
 logger = logging.getLogger("dinov2")
 _BATCH = 32
@@ -43,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
     teacher.backbone.to(device_of_choice(args.device))
     dataset = make_dataset(dataset_str=args.dataset)
-    folder = Path(args.output_dir).expanduser() if args.output_dir else default_folder(args.checkpoint)
+    folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("features", args.checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(teacher, dataset, folder, args.num_images, args.image_size, args.heads)
     if args.num_points:
@@ -51,13 +52,6 @@ def main(args: argparse.Namespace) -> int:
     for path in pictures:
         print(path)
     return 0
-
-
-def default_folder(checkpoint: str) -> Path:
-    """Return ./outputs/features/<name of the run or file>."""
-    weights = find_weights(checkpoint)
-    config = run_config_near(weights)
-    return Path("outputs") / "features" / (config.parent.name if config else Path(weights).stem)
 
 
 def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size: int, heads: int) -> list[Path]:

@@ -95,7 +95,8 @@ def knn_accuracy(model: nn.Module, datasets: Sequence, dtype: torch.dtype) -> fl
     """Return the top-1 accuracy of classifying ``datasets[1]`` by its nearest neighbours in ``datasets[0]``."""
     normalized = ModelWithNormalize(model.eval(), dtype)
     features = [part for dataset in datasets for part in extract_features(normalized, dataset, BATCH_SIZE, 0)]
-    return float(eval_knn_features(*features, nb_knn=[NEIGHBOURS])["full", NEIGHBOURS]["top-1"])
+    (scores,) = eval_knn_features(*features, nb_knn=[NEIGHBOURS]).values()
+    return float(scores["top-1"])
 
 
 @torch.inference_mode()

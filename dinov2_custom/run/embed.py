@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dinov2_custom import entry
-from dinov2_custom.embed.args import default_folder, get_args_parser
+from dinov2_custom.embed.args import get_args_parser
 from dinov2_custom.run.eval.evaluation import launch
 from dinov2_custom.run.submit import Task
+from dinov2_custom.utils.run_folder import default_output
 
 
 class Embedding(Task):
@@ -18,7 +19,7 @@ class Embedding(Task):
 
     def prepare(self, warn: Callable[[str], None]) -> None:
         """Choose the output directory, the same for all processes."""
-        self.args.output_dir = self.args.output_dir or str(default_folder(self.args.checkpoint))
+        self.args.output_dir = self.args.output_dir or str(default_output("embed", self.args.checkpoint))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

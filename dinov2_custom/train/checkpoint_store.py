@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.utils.checkpoint_folder import MARKER, flush_folder, is_complete, write_marker
+from dinov2_custom.utils.checkpoint_folder import flush_folder, write_marker
+from dinov2_custom.utils.run_folder import MARKER, is_complete
 from dinov2_custom.utils.tensor_file import Written
 
 logger = logging.getLogger("dinov2")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.models.pos_embed import resample_pos_embed
+from dinov2_custom.utils.run_folder import find_weights
 from dinov2_custom.utils.weights import fit_state, flat_heads, flat_state, read_weights
 
 logger = logging.getLogger("dinov2")
@@ -28,7 +29,8 @@ def start_from_weights(cfg, model: nn.Module) -> None:
 
     ``student.pretrained_weights`` goes into the student: the backbone, and the heads of the file that fit. The
     teacher becomes its copy. ``MODEL.WEIGHTS`` wins; where that file holds a whole run, student, teacher and centres
-    are taken each from their own part. Optimizer, iteration and draws start from zero either way.
+    are taken each from their own part. A run directory means its newest teacher.
+    Optimizer, iteration and draws start from zero either way.
 
     Raises:
         CheckpointError: a backbone that does not fit; nothing is changed then.
@@ -36,12 +38,16 @@ def start_from_weights(cfg, model: nn.Module) -> None:
     source, key = cfg.MODEL.WEIGHTS or cfg.student.pretrained_weights, "student.pretrained_weights"
     if not source:
         return
-    file = read_weights(source)
-    whole = _training_state(file) if cfg.MODEL.WEIGHTS else None
     if cfg.MODEL.WEIGHTS:
         key = "MODEL.WEIGHTS"
         if cfg.student.pretrained_weights:
             logger.warning("MODEL.WEIGHTS wins over student.pretrained_weights, which is not read")
+    try:
+        source = find_weights(source)
+    except CheckpointError as e:
+        raise CheckpointError(f"{key}: {e}") from e
+    file = read_weights(source)
+    whole = _training_state(file) if cfg.MODEL.WEIGHTS else None
     student_file = file if whole is None else _part(whole, "student.")
     load_pretrained_backbone(model.student["backbone"], source, student_file, key=key)
     _load_heads(model.student, flat_heads(student_file), source)

@@ -17,20 +17,15 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.run_folder import MARKER
 from dinov2_custom.utils.tensor_file import TensorFile, Written, checksum, flush
 
-MARKER = "checkpoint.json"
 FORMAT = 2
 _FILE = re.compile(r"rank_\d{5}\.safetensors")
 
 
 def file_of_rank(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def is_complete(folder: Path) -> bool:
-    """Return whether ``folder`` has a marker; whether its files are whole is :class:`StoredState`'s to say."""
-    return (folder / MARKER).is_file()
 
 
 def write_marker(folder: Path, files: dict[str, Written], values: dict[str, Any]) -> None:

@@ -5,8 +5,11 @@ import pickle
 
 import pytest
 
+from dinov2_custom.data.index import cached, pack_stamps, pack_texts
 from dinov2_custom.data.list_files import ListSource
+from dinov2_custom.data.list_members import find_members
 from dinov2_custom.data.loaders import make_dataset
+from dinov2_custom.data.sources import real
 from dinov2_custom.data.tar_shards import TarSource
 from dinov2_custom.errors import DataError
 from tests.data.pictures import encode, make_folder, picture
@@ -32,6 +35,23 @@ def test_paths_are_relative_to_the_list(tmp_path, monkeypatch):
     assert names(pickle.loads(pickle.dumps(source))) == names(source)
     assert source.parts() == [(str(tmp_path / "files.txt"), 5)]
     assert names(ListSource("files.txt", root="/base"))[1] == "/base/pics/a.png"
+
+
+def test_comments_and_blank_lines_are_no_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_folder(tmp_path, ["#x.png", "a#b.png"])
+    file = tmp_path / "files.txt"
+    file.write_text("# made by hand\n\n./#x.png\n  \t\n   # indented\r\n#x.png\na#b.png\n")
+    os.utime(file, (1e9, 1e9))
+    old = ["list", str(file), real(str(file)), "", str(tmp_path)]  # a listing from before comments were known
+    texts = pack_texts([["# made by hand"]], "path") | find_members({}, 1)
+    cached(old, lambda on_count: on_count(1) or {**texts, **pack_stamps([str(file)], [os.stat(file)], 0)}, 1)
+    source = ListSource(file, cache_from=1)
+    assert names(source) == [f"{tmp_path}/./#x.png", f"{tmp_path}/a#b.png"]
+    assert source.read(0) == (tmp_path / "#x.png").read_bytes() and source.index.file
+    file.write_text("# nothing yet\n")
+    with pytest.raises(DataError, match="expected paths of images, got an empty list"):
+        ListSource(file)
 
 
 def test_any_bytes_may_be_a_name(tmp_path):

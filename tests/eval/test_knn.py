@@ -58,13 +58,16 @@ def test_accuracies_equal_a_slow_reference():
         assert 0.3 < top1 < 1.0  # else the comparison says nothing
 
 
-def test_fewer_classes_than_five_and_fewer_samples_than_neighbours():
+def test_fewer_classes_than_five_and_fewer_samples_than_neighbours(caplog):
     labels = torch.tensor([0, 0, 1, 1, 1])
     features = features_of(3, labels)
-    results = eval_knn_features(features, labels, features, labels, nb_knn=[10, 200])
-    assert set(results) == {("full", 10), ("full", 200)}
-    assert results["full", 10] == results["full", 200]
-    assert float(results["full", 10]["top-5"]) == 1.0
+    results = eval_knn_features(features, labels, features, labels, nb_knn=[3, 10, 200], n_per_class_list=[-1, 9])
+    assert list(results) == [("full", 3), ("full", 5), ("9 per class", 3), ("9 per class", 5)]
+    assert float(results["full", 5]["top-5"]) == 1.0
+    (whole, limited) = [record.getMessage() for record in caplog.records]
+    at_most = "expected at most the 5 training images, got k ="
+    assert whole == f"--nb_knn, full: {at_most} 10, 200; evaluated with k = 5 instead"
+    assert limited == f"--nb_knn, 9 per class: {at_most} 9; evaluated with k = 5 instead"
 
 
 def test_leave_one_out():
@@ -119,7 +122,7 @@ def test_with_model_writes_upstreams_lines(tmp_path):
             nb_knn=[2, 100],
             num_workers=0,
         )
-    assert results == {f"('full', {k}) Top {n}": 100.0 for k in (2, 100) for n in (1, 5)}
+    assert results == {f"('full', {k}) Top {n}": 100.0 for k in (2, 12) for n in (1, 5)}  # of 12 images
     lines = (tmp_path / "out" / "results_eval_knn.json").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{key: value} for key, value in results.items()] * 2
 

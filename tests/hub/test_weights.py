@@ -124,7 +124,7 @@ def test_weights_that_cannot_be_used(tmp_path):
     _, _, weights = make_run(tmp_path / "run")
     with pytest.raises(CheckpointError, match="tensors of vit_small, got .* of another shape"):
         backbones.dinov2_vits14(weights=weights)
-    with pytest.raises(CheckpointError, match="expected LVD142M, or a file, got LVD143M"):
+    with pytest.raises(CheckpointError, match="expected LVD142M, a file or a run directory, got LVD143M"):
         backbones.dinov2_vits14(weights="LVD143M")
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="got a file without: .*other.pth"):

@@ -154,8 +154,9 @@ def test_submitting_imports_no_torch():
 def test_the_evaluations_share_the_launcher(tmp_path, name, job):
     script = str(REPOSITORY / f"run/eval/{name}.py")
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    (tmp_path / "teacher.pth").touch()
-    flags = ["--partition", "p", "--ngpus", "1", "--pretrained-weights", "teacher.pth", "--dry-run"]
+    (tmp_path / "out" / "eval" / "training_9").mkdir(parents=True)
+    (tmp_path / "out" / "eval" / "training_9" / "teacher_checkpoint.pth").touch()
+    flags = ["--partition", "p", "--ngpus", "1", "--pretrained-weights", "out", "--dry-run"]
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"#SBATCH --job-name=dinov2:{job}\n" in done.stdout and f"run.eval.{name}:Evaluator" in done.stdout

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dinov2_custom.utils.checkpoint_folder import is_complete
+from dinov2_custom.utils.run_folder import is_complete
 from tests.train.test_interrupted import start
 from tests.train.test_train import rows, weights, write_images
 

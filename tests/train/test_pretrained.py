@@ -149,6 +149,21 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, key):
 
 
 @pytest.mark.parametrize("key", ["MODEL.WEIGHTS", "student.pretrained_weights"])
+def test_a_run_directory_means_its_newest_teacher(tmp_path, key, caplog):
+    save_teacher(scrambled(run_of(), 1), tmp_path, "training_9")
+    newest = scrambled(run_of(), 2)
+    path = save_teacher(newest, tmp_path, "training_10")
+    target = run_of(f"{key}={tmp_path}")
+    with caplog.at_level("INFO", "dinov2"):
+        start_from_weights(target.cfg, target)
+    assert equal(newest.teacher.state_dict(), target.teacher.state_dict()) and f"from={path}" in caplog.text
+    (tmp_path / "empty").mkdir()
+    target = run_of(f"{key}={tmp_path / 'empty'}")
+    with pytest.raises(CheckpointError, match=f"^{key}: expected a weight file or a run directory, got .*empty w"):
+        start_from_weights(target.cfg, target)
+
+
+@pytest.mark.parametrize("key", ["MODEL.WEIGHTS", "student.pretrained_weights"])
 def test_the_key_of_a_file_that_does_not_fit_is_named(tmp_path, key):
     torch.save(make(ffn_layer="swiglu").state_dict(), tmp_path / "w.pth")
     target = run_of(f"{key}={tmp_path / 'w.pth'}")
