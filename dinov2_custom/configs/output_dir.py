@@ -3,8 +3,10 @@
 Not its creation: the run does that. Read `resolve_output_dir` first.
 """
 
+import contextlib
 import datetime
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from dinov2_custom.errors import ConfigError
@@ -20,6 +22,18 @@ def resolve_output_dir(argument: str | None, configured: str | None, now: dateti
     if not chosen:
         chosen = f"outputs/{now or datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
     return str(Path(chosen).expanduser().absolute())
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Return ``folder`` and those above it that do not exist, innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of ``folders``, innermost first, that are empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def check_output_dir(path: str) -> None:

@@ -25,8 +25,9 @@ from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import open_pair
 from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import check_crop_size, check_positive, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, run_evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
+from dinov2_custom.logging import open_log
 
 __all__ = [
     "KnnModule",
@@ -244,19 +245,10 @@ def eval_knn_with_model(
     train_dataset, val_dataset = open_pair(
         ("--train-dataset", train_dataset_str, transform), ("--val-dataset", val_dataset_str, transform)
     )
-    accuracies = eval_knn(
-        ModelWithNormalize(model, autocast_dtype),
-        train_dataset,
-        val_dataset,
-        accuracy_averaging,
-        nb_knn,
-        temperature,
-        batch_size,
-        num_workers,
-        gather_on_cpu,
-        n_per_class_list,
-        n_tries,
-    )
+    open_log("dinov2")
+    model = ModelWithNormalize(model, autocast_dtype)
+    options = (accuracy_averaging, nb_knn, temperature, batch_size, num_workers, gather_on_cpu)
+    accuracies = eval_knn(model, train_dataset, val_dataset, *options, n_per_class_list, n_tries)
     results: dict[str, float] = {}
     for key, values in accuracies.items():
         top1, top5 = (values[name].mean().item() * 100 for name in ("top-1", "top-5"))
@@ -273,15 +265,12 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         DINOv2Error: bad arguments, configuration, weights or data.
     """
-    try:
-        return _run(args)
-    finally:
-        distributed.disable()
+    return run_evaluation(_run, args)
 
 
 def _run(args: argparse.Namespace) -> int:
     check_positive(args, "nb_knn", "batch_size", "crop_size", "resize_size")
-    model, autocast_dtype = setup_and_build_model(args)
+    model, autocast_dtype = setup_and_build_model(args, hold_log=True)
     check_crop_size(args.crop_size, model)
     eval_knn_with_model(
         model=model,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dinov2_custom import distributed, entry
+from dinov2_custom import entry
 from dinov2_custom.data.transforms import make_classification_eval_transform, make_classification_train_transform
 from dinov2_custom.eval.args import get_linear_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import draws_for_training, num_classes_of, open_labelled
@@ -42,9 +42,9 @@ from dinov2_custom.eval.linear_evaluate import (
     test_on_datasets,
 )
 from dinov2_custom.eval.metrics import MetricType
-from dinov2_custom.eval.setup import check_crop_size, check_positive, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, run_evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithIntermediateLayers, autocast
-from dinov2_custom.logging import MetricLogger
+from dinov2_custom.logging import MetricLogger, open_log
 from dinov2_custom.parallel import GradientReducer
 
 __all__ = [
@@ -182,6 +182,7 @@ def run_eval_linear(
     logger.info(f"dataset: {train_dataset_str} images={len(train_dataset)} classes={num_classes}")
     shared = {"transform": eval_transform, "train_dataset": train_dataset if val_mapping is None else None}
     val_loader = make_eval_data_loader(val_dataset_str, batch_size, num_workers, val_metric_type, **shared)
+    open_log("dinov2")
 
     device = next(model.parameters()).device
     feature_model = ModelWithIntermediateLayers(model, max(N_LAST_BLOCKS), partial(autocast, device, autocast_dtype))
@@ -244,16 +245,13 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         DINOv2Error: bad arguments, configuration, weights or data.
     """
-    try:
-        return _run(args)
-    finally:
-        distributed.disable()
+    return run_evaluation(_run, args)
 
 
 def _run(args: argparse.Namespace) -> int:
     names = ("epochs", "epoch_length", "batch_size", "save_checkpoint_frequency", "crop_size", "resize_size")
     check_positive(args, *names, "learning_rates")
-    model, autocast_dtype = setup_and_build_model(args)
+    model, autocast_dtype = setup_and_build_model(args, hold_log=True)
     check_crop_size(args.crop_size, model)
     run_eval_linear(
         model=model,

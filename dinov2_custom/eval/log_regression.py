@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_custom import distributed, entry
+from dinov2_custom import entry
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval.args import get_log_regression_args_parser as get_args_parser
@@ -35,8 +35,9 @@ from dinov2_custom.eval.log_regression_fit import (
 from dinov2_custom.eval.log_regression_solvers import check_solver
 from dinov2_custom.eval.metrics import MetricType, build_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import check_crop_size, check_positive, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, run_evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithAutocast, extract_features
+from dinov2_custom.logging import open_log
 from dinov2_custom.utils.dtype import as_torch_dtype
 
 __all__ = [
@@ -164,6 +165,7 @@ def eval_log_regression_with_model(
         flag = "--finetune-dataset-str"
         finetune_dataset = open_labelled(flag, finetune_dataset_str, transform)
         finetune_dataset = match_classes(train_dataset, finetune_dataset, "--train-dataset", flag)
+    open_log("dinov2")
     return eval_log_regression(
         model=ModelWithAutocast(model, autocast_dtype),
         train_dataset=train_dataset,
@@ -186,10 +188,7 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         DINOv2Error: bad arguments, configuration, weights or data.
     """
-    try:
-        return _run(args)
-    finally:
-        distributed.disable()
+    return run_evaluation(_run, args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -203,7 +202,7 @@ def _run(args: argparse.Namespace) -> int:
             f"--train-dtype, --train-features-device: expected float64 or float32, and a device of this machine, got "
             f"{args.train_dtype} and {args.train_features_device}: {e}"
         ) from e
-    model, autocast_dtype = setup_and_build_model(args)
+    model, autocast_dtype = setup_and_build_model(args, hold_log=True)
     check_crop_size(args.crop_size, model)
     results = eval_log_regression_with_model(
         model=model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir, load_run_config
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_args_parser
-from dinov2_custom.logging import setup_logging
+from dinov2_custom.logging import open_log, setup_logging
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.teacher import load_teacher_backbone
 from dinov2_custom.utils.dtype import resolve_dtype
@@ -38,7 +39,7 @@ _RUN_FILES = ("config.yaml", "training_metrics.json", "last_checkpoint")
 _LINEAR_FILES = ("running_checkpoint_linear_eval.pth", "results_eval_linear.json")  # has a last_checkpoint too
 
 
-def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dtype]:
+def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -> tuple[nn.Module, torch.dtype]:
     """Return (teacher backbone on its device in evaluation mode, number type to compute in).
 
     Starts the ranks and the logs, makes the output directory and sets ``args.output_dir`` to it; ``args.normalize``
@@ -46,6 +47,8 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
 
     Args:
         args: what :func:`get_args_parser` parses.
+        hold_log: the caller makes the output directory with :func:`dinov2_custom.logging.open_log`, once nothing is
+            left that a user may have to mend.
 
     Raises:
         ConfigError: no weights given, no configuration found, or an output directory that belongs to a training run.
@@ -70,10 +73,20 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[nn.Module, torch.dt
     args.output_dir = distributed.broadcast_object(cfg.train.output_dir)
     check_not_a_run(args.output_dir)
     check_output_dir(args.output_dir)
-    setup_logging(args.output_dir, name="dinov2", level=logging.INFO)
+    setup_logging(args.output_dir, name="dinov2", level=logging.INFO, hold=True)
     logger.info(f"config: {config_file}")
     model = build_model_for_eval(cfg, weights)
+    if not hold_log:
+        open_log("dinov2")
     return model, get_autocast_dtype(cfg, next(model.parameters()).device)
+
+
+def run_evaluation(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Return what ``run(args)`` does; however it ends, the ranks that it started are let go of."""
+    try:
+        return run(args)
+    finally:
+        distributed.disable()
 
 
 def _weights_of(given: str) -> str:

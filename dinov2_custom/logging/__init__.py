@@ -3,7 +3,7 @@
 from dinov2_custom.logging.metrics import MetricLogger, SmoothedValue
 from dinov2_custom.logging.progress import ProgressBar, track
 from dinov2_custom.logging.rows import append_row, truncate_after
-from dinov2_custom.logging.setup import remove_logging, setup_logging
+from dinov2_custom.logging.setup import open_log, remove_logging, setup_logging
 from dinov2_custom.logging.sinks import METRICS_FILE, Sinks, open_sinks
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Sinks",
     "SmoothedValue",
     "append_row",
+    "open_log",
     "open_sinks",
     "remove_logging",
     "setup_logging",

@@ -28,6 +28,7 @@ def setup_logging(
     name: str | None = None,
     level: int = logging.DEBUG,
     capture_warnings: bool = True,
+    hold: bool = False,
 ) -> None:
     """Send the records of logger ``name`` to the console and a file; replace what an earlier call set up for it.
 
@@ -39,6 +40,7 @@ def setup_logging(
             logger, that is everything.
         level: lowest level kept.
         capture_warnings: make warnings log records too.
+        hold: make no file and no folder before :func:`open_log`; the lines until then are in the file after it.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -46,7 +48,9 @@ def setup_logging(
     logger = logging.getLogger(name)
     handlers: list[logging.Handler] = []
     if output:
-        handlers.append(_open_log_file(_log_path(Path(output))))
+        handlers.append(file := _LogFileHandler(_log_path(Path(output))))
+        if not hold:
+            file.open_file()
     if distributed.is_main_process():
         handlers.append(_ConsoleHandler(sys.stdout))
     remove_logging(name)
@@ -60,6 +64,19 @@ def setup_logging(
         if name is not None and capture_warnings:
             logging.getLogger(_WARNINGS).addHandler(handler)
     logging.captureWarnings(capture_warnings)
+
+
+def open_log(name: str | None = None) -> None:
+    """Write what logger ``name`` holds back (``hold`` of :func:`setup_logging`), and all that comes, to its file.
+
+    Harmless where there is nothing to open.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    for handler in logging.getLogger(name).handlers:
+        if isinstance(handler, _LogFileHandler):
+            handler.open_file()
 
 
 def remove_logging(name: str | None = None) -> None:
@@ -80,17 +97,6 @@ def _log_path(output: Path) -> Path:
     return path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
 
 
-def _open_log_file(path: Path) -> _LogFileHandler:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return _LogFileHandler(path, encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(
-            f"output directory: expected one that can be written, got {e.strerror or e} at {path}. "
-            "Give another with --output-dir."
-        ) from e
-
-
 def _is_wanted(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.INFO or record.name.split(".")[0] in _OURS
 
@@ -102,9 +108,42 @@ class _Formatter(logging.Formatter):
 
 
 class _LogFileHandler(logging.FileHandler):
-    """A file that :func:`setup_logging` opened. Where it cannot be written that is said once, without a traceback."""
+    """A log file. Where it cannot be written that is said once, without a traceback.
+
+    Records are held back until :meth:`open_file`.
+    """
 
     said = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", delay=True)
+        self._held: list[logging.LogRecord] | None = []
+
+    def open_file(self) -> None:
+        """Make the file and its folder, once, and write what was held back.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        if self._held is None:
+            return
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            self.stream = self._open()
+        except OSError as e:
+            raise ConfigError(
+                f"output directory: expected one that can be written, got {e.strerror or e} at {self.baseFilename}. "
+                "Give another with --output-dir."
+            ) from e
+        held, self._held = self._held, None
+        for record in held:
+            self.emit(record)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._held is None:
+            super().emit(record)
+        else:
+            self._held.append(record)
 
     def close(self) -> None:
         with suppress(OSError):  # lines that could not be written before

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_custom import exit_codes
+from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import outcome, task
 from dinov2_custom.run.outcome import Outcome
@@ -35,7 +36,7 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
     """
     spec = task.make_spec(task_class, args, f"{args.output_dir}/local", first_output=1)
     with tempfile.TemporaryDirectory(prefix="dinov2_launch_") as folder:
-        before = _missing_folders(Path(args.output_dir))
+        before = missing_folders(Path(args.output_dir))
         codes = _run_processes(spec, processes, Path(folder))
         outcomes = outcome.read(Path(folder))
     _tidy(before, Path(args.output_dir))
@@ -135,19 +136,13 @@ def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: st
     return code if code > 0 else exit_codes.stopped_by(-code)
 
 
-def _missing_folders(folder: Path) -> list[Path]:
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
 def _tidy(missing_before: list[Path], folder: Path) -> None:
     """Remove the output files of a run that ended before it made a run directory."""
     if folder not in missing_before or not folder.is_dir() or (folder / "logs").exists():
         return
     for file in folder.glob("local_*_log.*"):
         file.unlink()
-    for path in missing_before:
-        with suppress(OSError):
-            path.rmdir()
+    remove_empty(missing_before)
 
 
 def _free_port() -> int:

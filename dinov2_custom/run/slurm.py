@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run.sbatch import JOB
 
@@ -53,8 +54,7 @@ def submit(script: str, output_dir: str, environment: Mapping[str, str]) -> tupl
             subprocess.run(["scancel", job_id], check=False)
             raise LaunchError(explain(f"the job could never start: {shown}", script, inherited))
     except BaseException:
-        for folder in reversed(made):
-            folder.rmdir()
+        remove_empty(made)
         raise
     run_directory = Path(output_dir.replace(JOB, job_id))
     run_directory.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def _ask(command: list[str], environment: Mapping[str, str]) -> str:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make ``folder`` and return the folders that were not there, outermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
+    """Make ``folder`` and return the folders that were not there, innermost first."""
+    missing = missing_folders(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return missing

@@ -77,7 +77,8 @@ def translate(error: Exception, cfg, run: Path, lost: Callable[[Path], str], pat
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it at its end
             ErrorHandler().record_exception(error)
         logger.error(text, extra={"file_only": True})
-    if not distributed.is_main_process():
+    begun = (Path(run) / "logs").exists()  # else nothing is left of it, see run_directory
+    if not distributed.is_main_process() and (begun or not isinstance(error, DINOv2Error)):
         append_to_main_log(run, text)
     return error
 

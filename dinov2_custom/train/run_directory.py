@@ -9,8 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.configs.schema import all_options
-from dinov2_custom.errors import LaunchError
+from dinov2_custom.errors import DINOv2Error, LaunchError
 
 try:
     import fcntl
@@ -18,6 +19,26 @@ except ImportError:  # Windows
     fcntl = None
 
 OF_THE_BATCH = ("train.batch_size_per_gpu", "optim.accumulation_steps", "optim.lr")
+
+
+@contextmanager
+def made_and_locked(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and hold it (:func:`locked`); a start that is refused before its log is open leaves nothing new.
+
+    Raises:
+        LaunchError: another process holds it.
+    """
+    missing, lock = missing_folders(folder), folder / ".lock"
+    ours = not lock.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            yield
+    except (DINOv2Error, KeyboardInterrupt):
+        if ours and not (folder / "logs").exists():
+            lock.unlink(missing_ok=True)
+            remove_empty(missing)
+        raise
 
 
 @contextmanager

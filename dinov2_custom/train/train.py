@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.data.loaders import make_train_loader
-from dinov2_custom.errors import CheckpointError
+from dinov2_custom.errors import CheckpointError, DINOv2Error
 from dinov2_custom.exit_codes import DONE, stopped_by
-from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_sinks, setup_logging, truncate_after
+from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_log, open_sinks, setup_logging, truncate_after
 from dinov2_custom.parallel import parallelize
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
@@ -36,7 +36,7 @@ from dinov2_custom.train.optimization import (
     step_unless,
 )
 from dinov2_custom.train.pretrained import start_from_weights
-from dinov2_custom.train.run_directory import changed_batch, changed_keys, locked
+from dinov2_custom.train.run_directory import changed_batch, changed_keys, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
@@ -87,6 +87,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     keep = {name: cfg.checkpointing[name] for name in ("keep_last", "keep_every", "on_error", "async_save")}
     checkpointer = Checkpointer(out, model, optimizer, model.fp16_scaler, **keep)
     resumed = checkpointer.load_latest() if resume else None
+    open_log("dinov2")  # nothing that a user may have to mend comes after this
     iteration = 0 if resumed is None else resumed.iteration + 1
     kept = {} if resumed is None else resumed.values
     course = Course(length, kept.get("course"), late=int(distributed.is_enabled()))
@@ -205,19 +206,25 @@ def _run(args, rank: int, world_size: int) -> int:
     notes: list[str] = []
     cfg = get_cfg_from_args(args, warn=notes.append)
     check_output_dir(cfg.train.output_dir)
-    setup_logging(name="dinov2", level=logging.INFO)  # to the terminal: nothing is written before the data are found
+    setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)
     bad_images = BadImageLog(Path(cfg.train.output_dir) / "bad_images.jsonl")
     loader = make_train_loader(cfg, rank=rank, world_size=world_size, on_bad_image=bad_images)
 
     out = Path(cfg.train.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.no_resume and rank == 0 and (aside := set_aside(out, lambda: time.strftime("%Y%m%d-%H%M%S"))):
-        notes.append(f"--no-resume: the former run's files are now in {aside}")
-    setup_logging(output=str(out), name="dinov2", level=logging.INFO)
-    for note in notes:
-        logger.warning(note)
-    with reported(cfg, out, describe_lost), locked(out) if rank == 0 else nullcontext():
-        return _train_or_write(args, cfg, loader)
+    try:
+        with made_and_locked(out) if rank == 0 else nullcontext(), reported(cfg, out, describe_lost):
+            if args.no_resume and rank == 0 and (aside := set_aside(out, lambda: time.strftime("%Y%m%d-%H%M%S"))):
+                notes.append(f"--no-resume: the former run's files are now in {aside}")
+            for note in notes:
+                logger.warning(note)
+            if (out / "logs").exists():
+                open_log("dinov2")
+            return _train_or_write(args, cfg, loader)
+    except DINOv2Error:
+        raise
+    except Exception:  # a fault of ours: its traceback is kept
+        open_log("dinov2")
+        raise
 
 
 def _train_or_write(args, cfg, loader) -> int:
@@ -236,6 +243,7 @@ def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
     if done is None:
         out = cfg.train.output_dir
         raise CheckpointError(f"--eval-only: expected a run with a checkpoint, got none in {out}; check --output-dir")
+    open_log("dinov2")
     logger.info(f"teacher weights: {do_test(cfg, model, f'manual_{done.iteration + 1}')}")
     return 0
 

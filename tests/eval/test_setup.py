@@ -4,13 +4,14 @@ import json
 import logging
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.errors import CheckpointError, ConfigError, DataError
 from dinov2_custom.eval.args import get_knn_args_parser
 from dinov2_custom.eval.knn import main
 from dinov2_custom.eval.setup import build_model_for_eval, find_run_config, get_autocast_dtype, load_teacher_backbone
@@ -68,7 +69,9 @@ def test_evaluates_a_run_without_touching_it(tmp_path):
     assert main(parse("--pretrained-weights", weights, "--output-dir", out, *data)) == 0
     assert listing(tmp_path / "run") == before
     results = [json.loads(line) for line in (out / "results_eval_knn.json").read_text().splitlines()]
-    assert [key for row in results for key in row] == [f"('full', {k}) Top {n}" for k in (3, 20) for n in (1, 5)]
+    assert [key for row in results for key in row] == [
+        f"('full', {k}) Top {n}" for k in (3, 12) for n in (1, 5)
+    ]  # 12 images
     assert results[0]["('full', 3) Top 1"] > 60
 
 
@@ -109,6 +112,16 @@ def test_a_run_is_no_place_for_results(tmp_path):
     with pytest.raises(ConfigError, match="config.yaml in .*run"):
         main(parse("--pretrained-weights", weights, "--output-dir", tmp_path / "run"))
     assert listing(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name", ["knn", "linear", "log_regression"])
+def test_an_evaluation_that_is_refused_leaves_nothing(tmp_path, name):
+    module = import_module(f"dinov2_custom.eval.{name}")
+    _, _, weights = make_run(tmp_path / "run")
+    flags = ["--train-dataset", f"LabelledFolder:root={tmp_path}/absent", "--pretrained-weights", str(weights)]
+    with pytest.raises(DataError, match="absent"):
+        module.main(module.get_args_parser().parse_args([*flags, "--output-dir", str(tmp_path / "results" / name)]))
+    assert not (tmp_path / "results").exists()
 
 
 def test_dated_default_output_is_not_the_runs(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import ConfigError
-from dinov2_custom.logging import ProgressBar, remove_logging, setup_logging
+from dinov2_custom.logging import ProgressBar, open_log, remove_logging, setup_logging
 
 LINE = re.compile(r"[DIWEF]\d{8} \d\d:\d\d:\d\d \d+ \S+ \S+:\d+\] ")
 
@@ -72,6 +72,21 @@ def test_second_setup_replaces_the_first(tmp_path, capsys):
         assert logging.getLogger().handlers == before
     finally:
         logging.getLogger().removeHandler(foreign)
+
+
+def test_lines_held_back_are_in_the_file_once_it_is_opened(tmp_path, capsys):
+    setup_logging(tmp_path / "out", name="dinov2", hold=True)
+    logging.getLogger("dinov2").info("first")
+    assert not (tmp_path / "out").exists() and "first" in capsys.readouterr().out
+    open_log("dinov2")
+    logging.getLogger("dinov2").info("second")
+    open_log("dinov2")
+    lines = (tmp_path / "out" / "logs" / "log.txt").read_text().splitlines()
+    assert [line.split()[-1] for line in lines] == ["first", "second"]
+    setup_logging(tmp_path / "never", name="dinov2", hold=True)
+    logging.getLogger("dinov2").info("third")
+    remove_logging("dinov2")
+    assert not (tmp_path / "never").exists()
 
 
 def test_appends_to_an_existing_file(tmp_path):

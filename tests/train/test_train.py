@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +223,51 @@ def test_bad_input_is_one_error_before_any_work(images, tmp_path, arguments, err
         train(*RUN, "--output-dir", tmp_path / "out", *(a.format(**places) for a in arguments))
     assert isinstance(caught.value, DINOv2Error) and message.format(**places) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["student.pretrained_weights=/nowhere/w.pth"], "found nothing"),
+        (["--eval-only"], "--eval-only: expected a run with a checkpoint"),
+    ],
+)
+def test_a_start_that_is_refused_late_leaves_nothing_either(images, tmp_path, arguments, message):
+    command = [f"train.dataset_path={images}", *RUN, *arguments, "--output-dir"]
+    with pytest.raises(CheckpointError, match=message):
+        train(*command, tmp_path / "runs" / "out")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "used" / "logs").mkdir(parents=True)
+    (tmp_path / "used" / ".lock").touch()
+    with pytest.raises(CheckpointError, match=message):
+        train(*command, tmp_path / "used")
+    assert message in (tmp_path / "used" / "logs" / "log.txt").read_text() and (tmp_path / "used" / ".lock").exists()
+
+
+def test_two_processes_that_are_refused_leave_nothing(images, tmp_path):
+    from tests.test_parallel import REPOSITORY
+
+    flags = ["--ngpus", "2", "--cpu", "student.pretrained_weights=/nowhere/w.pth", "--output-dir", str(tmp_path / "o")]
+    command = [sys.executable, "run/train/train.py", f"train.dataset_path={images}", *RUN, *flags]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("found nothing") == 1, done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_fault_of_ours_before_the_first_step_is_kept_in_the_log(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("dinov2_custom.train.train.build_optimizer", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out")
+    assert "ZeroDivisionError" in (tmp_path / "out" / "logs" / "log.txt").read_text()
+
+
+def test_what_is_said_while_the_data_are_listed_is_in_the_log(tmp_path):
+    images = write_images(tmp_path / "images", 10)
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in images.rglob("*.png")) + "s.tar!a.png\n")
+    (tmp_path / "s.tar").write_text("no tar")
+    train(f"train.dataset_path={tmp_path / 'list.txt'}", *RUN, "train.max_bad_fraction=0.5", "--output-dir", tmp_path)
+    assert "truncated tar: " in (tmp_path / "logs" / "log.txt").read_text()
 
 
 def test_another_architecture_leaves_the_run_as_it_was(images, tmp_path):
