@@ -180,7 +180,11 @@ def get_args_parser(
     )
     _add(launch, PROCESSES)
     _add(launch, CPU)
-    launch.add_argument("--dry-run", action="store_true", help="print job and configuration; start and write nothing")
+    launch.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print job and configuration, and when SLURM would start it; submit and write nothing",
+    )
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument(
         "--cluster",

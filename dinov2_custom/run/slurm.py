@@ -104,6 +104,24 @@ def check_syntax(script: str) -> None:
         )
 
 
+def foretell(script: str, environment: Mapping[str, str]) -> str:
+    """Return in a sentence what SLURM would do with ``script``: when it could start, or why it would be refused."""
+    inherited = _inherited(environment, script)
+    command = ["sbatch", "--test-only"]
+    try:
+        asked = subprocess.run(
+            command, input=script, capture_output=True, text=True, env=inherited, timeout=_QUERY_TIMEOUT_S
+        )
+    except FileNotFoundError:
+        return "SLURM was not asked: no sbatch on PATH"
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"SLURM was not asked: {e}"
+    if asked.returncode:
+        return f"SLURM would refuse this job: {explain(asked.stderr, script, inherited)}"
+    lines = [re.sub(r"^sbatch: ", "", line) for line in asked.stderr.splitlines() if " to start at " in line]
+    return f"SLURM would accept this job: {lines[-1] if lines else asked.stderr.strip()}"
+
+
 def state(job_id: str) -> str:
     """Return ``PENDING (Priority)`` or the like; "" if SLURM does not answer."""
     return (

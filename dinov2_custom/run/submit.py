@@ -22,7 +22,7 @@ from dinov2_custom.exit_codes import is_worth_a_restart
 from dinov2_custom.run import cluster_file, environment, local, sbatch, slurm, task
 from dinov2_custom.run.args import CLUSTER_OPTIONS, SLURM_DESTS, get_args_parser
 from dinov2_custom.utils.cluster import get_user_checkpoint_path
-from dinov2_custom.world import world_from_environment
+from dinov2_custom.world import World, world_from_environment
 
 __all__ = ["Task", "get_args_parser", "get_shared_folder", "submit_jobs"]
 
@@ -93,6 +93,8 @@ def submit_jobs(task_class: type, args: argparse.Namespace, name: str) -> int:
     launcher = choose_launcher(args, os.environ)
     if launcher != "slurm":
         args.output_dir = (args.output_dir or "").replace(sbatch.JOB, os.environ.get("SLURM_JOB_ID", "local"))
+    if launcher == "inline" and (unused := unused_counts(args, world_from_environment(os.environ))):
+        print(f"warning: {unused}", file=sys.stderr)
     if launcher == "inline" and not args.dry_run:
         return int(task_class(args)() or 0)
     if launcher == "slurm":
@@ -120,9 +122,27 @@ def choose_launcher(args: argparse.Namespace, environment: Mapping[str, str]) ->
         raise LaunchError(
             "--launcher slurm: expected a single process, got one of several (torchrun, srun); use inline"
         )
-    if given and chosen != "slurm" and not (given == ["--nodes"] and args.nodes == 1):
+    if given == ["--nodes"] and (chosen == "inline" or args.nodes == 1):  # see unused_counts
+        return chosen
+    if given and chosen != "slurm":
         raise LaunchError(f"{', '.join(given)}: expected --launcher slurm, got {chosen}; leave these flags out")
     return chosen
+
+
+def unused_counts(args: argparse.Namespace, world: World) -> str:
+    """Say that ``--ngpus`` or ``--nodes`` contradict the processes that are there already; "" where they do not.
+
+    Rank 0 says it for all.
+    """
+    nodes = -(-world.size // world.local_size)
+    given = [("--ngpus", args.ngpus, world.local_size), ("--nodes", args.nodes, nodes)]
+    wrong = [f"{flag} {value}" for flag, value, there in given if value and value != there]
+    if not wrong or world.rank:
+        return ""
+    return (
+        f"{', '.join(wrong)}: not used, since {world.source} started {world.local_size} processes on each of {nodes} "
+        "nodes; leave it out"
+    )
 
 
 def _prepare(task_class: type, args: argparse.Namespace, warn: Callable[[str], None]) -> str | None:
@@ -151,7 +171,8 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     script = sbatch.render(args, name, env, spec, config, _command())
     slurm.check_syntax(script)
     if args.dry_run:
-        print(script, end="")
+        print(script, end="", flush=True)
+        print(f"# {slurm.foretell(script, os.environ)}", file=sys.stderr)
         return 0
     job_id, run_directory, state = slurm.submit(script, args.output_dir, os.environ)
     logs = (run_directory / f"{job_id}_log.out", run_directory / "logs" / "log.txt")

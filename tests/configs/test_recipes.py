@@ -1,10 +1,14 @@
 """The recipes in configs/ at the root load, fit together and say in their header what a user wants to know."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.train.flops import flops_per_image, peak_flops
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 OURS = ["dino_classic", "vitb", "vitg", "vitl", "vits"]
@@ -34,6 +38,23 @@ def test_header_has_command_hardware_hours_memory_and_score(name):
     for label in ("# Hardware ", "# Hours ", "# Memory ", "# Score     unknown until measured", "Estimated"):
         assert label in header
     assert all(line.startswith("#") for line in header.splitlines())
+
+
+@pytest.mark.parametrize("name", [*OURS, *CONTINUED])
+def test_work_and_hours_in_the_header_are_the_formulas(name):
+    cfg = load(name)
+    with torch.device("meta"):
+        backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
+    flops = flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks)
+    words = " ".join(next(path for path in RECIPES if path.stem == name).read_text().replace("#", " ").split())
+    assert f"Estimated: {flops / 1e9:.0f} GFLOP an image, 40 % of the A100's bf16 peak" in words
+    said = r"Hours ([\d.]+) on one A100(.*?) for 100,000 images \((\d+) passes\)"
+    given, others, passes = re.search(said, words).groups()
+    assert int(passes) == cfg.optim.epochs
+    hours = 100_000 * cfg.optim.epochs * flops / (0.4 * peak_flops("A100")) / 3600
+    assert float(given) == pytest.approx(hours, rel=0.03)
+    for number, gpus in re.findall(r", ([\d.]+) on (two|eight)", others):
+        assert float(number) == pytest.approx(hours / {"two": 2, "eight": 8}[gpus], rel=0.03)
 
 
 @pytest.mark.parametrize("name", OURS)

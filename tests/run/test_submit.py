@@ -66,6 +66,33 @@ def test_flags_without_use_are_refused(flags, environment, message):
         choose_launcher(parse(*flags), environment)
 
 
+@pytest.mark.parametrize(
+    ("flags", "rank", "warning"),
+    [
+        ([], 0, ""),
+        (["--ngpus", "2"], 0, ""),
+        (["--ngpus", "2", "--nodes", "2"], 0, ""),
+        (["--ngpus", "8"], 1, ""),
+        (
+            ["--ngpus", "8"],
+            0,
+            "--ngpus 8: not used, since torchrun started 2 processes on each of 2 nodes; leave it out",
+        ),
+        (["--ngpus", "3", "--nodes", "4"], 0, "--ngpus 3, --nodes 4: not used, since torchrun started"),
+    ],
+)
+def test_counts_that_contradict_the_processes_that_are_there(flags, rank, warning, capsys, monkeypatch):
+    class Echo(Task):
+        def __call__(self):
+            return 3
+
+    for name, value in (TORCHRUN | {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    assert submit_jobs(Echo, parse(*flags), name="x") == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {warning}") and said.count("\n") == 1 if warning else said == ""
+
+
 def test_upstreams_signatures():
     assert list(inspect.signature(get_args_parser).parameters) == ["description", "parents", "add_help"]
     assert list(inspect.signature(submit_jobs).parameters) == ["task_class", "args", "name"]
@@ -116,6 +143,7 @@ def test_dry_run_prints_script_and_configuration_and_leaves_nothing(tmp_path):
     assert "#SBATCH --constraint=a&volta32gb\n" in done.stdout and "gpus-per-node" not in done.stdout
     assert f"dataset_path: {images}\n" in done.stdout and "  arch: vit_nano\n" in done.stdout
     assert "run_directory='" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("# SLURM w")  # was not asked, or would refuse it
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     assert sorted(tmp_path.iterdir()) == before
 

@@ -31,6 +31,19 @@ def test_refusals(cluster, tmp_path, flags, message):
     wait_for(lambda: set(cluster.queue()) <= set(before), "the end of the cancelled job", timeout=30)
 
 
+def test_a_dry_run_asks_slurm(cluster, tmp_path):
+    before = cluster.queue()
+    flags = ["--partition", "low", "--dry-run"]
+    done = cluster.train(*arguments(tmp_path, tmp_path / "out", *flags))
+    assert re.search(r"# SLURM would accept this job: Job \d+ to start at 20\d\d-\S+ using .* low", done.stderr), (
+        done.stderr
+    )
+    assert done.stdout.startswith("#!/bin/bash\n")
+    done = cluster.train(*arguments(tmp_path, tmp_path / "out", "--ngpus", 3, *flags))
+    assert "# SLURM would refuse this job: --ngpus, --cpus-per-task" in done.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == [] and cluster.queue() == before
+
+
 def test_a_controller_that_does_not_answer(cluster, tmp_path):
     text = (cluster.folder / "slurm.conf").read_text()
     other = re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1", text) + "MessageTimeout=2\n"
