@@ -7,6 +7,7 @@ alpha (RGBA, LA, palette)     dropped, as upstream does (transparent pixels show
 16-bit grey (I;16, I)         linear by bit depth: value / 257, rounded
 other integers (I)            outside 0..65535: least value -> 0, greatest -> 255
 float (F)                     in 0..1: value * 255, rounded; otherwise least -> 0, greatest -> 255 (NaN -> 0)
+white-is-zero TIFF            turned to black-is-zero first
 16-bit RGB                    the high bytes (Pillow's reader)
 several frames or pages       the first
 EXIF orientation              ignored, as upstream does, unless ``exif=True``; of a TIFF applied by Pillow itself
@@ -31,6 +32,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dinov2_custom.errors import DataError
+
+from .tiff_values import as_declared
 
 logger = logging.getLogger("dinov2")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
@@ -107,7 +110,8 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
             fraction = shrink(width, height)
             image.draft(None, (width // fraction, height // fraction))
         image.load()
-        image = ImageOps.exif_transpose(image) if exif else image
+        if exif and image.format != "TIFF":  # which Pillow has turned already
+            image = ImageOps.exif_transpose(image)
         return to_rgb(image)
     except Image.DecompressionBombError as e:
         raise DataError(f"expected fewer pixels: {source} ({e}); shrink it or cut it into tiles") from e
@@ -150,17 +154,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert a loaded PIL image of any mode to RGB, by the rules above.
 
     Raises:
-        ValueError: a float image without one finite value.
+        ValueError: a float image without one finite value, or a TIFF that Pillow reads wrongly.
     """
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
         warn_once(image.mode, "16-bit values are divided by 257")
-        return _from_levels((np.asarray(image).astype(np.uint32) + 128) // 257)
+        return _from_levels((as_declared(image).astype(np.uint32) + 128) // 257)
     if image.mode == "I":
-        return _from_levels(_scale_integers(np.asarray(image)))
+        return _from_levels(_scale_integers(as_declared(image)))
     if image.mode == "F":
-        return _from_levels(_scale_floats(np.asarray(image)))
+        return _from_levels(_scale_floats(as_declared(image)))
     if image.mode == "P":
         image.info.pop("transparency", None)
     return image.convert("RGB")

@@ -84,7 +84,7 @@ def _check_with_pillow(
             image.load()
             found = found or tiff_fault(data, image, simplejpeg)
             if frame == 0 and image.mode not in PLAIN_MODES:
-                to_rgb(image.copy())
+                to_rgb(image)  # of a mode that is converted without changing the image
     except Exception as e:
         where = f" (frame {frame + 1} of {frames})" if frames > 1 else ""
         return seen._replace(reason=f"damaged {seen.format}: {_text(e)}{where}", frames=frames)

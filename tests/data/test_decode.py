@@ -10,6 +10,7 @@ from PIL import Image, features
 from dinov2_custom.data import decode
 from dinov2_custom.data.decode import decode_array, decode_rgb
 from dinov2_custom.errors import DataError
+from dinov2_custom.verify.check import check_image
 from tests.data.pictures import deep_rgb, encode, picture
 
 RGB = picture(24, 18)
@@ -190,6 +191,50 @@ def test_kinds_of_tiff_that_pillow_does_not_know_are_bad_images(shape, kind, opt
     tifffile.imwrite(file, np.ones(shape, kind), **options)
     with pytest.raises(DataError, match="expected an image, got .* of data: odd.tif"):
         decode_rgb(file.getvalue(), "odd.tif")
+
+
+def tiff(values: np.ndarray, **options) -> bytes:
+    tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
+    tifffile.imwrite(file, values, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_tiff_in_which_white_is_zero(kind, compression):
+    values = (RAMP * 150).astype(kind) if kind != np.uint8 else (RAMP % 256).astype(kind)
+    black = decode_rgb(tiff(values, photometric="minisblack", compression=compression))
+    top = 255 - np.asarray(black).astype(int)
+    white = decode_rgb(tiff(values, photometric="miniswhite", compression=compression))
+    np.testing.assert_allclose(np.asarray(white), top, atol=1 if kind == np.float32 else 0)
+    assert top.min() < 50 and top.max() > 200
+    share = np.linspace(0, 1, 432, dtype=np.float32).reshape(18, 24)
+    levels = np.asarray(decode_rgb(tiff(share, photometric="miniswhite", compression=compression)))[..., 0]
+    np.testing.assert_array_equal(levels, np.round((1 - share.astype(np.float64)) * 255))
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_unsigned_32_bit_tiff_is_not_read_as_signed(compression):
+    values = np.array([[0, 1 << 30, 3 << 30, (1 << 32) - 1]], np.uint32).repeat(3, axis=0)
+    levels = np.asarray(decode_rgb(tiff(values, compression=compression)))[0, :, 0]
+    assert levels.tolist() == [0, 64, 191, 255]
+    signed = values.astype(np.int64) - (1 << 31)
+    assert np.asarray(decode_rgb(tiff(signed.astype(np.int32), compression=compression)))[0, :, 0].tolist() == [
+        0, 64, 191, 255,
+    ]  # fmt: skip
+    small = np.array([[0, 257, 65535]], np.uint32)
+    assert np.asarray(decode_rgb(tiff(small, compression=compression)))[0, :, 0].tolist() == [0, 1, 255]
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.float32])
+def test_compressed_big_endian_numbers_are_refused_with_the_reason(kind):
+    values = (RAMP / 3).astype(kind)
+    with pytest.raises(DataError, match=r"x.tif \(ValueError: compressed big-endian"):
+        decode_rgb(tiff(values, byteorder=">", compression="zlib"), "x.tif")
+    assert "compressed big-endian" in check_image(tiff(values, byteorder=">", compression="zlib")).reason
+    plain = [np.asarray(decode_rgb(tiff(values, byteorder=order))) for order in "<>"]
+    np.testing.assert_array_equal(*plain)
+    assert check_image(tiff(values, byteorder=">")).reason == ""
 
 
 def test_16_bit_rgba_is_the_high_bytes_without_alpha():
