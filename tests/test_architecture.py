@@ -51,10 +51,11 @@ ALLOWED = {
     "parallel": BASE | {"distributed", "configs", "sharding"},
     "teacher": BASE | {"configs", "models", "utils.run_folder", "utils.weights"},
     "train.args": {"configs"},  # command lines, which the launcher parses without torch
-    "eval.args": set(),
-    "embed.args": set(),
+    "teacher_args": set(),
+    "eval.args": {"teacher_args"},
+    "embed.args": {"teacher_args"},
     "run": {"errors", "exit_codes", "world", "entry", "configs", "utils.cluster", "utils.run_folder"}
-    | {"train.args", "eval.args", "embed.args"},
+    | {"train.args", "eval.args", "embed.args", "teacher_args"},
     "_dinov2": set(),
 }
 ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import argparse
 
+from dinov2_custom.teacher_args import add_configuration, teacher_parser
+
 FEATURES = ("cls", "mean", "cls+mean")
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser of ``run/embed.py``; with ``add_help=False`` it serves as a parent of other parsers."""
-    parser = argparse.ArgumentParser(
-        description="Write the features of every image of a dataset. The same command goes on where it was stopped; "
-        "several processes share the work.",
+    parser = teacher_parser(
+        "Write the features of every image of a dataset. The same command goes on where it was stopped; several "
+        "processes share the work.",
+        "checkpoint",
+        "folder of images, or a dataset string as for training; labels are kept",
         add_help=add_help,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "checkpoint", metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file"
-    )
-    parser.add_argument("dataset", help="folder of images, or a dataset string as for training; labels are kept")
     parser.add_argument(
         "--output-dir",
         "--output_dir",
@@ -53,12 +51,6 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="number type that the model computes in"
     )
-    parser.add_argument(
-        "--config-file", default="", metavar="FILE", help="configuration of the model, instead of the run's"
-    )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
-    parser.add_argument(
-        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
-    )
+    add_configuration(parser)
     parser.add_argument("--overwrite", action="store_true", help="begin anew where other features lie")
     return parser

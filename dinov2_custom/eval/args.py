@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Sequence
 from enum import Enum
 
+from dinov2_custom.teacher_args import add_configuration
+
 
 class MetricType(Enum):
     """Averages of the accuracy that an evaluation can report."""
@@ -49,12 +51,6 @@ def get_args_parser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--config-file",
-        default="",
-        metavar="FILE",
-        help="YAML file of the model; without it the config.yaml of the run that holds the weights is taken",
-    )
-    parser.add_argument(
         "--pretrained-weights",
         default="",
         metavar="RUN|FILE",
@@ -67,9 +63,8 @@ def get_args_parser(
         metavar="DIR",
         help="where the results go, never a training run's own directory; empty: ./outputs/<date>_<time>",
     )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
-    parser.add_argument(
-        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
+    add_configuration(
+        parser, "YAML file of the model; without it the config.yaml of the run that holds the weights is taken"
     )
     return parser
 

@@ -83,11 +83,9 @@ def train_for_C(
     device: torch.device = _CPU,
     num_classes: int | None = None,
     solver: str = "torch",
-    start: LogRegModule | None = None,
 ) -> LogRegModule:
-    """Fit one regression; ``start`` is one for another ``C``, from which torch goes on."""
+    """Fit one regression."""
     model = LogRegModule(C, max_iter, dtype, device, num_classes=num_classes, solver=solver)
-    model.solution = None if start is None else start.solution
     model.fit(train_features, train_labels)
     return model
 
@@ -141,20 +139,12 @@ def sweep_C_values(  # noqa: N802 - upstream's name
     rank, size = distributed.get_global_rank(), distributed.get_global_size()
     powers = C_POWER_RANGE.double()
     scores: dict[int, dict[str, Tensor]] = {}
-    model = None
+    model = LogRegModule(
+        1.0, max_train_iters, train_dtype, train_features_device, num_classes=num_classes, solver=solver
+    )
     for index in track(range(rank, len(powers), size), "regularization", unit="fit"):
-        C = float(10.0 ** powers[index])
-        model = train_for_C(
-            C=C,
-            max_iter=max_train_iters,
-            train_features=train_features,
-            train_labels=train_labels,
-            dtype=train_dtype,
-            device=train_features_device,
-            num_classes=num_classes,
-            solver=solver,
-            start=model,
-        )
+        model.C = float(10.0 ** powers[index])
+        model.fit(train_features, train_labels)  # from the solution for the C before
         metric = build_metric(metric_type, num_classes=num_classes)
         scores[index] = evaluate_model(
             logreg_model=model,
@@ -162,7 +152,7 @@ def sweep_C_values(  # noqa: N802 - upstream's name
             test_data_loader=test_data_loader,
             device=train_features_device,
         )
-        logger.info(f"C={C:.5g} " + text_of(scores[index]))
+        logger.info(f"C={model.C:.5g} " + text_of(scores[index]))
     for other in _from_all_processes(scores):
         scores |= other
     best = max(sorted(scores), key=lambda index: float(scores[index]["top-1"].mean()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dinov2_custom.teacher_args import add_configuration, teacher_parser
+
 FORMATS = {
     "hf": "folder for transformers: AutoModel.from_pretrained, AutoImageProcessor.from_pretrained",
     "timm": "folder for timm: timm.create_model('local-dir:<folder>')",
@@ -15,13 +17,12 @@ FORMATS = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of ``run/export/export.py``."""
-    parser = argparse.ArgumentParser(
-        description="Write a trained backbone for another library, load it there and compare the features."
+    parser = teacher_parser(
+        "Write a trained backbone for another library, load it there and compare the features."
         "\n\nformats:\n" + "\n".join(f"  {name:12} {text}" for name, text in FORMATS.items()),
+        "source",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file")
     parser.add_argument("--to", required=True, choices=list(FORMATS), help="format, see above")
     parser.add_argument(
         "--output",
@@ -38,12 +39,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="side that the exported positions are sized for, a multiple of the patch size (default: that of training)",
     )
-    parser.add_argument(
-        "--config-file", default="", metavar="FILE", help="configuration of the model (default: the run's config.yaml)"
-    )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
-    parser.add_argument(
-        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
-    )
+    add_configuration(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
     return parser

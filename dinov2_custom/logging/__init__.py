@@ -1,10 +1,11 @@
 """Log lines, metrics and progress of a run. Read :func:`dinov2_custom.logging.setup.setup_logging` first."""
 
-from dinov2_custom.logging.metrics import MetricLogger, SmoothedValue
+from dinov2_custom.logging.metrics import MetricLogger
 from dinov2_custom.logging.progress import ProgressBar, track
 from dinov2_custom.logging.rows import append_row, truncate_after
 from dinov2_custom.logging.setup import open_log, remove_logging, setup_logging
 from dinov2_custom.logging.sinks import METRICS_FILE, Sinks, open_sinks
+from dinov2_custom.logging.smoothed_value import SmoothedValue
 
 __all__ = [
     "METRICS_FILE",

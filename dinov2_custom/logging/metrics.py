@@ -1,124 +1,28 @@
-"""Running statistics of losses and rates: log lines, and rows with upstream's keys for ``training_metrics.json``.
+"""Metrics of a loop: log lines, and rows with upstream's keys for ``training_metrics.json``.
 
-Values may be 0-dim tensors on any device. They stay there, and are read all at once when a line is written, so that
-an iteration never waits for the GPU. Not here: where the lines (``setup.py``) and the rows go (``sinks.py``). Read
-:meth:`MetricLogger.log_every` first.
+Not here: statistics of one series (``smoothed_value.py``), where the lines (``setup.py``) and the rows go
+(``sinks.py``). Read :meth:`MetricLogger.log_every` first.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from dinov2_custom import distributed
 from dinov2_custom.logging.progress import ProgressBar, duration
 from dinov2_custom.logging.rows import append_row
 from dinov2_custom.logging.sinks import Sinks
+from dinov2_custom.logging.smoothed_value import SmoothedValue, read_pending
 
 logger = logging.getLogger("dinov2")
-
-_MAX_PENDING = 1000
-
-
-class SmoothedValue:
-    """A series of numbers: statistics over a window of the newest ones and over all of them, as far as they are finite.
-
-    Args:
-        window_size: numbers in the window.
-        fmt: text form; may name ``median``, ``avg``, ``global_avg``, ``max`` and ``value``.
-    """
-
-    def __init__(self, window_size: int = 20, fmt: str | None = None):
-        self.fmt = "{median:.4f} ({global_avg:.4f})" if fmt is None else fmt
-        self.deque: deque[float] = deque(maxlen=window_size)
-        self.total = 0.0
-        self.count = 0
-        self.pending: list[tuple[float | torch.Tensor, int]] = []
-
-    def update(self, value: float | torch.Tensor, num: int = 1) -> None:
-        """Add ``value``, which counts ``num`` times in the global average.
-
-        A tensor (one element) is not read yet and must not be changed in place afterwards.
-        """
-        self.pending.append((value.detach().reshape(()) if isinstance(value, torch.Tensor) else float(value), num))
-        if len(self.pending) >= _MAX_PENDING:
-            _read_pending([self])
-
-    def synchronize_between_processes(self) -> None:
-        """Sum count and total over all processes; the window stays this process's own."""
-        _read_pending([self])
-        if distributed.is_enabled():
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            sums = distributed.all_reduce(torch.tensor([self.count, self.total], dtype=torch.float64, device=device))
-            self.count, self.total = int(sums[0]), float(sums[1])
-
-    def _window(self) -> torch.Tensor:
-        """The numbers of the window that are finite, if any is: a step that was left out says nothing."""
-        _read_pending([self])
-        numbers = list(self.deque)
-        return torch.tensor([n for n in numbers if math.isfinite(n)] or numbers or [math.nan], dtype=torch.float32)
-
-    @property
-    def median(self) -> float:
-        """Lower median of the window, rounded to fp32 as upstream's."""
-        return self._window().median().item()
-
-    @property
-    def avg(self) -> float:
-        """Mean of the window, in fp32 as upstream's."""
-        return self._window().mean().item()
-
-    @property
-    def global_avg(self) -> float:
-        """Mean of everything; NaN before the first value."""
-        _read_pending([self])
-        return self.total / self.count if self.count else float("nan")
-
-    @property
-    def max(self) -> float:
-        """Largest number of the window."""
-        return max(self._numbers())
-
-    @property
-    def value(self) -> float:
-        """The newest number."""
-        return self._numbers()[-1]
-
-    def _numbers(self) -> list[float]:
-        _read_pending([self])
-        return list(self.deque) or [float("nan")]
-
-    def __str__(self) -> str:
-        statistics = {name: getattr(self, name) for name in ("median", "avg", "global_avg", "max", "value")}
-        return self.fmt.format(**statistics)
-
-
-def _read_pending(meters: Iterable[SmoothedValue]) -> None:
-    """Take the waiting numbers of all ``meters`` in, with one transfer for the tensors of a device and dtype."""
-    meters = list({id(meter): meter for meter in meters}.values())
-    tensors: dict[tuple, list[torch.Tensor]] = defaultdict(list)
-    for meter in meters:
-        for value, _ in meter.pending:
-            if isinstance(value, torch.Tensor):
-                tensors[value.device, value.dtype].append(value)
-    numbers = {kind: iter(torch.stack(group).tolist()) for kind, group in tensors.items()}
-    for meter in meters:
-        for value, num in meter.pending:
-            number = float(next(numbers[value.device, value.dtype]) if isinstance(value, torch.Tensor) else value)
-            meter.deque.append(number)
-            if math.isfinite(number):
-                meter.count += num
-                meter.total += number * num
-        meter.pending.clear()
 
 
 class MetricLogger:
@@ -140,10 +44,20 @@ class MetricLogger:
         self.sinks = sinks
         self.counts: dict[str, int] = {}
         self._ends = False
+        self._report: Callable[[], None] | None = None
 
     def end_after_this(self) -> None:
         """Let :meth:`log_every` end after the present iteration, whose row is written."""
         self._ends = True
+
+    def write_now(self) -> None:
+        """Write line and row of the present iteration of :meth:`log_every` at once, if they are due.
+
+        For what must not be on disk before them. Time after it counts for the next iteration.
+        """
+        report, self._report = self._report, None
+        if report is not None:
+            report()
 
     def update(self, **values: float | torch.Tensor) -> None:
         """Add one number to each named series; see :meth:`SmoothedValue.update` for tensors."""
@@ -161,7 +75,7 @@ class MetricLogger:
         raise AttributeError(f"{type(self).__name__} has no attribute or series {name!r}; series: {', '.join(meters)}")
 
     def __str__(self) -> str:
-        _read_pending(self.meters.values())
+        read_pending(self.meters.values())
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def synchronize_between_processes(self) -> None:
@@ -173,7 +87,7 @@ class MetricLogger:
         """Write the row of ``iteration``: the two times in seconds, the median of every series, then ``rates``."""
         if not distributed.is_main_process() or (self.output_file is None and self.sinks is None):
             return
-        _read_pending(self.meters.values())
+        read_pending(self.meters.values())
         row: dict[str, Any] = {"iteration": iteration, "iter_time": iter_time, "data_time": data_time}
         row |= {name: meter.median for name, meter in self.meters.items()} | rates | self.counts
         if self.output_file is not None:
@@ -219,27 +133,37 @@ class MetricLogger:
             return
         iter_time, data_time = SmoothedValue(fmt="{avg:.6f}"), SmoothedValue(fmt="{avg:.6f}")
         iteration, start = start_iteration, time.perf_counter()
-        self._ends = False
+        self._ends, reported = False, start
+
+        def is_last() -> bool:
+            return self._ends or (n_iterations is not None and iteration == n_iterations - 1)
+
+        def report() -> None:
+            nonlocal reported
+            writes = is_last() or iteration % print_freq == 0
+            if writes:
+                read_pending(self.meters.values())  # waits for the device, which belongs to the iteration's time
+            before, reported = reported, time.perf_counter()
+            iter_time.update(reported - before)
+            if writes:
+                rates = _rates(images_per_iteration, iter_time.avg, data_time.avg)
+                more = speeds(rates["images_per_s"]) if speeds else {}
+                self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates, **more)
+                times = [f"time: {iter_time}", f"data: {data_time}"]
+                place = _place(iteration, n_iterations, iter_time.global_avg, left_s)
+                fields = [header, *place, self._line(shown), *times, *_speed(rates, more)]
+                bar.show(self._headline())
+                logger.info(self.delimiter.join(filter(None, fields)), extra={"shown_by_bar": bar.visible})
+
         with ProgressBar(n_iterations, initial=start_iteration, description=header) as bar:
             end = start
             for item in iterable:
                 data_time.update(time.perf_counter() - end)
+                self._report = report
                 yield item
-                last = self._ends or (n_iterations is not None and iteration == n_iterations - 1)
-                writes = last or iteration % print_freq == 0
-                if writes:
-                    _read_pending(self.meters.values())  # waits for the device, which belongs to the iteration's time
-                iter_time.update(time.perf_counter() - end)
-                if writes:
-                    rates = _rates(images_per_iteration, iter_time.avg, data_time.avg)
-                    more = speeds(rates["images_per_s"]) if speeds else {}
-                    self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates, **more)
-                    times = [f"time: {iter_time}", f"data: {data_time}"]
-                    place = _place(iteration, n_iterations, iter_time.global_avg, left_s)
-                    fields = [header, *place, self._line(shown), *times, *_speed(rates, more)]
-                    bar.show(self._headline())
-                    logger.info(self.delimiter.join(filter(None, fields)), extra={"shown_by_bar": bar.visible})
+                self.write_now()
                 bar.update()
+                last = is_last()
                 iteration += 1
                 if last:
                     break
@@ -251,7 +175,7 @@ class MetricLogger:
         """Return the series for a log line: of ``shown`` the medians, else everything."""
         if not shown:
             return str(self)
-        _read_pending(self.meters.values())
+        read_pending(self.meters.values())
         fields = [f"{name}: {self.meters[name].median:.4g}" for name in shown if name in self.meters]
         return self.delimiter.join([*fields, *(f"{name}: {count}" for name, count in self.counts.items() if count)])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dinov2_custom.teacher_args import add_configuration, teacher_parser
+
 
 def get_history_args_parser() -> argparse.ArgumentParser:
     """Return the parser of ``run/plots/history.py``."""
@@ -26,17 +28,13 @@ def get_history_args_parser() -> argparse.ArgumentParser:
 
 def get_features_args_parser() -> argparse.ArgumentParser:
     """Return the parser of ``run/plots/features.py``."""
-    parser = argparse.ArgumentParser(
-        description="Draw what a trained backbone sees in images: pca.png (principal components of patch features), "
+    parser = teacher_parser(
+        "Draw what a trained backbone sees in images: pca.png (principal components of patch features), "
         "attention.png (where the class token looks, all heads) and scatter.png (each image a point, coloured by class "
         "where there are classes: LabelledFolder, or a folder a class).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        "checkpoint",
+        "folder of images, or a dataset string",
     )
-    parser.add_argument(
-        "checkpoint", metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file"
-    )
-    parser.add_argument("dataset", help="folder of images, or a dataset string")
     parser.add_argument(
         "--output-dir",
         "--output_dir",
@@ -57,9 +55,5 @@ def get_features_args_parser() -> argparse.ArgumentParser:
         "--heads", type=int, default=6, help="heads shown one by one in attention.png, besides their mean"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="configuration instead of the run's")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
-    parser.add_argument(
-        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
-    )
+    add_configuration(parser)
     return parser

@@ -11,6 +11,7 @@ import logging
 import platform
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ class Checkpointer:
         self.store = CheckpointStore(self.folder, keep_last, keep_every)
         self._group = distributed.second_group() if async_save else None
         self._writing: threading.Thread | None = None
-        self._trouble: str | None = None
+        self._outcome: tuple[Path, str | None] = (self.folder, None)
+        self._failures: Counter[str] = Counter()  # by reason
 
     def save(
         self,
@@ -100,11 +102,14 @@ class Checkpointer:
         path = self.folder / (FINAL if final else f"model_{iteration:07d}")
         if not aside:
             written, trouble = self._write(pieces, values, path, final)
-            self._report(trouble, required=final)
+            self._report(path, trouble, required=final)
+            if self._failures and (final or wait):
+                counts = ", ".join(f"{count} x {reason}" for reason, count in self._failures.items())
+                logger.warning(f"checkpoints and teachers that could not be written: {counts}")
             return written or path
 
         def write() -> None:
-            _, self._trouble = self._write(pieces, values, path, final)
+            self._outcome = path, self._write(pieces, values, path, final)[1]
 
         self._writing = threading.Thread(target=write, name="checkpoint")
         self._writing.start()
@@ -118,14 +123,14 @@ class Checkpointer:
         """
         if self._writing is not None:
             self._writing.join()
-            self._writing, trouble = None, self._trouble
-            self._report(trouble, required=False)
+            self._writing = None
+            self._report(*self._outcome, required=False)
 
     def save_teacher(self, name: str, *, final: bool = False) -> Path:
         """Write the teacher as :func:`save_teacher` does, with the errors and the waiting of :meth:`save`."""
         path, teacher = teacher_path(self.folder, name), teacher_weights(self.model)
         _, trouble = self._on_main(lambda: save_atomically(teacher, path))
-        self._report(trouble and self._story(path, trouble), required=final)
+        self._report(path, trouble, required=final)
         return path
 
     def load_latest(self) -> Resumed | None:
@@ -181,7 +186,7 @@ class Checkpointer:
         }
 
     def _write(self, pieces: dict, values: dict[str, Any], path: Path, final: bool) -> tuple[Path | None, str | None]:
-        """Write a checkpoint; return where it is, or the story of what went wrong."""
+        """Write a checkpoint; return where it is, or what went wrong."""
         if final and self._on_main(self.store.has_final)[0]:  # no complete one goes before its successor is complete
             complete, trouble = self._write(pieces, values, path, final=False)
             if complete is None:
@@ -190,7 +195,7 @@ class Checkpointer:
         complete, trouble = self._attempt(pieces, values, final)
         if complete is None and trouble is None:  # folders turned out not to be renamed: once more, in its place
             complete, trouble = self._attempt(pieces, values, final)
-        return complete, trouble and self._story(path, trouble)
+        return complete, trouble
 
     def _attempt(self, pieces: dict, values: dict[str, Any], final: bool) -> tuple[Path | None, str | None]:
         folder, trouble = self._on_main(lambda: self.store.begin(values["iteration"], final))
@@ -227,11 +232,15 @@ class Checkpointer:
         none = "there is none from before; make room, then the same command begins again"
         return f"checkpoint: expected to write {path}, got {trouble}; {none if newest == 'none' else kept}"
 
-    def _report(self, trouble: str | None, required: bool) -> None:
-        if trouble and (required or self.on_error == "stop"):
-            raise CheckpointError(trouble)
-        if trouble:
-            logger.warning(f"{trouble}; training goes on")
+    def _report(self, path: Path, trouble: str | None, required: bool) -> None:
+        """Raise, or warn the first time that there is this ``trouble``, and count it."""
+        if not trouble:
+            return
+        if required or self.on_error == "stop":
+            raise CheckpointError(self._story(path, trouble))
+        self._failures[trouble] += 1
+        if self._failures[trouble] == 1:
+            logger.warning(f"{self._story(path, trouble)}; training goes on, and this is said once")
 
     def _on_main(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
         """Run ``action`` in the main process; return, everywhere, what it returned or what went wrong."""

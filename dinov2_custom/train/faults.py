@@ -57,6 +57,7 @@ def translate(error: Exception, cfg, run: Path, lost: Callable[[Path], str], pat
     Args:
         lost: names the processes that are gone; asked for up to ``patience_s`` until it does.
     """
+    refused = isinstance(error, DINOv2Error)  # before it began, nothing is left of it: see run_directory
     if is_out_of_memory(error):
         error = ResourceError(describe_memory(cfg, error))
     if distributed.is_enabled() and not isinstance(error, DINOv2Error) and any(text in str(error) for text in _LOST):
@@ -77,8 +78,7 @@ def translate(error: Exception, cfg, run: Path, lost: Callable[[Path], str], pat
         if os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it at its end
             ErrorHandler().record_exception(error)
         logger.error(text, extra={"file_only": True})
-    begun = (Path(run) / "logs").exists()  # else nothing is left of it, see run_directory
-    if not distributed.is_main_process() and (begun or not isinstance(error, DINOv2Error)):
+    if not distributed.is_main_process() and not (refused and not (Path(run) / "logs").exists()):
         append_to_main_log(run, text)
     return error
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.configs.schema import all_options
-from dinov2_custom.errors import DINOv2Error, LaunchError
+from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
 
 try:
     import fcntl
@@ -34,11 +34,16 @@ def made_and_locked(folder: Path) -> Iterator[None]:
     try:
         with locked(folder):
             yield
-    except (DINOv2Error, KeyboardInterrupt):
-        if ours and not (folder / "logs").exists():
+    except BaseException as e:
+        if is_refusal(e) and ours and not (folder / "logs").exists():
             lock.unlink(missing_ok=True)
             remove_empty(missing)
         raise
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Return whether ``error`` is the user's to mend, or the user: no fault of ours and no lost process."""
+    return isinstance(error, (DINOv2Error, KeyboardInterrupt)) and not isinstance(error, LostProcessError)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.data.loaders import make_train_loader
-from dinov2_custom.errors import CheckpointError, DINOv2Error
+from dinov2_custom.errors import CheckpointError
 from dinov2_custom.exit_codes import DONE, stopped_by
 from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_log, open_sinks, setup_logging, truncate_after
 from dinov2_custom.parallel import parallelize
@@ -36,7 +36,7 @@ from dinov2_custom.train.optimization import (
     step_unless,
 )
 from dinov2_custom.train.pretrained import start_from_weights
-from dinov2_custom.train.run_directory import changed_batch, changed_keys, made_and_locked
+from dinov2_custom.train.run_directory import changed_batch, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
@@ -158,10 +158,13 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 metrics.update(**model.diagnostics)
                 alarm.check(model.diagnostics, iteration)
 
-            # save
             if last or word.stop_signal:
                 guard.hear_all()
+                metrics.end_after_this()
             metrics.counts["skipped_steps"] = guard.skipped
+            metrics.write_now()  # a checkpoint without its row would leave a gap after a kill
+
+            # save
             watch.mark(iteration, patience=3)
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
@@ -172,8 +175,6 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                     iteration, final=last, wait=leaving, draws=loader.draws, extra=extra
                 )
             watch.mark(iteration)
-            if last or word.stop_signal:
-                metrics.end_after_this()
             iteration += 1
         if not last:
             sinks.close(stopped_by(word.stop_signal))
@@ -220,10 +221,9 @@ def _run(args, rank: int, world_size: int) -> int:
             if (out / "logs").exists():
                 open_log("dinov2")
             return _train_or_write(args, cfg, loader)
-    except DINOv2Error:
-        raise
-    except Exception:  # a fault of ours: its traceback is kept
-        open_log("dinov2")
+    except Exception as e:
+        if not is_refusal(e):  # else nothing is left behind
+            open_log("dinov2")
         raise
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_custom.logging import MetricLogger, SmoothedValue, metrics
+from dinov2_custom.logging import MetricLogger, SmoothedValue, smoothed_value
 from tests.oracle import OracleUnavailable, ensure_oracle
 
 
@@ -79,10 +79,10 @@ def test_tensors_are_read_only_when_a_line_is_written(monkeypatch, tmp_path):
 
 def test_waiting_tensors_are_bounded():
     series = SmoothedValue()
-    for step in range(metrics._MAX_PENDING + 3):
+    for step in range(smoothed_value._MAX_PENDING + 3):
         series.update(torch.tensor(float(step)))
     assert len(series.pending) == 3
-    assert series.value == metrics._MAX_PENDING + 2 and series.count == metrics._MAX_PENDING + 3
+    assert series.value == smoothed_value._MAX_PENDING + 2 and series.count == smoothed_value._MAX_PENDING + 3
 
 
 def test_meter_under_two_names_is_counted_once():

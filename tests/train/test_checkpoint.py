@@ -196,6 +196,32 @@ def test_failed_save_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch, cap
     assert names(tmp_path) == ["last_checkpoint", "model_0000000"]
 
 
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_disk_that_stays_full_is_said_once_and_counted_at_the_end(tmp_path, monkeypatch, caplog, async_save):
+    saver = make(tmp_path, on_error="warn", async_save=async_save)[2]
+    saver.save(0)
+    saver.wait()
+    flush = os.fsync
+    for errors in ([28] * 3, [122]):  # no space, then over quota
+
+        def fails(descriptor, error=errors[0]):
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(os, "fsync", fails)
+        for _ in errors:
+            saver.save(1)
+            saver.wait()
+    said = [record.getMessage() for record in caplog.records if "expected to write" in record.getMessage()]
+    assert [os.strerror(e) in text for e, text in zip((28, 122), said, strict=True)] == [True, True]
+    monkeypatch.setattr(os, "fsync", flush)
+    caplog.clear()
+    saver.save(4, final=True)
+    counts = f"3 x {os.strerror(28)}, 1 x {os.strerror(122)}"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"checkpoints and teachers that could not be written: {counts}"
+    ]
+
+
 def test_what_is_written_meanwhile_is_the_state_of_the_save(tmp_path, monkeypatch):
     cfg, model, saver = make(tmp_path, async_save=True)
     advance(cfg, model, saver.optimizer, [0])

@@ -16,6 +16,7 @@ from PIL import Image
 from dinov2_custom.errors import CheckpointError, ConfigError, DataError, DINOv2Error, LaunchError
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.train import get_args_parser, main
+from dinov2_custom.train.checkpoint import Checkpointer
 from dinov2_custom.train.run_directory import locked
 from dinov2_custom.train.train import build_schedulers
 from dinov2_custom.utils.weights import read_weights
@@ -185,6 +186,29 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, capsys):
     assert all(row["reason"] for row in listed)
     with pytest.raises(DataError, match=r"at most 5\.00% unreadable images"):
         train(*arguments, "--no-resume", "train.max_bad_fraction=0.05", "optim.epochs=40")
+
+
+def test_a_kill_right_after_a_save_leaves_no_gap_in_the_rows(images, tmp_path, monkeypatch):
+    command = [
+        f"train.dataset_path={images}",
+        *RUN,
+        "train.log_every=1",
+        "checkpointing.period=3",
+        "--output-dir",
+        tmp_path,
+    ]
+    save = Checkpointer.save
+
+    def killed(self, iteration, **options):
+        save(self, iteration, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpointer, "save", killed)
+        train(*command)
+    assert [row["iteration"] for row in rows(tmp_path)] == [0, 1, 2]
+    assert train(*command) == 0
+    assert [row["iteration"] for row in rows(tmp_path)] == list(range(8))
 
 
 def test_continuing_from_given_weights(images, tmp_path, capsys):

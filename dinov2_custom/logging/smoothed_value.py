@@ -1,0 +1,110 @@
+"""Running statistics of one series of numbers.
+
+Values may be 0-dim tensors on any device. They stay there, and are read all at once when a line is written, so that
+an iteration never waits for the GPU. Read :class:`SmoothedValue` first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from dinov2_custom import distributed
+
+_MAX_PENDING = 1000
+
+
+class SmoothedValue:
+    """A series of numbers: statistics over a window of the newest ones and over all of them, as far as they are finite.
+
+    Args:
+        window_size: numbers in the window.
+        fmt: text form; may name ``median``, ``avg``, ``global_avg``, ``max`` and ``value``.
+    """
+
+    def __init__(self, window_size: int = 20, fmt: str | None = None):
+        self.fmt = "{median:.4f} ({global_avg:.4f})" if fmt is None else fmt
+        self.deque: deque[float] = deque(maxlen=window_size)
+        self.total = 0.0
+        self.count = 0
+        self.pending: list[tuple[float | torch.Tensor, int]] = []
+
+    def update(self, value: float | torch.Tensor, num: int = 1) -> None:
+        """Add ``value``, which counts ``num`` times in the global average.
+
+        A tensor (one element) is not read yet and must not be changed in place afterwards.
+        """
+        self.pending.append((value.detach().reshape(()) if isinstance(value, torch.Tensor) else float(value), num))
+        if len(self.pending) >= _MAX_PENDING:
+            read_pending([self])
+
+    def synchronize_between_processes(self) -> None:
+        """Sum count and total over all processes; the window stays this process's own."""
+        read_pending([self])
+        if distributed.is_enabled():
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            sums = distributed.all_reduce(torch.tensor([self.count, self.total], dtype=torch.float64, device=device))
+            self.count, self.total = int(sums[0]), float(sums[1])
+
+    def _window(self) -> torch.Tensor:
+        """The numbers of the window that are finite, if any is: a step that was left out says nothing."""
+        read_pending([self])
+        numbers = list(self.deque)
+        return torch.tensor([n for n in numbers if math.isfinite(n)] or numbers or [math.nan], dtype=torch.float32)
+
+    @property
+    def median(self) -> float:
+        """Lower median of the window, rounded to fp32 as upstream's."""
+        return self._window().median().item()
+
+    @property
+    def avg(self) -> float:
+        """Mean of the window, in fp32 as upstream's."""
+        return self._window().mean().item()
+
+    @property
+    def global_avg(self) -> float:
+        """Mean of everything; NaN before the first value."""
+        read_pending([self])
+        return self.total / self.count if self.count else float("nan")
+
+    @property
+    def max(self) -> float:
+        """Largest number of the window."""
+        return max(self._numbers())
+
+    @property
+    def value(self) -> float:
+        """The newest number."""
+        return self._numbers()[-1]
+
+    def _numbers(self) -> list[float]:
+        read_pending([self])
+        return list(self.deque) or [float("nan")]
+
+    def __str__(self) -> str:
+        statistics = {name: getattr(self, name) for name in ("median", "avg", "global_avg", "max", "value")}
+        return self.fmt.format(**statistics)
+
+
+def read_pending(meters: Iterable[SmoothedValue]) -> None:
+    """Take the waiting numbers of all ``meters`` in, with one transfer for the tensors of a device and dtype."""
+    meters = list({id(meter): meter for meter in meters}.values())
+    tensors: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+    for meter in meters:
+        for value, _ in meter.pending:
+            if isinstance(value, torch.Tensor):
+                tensors[value.device, value.dtype].append(value)
+    numbers = {kind: iter(torch.stack(group).tolist()) for kind, group in tensors.items()}
+    for meter in meters:
+        for value, num in meter.pending:
+            number = float(next(numbers[value.device, value.dtype]) if isinstance(value, torch.Tensor) else value)
+            meter.deque.append(number)
+            if math.isfinite(number):
+                meter.count += num
+                meter.total += number * num
+        meter.pending.clear()

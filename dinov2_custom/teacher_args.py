@@ -1,0 +1,38 @@
+"""Flags of every command that starts from a teacher, without torch. Not what they mean (``teacher.py``)."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def teacher_parser(
+    description: str,
+    source: str,
+    dataset_help: str = "",
+    *,
+    formatter_class: type[argparse.HelpFormatter] = argparse.ArgumentDefaultsHelpFormatter,
+    add_help: bool = True,
+) -> argparse.ArgumentParser:
+    """Return a parser with the positional ``source``, a run directory or weight file.
+
+    Args:
+        dataset_help: of a positional ``dataset``; empty: there is none.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=formatter_class, add_help=add_help, allow_abbrev=False
+    )
+    parser.add_argument(source, metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file")
+    if dataset_help:
+        parser.add_argument("dataset", help=dataset_help)
+    return parser
+
+
+def add_configuration(
+    parser: argparse.ArgumentParser, file_help: str = "configuration of the model, instead of the run's config.yaml"
+) -> None:
+    """Add ``--config-file``, ``--opts`` and ``--allow-unknown-keys``."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help=file_help)
+    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
+    parser.add_argument(
+        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
+    )
