@@ -25,7 +25,7 @@ from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import open_pair
 from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import check_crop_size, check_positive, run_evaluation, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 from dinov2_custom.logging import open_log
 
@@ -259,16 +259,13 @@ def eval_knn_with_model(
     return results
 
 
+@evaluation
 def main(args: argparse.Namespace) -> int:
     """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
 
     Raises:
         DINOv2Error: bad arguments, configuration, weights or data.
     """
-    return run_evaluation(_run, args)
-
-
-def _run(args: argparse.Namespace) -> int:
     check_positive(args, "nb_knn", "batch_size", "crop_size", "resize_size")
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)
     check_crop_size(args.crop_size, model)

@@ -42,7 +42,7 @@ from dinov2_custom.eval.linear_evaluate import (
     test_on_datasets,
 )
 from dinov2_custom.eval.metrics import MetricType
-from dinov2_custom.eval.setup import check_crop_size, check_positive, run_evaluation, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithIntermediateLayers, autocast
 from dinov2_custom.logging import MetricLogger, open_log
 from dinov2_custom.parallel import GradientReducer
@@ -239,16 +239,13 @@ def run_eval_linear(
     return results
 
 
+@evaluation
 def main(args: argparse.Namespace) -> int:
     """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
 
     Raises:
         DINOv2Error: bad arguments, configuration, weights or data.
     """
-    return run_evaluation(_run, args)
-
-
-def _run(args: argparse.Namespace) -> int:
     names = ("epochs", "epoch_length", "batch_size", "save_checkpoint_frequency", "crop_size", "resize_size")
     check_positive(args, *names, "learning_rates")
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)

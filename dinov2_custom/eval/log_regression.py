@@ -35,7 +35,7 @@ from dinov2_custom.eval.log_regression_fit import (
 from dinov2_custom.eval.log_regression_solvers import check_solver
 from dinov2_custom.eval.metrics import MetricType, build_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import check_crop_size, check_positive, run_evaluation, setup_and_build_model
+from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithAutocast, extract_features
 from dinov2_custom.logging import open_log
 from dinov2_custom.utils.dtype import as_torch_dtype
@@ -182,16 +182,13 @@ def eval_log_regression_with_model(
     )
 
 
+@evaluation
 def main(args: argparse.Namespace) -> int:
     """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
 
     Raises:
         DINOv2Error: bad arguments, configuration, weights or data.
     """
-    return run_evaluation(_run, args)
-
-
-def _run(args: argparse.Namespace) -> int:
     check_positive(args, "max_train_iters", "batch_size", "crop_size", "resize_size")
     check_solver(args.solver)
     try:

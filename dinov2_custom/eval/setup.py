@@ -7,6 +7,7 @@ Not the evaluations. Nothing is written into the training run that the weights c
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -81,12 +82,17 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
     return model, get_autocast_dtype(cfg, next(model.parameters()).device)
 
 
-def run_evaluation(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Return what ``run(args)`` does; however it ends, the ranks that it started are let go of."""
-    try:
-        return run(args)
-    finally:
-        distributed.disable()
+def evaluation(main: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Decorate the main function of an evaluation: however it ends, the ranks that it started are let go of."""
+
+    @functools.wraps(main)
+    def decorated(args: argparse.Namespace) -> int:
+        try:
+            return main(args)
+        finally:
+            distributed.disable()
+
+    return decorated
 
 
 def _weights_of(given: str) -> str:

@@ -6,10 +6,7 @@ import sys
 try:
     from dinov2_custom import entry
 except ModuleNotFoundError:
-    sys.exit(
-        f"error: expected dinov2_custom in the environment of {sys.executable}, found none; activate the environment "
-        "that has it, or `pip install -c constraints.txt -e .` in the root of the repository"
-    )
+    sys.exit(f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`")
 from dinov2_custom.run.eval.knn import main
 
 if __name__ == "__main__":

@@ -15,6 +15,5 @@ def test_an_interpreter_without_the_package_is_named_in_one_sentence(script):
     bare = [sys.executable, "-I", "-S", script]  # nothing but Python's own library
     done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    said = f"error: expected dinov2_custom in the environment of {sys.executable}, found none; activate "
-    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1
-    assert "pip install -c constraints.txt -e ." in done.stderr
+    said = f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`"
+    assert done.stderr == f"{said}\n"
