@@ -2,7 +2,7 @@
 
 ============================  ==========================================================================================
 8-bit RGB, grey, 1-bit        as they are; grey and 1-bit in all three channels
-palette, CMYK, YCbCr, Lab     Pillow's conversion to RGB
+palette, CMYK, YCbCr, Lab     Pillow's conversion to RGB; an uncompressed YCbCr TIFF needs Pillow 13
 alpha (RGBA, LA, palette)     dropped, as upstream does (transparent pixels show their hidden colour)
 16-bit grey (I;16, I)         linear by bit depth: value / 257, rounded
 other integers (I)            outside 0..65535: least value -> 0, greatest -> 255

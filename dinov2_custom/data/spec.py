@@ -117,7 +117,8 @@ def _combine(parts: list[Part]) -> DatasetSpec:
 
 def _parse_part(value: Any) -> Part:
     if not isinstance(value, Mapping):
-        return Part(parse_dataset(value), None, os.fspath(value) if isinstance(value, Text) else repr(list(value)))
+        is_text = isinstance(value, str | os.PathLike)  # Python 3.10 does not take Text here
+        return Part(parse_dataset(value), None, os.fspath(value) if is_text else repr(list(value)))
     content = {str(key): one for key, one in value.items() if one is not None}
     weight, name, kind = content.pop("weight", None), content.pop("name", None), content.pop("kind", None)
     legal = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight > 0

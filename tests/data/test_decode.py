@@ -49,6 +49,10 @@ def test_jpeg_is_pillows_and_arrays_are_writeable():
 def test_eight_bit_modes_are_pillows_conversion(mode):
     image = RGB.convert(mode) if mode != "LAB" else Image.merge("LAB", RGB.split())
     data = encode(image, "TIFF")
+    if mode == "YCbCr" and Image.open(io.BytesIO(data)).mode != mode:
+        with pytest.raises(DataError, match="truncated"):  # Pillow 12 takes it for RGB with a fourth byte
+            decode_rgb(data)
+        return
     assert Image.open(io.BytesIO(data)).mode == mode
     expected = image.convert("RGB") if mode != "LAB" else Image.open(io.BytesIO(data)).convert("RGB")
     np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(expected))
