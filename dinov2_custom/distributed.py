@@ -7,6 +7,7 @@ wrapping models (``parallel.py``). Read :func:`enable` first.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -176,6 +177,8 @@ def _export(world: World, allow_nccl_timeout: bool) -> None:
 
 
 def _start_group(world: World) -> None:
+    # Its functions take the group of the moment of its import as a default, and would keep it for ever.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend)  # from the environment: the only way that finds torchrun's own store

@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,16 +25,18 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 
 def append_to_main_log(run: Path, text: str) -> None:
-    """Write a line to the run's log from any process, in one piece."""
+    """Write a line to the run's log from any process, in one piece; it is on the disk when this returns."""
     line = f"E{time.strftime('%Y%m%d %H:%M:%S')} {os.getpid()} dinov2 rank {distributed.get_global_rank()}] {text}\n"
     path = Path(run) / "logs" / "log.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         file.write(line.encode())
+        with suppress(OSError):  # a file system that cannot
+            os.fsync(file)
 
 
 @contextmanager
-def reported(cfg, run: Path, lost: Callable[[Path], str]) -> Iterator[None]:
+def reported(cfg, run: Path, lost: Callable[[Path], str | None]) -> Iterator[None]:
     """Say what ends the body, once however these are nested, and raise what :func:`translate` makes of it."""
     try:
         yield
@@ -48,26 +50,29 @@ def reported(cfg, run: Path, lost: Callable[[Path], str]) -> Iterator[None]:
         raise told from e
 
 
-def translate(error: Exception, cfg, run: Path, lost: Callable[[Path], str], patience_s: float = 10.0) -> Exception:
+def translate(
+    error: Exception, cfg, run: Path, lost: Callable[[Path], str | None], patience_s: float = 10.0
+) -> Exception:
     """Log ``error`` and return what to raise in its place, itself where there is nothing better.
 
     Out of memory becomes a ResourceError, a broken connection to another process a LostProcessError that names it. A
     traceback goes to this process's log, and to the main one.
 
     Args:
-        lost: names the processes that are gone; asked for up to ``patience_s`` until it does.
+        lost: says who is gone, "" if nobody is yet, None if it cannot know; asked for up to ``patience_s``.
     """
     refused = isinstance(error, DINOv2Error)  # before it began, nothing is left of it: see run_directory
     if is_out_of_memory(error):
         error = ResourceError(describe_memory(cfg, error))
     if distributed.is_enabled() and not isinstance(error, DINOv2Error) and any(text in str(error) for text in _LOST):
         deadline = time.monotonic() + patience_s
-        while not (who := lost(run)) and time.monotonic() < deadline:
+        while (who := lost(run)) == "" and time.monotonic() < deadline:
             time.sleep(0.2)
+        unknown = "to a process on another machine" if who == "" else "to another process"
         reason = str(error).partition("\n")[0]
         error = LostProcessError(
             f"expected all {distributed.get_global_size()} processes, got a broken connection: "
-            f"{who or 'to a process on another machine'} ({reason}); the same command goes on from the newest "
+            f"{who or unknown} ({reason}); the same command goes on from the newest "
             "checkpoint"
         )
     if isinstance(error, DINOv2Error):

@@ -36,12 +36,13 @@ from dinov2_custom.train.optimization import (
     step_unless,
 )
 from dinov2_custom.train.pretrained import start_from_weights
+from dinov2_custom.train.ranks import describe_lost
 from dinov2_custom.train.run_directory import changed_batch, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
 from dinov2_custom.train.stopping import StopRequests
-from dinov2_custom.train.watch import Watch, describe_lost
+from dinov2_custom.train.watch import Watch
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
 

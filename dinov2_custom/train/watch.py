@@ -1,32 +1,42 @@
 """A thread beside the training that notices when a process of the job is gone or makes no more steps, and says which.
 
-Every process keeps a small file in ``<run>/logs/ranks``: who it is, how far, where its main thread is, whether it waits
-for the others. Nothing of it needs a collective, a GPU or a working main process. Read :meth:`Watch._look` first.
+How a job ends that cannot go on, in this order:
+
+1. Every process's thread writes a sign of life, a beat, into the process's file (``ranks.py``), with where its main
+   thread is and whether it waits for the others. It never stops to wait for anything itself.
+2. A thread whose main thread makes no step for too long looks for a new beat of all other processes. If its main thread
+   goes on meanwhile, nothing was wrong. Without a new beat are those that the system holds (SIGSTOP), which it asks the
+   system, and those that show none in ``GRACE_S``.
+3. The first thread to come to an end of this says it in the run's log. The others wait until that is done. Only then
+   does anyone kill the stopped processes of its machine, and leave with ``LOST_PROCESS``.
+4. A process whose main thread finds the connection to another one broken (``faults.translate``) repeats what was said,
+   or says itself who is gone.
+
+Nothing of it needs a collective, a GPU or a working main thread. Read :meth:`Watch._look` first.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dinov2_custom import distributed
 from dinov2_custom.exit_codes import LOST_PROCESS
-from dinov2_custom.train.faults import append_to_main_log
+from dinov2_custom.train.ranks import Ranks, describe_end_of, has_ended, is_here, is_stopped
 
 logger = logging.getLogger("dinov2")
-FOLDER = Path("logs") / "ranks"
 LOOK_S = 2.0  # between looks for processes of this machine that are gone
-GRACE_S = 10.0  # for a process that notices by itself, with an error that says more
+GRACE_S = 10.0  # for a process that notices by itself, with an error that says more; for a beat on a busy machine
+LEAVE_S = 2.0  # for the last words on the terminal, which the main thread may hold
 # Where our own code waits for the other processes, besides everything below torch.distributed.
 _WAITS = ("parallel.py", "sharding.py", "centering.py", "step_guard.py", "sinkhorn.py", "distributed.py")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -35,6 +45,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 class Watch:
     """While entered, report a lost or hanging process in the run's log and end this one with ``LOST_PROCESS``.
 
+    Time in which the system holds all of this process does not count, so a job may be suspended and resumed.
+
     Args:
         run: the run directory, seen by all processes.
         hang_s: seconds without a step, three times that for the first one and for saves, after which the job hangs;
@@ -42,100 +54,134 @@ class Watch:
     """
 
     def __init__(self, run: Path, hang_s: float) -> None:
-        self.run, self.hang_s = Path(run), hang_s
+        self.hang_s = hang_s
         self.rank, self.size = distributed.get_global_rank(), distributed.get_global_size()
-        self.token = distributed.broadcast_object(secrets.token_hex(4))  # files of an earlier start do not count
+        token = secrets.token_hex(4)
+        if self.rank == 0:
+            Ranks(run, 0, token).clear()
+        self.ranks = Ranks(run, self.rank, distributed.broadcast_object(token))
         self.iteration: int | None = None
-        self._marked, self._allowed_s = time.monotonic(), 3 * hang_s
+        self._beat_s = min(max(hang_s / 16, 0.2), 30.0) if hang_s else 30.0
+        self._seconds = 0.0  # of this watch, as far as the thread saw them go by
+        self._marked, self._allowed_s = 0.0, 3 * hang_s
         self._beats = 0
-        self._ended = threading.Event()
+        self._known: dict[int, dict[str, Any]] = {}  # the other processes' first words
+        self._gone_since: float | None = None
+        self._suspected: tuple[float, float, list[Any]] | None = None  # mark, when, beats before
+        self._ended, self._ending = threading.Event(), threading.Lock()
         self._main_thread = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
-        (self.run / FOLDER).mkdir(parents=True, exist_ok=True)
         self._beat()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._ended.set()
+        with self._ending:  # a thread that has begun to end the job does so
+            self._ended.set()
         self._thread.join()
         if kind is None:
-            self._file(self.rank).unlink(missing_ok=True)
+            self.ranks.remove()
             return
         with contextlib.suppress(OSError):  # a full disk, say; what ends the run is the error that is on its way
-            self._write({"died": f"{kind.__name__}: {error}".partition("\n")[0]})
+            self.ranks.write({"died": f"{kind.__name__}: {error}".partition("\n")[0]})
 
     def mark(self, iteration: int, patience: int = 1) -> None:
         """Note that the main thread is at work on ``iteration``; ``patience`` times the usual seconds are all right."""
         if self.iteration is not None:
             self._allowed_s = patience * self.hang_s
-        self.iteration, self._marked = iteration, time.monotonic()
+        self.iteration, self._marked = iteration, self._seconds
 
     def _watch(self) -> None:
-        beat_s = min(max(self.hang_s / 16, 0.2), 30.0) if self.hang_s else 30.0
-        next_beat = time.monotonic() + beat_s
-        while not self._ended.wait(min(LOOK_S, beat_s)):
+        tick_s = min(LOOK_S, self._beat_s)
+        last, next_beat = time.monotonic(), self._beat_s
+        while not self._ended.wait(tick_s):
+            now = time.monotonic()
+            self._seconds += min(now - last, 4 * tick_s)
+            last = now
             try:
-                if time.monotonic() >= next_beat:
-                    next_beat = time.monotonic() + beat_s
+                has_beaten = self._seconds >= next_beat
+                if has_beaten:
+                    next_beat = self._seconds + self._beat_s
                     self._beat()
-                self._look()
+                self._look(has_beaten)
             except OSError as e:  # the file system; training itself may well go on
                 logger.debug(f"watch: {e}")
 
-    def _look(self) -> None:
-        gone = {rank: text for rank in range(self.size) if (text := self._gone(rank))}
-        if gone:
-            if not self._ended.wait(GRACE_S):
-                self._end("lost", "; ".join(gone.values()))
-        elif self.hang_s and time.monotonic() - self._marked > self._allowed_s:
-            seen = [self._read(rank) for rank in range(self.size)]
-            # a live process shows another beat by then, on a busy machine too
-            if not self._ended.wait(max(2.5 * min(self.hang_s / 16, 30.0), 1.0)):
-                self._end("hang", *self._describe_hang(seen))
+    def _look(self, has_beaten: bool) -> None:
+        """End the job if it cannot go on; look at the others' files only after a beat, which is seldom enough."""
+        if has_beaten or not self._known:
+            self._meet()
+        gone = self._gone()
+        if not gone:
+            self._gone_since = None
+        elif self._gone_since is None:
+            self._gone_since = self._seconds
+        elif self._seconds - self._gone_since > GRACE_S:
+            self._end("; ".join(gone))
+        if gone or not has_beaten:
+            return
+        marked = self._marked
+        if not self.hang_s or self._seconds - marked <= self._allowed_s:
+            self._suspected = None
+        elif self._suspected is None or self._suspected[0] != marked:
+            self._suspected = marked, self._seconds, [state.get("beat") for state in self._states()]
+        else:
+            self._judge(*self._suspected)
 
-    def _describe_hang(self, before: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-        """Return who hangs and who waits, and what is known of the processes that do not even beat."""
-        now = [self._read(rank) for rank in range(self.size)]
-        now[self.rank] = self._state()
-        stopped = [r for r in range(self.size) if r != self.rank and now[r].get("beat") == before[r].get("beat")]
-        busy = [r for r in range(self.size) if r not in stopped and not now[r].get("waits")]
+    def _judge(self, marked: float, since: float, before: list[Any]) -> None:
+        """End the hanging job once every process has shown a new beat, or shows none."""
+        states = self._states()
+        held = [r for r in range(self.size) if r != self.rank and is_stopped(states[r])]
+        silent = [
+            r for r in range(self.size) if r != self.rank and r not in held and states[r].get("beat") == before[r]
+        ]
+        if silent and self._seconds - since <= max(2.5 * self._beat_s, GRACE_S):
+            return
         lines = [f"no step for {self._allowed_s:g} s (train.hang_timeout) at iteration={self.iteration}"]
-        lines += [f"rank {r} hangs: it does not even beat any more, last {_place(now[r])}" for r in stopped]
-        lines += [f"rank {r} hangs {_place(now[r])}" for r in (busy if not stopped else [])]
-        rest = [r for r in range(self.size) if r not in stopped and r not in busy]
-        lines += [f"rank {r} waits for the others {_place(now[r])}" for r in rest]
-        return "; ".join(lines), [now[r] for r in stopped]
+        lines += [f"rank {r} hangs: it is stopped (SIGSTOP, a debugger), last {_place(states[r])}" for r in held]
+        lines += [f"rank {r} hangs: it does not even beat any more, last {_place(states[r])}" for r in silent]
+        others = [r for r in range(self.size) if r not in held and r not in silent]
+        waiting = [r for r in others if states[r].get("waits")]
+        if not (held or silent):
+            lines += [f"rank {r} hangs {_place(states[r])}" for r in others if r not in waiting]
+        lines += [f"rank {r} waits for the others {_place(states[r])}" for r in waiting]
+        if self._marked == marked:
+            self._end("; ".join(lines), [states[r] for r in (*held, *silent)])
 
-    def _end(self, kind: str, text: str, stopped: list[dict[str, Any]] | None = None) -> None:
-        """Say it once for the whole job, and leave at once: the main thread may be beyond reach.
+    def _end(self, text: str, stopped: list[dict[str, Any]] | None = None) -> None:
+        """Have it said once for the whole job, then leave at once: the main thread may be beyond reach.
 
         ``stopped`` processes on this machine are killed, since no launcher's SIGTERM would end them.
         """
-        with contextlib.suppress(FileExistsError):
+        with self._ending:
+            if self._ended.is_set():  # the main thread came to an end by itself
+                return
             try:
-                os.close(os.open(self.run / FOLDER / f"{kind}_{self.token}", os.O_CREAT | os.O_EXCL))
-                append_to_main_log(self.run, f"{text}; the same command goes on from the newest checkpoint")
-            except FileExistsError:
-                raise
+                is_ours = self.ranks.tell_once(text)
             except OSError as e:  # a full disk must not keep a hanging job alive
-                text = f"{text} (not in the log: {e.strerror})"
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        for state in stopped or []:
-            if state.get("machine") == machine():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(state["pid"], signal.SIGKILL)
-        logging.shutdown()
-        os._exit(LOST_PROCESS)
+                is_ours, text = True, f"{text} (not in the log: {e.strerror})"
+            _try_for(LEAVE_S, lambda: _take_leave(f"error: {text}" if is_ours else ""))
+            for state in stopped or []:
+                if is_here(state):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(state["pid"], signal.SIGKILL)
+            os._exit(LOST_PROCESS)
 
-    def _gone(self, rank: int) -> str:
-        """Say what became of a process of this machine that is no more, "" while it lives or nothing is known."""
-        state = self._read(rank)
-        if rank == self.rank or state.get("machine") != machine() or _is_alive(state["pid"]):
-            return ""
-        return describe_end_of(state)
+    def _meet(self) -> None:
+        """Read who the others are, once each; those of this machine are looked after from then on."""
+        for rank in range(self.size):
+            if rank != self.rank and rank not in self._known and (state := self.ranks.read(rank)):
+                self._known[rank] = state
+
+    def _gone(self) -> list[str]:
+        """Say what became of the processes of this machine that are no more."""
+        ended = [self.ranks.read(rank) for rank, state in self._known.items() if has_ended(state)]
+        return [describe_end_of(state) for state in ended if state]  # without a file: it was done
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [self._state() if rank == self.rank else self.ranks.read(rank) for rank in range(self.size)]
 
     def _state(self) -> dict[str, Any]:
         place, waits = _where(sys._current_frames().get(self._main_thread))
@@ -143,65 +189,21 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        self._write(self._state())
-
-    def _write(self, state: dict[str, Any]) -> None:
-        identity = {"rank": self.rank, "token": self.token, "machine": machine(), "pid": os.getpid()}
-        temporary = self._file(self.rank).with_suffix(".tmp")
-        temporary.write_text(json.dumps(identity | {"host": socket.gethostname()} | state))
-        os.replace(temporary, self._file(self.rank))
-
-    def _read(self, rank: int) -> dict[str, Any]:
-        try:
-            state = json.loads(self._file(rank).read_text())
-        except (OSError, ValueError):
-            return {}
-        return state if state.get("token") == self.token else {}
-
-    def _file(self, rank: int) -> Path:
-        return self.run / FOLDER / f"rank{rank}"
+        self.ranks.write(self._state())
 
 
-def describe_lost(run: Path) -> str:
-    """Return which processes of the newest job in ``run`` are gone, "" if nothing is known."""
-    ends = []
-    for file in sorted((Path(run) / FOLDER).glob("rank*")):
-        try:
-            state = json.loads(file.read_text())
-        except (OSError, ValueError):
-            continue
-        here = state.get("machine") == machine()
-        if state.get("pid") != os.getpid() and ("died" in state or (here and not _is_alive(state["pid"]))):
-            ends.append(describe_end_of(state))
-    return "; ".join(ends)
+def _take_leave(text: str) -> None:
+    if text:
+        print(text, file=sys.stderr, flush=True)
+    logging.shutdown()
 
 
-def describe_end_of(state: dict[str, Any]) -> str:
-    who = f"rank {state['rank']} (pid {state['pid']} on {state['host']})"
-    if "died" in state:
-        return f"{who} ended with {state['died']}"
-    return f"{who} is gone without a word, killed from outside perhaps (out of memory: see dmesg)"
-
-
-def machine() -> str:
-    """Name what process numbers are unique in: a host's boot, a container's namespace."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    try:  # one that nobody has buried yet counts as dead
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return True
+def _try_for(seconds: float, action: Callable[[], Any]) -> None:
+    """Call ``action`` in a thread of its own and wait for it that long; the main thread may hold a lock for ever."""
+    thread = threading.Thread(target=action, daemon=True)
+    with contextlib.suppress(RuntimeError):  # no more threads to be had
+        thread.start()
+        thread.join(seconds)
 
 
 def _where(frame) -> tuple[str, bool]:

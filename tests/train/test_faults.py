@@ -13,16 +13,18 @@ import torch
 from dinov2_custom.errors import LostProcessError, ResourceError
 from dinov2_custom.train import train as train_module
 from dinov2_custom.train.faults import describe_memory, is_out_of_memory, translate
-from dinov2_custom.train.watch import Watch, describe_lost
+from dinov2_custom.train.ranks import Ranks, describe_lost
+from dinov2_custom.train.watch import Watch
 from tests.train.batches import TINY, tiny_config
 from tests.train.test_step_guard import run
 from tests.train.test_train import write_images
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = """
-import os, signal, sys, time
+import ctypes, os, signal, sys, time
 from dinov2_custom import entry
-from dinov2_custom.train import train
+from dinov2_custom.train import train, watch
+watch.LOOK_S, watch.GRACE_S = 0.03, 5.0  # many looks a beat, as with a time-out of minutes
 make, fault, faulty_rank = train.make_train_loader, sys.argv.pop(1), int(sys.argv.pop(1))
 
 def make_faulty(*args, rank=0, **kwargs):
@@ -36,6 +38,8 @@ def make_faulty(*args, rank=0, **kwargs):
                     raise RuntimeError("boom in the loader")
                 if fault == "sleep":
                     time.sleep(1000)
+                if fault == "hold":
+                    ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter to itself
                 os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
             yield batch
 
@@ -58,7 +62,16 @@ def images(tmp_path_factory):
         ("raise", 1, ["rank 1] Traceback (most recent call last)", "RuntimeError: boom in the loader"]),
         ("kill", 1, ["rank 1 (pid ", "is gone without a word"]),
         ("sleep", 1, ["no step for 3 s", "rank 1 hangs in ", "rank 0 waits for the others in "]),
-        ("stop", 0, ["rank 1] ", "rank 0 hangs: it does not even beat any more"]),
+        (
+            "stop",
+            0,
+            ["rank 1] no step for 3 s", "rank 0 hangs: it is stopped (SIGSTOP", "rank 1 waits for "],
+        ),
+        (
+            "hold",
+            1,
+            ["rank 0] no step for 3 s", "rank 1 hangs: it does not even beat any more", "rank 0 waits for "],
+        ),
     ],
 )
 def test_a_lost_or_hanging_process_ends_the_job_and_is_named_in_the_log(images, tmp_path, fault, rank, expected):
@@ -73,8 +86,9 @@ def test_a_lost_or_hanging_process_ends_the_job_and_is_named_in_the_log(images, 
     log = (tmp_path / "out" / "logs" / "log.txt").read_text()
     for text in expected:
         assert text in log, log
-    if fault in ("sleep", "stop"):
+    if fault in ("sleep", "stop", "hold"):
         assert "exitcode  : 75" in done.stderr
+        assert log.count("no step for") - log.count("broken connection: no step for") == 1  # said once, first
 
 
 def test_a_process_alone_says_where_it_hangs(images, tmp_path):
@@ -104,23 +118,41 @@ def test_a_watched_run_that_goes_on_is_left_alone(tmp_path):
     assert list((tmp_path / "logs" / "ranks").iterdir()) == []
 
 
-def test_who_is_gone_is_read_from_the_files(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    watch = Watch(tmp_path, hang_s=0)
-    watch.rank = 3
-    with pytest.raises(KeyError), watch:
-        raise KeyError("gone")
-    assert describe_lost(tmp_path) == ""  # this very process
-    file = tmp_path / "logs" / "ranks" / "rank3"
-    file.write_text(file.read_text().replace(str(os.getpid()), str(child.pid)))
-    assert "rank 3" in describe_lost(tmp_path) and "ended with KeyError: 'gone'" in describe_lost(tmp_path)
-    file.write_text(file.read_text().replace("died", "lived"))
-    assert describe_lost(tmp_path) == ""
-    child.send_signal(signal.SIGKILL)
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, not buried
-    assert "is gone without a word" in describe_lost(tmp_path)
-    child.wait()
-    assert "is gone without a word" in describe_lost(tmp_path)
+def test_a_slow_step_that_ends_is_no_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr(Watch, "_states", lambda self, states=Watch._states: go_on(self, states))
+    ended, suspected = [], []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def go_on(watch, states):  # the step ends just when the thread looks around
+        suspected.append(watch.iteration)
+        watch.mark(watch.iteration + 1)
+        return states(watch)
+
+    with Watch(tmp_path, hang_s=0.2) as watch:
+        watch.mark(0)
+        watch.mark(1)
+        while len(suspected) < 3:
+            time.sleep(0.05)
+    assert suspected[:3] == [1, 2, 3] and not ended and not (tmp_path / "logs" / "log.txt").exists()
+
+
+def test_a_suspended_job_goes_on(images, tmp_path):
+    """Every process held for longer than the time-out, as by ``scontrol suspend``, and let go again."""
+    (tmp_path / "slow.py").write_text(SCRIPT)
+    arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]
+    arguments += ["train.max_steps=60", "train.log_every=1", "--output-dir", str(tmp_path / "out")]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "slow.py"), "none", "-1", *arguments]
+    with subprocess.Popen(command, env=env, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as job:
+        metrics = tmp_path / "out" / "training_metrics.json"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+            assert job.poll() is None
+            time.sleep(0.05)
+        job.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        assert len(metrics.read_text().splitlines()) < 60
+        job.send_signal(signal.SIGCONT)
+        assert job.communicate(timeout=100)[1] == "" and job.returncode == 0
 
 
 def test_a_broken_connection_is_a_lost_process(tmp_path, monkeypatch):
@@ -130,6 +162,9 @@ def test_a_broken_connection_is_a_lost_process(tmp_path, monkeypatch):
     told = translate(broken, tiny_config(), tmp_path, lambda run: "rank 2 is gone")
     assert isinstance(told, LostProcessError) and told.exit_code == 75 and "rank 2 is gone" in str(told)
     assert "rank 1] expected all 3 processes" in (tmp_path / "logs" / "log.txt").read_text()
+    assert "to another process (" in str(translate(broken, tiny_config(), tmp_path, lambda run: None))
+    elsewhere = translate(broken, tiny_config(), tmp_path, lambda run: "", patience_s=0)
+    assert "to a process on another machine (" in str(elsewhere)
     other = ValueError("boom")
     assert translate(other, tiny_config(), tmp_path, lambda run: "") is other
 
@@ -170,11 +205,12 @@ def test_a_full_disk_hides_neither_the_error_that_ends_a_run_nor_a_hang(tmp_path
 
     watch = Watch(tmp_path, hang_s=0)
     with pytest.raises(KeyError, match="the real one"), watch:
-        monkeypatch.setattr(Watch, "_write", full)
+        monkeypatch.setattr(Ranks, "write", full)
         raise KeyError("the real one")
     ended = []
     monkeypatch.setattr(os, "open", full)
     monkeypatch.setattr(os, "_exit", ended.append)
-    watch._end("hang", "rank 0 hangs")
+    watch._ended.clear()
+    watch._end("rank 0 hangs")
     assert ended == [75]
     assert capsys.readouterr().err == "error: rank 0 hangs (not in the log: No space left on device)\n"
