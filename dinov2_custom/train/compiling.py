@@ -46,7 +46,7 @@ def compile_step(model: SSLMetaArch, backend: str = "inductor") -> bool:
             compile_block(block, backend)
         for name, head in part.items():
             if name != "backbone":
-                head.chunk_loss = torch.compile(chunk_cross_entropy, backend=backend, dynamic=True)
+                head.chunk_loss = torch.compile(chunk_cross_entropy, backend=backend, fullgraph=True, dynamic=True)
     seconds = time.perf_counter() - start
     logger.info(f"train.compile: the compiler works (tried in {seconds:.1f} s); the first step compiles the rest")
     _time_first_step(model)

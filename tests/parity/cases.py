@@ -2,7 +2,8 @@
 
 Widths are the real ones. Images, prototypes and some depths are reduced to what one core does in seconds; none of them
 enters a formula. The clipping norms of :data:`RUN_CASES` are such that some steps are clipped and others are not.
-:data:`STEP_CASES` is for losses and gradients, :data:`RUN_CASES` for twenty optimizer steps.
+:data:`STEP_CASES` is for losses and gradients, :data:`RUN_CASES` for twenty optimizer steps; both with one setting of
+what makes our step fast, :data:`MEANS_CASES` and :data:`MEANS_RUN_CASES`, which are smaller, with all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ COMMON = "crops.local_crops_number=4 dino.head_n_prototypes=4096 ibot.head_n_pro
 SHORT_RUN = (
     "train.OFFICIAL_EPOCH_LENGTH=4 optim.epochs=6 optim.warmup_epochs=1 optim.freeze_last_layer_epochs=1 "
     "teacher.warmup_teacher_temp_epochs=3 dino.head_hidden_dim=512 ibot.head_hidden_dim=512"
+)
+
+
+SMALL = (
+    "student.patch_size=14 crops.global_crops_size=84 crops.local_crops_size=28 "
+    "dino.head_n_prototypes=512 ibot.head_n_prototypes=384 dino.head_hidden_dim=128 ibot.head_hidden_dim=128 "
+    "dino.head_bottleneck_dim=64 ibot.head_bottleneck_dim=64"
 )
 
 
@@ -87,3 +95,13 @@ RUN_CASES = [
         4,
     ),
 ]
+
+MEANS_CASES = [
+    Case("centering, shared head, drop path", "vit_small", SMALL, 2, 4),
+    Case("sinkhorn, separate heads, swiglu, drop path, chunks", "vit_small", f"{VITL14} {SMALL}", 2, 4),
+]
+MEANS_RUN_CASES = [
+    Case(case.name, case.arch, f"{SHORT_RUN} {case.overrides} optim.clip_grad=0.5", case.depth, case.batch_size)
+    for case in MEANS_CASES
+]
+ONE_BLOCK = Case("one block, sinkhorn", "vit_small", f"{SMALL} {SINKHORN} {DROP_0}", 1, 4)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.models import vision_transformer
+from dinov2_custom.train import compiling
 from dinov2_custom.train import train as our_train
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.oracle import OracleTrainer, make_batch, preserved_rng, reduced_depth
@@ -25,9 +26,34 @@ FP32 = [
     for kind in ("param", "reduce")
 ]
 
-# What makes our step fast and lean, all on and all off: neither changes a result.
-OPTIMISED = ("train.view_groups=4", "train.lean=true")
-PLAIN = ("train.view_groups=1", "train.lean=false")
+
+@dataclass(frozen=True)
+class Means:
+    """What makes our step fast and lean; none of it changes a result.
+
+    Attributes:
+        groups, lean, recompute: ``train.view_groups``, ``train.lean``, ``train.activation_checkpointing``.
+        padded: whether masked patches are padded to constant shapes.
+        compiler: backend of torch.compile, or None.
+    """
+
+    groups: int
+    lean: bool
+    recompute: str = "none"
+    padded: bool = False
+    compiler: str | None = None
+
+    def keys(self) -> list[str]:
+        recompute = f"train.activation_checkpointing={self.recompute}"
+        return [f"train.view_groups={self.groups}", f"train.lean={str(self.lean).lower()}", recompute]
+
+    def __str__(self) -> str:
+        names = ("lean" if self.lean else "", self.recompute, "padded" if self.padded else "", self.compiler)
+        return f"{self.groups} groups " + " ".join(name for name in names if name not in ("", "none", None))
+
+
+OPTIMISED = Means(groups=4, lean=True)
+PLAIN = Means(groups=1, lean=False)
 
 
 def our_config(overrides: list[str], output_dir: str):
@@ -39,10 +65,13 @@ def our_config(overrides: list[str], output_dir: str):
 class OurTrainer:
     """Our model and optimizer with the calls of :class:`tests.oracle.trainer.OracleTrainer`."""
 
-    def __init__(self, overrides: list[str], output_dir: str, *, depth: int | None = None, own: tuple[str, ...] = ()):
-        self.cfg = our_config([*overrides, *own], output_dir)
+    def __init__(self, overrides: list[str], output_dir: str, *, depth: int | None = None, means: Means = OPTIMISED):
+        self.cfg = our_config([*overrides, *means.keys()], output_dir)
         with preserved_rng(0), reduced_depth(vision_transformer, depth):
             self.model = SSLMetaArch(self.cfg)
+        self.model.prepare_for_distributed_training()
+        assert means.compiler is None or compiling.compile_step(self.model, means.compiler)
+        self.model.constant_shapes = means.padded
         self.model.train()
         self.optimizer = our_train.build_optimizer(self.cfg, self.model.get_params_groups())
 
@@ -63,11 +92,11 @@ class OurTrainer:
 
 
 def make_pair(
-    oracle: SimpleNamespace, case: Case, output_dir: str, own: tuple[str, ...] = ()
+    oracle: SimpleNamespace, case: Case, output_dir: str, means: Means = OPTIMISED
 ) -> tuple[OracleTrainer, OurTrainer]:
-    """Build both trainers with the same weights, by default not those a network starts from; ``own``: keys of ours."""
+    """Build both trainers with the same weights, by default not those a network starts from."""
     theirs = OracleTrainer(oracle, case.dotlist(), depth=case.depth)
-    ours = OurTrainer(case.dotlist(), output_dir, depth=case.depth, own=own)
+    ours = OurTrainer(case.dotlist(), output_dir, depth=case.depth, means=means)
     if not case.as_initialised:
         unsettle(theirs.model, seed=1)
     load_into_ours(theirs.model.state_dict(), ours.model)
@@ -109,9 +138,9 @@ class StepErrors:
         return max(self.gradients.values())
 
 
-def compare_step(oracle: SimpleNamespace, case: Case, output_dir: str, own: tuple[str, ...] = OPTIMISED) -> StepErrors:
+def compare_step(oracle: SimpleNamespace, case: Case, output_dir: str, means: Means = OPTIMISED) -> StepErrors:
     """Run one forward and backward on both sides and return how far apart they are."""
-    theirs, ours = make_pair(oracle, case, output_dir, own)
+    theirs, ours = make_pair(oracle, case, output_dir, means)
     batch = make_batch(oracle, theirs.cfg, case.batch_size, seed=2)
     expected = theirs.forward_backward(batch, teacher_temp=0.05, seed=3)
     got = ours.forward_backward(batch, teacher_temp=0.05, seed=3)
@@ -154,10 +183,10 @@ class RunErrors:
 
 
 def compare_run(
-    oracle: SimpleNamespace, case: Case, output_dir: str, steps: int, own: tuple[str, ...] = OPTIMISED
+    oracle: SimpleNamespace, case: Case, output_dir: str, steps: int, means: Means = OPTIMISED
 ) -> RunErrors:
     """Train both sides for ``steps`` iterations, a new batch each, with schedules, clipping, AdamW and EMA."""
-    theirs, ours = make_pair(oracle, case, output_dir, own)
+    theirs, ours = make_pair(oracle, case, output_dir, means)
     start = {name: value.clone() for name, value in theirs.model.state_dict().items()}
     their_schedules = oracle.train.build_schedulers(theirs.cfg)
     our_schedules = our_train.build_schedulers(ours.cfg)

@@ -16,13 +16,9 @@ UNOPTIMISED = ("S/14 no KoLeo", "S/14 sinkhorn, shared head, drop path .05")
 CASES = [(case, OPTIMISED) for case in STEP_CASES] + [(case, PLAIN) for case in STEP_CASES if case.name in UNOPTIMISED]
 
 
-def _name(value) -> str:
-    return getattr(value, "name", "plain" if value is PLAIN else "optimised")
-
-
-@pytest.mark.parametrize(("case", "own"), CASES, ids=_name)
-def test_losses_and_gradients_equal_upstream(oracle, case, own, tmp_path):
-    errors = compare_step(oracle, case, str(tmp_path), own)
+@pytest.mark.parametrize(("case", "means"), CASES, ids=lambda value: getattr(value, "name", str(value)))
+def test_losses_and_gradients_equal_upstream(oracle, case, means, tmp_path):
+    errors = compare_step(oracle, case, str(tmp_path), means)
     losses = {name: error for name, error in errors.losses.items() if not error < LOSS_TOLERANCE}
     gradients = {name: error for name, error in errors.gradients.items() if not error < GRADIENT_TOLERANCE}
     assert not losses, losses
