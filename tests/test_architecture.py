@@ -18,7 +18,7 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "run").rglob("*.py"))
 MAX_FILE_LINES, MAX_SCRIPT_LINES = 300, 40
 
-BASE = {"errors", "utils.dtype", "utils.rng", "utils.schedules"}
+BASE = {"errors", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
 # unit -> the units it may import, besides itself and the package's version; a unit is a module or a package
 ALLOWED = {
     "errors": {"exit_codes"},
@@ -26,6 +26,7 @@ ALLOWED = {
     "utils.dtype": set(),
     "utils.rng": set(),
     "utils.schedules": set(),
+    "utils.transfer": set(),
     "utils.cluster": set(),
     "utils.param_groups": set(),
     "utils.download": {"errors"},

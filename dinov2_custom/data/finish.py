@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_custom.utils.transfer import to_device
+
 from .draws import CropDraw
 from .image_ops import BLUR_RADIUS, SOLARIZE_THRESHOLD, blend_gain, blur_weights, hue_sextants
 
@@ -69,7 +71,7 @@ class Finisher:
         else:
             levels = levels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
             apply_colours(levels, colours)
-        scale, offset = (torch.from_numpy(v).to(levels.device)[:, None, None] for v in (self.scale, self.offset))
+        scale, offset = (to_device(torch.from_numpy(v), device)[:, None, None] for v in (self.scale, self.offset))
         return levels.mul_(scale).sub_(offset).to(self.dtype)
 
 
@@ -84,8 +86,8 @@ def apply_colours(levels: Tensor, colours: np.ndarray) -> None:
     for name, column in (("gray", GRAY), ("blur", BLUR), ("solarize", SOLARIZE)):
         groups.append(np.flatnonzero(colours[:, column]))
         names.append((name, column))
-    rows = torch.from_numpy(np.concatenate(groups)).to(device)
-    values = torch.from_numpy(np.ascontiguousarray(colours)).to(device)
+    rows = to_device(torch.from_numpy(np.concatenate(groups)), device)
+    values = to_device(torch.from_numpy(np.ascontiguousarray(colours)), device)
     start = 0
     for group, (name, column) in zip(groups, names, strict=True):
         index = rows[start : start + len(group)]

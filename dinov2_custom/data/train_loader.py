@@ -11,6 +11,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 
 from .finish import Finisher
 from .native import colour_changer
+from .prefetch import Copier
 from .resize import fastest_kernel
 from .ring import Built, Ring
 from .slots import allocate
@@ -70,6 +72,7 @@ class TrainLoader:
         device = torch.device(device)
         batch_size, world_size = self.builder.batch_size, self.builder.world_size
         self.draws = first_draw + start_iteration * batch_size * world_size
+        copier = Copier(device)
         source, auto = self._source(start_iteration, device, first_draw)
         try:
             while True:
@@ -77,15 +80,14 @@ class TrainLoader:
                 self.bad_images.add(batch_size, built.result.bad)
                 if not built.result.complete:
                     raise self.bad_images.error()
-                batch = unpack(built.arrays, built.result.upperbound, self.finish, device)
-                copied = _mark(device) if device.type == "cuda" else None  # elsewhere it has been copied already
-                if copied is None:
+                copied = copier(partial(unpack, built.arrays, built.result.upperbound, self.finish, device))
+                if copied.is_done:
                     source.release(built.slot)
                 self.draws += batch_size * world_size
                 start = time.perf_counter()
-                yield batch
-                if copied is not None:
-                    copied.synchronize()
+                yield copied.batch
+                if not copied.is_done:
+                    copied.wait()
                     source.release(built.slot)
                 if auto is not None and auto.observe(built.seconds, time.perf_counter() - start):
                     source.grow(auto.chosen)
@@ -147,10 +149,3 @@ class PinnedRing(Ring):
             torch.cuda.cudart().cudaHostUnregister(self._registered)
             self._registered = 0
         super().close()
-
-
-def _mark(device: torch.device) -> torch.cuda.Event:
-    """Return an event after all that a GPU was asked to do so far; ``synchronize`` waits for it."""
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
