@@ -63,7 +63,7 @@ def worker(steps: int) -> None:
     distributed.enable()
     cfg = config(SMALL)
     model, batch = SSLMetaArch(cfg).train(), random_batch(cfg)
-    reducer = GradientReducer(model.student.parameters())
+    reducer = GradientReducer(model.student.named_parameters())
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for index in range(2 * steps + 2):
         reduce = index % 2 == 0

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
+from dinov2_custom.utils.transfer import to_device, to_host
 
 BUCKET_MIB = 25.0
 NO_SHARD, SHARD_GRAD_OP, FULL_SHARD = "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"
@@ -37,7 +38,8 @@ def parallelize(cfg, model: nn.Module) -> GradientReducer:
             # let go of after the forward pass: no backward pass does it, and they change before the next one
             shard_part(model.teacher[name], cfg.compute_precision.teacher[name], reshard=True)
     sharded = {name: model.student[name] for name, strategy in strategies.items() if strategy != NO_SHARD}
-    whole = [p for name, part in model.student.items() if name not in sharded for p in part.parameters()]
+    parts = {name: part for name, part in model.student.items() if name not in sharded}
+    whole = [(f"{name}.{key}", p) for name, part in parts.items() for key, p in part.named_parameters()]
     # the last backward pass may be over local crops, which never reach the patches' own head
     held = [part for name, part in sharded.items() if strategies[name] == SHARD_GRAD_OP and name != "ibot_head"]
     return GradientReducer(whole, sharded=held, strategies=strategies)
@@ -85,7 +87,7 @@ def _device_bytes(device: torch.device) -> float:
 
 
 class _Bucket:
-    """Parameters whose gradients travel together; ``flat`` holds them end to end, then one count of users for each."""
+    """Parameters whose gradients travel together; ``flat`` holds them end to end, then for each how many have one."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -96,27 +98,30 @@ class _Bucket:
     def launch(self) -> None:
         """Start the sum over all processes of what is there; a parameter without gradient counts as zeros."""
         parts = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self.parameters]
-        used = torch.tensor([float(p.grad is not None) for p in self.parameters])
-        self.flat = torch.cat([*parts, used.to(parts[0], non_blocking=True)])
+        has_one = torch.tensor([float(p.grad is not None) for p in self.parameters], dtype=parts[0].dtype)
+        self.flat = torch.cat([*parts, to_device(has_one, parts[0].device)])
         self.work = dist.all_reduce(self.flat, async_op=True)
 
-    def finish(self, world_size: int) -> None:
-        """Wait, and write the means back; what no process used stays without gradient."""
+    def finish(self, world_size: int) -> Tensor:
+        """Wait, and write the means back where there was a gradient; return the share of processes that had one."""
         self.work.wait()
         sizes = [p.numel() for p in self.parameters]
-        *means, used = self.flat.div_(world_size).split([*sizes, len(sizes)])
-        for parameter, mean, is_used in zip(self.parameters, means, (used > 0).tolist(), strict=True):
-            parameter.grad = mean.view_as(parameter) if is_used else None
+        *means, have_one = self.flat.div_(world_size).split([*sizes, len(sizes)])
+        for parameter, mean in zip(self.parameters, means, strict=True):
+            if parameter.grad is not None:
+                parameter.grad = mean.view_as(parameter)
         self.flat = self.work = None
+        return have_one
 
 
 class GradientReducer:
     """Average gradients over all processes, in buckets, each sent as soon as its last gradient is there.
 
-    Buckets are sent in one fixed order, so that processes whose graphs differ (no masked patch here, some there) still
-    agree. Of sharded parts, FSDP2 does the work; those in ``sharded`` do it in the last backward pass only, which has
-    to reach all of them, and keep their weights gathered until then; the others do it in every one. In a single process
-    nothing happens. Use::
+    In every step the same parameters have to have a gradient in all processes, if only zeros, as where a batch has no
+    masked patch. It is looked at in the step after, when it can be read without waiting for the device. Of sharded
+    parts, FSDP2 does the work; those in ``sharded`` do it in the last backward pass only, which has to reach all of
+    them, and keep their weights gathered until then; the others do it in every one. In a single process nothing
+    happens. Use::
 
         reducer.arm()           # before the last backward pass of a step
         loss.backward()
@@ -127,7 +132,7 @@ class GradientReducer:
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
         bucket_mib: float = BUCKET_MIB,
         sharded: Sequence[nn.Module] = (),
         strategies: dict[str, str] | None = None,
@@ -138,10 +143,13 @@ class GradientReducer:
         self.armed = False
         self._sync_sharded(False)
         self.buckets: list[_Bucket] = []
+        self._shares: tuple[Tensor, torch.cuda.Event | None] | None = None
         if self.world_size == 1:
             return
         # the last layers' gradients come first
-        for run in _grouped(list(parameters)[::-1], bucket_mib * 2**20):
+        named = list(named_parameters)[::-1]
+        self._names = [name for name, _ in named]
+        for run in _grouped([parameter for _, parameter in named], bucket_mib * 2**20):
             self.buckets.append(_Bucket(run))
             for parameter in run:
                 parameter.register_post_accumulate_grad_hook(self._hook(self.buckets[-1]))
@@ -154,13 +162,30 @@ class GradientReducer:
             bucket.waiting = {id(parameter) for parameter in bucket.parameters}
 
     def finish(self) -> None:
-        """Send what is left, wait for everything and write the means into ``.grad``."""
+        """Send what is left, wait for everything and write the means into ``.grad``.
+
+        Raises:
+            RuntimeError: in the step before, some processes had a gradient of a parameter and some had none.
+        """
+        self.check()
         self.armed = False
         self._sync_sharded(False)
         for bucket in self.buckets[self._next :]:
             bucket.launch()
-        for bucket in self.buckets:
-            bucket.finish(self.world_size)
+        shares = [bucket.finish(self.world_size) for bucket in self.buckets]
+        self._shares = to_host(torch.cat(shares)) if shares else None
+
+    def check(self) -> None:
+        """Compare the gradients of the last step over the processes; raises as :meth:`finish`."""
+        if self._shares is None:
+            return
+        shares, ready = self._shares
+        if ready is not None:
+            ready.synchronize()
+        unlike = [name for name, share in zip(self._names, shares.tolist(), strict=True) if 0 < share < 1]
+        if unlike:
+            names = ", ".join(unlike)
+            raise RuntimeError(f"gradients: expected them in all processes or in none, got them in some, of {names}")
 
     def describe(self) -> str:
         """Return the strategy of each part for the start-up block."""

@@ -14,8 +14,9 @@ from dinov2_custom import parallel
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.parallel import GradientReducer, _grouped
 from dinov2_custom.sharding import reduce_dtype
+from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from tests.train.batches import TINY, tiny_config
+from tests.train.batches import TINY, random_batch, tiny_config
 from tests.train.test_train import weights, write_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ def test_buckets_hold_every_parameter_once_in_order():
 
 def test_one_process_needs_nothing():
     p = nn.Parameter(torch.ones(2))
-    reducer = GradientReducer([p])
+    reducer = GradientReducer([("p", p)])
     reducer.arm()
     (p.sum() * 3).backward()
     reducer.finish()
@@ -46,7 +47,8 @@ def launch(processes: int, *command: str, timeout: float = 240) -> subprocess.Co
     return done
 
 
-def test_two_processes_average_whatever_each_of_them_used(tmp_path):
+def test_two_processes_average_and_must_have_the_same_gradients(tmp_path):
+    """A parameter that one of them has no gradient of is named in the step after; one that none uses has none."""
     script = tmp_path / "reduce.py"
     script.write_text(
         """
@@ -57,20 +59,83 @@ from dinov2_custom.parallel import GradientReducer
 distributed.enable()
 rank = distributed.get_global_rank()
 both, one, none = (nn.Parameter(torch.ones(3)) for _ in range(3))
-reducer = GradientReducer([both, one, none], bucket_mib=1e-6)
+named = {"both": both, "one": one, "none": none}
+reducer = GradientReducer(named.items(), bucket_mib=1e-6)
 (both.sum() * 10).backward()            # accumulated before, not reduced yet
-reducer.arm()
-loss = (both.sum() * (rank + 1)) if rank else (both.sum() + one.sum() * 4)
-loss.backward()
-reducer.finish()
-if rank == 0:
-    json.dump([both.grad.tolist(), one.grad.tolist(), none.grad], open(sys.argv[1], "w"))
+
+def step(loss):
+    reducer.arm()
+    loss.backward()
+    reducer.finish()
+
+step(both.sum() * (rank + 1) + one.sum() * (4 - 4 * rank))
+facts = [both.grad.tolist(), one.grad.tolist(), none.grad]
+one.grad = None
+step(both.sum() + one.sum() if rank else both.sum())
+try:
+    step(both.sum())
+except RuntimeError as e:
+    facts.append(str(e))
+json.dump(facts, open(f"{sys.argv[1]}/{rank}.json", "w"))
 distributed.disable()
 """
     )
-    launch(2, str(script), str(tmp_path / "out.json"))
-    both, one, none = json.loads((tmp_path / "out.json").read_text())
-    assert (both, one, none) == ([11.5] * 3, [2.0] * 3, None)
+    launch(2, str(script), str(tmp_path))
+    for rank in (0, 1):
+        both, one, none, error = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (both, one, none) == ([11.5] * 3, [2.0] * 3, None)
+        assert error.endswith(" of one")
+
+
+NO_MASK = """
+import sys, torch
+from dinov2_custom import distributed
+from tests.test_parallel import gradients_of
+distributed.enable()
+rank = distributed.get_global_rank()
+torch.save(gradients_of([rank]), f"{sys.argv[1]}/{rank}.pt")
+distributed.disable()
+"""
+
+
+def gradients_of(ranks: list[int]) -> dict[str, torch.Tensor]:
+    """Return the gradients from the batches of ``ranks`` as one, the second of which has no masked patch."""
+    results = {}
+    for options in (("lean=true", "view_groups=4"), ("lean=false", "view_groups=1")):
+        for centering in ("centering", "sinkhorn_knopp"):
+            own = (f"train.{option}" for option in (*options, f"centering={centering}"))
+            cfg = tiny_config("dino.koleo_loss_weight=0", "ibot.separate_head=true", *own)
+            model = SSLMetaArch(cfg).train()
+            reducer = parallel.parallelize(cfg, model)
+            batch = joined([random_batch(cfg, seed=rank, masked=rank == 0) for rank in ranks])
+            accumulate_gradients(cfg, model, reducer, batch, iter(()), 0.05, torch.Generator())
+            reducer.check()
+            named = model.student.named_parameters()
+            results |= {f"{options} {centering} {name}": parameter.grad for name, parameter in named}
+    return results
+
+
+def joined(batches: list[dict]) -> dict:
+    """Return collated batches as one: the images of both, first crops first."""
+    whole = {"upperbound": sum(batch["upperbound"] for batch in batches)}
+    for name, parts in {"collated_global_crops": 2, "collated_local_crops": 2, "collated_masks": 2}.items():
+        views = zip(*(batch[name].chunk(parts) for batch in batches), strict=True)
+        whole[name] = torch.cat([one for view in views for one in view])
+    masks = whole["collated_masks"]
+    whole["mask_indices_list"] = masks.flatten().nonzero().flatten()
+    whole["masks_weight"] = (1 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)[masks]
+    return whole | {"n_masked_patches": torch.full((1,), len(whole["masks_weight"]))}
+
+
+def test_a_process_without_masked_patches_has_gradients_of_zero(tmp_path):
+    script = tmp_path / "no_mask.py"
+    script.write_text(NO_MASK)
+    launch(2, str(script), str(tmp_path))
+    expected = gradients_of([0, 1])
+    for rank in (0, 1):
+        for name, got in torch.load(tmp_path / f"{rank}.pt").items():
+            torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(value.abs().max() > 0 for name, value in expected.items() if "ibot_head" in name)
 
 
 def tiny_run(images: Path, *options: str, strategy: str = "auto", dtype: str = "fp32") -> list[str]:
@@ -144,6 +209,39 @@ def test_however_a_batch_is_cut_losses_and_weights_are_the_same(
     final = weights(expected)
     moved = max(float((final[name] - value).abs().max()) for name, value in start.items() if name.startswith("student"))
     assert moved > 1e-3
+
+
+COMPILED = """
+import functools, sys, torch
+from dinov2_custom.train import compiling, train
+compiling.compile_step = functools.partial(compiling.compile_step, backend="aot_eager")
+code = train.main(train.get_args_parser().parse_args())
+counters = torch._dynamo.utils.counters
+print("graph breaks:", dict(counters["graph_break"]), "graphs:", counters["stats"]["unique_graphs"], flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "groups", "recompute"),
+    [("NO_SHARD", 4, "selective"), ("SHARD_GRAD_OP", 2, "none"), ("FULL_SHARD", 1, "full")],
+)
+def test_compiled_in_two_processes_losses_and_weights_are_those_of_one(alone, tmp_path, strategy, groups, recompute):
+    """Constant shapes too. What FSDP2 hooks into lies around the compiled branches: no graph breaks."""
+    options = ["train.centering=sinkhorn_knopp", "ibot.separate_head=true"]
+    images, expected = alone(*options)
+    cut = ["train.batch_size_per_gpu=4", "train.compile=on", f"train.view_groups={groups}"]
+    cut += [f"train.activation_checkpointing={recompute}"]
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    command = tiny_run(images, *options, *cut, strategy=strategy)[1:]
+    done = launch(2, str(script), *command, "--output-dir", str(tmp_path / "out"))
+    assert f"2 processes, backbone={strategy} dino_head={strategy} ibot_head={strategy}" in done.stdout
+    assert done.stdout.count("the first batch took") == 1  # the main process says so
+    reports = [line for line in done.stdout.splitlines() if line.startswith("graph breaks:")]
+    assert len(reports) == 2 and all("{} graphs: " in line and not line.endswith(" 0") for line in reports), reports
+    apart, losses = compare(expected, tmp_path / "out")
+    assert apart < 1e-5 and losses < 1e-5, (apart, losses)
 
 
 @pytest.mark.parametrize("dtype", ["bf16"])

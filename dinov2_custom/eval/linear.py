@@ -99,7 +99,7 @@ def eval_linear(
     checkpointer = LinearCheckpointer(linear_classifiers, output_dir, optimizer, scheduler)
     iteration = start = checkpointer.resume_or_load(classifier_fpath, resume=resume) + 1
     device = next(linear_classifiers.parameters()).device
-    reducer = GradientReducer(linear_classifiers.parameters())
+    reducer = GradientReducer(linear_classifiers.named_parameters())
     score = partial(
         evaluate_linear_classifiers,
         feature_model,

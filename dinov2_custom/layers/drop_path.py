@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_custom.layers.attention import Segments
+from dinov2_custom.utils.transfer import to_device
 
 
 def drop_path(x: Tensor, drop_prob: float = 0.0, training: bool = False) -> Tensor:
@@ -130,10 +131,7 @@ def to_subsets(draws: Sequence[Draw], segments: Segments, device: torch.device) 
 
 
 def _moved(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    packed = torch.cat(tensors)
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    return packed.to(device, non_blocking=True).split([len(tensor) for tensor in tensors])
+    return to_device(torch.cat(tensors), device).split([len(tensor) for tensor in tensors])
 
 
 def draw_subset(

@@ -47,4 +47,4 @@ class DINOLoss(CenteredLoss):
 
 
 def _rows_of_all_ranks(logits: Tensor) -> Tensor:
-    return all_reduce(logits.new_tensor(float(len(logits)), dtype=torch.float32))
+    return all_reduce(logits.new_full((), len(logits), dtype=torch.float32))

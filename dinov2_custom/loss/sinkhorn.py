@@ -46,7 +46,7 @@ def sinkhorn_targets_(
     row_max = logits.amax(dim=1).float() / teacher_temp if len(logits) else logits.new_zeros(0, dtype=torch.float32)
     is_padding = torch.zeros_like(row_max, dtype=torch.bool) if real_rows is None else real_rows == 0
     counted = row_max.masked_fill(is_padding, float("-inf"))
-    highest = counted.max() if len(logits) else counted.new_tensor(float("-inf"))
+    highest = counted.max() if len(logits) else counted.new_full((), float("-inf"))
     if dist.is_available() and dist.is_initialized():
         all_reduce(highest, dist.ReduceOp.MAX)
     per_row = torch.exp(row_max - highest).clamp_min(_LEAST_ROW).masked_fill(is_padding, 0.0)

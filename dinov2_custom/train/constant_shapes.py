@@ -24,7 +24,8 @@ def padded_count(count: int, num_patches: int) -> int:
 def pad_patches(images: dict, masked_in_first: int, apart: bool) -> tuple[dict, int]:
     """Return the collated batch with padded masked patches, and how many rows are now the first global crops'.
 
-    ``n_masked_patches`` stays the real number, and rows of padding are those with ``masks_weight`` 0.
+    There is one row at least, so that no kernel sees none. ``n_masked_patches`` stays the real number, and rows of
+    padding are those with ``masks_weight`` 0.
 
     Args:
         masked_in_first: masked patches of the first global crops.
@@ -34,11 +35,11 @@ def pad_patches(images: dict, masked_in_first: int, apart: bool) -> tuple[dict, 
     positions, weights = images["mask_indices_list"], images["masks_weight"]
     num_patches, total = images["collated_masks"].numel(), len(positions)
     if apart:
-        half = padded_count(max(masked_in_first, total - masked_in_first), num_patches // 2)
+        half = padded_count(max(1, masked_in_first, total - masked_in_first), num_patches // 2)
         cuts = ((slice(masked_in_first), 0), (slice(masked_in_first, None), num_patches // 2))
         parts = [(positions[rows], weights[rows], half, first_patch) for rows, first_patch in cuts]
     else:
-        parts = [(positions, weights, padded_count(max(total, images["upperbound"]), num_patches), 0)]
+        parts = [(positions, weights, padded_count(max(1, total, images["upperbound"]), num_patches), 0)]
     padded = [_padded(*part) for part in parts]
     positions, weights = (torch.cat(tensors) for tensors in zip(*padded, strict=True))
     return {**images, "mask_indices_list": positions, "masks_weight": weights}, half if apart else masked_in_first

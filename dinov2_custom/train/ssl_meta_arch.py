@@ -25,6 +25,7 @@ from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_vie
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2_custom.utils.rng import seed_for
+from dinov2_custom.utils.transfer import to_device
 
 __all__ = ["Features", "SSLMetaArch", "Targets", "assignment_entropies"]
 
@@ -129,10 +130,7 @@ class SSLMetaArch(nn.Module):
         if self.constant_shapes:
             apart = any(len(group.global_views) == 1 for group, _ in groups)
             images, masked_in_first = pad_patches(images, masked_in_first, apart)
-        images = {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in images.items()
-        }
+        images = {name: to_device(v, self.device) if isinstance(v, Tensor) else v for name, v in images.items()}
         index, count = micro_batch
         self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
         targets = self.teacher_targets(images, teacher_temp)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import NumericsError
+from dinov2_custom.utils.transfer import to_device, to_host
 
 logger = logging.getLogger("dinov2")
 # A loss scaler that starts too high overflows a gradient in each of its first steps while it halves itself.
@@ -76,13 +77,13 @@ class StepGuard:
         values = torch.stack(list(losses.values())).float()
         told = values.new_empty(0)
         if distributed.is_enabled():
-            both = torch.cat((values, _encode(word).to(values.device, non_blocking=True)))
+            both = torch.cat((values, to_device(_encode(word), values.device)))
             both = distributed.all_reduce(both)
             values, told = both[: len(values)] / distributed.get_global_size(), both[len(values) :]
         norms = torch.stack([norm.float() for norm in grad_norms.values()])
         finite = torch.cat((values, norms)).isfinite()
         facts = torch.cat((finite.float(), told))
-        self._reports.append(_Report(iteration, [*losses, *grad_norms], *_to_host(facts)))
+        self._reports.append(_Report(iteration, [*losses, *grad_norms], *to_host(facts)))
         return dict(zip(losses, values, strict=True)), 1.0 - finite.all().float()
 
     def hear(self) -> Word:
@@ -139,13 +140,3 @@ def _encode(word: Word) -> Tensor:
 def _decode(told: list[float]) -> Word:
     asked = [signum for signum, count in enumerate(told[1:]) if count]
     return Word(asked[0] if asked else 0, told[0] if told else 0.0)
-
-
-def _to_host(facts: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start the copy of ``facts`` to the host; it is there when the event, if any, has happened."""
-    if facts.device.type != "cuda":
-        return facts, None
-    copy = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True).copy_(facts, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return copy, event

@@ -31,14 +31,14 @@ def tiny_config(*overrides):
     return load_run_config("", [*TINY, *precision, *overrides], output_dir="unused", require_dataset=False)
 
 
-def random_batch(cfg, seed=0, batch=None):
-    """Return a collated batch: every second global crop has a mask."""
+def random_batch(cfg, seed=0, batch=None, masked=True):
+    """Return a collated batch: every second global crop has a mask, or none has."""
     g = torch.Generator().manual_seed(seed)
     batch = batch or cfg.train.batch_size_per_gpu
     side, local, count = cfg.crops.global_crops_size, cfg.crops.local_crops_size, cfg.crops.local_crops_number
     tokens = (side // cfg.student.patch_size) ** 2
     masks = torch.zeros(2 * batch, tokens, dtype=torch.bool)
-    if cfg.ibot.mask_sample_probability:
+    if masked and cfg.ibot.mask_sample_probability:
         masks[::2] = torch.rand(batch, tokens, generator=g) < 0.3
     indices = masks.flatten().nonzero().flatten()
     per_crop = (1 / masks.sum(dim=1).clamp_min(1)).unsqueeze(1).expand_as(masks)

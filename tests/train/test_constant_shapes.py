@@ -73,13 +73,20 @@ def test_nothing_but_the_shapes_changes(centering, lean, overrides):
             torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_a_batch_without_any_masked_patch():
-    for rows in (0, 7):
-        cfg = tiny_config("ibot.mask_sample_probability=0", "train.centering=sinkhorn_knopp")
-        model, batch = SSLMetaArch(cfg).train(), random_batch(cfg)
-        model.constant_shapes, batch["upperbound"] = True, rows
+@pytest.mark.parametrize("overrides", [("lean=true", "view_groups=4"), ("lean=false", "view_groups=1")], ids=str)
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_a_batch_without_any_masked_patch(overrides, centering):
+    """All parameters have a gradient, that of the patches' own head is zero; no kernel sees a batch of no rows."""
+    options = [f"train.{option}" for option in (*overrides, f"centering={centering}")]
+    cfg = tiny_config("ibot.mask_sample_probability=0", "ibot.separate_head=true", *options)
+    for rows in (None, 0, 7):
+        model, batch, seen = SSLMetaArch(cfg).train(), random_batch(cfg), []
+        model.constant_shapes, batch["upperbound"] = rows is not None, rows or 0
+        model.teacher["ibot_head"].mlp.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         assert model.forward_backward(batch, 0.05)["ibot_loss"] == 0
         assert all(p.grad.isfinite().all() for p in model.student.parameters())
+        assert not any(p.grad.any() for p in model.student["ibot_head"].parameters())
+        assert all((len(x) > 0) == model.constant_shapes for x in seen) and seen
 
 
 def test_all_batches_have_the_same_shapes():

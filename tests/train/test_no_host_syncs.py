@@ -1,0 +1,131 @@
+"""A step never waits for the device: run on ``meta`` tensors, which stand for a GPU's and cannot be read.
+
+Whatever looks at a value (``item``, ``tolist``, ``nonzero``, a mask as an index, ``bool``, a copy to the host) raises
+on them. Copies to the device that the host would wait for are caught too. Allowed reads are in :data:`ALLOWED`.
+torch's fused AdamW has no kernel for them and is left out: it takes the flag that skips a step as a tensor.
+"""
+
+import itertools
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dinov2_custom.logging import MetricLogger
+from dinov2_custom.parallel import parallelize
+from dinov2_custom.train import step_guard
+from dinov2_custom.train.gradients import accumulate_gradients
+from dinov2_custom.train.optimization import build_optimizer, clip_gradients, step_unless
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.step_guard import StepGuard
+from dinov2_custom.utils import transfer
+from tests.train.batches import random_batch, tiny_config
+
+# the only way to the host in a step; what comes of it is read in the step after
+ALLOWED = {"StepGuard.judge: finite flags and what processes tell each other": step_guard}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raise where a copy from the host to the device is not ``non_blocking``."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        devices = [leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func is torch.ops.aten._to_copy.default and devices == ["cpu"] and result.device.type == "meta":
+            assert kwargs.get("non_blocking"), "a copy to the device that the host waits for"
+        if func is torch.ops.aten.copy_.default and devices == ["meta", "cpu"] and args[1].ndim:
+            assert (args[2:] or (False,))[0], "a copy to the device that the host waits for"
+        return result
+
+
+def test_what_this_test_relies_on():
+    """Each of these would be a wait on a GPU, and is an error here."""
+    x = torch.ones(3, device="meta")
+    reads = [x.sum().item, x.tolist, x.nonzero, x.cpu, lambda: x[x > 0], lambda: bool(x.sum() > 0), lambda: float(x[0])]
+    for read in reads:
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read()
+    with NoWaiting(), pytest.raises(AssertionError):
+        torch.ones(3).to("meta")
+    with NoWaiting(), pytest.raises(AssertionError):
+        x.copy_(torch.ones(3))
+    with NoWaiting():
+        torch.ones(3).to("meta", non_blocking=True)
+
+
+def no_list_of_numbers(make):
+    """Return ``make``, a function of torch's that copies numbers to the device and waits, as one that raises there."""
+
+    def checked(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        assert tensor.device.type == "cpu", "numbers copied to the device, for which the host waits"
+        return tensor
+
+    return checked
+
+
+@pytest.fixture
+def as_a_gpu(monkeypatch):
+    """Let ``meta`` be good enough for a step, which has no autocast; catch what is sent to the host."""
+    sent = []
+    monkeypatch.setattr(SSLMetaArch, "autocast", lambda *args: nullcontext())
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    monkeypatch.setattr(torch.Tensor, "new_tensor", no_list_of_numbers(torch.Tensor.new_tensor))
+    monkeypatch.setattr(torch, "tensor", no_list_of_numbers(torch.tensor))
+
+    def to_host(tensor):
+        sent.append(tensor)
+        return torch.ones(tensor.shape, dtype=tensor.dtype), None
+
+    for module in ALLOWED.values():
+        monkeypatch.setattr(module, "to_host", to_host)
+    return sent
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize(("lean", "groups", "recompute"), [("true", 4, "selective"), ("false", 1, "full")])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_whole_step_reads_nothing_from_the_device(as_a_gpu, centering, lean, groups, recompute, padded):
+    cfg = tiny_config(
+        f"train.centering={centering}", f"train.lean={lean}", f"train.view_groups={groups}", "ibot.separate_head=true",
+        f"train.activation_checkpointing={recompute}", "student.drop_path_rate=0.3", "optim.accumulation_steps=2",
+    )  # fmt: skip
+    model = SSLMetaArch(cfg).to("meta").train()
+    model.set_checkpointing(recompute)
+    model.constant_shapes = padded
+    model.diagnose = True
+    optimizer = build_optimizer(cfg, model.get_params_groups())
+    guard, reducer = StepGuard(3, False, lambda: "none"), parallelize(cfg, model)
+    metrics = MetricLogger()
+    iterations = metrics.log_every(itertools.count(1), 10, "Training", n_iterations=100, start_iteration=1)
+    with NoWaiting():
+        for iteration in itertools.islice(iterations, 3):  # no line is written: the first is at 10
+            optimizer.zero_grad(set_to_none=True)
+            batches = (random_batch(cfg, seed) for seed in (1, 2))
+            generator = torch.Generator().manual_seed(0)
+            losses = accumulate_gradients(cfg, model, reducer, next(batches), batches, 0.05, generator)
+            norms = clip_gradients(cfg, model, optimizer)
+            losses, skip = guard.judge(iteration, losses, norms)
+            step_unless(skip, model, optimizer, 0.9)
+            guard.hear()
+            metrics.update(lr=0.1, total_loss=sum(losses.values()), **losses, **norms, **model.diagnostics)
+    assert len(as_a_gpu) == 3
+    assert {"dino_local_crops_loss", "koleo_loss", "ibot_loss"} <= set(losses)
+    assert all(value.device.type == "meta" for value in (*losses.values(), *norms.values(), skip))
+
+
+def test_small_tensors_reach_a_gpu_through_pinned_memory(monkeypatch):
+    """The real :func:`to_device`, whose CUDA calls are recorded."""
+    calls = []
+    tensor = torch.ones(3)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append((args, kwargs)) or self)
+    transfer.to_device(tensor, torch.device("cuda"))
+    assert calls == ["pinned", ((torch.device("cuda"),), {"non_blocking": True})]
+    calls.clear()
+    transfer.to_device(tensor, torch.device("cpu"))
+    assert calls == [((torch.device("cpu"),), {"non_blocking": True})]
