@@ -31,10 +31,13 @@ PADDED = [
     Means(4, False, "none", padded=True),
 ]
 RECOMPUTED = [Means(groups, lean, mode) for groups, lean in ((4, True), (1, False)) for mode in ("selective", "full")]
-COMPILED = [  # more with twenty steps
-    Means(4, True, "selective", padded=True, compiler="aot_eager"),
-    Means(2, True, "full", padded=True, compiler="aot_eager"),
-    Means(1, False, "none", compiler="aot_eager"),
+COMPILED = [
+    (MEANS_CASES[0], Means(2, True, "full", padded=True, compiler="aot_eager")),
+    (MEANS_CASES[1], Means(1, False, "none", compiler="aot_eager")),
+]
+TWENTY_STEPS = [
+    (MEANS_RUN_CASES[0], Means(2, False, "full", padded=True)),
+    (MEANS_RUN_CASES[1], Means(4, True, "selective", padded=True, compiler="aot_eager")),
 ]
 REAL_COMPILER = Means(1, True, padded=True, compiler="inductor")
 
@@ -84,11 +87,7 @@ def test_losses_and_gradients_equal_upstream(upstream, case, means, tmp_path):
     check_step(upstream, case, means, str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("case", "means"),
-    [(MEANS_CASES[0], COMPILED[0]), *((MEANS_CASES[1], means) for means in COMPILED[1:])],
-    ids=lambda value: getattr(value, "name", str(value)),
-)
+@pytest.mark.parametrize(("case", "means"), COMPILED, ids=lambda value: getattr(value, "name", str(value)))
 def test_compiled_they_equal_upstream_without_graph_breaks(upstream, case, means, tmp_path):
     check_step(upstream, case, means, str(tmp_path))
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -104,14 +103,7 @@ def test_these_batches_are_padded(upstream, case):
         assert (weights == 0).sum() > 0 and len(weights) > len(batch["masks_weight"])
 
 
-@pytest.mark.parametrize(
-    ("case", "means"),
-    [
-        (MEANS_RUN_CASES[0], Means(2, False, "full", padded=True)),
-        (MEANS_RUN_CASES[1], Means(4, True, "selective", padded=True, compiler="aot_eager")),
-    ],
-    ids=lambda value: getattr(value, "name", str(value)),
-)
+@pytest.mark.parametrize(("case", "means"), TWENTY_STEPS, ids=lambda value: getattr(value, "name", str(value)))
 def test_weights_after_twenty_steps_equal_upstream(oracle, case, means, tmp_path):
     errors = compare_run(oracle, case, str(tmp_path), STEPS, means)
     apart = {name: error for name, error in errors.weights.items() if not error < TOLERANCE}
