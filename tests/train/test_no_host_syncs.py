@@ -7,14 +7,16 @@ torch's fused AdamW has no kernel for them and is left out: it takes the flag th
 
 import itertools
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dinov2_custom import parallel
 from dinov2_custom.logging import MetricLogger
-from dinov2_custom.parallel import parallelize
+from dinov2_custom.parallel import GradientReducer, parallelize
 from dinov2_custom.train import step_guard
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.optimization import build_optimizer, clip_gradients, step_unless
@@ -23,8 +25,11 @@ from dinov2_custom.train.step_guard import StepGuard
 from dinov2_custom.utils import transfer
 from tests.train.batches import random_batch, tiny_config
 
-# the only way to the host in a step; what comes of it is read in the step after
-ALLOWED = {"StepGuard.judge: finite flags and what processes tell each other": step_guard}
+# the only ways to the host in a step; what comes of them is read in the step after
+ALLOWED = {
+    "StepGuard.judge: finite flags and what processes tell each other": step_guard,
+    "GradientReducer.finish: which parameters have gradients in how many processes": parallel,
+}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -116,6 +121,28 @@ def test_a_whole_step_reads_nothing_from_the_device(as_a_gpu, centering, lean, g
     assert len(as_a_gpu) == 3
     assert {"dino_local_crops_loss", "koleo_loss", "ibot_loss"} <= set(losses)
     assert all(value.device.type == "meta" for value in (*losses.values(), *norms.values(), skip))
+
+
+def test_averaging_gradients_reads_nothing_from_the_device(as_a_gpu, monkeypatch):
+    """The reducer of two processes, with a stand-in for the sum over them."""
+    sums = []
+
+    def all_reduce(tensor, async_op):
+        sums.append(tensor)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(parallel.distributed, "get_global_size", lambda: 2)
+    monkeypatch.setattr(parallel.dist, "all_reduce", all_reduce)
+    used, other, unused = (torch.nn.Parameter(torch.ones(3, device="meta")) for _ in range(3))
+    reducer = GradientReducer({"used": used, "other": other, "unused": unused}.items(), bucket_mib=1e-6)
+    with NoWaiting():
+        for _ in range(2):
+            used.grad = other.grad = None
+            reducer.arm()
+            (used.sum() + other.sum()).backward()
+            reducer.finish()
+    assert len(sums) == 6 and len(as_a_gpu) == 2
+    assert used.grad.device.type == other.grad.device.type == "meta" and unused.grad is None
 
 
 def test_small_tensors_reach_a_gpu_through_pinned_memory(monkeypatch):
