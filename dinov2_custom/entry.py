@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import importlib
 import os
@@ -10,11 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.exit_codes import ERROR, stopped_by
+from dinov2_custom.world import world_from_environment
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _REQUIREMENTS = ("torch", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "tqdm")
@@ -65,6 +68,29 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return stopped_by(signal.SIGINT)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, one of a script, with ``code``.
+
+    Where it is one of several, without taking Python apart. The threads of a process group (gloo's) can outlive
+    ``distributed.disable``: torch keeps the group in its caches of sharded tensors. One that lets go of its last tensor
+    while Python, before 3.14, goes down ends the process with SIGABRT, after a run that was in order.
+    """
+    try:
+        is_alone = world_from_environment(os.environ).size == 1
+    except DINOv2Error:  # nothing was started then
+        is_alone = True
+    if is_alone:
+        sys.exit(code)
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    _flush()
+    with suppress(OSError):  # nobody reads it
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def describe_no_room(error: OSError) -> str:

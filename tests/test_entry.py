@@ -2,6 +2,8 @@
 
 import errno
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from dinov2_custom import entry
 from dinov2_custom.errors import ConfigError
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 PRINTS = """
 import sys
 from dinov2_custom import entry
@@ -115,3 +118,61 @@ def test_the_requirements_are_those_of_the_package():
     listed = text.partition("\ndependencies = [\n")[2].partition("\n]")[0].split()
     plain = [line.strip('",').partition(">")[0] for line in listed]
     assert {names.get(name, name) for name in plain} == set(entry._REQUIREMENTS)
+
+
+LEAVES = """
+import atexit, ctypes, os, sys, time
+from pathlib import Path
+folder, how = Path(sys.argv[1]), sys.argv[2]
+if os.environ["RANK"] == "0":  # the last that is done before Python goes down: keep it from the other threads
+    atexit.register(ctypes.PyDLL(None).usleep, 2_000_000)
+    atexit.register((folder / "leaving").touch)
+import torch
+import torch.distributed as dist
+from dinov2_custom import distributed, entry
+distributed.enable()
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))  # caches of sharded tensors keep it for good, too
+distributed.barrier()
+work = dist.all_reduce(torch.ones(3), async_op=True) if os.environ["RANK"] == "0" else None
+del work  # the group's thread has the last hold on the tensor, until the other process takes part
+while os.environ["RANK"] == "1" and not (folder / "leaving").exists():
+    time.sleep(0.01)
+if os.environ["RANK"] == "1":
+    dist.all_reduce(torch.ones(3))
+distributed.disable()
+print("done", flush=True)
+entry.leave(0) if how == "leave" else sys.exit(0)
+"""
+
+
+def leave_in_order(folder, how):
+    """Return the exit codes of two processes; a thread of the first one's group ends its work while it leaves."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", LEAVES, str(folder), how]
+    jobs = []
+    for rank in range(2):
+        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", **own}
+        jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    said = [job.communicate(timeout=100)[0] for job in jobs]
+    assert said == ["done\n", "done\n"]
+    return [job.returncode for job in jobs]
+
+
+def test_threads_of_a_process_group_do_not_abort_a_process_that_is_done(tmp_path):
+    assert leave_in_order(tmp_path / "one", "leave") == [0, 0]
+    if sys.version_info < (3, 14):  # what it is good for
+        assert leave_in_order(tmp_path / "other", "exit") == [-signal.SIGABRT, 0]
+
+
+def test_leaving_runs_what_was_registered_for_the_end(tmp_path):
+    code = "import atexit; from dinov2_custom import entry; atexit.register(print, 'bye'); print('x', end=' '); "
+    for world in ("1", "2"):
+        own = {"RANK": "0", "WORLD_SIZE": world, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": world}
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MASTER_ADDR": "x", "MASTER_PORT": "1", **own}
+        done = subprocess.run([sys.executable, "-c", code + "entry.leave(7)"], env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (7, "x bye\n", "")

@@ -42,6 +42,13 @@ def main(args: argparse.Namespace) -> int:
     if args.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError('--format parquet: expected the extra "parquet"; pip install ".[parquet]"')
     distributed.enable()
+    try:
+        return _run(args)
+    finally:
+        distributed.disable()
+
+
+def _run(args: argparse.Namespace) -> int:
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
     dataset = make_dataset(dataset_str=args.dataset)
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("embed", args.checkpoint)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -290,4 +289,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.eval.knn", get_args_parser().parse_args(), quiet_threads=True))
+    entry.leave(entry.run("dinov2_custom.eval.knn", get_args_parser().parse_args(), quiet_threads=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -279,4 +278,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.eval.linear", get_args_parser().parse_args(), quiet_threads=True))
+    entry.leave(entry.run("dinov2_custom.eval.linear", get_args_parser().parse_args(), quiet_threads=True))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,4 +224,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.eval.log_regression", get_args_parser().parse_args(), quiet_threads=True))
+    entry.leave(entry.run("dinov2_custom.eval.log_regression", get_args_parser().parse_args(), quiet_threads=True))

@@ -178,4 +178,4 @@ def _tell_main_log(folder: Path, ended: Outcome) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(json.loads(sys.argv[1]), os.environ))
+    entry.leave(run(json.loads(sys.argv[1]), os.environ))

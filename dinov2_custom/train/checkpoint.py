@@ -69,7 +69,7 @@ class Checkpointer:
         self.store = CheckpointStore(self.folder, keep_last, keep_every)
         self._group = distributed.second_group() if async_save else None
         self._writing: threading.Thread | None = None
-        self._outcome: tuple[Path, str | None] = (self.folder, None)
+        self._outcome: tuple[Path, str | None] | Exception = (self.folder, None)
         self._failures: Counter[str] = Counter()  # by reason
 
     def save(
@@ -109,7 +109,10 @@ class Checkpointer:
             return written or path
 
         def write() -> None:
-            self._outcome = path, self._write(pieces, values, path, final)[1]
+            try:
+                self._outcome = path, self._write(pieces, values, path, final)[1]
+            except Exception as e:  # nobody sees it in this thread
+                self._outcome = e
 
         self._writing = threading.Thread(target=write, name="checkpoint")
         self._writing.start()
@@ -123,11 +126,22 @@ class Checkpointer:
         """
         if self._writing is not None:
             self._writing.join()
-            self._writing = None
-            self._report(*self._outcome, required=False)
+            self._writing, outcome = None, self._outcome
+            if isinstance(outcome, Exception):
+                raise outcome
+            self._report(*outcome, required=False)
+
+    def close(self) -> None:
+        """Wait for a checkpoint that is still being written, with a warning if it cannot be, and leave the others."""
+        try:
+            self.wait()
+        except Exception as e:  # the end is near, often for a better reason
+            logger.warning(f"the checkpoint that was being written is not complete: {e}")
+        self._group = None  # else its threads live on wherever an error holds on to this object
 
     def save_teacher(self, name: str, *, final: bool = False) -> Path:
         """Write the teacher as :func:`save_teacher` does, with the errors and the waiting of :meth:`save`."""
+        self.wait()  # the thread and this one may not talk to the other processes at once
         path, teacher = teacher_path(self.folder, name), teacher_weights(self.model)
         _, trouble = self._on_main(lambda: save_atomically(teacher, path))
         self._report(path, trouble, required=final)

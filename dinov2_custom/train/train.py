@@ -6,9 +6,8 @@ Not in here: the mathematics of the step (``ssl_meta_arch``), files (``checkpoin
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
@@ -112,7 +111,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     alarm = CollapseAlarm(model.num_prototypes)
     model.train()
 
-    with StopRequests() as stop, sinks, reported(cfg, out, describe_lost), Watch(out, cfg.train.hang_timeout) as watch:
+    watching = Watch(out, cfg.train.hang_timeout)
+    with StopRequests() as stop, sinks, reported(cfg, out, describe_lost), watching as watch, closing(checkpointer):
         first_draw = resumed.draws if resumed and resumed.draws is not None else iteration * length.global_batch
         batches = loader.batches(device=model.device, first_draw=first_draw)
         for batch in metrics.log_every(
@@ -250,4 +250,4 @@ def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.train.train", get_args_parser().parse_args(), quiet_threads=True))
+    entry.leave(entry.run("dinov2_custom.train.train", get_args_parser().parse_args(), quiet_threads=True))

@@ -10,4 +10,4 @@ except ModuleNotFoundError:
 from dinov2_custom.run.eval.knn import main
 
 if __name__ == "__main__":
-    sys.exit(entry.reported(main))
+    entry.leave(entry.reported(main))

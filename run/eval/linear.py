@@ -11,4 +11,4 @@ except ModuleNotFoundError:
 from dinov2_custom.run.eval.linear import main
 
 if __name__ == "__main__":
-    sys.exit(entry.reported(main))
+    entry.leave(entry.reported(main))

@@ -248,6 +248,23 @@ def test_the_last_save_waits_for_the_one_before(tmp_path):
     assert (tmp_path / "last_checkpoint").read_text() == "model_final"
 
 
+def test_what_ends_the_writing_thread_is_raised_at_the_next_save_and_closing_waits(tmp_path, monkeypatch, caplog):
+    saver = make(tmp_path, async_save=True)[2]
+    go, write = threading.Event(), ckpt.write_pieces
+    monkeypatch.setattr(ckpt, "write_pieces", lambda *args: go.wait(60) and write(*args))
+    saver.save(0)
+    threading.Timer(0.3, go.set).start()
+    saver.close()
+    assert names(tmp_path) == ["last_checkpoint", "model_0000000"]
+    monkeypatch.setattr(ckpt, "write_pieces", lambda *args: 1 / 0)
+    saver.save(1)
+    with pytest.raises(ZeroDivisionError):
+        saver.save(2)
+    saver.save(3)
+    saver.close()
+    assert "not complete: division by zero" in caplog.text
+
+
 def test_old_ones_are_pruned_also_after_a_resume(tmp_path):
     saver = make(tmp_path, keep_last=2)[2]
     saver.save(1)
