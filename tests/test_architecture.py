@@ -39,7 +39,7 @@ ALLOWED = {
     "utils.utils": BASE | {"utils.weights"},
     "world": {"errors"},
     "exit_codes": set(),
-    "entry": {"errors", "exit_codes"},
+    "entry": {"errors", "exit_codes", "world"},
     "distributed": {"errors", "world"},
     "configs": {"errors"},
     "logging": {"errors", "distributed"},

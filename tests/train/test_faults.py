@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dinov2_custom.errors import LostProcessError, ResourceError
 from dinov2_custom.train import train as train_module
+from dinov2_custom.train import watch as watch_module
 from dinov2_custom.train.faults import describe_memory, is_out_of_memory, translate
 from dinov2_custom.train.ranks import Ranks, describe_lost
 from dinov2_custom.train.watch import Watch
@@ -134,6 +136,18 @@ def test_a_slow_step_that_ends_is_no_hang(tmp_path, monkeypatch):
         while len(suspected) < 3:
             time.sleep(0.05)
     assert suspected[:3] == [1, 2, 3] and not ended and not (tmp_path / "logs" / "log.txt").exists()
+
+
+def test_time_in_which_the_system_holds_the_process_does_not_count(tmp_path, monkeypatch):
+    ahead_s, ended = [0.0], []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(watch_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s[0]))
+    with Watch(tmp_path, hang_s=3) as watch:
+        watch.mark(0)
+        watch.mark(1)
+        ahead_s[0] = 1000.0
+        time.sleep(1.2)  # the rest of the step: several looks
+    assert not ended and not (tmp_path / "logs" / "log.txt").exists()
 
 
 def test_a_suspended_job_goes_on(images, tmp_path):
