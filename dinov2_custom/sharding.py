@@ -40,6 +40,7 @@ def shard_part(part: nn.Module, precision, *, reshard: bool) -> None:
     fully_shard(part, **options)
     if hasattr(part, "cross_entropy"):
         register_fsdp_forward_method(part, "cross_entropy")
+        register_fsdp_forward_method(part, "factors")
     # True of a backbone's features, and harmless: no operation on them is in place (tests/test_parallel.py)
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
 

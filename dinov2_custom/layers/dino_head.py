@@ -90,6 +90,15 @@ class DINOHead(nn.Module):
         last = self.last_layer
         return prototype_cross_entropy(self.embed(x), last.weight_v, last.weight_g, jobs, self.chunk_loss)
 
+    @torch.no_grad()
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (R, bottleneck_dim) and (out_dim, bottleneck_dim), both in the products' precision, without gradient.
+
+        The first times the second's transpose are ``forward``'s logits of features (R, in_dim).
+        """
+        features = self.embed(x)
+        return features, normalised(self.last_layer.weight_v, self.last_layer.weight_g, features.dtype)
+
     def embed(self, x: Tensor) -> Tensor:
         """Return the L2-normalised bottleneck features (..., bottleneck_dim)."""
         x = self.mlp(x)

@@ -113,6 +113,7 @@ def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight, chunk_loss) -> Tenso
             of_rows_JnD[:, rows] = ((gradient @ weight).to(_ACCUMULATE) * factor).unflatten(0, (job.num_views, -1))
         if of_weight is not None:
             _add_products(of_weight, gradient, features, factor)
+        del logits, targets, losses, gradient  # before the next chunk's
     return loss
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_custom.loss.soft_targets import SoftTargets, centered_targets_
+from dinov2_custom.loss.soft_targets import CenteredTargets, SoftTargets, centered_targets_
 
 
 class CenteredLoss(nn.Module):
@@ -63,6 +63,17 @@ class CenteredLoss(nn.Module):
             self.apply_center_update()
         targets, sums = centered_targets_(teacher_output, self.center, teacher_temp, real_rows)
         self._start_update(sums, len(targets) if real_rows is None else real_rows.sum())
+        return targets
+
+    @torch.no_grad()
+    def late_targets(
+        self, features: Tensor, weight: Tensor, teacher_temp: float, real_rows: Tensor | None = None
+    ) -> CenteredTargets:
+        """Return what :meth:`soft_targets_` does of the logits features weight^T, which are never there all at once."""
+        if not self.hold_center:
+            self.apply_center_update()
+        targets = CenteredTargets(features, weight, self.center.flatten(), teacher_temp, real_rows)
+        self._start_update(targets.sum_of_logits(), len(targets) if real_rows is None else real_rows.sum())
         return targets
 
     def _start_update(self, sums: Tensor, num_rows: int | Tensor) -> None:

@@ -1,9 +1,12 @@
-"""Teacher assignments kept small: one buffer in the precision of the logits it is written over, and two vectors.
+"""Teacher assignments kept small: in the logits' buffer with two vectors, or not at all until they are asked for.
 
-Not the formulas' definition for users (``DINOLoss``, ``iBOTPatchLoss``). Read :class:`SoftTargets` first.
+Not the formulas' definition for users (``DINOLoss``, ``iBOTPatchLoss``). Read :class:`SoftTargets` first, which may be
+read again and again; :class:`CenteredTargets` are computed each time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -32,10 +35,54 @@ class SoftTargets:
         probabilities = self.kernel[start:stop].to(torch.float32, copy=True).mul_(self.per_row[start:stop, None])
         return probabilities if self.per_prototype is None else probabilities.mul_(self.per_prototype)
 
-    def chunks(self):
+    def chunks(self) -> Iterator[Tensor]:
         """Yield all rows, some at a time."""
         for rows in row_chunks(len(self), chunk_size(self.kernel.shape[1], self.kernel.device)):
             yield self.rows(rows.start, rows.stop)
+
+
+class CenteredTargets:
+    """Probabilities softmax((features weight^T - center) / temp) of R rows over K prototypes; padding is 0.
+
+    Attributes:
+        features, weight: (R, D) and (K, D), whose product the logits are, in the precision to compute it in.
+        center: (K,) float32, which must not change as long as rows are asked for.
+        real_rows: (R,) 1, or 0 for rows of padding; None: all are real.
+
+    Source: Caron et al. 2021, section 3.1.
+    """
+
+    def __init__(
+        self, features: Tensor, weight: Tensor, center: Tensor, teacher_temp: float, real_rows: Tensor | None = None
+    ) -> None:
+        self.features, self.weight, self.center = features, weight, center
+        self.teacher_temp, self.real_rows = teacher_temp, real_rows
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @torch.no_grad()
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the probabilities of some rows, (stop - start, K) float32, in memory of their own."""
+        with torch.autocast(self.features.device.type, enabled=False):
+            logits = self.features[start:stop] @ self.weight.T
+        logits = logits.to(torch.float32).sub_(self.center).mul_(1.0 / self.teacher_temp)
+        probabilities = torch.softmax(logits, dim=-1)
+        return probabilities if self.real_rows is None else probabilities.mul_(self.real_rows[start:stop, None])
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield all rows, some at a time."""
+        for rows in row_chunks(len(self), chunk_size(len(self.weight), self.weight.device)):
+            yield self.rows(rows.start, rows.stop)
+
+    @torch.no_grad()
+    def sum_of_logits(self) -> Tensor:
+        """Return the logits' sum over all rows but padding, (K,) float32: the sum of the features times the weights."""
+        with torch.autocast(self.features.device.type, enabled=False):
+            features = self.features.float()
+            total = features.sum(dim=0) if self.real_rows is None else self.real_rows @ features
+            chunks = row_chunks(len(self.weight), 2**24 // self.weight.shape[1])
+            return torch.cat([self.weight[rows].float() @ total for rows in chunks])
 
 
 @torch.no_grad()

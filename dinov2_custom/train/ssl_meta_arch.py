@@ -19,7 +19,7 @@ from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import own_share
 from dinov2_custom.train import compiling
 from dinov2_custom.train.constant_shapes import pad_patches
-from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies
+from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies, teacher_assignments
 from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
 from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
 from dinov2_custom.utils.dtype import resolve_dtype
@@ -176,14 +176,14 @@ class SSLMetaArch(nn.Module):
         first, second = features["x_norm_clstoken"].chunk(2)
         cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
         patches = self._masked_patches(features, images["mask_indices_list"])
-        cls_logits, patch_logits = self.run_heads("teacher", [cls] if self.do_dino else [], patches)
-        targets = Targets(
-            self.assign(self.dino_loss, cls_logits[0], teacher_temp) if self.do_dino else None,
-            self.assign(self.ibot_patch_loss, patch_logits, teacher_temp, images) if self.do_ibot else None,
-        )
+        targets = self.assign(cls if self.do_dino else None, patches, images, teacher_temp)
         if self.diagnose:
             self.diagnostics = assignment_entropies(targets)
         return targets
+
+    def assign(self, cls: Tensor | None, patches: Tensor | None, images: dict, teacher_temp: float) -> Targets:
+        """Turn the teacher's features into targets by the configured centering."""
+        return teacher_assignments(self, cls, patches, images, teacher_temp)
 
     def student_features(self, views: Views, draws: list[Draw]) -> Features:
         """Run a group's masked global crops and local crops through the student in one pass."""
@@ -277,22 +277,3 @@ class SSLMetaArch(nn.Module):
             return logits[:-1], logits[-1]
         with self.autocast(model, "ibot_head"):
             return logits, heads["ibot_head"](patches)
-
-    def assign(self, loss: nn.Module, logits: Tensor, teacher_temp: float, images: dict | None = None):
-        """Turn teacher logits into targets by the configured centering, in their place when ``lean``.
-
-        ``images`` is given for patches.
-        """
-        padded = images is not None and self.constant_shapes
-        real = {"real_rows": (images["masks_weight"] > 0).float()} if padded else {}
-        if self.cfg.train.centering == "sinkhorn_knopp":
-            rows = {} if images is None else {"n_masked_patches_tensor": images["n_masked_patches"], **real}
-            if self.lean:
-                return loss.sinkhorn_targets_(logits, teacher_temp, **rows)
-            return loss.sinkhorn_knopp_teacher(logits, teacher_temp=teacher_temp, **rows)
-        if self.lean:
-            return loss.soft_targets_(logits, teacher_temp, **real)
-        targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
-        loss.update_center(logits, **real)
-        targets = targets.view_as(logits)  # the centre of patches has one dimension more
-        return targets * real["real_rows"][:, None] if real else targets

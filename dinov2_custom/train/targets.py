@@ -1,16 +1,19 @@
-"""What passes between the stages of a step: the teacher's targets and the student's features, by name.
+"""What passes between the stages of a step, the teacher's targets and the student's features, and how targets are made.
 
-Not in here: how they are computed (``ssl_meta_arch``). Read :class:`Targets` first.
+Not in here: the networks (``ssl_meta_arch``), the formulas (``loss``). Read :class:`Targets` first.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov2_custom.loss.soft_targets import SoftTargets
+from dinov2_custom.loss.soft_targets import CenteredTargets, SoftTargets
+
+if TYPE_CHECKING:
+    from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 LOSS_NAMES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
 
@@ -19,7 +22,7 @@ class Targets(NamedTuple):
     """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: not trained."""
 
     cls: Tensor | SoftTargets | None
-    patches: Tensor | SoftTargets | None
+    patches: Tensor | SoftTargets | CenteredTargets | None
 
 
 class Features(NamedTuple):
@@ -29,6 +32,42 @@ class Features(NamedTuple):
     local_cls: Tensor | None
     global_cls: Tensor | None
     patches: Tensor | None
+
+
+def teacher_assignments(
+    model: SSLMetaArch, cls: Tensor | None, patches: Tensor | None, images: dict, teacher_temp: float
+) -> Targets:
+    """Turn the teacher's features of class tokens and masked patches into targets by the configured centering.
+
+    Where ``train.lean``, in the logits' place; centred ones of patches, each of which is wanted once, only then.
+    """
+    rows = {"real_rows": (images["masks_weight"] > 0).float()} if model.constant_shapes else {}
+    late = patches is not None and model.lean and model.cfg.train.centering != "sinkhorn_knopp"
+    cls_list = [] if cls is None else [cls]
+    cls_logits, patch_logits = model.run_heads("teacher", cls_list, None if late else patches)
+    of_cls = None if cls is None else _assign(model, model.dino_loss, cls_logits[0], teacher_temp)
+    if late:
+        with model.autocast("teacher", model.patch_head):
+            factors = model.teacher[model.patch_head].factors(patches)
+        return Targets(of_cls, model.ibot_patch_loss.late_targets(*factors, teacher_temp, **rows))
+    if patch_logits is None:
+        return Targets(of_cls, None)
+    if model.cfg.train.centering == "sinkhorn_knopp":
+        rows["n_masked_patches_tensor"] = images["n_masked_patches"]
+    return Targets(of_cls, _assign(model, model.ibot_patch_loss, patch_logits, teacher_temp, **rows))
+
+
+def _assign(model: SSLMetaArch, loss: nn.Module, logits: Tensor, teacher_temp: float, **rows) -> Tensor | SoftTargets:
+    """``rows``: what is known of rows of patches."""
+    if model.cfg.train.centering == "sinkhorn_knopp":
+        targets_of = loss.sinkhorn_targets_ if model.lean else loss.sinkhorn_knopp_teacher
+        return targets_of(logits, teacher_temp, **rows)
+    if model.lean:
+        return loss.soft_targets_(logits, teacher_temp, **rows)
+    targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
+    loss.update_center(logits, **rows)
+    targets = targets.view_as(logits)  # the centre of patches has one dimension more
+    return targets * rows["real_rows"][:, None] if rows else targets
 
 
 def assignment_entropies(targets: Targets) -> dict[str, Tensor]:

@@ -63,6 +63,28 @@ def test_centre_takes_effect_one_call_later():
     torch.testing.assert_close(loss.center, torch.tensor([[0.0070, 0.00525, 0.00175]]))
 
 
+@pytest.mark.parametrize("real_rows", [None, torch.tensor([1.0] * 9 + [0.0] * 3)], ids=["all", "padded"])
+def test_late_targets_are_those_of_the_logits(real_rows):
+    features, weight = F.normalize(draws(12, 8), dim=-1), draws(50, 8, seed=1, scale=3.0)
+    logits, late, kept, plain = features @ weight.T, *(iBOTPatchLoss(50) for _ in range(3))
+    for loss in (late, kept, plain):
+        loss.center.copy_(draws(1, 1, 50, seed=2))
+    expected = plain.softmax_center_teacher(logits, 0.05)[0]
+    expected = expected if real_rows is None else expected * real_rows[:, None]
+    plain.update_center(logits, real_rows)
+    with torch.autocast("cpu", torch.bfloat16):  # the student's region, in which rows are asked for
+        targets = late.late_targets(features, weight, 0.05, real_rows)
+        got = torch.cat([targets.rows(0, 5), targets.rows(5, 12)])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.cat(list(targets.chunks())), expected)
+    torch.testing.assert_close(kept.soft_targets_(logits.clone(), 0.05, real_rows).rows(0, 12), expected)
+    for loss in (late, kept, plain):
+        loss.apply_center_update()
+    assert not torch.equal(plain.center, draws(1, 1, 50, seed=2))
+    torch.testing.assert_close(late.center, plain.center)
+    torch.testing.assert_close(kept.center, plain.center)
+
+
 def test_patch_centre_of_an_empty_batch_stays():
     loss = iBOTPatchLoss(3)
     loss.update_center(torch.zeros(0, 3))

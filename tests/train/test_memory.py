@@ -88,3 +88,20 @@ def test_one_process_of_several_counts_alone(tmp_path):
         assert measure_step(cfg) == alone and torch.distributed.is_initialized()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_memory_of_the_heads_grows_by_class_tokens_only():
+    def heads(batch_size):
+        overrides = [f"train.batch_size_per_gpu={batch_size}", "dino.head_n_prototypes=65536", "train.view_groups=4"]
+        return measure_step(tiny_config(*overrides)).categories["heads"]
+
+    logits_of_class_tokens = 2 * 65536 * 4  # an image
+    assert heads(512) - heads(256) < 256 * logits_of_class_tokens * 1.1
+
+
+def test_memory_of_sinkhorns_targets_is_sixteen_bits_a_logit():
+    common = ("train.batch_size_per_gpu=256", "dino.head_n_prototypes=65536", "train.view_groups=4")
+    late, kept = (
+        measure_step(tiny_config(*common, f"train.centering={how}")).peak for how in ("centering", "sinkhorn_knopp")
+    )
+    assert kept > 1.5 * late
