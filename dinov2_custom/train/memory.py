@@ -30,7 +30,8 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "heads", "b
 class StepMemory(NamedTuple):
     """Bytes alive at the peak of a step: in all, and by category.
 
-    parameters: of student and teacher. heads: logits, targets and gradients of the prototypes. batch: the images.
+    parameters: of student and teacher. heads: logits, targets and gradients of the prototypes. batch: the images,
+    and the next ones, which travel ahead.
     """
 
     peak: int
@@ -150,7 +151,9 @@ def measure_step(cfg, checkpointing: str = "none") -> StepMemory:
             parameter.register_post_accumulate_grad_hook(lambda p: live.move(p.grad, "gradients"))
         _label(model, live)
         with live.under("batch"):
-            images = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
+            images, _next = (
+                {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in batch.items()} for _ in range(2)
+            )
         images["upperbound"] = batch["mask_indices_list"][0][0]
         model.constant_shapes = True
         model.precision = lambda *names: _bf16_unless_given(cfg, *names)

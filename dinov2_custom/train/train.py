@@ -161,6 +161,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
 
             if last or word.stop_signal:
                 guard.hear_all()
+                reducer.check()
                 metrics.end_after_this()
             metrics.counts["skipped_steps"] = guard.skipped
             metrics.write_now()  # a checkpoint without its row would leave a gap after a kill
