@@ -10,7 +10,8 @@ import argparse
 
 from benchmarks.machine import add_write_option, describe, finish, table
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.train.memory import CATEGORIES, StepMemory, measure_step
+from dinov2_custom.train.fit import sharded
+from dinov2_custom.train.memory import CATEGORIES, measure_step
 
 GIANT = "student.ffn_layer=swiglufused student.drop_path_rate=0.4 dino.head_n_prototypes=131072"
 # name, batches, overrides of upstream's default configuration
@@ -33,12 +34,6 @@ SHARDED_OVER = 8
 def config(overrides: str, batch_size: int):
     options = [*COMMON.split(), *overrides.split(), f"train.batch_size_per_gpu={batch_size}"]
     return load_run_config("", options, output_dir="unused", require_dataset=False, warn=lambda note: None)
-
-
-def sharded(memory: StepMemory, gpus: int) -> int:
-    """Return the peak when weights, gradients and optimizer state are shared out, with one block gathered at a time."""
-    state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-    return memory.peak - state * (gpus - 1) // gpus
 
 
 def gigabytes(size: int) -> str:

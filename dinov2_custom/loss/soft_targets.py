@@ -81,7 +81,7 @@ class CenteredTargets:
         with torch.autocast(self.features.device.type, enabled=False):
             features = self.features.float()
             total = features.sum(dim=0) if self.real_rows is None else self.real_rows @ features
-            chunks = row_chunks(len(self.weight), 2**24 // self.weight.shape[1])
+            chunks = row_chunks(len(self.weight), 2**21 // self.weight.shape[1])
             return torch.cat([self.weight[rows].float() @ total for rows in chunks])
 
 

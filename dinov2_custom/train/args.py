@@ -101,6 +101,29 @@ def get_args_parser(add_help: bool = True) -> OverridesParser:
     return parser
 
 
+def get_memory_args_parser() -> OverridesParser:
+    """Return the parser of ``run/train/memory.py``."""
+    parser = OverridesParser(
+        description="Count the memory of a training step, on tensors without data; no GPU is needed.",
+        epilog="example: python run/train/memory.py --config-file configs/vitl.yaml --fits 40",
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file that overrides the defaults")
+    parser.add_argument(
+        "--fits",
+        type=float,
+        default=0.0,
+        metavar="GB",
+        help="also find the largest batch for a GPU of so many GB (10^9)",
+    )
+    parser.add_argument(
+        "--ngpus", type=int, default=1, metavar="N", help="also estimate the step with weights sharded over N GPUs"
+    )
+    parser.add_argument(
+        "opts", nargs="*", default=[], metavar="key=value", help="overrides such as train.batch_size_per_gpu=32"
+    )
+    return parser
+
+
 def _is_override(text: str) -> bool:
     return "=" in text and not text.startswith("=")
 

@@ -24,6 +24,7 @@ from dinov2_custom.layers import prototype_loss
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
 
+SHARE_OF_TENSORS = 7 / 8  # of a device's memory; the rest is for what the count does not know
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "heads", "batch")
 
 
@@ -125,9 +126,10 @@ def as_on_a_gpu():
 def least_checkpointing(cfg, available: int) -> str:
     """Return the least activation checkpointing that keeps a step below ``available`` bytes; ``full`` if nothing does.
 
-    An eighth is left to what the count does not know.
+    ``SHARE_OF_TENSORS`` says how much is left to what the count does not know.
     """
-    return next((mode for mode in ("none", "selective") if measure_step(cfg, mode).peak < available * 7 / 8), "full")
+    room = available * SHARE_OF_TENSORS
+    return next((mode for mode in ("none", "selective") if measure_step(cfg, mode).peak < room), "full")
 
 
 def measure_step(cfg, checkpointing: str = "none") -> StepMemory:

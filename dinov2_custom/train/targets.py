@@ -42,19 +42,30 @@ def teacher_assignments(
     Where ``train.lean``, in the logits' place; centred ones of patches, each of which is wanted once, only then.
     """
     rows = {"real_rows": (images["masks_weight"] > 0).float()} if model.constant_shapes else {}
-    late = patches is not None and model.lean and model.cfg.train.centering != "sinkhorn_knopp"
-    cls_list = [] if cls is None else [cls]
-    cls_logits, patch_logits = model.run_heads("teacher", cls_list, None if late else patches)
+    if patches is not None and model.lean and model.cfg.train.centering != "sinkhorn_knopp":
+        return _late_assignments(model, cls, patches, teacher_temp, rows)
+    cls_logits, patch_logits = model.run_heads("teacher", [] if cls is None else [cls], patches)
     of_cls = None if cls is None else _assign(model, model.dino_loss, cls_logits[0], teacher_temp)
-    if late:
-        with model.autocast("teacher", model.patch_head):
-            factors = model.teacher[model.patch_head].factors(patches)
-        return Targets(of_cls, model.ibot_patch_loss.late_targets(*factors, teacher_temp, **rows))
     if patch_logits is None:
         return Targets(of_cls, None)
     if model.cfg.train.centering == "sinkhorn_knopp":
         rows["n_masked_patches_tensor"] = images["n_masked_patches"]
     return Targets(of_cls, _assign(model, model.ibot_patch_loss, patch_logits, teacher_temp, **rows))
+
+
+def _late_assignments(
+    model: SSLMetaArch, cls: Tensor | None, patches: Tensor, teacher_temp: float, rows: dict[str, Tensor]
+) -> Targets:
+    """Do that with centring: class tokens' now, as each is wanted by several views, patches' when they are wanted."""
+    shared = [] if cls is None or model.ibot_separate_head else [cls]
+    with model.autocast("teacher", model.patch_head):
+        features, weight = model.teacher[model.patch_head].factors(torch.cat([*shared, patches]))
+        cls_logits = features[: len(cls)] @ weight.T if shared else None
+    if cls is not None and not shared:
+        cls_logits = model.run_heads("teacher", [cls], None)[0][0]
+    of_cls = None if cls is None else _assign(model, model.dino_loss, cls_logits, teacher_temp)
+    features = features[len(features) - len(patches) :]  # without those of class tokens
+    return Targets(of_cls, model.ibot_patch_loss.late_targets(features, weight, teacher_temp, **rows))
 
 
 def _assign(model: SSLMetaArch, loss: nn.Module, logits: Tensor, teacher_temp: float, **rows) -> Tensor | SoftTargets:

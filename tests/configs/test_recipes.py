@@ -9,6 +9,7 @@ import torch
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.train.flops import flops_per_image, peak_flops
+from dinov2_custom.train.memory import measure_step
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 OURS = ["dino_classic", "vitb", "vitg", "vitl", "vits"]
@@ -55,6 +56,15 @@ def test_work_and_hours_in_the_header_are_the_formulas(name):
     assert float(given) == pytest.approx(hours, rel=0.03)
     for number, gpus in re.findall(r", ([\d.]+) on (two|eight)", others):
         assert float(number) == pytest.approx(hours / {"two": 2, "eight": 8}[gpus], rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["vits", "vitb", "vitl", "dino_classic"])
+def test_memory_in_the_header_is_the_count(name):
+    cfg = load(name)
+    header = next(path for path in RECIPES if path.stem == name).read_text()
+    said = re.search(r"# Memory +([\d.]+) GB on each GPU at batch (\d+)", header)
+    assert int(said.group(2)) == cfg.train.batch_size_per_gpu
+    assert float(said.group(1)) == pytest.approx(measure_step(cfg).peak / 1e9, abs=0.06)
 
 
 @pytest.mark.parametrize("name", OURS)

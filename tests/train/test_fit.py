@@ -1,0 +1,56 @@
+"""run/train/memory.py says what the count says, and finds the largest batch that fits."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dinov2_custom.train.fit import LARGEST_BATCH, fits, largest_below
+from dinov2_custom.train.memory import SHARE_OF_TENSORS, measure_step
+from tests.train.batches import tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def memory(*arguments):
+    command = [sys.executable, "run/train/memory.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_script_prints_the_count_of_each_mode():
+    done = memory("--config-file", "configs/vits.yaml", "--ngpus", "4", "train.batch_size_per_gpu=16")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in done.stdout.splitlines()[2:5]}
+    assert list(rows) == ["none", "selective", "full"]
+    for total, *parts in rows.values():
+        *categories, shared = parts
+        assert total == pytest.approx(sum(categories), abs=0.03) and shared < total
+    assert "train.batch_size_per_gpu=16" in done.stdout
+
+
+def test_a_mistake_is_one_error():
+    done = memory("train.batch_sise_per_gpu=16")
+    assert done.returncode == 1 and "train.batch_size_per_gpu" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_batch_found_fits_and_the_next_does_not():
+    cfg = tiny_config("dino.head_n_prototypes=65536")
+    limit = measure_step(cfg, "none").peak / SHARE_OF_TENSORS / 1e9 * 1.5
+    none, selective, full = fits(cfg, limit)
+    assert [line.split(":")[0] for line in (none, selective, full)] == ["none", "selective", "full"]
+    found = int(re.search(r"batch_size_per_gpu=(\d+)", none).group(1))
+    for batch_size, is_below in ((found, True), (found + max(1, found // 8) + 1, False)):
+        larger = tiny_config("dino.head_n_prototypes=65536", f"train.batch_size_per_gpu={batch_size}")
+        assert (measure_step(larger).peak <= limit * 1e9 * SHARE_OF_TENSORS) == is_below
+    assert next(iter(fits(cfg, 0.01))) == "none: not even one image fits into 0.01 GB, an eighth of it left free"
+
+
+@pytest.mark.parametrize("limit", [0.5, 1, 2, 3, 7, 8, 9, 100, 1000, 1023, 1024, 5000])
+@pytest.mark.parametrize("start", [0.0, 7.0])
+def test_largest_below(limit, start):
+    sizes = {n: start + n + (n / 100) ** 2 for n in range(1, LARGEST_BATCH + 1)}
+    largest = max((n for n, size in sizes.items() if size <= limit), default=0)
+    got = largest_below(sizes.__getitem__, limit)
+    assert largest - max(1, got // 8) <= got <= largest and (got > 0) == (largest > 0)
