@@ -84,9 +84,13 @@ def report(curves: dict[tuple[str, str], list[dict]], seconds: dict[tuple[str, s
             series = {name: [row[term] for row in curves[precision, name]] for name in VARIANTS}
             worst = (apart(series["none"], series[name]) for name in ("all", "compiled"))
             ends = (f"{values[-1]:.4f}" for values in series.values())
-            rows.append([precision, term, f"{series['none'][0]:.4f}", *ends, *(f"{one:.1e}" for one in worst)])
+            rounding = "-"
+            if precision != "fp32" and ("fp32", "none") in curves:
+                rounding = f"{apart([row[term] for row in curves['fp32', 'none']], series['none']):.1e}"
+            differences = (*(f"{one:.1e}" for one in worst), rounding)
+            rows.append([precision, term, f"{series['none'][0]:.4f}", *ends, *differences])
     header = ["precision", "term", "first step", "last step, none", "all", "compiled"]
-    header += ["largest difference from none, relative: all", "compiled"]
+    header += ["largest difference from none, relative: all", "compiled", "of none from fp32's none"]
     times = ", ".join(f"{precision} {name} {seconds[precision, name]:.0f} s" for precision, name in curves)
     page = (
         "# The same loss curve with all optimisations and with none\n\n"
@@ -95,7 +99,8 @@ def report(curves: dict[tuple[str, str], list[dict]], seconds: dict[tuple[str, s
         f"drop path .1. *all*: `{ALL}`. "
         "*compiled*: the same with `train.compile=on`, which also makes shapes constant. "
         f"*none*: `{NONE}`. Medians over 20 steps, as in `training_metrics.json`. In bf16 they round differently, "
-        f"and training amplifies any difference. Time of one core, compilation and start included: {times}.\n\n"
+        "and training amplifies any difference: the last column is what bf16 alone does. "
+        f"Time of one core, compilation and start included: {times}.\n\n"
         f"{table(header, rows)}\nKoLeo passes through 0 in this run, so its relative difference says little.\n"
     )
     finish(page, "same_curve", args.write)
