@@ -67,7 +67,7 @@ class Train:
     activation_checkpointing: str = option(
         "auto",
         "what the backward pass computes again: none; selective: each block's FFN; full: each block; auto: as little "
-        "as fits the GPU, by the count of benchmarks/memory.py",
+        "as fits the GPU, by the count of run/train/memory.py",
         changes_results=False,
         choices=("none", "selective", "full", "auto"),
     )
