@@ -102,7 +102,8 @@ def main() -> None:
             )
             for found, one in zip(runs.values(), done, strict=True):
                 found.append(one)
-    finish(page(runs, their_versions(args.lightly_python)), "peers", args.write)
+    text = page(runs, their_versions(args.lightly_python)).replace(str(args.lightly_python), "VENV/bin/python")
+    finish(text, "peers", args.write)
 
 
 def their_versions(python: Path) -> str:

@@ -42,6 +42,7 @@ from dinov2_custom.train.startup import describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
 from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.train.watch import Watch
+from dinov2_custom.utils.allocator import keep_freed_memory
 from dinov2_custom.utils.config import get_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
 
@@ -230,7 +231,8 @@ def _run(args, rank: int, world_size: int) -> int:
 
 
 def _train_or_write(args, cfg, loader) -> int:
-    on_gpu = torch.cuda.is_available()
+    if not (on_gpu := torch.cuda.is_available()):
+        keep_freed_memory()
     model = SSLMetaArch(cfg).to(torch.device("cuda", distributed.get_local_rank()) if on_gpu else "cpu")
     model.prepare_for_distributed_training()
     if args.eval_only:
