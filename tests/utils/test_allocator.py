@@ -12,7 +12,7 @@ from dinov2_custom.utils.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
+for _ in range(60):
     torch.zeros(2**24).add_(1)  # 64 MiB, 16,384 pages of 4 KiB
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
