@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
-from dinov2_custom.utils.transfer import to_device, to_host
+from dinov2_custom.utils.transfer import HostCopy, to_device, to_host
 
 BUCKET_MIB = 25.0
 NO_SHARD, SHARD_GRAD_OP, FULL_SHARD = "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"
@@ -143,7 +143,7 @@ class GradientReducer:
         self.armed = False
         self._sync_sharded(False)
         self.buckets: list[_Bucket] = []
-        self._shares: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._shares: HostCopy | None = None
         if self.world_size == 1:
             return
         # the last layers' gradients come first
@@ -179,10 +179,7 @@ class GradientReducer:
         """Compare the gradients of the last step over the processes; raises as :meth:`finish`."""
         if self._shares is None:
             return
-        shares, ready = self._shares
-        if ready is not None:
-            ready.synchronize()
-        unlike = [name for name, share in zip(self._names, shares.tolist(), strict=True) if 0 < share < 1]
+        unlike = [name for name, share in zip(self._names, self._shares.tolist(), strict=True) if 0 < share < 1]
         if unlike:
             names = ", ".join(unlike)
             raise RuntimeError(f"gradients: expected them in all processes or in none, got them in some, of {names}")

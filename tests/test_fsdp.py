@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 from dinov2_custom import fsdp
 from dinov2_custom.errors import CheckpointError
-from tests.test_parallel import launch
+from tests.test_parallel import facts_of_two
 
 
 def section(strategy):
@@ -100,10 +99,7 @@ distributed.disable()
 
 
 def test_two_processes_share_the_parameters(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    launch(2, str(script), str(tmp_path))
-    facts = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    facts = facts_of_two(tmp_path, TWO)
     for rank, fact in enumerate(facts):
         assert (fact["units"], fact["is"], fact["rank"], fact["same"]) == (3, True, f"rank_{rank}", True)
         assert "expected one of auto, SHARD_GRAD_OP, FULL_SHARD" in fact["error"]

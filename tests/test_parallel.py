@@ -47,6 +47,16 @@ def launch(processes: int, *command: str, timeout: float = 240) -> subprocess.Co
     return done
 
 
+def facts_of_two(folder: Path, source: str) -> list[dict]:
+    """Run ``source`` in two processes, each of which writes a JSON file into ``folder``; return these, by rank."""
+    script = folder / "two.py"
+    script.write_text(source)
+    launch(2, str(script), str(folder))
+    files = sorted(folder.glob("*.json"))
+    assert len(files) == 2
+    return [json.loads(file.read_text()) for file in files]
+
+
 def test_two_processes_average_and_must_have_the_same_gradients(tmp_path):
     """A parameter that one of them has no gradient of is named in the step after; one that none uses has none."""
     script = tmp_path / "reduce.py"

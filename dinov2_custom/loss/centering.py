@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_custom.loss.soft_targets import CenteredTargets, SoftTargets, centered_targets_
+from dinov2_custom.loss.soft_targets import CenteredTargets, SoftTargets, centered_targets_, sum_of_rows
 
 
 class CenteredLoss(nn.Module):
@@ -46,10 +46,7 @@ class CenteredLoss(nn.Module):
     @torch.no_grad()
     def reduce_center_update(self, teacher_output: Tensor, real_rows: Tensor | None = None) -> None:
         rows = teacher_output.float().flatten(0, -2)
-        if real_rows is None:
-            self._start_update(rows.sum(dim=0), len(rows))
-        else:
-            self._start_update(real_rows @ rows, real_rows.sum())
+        self._start_update(sum_of_rows(rows, real_rows), len(rows), real_rows)
 
     @torch.no_grad()
     def soft_targets_(
@@ -62,7 +59,7 @@ class CenteredLoss(nn.Module):
         if not self.hold_center:
             self.apply_center_update()
         targets, sums = centered_targets_(teacher_output, self.center, teacher_temp, real_rows)
-        self._start_update(sums, len(targets) if real_rows is None else real_rows.sum())
+        self._start_update(sums, len(targets), real_rows)
         return targets
 
     @torch.no_grad()
@@ -73,11 +70,11 @@ class CenteredLoss(nn.Module):
         if not self.hold_center:
             self.apply_center_update()
         targets = CenteredTargets(features, weight, self.center.flatten(), teacher_temp, real_rows)
-        self._start_update(targets.sum_of_logits(), len(targets) if real_rows is None else real_rows.sum())
+        self._start_update(targets.sum_of_logits(), len(targets), real_rows)
         return targets
 
-    def _start_update(self, sums: Tensor, num_rows: int | Tensor) -> None:
-        count = num_rows.view(1) if isinstance(num_rows, Tensor) else sums.new_full((1,), num_rows)
+    def _start_update(self, sums: Tensor, num_rows: int, real_rows: Tensor | None) -> None:
+        count = sums.new_full((1,), num_rows) if real_rows is None else real_rows.sum().view(1)
         sum_and_count = torch.cat((sums, count))
         parallel = dist.is_available() and dist.is_initialized()
         handle = dist.all_reduce(sum_and_count, async_op=True) if parallel else None

@@ -1,7 +1,7 @@
 """Teacher assignments kept small: in the logits' buffer with two vectors, or not at all until they are asked for.
 
-Not the formulas' definition for users (``DINOLoss``, ``iBOTPatchLoss``). Read :class:`SoftTargets` first, which may be
-read again and again; :class:`CenteredTargets` are computed each time.
+Not the formulas' definition for users (``DINOLoss``, ``iBOTPatchLoss``). Read :class:`SoftTargets` first, which
+may be read again and again; :class:`CenteredTargets` are computed each time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,26 @@ from dinov2_custom.layers.prototype_loss import chunk_size
 from dinov2_custom.layers.weight_norm import row_chunks
 
 
-class SoftTargets:
+class Assignments:
+    """Probabilities of R rows over K prototypes, of which some rows are had at a time."""
+
+    num_prototypes: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return the probabilities of some rows, (stop - start, K) float32, in memory of their own."""
+        raise NotImplementedError
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield all rows, some at a time."""
+        for rows in row_chunks(len(self), chunk_size(self.num_prototypes, self.device)):
+            yield self.rows(rows.start, rows.stop)
+
+
+class SoftTargets(Assignments):
     """Probabilities kernel * per_row * per_prototype of R rows over K prototypes; each row sums to 1, padding to 0.
 
     Attributes:
@@ -26,22 +45,17 @@ class SoftTargets:
 
     def __init__(self, kernel: Tensor, per_row: Tensor, per_prototype: Tensor | None = None) -> None:
         self.kernel, self.per_row, self.per_prototype = kernel, per_row, per_prototype
+        self.num_prototypes, self.device = kernel.shape[1], kernel.device
 
     def __len__(self) -> int:
         return len(self.kernel)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return the probabilities of some rows, (stop - start, K) float32, in memory of their own."""
         probabilities = self.kernel[start:stop].to(torch.float32, copy=True).mul_(self.per_row[start:stop, None])
         return probabilities if self.per_prototype is None else probabilities.mul_(self.per_prototype)
 
-    def chunks(self) -> Iterator[Tensor]:
-        """Yield all rows, some at a time."""
-        for rows in row_chunks(len(self), chunk_size(self.kernel.shape[1], self.kernel.device)):
-            yield self.rows(rows.start, rows.stop)
 
-
-class CenteredTargets:
+class CenteredTargets(Assignments):
     """Probabilities softmax((features weight^T - center) / temp) of R rows over K prototypes; padding is 0.
 
     Attributes:
@@ -57,30 +71,24 @@ class CenteredTargets:
     ) -> None:
         self.features, self.weight, self.center = features, weight, center
         self.teacher_temp, self.real_rows = teacher_temp, real_rows
+        self.num_prototypes, self.device = len(weight), weight.device
 
     def __len__(self) -> int:
         return len(self.features)
 
     @torch.no_grad()
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return the probabilities of some rows, (stop - start, K) float32, in memory of their own."""
         with torch.autocast(self.features.device.type, enabled=False):
             logits = self.features[start:stop] @ self.weight.T
         logits = logits.to(torch.float32).sub_(self.center).mul_(1.0 / self.teacher_temp)
         probabilities = torch.softmax(logits, dim=-1)
         return probabilities if self.real_rows is None else probabilities.mul_(self.real_rows[start:stop, None])
 
-    def chunks(self) -> Iterator[Tensor]:
-        """Yield all rows, some at a time."""
-        for rows in row_chunks(len(self), chunk_size(len(self.weight), self.weight.device)):
-            yield self.rows(rows.start, rows.stop)
-
     @torch.no_grad()
     def sum_of_logits(self) -> Tensor:
         """Return the logits' sum over all rows but padding, (K,) float32: the sum of the features times the weights."""
         with torch.autocast(self.features.device.type, enabled=False):
-            features = self.features.float()
-            total = features.sum(dim=0) if self.real_rows is None else self.real_rows @ features
+            total = sum_of_rows(self.features.float(), self.real_rows)
             chunks = row_chunks(len(self.weight), 2**21 // self.weight.shape[1])
             return torch.cat([self.weight[rows].float() @ total for rows in chunks])
 
@@ -100,11 +108,16 @@ def centered_targets_(
     per_row = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for rows in row_chunks(len(logits), chunk_size(logits.shape[1], logits.device)):
         chunk = logits[rows].to(torch.float32, copy=True)
-        sums += chunk.sum(dim=0) if real_rows is None else real_rows[rows] @ chunk
+        sums += sum_of_rows(chunk, None if real_rows is None else real_rows[rows])
         chunk.sub_(center).mul_(1.0 / teacher_temp)
         kernel[rows] = chunk.sub_(chunk.amax(dim=1, keepdim=True)).exp_()
         per_row[rows] = 1.0 / kernel[rows].sum(dim=1, dtype=torch.float32)  # of what was stored
     return SoftTargets(kernel, per_row if real_rows is None else per_row * real_rows), sums
+
+
+def sum_of_rows(rows: Tensor, real_rows: Tensor | None) -> Tensor:
+    """Return the sum (K,) of ``rows`` (R, K), of those only that are 1, not 0, in ``real_rows`` (R,)."""
+    return rows.sum(dim=0) if real_rows is None else real_rows @ rows
 
 
 def kernel_buffer(logits: Tensor) -> Tensor:

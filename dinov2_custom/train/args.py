@@ -76,7 +76,7 @@ class OverridesParser(argparse.ArgumentParser):
 def get_args_parser(add_help: bool = True) -> OverridesParser:
     """Return the parser of a training run; with add_help=False it serves as a parent of other parsers."""
     parser = OverridesParser(description=_DESCRIPTION, epilog=_EPILOG, add_help=add_help)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file that overrides the defaults")
+    _add_configuration(parser, "optim.epochs=10, anywhere")
     parser.add_argument(
         "--output-dir",
         "--output_dir",
@@ -95,9 +95,6 @@ def get_args_parser(add_help: bool = True) -> OverridesParser:
     parser.add_argument(
         "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
     )
-    parser.add_argument(
-        "opts", nargs="*", default=[], metavar="key=value", help="overrides such as optim.epochs=10, anywhere"
-    )
     return parser
 
 
@@ -107,7 +104,7 @@ def get_memory_args_parser() -> OverridesParser:
         description="Count the memory of a training step, on tensors without data; no GPU is needed.",
         epilog="example: python run/train/memory.py --config-file configs/vitl.yaml --fits 40",
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file that overrides the defaults")
+    _add_configuration(parser, "train.batch_size_per_gpu=32")
     parser.add_argument(
         "--fits",
         type=float,
@@ -118,10 +115,12 @@ def get_memory_args_parser() -> OverridesParser:
     parser.add_argument(
         "--ngpus", type=int, default=1, metavar="N", help="also estimate the step with weights sharded over N GPUs"
     )
-    parser.add_argument(
-        "opts", nargs="*", default=[], metavar="key=value", help="overrides such as train.batch_size_per_gpu=32"
-    )
     return parser
+
+
+def _add_configuration(parser: OverridesParser, such_as: str) -> None:
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file that overrides the defaults")
+    parser.add_argument("opts", nargs="*", default=[], metavar="key=value", help=f"overrides such as {such_as}")
 
 
 def _is_override(text: str) -> bool:

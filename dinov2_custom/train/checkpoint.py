@@ -22,7 +22,7 @@ from torch import nn
 
 from dinov2_custom import __version__, distributed
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.train.checkpoint_store import FINAL, CheckpointStore, set_aside
+from dinov2_custom.train.checkpoint_store import CheckpointStore, folder_name, set_aside
 from dinov2_custom.train.teacher_file import save_atomically, save_teacher, teacher_path, teacher_weights
 from dinov2_custom.train.training_state import PlainState, own_pieces, restore
 from dinov2_custom.utils.checkpoint_folder import StoredState, file_of_rank
@@ -99,7 +99,7 @@ class Checkpointer:
         aside = self.async_save and not (final or wait)
         pieces = own_pieces(self.model, self.optimizer, copy=aside)
         values = {**self._values(iteration, draws), **(extra or {})}
-        path = self.folder / (FINAL if final else f"model_{iteration:07d}")
+        path = self.folder / folder_name(iteration, final)
         if not aside:
             written, trouble = self._write(pieces, values, path, final)
             self._report(path, trouble, required=final)

@@ -31,6 +31,10 @@ _UNFINISHED = re.compile(r"model_(\d{7,}|final)(\.pth)?\.tmp")
 _RUN_FILES = (LAST, "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
 
 
+def folder_name(iteration: int, final: bool = False) -> str:
+    return FINAL if final else f"model_{iteration:07d}"
+
+
 class CheckpointStore:
     """Keep the newest ``keep_last`` periodic checkpoints in ``folder`` and those of every ``keep_every`` iterations."""
 
@@ -69,7 +73,7 @@ class CheckpointStore:
                 path.is_dir() and _NAME.fullmatch(path.name) and not is_complete(path)
             ):
                 _remove(path)
-        name = FINAL if final else f"model_{iteration:07d}"
+        name = folder_name(iteration, final)
         path = self.folder / (f"{name}.tmp" if self.renames else name)
         _remove(path)
         path.mkdir()
@@ -111,7 +115,7 @@ class CheckpointStore:
         """Remove what the new checkpoint makes superfluous and name it in ``last_checkpoint``."""
         if newest.name == FINAL:
             (self.folder / f"{FINAL}.pth").unlink(missing_ok=True)
-            _remove(self.folder / f"model_{iteration:07d}")  # the same, written first where a former final one was
+            _remove(self.folder / folder_name(iteration))  # the same, written first where a former final one was
         periodic = [p for p in self.complete() if not p.name.startswith(FINAL)]
         periodic.sort(key=lambda p: p != newest and _number(p) is None)  # those that cannot be read go first
         for old in periodic[self.keep_last :]:

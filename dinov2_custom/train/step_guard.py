@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import NumericsError
-from dinov2_custom.utils.transfer import to_device, to_host
+from dinov2_custom.utils.transfer import HostCopy, to_device, to_host
 
 logger = logging.getLogger("dinov2")
 # A loss scaler that starts too high overflows a gradient in each of its first steps while it halves itself.
@@ -38,8 +38,7 @@ class _Report(NamedTuple):
 
     iteration: int
     terms: list[str]
-    facts: Tensor
-    ready: torch.cuda.Event | None
+    facts: HostCopy
 
 
 class StepGuard:
@@ -83,7 +82,7 @@ class StepGuard:
         norms = torch.stack([norm.float() for norm in grad_norms.values()])
         finite = torch.cat((values, norms)).isfinite()
         facts = torch.cat((finite.float(), told))
-        self._reports.append(_Report(iteration, [*losses, *grad_norms], *to_host(facts)))
+        self._reports.append(_Report(iteration, [*losses, *grad_norms], to_host(facts)))
         return dict(zip(losses, values, strict=True)), 1.0 - finite.all().float()
 
     def hear(self) -> Word:
@@ -103,8 +102,6 @@ class StepGuard:
             self._read(self._reports.popleft())
 
     def _read(self, report: _Report) -> Word:
-        if report.ready is not None:
-            report.ready.synchronize()
         facts = report.facts.tolist()
         bad = [term for term, is_finite in zip(report.terms, facts, strict=False) if not is_finite]
         self._count(bad, report.iteration)

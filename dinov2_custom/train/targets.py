@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2_custom.loss.soft_targets import CenteredTargets, SoftTargets
+from dinov2_custom.loss.soft_targets import Assignments
 
 if TYPE_CHECKING:
     from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
@@ -21,8 +21,8 @@ LOSS_NAMES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "
 class Targets(NamedTuple):
     """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: not trained."""
 
-    cls: Tensor | SoftTargets | None
-    patches: Tensor | SoftTargets | CenteredTargets | None
+    cls: Tensor | Assignments | None
+    patches: Tensor | Assignments | None
 
 
 class Features(NamedTuple):
@@ -60,15 +60,15 @@ def _late_assignments(
     shared = [] if cls is None or model.ibot_separate_head else [cls]
     with model.autocast("teacher", model.patch_head):
         features, weight = model.teacher[model.patch_head].factors(torch.cat([*shared, patches]))
-        cls_logits = features[: len(cls)] @ weight.T if shared else None
+        of_shared, of_patches = features.split([sum(map(len, shared)), len(patches)])
+        cls_logits = of_shared @ weight.T if shared else None
     if cls is not None and not shared:
         cls_logits = model.run_heads("teacher", [cls], None)[0][0]
     of_cls = None if cls is None else _assign(model, model.dino_loss, cls_logits, teacher_temp)
-    features = features[len(features) - len(patches) :]  # without those of class tokens
-    return Targets(of_cls, model.ibot_patch_loss.late_targets(features, weight, teacher_temp, **rows))
+    return Targets(of_cls, model.ibot_patch_loss.late_targets(of_patches, weight, teacher_temp, **rows))
 
 
-def _assign(model: SSLMetaArch, loss: nn.Module, logits: Tensor, teacher_temp: float, **rows) -> Tensor | SoftTargets:
+def _assign(model: SSLMetaArch, loss: nn.Module, logits: Tensor, teacher_temp: float, **rows) -> Tensor | Assignments:
     """``rows``: what is known of rows of patches."""
     if model.cfg.train.centering == "sinkhorn_knopp":
         targets_of = loss.sinkhorn_targets_ if model.lean else loss.sinkhorn_knopp_teacher

@@ -1,9 +1,11 @@
 """Copies between the host and a GPU that the host does not wait for: they go through pinned memory.
 
-On other devices both functions are plain. Not here: copying whole batches ahead (``data/prefetch.py``).
+On other devices everything is plain. Not here: copying whole batches ahead (``data/prefetch.py``).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +18,24 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start the copy of ``tensor`` to the host; it is there when the event, if any, has happened."""
+class HostCopy(NamedTuple):
+    """A copy on its way to the host; it is there when ``ready``, if any, has happened."""
+
+    tensor: Tensor
+    ready: torch.cuda.Event | None = None
+
+    def tolist(self) -> list[float]:
+        """Return the numbers; wait for them if they are not there yet."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.tensor.tolist()
+
+
+def to_host(tensor: Tensor) -> HostCopy:
+    """Start the copy of ``tensor`` to the host."""
     if tensor.device.type != "cuda":
-        return tensor, None
+        return HostCopy(tensor)
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return copy, event
+    return HostCopy(copy, event)

@@ -1,13 +1,11 @@
 """Padding changes no loss, gradient, centre or diagnostic, and makes all batches the same shape."""
 
-import json
-
 import pytest
 import torch
 
 from dinov2_custom.train.constant_shapes import pad_patches, padded_count
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from tests.test_parallel import launch
+from tests.test_parallel import facts_of_two
 from tests.train.batches import random_batch, tiny_config
 from tests.train.test_view_groups import unsettled
 
@@ -130,10 +128,7 @@ distributed.disable()
 
 
 def test_sums_over_two_processes_leave_out_padding(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    launch(2, str(script), str(tmp_path))
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    results = facts_of_two(tmp_path, TWO)
     for result in results:
         for centering in ("centering", "sinkhorn_knopp"):
             assert result[f"{centering} True"] == pytest.approx(result[f"{centering} False"], rel=1e-6, abs=1e-7)
