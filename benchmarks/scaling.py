@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.machine import add_write_option, describe, finish, table
-from dinov2_custom import distributed
+from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.parallel import GradientReducer
 from dinov2_custom.train.flops import PEAK_FLOPS, flops_per_image
@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         worker(args.steps)
-        return
+        entry.leave(0)
     rows = []
     for processes in (1, 2, 4):
         found = measure(processes, args.steps)

@@ -1,9 +1,6 @@
 """Two real processes (gloo): reduced gradients, and a run whose result does not depend on the number of processes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,9 @@ from dinov2_custom.parallel import GradientReducer, _grouped
 from dinov2_custom.sharding import reduce_dtype
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from tests.processes import launch, launch_source
 from tests.train.batches import TINY, random_batch, tiny_config
 from tests.train.test_train import weights, write_images
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def test_buckets_hold_every_parameter_once_in_order():
@@ -38,20 +34,9 @@ def test_one_process_needs_nothing():
     assert torch.equal(p.grad, torch.full((2,), 3.0))
 
 
-def launch(processes: int, *command: str, timeout: float = 240) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command)
-    options = {"env": env, "cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": timeout}
-    done = subprocess.run([sys.executable, *command], **options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 def facts_of_two(folder: Path, source: str) -> list[dict]:
     """Run ``source`` in two processes, each of which writes a JSON file into ``folder``; return these, by rank."""
-    script = folder / "two.py"
-    script.write_text(source)
-    launch(2, str(script), str(folder))
+    launch_source(folder, source, str(folder))
     files = sorted(folder.glob("*.json"))
     assert len(files) == 2
     return [json.loads(file.read_text()) for file in files]
@@ -59,9 +44,7 @@ def facts_of_two(folder: Path, source: str) -> list[dict]:
 
 def test_two_processes_average_and_must_have_the_same_gradients(tmp_path):
     """A parameter that one of them has no gradient of is named in the step after; one that none uses has none."""
-    script = tmp_path / "reduce.py"
-    script.write_text(
-        """
+    source = """
 import json, sys, torch
 from torch import nn
 from dinov2_custom import distributed
@@ -89,8 +72,7 @@ except RuntimeError as e:
 json.dump(facts, open(f"{sys.argv[1]}/{rank}.json", "w"))
 distributed.disable()
 """
-    )
-    launch(2, str(script), str(tmp_path))
+    launch_source(tmp_path, source, str(tmp_path))
     for rank in (0, 1):
         both, one, none, error = json.loads((tmp_path / f"{rank}.json").read_text())
         assert (both, one, none) == ([11.5] * 3, [2.0] * 3, None)
@@ -138,9 +120,7 @@ def joined(batches: list[dict]) -> dict:
 
 
 def test_a_process_without_masked_patches_has_gradients_of_zero(tmp_path):
-    script = tmp_path / "no_mask.py"
-    script.write_text(NO_MASK)
-    launch(2, str(script), str(tmp_path))
+    launch_source(tmp_path, NO_MASK, str(tmp_path))
     expected = gradients_of([0, 1])
     for rank in (0, 1):
         for name, got in torch.load(tmp_path / f"{rank}.pt").items():
@@ -222,7 +202,8 @@ def test_however_a_batch_is_cut_losses_and_weights_are_the_same(
 
 
 COMPILED = """
-import functools, json, os, sys, torch
+import functools, json, os, torch
+from dinov2_custom import entry
 from dinov2_custom.train import compiling, train
 compiling.compile_step = functools.partial(compiling.compile_step, backend="aot_eager")
 rank = os.environ["RANK"]
@@ -230,7 +211,7 @@ code = train.main(train.get_args_parser().parse_args())
 counters = torch._dynamo.utils.counters
 facts = [dict(counters["graph_break"]), counters["stats"]["unique_graphs"]]
 json.dump(facts, open(f"{os.path.dirname(__file__)}/{rank}.json", "w"))
-sys.exit(code)
+entry.leave(code)
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from dinov2_custom import distributed
+from dinov2_custom import distributed, entry
 from dinov2_custom.logging import MetricLogger, setup_logging
 from dinov2_custom.utils.config import write_config
 
@@ -48,3 +48,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    entry.leave(0)

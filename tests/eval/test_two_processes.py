@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from tests.eval.test_setup import REPOSITORY, make_run
-from tests.test_parallel import launch
+from tests.processes import launch
 
 
 @pytest.fixture(scope="module")

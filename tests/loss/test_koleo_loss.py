@@ -5,7 +5,7 @@ import json
 import torch
 
 from dinov2_custom.loss import KoLeoLoss
-from tests.test_parallel import launch
+from tests.processes import launch_source
 
 SCRIPT = """
 import json, sys, torch
@@ -40,8 +40,7 @@ def test_two_processes_are_one(tmp_path):
     loss = KoLeoLoss()(whole)
     (3 * loss).backward()
     assert torch.equal(KoLeoLoss(over_all_ranks=True)(whole), loss)  # alone there is nothing to gather
-    (tmp_path / "koleo.py").write_text(SCRIPT)
-    launch(2, str(tmp_path / "koleo.py"), str(tmp_path / "rank"))
+    launch_source(tmp_path, SCRIPT, str(tmp_path / "rank"))
     for rank in (0, 1):
         results = json.loads((tmp_path / f"rank{rank}").read_text())
         value, gradient = results["all"]

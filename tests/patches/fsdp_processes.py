@@ -1,5 +1,6 @@
 """Under torchrun, from a checkout's folder: do to real FSDP modules what upstream's step does; print what happens."""
 
+import os
 import sys
 import warnings
 from types import SimpleNamespace
@@ -51,3 +52,5 @@ if __name__ == "__main__":
         attempt("synchronize", synchronize)
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # the networks keep the group, whose threads must not meet Python's end

@@ -19,8 +19,8 @@ from PIL import Image
 from dinov2_custom.errors import CheckpointError, ConfigError, DataError
 from tests.oracle import reduced_depth
 from tests.patches.world import patched, world
+from tests.processes import ENVIRONMENT, REPOSITORY, torchrun
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = {
     "student": {"arch": "vit_small", "patch_size": 14, "block_chunks": 0},
     "crops": {"global_crops_size": 28, "local_crops_size": 14},
@@ -107,9 +107,9 @@ def test_every_width(checkout, dtype):
 
 def test_fsdp_attributes(checkout):
     def run():
-        command = [sys.executable, "-B", "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        command.append(str(Path(__file__).with_name("fsdp_processes.py")))
-        env = os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"}
+        command = torchrun(2, str(Path(__file__).with_name("fsdp_processes.py")))
+        paths = {"PYTHONPATH": f"{checkout}{os.pathsep}{REPOSITORY}", "PYTHONDONTWRITEBYTECODE": "1"}
+        env = os.environ | ENVIRONMENT | paths
         done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         return done.stdout

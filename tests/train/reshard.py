@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.test_parallel import compare, launch, tiny_run
+from tests.processes import launch
+from tests.test_parallel import compare, tiny_run
 from tests.train.test_train import write_images
 
 STEPS = 12

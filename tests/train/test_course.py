@@ -11,7 +11,7 @@ from dinov2_custom.logging import sinks
 from dinov2_custom.train.course import TICKS, Course, RunLength, in_words, run_length
 from dinov2_custom.train.optimization import build_schedulers
 from dinov2_custom.utils.weights import read_weights
-from tests.test_parallel import launch
+from tests.processes import launch
 from tests.train.batches import TINY, tiny_config
 from tests.train.test_step_guard import run
 from tests.train.test_train import rows, weights, write_images

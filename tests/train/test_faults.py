@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +16,11 @@ from dinov2_custom.train import watch as watch_module
 from dinov2_custom.train.faults import describe_memory, is_out_of_memory, translate
 from dinov2_custom.train.ranks import Ranks, describe_lost
 from dinov2_custom.train.watch import Watch
+from tests.processes import ENVIRONMENT, REPOSITORY, torchrun
 from tests.train.batches import TINY, tiny_config
 from tests.train.test_step_guard import run
 from tests.train.test_train import write_images
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import ctypes, os, signal, sys, time
 from dinov2_custom import entry
@@ -49,7 +48,7 @@ def make_faulty(*args, rank=0, **kwargs):
     return loader
 
 train.make_train_loader = make_faulty
-sys.exit(entry.run("dinov2_custom.train.train", train.get_args_parser().parse_args()))
+entry.leave(entry.run("dinov2_custom.train.train", train.get_args_parser().parse_args()))
 """
 
 
@@ -80,9 +79,8 @@ def test_a_lost_or_hanging_process_ends_the_job_and_is_named_in_the_log(images, 
     (tmp_path / "faulty.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=3"]
     arguments += ["train.max_steps=1000", "--output-dir", str(tmp_path / "out")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [*torchrun, str(tmp_path / "faulty.py"), fault, str(rank), *arguments]
+    command = torchrun(2, str(tmp_path / "faulty.py"), fault, str(rank), *arguments)
+    env = os.environ | ENVIRONMENT
     done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     log = (tmp_path / "out" / "logs" / "log.txt").read_text()

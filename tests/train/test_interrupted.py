@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dinov2_custom.utils.weights import read_weights
+from tests.processes import ENVIRONMENT, REPOSITORY, torchrun
 from tests.train.batches import TINY
 from tests.train.test_train import rows, weights, write_images
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TOTAL = 40
 STOPS = [
     (signal.SIGINT, 130),
@@ -88,11 +88,8 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(images, uninterrup
 
 def test_a_signal_to_one_of_two_processes_stops_both_after_a_save(images, tmp_path):
     out = tmp_path / "out"
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launcher = subprocess.Popen(
-        [*torchrun, *command(images, out)[1:]], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(torchrun(2, *command(images, out)[1:]), env=os.environ | ENVIRONMENT, **options)
     wait_for_checkpoint(launcher, out)
     pid = int((out / "logs" / "log.txt.rank1").read_text().split()[2])
     os.kill(pid, signal.SIGUSR1)

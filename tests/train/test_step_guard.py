@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.optimization import apply_optim_scheduler, build_optimizer, clip_gradients, step_unless
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.step_guard import MAX_STEPS_SCALED, StepGuard, Word
+from tests.processes import launch_source
 from tests.train.batches import TINY, random_batch, tiny_config
 from tests.train.test_train import rows, weights, write_images
 
@@ -249,9 +247,7 @@ def test_a_run_that_cannot_go_on_names_the_checkpoint_to_go_on_from(tmp_path, mo
 
 
 def test_two_processes_leave_out_the_same_step(tmp_path):
-    script = tmp_path / "poison.py"
-    script.write_text(
-        """
+    source = """
 import json, sys, torch
 from dinov2_custom import distributed
 from dinov2_custom.parallel import whole_tensor
@@ -284,12 +280,7 @@ heard.append(trainer.guard.hear())
 json.dump([results, heard], open(f"{sys.argv[1]}{rank}", "w"))
 distributed.disable()
 """
-    )
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(script), str(tmp_path / "rank")]
-    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    launch_source(tmp_path, source, str(tmp_path / "rank"))
     for rank in (0, 1):
         results, heard = json.loads((tmp_path / f"rank{rank}").read_text())
         assert results == [[True, 1, True, True]] * 3

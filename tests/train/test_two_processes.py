@@ -1,6 +1,6 @@
 """Two processes to the end: checkpoints written in a thread beside other saves, and no thread that outlives the run."""
 
-from tests.test_parallel import launch
+from tests.processes import launch
 from tests.train.batches import TINY
 from tests.train.test_checkpoint import names
 from tests.train.test_train import write_images
