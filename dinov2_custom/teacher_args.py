@@ -12,6 +12,7 @@ def teacher_parser(
     *,
     formatter_class: type[argparse.HelpFormatter] = argparse.ArgumentDefaultsHelpFormatter,
     add_help: bool = True,
+    prog: str | None = None,
 ) -> argparse.ArgumentParser:
     """Return a parser with the positional ``source``, a run directory or weight file.
 
@@ -19,7 +20,7 @@ def teacher_parser(
         dataset_help: of a positional ``dataset``; empty: there is none.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=formatter_class, add_help=add_help, allow_abbrev=False
+        prog=prog, description=description, formatter_class=formatter_class, add_help=add_help, allow_abbrev=False
     )
     parser.add_argument(source, metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file")
     if dataset_help:

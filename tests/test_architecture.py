@@ -18,10 +18,11 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "run").rglob("*.py"))
 MAX_FILE_LINES, MAX_SCRIPT_LINES = 300, 40
 
-BASE = {"errors", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
+BASE = {"commands", "errors", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
 # unit -> the units it may import, besides itself and the package's version; a unit is a module or a package
 ALLOWED = {
     "errors": {"exit_codes"},
+    "commands": set(),
     "utils": set(),
     "utils.dtype": set(),
     "utils.rng": set(),
@@ -41,7 +42,7 @@ ALLOWED = {
     "exit_codes": set(),
     "entry": {"errors", "exit_codes", "world"},
     "distributed": {"errors", "world"},
-    "configs": {"errors"},
+    "configs": {"commands", "errors"},
     "logging": {"errors", "distributed"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
@@ -51,11 +52,11 @@ ALLOWED = {
     "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
     "teacher": BASE | {"configs", "models", "utils.run_folder", "utils.weights"},
-    "train.args": {"configs"},  # command lines, which the launcher parses without torch
+    "train.args": {"commands", "configs"},  # command lines, which the launcher parses without torch
     "teacher_args": set(),
     "eval.args": {"teacher_args"},
     "embed.args": {"teacher_args"},
-    "run": {"errors", "exit_codes", "world", "entry", "configs", "utils.cluster", "utils.run_folder"}
+    "run": {"commands", "errors", "exit_codes", "world", "entry", "configs", "utils.cluster", "utils.run_folder"}
     | {"train.args", "eval.args", "embed.args", "teacher_args"},
     "_dinov2": set(),
 }
@@ -69,6 +70,7 @@ LAZY_ONLY = {("run", "train"), ("run", "eval")}  # allowed inside a function: th
 
 TORCH_FREE = [
     "errors",
+    "commands",
     "entry",
     "exit_codes",
     "world",
@@ -88,10 +90,14 @@ TORCH_FREE = [
     "train.args",
     "eval.args",
     "verify.args",
+    "verify.__main__",
     "prepare.args",
+    "prepare.__main__",
     "plots.args",
     "plots.history",
     "export.args",
+    "export.__main__",
+    "embed.__main__",
     "embed.args",
     "patching.args",
     "patching.main",

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dinov2_custom.commands import list_of_keys
 from dinov2_custom.configs.absolute_paths import with_absolute_paths
 from dinov2_custom.configs.combinations import check_combinations, list_notes
 from dinov2_custom.configs.mistakes import OF_FORKS, Mistakes, suggest_key
@@ -120,7 +121,7 @@ def _check_unknown(unknown: list[Setting], options: dict[str, Option], allowed: 
             inside = f" with {', '.join(map(str, setting.value))}" if isinstance(setting.value, dict) else ""
             kept.append(f"{label}{inside}" + (f": {OF_FORKS[setting.key]}" if setting.key in OF_FORKS else ""))
         else:
-            fix = suggest_key(setting.key) or "see docs/configuration.md"
+            fix = suggest_key(setting.key) or f"see {list_of_keys()}"
             mistakes.add(label, "a known key", "an unknown one", fix)
             mistakes.advice = "Unknown keys on purpose, of a fork say: --allow-unknown-keys keeps them, unused."
     return ["unknown keys, kept but not used:\n  " + "\n  ".join(kept)] if kept else []

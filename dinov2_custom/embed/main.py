@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import importlib.util
 import logging
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,7 @@ def _digest_of_names(dataset: Any) -> str:
 def _say(text: str) -> None:
     if distributed.is_main_process():
         print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    runpy.run_module("dinov2_custom.embed", run_name="__main__")

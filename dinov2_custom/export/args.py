@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from dinov2_custom.commands import command
 from dinov2_custom.teacher_args import add_configuration, teacher_parser
 
 FORMATS = {
@@ -22,6 +23,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "\n\nformats:\n" + "\n".join(f"  {name:12} {text}" for name, text in FORMATS.items()),
         "source",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=command("run/export/export.py"),
     )
     parser.add_argument("--to", required=True, choices=list(FORMATS), help="format, see above")
     parser.add_argument(

@@ -6,6 +6,7 @@ Read :func:`main`.
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
@@ -70,3 +71,7 @@ def _default_path(source: str, form: str) -> Path:
     """Return ./outputs/export/<run or file>_<format> with the format's suffix."""
     folder = default_output("export", source)
     return folder.with_name(f"{folder.name}_{form}{_WRITERS[form][1]}")
+
+
+if __name__ == "__main__":
+    runpy.run_module("dinov2_custom.export", run_name="__main__")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from dinov2_custom.commands import command
 from dinov2_custom.data import collate
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.spec import KINDS
@@ -94,7 +95,7 @@ class SkipBadImages(Dataset):
                 logger.warning(f"bad image skipped, {len(self.bad)} in this process: {name}: {self.bad[place]}")
         raise DataError(
             f"expected readable images, got {min(_MAX_TRIES, len(self))} unreadable ones from number {index} on, the "
-            f"last: {next(reversed(self.bad.values()))}; look at the data with run/data/verify.py"
+            f"last: {next(reversed(self.bad.values()))}; look at the data with {command('run/data/verify.py')}"
         )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from dinov2_custom.commands import command
 from dinov2_custom.teacher_args import add_configuration, teacher_parser
 
 
 def get_history_args_parser() -> argparse.ArgumentParser:
     """Return the parser of ``run/plots/history.py``."""
     parser = argparse.ArgumentParser(
+        prog=command("run/plots/history.py"),
         description="Draw losses, schedules, entropies, gradient norms and throughput of a run, or of several to "
-        "compare them, into history.png and history.html. Works at any time during training."
+        "compare them, into history.png and history.html. Works at any time during training.",
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="output directory of a training, or a folder of such directories"
@@ -34,6 +36,7 @@ def get_features_args_parser() -> argparse.ArgumentParser:
         "where there are classes: LabelledFolder, or a folder a class).",
         "checkpoint",
         "folder of images, or a dataset string",
+        prog=command("run/plots/features.py"),
     )
     parser.add_argument(
         "--output-dir",

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinov2_custom import entry
+from dinov2_custom.plots.args import get_history_args_parser
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run, short_names
 from dinov2_custom.plots.page import write_page
@@ -247,3 +249,7 @@ def _series(run: Run, line: Line) -> tuple[np.ndarray, np.ndarray]:
 
 def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(entry.run("dinov2_custom.plots.history", get_history_args_parser().parse_args()))

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dinov2_custom import entry
+from dinov2_custom.commands import command
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.logging.progress import track
+from dinov2_custom.plots.args import get_features_args_parser
 from dinov2_custom.plots.attention import class_attention, overlay
 from dinov2_custom.plots.features import pca_colours, plot_rows
 from dinov2_custom.plots.scatter import folder_labels, plot_scatter
@@ -75,7 +78,8 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
         shown.append(np.asarray(image))
     if not shown:
         raise DataError(
-            f"expected readable images, got none of {min(count, len(dataset))}; look with run/data/verify.py"
+            f"expected readable images, got none of {min(count, len(dataset))}; look with "
+            f"{command('run/data/verify.py')}"
         )
     title = f"{Path(teacher.weights).parent.name}/{Path(teacher.weights).name}"
     parts = {"image": shown, "PCA of patches": pca_colours(maps)}
@@ -156,3 +160,7 @@ def as_input(image: Image.Image, normalize: dict[str, tuple[float, ...]]) -> tor
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     mean, std = (torch.tensor(normalize[key])[:, None, None] for key in ("mean", "std"))
     return (pixels - mean) / std
+
+
+if __name__ == "__main__":
+    sys.exit(entry.run("dinov2_custom.plots.look", get_features_args_parser().parse_args(), quiet_threads=True))

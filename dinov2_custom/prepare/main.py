@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -270,3 +271,7 @@ def main(args: argparse.Namespace) -> int:
         return 130
     print(as_text(summary, folder))
     return 0
+
+
+if __name__ == "__main__":
+    runpy.run_module("dinov2_custom.prepare", run_name="__main__")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from dinov2_custom.commands import command, small_recipe
 from dinov2_custom.configs.load import check_output_dir, load_run_config
 from dinov2_custom.data.transforms import MaybeToTensor, Normalize
 from dinov2_custom.plots import (
@@ -115,7 +116,7 @@ def describe_files(out: Path, seed: int) -> list[str]:
         f"loss curve: {out / 'loss_curve.png'}",
         f"patch features: {out / 'pca.png'} (their first three principal components as red, green, blue)",
         f"training run: {out / f'seed_{seed}'}",
-        "next: your own images: python run/train/train.py --config-file configs/vits.yaml --output-dir out "
+        f"next: your own images: {command('run/train/train.py')} {small_recipe()} --output-dir out "
         "train.dataset_path=/my/images",
     ]
 

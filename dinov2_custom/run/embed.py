@@ -23,7 +23,7 @@ class Embedding(Task):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, launch, and return the exit code."""
-    return launch(Embedding, get_args_parser(add_help=False), "dinov2:embed", arguments)
+    return launch(Embedding, get_args_parser(add_help=False), "dinov2:embed", "run/embed.py", arguments)
 
 
 if __name__ == "__main__":

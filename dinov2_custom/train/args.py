@@ -10,16 +10,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from dinov2_custom.commands import command, list_of_keys, small_recipe
+
 _DESCRIPTION = "Train DINOv2 on a folder of unlabeled images."
 _EPILOG = """\
 examples:
   train a ViT-S on your own images:
-    python run/train/train.py --config-file configs/vits.yaml --output-dir out train.dataset_path=/my/images
+    {train} --output-dir out train.dataset_path=/my/images
   a short run on a CPU, continued if the output directory has a checkpoint:
-    python run/train/train.py --config-file configs/vits.yaml train.dataset_path=/my/images --output-dir out \\
+    {train} train.dataset_path=/my/images --output-dir out \\
         optim.epochs=2 optim.warmup_epochs=0.2 optim.freeze_last_layer_epochs=0 train.batch_size_per_gpu=8
 
-all keys: docs/configuration.md
+all keys: {keys}
 """
 
 
@@ -75,7 +77,9 @@ class OverridesParser(argparse.ArgumentParser):
 
 def get_args_parser(add_help: bool = True) -> OverridesParser:
     """Return the parser of a training run; with add_help=False it serves as a parent of other parsers."""
-    parser = OverridesParser(description=_DESCRIPTION, epilog=_EPILOG, add_help=add_help)
+    train = f"{command('run/train/train.py')} {small_recipe()}"
+    epilog = _EPILOG.format(train=train, keys=list_of_keys())
+    parser = OverridesParser(description=_DESCRIPTION, epilog=epilog, add_help=add_help)
     _add_configuration(parser, "optim.epochs=10, anywhere")
     parser.add_argument(
         "--output-dir",
@@ -101,8 +105,9 @@ def get_args_parser(add_help: bool = True) -> OverridesParser:
 def get_memory_args_parser() -> OverridesParser:
     """Return the parser of ``run/train/memory.py``."""
     parser = OverridesParser(
+        prog=command("run/train/memory.py"),
         description="Count the memory of a training step, on tensors without data; no GPU is needed.",
-        epilog="example: python run/train/memory.py --config-file configs/vitl.yaml --fits 40",
+        epilog=f"example: {command('run/train/memory.py')} {small_recipe()} --fits 40",
     )
     _add_configuration(parser, "train.batch_size_per_gpu=32")
     parser.add_argument(

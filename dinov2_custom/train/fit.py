@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 
 from omegaconf import OmegaConf
 
+from dinov2_custom import entry
 from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.train.args import get_memory_args_parser
 from dinov2_custom.train.memory import CATEGORIES, SHARE_OF_TENSORS, StepMemory, measure_step
 
 MODES = ("none", "selective", "full")
@@ -99,3 +101,7 @@ def largest_below(size: Callable[[int], int], limit: float) -> int:
         if found is low:  # a little beyond, to find an upper bound too
             guess += max(1, guess // 16)
     return low[0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(entry.run("dinov2_custom.train.fit", get_memory_args_parser().parse_args()))

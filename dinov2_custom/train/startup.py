@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dinov2_custom import __version__
+from dinov2_custom.commands import command
 from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.utils import get_sha
@@ -44,6 +45,6 @@ def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
         f"teacher weights: {teacher_path}",
         f"training state: {checkpoint_path} (the same command, made longer, goes on from it)",
         f"losses: {out / 'training_metrics.json'}",
-        f"next: python run/eval/knn.py --pretrained-weights {shlex.quote(str(teacher_path))} "
+        f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
         "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",
     ]

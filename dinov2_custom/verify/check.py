@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from dinov2_custom.commands import command
 from dinov2_custom.data.decode import FORMATS, describe, to_rgb
 
 from .structure import ZERO_RUN, fault
@@ -59,7 +60,7 @@ def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as e:
-            return Checked(f"too large: {e}; cut it into tiles (run/data/prepare.py --tile)")
+            return Checked(too_large(str(e)))
         except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
             return Checked(f"not an image: {describe(data)} ({_text(e)})")
         seen = Checked("", image.format or "", image.mode, *image.size)
@@ -126,6 +127,11 @@ def _second_opinion(data: bytes, seen: Checked, text: str) -> Checked:
     if not text or "nsupported" in text or "precision" in text.lower():
         return by_pillow._replace(by="pillow")
     return seen._replace(reason=f"damaged JPEG: {text} (other decoders return wrong pixels without a word)")
+
+
+def too_large(how: str) -> str:
+    """Return the reason for an image that is ``how`` large, and what to do with it."""
+    return f"too large: {how}; cut it into tiles ({command('run/data/prepare.py')} --tile)"
 
 
 def _text(e: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import runpy
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.logging import setup_logging, track
 
-from .check import Checked, check_image, find_simplejpeg
+from .check import Checked, check_image, find_simplejpeg, too_large
 from .folder import default_folder, own_folder
 from .pool import Death, num_cores, run_pool
 from .report import as_text, write_report
@@ -48,7 +49,7 @@ class Checker:
         if self._module is None and self.simplejpeg:
             self._module = find_simplejpeg()
         if stamp is not None and stamp[0] > MAX_BYTES and os.path.exists(name):
-            return Checked(f"too large: {stamp[0]:,} bytes; cut it into tiles (run/data/prepare.py --tile)"), stamp
+            return Checked(too_large(f"{stamp[0]:,} bytes")), stamp
         try:
             data = read_image(self.dataset, i)
         except DataError as e:
@@ -137,3 +138,7 @@ def main(args: argparse.Namespace) -> int:
     print(as_text(summary))
     print(f"bad images: {folder / 'bad_images.jsonl'}\nlist to train on: {folder / 'clean.txt'}")
     return 1 if summary["bad"] else 0
+
+
+if __name__ == "__main__":
+    runpy.run_module("dinov2_custom.verify", run_name="__main__")

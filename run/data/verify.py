@@ -5,10 +5,9 @@ Writes bad_images.jsonl, clean.txt (trains directly) and summary.json. Exit code
 import sys
 
 try:
-    from dinov2_custom import entry
+    from dinov2_custom.verify.__main__ import main
 except ModuleNotFoundError:
     sys.exit(f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`")
-from dinov2_custom.verify.args import get_args_parser
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.verify.main", get_args_parser().parse_args(), error_code=2))
+    sys.exit(main())

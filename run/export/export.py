@@ -3,10 +3,9 @@
 import sys
 
 try:
-    from dinov2_custom import entry
+    from dinov2_custom.export.__main__ import main
 except ModuleNotFoundError:
     sys.exit(f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`")
-from dinov2_custom.export.args import get_args_parser
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.export.main", get_args_parser().parse_args()))
+    sys.exit(main())

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dinov2_custom.commands import command
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs
 from dinov2_custom.utils.run_folder import find_weights
@@ -30,6 +31,10 @@ class Evaluation(Task):
             raise ConfigError(f"--pretrained-weights: expected a weight file or a run directory, got {got}; check it")
 
 
-def launch(task: type[Task], parser: argparse.ArgumentParser, name: str, arguments: Sequence[str] | None) -> int:
+def launch(
+    task: type[Task], parser: argparse.ArgumentParser, name: str, script: str, arguments: Sequence[str] | None
+) -> int:
     """Parse the command line with the launcher's flags added to ``parser``, launch, and return the exit code."""
-    return submit_jobs(task, get_args_parser(parser.description, parents=[parser]).parse_args(arguments), name)
+    parser = get_args_parser(parser.description, parents=[parser])
+    parser.prog = command(script)
+    return submit_jobs(task, parser.parse_args(arguments), name)

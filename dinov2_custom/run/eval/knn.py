@@ -19,7 +19,7 @@ class Evaluator(Evaluation):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, launch, and return the exit code."""
-    return launch(Evaluator, get_knn_args_parser(add_help=False), "dinov2:knn", arguments)
+    return launch(Evaluator, get_knn_args_parser(add_help=False), "dinov2:knn", "run/eval/knn.py", arguments)
 
 
 if __name__ == "__main__":

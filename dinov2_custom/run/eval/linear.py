@@ -19,7 +19,7 @@ class Evaluator(Evaluation):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, launch, and return the exit code."""
-    return launch(Evaluator, get_linear_args_parser(add_help=False), "dinov2:linear", arguments)
+    return launch(Evaluator, get_linear_args_parser(add_help=False), "dinov2:linear", "run/eval/linear.py", arguments)
 
 
 if __name__ == "__main__":

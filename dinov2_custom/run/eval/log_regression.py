@@ -19,7 +19,13 @@ class Evaluator(Evaluation):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, launch, and return the exit code."""
-    return launch(Evaluator, get_log_regression_args_parser(add_help=False), "dinov2:logreg", arguments)
+    return launch(
+        Evaluator,
+        get_log_regression_args_parser(add_help=False),
+        "dinov2:logreg",
+        "run/eval/log_regression.py",
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""What a user can type from where they are: the scripts of a checkout, or without one the same as modules. Torch-free.
+
+Every hint and ``--help`` takes its commands from here. Read :func:`command` first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MODULES = {
+    "run/train/train.py": "run.train.train",
+    "run/train/memory.py": "train.fit",
+    "run/data/verify.py": "verify",
+    "run/data/prepare.py": "prepare",
+    "run/eval/knn.py": "run.eval.knn",
+    "run/eval/linear.py": "run.eval.linear",
+    "run/eval/log_regression.py": "run.eval.log_regression",
+    "run/embed.py": "embed",
+    "run/export/export.py": "export",
+    "run/plots/history.py": "plots.history",
+    "run/plots/features.py": "plots.look",
+}
+
+
+def command(script: str) -> str:
+    """Return what starts ``script``, a key of ``MODULES``: itself where the current directory has it, else its module.
+
+    Both take the same arguments.
+    """
+    return f"python {script}" if Path(script).is_file() else f"python -m dinov2_custom.{MODULES[script]}"
+
+
+def small_recipe() -> str:
+    """Return the argument that chooses a ViT-S: the recipe where the current directory has it, else the key."""
+    recipe = "configs/vits.yaml"
+    return f"--config-file {recipe}" if Path(recipe).is_file() else "student.arch=vit_small"
+
+
+def list_of_keys() -> str:
+    """Return where all configuration keys are explained: the page, or the command that prints it."""
+    page = "docs/configuration.md"
+    return page if Path(page).is_file() else "`python -m dinov2_custom.configs.document`"

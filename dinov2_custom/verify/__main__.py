@@ -1,0 +1,15 @@
+"""``python -m dinov2_custom.verify``, and what ``run/data/verify.py`` calls. Torch-free itself."""
+
+import sys
+
+from dinov2_custom import entry
+from dinov2_custom.verify.args import get_args_parser
+
+
+def main() -> int:
+    """Parse the command line, do what it says, and return the exit code."""
+    return entry.run("dinov2_custom.verify.main", get_args_parser().parse_args(), error_code=2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
