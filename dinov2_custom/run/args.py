@@ -119,7 +119,7 @@ PROCESSES = Option(
     default=8,
     metavar="N",
 )
-CPU = Option(("--cpu",), "ask for no GPUs: --ngpus is the number of CPU processes", many="flag")
+CPU = Option(("--cpu",), "use no GPU, ask SLURM for none: --ngpus is the number of CPU processes", many="flag")
 # what --cluster files may hold; all but the processes make SLURM the default launcher
 CLUSTER_OPTIONS = {option.dest: option for option in (PROCESSES, CPU, *RESOURCES, *ENVIRONMENT)}
 SLURM_DESTS = tuple(option.dest for option in (*RESOURCES, *ENVIRONMENT)) + ("cluster",)

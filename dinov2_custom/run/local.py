@@ -44,14 +44,13 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
 
 
 def num_processes(args: argparse.Namespace) -> int:
-    """Return ``args.ngpus``, else the number of GPUs, at least 1. ``args.cpu`` hides the GPUs from here on.
+    """Return ``args.ngpus``, else the number of GPUs, at least 1, with ``args.cpu`` 1.
 
     Raises:
         LaunchError: more processes than GPUs.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see submit.Task
     if args.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return args.ngpus or 1
     import torch
 

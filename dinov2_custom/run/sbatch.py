@@ -139,6 +139,7 @@ def _run(args: argparse.Namespace, spec: dict[str, Any]) -> list[str]:
         'marker=$(cat "$run_directory/last_checkpoint" 2>/dev/null || true)',
         'export DINOV2_OUTCOMES="${job_files}_outcomes"; rm -rf "$DINOV2_OUTCOMES"; mkdir "$DINOV2_OUTCOMES"',
         f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{args.cpus_per_task}}}",
+        *(["export CUDA_VISIBLE_DEVICES=  # --cpu, also where SLURM does not hide GPUs"] if args.cpu else []),
         "code=$checked",
         f'[ "$checked" -gt 0 ] || srun --cpus-per-task={args.cpus_per_task} --kill-on-bad-exit=1 --wait=1800 '
         '"$python" -u -m dinov2_custom.run.task "$spec" || code=$?',

@@ -93,6 +93,10 @@ def submit_jobs(task_class: type, args: argparse.Namespace, name: str) -> int:
     launcher = choose_launcher(args, os.environ)
     if launcher != "slurm":
         args.output_dir = (args.output_dir or "").replace(sbatch.JOB, os.environ.get("SLURM_JOB_ID", "local"))
+    if launcher != "slurm" and args.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # of this process and those it starts; torch looks when it is first asked
+        )
     if launcher == "inline" and (unused := unused_counts(args, world_from_environment(os.environ))):
         print(f"warning: {unused}", file=sys.stderr)
     if launcher == "inline" and not args.dry_run:

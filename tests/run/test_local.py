@@ -180,10 +180,10 @@ def test_more_processes_than_gpus(monkeypatch):
         local.num_processes(argparse.Namespace(cpu=None, ngpus=3))
 
 
-def test_cpu_hides_the_gpus(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+def test_without_gpus_one_process_unless_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert local.num_processes(argparse.Namespace(cpu=True, ngpus=None)) == 1
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert local.num_processes(argparse.Namespace(cpu=True, ngpus=3)) == 3
 
 
 def test_processes_without_their_launcher_save_and_end(images, tmp_path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run.submit import Task, choose_launcher, get_args_parser, get_shared_folder, submit_jobs
@@ -118,6 +119,29 @@ def test_inline_passes_the_arguments_and_the_code():
             return 40 + self.args.nodes
 
     assert submit_jobs(Echo, parse("--launcher", "inline", "--nodes", "1"), name="x") == 41
+
+
+class SeenGpus(Task):
+    def __call__(self):
+        return len(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
+@pytest.mark.parametrize("environment", [{}, TORCHRUN])
+@pytest.mark.parametrize("flags, seen", [([], 3), (["--cpu"], 0)])
+def test_cpu_hides_the_gpus_under_torchrun_too(monkeypatch, environment, flags, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert submit_jobs(SeenGpus, parse(*flags), name="x") == seen
+
+
+def test_a_job_without_gpus_sees_none(tmp_path):
+    images = write_images(tmp_path / "images", 2)
+    flags = ["--dry-run", "--partition", "p", "--output-dir", "o", *TINY, f"train.dataset_path={images}"]
+    hidden, not_hidden = (train(*flags, *cpu, cwd=tmp_path).stdout for cpu in (["--cpu"], []))
+    assert "\nexport CUDA_VISIBLE_DEVICES= " in hidden and "gpus-per-node" not in hidden
+    assert "CUDA_VISIBLE_DEVICES" not in not_hidden and "gpus-per-node" in not_hidden
 
 
 def test_dry_run_prints_script_and_configuration_and_leaves_nothing(tmp_path):
