@@ -67,18 +67,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def changed_keys(folder: Path, cfg: DictConfig) -> list[str]:
-    """Return "key: before -> now" of every key that may change results and differs from ``folder``'s config.yaml.
+def changed_keys(before: Mapping[str, Any], folder: Path, cfg: DictConfig) -> list[str]:
+    """Return "key: before -> now" of every key that may change results and differs from the checkpoint's.
 
     How the global batch is made is not a change; whether it changed: :func:`changed_batch`.
+
+    Args:
+        before: values of the checkpoint. One of the former format has no configuration; ``folder``'s config.yaml, which
+            is that of the last start, then counts.
     """
     path = folder / "config.yaml"
-    if not path.exists():
+    if not before.get("config") and not path.exists():
         return []
-    before = OmegaConf.load(path)
+    earlier = OmegaConf.create(before["config"]) if before.get("config") else OmegaConf.load(path)
     changes = []
     for key, option in all_options().items():
-        old, new = OmegaConf.select(before, key), OmegaConf.select(cfg, key)
+        old, new = OmegaConf.select(earlier, key), OmegaConf.select(cfg, key)
         if option.changes_results and old is not None and old != new and key not in OF_THE_BATCH:
             changes.append(f"{key}: {old} -> {new}")
     return changes

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinov2_custom.errors import CheckpointError, ConfigError, DataError, DINOv2Error, LaunchError
+from dinov2_custom.errors import CheckpointError, ConfigError, DataError, DINOv2Error, LaunchError, ResourceError
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.train.checkpoint import Checkpointer
@@ -167,6 +167,30 @@ def test_a_resume_with_other_settings_says_which(images, tmp_path, capsys):
     log = capsys.readouterr().out
     assert "other settings than before: train.seed: 0 -> 7; optim.epochs: 2 -> 3" in log
     assert "num_workers: 0" not in log
+
+
+def fail(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_first_step_without_memory_costs_a_directory_nothing(images, tmp_path, monkeypatch, capsys):
+    command = [f"train.dataset_path={images}", *RUN, "--output-dir"]
+    with monkeypatch.context() as short_of_memory:
+        short_of_memory.setattr("dinov2_custom.train.train.accumulate_gradients", fail)
+        with pytest.raises(ResourceError, match="lower train.batch_size_per_gpu to 4"):
+            train(*command, tmp_path / "out", "train.batch_size_per_gpu=8", "optim.base_lr=0.1")
+    assert train(*command, tmp_path / "out") == train(*command, tmp_path / "new") == 0
+    ours, expected = weights(tmp_path / "out"), weights(tmp_path / "new")
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+    assert [row["iteration"] for row in rows(tmp_path / "out")] == [0, 7]
+    with monkeypatch.context() as short_of_memory:  # and one that would have gone on
+        short_of_memory.setattr("dinov2_custom.train.train.accumulate_gradients", fail)
+        with pytest.raises(ResourceError):
+            train(*command, tmp_path / "out", "optim.epochs=3", "optim.base_lr=0.1", "train.batch_size_per_gpu=8")
+    capsys.readouterr()
+    assert train(*command, tmp_path / "out", "optim.epochs=3") == 0
+    assert "other settings than before: optim.epochs: 2 -> 3\n" in capsys.readouterr().out
+    assert [row["iteration"] for row in rows(tmp_path / "out")] == [0, 7, 10, 11]
 
 
 def test_an_epoch_can_be_a_pass_over_the_data(images, tmp_path, capsys):
