@@ -293,7 +293,7 @@ def test_a_start_that_is_refused_late_leaves_nothing_either(images, tmp_path, ar
 
 
 def test_two_processes_that_are_refused_leave_nothing(images, tmp_path):
-    from tests.test_parallel import REPOSITORY
+    from tests.processes import REPOSITORY
 
     flags = ["--ngpus", "2", "--cpu", "student.pretrained_weights=/nowhere/w.pth", "--output-dir", str(tmp_path / "o")]
     command = [sys.executable, "run/train/train.py", f"train.dataset_path={images}", *RUN, *flags]
