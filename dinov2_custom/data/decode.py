@@ -7,6 +7,7 @@ alpha (RGBA, LA, palette)     dropped, as upstream does (transparent pixels show
 16-bit grey (I;16, I)         linear by bit depth: value / 257, rounded
 other integers (I)            outside 0..65535: least value -> 0, greatest -> 255
 float (F)                     in 0..1: value * 255, rounded; otherwise least -> 0, greatest -> 255 (NaN -> 0)
+signed 8-bit grey TIFF        value + 128
 white-is-zero TIFF            turned to black-is-zero first
 16-bit RGB                    the high bytes (Pillow's reader)
 several frames or pages       the first
@@ -33,7 +34,7 @@ from PIL import Image, ImageOps
 
 from dinov2_custom.errors import DataError
 
-from .tiff_values import as_declared
+from .tiff_values import as_declared, signed_bytes
 
 logger = logging.getLogger("dinov2")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
@@ -158,6 +159,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "RGB":
         return image
+    if (signed := signed_bytes(image)) is not None:
+        warn_once("L (signed 8-bit)", "128 is added to the values")
+        return _from_levels(signed.astype(np.int16) + 128)
     if image.mode.startswith("I;16"):
         warn_once(image.mode, "16-bit values are divided by 257")
         return _from_levels((as_declared(image).astype(np.uint32) + 128) // 257)

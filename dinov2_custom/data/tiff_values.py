@@ -11,7 +11,15 @@ import numpy as np
 from PIL import Image
 
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLE_FORMAT = 258, 259, 262, 339
-WHITE_IS_ZERO, UNSIGNED = 0, 1
+WHITE_IS_ZERO, UNSIGNED, SIGNED = 0, 1, 2
+
+
+def signed_bytes(image: Image.Image) -> np.ndarray | None:
+    """Return the values (H, W) of a loaded 8-bit grey image that declares them signed, which Pillow passes over."""
+    tags = getattr(image, "tag_v2", None)
+    if image.mode != "L" or tags is None or tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] != SIGNED:
+        return None
+    return np.asarray(image).view(np.int8)
 
 
 def as_declared(image: Image.Image) -> np.ndarray:

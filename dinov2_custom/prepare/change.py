@@ -119,7 +119,7 @@ def _pixels(data: bytes, found: Checked, size: tuple[int, int]) -> tuple[Image.I
         image.draft(None, (DRAFT * size[0], DRAFT * size[1]))
     image.load()
     grey = image.mode in ("L", "1")
-    image = image.convert("L") if grey else to_rgb(image)
+    image = to_rgb(image).getchannel(0) if grey else to_rgb(image)
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     return image, orientation

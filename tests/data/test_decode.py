@@ -230,6 +230,19 @@ def test_unsigned_32_bit_tiff_is_not_read_as_signed(compression):
     assert np.asarray(decode_rgb(tiff(small, compression=compression)))[0, :, 0].tolist() == [0, 1, 255]
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_signed_8_bit_tiff_is_not_read_as_unsigned(order, compression):
+    values = np.array([[-128, -1, 0, 1, 127]], np.int8).repeat(3, axis=0)
+    data = tiff(values, photometric="minisblack", byteorder=order, compression=compression)
+    assert np.asarray(Image.open(io.BytesIO(data)))[0].tolist() == [128, 255, 0, 1, 127], "Pillow reads it right now"
+    assert np.asarray(decode_rgb(data))[0].tolist() == [[v] * 3 for v in (0, 127, 128, 129, 255)]
+    assert check_image(data).reason == ""
+    for photometric, shape in (("miniswhite", (3, 5)), ("rgb", (3, 5, 3))):  # which Pillow does not open
+        with pytest.raises(DataError, match="expected an image"):
+            decode_rgb(tiff(np.ones(shape, np.int8), photometric=photometric))
+
+
 @pytest.mark.parametrize("kind", [np.int16, np.int32, np.float32])
 def test_compressed_big_endian_numbers_are_refused_with_the_reason(kind):
     values = (RAMP / 3).astype(kind)

@@ -110,3 +110,12 @@ def test_suffix(name, format, wanted):
 )  # fmt: skip
 def test_size(size, side, wanted):
     assert shrunk_size(*size, side) == wanted
+
+
+def test_signed_grey_follows_the_rules_of_training_too():
+    values = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
+    tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
+    tifffile.imwrite(file, values, photometric="minisblack")
+    written = Image.open(io.BytesIO(only(prepare_image(file.getvalue(), "s.tif", Options(format="png"))).data))
+    assert written.mode == "L"
+    np.testing.assert_array_equal(np.asarray(written), values.astype(int) + 128)
