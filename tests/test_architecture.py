@@ -18,11 +18,12 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "run").rglob("*.py"))
 MAX_FILE_LINES, MAX_SCRIPT_LINES = 300, 40
 
-BASE = {"commands", "errors", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
+BASE = {"commands", "errors", "extras", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
 # unit -> the units it may import, besides itself and the package's version; a unit is a module or a package
 ALLOWED = {
     "errors": {"exit_codes"},
     "commands": set(),
+    "extras": {"errors"},
     "utils": set(),
     "utils.dtype": set(),
     "utils.rng": set(),
@@ -32,7 +33,7 @@ ALLOWED = {
     "utils.param_groups": set(),
     "utils.download": {"errors"},
     "utils.hugging_face": {"errors"},
-    "utils.paths": {"errors"},
+    "utils.paths": {"errors", "extras"},
     "utils.weights": {"utils.hugging_face", "utils.paths", "errors", "utils.checkpoint_folder", "utils.download"},
     "utils.tensor_file": {"errors"},
     "utils.run_folder": {"errors"},
@@ -43,7 +44,7 @@ ALLOWED = {
     "entry": {"errors", "exit_codes", "world"},
     "distributed": {"errors", "world"},
     "configs": {"commands", "errors"},
-    "logging": {"errors", "distributed"},
+    "logging": {"errors", "extras", "distributed"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
     "models": BASE | {"layers", "utils.weights"},
@@ -56,8 +57,8 @@ ALLOWED = {
     "teacher_args": set(),
     "eval.args": {"teacher_args"},
     "embed.args": {"teacher_args"},
-    "run": {"commands", "errors", "exit_codes", "world", "entry", "configs", "utils.cluster", "utils.run_folder"}
-    | {"train.args", "eval.args", "embed.args", "teacher_args"},
+    "run": {"commands", "errors", "exit_codes", "extras", "world", "entry", "configs"}
+    | {"utils.cluster", "utils.run_folder", "train.args", "eval.args", "embed.args", "teacher_args"},
     "_dinov2": set(),
 }
 ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}

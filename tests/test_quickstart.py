@@ -110,7 +110,7 @@ def test_tiles_are_grey_and_cut_once(tmp_path, monkeypatch):
 
 def test_scikit_image_missing(monkeypatch):
     monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="pip install scikit-image"):
+    with pytest.raises(DataError, match="expected the package scikit-image, got none; pip install"):
         open_photo("cat")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.errors import DataError
+from dinov2_custom.extras import optional
 
 from .sources import Root, Source, as_roots, read_file
 from .tar_shards import find_files
@@ -230,12 +231,6 @@ def arrow() -> Any:
     Raises:
         DataError: it is not installed.
     """
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.types
-    except ImportError as e:
-        raise DataError(
-            "expected pyarrow for Parquet and Hugging Face data, got none; pip install 'dinov2_custom[parquet]'"
-        ) from e
-    return pyarrow
+    for name in ("pyarrow.ipc", "pyarrow.types"):
+        optional(name, "Parquet and Hugging Face data", DataError)
+    return optional("pyarrow", "Parquet and Hugging Face data", DataError)

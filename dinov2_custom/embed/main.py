@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import logging
 import runpy
 import sys
@@ -22,6 +21,7 @@ from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.embed.images import batches
 from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError
+from dinov2_custom.extras import optional
 from dinov2_custom.logging.progress import ProgressBar
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
 from dinov2_custom.utils.run_folder import default_output
@@ -40,8 +40,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {args.batch_size}")
-    if args.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ConfigError('--format parquet: expected the extra "parquet"; pip install ".[parquet]"')
+    if args.format == "parquet":
+        optional("pyarrow", "--format parquet")
     distributed.enable()
     try:
         return _run(args)

@@ -5,7 +5,6 @@ Both minimise C * (sum of cross-entropies) + |weight|^2 / 2; the bias is free. R
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.extras import optional
 
 logger = logging.getLogger("dinov2")
 SOLVERS = ("torch", "sklearn")
@@ -126,8 +126,8 @@ def check_solver(solver: str) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if solver == "sklearn" and importlib.util.find_spec("sklearn") is None:
-        raise ConfigError('--solver sklearn: expected the extra "eval"; pip install ".[eval]", or --solver torch')
+    if solver == "sklearn":
+        optional("sklearn", "--solver sklearn", otherwise="--solver torch")
 
 
 def fit_sklearn(features: Tensor, labels: Tensor, C: float, max_iter: int) -> Solution:

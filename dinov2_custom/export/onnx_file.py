@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.portable import Portable
+from dinov2_custom.extras import optional
 
 INPUT, OUTPUTS = "image", ("cls_token", "patch_tokens")
 
@@ -50,13 +50,8 @@ def write_onnx(model: Portable, path: Path) -> None:
     Raises:
         ConfigError: a library is missing.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as e:
-        raise ConfigError(
-            f'--to onnx: expected the extra "export", {e.name} is missing; pip install ".[export]"'
-        ) from e
+    for name in ("onnx", "onnxscript"):
+        optional(name, "--to onnx")
     backbone = copy.deepcopy(model.backbone).float().cpu().eval()
     backbone.pos_embed = nn.Parameter(model.state["pos_embed"].clone(), requires_grad=False)
     for block in backbone.all_blocks():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dinov2_custom import distributed
+from dinov2_custom.extras import missing
 from dinov2_custom.logging.rows import append_row
 from dinov2_custom.logging.wandb_sink import open_wandb, without_secrets
 
@@ -165,10 +166,8 @@ def open_sinks(
             sinks.append(TensorBoard(folder, config, first_step))
             logger.info(f"TensorBoard: folder={folder}")
         except ImportError as e:
-            logger.warning(
-                "train.tensorboard: expected the package tensorboard, got none "
-                f"({e}); run: pip install tensorboard; training goes on without it"
-            )
+            words = missing("tensorboard", "train.tensorboard", got=f"got none ({e})")
+            logger.warning(f"{words}; training goes on without it")
         except Exception as e:
             logger.warning(f"train.tensorboard: cannot write to {folder}, {e}; training goes on without it")
     wandb = open_wandb(config["wandb"], out / "logs", config, out.resolve().name, stored_run_id)

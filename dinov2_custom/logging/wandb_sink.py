@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dinov2_custom.extras import missing
+
 logger = logging.getLogger("dinov2")
 ID_FILE = "wandb_run_id"
 DEFAULT_PROJECT = "dinov2_custom"
@@ -70,8 +72,8 @@ def open_wandb(
         import wandb
     except Exception as e:  # a broken installation raises anything
         logger.warning(
-            f"wandb.mode={options['mode']}: expected the package wandb, got {type(e).__name__}: {e}; run: pip install "
-            "wandb; training goes on without W&B"
+            missing("wandb", f"wandb.mode={options['mode']}", got=f"got {type(e).__name__}: {e}")
+            + "; training goes on without W&B"
         )
         return None
     reasons = []

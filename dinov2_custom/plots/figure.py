@@ -1,6 +1,6 @@
 """An empty figure. matplotlib is imported when one is made."""
 
-from dinov2_custom.errors import ConfigError
+from dinov2_custom.extras import optional
 
 
 def new_figure(**kwargs):
@@ -9,8 +9,4 @@ def new_figure(**kwargs):
     Raises:
         ConfigError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ConfigError("figures: expected matplotlib, got no such package; run: pip install matplotlib") from e
-    return Figure(dpi=120, **kwargs)
+    return optional("matplotlib.figure", "figures").Figure(dpi=120, **kwargs)

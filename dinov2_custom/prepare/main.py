@@ -29,6 +29,7 @@ from PIL import Image
 
 from dinov2_custom.data.decode import FORMATS
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.extras import missing
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image, find_simplejpeg
 from dinov2_custom.verify.folder import own_folder, written_whole
@@ -39,7 +40,7 @@ from dinov2_custom.verify.report import absolute
 from .change import Options, Output, Prepared, prepare_image
 from .names import Names
 from .parts import PartWriter
-from .tiles import INSTALL, DecodedBands, TiffBands, find_tifffile, read_tiles, write_tiles
+from .tiles import DecodedBands, TiffBands, find_tifffile, read_tiles, write_tiles
 
 logger = logging.getLogger("dinov2")
 MARKER = "prepare.json"
@@ -155,7 +156,7 @@ def prepare(dataset: Any, folder: Path, options: Options, *, shard_size: int, wo
     first, skip = writer.position
     logger.info(f"prepare: images={len(dataset)} prepared_before={first} workers={workers} output={folder}")
     if options.tile and find_tifffile() is None:
-        logger.warning(f"tifffile is not installed: slides above Pillow's limit will be left out; {INSTALL}")
+        logger.warning(f"{missing('tifffile', 'slides')}; those above Pillow's limit will be left out")
     pool = run_pool(
         Preparer(dataset, options, spool),
         range(first, len(dataset)),

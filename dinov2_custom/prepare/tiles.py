@@ -21,10 +21,10 @@ from PIL import Image
 
 from dinov2_custom.data.decode import decode_rgb
 from dinov2_custom.errors import DataError
+from dinov2_custom.extras import missing
 
 from .change import Options, Output, encode, with_suffix
 
-INSTALL = "pip install 'dinov2_custom[slides]'"
 MINISWHITE, RGB, YCBCR = 0, 2, 6
 JPEG = (6, 7)  # its decoder gives RGB
 
@@ -76,7 +76,7 @@ class TiffBands:
     def __init__(self, file: str | BinaryIO, name: str):
         tifffile = find_tifffile()
         if tifffile is None:
-            raise DataError(f"expected tifffile to read a huge TIFF: {name}; {INSTALL}")
+            raise DataError(missing("tifffile", f"a huge TIFF, {name}"))
         try:
             self._tiff: Any = tifffile.TiffFile(file)
             self._page: Any = self._tiff.pages[0]
@@ -140,7 +140,7 @@ class TiffBands:
             raise
         except Exception as e:
             if "imagecodecs" in str(e):
-                raise DataError(f"expected imagecodecs to decode {self.name}; {INSTALL}") from e
+                raise DataError(missing("imagecodecs", f"the compression of {self.name}")) from e
             raise DataError(f"damaged TIFF: part {number}: {type(e).__name__}: {e}: {self.name}") from e
         return None if decoded is None else decoded[0]
 

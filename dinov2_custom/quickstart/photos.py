@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from dinov2_custom.errors import DataError
+from dinov2_custom.extras import missing
 from dinov2_custom.utils.rng import seed_for
 
 PHOTOS = {
@@ -65,7 +66,7 @@ def open_photo(name: str, longest: int = Tiling().longest) -> Image.Image:
     """
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("quickstart: expected scikit-image and its photographs, got none; pip install scikit-image")
+        raise DataError(missing("skimage", "the photographs of the quickstart"))
     path = Path(spec.submodule_search_locations[0]) / "data" / PHOTOS[name]
     if not path.is_file():
         raise DataError(f"quickstart: expected a photograph, got nothing at {path}; pip install 'scikit-image>=0.25'")

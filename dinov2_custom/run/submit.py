@@ -19,6 +19,7 @@ from dinov2_custom import entry
 from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.exit_codes import is_worth_a_restart
+from dinov2_custom.extras import optional
 from dinov2_custom.run import cluster_file, environment, local, sbatch, slurm, task
 from dinov2_custom.run.args import CLUSTER_OPTIONS, SLURM_DESTS, get_args_parser
 from dinov2_custom.utils.cluster import get_user_checkpoint_path
@@ -64,11 +65,8 @@ class Task:
         Raises:
             LaunchError: submitit is not installed.
         """
-        try:
-            from submitit.helpers import DelayedSubmission
-        except ImportError as e:
-            raise LaunchError("checkpoint(): expected submitit, got none; pip install 'dinov2_custom[submitit]'") from e
-        return DelayedSubmission(type(self)(self.args))
+        helpers = optional("submitit.helpers", "checkpoint()", LaunchError)
+        return helpers.DelayedSubmission(type(self)(self.args))
 
 
 def get_shared_folder() -> Path:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.extras import optional
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -24,10 +25,7 @@ def local_path(source: str | os.PathLike) -> Path:
         return Path(source).expanduser()
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
-    try:
-        from iopath.common import file_io
-    except ImportError as e:
-        raise CheckpointError(f'{text}: expected the extra "iopath" for such a path; pip install ".[iopath]"') from e
+    file_io = optional("iopath.common.file_io", text, CheckpointError)
     try:
         return Path(_manager_for(text, file_io).get_local_path(text))
     except CheckpointError:

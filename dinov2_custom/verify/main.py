@@ -21,6 +21,7 @@ import yaml
 
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.extras import install
 from dinov2_custom.logging import setup_logging, track
 
 from .check import Checked, check_image, find_simplejpeg, too_large
@@ -102,7 +103,7 @@ def verify(
     with Results(folder / MARKER, dataset.name, len(dataset)) as results:
         before = results.take_over(has_simplejpeg)
         todo = results.todo()
-        by = "simplejpeg (strict)" if has_simplejpeg else "Pillow (misses silent damage; pip install simplejpeg)"
+        by = "simplejpeg (strict)" if has_simplejpeg else f"Pillow (misses silent damage; {install('simplejpeg')})"
         logger.info(
             f"verify: images={len(dataset)} verified_before={before} workers={workers} jpeg={by} output={folder}"
         )

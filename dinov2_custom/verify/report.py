@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dinov2_custom.extras import install
+
 from .folder import written_whole
 from .results import BAD, SOUND, Results
 
@@ -102,5 +104,7 @@ def as_text(summary: dict[str, Any]) -> str:
             lines.append(f"  {name:>10} {count:>10,} {'#' * -(-40 * count // most)}")
         lines.append("most frequent sizes: " + ", ".join(f"{s} ({n:,})" for s, n in list(summary["sizes"].items())[:5]))
     if summary["jpeg_checked_by"].get("pillow"):
-        lines.append("JPEG was checked with Pillow, which misses much silent damage: pip install simplejpeg, run again")
+        lines.append(
+            f"JPEG was checked with Pillow, which misses much silent damage: {install('simplejpeg')}, run again"
+        )
     return "\n".join(lines)

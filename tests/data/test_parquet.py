@@ -1,8 +1,8 @@
 """Parquet and Arrow files with an image column."""
 
-import builtins
 import os
 import pickle
+import sys
 
 import pytest
 
@@ -145,13 +145,6 @@ def test_large_row_groups_are_warned_of(pa, tmp_path, monkeypatch, caplog):
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
-    original = builtins.__import__
-
-    def refuse(name, *arguments, **options):
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return original(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "pyarrow.ipc", None)
     with pytest.raises(DataError, match=r"pip install 'dinov2_custom\[parquet\]'"):
         make_dataset(dataset_str=str(tmp_path / "x.parquet"))

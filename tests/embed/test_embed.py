@@ -179,5 +179,5 @@ def test_script_says_what_is_wrong(tmp_path):
 
 def test_parquet_that_is_not_installed_is_told_before_anything_is_computed(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match='--format parquet: expected the extra "parquet"'):
+    with pytest.raises(ConfigError, match="--format parquet: expected the package pyarrow"):
         main(get_args_parser().parse_args([str(tmp_path / "none"), str(images), "--format", "parquet"]))

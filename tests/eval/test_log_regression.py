@@ -191,5 +191,5 @@ def test_command(tmp_path):
 def test_a_solver_that_is_not_installed_is_told_before_anything_is_computed(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     args = get_log_regression_args_parser().parse_args(["--solver", "sklearn"])
-    with pytest.raises(ConfigError, match='--solver sklearn: expected the extra "eval"'):
+    with pytest.raises(ConfigError, match="--solver sklearn: expected the package scikit-learn"):
         main(args)

@@ -131,7 +131,7 @@ def test_missing_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog):
     with open_sinks(tmp_path, values, 0) as sinks:
         assert sinks.names == ["training_metrics.json"]
     (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert "pip install tensorboard; training goes on without it" in record.getMessage()
+    assert "pip install 'dinov2_custom[tensorboard]'; training goes on without it" in record.getMessage()
 
 
 @pytest.mark.filterwarnings("default")

@@ -119,7 +119,7 @@ def test_missing_package_is_one_warning(tmp_path, monkeypatch, caplog, mode):
     with start(tmp_path, mode=mode) as sinks:
         assert sinks.names == ["training_metrics.json"]
     (warning,) = warnings_of(caplog)
-    assert "run: pip install wandb; training goes on without W&B" in warning
+    assert "pip install 'dinov2_custom[wandb]'; training goes on without W&B" in warning
 
 
 @pytest.mark.parametrize(
