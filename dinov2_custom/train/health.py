@@ -7,8 +7,6 @@ import logging
 import math
 from pathlib import Path
 
-import torch
-
 from dinov2_custom.logging import append_row
 
 logger = logging.getLogger("dinov2")
@@ -28,13 +26,13 @@ class CollapseAlarm:
         self.patience = patience
         self.in_a_row = {"uniform": 0, "single": 0}
 
-    def check(self, diagnostics: dict[str, torch.Tensor], iteration: int) -> str | None:
+    def check(self, diagnostics: dict[str, float], iteration: int) -> str | None:
         """Read one report; return the kind of collapse when it is being warned of, else None."""
         if not diagnostics:
             return None
         seen = {
-            "uniform": float(diagnostics["teacher_entropy"]) > (1 - COLLAPSE_MARGIN) * self.uniform_entropy,
-            "single": float(diagnostics["prototype_entropy"]) < COLLAPSE_MARGIN * self.uniform_entropy,
+            "uniform": diagnostics["teacher_entropy"] > (1 - COLLAPSE_MARGIN) * self.uniform_entropy,
+            "single": diagnostics["prototype_entropy"] < COLLAPSE_MARGIN * self.uniform_entropy,
         }
         advice = {
             "uniform": "every image spread evenly over all prototypes, the loss sits at ln(prototypes) = "

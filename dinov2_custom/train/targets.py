@@ -89,10 +89,9 @@ def assignment_entropies(targets: Targets) -> dict[str, Tensor]:
     chunks = [assignments] if isinstance(assignments, Tensor) else assignments.chunks()
     of_rows, mean = torch.zeros(()), torch.zeros(())
     for probabilities in chunks:
-        of_rows = of_rows + torch.special.entr(probabilities).sum()
+        of_rows = of_rows - torch.xlogy(probabilities, probabilities).sum()
         mean = mean + probabilities.sum(dim=0)
     num_rows = mean.sum().round().clamp_min(1)  # each row sums to 1, padding to 0
-    return {
-        "teacher_entropy": of_rows / num_rows,
-        "prototype_entropy": torch.special.entr(mean / num_rows).sum(),
-    }
+    mean = mean / num_rows
+    # not torch.special.entr, which on a GPU is compiled when it is first used
+    return {"teacher_entropy": of_rows / num_rows, "prototype_entropy": -torch.xlogy(mean, mean).sum()}

@@ -158,7 +158,6 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             )
             if model.diagnose:
                 metrics.update(**model.diagnostics)
-                alarm.check(model.diagnostics, iteration)
 
             if last or word.stop_signal:
                 guard.hear_all()
@@ -166,6 +165,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 metrics.end_after_this()
             metrics.counts["skipped_steps"] = guard.skipped
             metrics.write_now()  # a checkpoint without its row would leave a gap after a kill
+            if model.diagnose:  # after the row, which reads all numbers at once from the device
+                alarm.check({name: metrics.meters[name].value for name in model.diagnostics}, iteration)
 
             # save
             watch.mark(iteration, patience=3)
