@@ -96,9 +96,6 @@ def get_args_parser(add_help: bool = True) -> OverridesParser:
         "--eval-only", action="store_true", help="write the teacher of the newest checkpoint, without training"
     )
     parser.add_argument("--eval", type=str, default="", metavar="STR", help="accepted as upstream does, not used")
-    parser.add_argument(
-        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
-    )
     return parser
 
 
@@ -125,6 +122,9 @@ def get_memory_args_parser() -> OverridesParser:
 
 def _add_configuration(parser: OverridesParser, such_as: str) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file that overrides the defaults")
+    parser.add_argument(
+        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
+    )
     parser.add_argument("opts", nargs="*", default=[], metavar="key=value", help=f"overrides such as {such_as}")
 
 

@@ -28,7 +28,14 @@ def main(args) -> int:
         ConfigError: a configuration that training would refuse too.
     """
     notes: list[str] = []
-    cfg = load_run_config(args.config_file, args.opts, output_dir="unused", require_dataset=False, warn=notes.append)
+    cfg = load_run_config(
+        args.config_file,
+        args.opts,
+        output_dir="unused",
+        allow_unknown_keys=args.allow_unknown_keys,
+        require_dataset=False,
+        warn=notes.append,
+    )
     for line in (*(f"note: {note}" for note in notes), *report(cfg, args.ngpus)):
         print(line)
     if args.fits:
@@ -65,8 +72,9 @@ def sharded(memory: StepMemory, gpus: int) -> int:
 
 
 def fits(cfg, gigabytes: float) -> Iterable[str]:
-    """Yield, for each activation checkpointing, the largest batch whose step needs 7/8 of ``gigabytes`` at most."""
+    """Yield, for each activation checkpointing, the largest batch whose step leaves enough of ``gigabytes`` free."""
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    room = f"{gigabytes:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free"
     for mode in MODES:
 
         def peak(batch_size: int, mode: str = mode) -> int:
@@ -74,7 +82,6 @@ def fits(cfg, gigabytes: float) -> Iterable[str]:
             return measure_step(cfg, mode).peak
 
         largest = largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS)
-        room = f"{gigabytes:g} GB, an eighth of it left free"
         if largest:
             most = " or more" if largest == LARGEST_BATCH else ""
             yield f"{mode}: train.batch_size_per_gpu={largest}{most} fits into {room}"

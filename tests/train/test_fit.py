@@ -9,7 +9,7 @@ import pytest
 
 from dinov2_custom.train.fit import LARGEST_BATCH, fits, largest_below
 from dinov2_custom.train.memory import SHARE_OF_TENSORS, measure_step
-from tests.train.batches import tiny_config
+from tests.train.batches import TINY, tiny_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +35,13 @@ def test_a_mistake_is_one_error():
     assert done.returncode == 1 and "train.batch_size_per_gpu" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_forks_keys_can_be_kept():
+    tiny = (*TINY, "daino.loss_weight=1")
+    assert memory(*tiny).returncode == 1
+    done = memory(*tiny, "--allow-unknown-keys")
+    assert done.returncode == 0 and "note: " in done.stdout and "daino.loss_weight" in done.stdout, done.stderr
+
+
 def test_the_batch_found_fits_and_the_next_does_not():
     cfg = tiny_config("dino.head_n_prototypes=65536")
     limit = measure_step(cfg, "none").peak / SHARE_OF_TENSORS / 1e9 * 1.5
@@ -44,7 +51,7 @@ def test_the_batch_found_fits_and_the_next_does_not():
     for batch_size, is_below in ((found, True), (found + max(1, found // 8) + 1, False)):
         larger = tiny_config("dino.head_n_prototypes=65536", f"train.batch_size_per_gpu={batch_size}")
         assert (measure_step(larger).peak <= limit * 1e9 * SHARE_OF_TENSORS) == is_below
-    assert next(iter(fits(cfg, 0.01))) == "none: not even one image fits into 0.01 GB, an eighth of it left free"
+    assert next(iter(fits(cfg, 0.01))) == "none: not even one image fits into 0.01 GB, 12.5% of it left free"
 
 
 @pytest.mark.parametrize("limit", [0.5, 1, 2, 3, 7, 8, 9, 100, 1000, 1023, 1024, 5000])
