@@ -11,6 +11,8 @@ How a job ends that cannot go on, in this order:
    does anyone kill the stopped processes of its machine, and leave with ``LOST_PROCESS``.
 4. A process whose main thread finds the connection to another one broken (``faults.translate``) repeats what was said,
    or says itself who is gone.
+5. All this is in files. Where their file system does not answer, a second thread, which touches none, leaves with
+   ``LOST_PROCESS`` and says so on the terminal.
 
 Nothing of it needs a collective, a GPU or a working main thread. Read :meth:`Watch._look` first.
 """
@@ -71,10 +73,13 @@ class Watch:
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._main_thread = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._rounds = self._marks = 0
 
     def __enter__(self) -> Watch:
         self._beat()
         self._thread.start()
+        if self.hang_s:
+            threading.Thread(target=self._look_out, name="watch the watch", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -92,6 +97,7 @@ class Watch:
         if self.iteration is not None:
             self._allowed_s = patience * self.hang_s
         self.iteration, self._marked = iteration, self._seconds
+        self._marks += 1
 
     def _watch(self) -> None:
         tick_s = min(LOOK_S, self._beat_s)
@@ -108,6 +114,28 @@ class Watch:
                 self._look(has_beaten)
             except OSError as e:  # the file system; training itself may well go on
                 logger.debug(f"watch: {e}")
+            self._rounds += 1
+
+    def _look_out(self) -> None:
+        """End this process when neither its main thread nor the watching one comes back for too long."""
+        tick_s = min(LOOK_S, self._beat_s)
+        before, still_s, last = (-1, -1), 0.0, time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(tick_s)
+            now, seen = time.monotonic(), (self._rounds, self._marks)
+            still_s = still_s + min(now - last, 4 * tick_s) if seen == before else 0.0
+            before, last = seen, now
+            if still_s > max(self._allowed_s, GRACE_S):
+                break
+        else:
+            return
+        words = (
+            f"no step for {self._allowed_s:g} s (train.hang_timeout): rank {self.rank} hangs {_place(self._state())}"
+        )
+        words += f", and the file system of {self.ranks.run} does not answer"
+        advice = "once it does, the same command goes on from the newest checkpoint"
+        _try_for(LEAVE_S, lambda: _take_leave(f"error: {words}; {advice}"))
+        os._exit(LOST_PROCESS)
 
     def _look(self, has_beaten: bool) -> None:
         """End the job if it cannot go on; look at the others' files only after a beat, which is seldom enough."""

@@ -22,7 +22,8 @@ from tests.train.test_step_guard import run
 from tests.train.test_train import write_images
 
 SCRIPT = """
-import ctypes, os, signal, sys, time
+import contextlib, ctypes, os, signal, sys, time
+from pathlib import Path
 from dinov2_custom import entry
 from dinov2_custom.train import train, watch
 watch.LOOK_S, watch.GRACE_S = 0.03, 5.0  # many looks a beat, as with a time-out of minutes
@@ -39,6 +40,13 @@ def make_faulty(*args, rank=0, **kwargs):
                     raise RuntimeError("boom in the loader")
                 if fault == "sleep":
                     time.sleep(1000)
+                if fault == "mount":
+                    folder = Path(sys.argv[-1]) / "logs" / "ranks"
+                    while not (folder / f".rank0.{os.getpid()}").is_fifo():
+                        with contextlib.suppress(FileExistsError):  # the watching thread is about to rename it
+                            os.mkfifo(folder / f".rank0.{os.getpid()}")
+                    os.mkfifo(folder / "slow")
+                    open(folder / "slow", "w")  # opened for reading by nobody
                 if fault == "hold":
                     ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter to itself
                 os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
@@ -91,22 +99,26 @@ def test_a_lost_or_hanging_process_ends_the_job_and_is_named_in_the_log(images, 
         assert log.count("no step for") - log.count("broken connection: no step for") == 1  # said once, first
 
 
-def test_a_process_alone_says_where_it_hangs(images, tmp_path):
+def alone(images, tmp_path, fault):
     (tmp_path / "faulty.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]
-    command = [
-        sys.executable,
-        str(tmp_path / "faulty.py"),
-        "sleep",
-        "0",
-        *arguments,
-        "--output-dir",
-        str(tmp_path / "o"),
-    ]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(tmp_path / "faulty.py"), fault, "0", *arguments, "--output-dir", str(tmp_path / "o")]
+    env = os.environ | ENVIRONMENT
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 75 and "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_a_process_alone_says_where_it_hangs(images, tmp_path):
+    alone(images, tmp_path, "sleep")
     assert "rank 0 hangs in " in (tmp_path / "o" / "logs" / "log.txt").read_text()
+
+
+def test_a_file_system_that_does_not_answer_ends_the_job_too(images, tmp_path):
+    """Both threads wait in an open() that the system never ends, as on a mount whose server is gone."""
+    said = alone(images, tmp_path, "mount")
+    assert said.count("\n") == 1 and "error: no step for 2 s (train.hang_timeout): rank 0 hangs in " in said
+    assert "at iteration=2 (pid" in said and f"the file system of {tmp_path / 'o'} does not answer" in said
 
 
 def test_a_watched_run_that_goes_on_is_left_alone(tmp_path):
