@@ -36,10 +36,15 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
     """
     spec = task.make_spec(task_class, args, f"{args.output_dir}/local", first_output=1)
     with tempfile.TemporaryDirectory(prefix="dinov2_launch_") as folder:
-        before = missing_folders(Path(args.output_dir))
+        before, told = missing_folders(Path(args.output_dir)), _told(Path(args.output_dir))
         codes = _run_processes(spec, processes, Path(folder))
         outcomes = outcome.read(Path(folder))
     _tidy(before, Path(args.output_dir))
+    if new := [words for token, words in _told(Path(args.output_dir)).items() if token not in told]:
+        rank, text = new[0]
+        if rank:  # rank 0 has said it on this terminal
+            print(f"error: {text}; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return exit_codes.LOST_PROCESS  # whatever the processes that hung were ended with
     return _conclude(codes, outcomes, args.output_dir)
 
 
@@ -133,6 +138,16 @@ def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: st
     output = f"; its output: {output_dir}/local_{rank}_log.err" if rank else ""
     print(f"error: {words}{output}; the same command goes on from the last checkpoint", file=sys.stderr)
     return code if code > 0 else exit_codes.stopped_by(-code)
+
+
+def _told(run: Path) -> dict[str, tuple[int, str]]:
+    """Return, by job, which rank said why the job ends itself, and the words; see ``train/ranks.py``."""
+    folder, found = run / "logs" / "ranks", {}
+    for path in folder.glob("told_*"):
+        with suppress(OSError, ValueError):
+            teller = (folder / path.name.replace("told_", "end_")).read_text()
+            found[path.name] = int(teller), path.read_text()
+    return found
 
 
 def _tidy(missing_before: list[Path], folder: Path) -> None:

@@ -1,9 +1,9 @@
 """What the processes of a job know of each other without a word between them: small files in ``<run>/logs/ranks``.
 
-``rank<n>`` says who process n is, how far, and what it died of; ``end_<token>`` that somebody is about to say in the
-log why the job ends, ``told_<token>`` that it is said. The token is the job's own: files of an earlier start do not
-count. Nothing of it needs a collective or a GPU. Not here: when a job has to end (``watch.py``). Read :class:`Ranks`
-first.
+``rank<n>`` says who process n is, how far, and what it died of; ``end_<token>`` which process is about to say in the
+log why the job ends, ``told_<token>`` that it is said; a launcher on this machine reads both (``run/local.py``). The
+token is the job's own: files of an earlier start do not count. Nothing of it needs a collective or a GPU. Not here:
+when a job has to end (``watch.py``). Read :class:`Ranks` first.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Ranks:
         """
         told = self.folder / f"told_{self.token}"
         try:
-            os.close(os.open(self.folder / f"end_{self.token}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            with open(self.folder / f"end_{self.token}", "x") as file:
+                file.write(str(self.rank))
         except FileExistsError:
             deadline = time.monotonic() + TELL_S
             while time.monotonic() < deadline:

@@ -159,6 +159,16 @@ def test_exit_codes_pass_through(importable, tmp_path, capfd, how, code):
     assert ("was killed by SIGKILL" in capfd.readouterr().err) == (how == "kill")
 
 
+@pytest.mark.parametrize("who, said", [(0, 1), (2, 0)])  # the next rank tells; rank 0 does so on this terminal
+def test_a_job_that_ends_itself_is_worth_a_restart_whatever_the_hanging_process_was_killed_with(
+    importable, tmp_path, capfd, who, said
+):
+    assert launch("hang", tmp_path / "out", who=who) == 75
+    error = capfd.readouterr().err
+    assert error.count("error: a rank hangs: it is stopped; the same command goes on") == said
+    assert "was killed by" not in error
+
+
 def test_a_signal_reaches_every_rank_once(importable, tmp_path):
     out = tmp_path / "out"
     code = (
