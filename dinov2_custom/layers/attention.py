@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -47,18 +49,17 @@ class Attention(nn.Module):
 
     def forward_lean(self, x_TD: Tensor, segments: Segments, norm: nn.LayerNorm, gamma: Tensor | None) -> Tensor:
         """Return gamma * forward_packed(norm(x)), keeping less for the backward pass; see ``lean``."""
-        return activation_linear(self.attend(norm_linear(x_TD, norm, self.qkv), segments), None, self.proj, gamma)
+        attended = self.attend(norm_linear(x_TD, norm, self.qkv), segments, _SplitHeads.apply)
+        return activation_linear(attended, None, self.proj, gamma)
 
-    def attend(self, qkv_TE: Tensor, segments: Segments) -> Tensor:
-        """Map (T, 3 D) queries, keys and values to (T, D), each sequence by itself."""
-        dim = qkv_TE.shape[-1] // 3
+    def attend(self, qkv_TE: Tensor, segments: Segments, split: Callable | None = None) -> Tensor:
+        """Map (T, 3 D) queries, keys and values to (T, D), each sequence by itself; ``split``: :func:`split_heads`."""
         dropout_p = self.attn_drop.p if self.training else 0.0
+        parts = (split or split_heads)(qkv_TE, segments, self.num_heads)
         outputs = []
-        for (num_sequences, length), qkv in zip(segments, split_segments(qkv_TE, segments), strict=True):
-            heads = qkv.view(num_sequences, length, 3, self.num_heads, dim // self.num_heads)
-            q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        for q, k, v in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
             out = attention(q, k, v, backend=self.backend, dropout_p=dropout_p)
-            outputs.append(out.transpose(1, 2).reshape(num_sequences * length, dim))
+            outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -68,6 +69,31 @@ class MemEffAttention(Attention):
     def forward(self, x: Tensor, attn_bias=None) -> Tensor:
         """Map (B, N, D) to (B, N, D), or (1, T, D) whose sequences ``attn_bias`` (``nested.PackedSequences``) tells."""
         return super().forward(x) if attn_bias is None else self.forward_packed(x[0], attn_bias.segments)[None]
+
+
+def split_heads(qkv_TE: Tensor, segments: Segments, num_heads: int) -> tuple[Tensor, ...]:
+    """Return views (num_sequences, heads, length, head_dim) of packed (T, 3 D): q, k and v of each segment in turn."""
+    head_dim = qkv_TE.shape[-1] // (3 * num_heads)
+    parts = []
+    for segment, qkv in zip(segments, split_segments(qkv_TE, segments), strict=True):
+        parts += qkv.view(*segment, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    return tuple(parts)
+
+
+class _SplitHeads(torch.autograd.Function):
+    """:func:`split_heads`, whose backward writes each gradient to its place: autograd's own passes over them thrice."""
+
+    @staticmethod
+    def forward(ctx, qkv_TE: Tensor, segments: Segments, num_heads: int) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.segments, ctx.num_heads = qkv_TE.shape, segments, num_heads
+        return split_heads(qkv_TE, segments, num_heads)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        of_qkv = gradients[0].new_empty(ctx.shape)
+        for place, gradient in zip(split_heads(of_qkv, ctx.segments, ctx.num_heads), gradients, strict=True):
+            place.copy_(gradient)
+        return of_qkv, None, None
 
 
 def split_segments(x_TD: Tensor, segments: Segments) -> tuple[Tensor, ...]:

@@ -18,6 +18,9 @@ from dinov2_custom.layers.weight_norm import normalised, normalised_backward_, r
 
 # Logits of a chunk, for memory: 16 Mi are 256 rows of 65,536 prototypes. On CPUs as few as give fast products.
 _CHUNK_LOGITS = {"cuda": 2**24, "cpu": 2**22}
+# Gradients of logits that are multiplied with their features at once: each product adds to a (K, D) tensor in float32,
+# which on a CPU takes longer than the product of a small chunk.
+_PRODUCT_LOGITS = 2**24
 _ACCUMULATE = torch.float32  # logits, losses and gradients, whatever the products are in
 _FP16_LARGEST_FACTOR = 64.0
 
@@ -71,12 +74,12 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         weight = normalised(weight_v, weight_g, features.dtype)
         needs = ctx.needs_input_grad
         of_features = torch.zeros(features.shape, dtype=_ACCUMULATE, device=features.device) if needs[0] else None
-        of_weight = torch.zeros(weight.shape, dtype=_ACCUMULATE, device=weight.device) if needs[1] else None
+        of_weight = _WeightGradient(weight) if needs[1] else None
         losses = [
             _run_job(job, rows, weight, of_rows, of_weight, chunk_loss)
             for job, rows, of_rows in zip(jobs, _split(features, jobs), _split(of_features, jobs), strict=True)
         ]
-        of_v, of_g = (None, None) if of_weight is None else normalised_backward_(of_weight, weight_v, weight_g)
+        of_v, of_g = (None, None) if of_weight is None else normalised_backward_(of_weight.sum(), weight_v, weight_g)
         ctx.save_for_backward(of_features, of_v, of_g)
         ctx.features_dtype = features.dtype
         losses = torch.stack(losses) if losses else features.new_zeros(0, dtype=_ACCUMULATE)
@@ -98,7 +101,7 @@ def _split(rows: Tensor | None, jobs: Sequence[PrototypeJob]) -> Sequence[Tensor
 
 
 def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight, chunk_loss) -> Tensor:
-    """Return a job's loss, write its gradient into ``of_rows_JnD`` and add to ``of_weight``, if there are such."""
+    """Return a job's loss, write its gradient into ``of_rows_JnD`` and add that of the prototypes, if wanted."""
     loss = weight.new_zeros((), dtype=_ACCUMULATE)
     at_a_time = chunk_size(len(weight), weight.device) // job.num_views
     for rows in row_chunks(job.num_rows, at_a_time):
@@ -112,19 +115,44 @@ def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight, chunk_loss) -> Tenso
         if of_rows_JnD is not None:
             of_rows_JnD[:, rows] = ((gradient @ weight).to(_ACCUMULATE) * factor).unflatten(0, (job.num_views, -1))
         if of_weight is not None:
-            _add_products(of_weight, gradient, features, factor)
+            of_weight.add(gradient, features, factor)
         del logits, targets, losses, gradient  # before the next chunk's
     return loss
 
 
-def _add_products(of_weight: Tensor, gradient: Tensor, features: Tensor, factor: Tensor) -> None:
-    """Add gradient^T (factor * features) of a chunk to ``of_weight``."""
-    if gradient.dtype == torch.float16:  # the products are far below its smallest number
-        gain = _FP16_LARGEST_FACTOR / factor.amax().clamp_min(1e-30)  # 0 where all rows are padding
-        weighted = (features.to(_ACCUMULATE) * (factor * gain)).to(features.dtype)
-        of_weight.add_((gradient.T @ weighted).to(_ACCUMULATE).div_(gain))
-    else:
-        of_weight.add_(gradient.T @ (features.to(_ACCUMULATE) * factor).to(features.dtype))
+class _WeightGradient:
+    """The gradient of the (K, D) ``weight``: the sum over chunks of rows of gradient^T (factor * features)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._sum: Tensor | None = None
+        self._chunks: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, gradient: Tensor, features: Tensor, factor: Tensor) -> None:
+        """Add a chunk: (r, K) gradients of logits, (r, D) features, (r, 1) factors in float32."""
+        weighted = features.to(_ACCUMULATE) * factor
+        if gradient.dtype == torch.float16:  # the products are far below its smallest number
+            gain = _FP16_LARGEST_FACTOR / factor.amax().clamp_min(1e-30)  # 0 where all rows are padding
+            self._add((gradient.T @ (weighted * gain).to(features.dtype)).to(_ACCUMULATE).div_(gain))
+            return
+        self._chunks.append((gradient, weighted.to(features.dtype)))
+        if sum(chunk.numel() for chunk, _ in self._chunks) >= _PRODUCT_LOGITS:
+            self._multiply()
+
+    def sum(self) -> Tensor:
+        """Return the sum, (K, D) in float32; no chunks: zeros."""
+        self._multiply()
+        return self._weight.new_zeros(self._weight.shape, dtype=_ACCUMULATE) if self._sum is None else self._sum
+
+    def _multiply(self) -> None:
+        if self._chunks:
+            parts = zip(*self._chunks, strict=True)
+            gradients, features = (part[0] if len(part) == 1 else torch.cat(part) for part in parts)
+            self._chunks.clear()
+            self._add(gradients.T @ features)
+
+    def _add(self, product: Tensor) -> None:
+        self._sum = product.to(_ACCUMULATE) if self._sum is None else self._sum.add_(product)
 
 
 def chunk_cross_entropy(logits_JnK: Tensor, targets_nK: Tensor, inverse_temp: float, mass: float):

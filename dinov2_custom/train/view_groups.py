@@ -13,7 +13,7 @@ from torch import Tensor
 from dinov2_custom.layers.drop_path import Draw, restrict
 
 # ``auto`` splits until a group's activations are estimated below this; what is smaller is not worth a further pass.
-_ENOUGH_BYTES = 256 * 2**20
+_ENOUGH_BYTES = 512 * 2**20
 _BYTES_PER_CHANNEL = 20  # kept for the backward pass by a block in 16 bits, for each token and channel
 
 

@@ -44,6 +44,18 @@ def test_block_equals_autograds_own(options):
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_crops_of_two_sizes_equal_autograds_own():
+    draws = torch.Generator().manual_seed(2)
+    crops = [torch.randn(3, 7, 32, generator=draws), torch.randn(4, 5, 32, generator=draws)]
+    got = {}
+    for lean in (False, True):
+        made, leaves = block(lean), [crop.clone().requires_grad_() for crop in crops]
+        sum(out.square().mean() for out in made(leaves)).backward()
+        got[lean] = [*(leaf.grad for leaf in leaves), *(p.grad for p in made.parameters())]
+    for one, other in zip(got[True], got[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)
 def test_half_precision_is_as_close_to_fp32_as_autograds_own(options, dtype):

@@ -46,9 +46,13 @@ def with_gradients(call, features, v, g, *rest):
     return loss.detach(), losses.detach(), torch.autograd.grad(3.0 * loss, leaves)
 
 
-@pytest.fixture(params=[1, 7 * K, 2**22], ids=["a row a chunk", "7 rows", "one chunk"])
+@pytest.fixture(
+    params=[(1, 1), (K, 4 * K), (7 * K, 2**22), (2**22, 2**22)],
+    ids=["a row a chunk", "4 rows a product", "7 rows a chunk", "one chunk"],
+)
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(prototype_loss, "_CHUNK_LOGITS", {"cpu": request.param})
+    monkeypatch.setattr(prototype_loss, "_CHUNK_LOGITS", {"cpu": request.param[0]})
+    monkeypatch.setattr(prototype_loss, "_PRODUCT_LOGITS", request.param[1])
 
 
 def test_loss_and_gradients_equal_the_plain_path(chunks):

@@ -29,6 +29,7 @@ def test_groups(setting, num_local, expected):
 def test_auto_splits_large_batches_only():
     assert len(group_views("auto", 8, **VITL)) == 4
     assert len(group_views("auto", 8, 2 * 257, 2 * 50, channels=384 * 12)) == 1
+    assert len(group_views("auto", 8, 8 * 257, 8 * 50, channels=384 * 12)) == 2
     assert len(group_views("auto", 0, **VITL)) == 2
 
 
