@@ -22,6 +22,7 @@ from dinov2_custom.errors import DINOv2Error, LostProcessError, ResourceError
 logger = logging.getLogger("dinov2")
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket Timeout")
+_LOST += ("ncclRemoteError",)
 
 
 def append_to_main_log(run: Path, text: str) -> None:
@@ -100,7 +101,9 @@ def describe_memory(cfg, error: BaseException) -> str:
     batch, crops, locals_ = cfg.train.batch_size_per_gpu, cfg.crops, cfg.crops.local_crops_number
     images = batch * (2 + locals_)
     sentences = str(error).partition("\n")[0].split(". ")
-    reason = next((one for one in sentences if "memory" in one), type(error).__name__)[:200]
+    known = [one for one in sentences if "allocate" in one or "capacity" in one]  # how much of how much
+    known = known or [one for one in sentences if "memory" in one]
+    reason = (". ".join(known) or type(error).__name__)[:200]
     sizes = f"2 of {crops.global_crops_size} px and {locals_} of {crops.local_crops_size} px each"
     return (
         f"memory: expected room for a batch of {batch} images a process = {images} crops ({sizes}) through "

@@ -221,6 +221,9 @@ def test_out_of_memory_is_one_sentence(images, tmp_path, monkeypatch):
     assert "train.batch_size_per_gpu to 2 with optim.accumulation_steps=2" in text
     assert text in (tmp_path / "logs" / "log.txt").read_text()
     assert describe_memory(tiny_config("train.batch_size_per_gpu=1"), MemoryError()).count("MemoryError") == 1
+    space = "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.00 GiB is free"
+    full = torch.OutOfMemoryError(f"CUDA out of memory. {space}. Including non-PyTorch memory, this process has")
+    assert f"got none ({space});" in describe_memory(tiny_config(), full)
 
 
 def test_a_full_disk_hides_neither_the_error_that_ends_a_run_nor_a_hang(tmp_path, monkeypatch, capsys):

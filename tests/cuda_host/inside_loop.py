@@ -1,0 +1,61 @@
+"""Whole runs on the stand-in: how often a step waits for the device, what a full device says.
+
+Run by ``test_cuda_host.py``. Kernels are not run, so no number is finite and every step is left out.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dinov2_custom.train import train as train_module
+from dinov2_custom.train.step_guard import StepGuard
+from tests.cuda_host.counts import counts, syncs
+from tests.cuda_host.run import REPOSITORY
+from tests.data.pictures import make_folder
+
+LOG_EVERY, STEPS = 5, 16
+RUN = [
+    *("--config-file", "configs/quickstart.yaml", f"train.max_steps={STEPS}", f"train.log_every={LOG_EVERY}"),
+    *("train.batch_size_per_gpu=4", "train.max_nonfinite_steps=1000"),
+]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    make_folder(tmp_path / "images", [f"{i}.png" for i in range(12)], 64, 64)
+    return f"train.dataset_path=ImageFolder:root={tmp_path / 'images'}"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_step_waits_for_what_is_there_and_a_log_line_once(workers, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    seen, judge = [], StepGuard.judge
+
+    def counting(self, *args, **kwargs):
+        seen.append(counts())
+        return judge(self, *args, **kwargs)
+
+    monkeypatch.setattr(StepGuard, "judge", counting)
+    options = [*RUN, dataset, "--output-dir", str(tmp_path / "run"), f"train.num_workers={workers}"]
+    assert train_module.main(train_module.get_args_parser().parse_args(options)) == 0
+    steps = [after - before for before, after in zip(seen, seen[1:], strict=False)]
+    for number, step in enumerate(steps[2:], start=2):
+        logs = number % LOG_EVERY == 0
+        # the copy of the batch of a step ago, the report of a step ago; a copy to pageable memory counts twice
+        assert step["sync event"] == 2
+        assert syncs(step) == (4 if logs else 2), (number, step)
+        assert step["copy device to pageable"] == logs
+        assert not workers or step["copy pageable to device"] == 0
+        assert step["cudaMalloc"] == 0 or number < 8
+
+
+def test_a_full_device_is_said_in_one_sentence(dataset, tmp_path):
+    command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
+    command += ["student.arch=vit_small", "train.batch_size_per_gpu=16", "train.num_workers=0"]
+    small = os.environ | {"CUDA_HOST_MEMORY": str(500 * 2**20)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=small, capture_output=True, text=True, timeout=300)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode and last.startswith("error: memory: expected room for a batch of 16 images a process")
+    assert "Tried to allocate" in last and "Traceback" not in done.stderr
