@@ -7,11 +7,14 @@ bits a pixel at quality 90). Read :func:`encoded` first.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tests.data.pictures import picture
 
 SHIPPED = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "ihc.png", "hubble_deep_field.jpg",
            "motorcycle_left.png", "motorcycle_right.png", "retina.jpg")  # fmt: skip
@@ -25,13 +28,12 @@ SIZES = {
 
 @functools.cache
 def sources() -> list[Image.Image]:
-    """Return the shipped photographs."""
-    import skimage
-    import sklearn.datasets
-
-    paths = [Path(skimage.__file__).parent / "data" / name for name in SHIPPED]
-    paths += sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
-    return [Image.open(path).convert("RGB") for path in paths if path.exists()]
+    """Return the shipped photographs; without those packages pictures with structure at every scale."""
+    found = {name: importlib.util.find_spec(name) for name in ("skimage", "sklearn")}
+    skimage, sklearn = (Path(spec.origin).parent if spec else Path("/nowhere") for spec in found.values())
+    paths = [skimage / "data" / name for name in SHIPPED] + sorted((sklearn / "datasets/images").glob("*.jpg"))
+    shipped = [Image.open(path).convert("RGB") for path in paths if path.exists()]
+    return shipped or [picture(1024, 768, seed) for seed in range(8)]
 
 
 def encoded(width: int, height: int, kind: str, number: int) -> list[bytes]:

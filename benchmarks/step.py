@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,8 +52,8 @@ def _fused_attention(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def our_step(overrides: list[str], batch: dict, device: str = "cpu") -> Step:
-    """Return our whole step, as the training loop does it."""
+def our_step(overrides: list[str], batch: dict | Iterator[dict], device: str = "cpu") -> Step:
+    """Return our whole step, as the training loop does it, on one batch or on the next of several."""
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
     model = SSLMetaArch(cfg).to(device).train()
     model.prepare_for_distributed_training()
@@ -64,7 +64,8 @@ def our_step(overrides: list[str], batch: dict, device: str = "cpu") -> Step:
         lr, wd, momentum, temp, last_layer_lr = (float(schedule[FIRST + index]) for schedule in schedules)
         apply_optim_scheduler(optimizer, lr, wd, last_layer_lr)
         optimizer.zero_grad(set_to_none=True)
-        losses = model.forward_backward(batch, temp, torch.Generator().manual_seed(index))
+        images = batch if isinstance(batch, dict) else next(batch)
+        losses = model.forward_backward(images, temp, torch.Generator().manual_seed(index))
         for part in model.student.values():
             torch.nn.utils.clip_grad_norm_(part.parameters(), cfg.optim.clip_grad)
         optimizer.step()
