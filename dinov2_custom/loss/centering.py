@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_custom.loss.soft_targets import CenteredTargets, SoftTargets, centered_targets_, sum_of_rows
+from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits, sum_of_logits, sum_of_rows
 
 
 class CenteredLoss(nn.Module):
@@ -49,29 +49,22 @@ class CenteredLoss(nn.Module):
         self._start_update(sum_of_rows(rows, real_rows), len(rows), real_rows)
 
     @torch.no_grad()
-    def soft_targets_(
-        self, teacher_output: Tensor, teacher_temp: float, real_rows: Tensor | None = None
+    def late_targets(
+        self, features: Tensor, weight: Tensor, teacher_temp: float, real_rows: Tensor | None = None, keep: bool = False
     ) -> SoftTargets:
-        """Write :meth:`softmax_center_teacher`'s result over the logits (R, K), and start :meth:`update_center`.
+        """Return :meth:`softmax_center_teacher`'s result for the logits features weight^T, which are never there all
+        at once, and start :meth:`update_center`.
 
-        Rows of padding, see there, become zeros.
+        Args:
+            features, weight: (R, D) and (K, D), in the precision to compute the product in.
+            real_rows: as there; rows of padding become zeros.
+            keep: whether rows will be asked for more than once.
         """
         if not self.hold_center:
             self.apply_center_update()
-        targets, sums = centered_targets_(teacher_output, self.center, teacher_temp, real_rows)
-        self._start_update(sums, len(targets), real_rows)
-        return targets
-
-    @torch.no_grad()
-    def late_targets(
-        self, features: Tensor, weight: Tensor, teacher_temp: float, real_rows: Tensor | None = None
-    ) -> CenteredTargets:
-        """Return what :meth:`soft_targets_` does of the logits features weight^T, which are never there all at once."""
-        if not self.hold_center:
-            self.apply_center_update()
-        targets = CenteredTargets(features, weight, self.center.flatten(), teacher_temp, real_rows)
-        self._start_update(targets.sum_of_logits(), len(targets), real_rows)
-        return targets
+        self._start_update(sum_of_logits(features, weight, real_rows), len(features), real_rows)
+        logits = TeacherLogits.of_factors(features, weight, keep)
+        return SoftTargets(logits, self.center.flatten(), teacher_temp, real_rows)
 
     def _start_update(self, sums: Tensor, num_rows: int, real_rows: Tensor | None) -> None:
         count = sums.new_full((1,), num_rows) if real_rows is None else real_rows.sum().view(1)

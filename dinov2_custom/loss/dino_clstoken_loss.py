@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_custom.loss.centering import CenteredLoss
-from dinov2_custom.loss.sinkhorn import all_reduce, sinkhorn_knopp, sinkhorn_targets_
-from dinov2_custom.loss.soft_targets import SoftTargets
+from dinov2_custom.loss.sinkhorn import sinkhorn_knopp
 
 
 class DINOLoss(CenteredLoss):
@@ -22,12 +21,7 @@ class DINOLoss(CenteredLoss):
     @torch.no_grad()
     def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
         """Return assignments (B, K) balanced over the rows of all ranks."""
-        return sinkhorn_knopp(teacher_output, teacher_temp, _rows_of_all_ranks(teacher_output), n_iterations)
-
-    @torch.no_grad()
-    def sinkhorn_targets_(self, teacher_output: Tensor, teacher_temp: float) -> SoftTargets:
-        """Write :meth:`sinkhorn_knopp_teacher`'s result over the logits (B, K)."""
-        return sinkhorn_targets_(teacher_output, teacher_temp, _rows_of_all_ranks(teacher_output))
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
 
     def forward(
         self, student_output_list: Sequence[Tensor], teacher_out_softmaxed_centered_list: Sequence[Tensor]
@@ -44,7 +38,3 @@ class DINOLoss(CenteredLoss):
             log_probs = F.log_softmax(logits.float() / self.student_temp, dim=-1)
             total = total - (targets * log_probs).sum(dim=-1).mean()
         return total
-
-
-def _rows_of_all_ranks(logits: Tensor) -> Tensor:
-    return all_reduce(logits.new_full((), len(logits), dtype=torch.float32))

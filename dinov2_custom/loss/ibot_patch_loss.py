@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_custom.loss.centering import CenteredLoss
-from dinov2_custom.loss.sinkhorn import all_reduce, sinkhorn_knopp, sinkhorn_targets_
-from dinov2_custom.loss.soft_targets import SoftTargets
+from dinov2_custom.loss.sinkhorn import sinkhorn_knopp
 
 
 class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
@@ -29,23 +28,10 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
         """Return assignments (M, K) balanced over the masked patches of all ranks.
 
         Args:
-            n_masked_patches_tensor: (1,) this rank's number of masked patches; not changed.
+            n_masked_patches_tensor: not used, as the number of rows cancels; upstream's argument.
             real_rows: (M,) 1, or 0 for rows of padding, which become zeros; None: all are real.
         """
-        num_rows = all_reduce(n_masked_patches_tensor.float().sum())
-        return sinkhorn_knopp(teacher_output, teacher_temp, num_rows, n_iterations, real_rows)
-
-    @torch.no_grad()
-    def sinkhorn_targets_(
-        self,
-        teacher_output: Tensor,
-        teacher_temp: float,
-        n_masked_patches_tensor: Tensor,
-        real_rows: Tensor | None = None,
-    ) -> SoftTargets:
-        """Write :meth:`sinkhorn_knopp_teacher`'s result over the logits (M, K)."""
-        num_rows = all_reduce(n_masked_patches_tensor.float().sum())
-        return sinkhorn_targets_(teacher_output, teacher_temp, num_rows, real_rows=real_rows)
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, real_rows)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
         """Return the mean over crops of the mean loss of each crop's masked patches.

@@ -1,4 +1,8 @@
-"""Sinkhorn-Knopp: teacher logits to assignments that use all prototypes equally. Shared by the DINO and iBOT losses."""
+"""Sinkhorn-Knopp: teacher logits to assignments that use all prototypes equally. Shared by the DINO and iBOT losses.
+
+Its last normalisation is a softmax of each row, so it comes down to a centre. Not in here: how rows are computed
+(``soft_targets``). Read :func:`sinkhorn_targets` first.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_custom.layers.prototype_loss import chunk_size
-from dinov2_custom.layers.weight_norm import row_chunks
-from dinov2_custom.loss.soft_targets import SoftTargets, kernel_buffer
+from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits
 
-# float32 and bf16 span e-87 to e+88. With each row's largest entry at e+60, a prototype may lie 147 below its rows'
-# maxima before it underflows. A row's entries times its prototypes' scales sum to at most 1 / per_row, so that is
-# bounded too.
-_HEADROOM = 60.0
-_LEAST_ROW = 1e-30
-_TINY = 1e-37  # keeps 1 / sum finite where every term underflowed
+# What stands for a maximum and for a sum where there is no row: finite, so that rows of padding are too.
+_LOWEST = -1e30
+_LEAST_SUM = 1e-30
 
 
 def all_reduce(tensor: Tensor, op=None) -> Tensor:
@@ -26,51 +25,54 @@ def all_reduce(tensor: Tensor, op=None) -> Tensor:
 
 
 @torch.no_grad()
-def sinkhorn_targets_(
-    logits: Tensor, teacher_temp: float, num_rows: Tensor, n_iterations: int = 3, real_rows: Tensor | None = None
+def sinkhorn_targets(
+    logits: TeacherLogits, teacher_temp: float, n_iterations: int = 3, real_rows: Tensor | None = None
 ) -> SoftTargets:
-    """Write Sinkhorn-Knopp's assignments over ``logits`` (R, K), R >= 0, and return them.
+    """Return Sinkhorn-Knopp's assignments of ``logits`` (R, K), R >= 0, balanced over the rows of all ranks.
 
-    exp(logits / temp) is scaled alternately by prototype and by sample until both marginals are uniform. Only the two
-    scaling vectors are iterated, each iteration reads the kernel once, and each row is shifted by its own maximum, so
-    no logit overflows; none of that changes the result.
+    exp(logits / temp) is scaled alternately by prototype and by sample, ``n_iterations`` >= 1 times each. A sample's
+    scale makes its row a softmax, so what is iterated is the centre: the prototypes' scales are exp(-center / temp),
+    first one over the columns' sums, then less by the sums of the softmaxes. Each logit is looked at ``n_iterations``
+    times, and again when its assignment is wanted.
+
+    Nothing overflows, as sums are taken relative to their largest term and kept as logarithms. Nothing underflows
+    that counts: of a column, once scaled, one entry is at least 1 / R, and none of its row is above 1.
 
     Args:
-        num_rows: 0-dim, the rows of all ranks together, without padding.
         real_rows: (R,) 1, or 0 for rows of padding, which become zeros and change nothing else; None: all are real.
 
     Source: Cuturi 2013, algorithm 1; SwAV (Caron et al. 2020), section 3.1; three iterations as in DINOv2.
     """
-    kernel = kernel_buffer(logits)
-    chunks = list(row_chunks(len(logits), chunk_size(logits.shape[1], logits.device)))
-    row_max = logits.amax(dim=1).float() / teacher_temp if len(logits) else logits.new_zeros(0, dtype=torch.float32)
-    is_padding = torch.zeros_like(row_max, dtype=torch.bool) if real_rows is None else real_rows == 0
-    counted = row_max.masked_fill(is_padding, float("-inf"))
-    highest = counted.max() if len(logits) else counted.new_full((), float("-inf"))
+    center = teacher_temp * _log_sums_of_columns(logits, 1.0 / teacher_temp, real_rows)
+    for _ in range(n_iterations - 1):
+        sums = all_reduce(SoftTargets(logits, center, teacher_temp, real_rows).sum())
+        center = center + teacher_temp * sums.clamp_min(_LEAST_SUM).log()
+    return SoftTargets(logits, center, teacher_temp, real_rows)
+
+
+def _log_sums_of_columns(logits: TeacherLogits, scale: float, real_rows: Tensor | None) -> Tensor:
+    """Return log sum exp(scale * logits) over the real rows of all ranks, (K,) float32; finite if there are none."""
+    sums = torch.zeros(logits.num_prototypes, dtype=torch.float32, device=logits.device)
+    largest = torch.full_like(sums, _LOWEST)
+    for rows in logits.chunks():
+        chunk = logits.rows(rows.start, rows.stop).mul_(scale)
+        if real_rows is not None:
+            chunk.masked_fill_((real_rows[rows] == 0)[:, None], float("-inf"))
+        before, largest = largest, torch.maximum(largest, chunk.amax(dim=0))
+        sums.mul_((before - largest).exp_()).add_(chunk.sub_(largest).exp_().sum(dim=0))
+    own = largest
     if dist.is_available() and dist.is_initialized():
-        all_reduce(highest, dist.ReduceOp.MAX)
-    per_row = torch.exp(row_max - highest).clamp_min(_LEAST_ROW).masked_fill(is_padding, 0.0)
-    sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
-    for rows in chunks:
-        chunk = logits[rows].to(torch.float32, copy=True).div_(teacher_temp)
-        kernel[rows] = chunk.sub_(row_max[rows, None] - _HEADROOM).exp_()
-        sums += per_row[rows] @ kernel[rows].float()
-    per_prototype = sums
-    for _ in range(n_iterations):
-        per_prototype = 1.0 / (logits.shape[1] * all_reduce(sums)).clamp_min(_TINY)
-        sums = torch.zeros_like(sums)
-        for rows in chunks:
-            chunk = kernel[rows].float()
-            row_sums = (num_rows * (chunk @ per_prototype)).clamp_min(_TINY)
-            per_row[rows] = (1.0 / row_sums).masked_fill_(is_padding[rows], 0.0)
-            sums += per_row[rows] @ chunk
-    return SoftTargets(kernel, per_row * num_rows, per_prototype)
+        largest = all_reduce(own.clone(), dist.ReduceOp.MAX)
+    sums = all_reduce(sums.mul_((own - largest).exp_()))
+    return largest + sums.clamp_min(_LEAST_SUM).log()
 
 
 def sinkhorn_knopp(
-    logits_BK: Tensor, teacher_temp: float, num_rows: Tensor, n_iterations: int = 3, real_rows: Tensor | None = None
+    logits_BK: Tensor, teacher_temp: float, n_iterations: int = 3, real_rows: Tensor | None = None
 ) -> Tensor:
-    """Return :func:`sinkhorn_targets_` of a copy of the logits (B, K) as float32 probabilities (B, K)."""
-    copy = logits_BK.to(torch.float32, copy=True)
-    targets = sinkhorn_targets_(copy, teacher_temp, num_rows, n_iterations, real_rows)
-    return targets.rows(0, len(targets))
+    """Return :func:`sinkhorn_targets` of logits (B, K) as float32 probabilities (B, K)."""
+    targets = sinkhorn_targets(TeacherLogits(logits_BK), teacher_temp, n_iterations, real_rows)
+    probabilities = torch.empty(logits_BK.shape, dtype=torch.float32, device=logits_BK.device)
+    for rows in targets.logits.chunks():
+        probabilities[rows] = targets.rows(rows.start, rows.stop)
+    return probabilities

@@ -1,7 +1,8 @@
-"""Teacher assignments kept small: in the logits' buffer with two vectors, or not at all until they are asked for.
+"""Teacher assignments that are computed when they are wanted, so that what is kept does not grow with the batch.
 
-Not the formulas' definition for users (``DINOLoss``, ``iBOTPatchLoss``). Read :class:`SoftTargets` first, which
-may be read again and again; :class:`CenteredTargets` are computed each time.
+A centre turns logits into assignments, softmax((logits - centre) / temperature): the running mean (``centering``) or
+the one that uses all prototypes equally (``sinkhorn``). Neither is in here, nor are the formulas' definitions for users
+(``DINOLoss``, ``iBOTPatchLoss``). Read :class:`SoftTargets` first.
 """
 
 from __future__ import annotations
@@ -14,52 +15,54 @@ from torch import Tensor
 from dinov2_custom.layers.prototype_loss import chunk_size
 from dinov2_custom.layers.weight_norm import row_chunks
 
-
-class Assignments:
-    """Probabilities of R rows over K prototypes, of which some rows are had at a time."""
-
-    num_prototypes: int
-    device: torch.device
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Return the probabilities of some rows, (stop - start, K) float32, in memory of their own."""
-        raise NotImplementedError
-
-    def chunks(self) -> Iterator[Tensor]:
-        """Yield all rows, some at a time."""
-        for rows in row_chunks(len(self), chunk_size(self.num_prototypes, self.device)):
-            yield self.rows(rows.start, rows.stop)
+# Of logits that are wanted several times as many are kept, 128 MiB in 16 bits: 1,024 rows of 65,536 prototypes, what
+# ViT-S/14 has at batch 13. To compute one again takes a product over the bottleneck, and no memory.
+_KEPT_LOGITS = 2**26
 
 
-class SoftTargets(Assignments):
-    """Probabilities kernel * per_row * per_prototype of R rows over K prototypes; each row sums to 1, padding to 0.
+class TeacherLogits:
+    """Logits of R rows over K prototypes, had some rows at a time.
 
-    Attributes:
-        kernel: (R, K), 16 or 32 bits.
-        per_row: (R,) float32.
-        per_prototype: (K,) float32, or None for 1.
+    Args:
+        kept: (R0, K), those of the first rows.
+        features, weight: (R, D) and (K, D), whose product the logits are, in the precision to compute it in; None if
+            all are kept.
     """
 
-    def __init__(self, kernel: Tensor, per_row: Tensor, per_prototype: Tensor | None = None) -> None:
-        self.kernel, self.per_row, self.per_prototype = kernel, per_row, per_prototype
-        self.num_prototypes, self.device = kernel.shape[1], kernel.device
+    def __init__(self, kept: Tensor, features: Tensor | None = None, weight: Tensor | None = None) -> None:
+        self.kept, self.features, self.weight = kept, features, weight
+        self.num_prototypes, self.device = kept.shape[1], kept.device
+
+    @classmethod
+    def of_factors(cls, features: Tensor, weight: Tensor, keep: bool) -> TeacherLogits:
+        """Return the logits features weight^T; ``keep`` them, as far as there is room, if each is wanted repeatedly."""
+        kept = _product(features[: _KEPT_LOGITS // len(weight) if keep else 0], weight)
+        return cls(kept) if len(kept) == len(features) else cls(kept, features, weight)
 
     def __len__(self) -> int:
-        return len(self.kernel)
+        return len(self.kept if self.features is None else self.features)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        probabilities = self.kernel[start:stop].to(torch.float32, copy=True).mul_(self.per_row[start:stop, None])
-        return probabilities if self.per_prototype is None else probabilities.mul_(self.per_prototype)
+        """Return the logits of some rows, (stop - start, K) float32, in memory of their own."""
+        if stop <= len(self.kept):
+            return self.kept[start:stop].to(torch.float32, copy=True)
+        return _product(self.features[start:stop], self.weight).to(torch.float32)
+
+    def chunks(self) -> Iterator[slice]:
+        """Cut the rows into as many as are computed at a time."""
+        return row_chunks(len(self), chunk_size(self.num_prototypes, self.device))
 
 
-class CenteredTargets(Assignments):
-    """Probabilities softmax((features weight^T - center) / temp) of R rows over K prototypes; padding is 0.
+@torch.no_grad()
+def _product(features: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(features.device.type, enabled=False):
+        return features @ weight.T
+
+
+class SoftTargets:
+    """Probabilities softmax((logits - center) / temp) of R rows over K prototypes; padding is 0.
 
     Attributes:
-        features, weight: (R, D) and (K, D), whose product the logits are, in the precision to compute it in.
         center: (K,) float32, which must not change as long as rows are asked for.
         real_rows: (R,) 1, or 0 for rows of padding; None: all are real.
 
@@ -67,59 +70,48 @@ class CenteredTargets(Assignments):
     """
 
     def __init__(
-        self, features: Tensor, weight: Tensor, center: Tensor, teacher_temp: float, real_rows: Tensor | None = None
+        self, logits: TeacherLogits, center: Tensor, teacher_temp: float, real_rows: Tensor | None = None
     ) -> None:
-        self.features, self.weight, self.center = features, weight, center
+        self.logits, self.center = logits, center
         self.teacher_temp, self.real_rows = teacher_temp, real_rows
-        self.num_prototypes, self.device = len(weight), weight.device
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.logits)
 
     @torch.no_grad()
     def rows(self, start: int, stop: int) -> Tensor:
-        with torch.autocast(self.features.device.type, enabled=False):
-            logits = self.features[start:stop] @ self.weight.T
-        logits = logits.to(torch.float32).sub_(self.center).mul_(1.0 / self.teacher_temp)
-        probabilities = torch.softmax(logits, dim=-1)
+        """Return the probabilities of some rows, (stop - start, K) float32, in memory of their own."""
+        probabilities = self._softmax(start, stop)
         return probabilities if self.real_rows is None else probabilities.mul_(self.real_rows[start:stop, None])
 
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield all rows, some at a time."""
+        for rows in self.logits.chunks():
+            yield self.rows(rows.start, rows.stop)
+
     @torch.no_grad()
-    def sum_of_logits(self) -> Tensor:
-        """Return the logits' sum over all rows but padding, (K,) float32: the sum of the features times the weights."""
-        with torch.autocast(self.features.device.type, enabled=False):
-            total = sum_of_rows(self.features.float(), self.real_rows)
-            chunks = row_chunks(len(self.weight), 2**21 // self.weight.shape[1])
-            return torch.cat([self.weight[rows].float() @ total for rows in chunks])
+    def sum(self) -> Tensor:
+        """Return the sum over all rows but padding, (K,) float32."""
+        total = torch.zeros(self.logits.num_prototypes, dtype=torch.float32, device=self.logits.device)
+        for rows in self.logits.chunks():
+            real_rows = None if self.real_rows is None else self.real_rows[rows]
+            total += sum_of_rows(self._softmax(rows.start, rows.stop), real_rows)
+        return total
+
+    def _softmax(self, start: int, stop: int) -> Tensor:
+        logits = self.logits.rows(start, stop).sub_(self.center).mul_(1.0 / self.teacher_temp)
+        return torch.softmax(logits, dim=-1)
 
 
 @torch.no_grad()
-def centered_targets_(
-    logits: Tensor, center: Tensor, teacher_temp: float, real_rows: Tensor | None = None
-) -> tuple[SoftTargets, Tensor]:
-    """Write softmax((logits - center) / temp) over ``logits`` (R, K); return it, and the column sums of the logits.
-
-    Where ``real_rows`` (R,) is 0, not 1, is padding: zeros in the result, and in no sum.
-
-    Source: Caron et al. 2021, section 3.1.
-    """
-    kernel, center = kernel_buffer(logits), center.flatten()
-    sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
-    per_row = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    for rows in row_chunks(len(logits), chunk_size(logits.shape[1], logits.device)):
-        chunk = logits[rows].to(torch.float32, copy=True)
-        sums += sum_of_rows(chunk, None if real_rows is None else real_rows[rows])
-        chunk.sub_(center).mul_(1.0 / teacher_temp)
-        kernel[rows] = chunk.sub_(chunk.amax(dim=1, keepdim=True)).exp_()
-        per_row[rows] = 1.0 / kernel[rows].sum(dim=1, dtype=torch.float32)  # of what was stored
-    return SoftTargets(kernel, per_row if real_rows is None else per_row * real_rows), sums
+def sum_of_logits(features: Tensor, weight: Tensor, real_rows: Tensor | None) -> Tensor:
+    """Return the sum of features weight^T over all rows but padding, (K,) float32: that of the features, weighted."""
+    with torch.autocast(features.device.type, enabled=False):
+        total = sum_of_rows(features.float(), real_rows)
+        chunks = row_chunks(len(weight), 2**21 // weight.shape[1])
+        return torch.cat([weight[rows].float() @ total for rows in chunks])
 
 
 def sum_of_rows(rows: Tensor, real_rows: Tensor | None) -> Tensor:
     """Return the sum (K,) of ``rows`` (R, K), of those only that are 1, not 0, in ``real_rows`` (R,)."""
     return rows.sum(dim=0) if real_rows is None else real_rows @ rows
-
-
-def kernel_buffer(logits: Tensor) -> Tensor:
-    """Return ``logits``' memory for the kernel: as bf16 where it was fp16, whose range is too small."""
-    return logits.view(torch.bfloat16) if logits.dtype == torch.float16 else logits

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2_custom.loss.soft_targets import Assignments
+from dinov2_custom.loss.sinkhorn import sinkhorn_targets
+from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits
 
 if TYPE_CHECKING:
     from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
@@ -21,8 +22,8 @@ LOSS_NAMES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "
 class Targets(NamedTuple):
     """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: not trained."""
 
-    cls: Tensor | Assignments | None
-    patches: Tensor | Assignments | None
+    cls: Tensor | SoftTargets | None
+    patches: Tensor | SoftTargets | None
 
 
 class Features(NamedTuple):
@@ -39,10 +40,10 @@ def teacher_assignments(
 ) -> Targets:
     """Turn the teacher's features of class tokens and masked patches into targets by the configured centering.
 
-    Where ``train.lean``, in the logits' place; centred ones of patches, each of which is wanted once, only then.
+    Where ``train.lean``, some rows at a time when they are wanted.
     """
     rows = {"real_rows": (images["masks_weight"] > 0).float()} if model.constant_shapes else {}
-    if patches is not None and model.lean and model.cfg.train.centering != "sinkhorn_knopp":
+    if model.lean:
         return _late_assignments(model, cls, patches, teacher_temp, rows)
     cls_logits, patch_logits = model.run_heads("teacher", [] if cls is None else [cls], patches)
     of_cls = None if cls is None else _assign(model, model.dino_loss, cls_logits[0], teacher_temp)
@@ -53,32 +54,47 @@ def teacher_assignments(
     return Targets(of_cls, _assign(model, model.ibot_patch_loss, patch_logits, teacher_temp, **rows))
 
 
-def _late_assignments(
-    model: SSLMetaArch, cls: Tensor | None, patches: Tensor, teacher_temp: float, rows: dict[str, Tensor]
-) -> Targets:
-    """Do that with centring: class tokens' now, as each is wanted by several views, patches' when they are wanted."""
-    shared = [] if cls is None or model.ibot_separate_head else [cls]
-    with model.autocast("teacher", model.patch_head):
-        features, weight = model.teacher[model.patch_head].factors(torch.cat([*shared, patches]))
-        of_shared, of_patches = features.split([sum(map(len, shared)), len(patches)])
-        cls_logits = of_shared @ weight.T if shared else None
-    if cls is not None and not shared:
-        cls_logits = model.run_heads("teacher", [cls], None)[0][0]
-    of_cls = None if cls is None else _assign(model, model.dino_loss, cls_logits, teacher_temp)
-    return Targets(of_cls, model.ibot_patch_loss.late_targets(of_patches, weight, teacher_temp, **rows))
-
-
-def _assign(model: SSLMetaArch, loss: nn.Module, logits: Tensor, teacher_temp: float, **rows) -> Tensor | Assignments:
+def _assign(model: SSLMetaArch, loss: nn.Module, logits: Tensor, teacher_temp: float, **rows: Tensor) -> Tensor:
     """``rows``: what is known of rows of patches."""
     if model.cfg.train.centering == "sinkhorn_knopp":
-        targets_of = loss.sinkhorn_targets_ if model.lean else loss.sinkhorn_knopp_teacher
-        return targets_of(logits, teacher_temp, **rows)
-    if model.lean:
-        return loss.soft_targets_(logits, teacher_temp, **rows)
+        return loss.sinkhorn_knopp_teacher(logits, teacher_temp, **rows)
     targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
     loss.update_center(logits, **rows)
     targets = targets.view_as(logits)  # the centre of patches has one dimension more
     return targets * rows["real_rows"][:, None] if rows else targets
+
+
+def _late_assignments(
+    model: SSLMetaArch, cls: Tensor | None, patches: Tensor | None, teacher_temp: float, rows: dict[str, Tensor]
+) -> Targets:
+    """Do that without all logits being there at once."""
+
+    def assign(loss: nn.Module, factors: tuple[Tensor, Tensor] | None, keep: bool, **rows: Tensor):
+        if factors is None:
+            return None
+        if model.cfg.train.centering == "sinkhorn_knopp":
+            return sinkhorn_targets(TeacherLogits.of_factors(*factors, keep=True), teacher_temp, **rows)
+        return loss.late_targets(*factors, teacher_temp, keep=keep, **rows)
+
+    of_cls, of_patches = _factors(model, cls, patches)
+    return Targets(  # a class token's are wanted by several groups of views, a patch's once
+        assign(model.dino_loss, of_cls, keep=True), assign(model.ibot_patch_loss, of_patches, keep=False, **rows)
+    )
+
+
+def _factors(model: SSLMetaArch, cls: Tensor | None, patches: Tensor | None) -> list[tuple[Tensor, Tensor] | None]:
+    """Return the teacher's bottleneck features and prototypes for class tokens and for patches, as far as there are
+    such; one pass where they share the head."""
+    shared = cls is not None and patches is not None and not model.ibot_separate_head
+    parts = [("dino_head", torch.cat((cls, patches)))] if shared else [("dino_head", cls), (model.patch_head, patches)]
+    factors: list[tuple[Tensor, Tensor] | None] = []
+    for head, rows in parts:
+        with model.autocast("teacher", head):
+            factors.append(None if rows is None else model.teacher[head].factors(rows))
+    if not shared:
+        return factors
+    features, weight = factors[0]
+    return [(part, weight) for part in features.split((len(cls), len(patches)))]
 
 
 def assignment_entropies(targets: Targets) -> dict[str, Tensor]:

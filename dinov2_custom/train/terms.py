@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.layers.prototype_loss import PrototypeJob
-from dinov2_custom.loss.soft_targets import Assignments
+from dinov2_custom.loss.soft_targets import SoftTargets
 from dinov2_custom.train.targets import Features, Targets
 from dinov2_custom.train.view_groups import ViewGroup, Views
 
@@ -80,7 +80,7 @@ def chunked_terms(model: SSLMetaArch, features: Features, targets: Targets, grou
 
 
 def _add_class_tokens(
-    work: _HeadWork, model: SSLMetaArch, features: Features, targets: Assignments, group: ViewGroup, batch_size: int
+    work: _HeadWork, model: SSLMetaArch, features: Features, targets: SoftTargets, group: ViewGroup, batch_size: int
 ) -> None:
     weight = model.cfg.dino.loss_weight
     each = weight / (batch_size * num_crop_pairs(model.num_local_crops))
@@ -102,7 +102,7 @@ def _add_class_tokens(
         work.names.append(("dino_global_crops_loss", 1 / weight))
 
 
-def _add_patches(work: _HeadWork, model: SSLMetaArch, patches: Tensor, targets: Assignments, views: Views) -> None:
+def _add_patches(work: _HeadWork, model: SSLMetaArch, patches: Tensor, targets: SoftTargets, views: Views) -> None:
     weight = model.cfg.ibot.loss_weight
     weights = views.patch_weights.float() * (weight / (2 * views.batch_size))
     work.features.append(patches)
@@ -117,5 +117,5 @@ def _add_patches(work: _HeadWork, model: SSLMetaArch, patches: Tensor, targets: 
     work.names.append(("ibot_loss", 1 / (2 * weight)))
 
 
-def _from(targets: Assignments, first: int):
+def _from(targets: SoftTargets, first: int):
     return lambda start, stop: targets.rows(first + start, first + stop)
