@@ -24,6 +24,7 @@ test: lint
 bench: $(READY)
 	$(BIN)/python -m benchmarks.step --write
 	$(BIN)/python -m benchmarks.memory --write
+	$(BIN)/python -m benchmarks.roofline --write
 	$(BIN)/python -m benchmarks.scaling --write
 	$(BIN)/python -m benchmarks.same_curve --write
 

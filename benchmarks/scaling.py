@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import roofline
 from benchmarks.machine import add_write_option, describe, finish, table
 from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.parallel import GradientReducer
-from dinov2_custom.train.flops import PEAK_FLOPS, flops_per_image
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 SMALL = (
@@ -29,7 +29,6 @@ SMALL = (
     "crops.local_crops_number=2 train.batch_size_per_gpu=4 dino.head_n_prototypes=4096"
 )
 LARGE = "student.arch={arch} student.patch_size=14 crops.local_crops_size=98 train.batch_size_per_gpu={batch}"
-MFU = 0.40  # assumed: no GPU was at hand
 # Share of a step in which gradients can travel unseen: the last group's backward pass (a quarter of the student's
 # tokens, two of the step's three and a bit units of work)
 OVERLAP = 0.15
@@ -89,9 +88,8 @@ def measure(processes: int, steps: int) -> dict[str, float]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
-def predict(arch: str, batch: int, gpus: int, network: Link, gradient_bytes: int, operations: float) -> list[str]:
+def predict(arch: str, batch: int, gpus: int, network: Link, gradient_bytes: int, step: float) -> list[str]:
     """Return a row: images/s and efficiency when the reduction hides behind the last group's backward pass."""
-    step = batch * operations / (MFU * PEAK_FLOPS["H100"])
     inside = bytes_on_wire(gradient_bytes, min(gpus, 8)) / (NVLINK.rate * NVLINK.reached)
     # between nodes each GPU reduces the eighth of the gradients that it holds after the reduction inside its node
     nodes = gpus // 8
@@ -127,10 +125,11 @@ def main() -> None:
         with torch.device("meta"):
             student = SSLMetaArch(cfg).student
         size = sum(4 * p.numel() for p in student.parameters())
-        operations = flops_per_image(cfg, student["backbone"].embed_dim, student["backbone"].n_blocks)
+        kernels, update, _ = roofline.predict(cfg)
+        step = kernels.total + update
         for gpus in (8, 64, 512):
             networks = NETWORKS if gpus > 8 else NETWORKS[:1]
-            predictions += [predict(arch, batch, gpus, network, size, operations) for network in networks]
+            predictions += [predict(arch, batch, gpus, network, size, step) for network in networks]
     measured = ["processes", "ms without", "ms with reduction", "difference", "MB sent by each", "MB/s"]
     predicted = ["model", "batch a GPU", "GPUs", "network", "step ms", "reduction ms", "images/s", "efficiency"]
     page = (
@@ -141,8 +140,8 @@ def main() -> None:
         "is the step alone while the other processes compute too: more processes than cores share them. MB sent: "
         "2 (W - 1) / W of the float32 gradients.\n\n"
         f"{table(measured, rows)}\n"
-        f"## Predicted: H100, {MFU:.0%} MFU assumed, not measured\n\n"
-        f"Step time from the closed formula of operations; {NVLINK.name} inside a node of 8, links reach "
+        "## Predicted for H100, not measured\n\n"
+        f"Step time as in roofline.md; {NVLINK.name} inside a node of 8, links reach "
         f"{NVLINK.reached:.0%} of their rate; {OVERLAP:.0%} of a step hides the reduction; see docs/scaling.md.\n\n"
         f"{table(predicted, predictions)}"
     )

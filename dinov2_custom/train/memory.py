@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -132,11 +132,16 @@ def least_checkpointing(cfg, available: int) -> str:
     return next((mode for mode in ("none", "selective") if measure_step(cfg, mode).peak < room), "full")
 
 
-def measure_step(cfg, checkpointing: str = "none") -> StepMemory:
+def measure_step(
+    cfg,
+    checkpointing: str = "none",
+    inside: AbstractContextManager = nullcontext(),  # noqa: B008 - does nothing
+) -> StepMemory:
     """Run one step of ``cfg`` on fake tensors and return its peak; ``auto`` precisions count as bf16.
 
     Args:
         checkpointing: none, selective or full.
+        inside: entered for the step alone, to look at what it does.
     """
     live, mode = LiveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
     batch = _batch(cfg)
@@ -163,7 +168,8 @@ def measure_step(cfg, checkpointing: str = "none") -> StepMemory:
         model.masked_in_first = lambda images: batch["mask_indices_list"][0][0] // 2
         live.live["optimizer"] += 8 * sum(p.numel() for p in trainable)
         live.at_peak.clear()
-        model.forward_backward(images, 0.05)
+        with inside:
+            model.forward_backward(images, 0.05)
     categories = {name: live.at_peak[name] for name in CATEGORIES}
     return StepMemory(sum(categories.values()), categories)
 

@@ -1,0 +1,165 @@
+"""Predict what bounds a training step on an H100, kernel by kernel, without one: products, or moving bytes.
+
+The step runs on tensors without data, as ``dinov2_custom/train/memory.py`` does it. Each kernel takes the longest of
+its operations and its bytes at the rates below, and a launch at least; nothing overlaps and no cache helps. A model,
+not a measurement: ``benchmarks.gpu`` measures. ``python -m benchmarks.roofline --write`` writes results/roofline.md.
+Read :class:`Roofline` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.machine import add_write_option, describe, finish, table
+from benchmarks.memory import config
+from dinov2_custom.train import memory
+from dinov2_custom.train.flops import PEAK_FLOPS, flops_per_image
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+
+PRODUCTS = 0.7 * PEAK_FLOPS["H100"]  # operations/s that large 16-bit products reach
+TF32_SHARE = 0.45  # of that for products of float32
+ATTENTION = 0.4 * PEAK_FLOPS["H100"]  # fused, head width 64
+BYTES = 0.85 * 3.35e12  # a second
+LAUNCH = 4e-6  # seconds a kernel at least
+OPTIMIZER_BYTES = 28 + 12  # a parameter: AdamW reads p, g, m, v and writes p, m, v; the moving average t, s and t
+MODELS = (("vit_small", 64), ("vit_base", 64), ("vit_large", 64), ("vit_large", 128))
+# What only looks at a tensor, or makes one without touching its bytes.
+FREE = frozenset(
+    "alias as_strided detach device dtype empty empty_like empty_strided expand lift_fresh new_empty permute select "
+    "size slice split split_with_sizes squeeze stride t transpose unbind unfold unsqueeze view _reshape_alias "
+    "_unsafe_view".split()
+)
+
+
+class Roofline(TorchDispatchMode):
+    """Sum the seconds of kernels by kind: ``products``, ``attention``, or the operator's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: Counter[str] = Counter()
+        self.kernels = self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        if name.removesuffix("_") not in FREE:
+            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            operations = product_operations(name, args, result)
+            rate = PRODUCTS * (TF32_SHARE if inputs and inputs[0].dtype == torch.float32 else 1.0)
+            self.add("products" if operations else name, operations, rate, moved_bytes(name, inputs, outputs))
+        return result
+
+    def add(self, kind: str, operations: int, rate: float, moved: int) -> None:
+        """Count one kernel with so many operations, at ``rate`` a second, and bytes moved."""
+        self.kernels += 1
+        self.operations += operations
+        self.seconds[kind] += max(operations / rate, moved / BYTES, LAUNCH)
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def product_operations(name: str, args: tuple, result: object) -> int:
+    """Return the operations of a matrix product or convolution, 0 for anything else."""
+    if name in ("mm", "addmm", "bmm"):
+        first, second = args[-2:] if name != "addmm" else args[1:3]
+        return 2 * first.numel() * second.shape[-1]
+    if name == "convolution":
+        return 2 * result.numel() * prod(args[1].shape[1:])
+    return 0
+
+
+def moved_bytes(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Return the bytes a kernel reads and writes."""
+    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
+    if name == "index_select":
+        return 2 * size(outputs)
+    if name == "index_add":  # a copy, then the rows
+        return 2 * size(outputs) + 3 * size(inputs[-1:])
+    if name.startswith(("zeros", "new_zeros", "fill", "ones")):
+        return size(outputs)
+    return size(inputs) + size(outputs)
+
+
+@contextmanager
+def counting_attention(roofline: Roofline):
+    """Let the stand-in of the fused attention kernel tell ``roofline`` its operations."""
+
+    class Counted(memory._FusedAttention):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            ctx.operations = 4 * q.numel() * q.shape[-2]
+            roofline.add("attention", ctx.operations, ATTENTION, 4 * q.numel() * q.element_size())
+            return memory_attention.forward(ctx, q, k, v)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            moved = 8 * gradient.numel() * gradient.element_size()
+            roofline.add("attention", ctx.operations * 5 // 2, ATTENTION, moved)  # the scores again
+            return memory_attention.backward(ctx, gradient)
+
+    memory_attention, memory._FusedAttention = memory._FusedAttention, Counted
+    try:
+        yield
+    finally:
+        memory._FusedAttention = memory_attention
+
+
+def predict(cfg) -> tuple[Roofline, float, float]:
+    """Return what a step's kernels take, the seconds of the optimizer and the teacher, and MFU."""
+    roofline = Roofline()
+    with counting_attention(roofline):
+        memory.measure_step(cfg, inside=roofline)
+    with torch.device("meta"):
+        student = SSLMetaArch(cfg).student
+    update = OPTIMIZER_BYTES * sum(p.numel() for p in student.parameters()) / BYTES
+    backbone = student["backbone"]
+    operations = cfg.train.batch_size_per_gpu * flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks)
+    return roofline, update, operations / PEAK_FLOPS["H100"] / (roofline.total + update)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_write_option(parser)
+    args = parser.parse_args()
+    rows = []
+    for arch, batch_size in MODELS:
+        cfg = config(f"student.arch={arch}", batch_size)
+        roofline, update, mfu = predict(cfg)
+        products, attention = (1e3 * roofline.seconds[kind] for kind in ("products", "attention"))
+        others = Counter({k: s for k, s in roofline.seconds.items() if k not in ("products", "attention")})
+        total = 1e3 * (roofline.total + update)
+        largest = ", ".join(f"{kind} {1e3 * seconds:.0f}" for kind, seconds in others.most_common(6))
+        times = [products, attention, 1e3 * others.total(), 1e3 * update, total]
+        speed = f"{1e3 * batch_size / total:,.0f}"
+        rows.append([arch, batch_size, roofline.kernels, *(f"{x:.0f}" for x in times), speed, f"{mfu:.0%}", largest])
+    header = ["model", "batch", "kernels", "products", "attention", "other kernels", "AdamW and teacher", "a step"]
+    header += ["images/s", "MFU", "largest others"]
+    page = (
+        "# What bounds a step on an H100: predicted, not measured\n\n"
+        f"{describe('benchmarks.roofline')}\n"
+        f"Milliseconds. {benchmark_rates()} Without torch.compile: each operator is a kernel.\n\n"
+        f"{table(header, rows)}"
+    )
+    finish(page, "roofline", args.write)
+
+
+def benchmark_rates() -> str:
+    return (
+        f"16-bit products at {PRODUCTS / 1e12:.0f} TFLOP/s, attention at {ATTENTION / 1e12:.0f}, memory at "
+        f"{BYTES / 1e12:.2f} TB/s, {LAUNCH * 1e6:.0f} us a kernel at least: assumed shares of the data sheet."
+    )
+
+
+if __name__ == "__main__":
+    main()
