@@ -40,7 +40,7 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
             student_patch_tokens, teacher_patch_tokens: logits and probabilities (B, N, K).
             student_masks_flat: (B, N) bool.
         """
-        masks = student_masks_flat.to(teacher_patch_tokens.dtype)
+        masks = student_masks_flat.float()
         losses = self._cross_entropy(student_patch_tokens, teacher_patch_tokens)
         return ((losses * masks).sum(dim=-1) / masks.sum(dim=-1).clamp_min(1.0)).mean()
 

@@ -80,5 +80,5 @@ class _WithGradient(torch.autograd.Function):
 def nearest_neighbours(features: Tensor) -> Tensor:
     """Return for each row of normalised (B, D) the index of the other row with the largest dot product."""
     similarity = features @ features.T
-    similarity.fill_diagonal_(-1.0)
+    similarity.fill_diagonal_(-2.0)  # below a cosine of -1 that was rounded down
     return similarity.argmax(dim=1)

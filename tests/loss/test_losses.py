@@ -51,6 +51,12 @@ def test_ibot_masked_equals_dense():
     torch.testing.assert_close(padded, dense)
 
 
+def test_ibot_counts_patches_exactly_whatever_the_targets_precision():
+    loss, masks = iBOTPatchLoss(5), torch.ones(1, 511, dtype=torch.bool)  # bf16 has 510 and 512
+    student, teacher = draws(1, 511, 5), draws(1, 511, 5, seed=1).softmax(-1).bfloat16()
+    torch.testing.assert_close(loss(student, teacher, masks), loss(student, teacher.float(), masks))
+
+
 def test_ibot_without_masks_is_zero_with_zero_gradient():
     student = draws(0, 5).requires_grad_()
     loss = iBOTPatchLoss(5).forward_masked(student, torch.zeros(0, 5), torch.zeros(2, 9, dtype=torch.bool))
@@ -63,6 +69,18 @@ def test_koleo_golden():
     assert koleo(torch.eye(2)).item() == pytest.approx(-0.3465736, abs=1e-6)
     rows = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0, 0, 1]])
     assert koleo(rows).item() == pytest.approx(-0.0411433, abs=1e-6)
+
+
+def test_koleo_of_opposite_features_is_that_of_the_farthest():
+    """Their cosine may be rounded to less than -1, and is still no reason to be one's own neighbour."""
+    rows = draws(100, 1, 8)
+    for row in rows:
+        assert KoLeoLoss()(torch.cat((row, -row))).item() == pytest.approx(-math.log(2), abs=1e-6)
+
+
+def test_koleo_gradient_by_finite_differences(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # else the differences are rounding
+    assert torch.autograd.gradcheck(KoLeoLoss(), draws(6, 5).double().requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
