@@ -68,6 +68,8 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return stopped_by(signal.SIGINT)
+    finally:
+        _end_workers()
 
 
 def leave(code: int) -> NoReturn:
@@ -77,6 +79,7 @@ def leave(code: int) -> NoReturn:
     ``distributed.disable``: torch keeps the group in its caches of sharded tensors. One that lets go of its last tensor
     while Python, before 3.14, goes down ends the process with SIGABRT, after a run that was in order.
     """
+    _end_workers()
     try:
         is_alone = world_from_environment(os.environ).size == 1
     except DINOv2Error:  # nothing was started then
@@ -110,6 +113,22 @@ def missing_requirement(error: ModuleNotFoundError) -> str:
         f"expected {name} in the environment of {sys.executable}, found none; activate the environment that has it, or "
         "`pip install -c constraints.txt -e .` in the root of the repository"
     )
+
+
+def _end_workers() -> None:
+    """Kill the data-loading processes that an error has left behind.
+
+    They are deaf to the SIGTERM that multiprocessing sends them when Python ends, which would then wait for ever.
+    """
+    if "multiprocessing" not in sys.modules:
+        return
+    left = [process for process in sys.modules["multiprocessing"].active_children() if process.daemon]
+    if left and hasattr(signal, "SIGCHLD"):
+        with suppress(ValueError):  # not the main thread; torch's handler would raise an error for each
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in left:
+        process.kill()
+        process.join()
 
 
 def _nobody_reads() -> bool:

@@ -26,6 +26,28 @@ sys.exit(entry.reported(main))
 """
 
 
+LEFT_BEHIND = """
+import sys, torch
+from dinov2_custom import entry
+from dinov2_custom.data.workers import set_up_worker
+from dinov2_custom.errors import DataError
+kept = []
+def main():
+    kept.append(iter(torch.utils.data.DataLoader(range(64), num_workers=1, worker_init_fn=set_up_worker)))
+    next(kept[0])
+    raise DataError("a bad image")
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["sys.exit(entry.reported(main))", "entry.leave(entry.reported(main))"])
+def test_an_error_does_not_wait_for_the_data_loading_processes(end):
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_BEHIND.format(end=end)], capture_output=True, text=True, timeout=60, cwd=REPOSITORY
+    )
+    assert (done.returncode, done.stderr) == (1, "error: a bad image\n")
+
+
 def failing(number, *names):
     def main():
         raise OSError(number, os.strerror(number), *names)
