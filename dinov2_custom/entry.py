@@ -53,7 +53,7 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
         _flush()
         return stopped_by(signal.SIGPIPE)
     except DINOv2Error as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {words_of(e)}", file=sys.stderr)
         return error_code if e.exit_code is None else e.exit_code
     except OSError as e:
         if not (trouble := describe_no_room(e)):
@@ -94,6 +94,12 @@ def leave(code: int) -> NoReturn:
     with suppress(OSError):  # nobody reads it
         sys.stderr.flush()
     os._exit(code)
+
+
+def words_of(error: DINOv2Error) -> str:
+    """Return the sentence of ``error`` alone, where a data-loading process of torch's put its traceback before it."""
+    text, name = str(error), f"{type(error).__module__}.{type(error).__qualname__}: "
+    return text.rpartition(name)[2].rstrip() if text.startswith("Caught ") and name in text else text
 
 
 def describe_no_room(error: OSError) -> str:

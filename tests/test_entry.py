@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinov2_custom import entry
-from dinov2_custom.errors import ConfigError
+from dinov2_custom.data.workers import set_up_worker
+from dinov2_custom.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRINTS = """
@@ -38,6 +40,22 @@ def main():
     raise DataError("a bad image")
 {end}
 """
+
+
+def test_an_error_in_a_data_loading_process_is_one_sentence_too(capsys):
+    def main():
+        list(torch.utils.data.DataLoader(Unreadable(), num_workers=1, worker_init_fn=set_up_worker))
+
+    assert entry.reported(main) == 1
+    assert capsys.readouterr().err == "error: expected an image, got text: x.png\n"
+
+
+class Unreadable(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DataError("expected an image, got text: x.png")
 
 
 @pytest.mark.parametrize("end", ["sys.exit(entry.reported(main))", "entry.leave(entry.reported(main))"])

@@ -4,6 +4,7 @@ Not the finding of mistakes (load.py, values.py, combinations.py). Read `Mistake
 """
 
 import difflib
+import os
 
 from dinov2_custom.configs.schema import all_options
 from dinov2_custom.errors import ConfigError
@@ -82,6 +83,8 @@ def explain_bad_override(text: str) -> str:
         return f"for a config file write --config-file {text}"
     if text in all_options():
         return f"write {text}=VALUE"
+    if os.path.exists(os.path.expanduser(text)):
+        return f"for images write train.dataset_path={text}"
     if ":" in text and text.split(":", 1)[0] in all_options():
         return "write = instead of the first colon"
     if text != text.strip("[]{},:"):

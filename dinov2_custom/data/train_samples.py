@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dinov2_custom.commands import command
 from dinov2_custom.errors import DataError
 from dinov2_custom.utils.rng import random_for, seed_for
 
@@ -196,7 +197,8 @@ class BadImages:
         return DataError(
             f"expected at most {self.max_fraction:.2%} unreadable images (train.max_bad_fraction), got "
             f"{self.num_bad_draws} of {self.num_draws} draws, {len(self.reasons)} different files, most of them "
-            f"({count}) in {folder}; for example {path}: {self.reasons[path]}; repair or remove them, or raise "
+            f"({count}) in {folder}; for example {path}: {self.reasons[path]}; repair or remove them "
+            f"({command('run/data/verify.py')} lists them, and the sound ones to train on), or raise "
             "train.max_bad_fraction"
         )
 

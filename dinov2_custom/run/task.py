@@ -93,9 +93,10 @@ def _ended(task: str, args: argparse.Namespace, rank: int) -> Outcome:
     try:
         code = int(_task_class(task)(args)() or 0)
     except DINOv2Error as e:
-        print(f"error: {e}", file=sys.stderr)
+        text = entry.words_of(e)
+        print(f"error: {text}", file=sys.stderr)
         code = exit_codes.ERROR if e.exit_code is None else e.exit_code
-        return Outcome(rank, "lost" if code == exit_codes.LOST_PROCESS else "refused", code, str(e))
+        return Outcome(rank, "lost" if code == exit_codes.LOST_PROCESS else "refused", code, text)
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
     except KeyboardInterrupt:

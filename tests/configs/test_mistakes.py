@@ -32,6 +32,7 @@ def test_suggestions_reach_across_sections(key, suggestion):
         ("train.seed:3", "write = instead of the first colon"),
         ("train.sed", "did you mean train.seed=VALUE?"),
         ("zzz", "write key=value, without spaces around ="),
+        ("/tmp", "for images write train.dataset_path=/tmp"),
         ("/b]", "a list or mapping with blanks needs quotes around the whole override: 'key=[a, b]'"),
     ],
 )
