@@ -205,8 +205,8 @@ def leave_in_order(folder, how):
 
 def test_threads_of_a_process_group_do_not_abort_a_process_that_is_done(tmp_path):
     assert leave_in_order(tmp_path / "one", "leave") == [0, 0]
-    if sys.version_info < (3, 14):  # what it is good for
-        assert leave_in_order(tmp_path / "other", "exit") == [-signal.SIGABRT, 0]
+    if sys.version_info < (3, 14):  # what it is good for; on a busy machine both processes may meet it
+        assert leave_in_order(tmp_path / "other", "exit")[0] == -signal.SIGABRT
 
 
 def test_leaving_runs_what_was_registered_for_the_end(tmp_path):
