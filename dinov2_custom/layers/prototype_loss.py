@@ -19,8 +19,8 @@ from dinov2_custom.layers.weight_norm import normalised, normalised_backward_, r
 # Logits of a chunk, for memory: 16 Mi are 256 rows of 65,536 prototypes. On CPUs as few as give fast products.
 _CHUNK_LOGITS = {"cuda": 2**24, "cpu": 2**22}
 # Gradients of logits that are multiplied with their features at once: each product adds to a (K, D) tensor in float32,
-# which on a CPU takes longer than the product of a small chunk.
-_PRODUCT_LOGITS = 2**24
+# which on a CPU takes longer than the product of a small chunk. Elsewhere a chunk at a time.
+_PRODUCT_LOGITS = {"cpu": 2**24}
 _ACCUMULATE = torch.float32  # logits, losses and gradients, whatever the products are in
 _FP16_LARGEST_FACTOR = 64.0
 
@@ -136,7 +136,7 @@ class _WeightGradient:
             self._add((gradient.T @ (weighted * gain).to(features.dtype)).to(_ACCUMULATE).div_(gain))
             return
         self._chunks.append((gradient, weighted.to(features.dtype)))
-        if sum(chunk.numel() for chunk, _ in self._chunks) >= _PRODUCT_LOGITS:
+        if sum(chunk.numel() for chunk, _ in self._chunks) >= _PRODUCT_LOGITS.get(gradient.device.type, 0):
             self._multiply()
 
     def sum(self) -> Tensor:

@@ -113,6 +113,7 @@ class _FusedAttention(torch.autograd.Function):
 def as_on_a_gpu():
     """Let attention keep what a fused kernel keeps, chunks of logits be a GPU's, and no process speak to others."""
     attention, chunks = attention_module.attention, prototype_loss._CHUNK_LOGITS["cpu"]
+    products = prototype_loss._PRODUCT_LOGITS.pop("cpu")
     is_initialized, dist.is_initialized = dist.is_initialized, lambda: False
     attention_module.attention = lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
     prototype_loss._CHUNK_LOGITS["cpu"] = prototype_loss._CHUNK_LOGITS["cuda"]
@@ -120,6 +121,7 @@ def as_on_a_gpu():
         yield
     finally:
         attention_module.attention, prototype_loss._CHUNK_LOGITS["cpu"] = attention, chunks
+        prototype_loss._PRODUCT_LOGITS["cpu"] = products
         dist.is_initialized = is_initialized
 
 

@@ -52,7 +52,7 @@ def with_gradients(call, features, v, g, *rest):
 )
 def chunks(request, monkeypatch):
     monkeypatch.setattr(prototype_loss, "_CHUNK_LOGITS", {"cpu": request.param[0]})
-    monkeypatch.setattr(prototype_loss, "_PRODUCT_LOGITS", request.param[1])
+    monkeypatch.setattr(prototype_loss, "_PRODUCT_LOGITS", {"cpu": request.param[1]})
 
 
 def test_loss_and_gradients_equal_the_plain_path(chunks):
