@@ -39,9 +39,28 @@ def activation_linear(
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if x.device.type != "cpu":  # CPU kernels take float32 weights with any x
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x, x.shape[-1:], *_as_kernels_want(x, weight, bias), eps)
+
+
+def _as_kernels_want(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    return weights if x.device.type == "cpu" else tuple(one.to(x.dtype) for one in weights)  # a CPU's take any
+
+
+def _norm_again(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Callable]:
+    """Return what :func:`_norm` does, and the function from its gradient to those of x, weight and bias.
+
+    Without autograd inside autograd, which takes the host longer than the kernels.
+    """
+    size, weights = x.shape[-1:], _as_kernels_want(x, weight, bias)
+    normed, mean, rstd = torch.native_layer_norm(x, size, *weights, eps)
+
+    def backward(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        of_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            gradient, x, size, mean, rstd, *weights, [True] * 3
+        )
+        return of_x, of_weight.to(weight.dtype), of_bias.to(bias.dtype)
+
+    return normed, backward
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -64,13 +83,13 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         kept, norm_weight, norm_bias, weight = ctx.saved_tensors
-        with torch.enable_grad(), _without_autocast(kept):
-            leaves = [one.detach().requires_grad_() for one in (kept, norm_weight, norm_bias)]
-            normed = _norm(*leaves, ctx.eps)
-        of_weight = (gradient.T @ normed.detach()).to(weight.dtype)
-        of_bias = gradient.sum(dim=0, dtype=torch.float32).to(weight.dtype) if ctx.has_bias else None
-        of_x, of_norm_weight, of_norm_bias = torch.autograd.grad(normed, leaves, gradient @ weight.to(kept.dtype))
-        return of_x.to(ctx.x_dtype), of_norm_weight, of_norm_bias, of_weight, of_bias, None, None
+        with _without_autocast(kept):
+            normed, backward = _norm_again(kept, norm_weight, norm_bias, ctx.eps)
+            of_weight = (gradient.T @ normed).to(weight.dtype)
+            del normed
+            of_bias = gradient.sum(dim=0, dtype=torch.float32).to(weight.dtype) if ctx.has_bias else None
+            of_x, *of_norm = backward(gradient @ weight.to(kept.dtype))
+        return of_x.to(ctx.x_dtype), *of_norm, of_weight, of_bias, None, None
 
 
 class _ActivationLinear(torch.autograd.Function):

@@ -162,6 +162,7 @@ class SSLMetaArch(nn.Module):
             tokens[0],
             tokens[-1],
             backbone.embed_dim * backbone.n_blocks,
+            self.device.type,
         )
         draws = backbone.draw([len(crop) for crop in crops], generator)
         return [(group, cut_draws(draws, group, batch_size)) for group in groups]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dinov2_custom.layers.drop_path import Draw, restrict
 
-# ``auto`` splits until a group's activations are estimated below this; what is smaller is not worth a further pass.
-_ENOUGH_BYTES = 512 * 2**20
+# ``auto`` splits until a group's activations are estimated below this; what is smaller is not worth a further pass. On
+# a GPU a pass over little takes longer to submit than to compute.
+_ENOUGH_BYTES = {"cpu": 512 * 2**20, "cuda": 4 * 2**30}
 _BYTES_PER_CHANNEL = 20  # kept for the backward pass by a block in 16 bits, for each token and channel
 
 
@@ -25,7 +26,12 @@ class ViewGroup(NamedTuple):
 
 
 def group_views(
-    setting: int | str, num_local: int, tokens_global: int = 1, tokens_local: int = 1, channels: int = 0
+    setting: int | str,
+    num_local: int,
+    tokens_global: int = 1,
+    tokens_local: int = 1,
+    channels: int = 0,
+    device: str = "cpu",
 ) -> list[ViewGroup]:
     """Return the groups, all views in one or global crops before local ones.
 
@@ -36,12 +42,14 @@ def group_views(
         setting: ``train.view_groups``.
         tokens_global: tokens of one global crop of all images, ``tokens_local`` of one local crop.
         channels: width times depth of the backbone, by which ``auto`` estimates memory.
+        device: its type; others than a CPU count as GPUs.
     """
     if setting == "auto":
         total = 2 * tokens_global + num_local * tokens_local
         parts_local = min(num_local, -(-num_local * tokens_local // tokens_global))
         sizes = {1: total, 2: max(2 * tokens_global, num_local * tokens_local), 2 + max(parts_local, 1): 0}
-        setting = next(n for n, size in sizes.items() if size * channels * _BYTES_PER_CHANNEL <= _ENOUGH_BYTES)
+        enough = _ENOUGH_BYTES["cpu" if device == "cpu" else "cuda"]
+        setting = next(n for n, size in sizes.items() if size * channels * _BYTES_PER_CHANNEL <= enough)
     if setting == 1:
         return [ViewGroup(range(2), range(num_local))]
     groups = [range(2)] if setting == 2 else [range(1), range(1, 2)]

@@ -115,3 +115,14 @@ def test_fp16_scaler_scales_every_group():
         model.forward_backward(random_batch(cfg), 0.05)
     for a, b in zip(plain.student.parameters(), scaled.student.parameters(), strict=True):
         torch.testing.assert_close(b.grad, 8 * a.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_auto_makes_fewer_passes_on_a_gpu():
+    vit_small, vit_large = 384 * 12, 1024 * 24
+    sizes = {"num_local": 8, "tokens_global": 64 * 257, "tokens_local": 64 * 50}
+    assert [len(group_views("auto", **sizes, channels=vit_small, device=d)) for d in ("cpu", "cuda", "meta")] == [
+        4,
+        2,
+        2,
+    ]
+    assert [len(group_views("auto", **sizes, channels=vit_large, device=d)) for d in ("cpu", "cuda")] == [4, 4]
