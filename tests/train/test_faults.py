@@ -235,7 +235,7 @@ def test_a_full_disk_hides_neither_the_error_that_ends_a_run_nor_a_hang(tmp_path
         monkeypatch.setattr(Ranks, "write", full)
         raise KeyError("the real one")
     ended = []
-    monkeypatch.setattr(os, "open", full)
+    monkeypatch.setattr("dinov2_custom.train.ranks.append_to_main_log", full)
     monkeypatch.setattr(os, "_exit", ended.append)
     watch._ended.clear()
     watch._end("rank 0 hangs")
