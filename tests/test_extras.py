@@ -34,7 +34,8 @@ def test_what_is_not_there_is_one_sentence(monkeypatch):
         r"pip install 'dinov2_custom\[eval\]', or --solver torch",
         str(caught.value),
     )
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("pyarrow", "pyarrow.ipc"):  # which other tests import
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match="Parquet: expected the package pyarrow"):
         optional("pyarrow.ipc", "Parquet", DataError)
     assert missing("wandb", "wandb.mode") == f"wandb.mode: expected the package wandb, got none; {install('wandb')}"

@@ -23,7 +23,7 @@ _OTHER_NAMES = {
 # Keys and sections of known forks that are not adopted, and what is here instead.
 OF_FORKS = {
     "daino": "the supervised side loss of a fork, which is not here",
-    "tune": "kNN during training of a fork: not here; a run ends with the command that evaluates it",
+    "tune": "kNN during training of a fork: not here; run/eval/knn.py, in the command that a run ends with",
     "early_stopping": "stop when a score no longer rises, of a fork: not here",
     "optim.max_iter": "train.max_steps",
     "train.save_frequency": "checkpointing.period",
