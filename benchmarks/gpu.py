@@ -25,12 +25,12 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.machine import add_write_option, describe, finish, table
+from benchmarks.memory import step_operations
 from benchmarks.photographs import encoded
-from benchmarks.step import COMMON, FIRST, Step, _fused_attention, batch_for, our_step
+from benchmarks.step import COMMON, Step, _fused_attention, batch_for, our_step, steps_of
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.loaders import make_train_loader
-from dinov2_custom.train.flops import flops_per_image, peak_flops
-from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.flops import peak_flops
 from tests.oracle import OracleTrainer, ensure_oracle, load_oracle, stand_ins
 from tests.oracle import trainer as oracle_trainer
 
@@ -83,13 +83,7 @@ def upstream_step(with_xformers: bool, overrides: list[str], batch: dict) -> Ste
     trainer = OracleTrainer(oracle, overrides)
     trainer.model.cuda()
     trainer.optimizer = oracle.train.build_optimizer(trainer.cfg, trainer.model.get_params_groups())
-    schedules = oracle.train.build_schedulers(trainer.cfg)
-
-    def step(index: int) -> dict[str, torch.Tensor]:
-        with torch.autocast("cuda", torch.bfloat16):
-            return trainer.train_step(batch, FIRST + index, schedules, seed=index)
-
-    return step
+    return steps_of(trainer, oracle, batch, "cuda")
 
 
 def measure(step: Step, repetitions: int) -> Measured:
@@ -124,9 +118,7 @@ def rows(arch: str, batch_size: int, args, images: Path) -> list[list[object]]:
     """Measure all engines on one model and batch."""
     overrides = [*COMMON.split(), f"student.arch={arch}", f"train.batch_size_per_gpu={batch_size}"]
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
-    with torch.device("meta"):
-        backbone = SSLMetaArch(cfg).student["backbone"]
-    operations = batch_size * flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks)
+    operations = step_operations(cfg)
     batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch_for(overrides, batch_size).items()}
     engines: dict[str, Callable[[], Measured]] = {}
     if not args.ours:

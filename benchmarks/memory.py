@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+from torch import nn
+
 from benchmarks.machine import add_write_option, describe, finish, table
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.train.fit import sharded
+from dinov2_custom.train.flops import flops_per_image
 from dinov2_custom.train.memory import CATEGORIES, measure_step
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 GIANT = "student.ffn_layer=swiglufused student.drop_path_rate=0.4 dino.head_n_prototypes=131072"
 # name, batches, overrides of upstream's default configuration
@@ -34,6 +39,18 @@ SHARDED_OVER = 8
 def config(overrides: str, batch_size: int):
     options = [*COMMON.split(), *overrides.split(), f"train.batch_size_per_gpu={batch_size}"]
     return load_run_config("", options, output_dir="unused", require_dataset=False, warn=lambda note: None)
+
+
+def student_of(cfg) -> nn.ModuleDict:
+    """Return the student without data."""
+    with torch.device("meta"):
+        return SSLMetaArch(cfg).student
+
+
+def step_operations(cfg) -> float:
+    """Return the operations of a step by the closed formula of ``dinov2_custom/train/flops.py``."""
+    backbone = student_of(cfg)["backbone"]
+    return cfg.train.batch_size_per_gpu * flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks)
 
 
 def gigabytes(size: int) -> str:

@@ -19,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.machine import add_write_option, describe, finish, table
-from benchmarks.memory import config
+from benchmarks.memory import config, step_operations, student_of
 from dinov2_custom.train import memory
-from dinov2_custom.train.flops import PEAK_FLOPS, flops_per_image
-from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.flops import PEAK_FLOPS
 
 PRODUCTS = 0.7 * PEAK_FLOPS["H100"]  # operations/s that large 16-bit products reach
 TF32_SHARE = 0.45  # of that for products of float32
@@ -120,12 +119,8 @@ def predict(cfg) -> tuple[Roofline, float, float]:
     roofline = Roofline()
     with counting_attention(roofline):
         memory.measure_step(cfg, inside=roofline)
-    with torch.device("meta"):
-        student = SSLMetaArch(cfg).student
-    update = OPTIMIZER_BYTES * sum(p.numel() for p in student.parameters()) / BYTES
-    backbone = student["backbone"]
-    operations = cfg.train.batch_size_per_gpu * flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks)
-    return roofline, update, operations / PEAK_FLOPS["H100"] / (roofline.total + update)
+    update = OPTIMIZER_BYTES * sum(p.numel() for p in student_of(cfg).parameters()) / BYTES
+    return roofline, update, step_operations(cfg) / PEAK_FLOPS["H100"] / (roofline.total + update)
 
 
 def main() -> None:

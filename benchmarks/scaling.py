@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.machine import add_write_option, describe, finish, table
+from benchmarks.memory import student_of
 from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.parallel import GradientReducer
@@ -122,9 +123,7 @@ def main() -> None:
     for arch, batch in (("vit_small", 64), ("vit_large", 64), ("vit_giant2", 32)):
         ffn = " student.ffn_layer=swiglufused" if arch == "vit_giant2" else ""
         cfg = config(LARGE.format(arch=arch, batch=batch) + ffn)
-        with torch.device("meta"):
-            student = SSLMetaArch(cfg).student
-        size = sum(4 * p.numel() for p in student.parameters())
+        size = sum(4 * p.numel() for p in student_of(cfg).parameters())
         kernels, update, _ = roofline.predict(cfg)
         step = kernels.total + update
         for gpus in (8, 64, 512):

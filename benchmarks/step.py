@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.machine import add_write_option, describe, finish, table
+from benchmarks.memory import step_operations
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.train.flops import flops_per_image
 from dinov2_custom.train.optimization import apply_optim_scheduler, build_optimizer, build_schedulers
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.oracle import OracleTrainer, ensure_oracle, load_oracle, make_batch, stand_ins
@@ -37,11 +37,15 @@ def upstream_step(overrides: list[str], batch: dict) -> Step:
     """Return upstream's whole step: schedules, losses, clipping, AdamW, EMA."""
     oracle = load_oracle(ensure_oracle())
     stand_ins._attention = _fused_attention
-    trainer = OracleTrainer(oracle, overrides)
+    return steps_of(OracleTrainer(oracle, overrides), oracle, batch, "cpu")
+
+
+def steps_of(trainer: OracleTrainer, oracle, batch: dict, device: str) -> Step:
+    """Return the step of upstream's ``trainer`` on ``batch``, under bf16 autocast."""
     schedules = oracle.train.build_schedulers(trainer.cfg)
 
     def step(index: int) -> dict[str, torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return trainer.train_step(batch, FIRST + index, schedules, seed=index)
 
     return step
@@ -134,9 +138,7 @@ def main() -> None:
 
 def _page(args, overrides: list[str], seconds: dict[str, list[Seconds]], peaks: dict[str, float]) -> str:
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
-    with torch.device("meta"):
-        backbone = SSLMetaArch(cfg).student["backbone"]
-    operations = flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks) * args.batch_size
+    operations = step_operations(cfg)
     clock = {name: statistics.median(one.clock for one in values) for name, values in seconds.items()}
     processor = {name: statistics.median(one.processor for one in values) for name, values in seconds.items()}
     rows = [

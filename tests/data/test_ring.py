@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ from dinov2_custom.data.ring import MAX_DEATHS, Ring, describe_exit
 from dinov2_custom.errors import DataError
 from tests.data import ring_builders as builders
 from tests.data.ring_builders import IMAGES
+from tests.processes import ENVIRONMENT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 
 
@@ -167,7 +166,7 @@ if __name__ == "__main__":
 
 def run(tmp_path, *args) -> tuple[subprocess.CompletedProcess, list[int]]:
     (tmp_path / "script.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    env = os.environ | ENVIRONMENT
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", str(tmp_path / "script.py"), *args]
     out, err = tmp_path / "out", tmp_path / "err"
     with open(out, "w") as o, open(err, "w") as e:

@@ -13,11 +13,11 @@ import torch
 
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import local
+from tests.processes import ENVIRONMENT, REPOSITORY
 from tests.run.tasks import Misbehave
 from tests.train.batches import TINY
 from tests.train.test_train import weights, write_images
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TOTAL = 40
 
 
@@ -41,7 +41,7 @@ def command(images: Path, out: Path, *flags: str) -> list[str]:
 
 
 def start(images: Path, out: Path, *flags: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ENVIRONMENT
     with open(out.parent / f"{out.name}.log", "a") as log:
         return subprocess.Popen(
             command(images, out, *flags), env=environment, stdout=log, stderr=log, start_new_session=True

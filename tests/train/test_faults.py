@@ -165,7 +165,7 @@ def test_a_suspended_job_goes_on(images, tmp_path):
     (tmp_path / "slow.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]
     arguments += ["train.max_steps=60", "train.log_every=1", "--output-dir", str(tmp_path / "out")]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    env = os.environ | ENVIRONMENT
     command = [sys.executable, str(tmp_path / "slow.py"), "none", "-1", *arguments]
     with subprocess.Popen(command, env=env, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as job:
         metrics = tmp_path / "out" / "training_metrics.json"

@@ -41,7 +41,7 @@ def command(images: Path, out: Path, total: int = TOTAL) -> list[str]:
 
 
 def start(images: Path, out: Path, total: int = TOTAL) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    env = os.environ | ENVIRONMENT
     log = open(out.parent / f"{out.name}.log", "a")
     with log:
         return subprocess.Popen(command(images, out, total), env=env, stdout=log, stderr=log, start_new_session=True)

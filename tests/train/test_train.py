@@ -20,6 +20,7 @@ from dinov2_custom.train.checkpoint import Checkpointer
 from dinov2_custom.train.run_directory import locked
 from dinov2_custom.train.train import build_schedulers
 from dinov2_custom.utils.weights import read_weights
+from tests.processes import ENVIRONMENT, REPOSITORY
 from tests.train.batches import TINY, tiny_config
 
 RUN = (*TINY, "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=2", "optim.warmup_epochs=0.5")
@@ -293,11 +294,9 @@ def test_a_start_that_is_refused_late_leaves_nothing_either(images, tmp_path, ar
 
 
 def test_two_processes_that_are_refused_leave_nothing(images, tmp_path):
-    from tests.processes import REPOSITORY
-
     flags = ["--ngpus", "2", "--cpu", "student.pretrained_weights=/nowhere/w.pth", "--output-dir", str(tmp_path / "o")]
     command = [sys.executable, "run/train/train.py", f"train.dataset_path={images}", *RUN, *flags]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    env = os.environ | ENVIRONMENT
     done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("found nothing") == 1, done.stderr
     assert not (tmp_path / "o").exists()

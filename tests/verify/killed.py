@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.processes import ENVIRONMENT, REPOSITORY
 
 
 def kill_when(code: str, enough: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Run ``code`` with the repository on its path; kill it without warning once ``enough()``."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | ENVIRONMENT
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=REPOSITORY)
     try:
         deadline = time.monotonic() + timeout_s
