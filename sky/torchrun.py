@@ -1,12 +1,28 @@
 """torchrun, except for its exit code: that of the process that failed first, where torchrun's own is always 1.
 
 ``sky/train.yaml`` lists the codes after which SkyPilot starts again, ``dinov2_custom/exit_codes.py`` what they mean. A
-process that was killed counts 128 + signal, as in a shell.
+process that was killed counts 128 + signal, as in a shell. Read :func:`code_of_the_cause`.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterable
+
+
+def code_of_the_cause(failures: Iterable) -> int:
+    """Return the exit code of the failure that the others followed from.
+
+    A process that lost another, or that torchrun stopped, may be noticed before the one whose end it felt: torchrun
+    looks at its processes now and then.
+    """
+    from dinov2_custom.exit_codes import LOST_PROCESS, stopped_by
+
+    codes = [failure.exitcode for failure in sorted(failures, key=lambda failure: failure.timestamp)]
+    causes = [code for code in codes if code not in (LOST_PROCESS, -signal.SIGTERM)]
+    code = (causes or codes)[0]
+    return code if code >= 0 else stopped_by(-code)
 
 
 def main(arguments: list[str]) -> int:
@@ -20,8 +36,7 @@ def main(arguments: list[str]) -> int:
     try:
         torchrun(arguments)
     except ChildFailedError as e:
-        code = e.get_first_failure()[1].exitcode
-        return code if code >= 0 else stopped_by(-code)
+        return code_of_the_cause(e.failures.values())
     except SignalException as e:
         return stopped_by(int(e.sigval))
     return 0
