@@ -186,12 +186,12 @@ def trainers(launch: Launch) -> dict[int, int]:
 
 
 def test_killed_processes_and_signals_are_told_to_skypilot_as_such(images, tmp_path):
-    launch = Launch(tmp_path, images, nodes=1, gpus=2)
+    launch = Launch(tmp_path, images, nodes=1, gpus=2, length=4000)
     wait_for_checkpoint(launch)
     os.kill(trainers(launch)[1], signal.SIGKILL)
     assert launch.wait() == [137], launch.log()
 
-    again = Launch(tmp_path, images, nodes=1, gpus=2)
+    again = Launch(tmp_path, images, nodes=1, gpus=2, length=4000)
     wait_for_checkpoint(again, "Training  [")
     for pid in processes_with(again.mark):  # as `sky cancel` does
         with contextlib.suppress(ProcessLookupError, OSError):

@@ -60,9 +60,11 @@ def set_limit(cluster, job: str, minutes: int) -> None:
 
 
 def preempt(cluster, job: str, out: Path) -> None:
-    """A job of a higher partition wants the same nodes: SLURM sends SIGTERM and, 25 s later, kills and requeues."""
-    before = last_checkpoint(out)
-    wait_for(lambda: last_checkpoint(out) not in ("", before), "a checkpoint")
+    """A job of a higher partition wants the same nodes: SLURM sends SIGTERM and, 25 s later, kills and requeues.
+
+    It wakes those that sleep; without the sleep the run might end before the signal comes.
+    """
+    frozen_after_a_checkpoint(cluster, job, out)
     nodes = f"--nodelist={cluster.facts(job)['NodeList']}"
     other = cluster.run(
         "sbatch", "--parsable", "--partition=high", nodes, "--exclusive", "--wrap=true", "--output=/dev/null"
