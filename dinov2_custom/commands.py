@@ -1,11 +1,14 @@
 """What a user can type from where they are: the scripts of a checkout, or without one the same as modules. Torch-free.
 
-Every hint and ``--help`` takes its commands from here. Read :func:`command` first.
+Every hint and ``--help`` takes its commands from here, and every script its :class:`Parser`. Read :func:`command`.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 MODULES = {
     "run/train/train.py": "run.train.train",
@@ -20,6 +23,15 @@ MODULES = {
     "run/plots/history.py": "plots.history",
     "run/plots/features.py": "plots.look",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers a mistake with the mistake and where help is, not with all its flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` and how to get help; exit with 2, as argparse does."""
+        print(f"error: {message}\nhelp: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def command(script: str) -> str:

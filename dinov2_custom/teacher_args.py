@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dinov2_custom.commands import Parser
+
 
 def teacher_parser(
     description: str,
@@ -19,7 +21,7 @@ def teacher_parser(
     Args:
         dataset_help: of a positional ``dataset``; empty: there is none.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog, description=description, formatter_class=formatter_class, add_help=add_help, allow_abbrev=False
     )
     parser.add_argument(source, metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file")

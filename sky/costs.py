@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from dinov2_custom import entry
+from dinov2_custom.commands import Parser
 from dinov2_custom.configs.archs import DEPTH_OF_ARCH, plain_arch_name
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import ConfigError
@@ -132,7 +133,7 @@ def _price(text: str) -> tuple[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the estimate, or one line of error; return the exit code."""
-    parser = argparse.ArgumentParser(description="Estimate hours and dollars from the configuration; measures nothing.")
+    parser = Parser(description="Estimate hours and dollars from the configuration; measures nothing.")
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--images", type=int, metavar="N", help="images you have, where an epoch is one pass over them")
     parser.add_argument("--epochs", type=float, default=10, metavar="N")

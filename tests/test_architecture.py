@@ -54,8 +54,8 @@ ALLOWED = {
     "parallel": BASE | {"distributed", "configs", "sharding"},
     "teacher": BASE | {"configs", "models", "utils.run_folder", "utils.weights"},
     "train.args": {"commands", "configs"},  # command lines, which the launcher parses without torch
-    "teacher_args": set(),
-    "eval.args": {"teacher_args"},
+    "teacher_args": {"commands"},
+    "eval.args": {"commands", "teacher_args"},
     "embed.args": {"teacher_args"},
     "run": {"commands", "errors", "exit_codes", "extras", "world", "entry", "configs"}
     | {"utils.cluster", "utils.run_folder", "train.args", "eval.args", "embed.args", "teacher_args"},

@@ -65,6 +65,14 @@ def test_elsewhere_the_module_is_named_and_there(python, tmp_path, script, monke
     assert "run/" not in done.stdout and "configs/vits" not in done.stdout
 
 
+@pytest.mark.parametrize("script", [*commands.MODULES, "run/quickstart.py", "run/patches/apply.py", "sky/costs.py"])
+def test_a_wrong_flag_is_answered_in_two_lines(script):
+    done = run(sys.executable, REPOSITORY, script, "--no-such-flag")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and lines[0].startswith("error: "), done.stderr
+    assert lines[-1].startswith("help: ") and lines[-1].endswith(f"{Path(script).name} --help") and len(lines) <= 3
+
+
 @pytest.mark.parametrize("package", ["verify", "prepare", "embed", "export"])
 def test_a_main_module_is_not_silent(python, tmp_path, package):
     done = run(python, tmp_path, "-m", f"dinov2_custom.{package}.main", "--help")

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from enum import Enum
 
+from dinov2_custom.commands import Parser
 from dinov2_custom.teacher_args import add_configuration
 
 
@@ -43,7 +44,7 @@ def get_args_parser(
     description: str | None = None, parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True
 ) -> argparse.ArgumentParser:
     """Return the flags that every evaluation has; with ``add_help=False`` it serves as a parent of other parsers."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         parents=list(parents),
         add_help=add_help,

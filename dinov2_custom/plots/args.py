@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from dinov2_custom.commands import command
+from dinov2_custom.commands import Parser, command
 from dinov2_custom.teacher_args import add_configuration, teacher_parser
 
 
 def get_history_args_parser() -> argparse.ArgumentParser:
     """Return the parser of ``run/plots/history.py``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=command("run/plots/history.py"),
         description="Draw losses, schedules, entropies, gradient norms and throughput of a run, or of several to "
         "compare them, into history.png and history.html. Works at any time during training.",

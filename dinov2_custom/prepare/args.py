@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from dinov2_custom.commands import command
+from dinov2_custom.commands import Parser, command
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 EPILOG = "exit code: 0 done (bad images are left out and listed), 2 it could not be run"
@@ -14,7 +14,7 @@ EPILOG = "exit code: 0 done (bad images are left out and listed), 2 it could not
 
 def get_args_parser(parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser of ``run/data/prepare.py``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=command("run/data/prepare.py"),
         description="Check a dataset, shrink, convert or tile its images where asked; write tar shards or a folder.",
         epilog=EPILOG,

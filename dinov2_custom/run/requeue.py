@@ -45,8 +45,9 @@ def decide(outcomes: Sequence[Outcome], num_ranks: int, progressed: bool, job: J
     """
     kinds = {ended.kind for ended in outcomes}
     codes = {ended.code for ended in outcomes if ended.kind == "stopped"}
-    if job.state != "RUNNING":  # COMPLETING: cancelled, or requeued by SLURM itself
-        return False, f"the job is {job.state.lower()}"
+    if job.state != "RUNNING":
+        state = job.state.lower()
+        return False, f"SLURM says {state}; it starts again if SLURM requeued it, after scancel it does not"
     if "refused" in kinds:
         return False, "it ended with an error that another attempt would meet again"
     if "done" in kinds:
@@ -62,6 +63,27 @@ def decide(outcomes: Sequence[Outcome], num_ranks: int, progressed: bool, job: J
     if len(outcomes) == num_ranks:  # else srun sent the signal, after one of them had died of something else
         return True, "stopped by a signal"
     return False, "a process was killed before there was a checkpoint"
+
+
+def causes(outcomes: Sequence[Outcome], num_ranks: int, output: str) -> list[str]:
+    """Return why the processes ended before the run did, a line for each different reason.
+
+    Args:
+        output: path that ``_<rank>_log.err`` is added to.
+    """
+    said = [f"error: {ended.message}" for ended in outcomes if ended.kind == "refused" and ended.message]
+    for ended in outcomes:
+        if ended.kind == "crashed":
+            last = (ended.message.rstrip().splitlines() or ["no message"])[-1]
+            said.append(f"error: rank {ended.rank}: {last}; the traceback: {output}_{ended.rank}_log.err")
+    silent = sorted(set(range(num_ranks)) - {ended.rank for ended in outcomes})
+    if silent and not said:
+        ranks = ", ".join(map(str, silent))
+        said = [
+            f"error: killed without a last word, as for lack of memory (--mem): rank {ranks}; what was printed: "
+            f"{output}_{silent[0]}_log.err"
+        ]
+    return list(dict.fromkeys(said))
 
 
 def describe_job(text: str, now: float) -> Job:
@@ -94,9 +116,13 @@ def main(arguments: Sequence[str]) -> int:
     if code:
         outcomes = [Outcome(rank, "stopped", int(code)) for rank in range(num_ranks)]
     shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
-    again, why = decide(outcomes, num_ranks, progressed, describe_job(shown.stdout, time.time()))
+    job = describe_job(shown.stdout, time.time())
+    again, why = decide(outcomes, num_ranks, progressed, job)
+    if job.state == "RUNNING":  # else SLURM itself has killed them
+        print("".join(f"{line}\n" for line in causes(outcomes, num_ranks, f"{folder}/{job_id}")), end="")
     shutil.rmtree(os.environ[outcome.FOLDER_VARIABLE], ignore_errors=True)
-    print(f"job {job_id}: {'requeued' if again else 'not requeued'}: {why}", flush=True)
+    verdict = "requeued" if again else "not requeued" if job.state == "RUNNING" else "ended from outside"
+    print(f"job {job_id}: {verdict}: {why}", flush=True)
     refusal = requeue(job_id) if again else ""
     if refusal:
         print(f"error: job {job_id} could not be requeued: {refusal}; submit it again, it goes on from its checkpoint")

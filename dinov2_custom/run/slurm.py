@@ -1,6 +1,6 @@
 """Submit a batch script, and say in one sentence why SLURM refused it.
 
-Not the script (``sbatch.py``). Torch-free. Read :func:`submit` first.
+Not the script (``sbatch.py``), not the sentence (``refusal.py``). Torch-free. Read :func:`submit` first.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
+from dinov2_custom.run.refusal import QUERY_TIMEOUT_S, ask, explain
 from dinov2_custom.run.sbatch import JOB
 
-_QUERY_TIMEOUT_S = 30
 # reasons of a pending job that waiting does not change
 _HOPELESS = (
     "PartitionConfig",
@@ -110,7 +110,7 @@ def foretell(script: str, environment: Mapping[str, str]) -> str:
     command = ["sbatch", "--test-only"]
     try:
         asked = subprocess.run(
-            command, input=script, capture_output=True, text=True, env=inherited, timeout=_QUERY_TIMEOUT_S
+            command, input=script, capture_output=True, text=True, env=inherited, timeout=QUERY_TIMEOUT_S
         )
     except FileNotFoundError:
         return "SLURM was not asked: no sbatch on PATH"
@@ -125,64 +125,10 @@ def foretell(script: str, environment: Mapping[str, str]) -> str:
 def state(job_id: str) -> str:
     """Return ``PENDING (Priority)`` or the like; "" if SLURM does not answer."""
     return (
-        _ask(["squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)"], os.environ)
+        ask(["squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)"], os.environ)
         .strip()
         .replace(" (None)", "")
     )
-
-
-def explain(stderr: str, script: str, environment: Mapping[str, str]) -> str:
-    """Turn sbatch's complaint into a sentence that says what there is instead."""
-    said = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in stderr.splitlines() if line.strip()]
-    reason = "; ".join(dict.fromkeys(said)) or "no reason"
-    low = reason.lower()
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.MULTILINE))
-    if "contact" in low or "connect" in low or "slurm_load" in low:
-        return f"SLURM: expected a controller that answers, got: {reason}; try again later, or ask the administrators"
-    if "partition" in low and "invalid" in low:
-        there = ", ".join(_ask(["sinfo", "--noheader", "--format", "%R"], environment).split())
-        return f"--partition: expected one of {there or '(none is known)'}, got {asked.get('partition')!r}"
-    if "account" in low:
-        return (
-            "--account, --partition, --qos: expected a combination you may use, got "
-            f"{_of(asked, 'account', 'partition', 'qos')} ({reason}); "
-            "`sacctmgr show associations user=$USER` lists yours"
-        )
-    if "timelimit" in low or "wallduration" in low:
-        limits = ", ".join(_ask(["sinfo", "--noheader", "--format", "%R: %l"], environment).strip().splitlines())
-        return (
-            f"--timeout: expected at most the partition's limit ({limits}), got {asked.get('time')} minutes ({reason})"
-        )
-    if (
-        "node configuration" in low
-        or "partitionconfig" in low
-        or "nodelimit" in low
-        or "node count" in low
-        or "gres" in low
-        or "more processors" in low
-    ):
-        table = _ask(["sinfo", "--noheader", "--format", "%R: %D nodes, %c CPUs, %G, %l"], environment).strip()
-        wanted = _of(
-            asked, "time", "nodes", "ntasks-per-node", "gpus-per-node", "gres", "cpus-per-task", "mem", "mem-per-gpu"
-        )
-        there = "; ".join(table.splitlines()[:8])
-        return (
-            f"--ngpus, --cpus-per-task, --nodes, --timeout: expected what there is ({there}), got {wanted} ({reason})"
-        )
-    return f"SLURM: expected a job that it accepts, got: {reason}; --dry-run prints what was submitted"
-
-
-def _of(asked: Mapping[str, str], *names: str) -> str:
-    return " ".join(f"{name}={asked[name]}" for name in names if name in asked) or "none of them"
-
-
-def _ask(command: list[str], environment: Mapping[str, str]) -> str:
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, env=dict(environment), timeout=_QUERY_TIMEOUT_S
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 def _make(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from dinov2_custom.commands import command, list_of_keys, small_recipe
+from dinov2_custom.commands import Parser, command, list_of_keys, small_recipe
 
 _DESCRIPTION = "Train DINOv2 on a folder of unlabeled images."
 _EPILOG = """\
@@ -25,7 +25,7 @@ all keys: {keys}
 """
 
 
-class OverridesParser(argparse.ArgumentParser):
+class OverridesParser(Parser):
     """An ArgumentParser whose positional `opts` may stand before, between and after the flags.
 
     Flags are not abbreviated. Arguments that are neither a flag nor key=value end in one error that names them all.
@@ -52,7 +52,7 @@ class OverridesParser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse and check; on a mistake print usage and all mistakes, and exit with status 2."""
+        """Parse and check; on mistakes print all of them, and exit with status 2."""
         arguments = list(sys.argv[1:] if args is None else args)
         namespace, unknown = self.parse_known_args(arguments, namespace)
         problems = [self._explain_flag(text) for text in unknown]

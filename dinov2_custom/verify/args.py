@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dinov2_custom.commands import command
+from dinov2_custom.commands import Parser, command
 
 EXIT_CODES = "exit code: 0 all images are sound, 1 bad images were found (they are listed), 2 it could not be run"
 
 
 def get_args_parser(parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True) -> argparse.ArgumentParser:
     """Return the parser of ``run/data/verify.py``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=command("run/data/verify.py"),
         description="Decode every image of a dataset strictly; list the bad ones and write a clean list to train on.",
         epilog=EXIT_CODES,

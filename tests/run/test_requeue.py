@@ -4,7 +4,7 @@ import pytest
 
 from dinov2_custom.run import outcome
 from dinov2_custom.run.outcome import Outcome
-from dinov2_custom.run.requeue import Job, decide, describe_job
+from dinov2_custom.run.requeue import Job, causes, decide, describe_job
 
 SHOWN = "JobId=7 JobName=dinov2:train\n   JobState=RUNNING Reason=None\n   StartTime=Unknown EndTime={} Deadline=N/A\n"
 
@@ -63,3 +63,15 @@ def test_outcomes_on_disk(tmp_path):
         outcome.write(one, tmp_path)
     (tmp_path / "rank2.json").write_text('{"rank": 2, "ki')
     assert outcome.read(tmp_path) == [Outcome(0, "done", 0), Outcome(1, "crashed", 1, "text\n'\"")]
+
+
+def test_the_job_log_names_each_cause_once():
+    refused = [Outcome(rank, "refused", 1, "expected images, got none") for rank in range(2)]
+    assert causes(refused, 2, "run/7") == ["error: expected images, got none"]
+    crashed = [Outcome(0, "lost", 75), Outcome(1, "crashed", 1, "Traceback\n  line\nRuntimeError: no such kernel\n")]
+    assert causes(crashed, 2, "run/7") == [
+        "error: rank 1: RuntimeError: no such kernel; the traceback: run/7_1_log.err"
+    ]
+    (killed,) = causes([Outcome(1, "stopped", 143)], 3, "run/7")
+    assert "rank 0, 2; what was printed: run/7_0_log.err" in killed
+    assert causes(ended(("done", 0), ("stopped", 143)), 2, "run/7") == []
