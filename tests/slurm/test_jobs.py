@@ -1,5 +1,6 @@
 """Real jobs: what a submitted training leaves, and that interruptions of every kind change nothing."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -53,6 +54,12 @@ def frozen_after_a_checkpoint(cluster, job: str, out: Path) -> dict[int, int]:
     return ranks
 
 
+def wake(ranks: dict[int, int]) -> None:
+    for pid in ranks.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 def set_limit(cluster, job: str, minutes: int) -> None:
     """SLURM refuses it while it ends a job."""
     command = ("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
@@ -62,13 +69,15 @@ def set_limit(cluster, job: str, minutes: int) -> None:
 def preempt(cluster, job: str, out: Path) -> None:
     """A job of a higher partition wants the same nodes: SLURM sends SIGTERM and, 25 s later, kills and requeues.
 
-    It wakes those that sleep; without the sleep the run might end before the signal comes.
+    The ranks sleep until SLURM has decided so: the run might end before.
     """
-    frozen_after_a_checkpoint(cluster, job, out)
+    ranks = frozen_after_a_checkpoint(cluster, job, out)
     nodes = f"--nodelist={cluster.facts(job)['NodeList']}"
     other = cluster.run(
         "sbatch", "--parsable", "--partition=high", nodes, "--exclusive", "--wrap=true", "--output=/dev/null"
     )
+    wait_for(lambda: cluster.facts(job)["PreemptTime"] != "None", "the preemption")
+    wake(ranks)
     cluster.wait(other.stdout.strip())  # before that it might come between a second time
 
 
@@ -82,11 +91,7 @@ def kill(cluster, job: str, out: Path) -> None:
     """One rank is killed, as by the system when memory is short."""
     ranks = frozen_after_a_checkpoint(cluster, job, out)
     os.kill(ranks[max(ranks)], signal.SIGKILL)
-    for pid in ranks.values():
-        try:
-            os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            continue
+    wake(ranks)
 
 
 def check_same(out: Path, expected: Path) -> None:
