@@ -15,7 +15,7 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any, NoReturn
 
-from dinov2_custom.errors import DINOv2Error
+from dinov2_custom.errors import DINOv2Error, remedy
 from dinov2_custom.exit_codes import ERROR, stopped_by
 from dinov2_custom.world import world_from_environment
 
@@ -107,7 +107,8 @@ def describe_no_room(error: OSError) -> str:
     if error.errno not in NO_ROOM:
         return ""
     place = f" for {error.filename}" if error.filename else ""
-    return f"expected room to write{place}, got {error.strerror}; make room, then give the same command again"
+    what = remedy(error.strerror)
+    return f"expected room to write{place}, got {error.strerror}; {what}, then give the same command again"
 
 
 def missing_requirement(error: ModuleNotFoundError) -> str:

@@ -3,6 +3,9 @@
 Every message says what was expected, what was found, where (file, key or path) and what to do about it.
 """
 
+import errno
+import os
+
 from dinov2_custom.exit_codes import LOST_PROCESS
 
 
@@ -44,3 +47,19 @@ class ResourceError(DINOv2Error):
 
 class NumericsError(DINOv2Error):
     """A loss or gradient that stayed non-finite, or a collapsed run."""
+
+
+_REMEDIES = {
+    "make room": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "have the file system mounted for writing, or choose another directory": (errno.EROFS,),
+    "allow it (owner, permissions), or choose another directory": (errno.EACCES, errno.EPERM),
+    "put the directory back": (errno.ENOENT, errno.ENOTDIR),
+    "have the file system mended (disk, network, mount)": (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+}
+
+
+def remedy(reason: str) -> str:
+    """Return what to do, as a command, about a file that could not be written for ``reason``, the system's words."""
+    return next(
+        (what for what, codes in _REMEDIES.items() if any(os.strerror(c) in reason for c in codes)), "mend that"
+    )

@@ -73,11 +73,14 @@ def failing(number, *names):
     return main
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_no_room_is_one_sentence(capsys, number):
+@pytest.mark.parametrize(
+    "number, remedy",
+    [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EROFS, "have the file system mounted for")],
+)
+def test_no_room_is_one_sentence(capsys, number, remedy):
     assert entry.reported(failing(number, "/runs/config.yaml"), error_code=2) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: expected room to write for /runs/config.yaml, got {os.strerror(number)}; make room")
+    assert said.startswith(f"error: expected room to write for /runs/config.yaml, got {os.strerror(number)}; {remedy}")
     assert said.count("\n") == 1
 
 

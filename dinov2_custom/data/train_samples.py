@@ -197,11 +197,16 @@ class BadImages:
         return DataError(
             f"expected at most {self.max_fraction:.2%} unreadable images (train.max_bad_fraction), got "
             f"{self.num_bad_draws} of {self.num_draws} draws, {len(self.reasons)} different files, most of them "
-            f"({count}) in {folder}; for example {path}: {self.reasons[path]}; repair or remove them "
+            f"({count}) in {folder}; for example {with_path(path, self.reasons[path])}; repair or remove them "
             f"({command('run/data/verify.py')} lists them, and the sound ones to train on), or raise "
             "train.max_bad_fraction"
         )
 
 
 def log_bad_image(path: str, reason: str) -> None:
-    logger.warning(f"unreadable image replaced: path={path} reason={reason}")
+    logger.warning(f"unreadable image replaced: {with_path(path, reason)}")
+
+
+def with_path(path: str, reason: str) -> str:
+    """Return ``reason`` with ``path`` in it, once: most reasons name it."""
+    return reason if path in reason else f"{path}: {reason}"

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from dinov2_custom import distributed
-from dinov2_custom.errors import CheckpointError
+from dinov2_custom.errors import CheckpointError, remedy
 from dinov2_custom.train.checkpoint import save_atomically
 from dinov2_custom.utils.weights import read_weights
 
@@ -42,7 +42,10 @@ class LinearCheckpointer:
             (self.folder / "last_checkpoint.tmp").write_text(f"{name}.pth")
             os.replace(self.folder / "last_checkpoint.tmp", self.folder / "last_checkpoint")
         except OSError as e:
-            raise CheckpointError(f"expected to write {name}.pth in {self.folder}, got {e}; make room") from e
+            raise CheckpointError(
+                f"expected to write {name}.pth in {self.folder}, got {e.strerror or e}; {remedy(str(e))}, then the "
+                "same command goes on from the checkpoint before"
+            ) from e
 
     def resume_or_load(self, path: str | None, *, resume: bool) -> int:
         """Restore everything from the folder's last file if ``resume``, else the classifiers from ``path``.

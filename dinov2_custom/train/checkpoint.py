@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dinov2_custom import __version__, distributed
-from dinov2_custom.errors import CheckpointError
+from dinov2_custom.errors import CheckpointError, remedy
 from dinov2_custom.train.checkpoint_store import CheckpointStore, folder_name, set_aside
 from dinov2_custom.train.teacher_file import save_atomically, save_teacher, teacher_path, teacher_weights
 from dinov2_custom.train.training_state import PlainState, own_pieces, restore
@@ -242,8 +242,9 @@ class Checkpointer:
 
     def _story(self, path: Path, trouble: str) -> str:
         newest = self.newest()
-        kept = f"the newest complete one ({newest}) is intact; make room, then the same command goes on from it"
-        none = "there is none from before; make room, then the same command begins again"
+        what = f"; {remedy(trouble)}, then the same command"
+        kept = f"the newest complete one ({newest}) is intact{what} goes on from it"
+        none = f"there is none from before{what} begins again"
         return f"checkpoint: expected to write {path}, got {trouble}; {none if newest == 'none' else kept}"
 
     def _report(self, path: Path, trouble: str | None, required: bool) -> None:

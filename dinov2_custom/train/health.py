@@ -7,9 +7,11 @@ import logging
 import math
 from pathlib import Path
 
+from dinov2_custom.data.train_samples import with_path
 from dinov2_custom.logging import append_row
 
 logger = logging.getLogger("dinov2")
+BAD_IMAGES_FILE = "bad_images.jsonl"
 COLLAPSE_MARGIN = 0.01
 
 
@@ -48,21 +50,25 @@ class CollapseAlarm:
 
 
 class BadImageLog:
-    """Append each unreadable image once, with its reason, to a JSON-lines file, and count them."""
+    """Append each unreadable image once, with its reason, to a JSON-lines file, and count them.
+
+    What is in the file from before counts; it is read at the first bad image.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seen: set[str] = set()
-        if path.exists():
-            self.seen = {row["path"] for line in path.read_text().splitlines() if (row := _parse(line))}
+        self.seen: set[str] | None = None
 
     def __call__(self, name: str, reason: str) -> None:
+        if self.seen is None:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            self.seen = {row["path"] for line in lines if (row := _parse(line))}
         if name in self.seen:
             return
         self.seen.add(name)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         append_row(self.path, {"path": name, "reason": reason})
-        logger.warning(f"unreadable image skipped path={name} reason={reason} total={len(self.seen)}")
+        logger.warning(f"unreadable image skipped total={len(self.seen)}: {with_path(name, reason)}")
 
 
 def _parse(line: str) -> dict | None:

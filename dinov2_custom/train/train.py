@@ -26,7 +26,7 @@ from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.faults import reported
 from dinov2_custom.train.flops import speed_report
 from dinov2_custom.train.gradients import accumulate_gradients
-from dinov2_custom.train.health import BadImageLog, CollapseAlarm
+from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, CollapseAlarm
 from dinov2_custom.train.optimization import (
     apply_optim_scheduler,
     build_optimizer,
@@ -83,6 +83,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     resume = resume and has_checkpoints(out)
     if not resume:
         start_from_weights(cfg, model)
+        if rank == 0:  # of a start that failed, and since then its images may have been mended
+            (out / BAD_IMAGES_FILE).unlink(missing_ok=True)
     reducer = parallelize(cfg, model)
     optimizer = build_optimizer(cfg, model.get_params_groups())
     keep = {name: cfg.checkpointing[name] for name in ("keep_last", "keep_every", "on_error", "async_save")}
@@ -212,7 +214,7 @@ def _run(args, rank: int, world_size: int) -> int:
     cfg = get_cfg_from_args(args, warn=notes.append)
     check_output_dir(cfg.train.output_dir)
     setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)
-    bad_images = BadImageLog(Path(cfg.train.output_dir) / "bad_images.jsonl")
+    bad_images = BadImageLog(Path(cfg.train.output_dir) / BAD_IMAGES_FILE)
     loader = make_train_loader(cfg, rank=rank, world_size=world_size, on_bad_image=bad_images)
 
     out = Path(cfg.train.output_dir)

@@ -217,8 +217,9 @@ def test_each_bad_image_is_reported_once():
 
 
 def test_without_a_callback_bad_images_are_logged(caplog):
-    BadImages(10_000, 0.5).add(64, [(0, "a.jpg", "why")])
-    assert "unreadable image replaced: path=a.jpg reason=why" in caplog.text
+    BadImages(10_000, 0.5).add(64, [(0, "a.jpg", "why"), (1, "b.jpg", "got an empty file: b.jpg")])
+    said = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    assert said == ["a.jpg: why", "got an empty file: b.jpg"], "each path once"
 
 
 def test_too_many_bad_draws_stop_with_the_worst_folder():

@@ -180,7 +180,7 @@ def test_failed_save_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch, cap
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    message = "got No space left on device; the newest complete one (model_0000000) is intact"
+    message = "got No space left on device; the newest complete one (model_0000000) is intact; make room, then"
 
     def save():
         saver.save(1)

@@ -209,8 +209,27 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, capsys):
     listed = [json.loads(line) for line in (tmp_path / "out" / "bad_images.jsonl").read_text().splitlines()]
     assert sorted(Path(row["path"]).name for row in listed) == ["empty.jpg", "torn.png"]
     assert all(row["reason"] for row in listed)
+    said = [line for line in (tmp_path / "out/logs/log.txt").read_text().splitlines() if "unreadable image" in line]
+    assert sorted(line.count(str(images)) for line in said) == [1, 1], said
     with pytest.raises(DataError, match=r"at most 5\.00% unreadable images"):
         train(*arguments, "--no-resume", "train.max_bad_fraction=0.05", "optim.epochs=40")
+
+
+def test_what_a_failed_start_listed_as_bad_is_not_listed_again_once_it_is_mended(tmp_path):
+    images = write_images(tmp_path / "images", 10)
+    sound = next(images.rglob("*.png")).read_bytes()
+    for name in ("empty.png", "torn.png"):
+        (images / name).write_bytes(sound[:60])
+    listed = tmp_path / "out" / "bad_images.jsonl"
+    arguments = [f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out", "optim.epochs=40"]
+    with pytest.raises(DataError, match="unreadable images"):
+        train(*arguments, "train.max_bad_fraction=0.05")
+    (images / "torn.png").write_bytes(sound)
+    with pytest.raises(ConfigError):
+        train(*arguments, "student.arch=nonsense")
+    assert len(listed.read_text().splitlines()) == 2, "a start that is refused changes nothing"
+    assert train(*arguments, "train.max_bad_fraction=0.5", "optim.epochs=1") == 0
+    assert [Path(json.loads(line)["path"]).name for line in listed.read_text().splitlines()] == ["empty.png"]
 
 
 def test_a_kill_right_after_a_save_leaves_no_gap_in_the_rows(images, tmp_path, monkeypatch):
