@@ -142,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--global-batch", type=int, default=1024, metavar="N", help="images a step, of all GPUs together"
     )
     parser.add_argument("--price", type=_price, nargs="*", default=[], metavar="GPU=DOLLARS", help="an hour of one GPU")
+    parser.add_argument("--allow-unknown-keys", action="store_true", help="of a fork's YAML file: leave them out")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="overrides of the configuration")
     args = parser.parse_intermixed_args(arguments)
     args.price = {name: {"spot": value, "on_demand": value} for name, value in args.price}
@@ -154,7 +155,9 @@ def _report(args: argparse.Namespace) -> int:
     wrong += [f"--price {name}={price['spot']:g}" for name, price in args.price.items() if not price["spot"] > 0]
     if wrong:
         raise ConfigError(f"expected positive numbers, got {', '.join(wrong)}")
-    cfg = load_run_config(args.config_file, args.opts, require_dataset=False)
+    cfg = load_run_config(
+        args.config_file, args.opts, allow_unknown_keys=args.allow_unknown_keys, require_dataset=False
+    )
     print("\n".join(table(cfg, args)))
     return 0
 

@@ -1,8 +1,9 @@
 """Make a configuration's paths absolute, so that a run's config.yaml means the same from any working directory.
 
-Not the meaning of dataset strings (``data/spec.py``). Read `with_absolute_paths` first.
+And tell which of them lead nowhere. Not the meaning of dataset strings (``data/spec.py``). Read `with_absolute_paths`.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,22 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """Return `values`, by dotted key, with relative paths to what exists made absolute; all else as it is."""
     return {key: _absolute(value) if key in KEYS else value for key, value in values.items()}
+
+
+def absent(value: Any) -> list[str]:
+    """Return the paths in `value`, of one of `KEYS` or a dataset string, where this machine has nothing."""
+    if isinstance(value, list):
+        return [path for one in value for path in absent(one)]
+    if isinstance(value, dict):
+        return [path for name in _NAMES for path in absent(value.get(name))]
+    if not isinstance(value, str) or os.sep not in value or _URL.match(value) or _absolute(value) != value:
+        return []
+    if Path(value).expanduser().exists():
+        return []
+    if _DATASET.match(value):
+        return [path for _, text in _OPTION.findall(value) for path in absent(text.strip("\"'"))]
+    pattern = re.match(r"[^{*[]*(?=[{*[])", value)
+    return [] if pattern and os.path.isdir(os.path.dirname(pattern[0])) else [value]
 
 
 def _absolute(value: Any) -> Any:

@@ -5,6 +5,7 @@ Not its creation: the run does that. Read `resolve_output_dir` first.
 
 import contextlib
 import datetime
+import itertools
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,12 +16,14 @@ from dinov2_custom.errors import ConfigError
 def resolve_output_dir(argument: str | None, configured: str | None, now: datetime.datetime | None = None) -> str:
     """Return as absolute path `argument` (--output-dir), else `configured` (train.output_dir), else a dated one.
 
-    The default is outputs/<yyyy-mm-dd_hh-mm-ss> of `now` (the present) below the working directory. With several
-    processes let one of them choose and tell the others: their clocks may differ by a second.
+    The default is outputs/<yyyy-mm-dd_hh-mm-ss> of `now` (the present) below the working directory, with _2 and so on
+    if that exists. With several processes let one of them choose and tell the others.
     """
     chosen = argument or configured
     if not chosen:
-        chosen = f"outputs/{now or datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
+        dated = f"outputs/{now or datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
+        names = itertools.chain([dated], (f"{dated}_{number}" for number in itertools.count(2)))
+        chosen = next(name for name in names if not Path(name).exists())
     return str(Path(chosen).expanduser().absolute())
 
 

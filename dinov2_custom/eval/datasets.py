@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dinov2_custom import distributed
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.samplers import permuted_index
+from dinov2_custom.data.spec import KEY
 from dinov2_custom.data.transforms import RandomTransform
 from dinov2_custom.data.workers import set_up_worker
 from dinov2_custom.errors import ConfigError, DataError
@@ -47,7 +48,10 @@ def open_labelled(flag: str, dataset_str: str, transform: Callable | None = None
         ConfigError: a dataset without labels.
         DataError: missing folders or no image in them.
     """
-    dataset = make_dataset(dataset_str=dataset_str, transform=transform)
+    try:
+        dataset = make_dataset(dataset_str=dataset_str, transform=transform)
+    except (ConfigError, DataError) as e:  # the same sentences as in training, with its key or none
+        raise type(e)(f"{flag}: {str(e).removeprefix(f'{KEY}: ')}") from e
     if not hasattr(dataset, "get_targets") or dataset.get_targets() is None:
         raise ConfigError(
             f"{flag}: expected images with labels, got {dataset_str}; write LabelledFolder:root=<a folder a class>"

@@ -22,6 +22,9 @@ def get_args_parser(config_file: str = "configs/quickstart.yaml") -> OverridesPa
         "--seeds", type=_numbers, default=[0], metavar="N[,N]", help="train once for each seed (default: 0)"
     )
     parser.add_argument("--no-resume", action="store_true", help="train anew, even if there is a finished run")
+    parser.add_argument(
+        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
+    )
     parser.add_argument("opts", nargs="*", default=[], metavar="key=value", help="overrides of the recipe, anywhere")
     return parser
 

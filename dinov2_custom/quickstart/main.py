@@ -48,7 +48,7 @@ def main(args: argparse.Namespace, tiling: Tiling = DEFAULT_TILING) -> int:
     """
     out = Path(args.output_dir).expanduser().absolute()
     check_output_dir(str(out))
-    load_run_config(args.config_file, args.opts, require_dataset=False)
+    load_run_config(args.config_file, args.opts, allow_unknown_keys=args.allow_unknown_keys, require_dataset=False)
     counts = cut_photos(out / "tiles", tiling)
     train_count, held_out_count = (sum(counts[part].values()) for part in ("train", "held_out"))
     print(f"tiles: {train_count:,} to train on, {held_out_count:,} held out, from {len(counts['train'])} photographs")
@@ -82,7 +82,7 @@ def training_args(args: argparse.Namespace, run: Path, tiles: Path, seed: int) -
         output_dir=str(run),
         no_resume=args.no_resume,
         eval_only=False,
-        allow_unknown_keys=False,
+        allow_unknown_keys=args.allow_unknown_keys,
     )
 
 

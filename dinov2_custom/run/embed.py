@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from dinov2_custom import entry
 from dinov2_custom.embed.args import get_args_parser
-from dinov2_custom.run.eval.evaluation import launch
-from dinov2_custom.run.submit import Task
+from dinov2_custom.run.eval.evaluation import check_weights, launch
+from dinov2_custom.run.submit import Task, warn_of_absent
 from dinov2_custom.utils.run_folder import default_output
 
 
@@ -17,7 +17,13 @@ class Embedding(Task):
     module = "dinov2_custom.embed.main"
 
     def prepare(self, warn: Callable[[str], None]) -> None:
-        """Choose the output directory, the same for all processes."""
+        """Look for weights and images; choose the output directory, the same for all processes.
+
+        Raises:
+            ConfigError: no weights there.
+        """
+        check_weights("checkpoint", self.args.checkpoint)
+        warn_of_absent("dataset", self.args.dataset, warn)
         self.args.output_dir = self.args.output_dir or str(default_output("embed", self.args.checkpoint))
 
 

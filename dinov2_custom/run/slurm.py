@@ -64,6 +64,15 @@ def submit(script: str, output_dir: str, environment: Mapping[str, str]) -> tupl
     return job_id, run_directory, shown
 
 
+def others_in(output_dir: Path) -> list[str]:
+    """Return the jobs of this user, waiting or running, that were submitted to write into ``output_dir``."""
+    known = {path.name.removesuffix("_submission.sh") for path in output_dir.glob("*_submission.sh")}
+    if not known:
+        return []
+    listed = ask(["squeue", "--me", "--noheader", "--format", "%i %T"], os.environ).splitlines()
+    return [line for line in listed if line.partition(" ")[0] in known]
+
+
 def _inherited(environment: Mapping[str, str], script: str) -> dict[str, str]:
     """Leave out the variables of a job this process may be in, and those that would win over the script's options."""
     special = {"TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE"}

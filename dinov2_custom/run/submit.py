@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_custom import entry
+from dinov2_custom.configs.absolute_paths import absent
 from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.exit_codes import is_worth_a_restart
 from dinov2_custom.extras import optional
 from dinov2_custom.run import cluster_file, environment, local, sbatch, slurm, task
 from dinov2_custom.run.args import CLUSTER_OPTIONS, SLURM_DESTS, get_args_parser
+from dinov2_custom.run.gpus import check_gpus
 from dinov2_custom.utils.cluster import get_user_checkpoint_path
 from dinov2_custom.world import World, world_from_environment
 
@@ -50,10 +52,15 @@ class Task:
         return None
 
     def __call__(self) -> int:
-        """Run in this process, whose rank is in its environment, and return the exit code."""
+        """Run in this process, whose rank is in its environment, and return the exit code.
+
+        Raises:
+            LaunchError: GPUs were given that torch does not see.
+        """
         os.environ.setdefault(
             "OMP_WAIT_POLICY", "PASSIVE"
         )  # spinning threads slow data loading on a CPU; read by torch
+        check_gpus(os.environ)
         code = int(entry.import_quietly(self.module).main(self.args) or 0)
         if is_worth_a_restart(code) and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             _requeue_for_submitit(code)
@@ -155,6 +162,15 @@ def _prepare(task_class: type, args: argparse.Namespace, warn: Callable[[str], N
     return config
 
 
+def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
+    """Warn of paths in ``value``, what the key or flag ``name`` was given, that are not on this machine.
+
+    It may not see the disks of the nodes, hence no error.
+    """
+    for path in absent(value):
+        warn(f"{name}: nothing is at {path} on this machine; the job ends with an error unless its nodes see it")
+
+
 def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     cluster_file.fill_in(args)
     if not args.dry_run:
@@ -176,6 +192,14 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
         print(script, end="", flush=True)
         print(f"# {slurm.foretell(script, os.environ)}", file=sys.stderr)
         return 0
+    after_another = any(text.startswith("dependency=") for text in args.slurm)
+    if sbatch.JOB not in args.output_dir and not after_another and (others := slurm.others_in(Path(args.output_dir))):
+        print(
+            f"warning: --output-dir: there is already a job for {args.output_dir}: {', '.join(others)}; one that "
+            "starts while another runs ends with an error. To run after it: --slurm dependency=afterany:"
+            f"{others[-1].partition(' ')[0]}",
+            file=sys.stderr,
+        )
     job_id, run_directory, state = slurm.submit(script, args.output_dir, os.environ)
     logs = (run_directory / f"{job_id}_log.out", run_directory / "logs" / "log.txt")
     print(

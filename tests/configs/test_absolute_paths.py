@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from dinov2_custom.configs.absolute_paths import absent
 from dinov2_custom.configs.load import load_run_config
 
 
@@ -49,6 +50,13 @@ def test_dataset_paths(folder, given, expected):
         return [fill(value) for value in one] if isinstance(one, list) else one
 
     assert load("train.dataset_path", given) == fill(expected)
+
+
+def test_what_is_not_there(folder):
+    there = ["images", f"{folder}/shard-{{0000..0127}}.tar", "s3://a/b", "", None, f"Tar:path='{folder}/more'"]
+    assert absent(there) == []
+    gone = ["/nowhere/a", {"kind": "ImageNet", "root": "/nowhere/b"}, 'ImageNet:root="/nowhere/c":extra=/nowhere/d']
+    assert absent([*gone, "/nowhere/{0..3}.tar"]) == [*(f"/nowhere/{n}" for n in "abcd"), "/nowhere/{0..3}.tar"]
 
 
 def test_other_paths(folder):

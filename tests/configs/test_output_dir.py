@@ -19,6 +19,9 @@ def test_default_is_dated_below_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve_output_dir(None, "", NOW) == f"{tmp_path}/outputs/2025-01-02_03-04-05"
     assert os.listdir(tmp_path) == []
+    for taken, free in (("05", "05_2"), ("05_2", "05_3")):
+        os.makedirs(f"outputs/2025-01-02_03-04-{taken}")
+        assert resolve_output_dir(None, "", NOW) == f"{tmp_path}/outputs/2025-01-02_03-04-{free}"
 
 
 def test_paths_are_absolute_and_home_is_expanded(tmp_path, monkeypatch):

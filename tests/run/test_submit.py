@@ -185,6 +185,18 @@ def test_a_bad_configuration_is_refused_first(tmp_path, flags):
     assert not list(tmp_path.iterdir())
 
 
+def test_data_that_is_not_on_this_machine_is_a_warning(tmp_path):
+    flags = ["--partition", "p", "--dry-run", "--output-dir", "out", *TINY]
+    data = f"train.dataset_path=[{tmp_path}, 'Tar:path={tmp_path}/shards', s3://bucket/images]"
+    done = train(*flags, data, "student.pretrained_weights=/nowhere/w.pth", cwd=tmp_path)
+    said = [line for line in done.stderr.splitlines() if "on this machine" in line]
+    assert [line.split(" on this")[0] for line in said] == [
+        f"warning: train.dataset_path: nothing is at {tmp_path}/shards",
+        "warning: student.pretrained_weights: nothing is at /nowhere/w.pth",
+    ], done.stderr
+    assert done.returncode == 0
+
+
 def test_without_slurm(tmp_path):
     done = train("--partition", "p", "train.dataset_path=x", cwd=tmp_path, environment={"PATH": "/nowhere"})
     assert done.returncode == 1 and done.stderr.count("\n") == 1
@@ -210,7 +222,11 @@ def test_the_evaluations_share_the_launcher(tmp_path, name, job):
     (tmp_path / "out" / "eval" / "training_9" / "teacher_checkpoint.pth").touch()
     flags = ["--partition", "p", "--ngpus", "1", "--pretrained-weights", "out", "--dry-run"]
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: --train-dataset, --val-dataset: expected a dataset")
+    flags += ["--train-dataset", f"LabelledFolder:root={tmp_path}", "--val-dataset", "LabelledFolder:root=/nowhere"]
+    done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0].startswith("warning: --val-dataset: nothing is at /nowhere on this machine")
     assert f"#SBATCH --job-name=dinov2:{job}\n" in done.stdout and f"run.eval.{name}:Evaluator" in done.stdout
     flags[5] = "absent.pth"
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)

@@ -114,6 +114,14 @@ def test_mistakes_are_one_line(arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def test_a_forks_configuration_can_be_estimated(tmp_path):
+    (tmp_path / "fork.yaml").write_text("student: {arch: vit_small}\nfork: {key: 1}\n")
+    refused = report("--config-file", str(tmp_path / "fork.yaml"))
+    assert refused.returncode == 1 and "--allow-unknown-keys" in refused.stderr
+    done = report("--config-file", str(tmp_path / "fork.yaml"), "--allow-unknown-keys")
+    assert done.returncode == 0 and "| 8 x H100 |" in done.stdout
+
+
 def test_every_gpu_of_the_task_has_a_price_and_the_order_follows_from_the_prices():
     prices = yaml.safe_load((REPOSITORY / "sky" / "prices.yaml").read_text())
     assert re.fullmatch(r"20\d\d-\d\d", str(prices["prices_of"]))

@@ -59,6 +59,7 @@ class Launch:
             "SKYPILOT_NODE_IPS": "\n".join(["127.0.0.1"] * nodes),
             "SKYPILOT_NUM_NODES": str(nodes),
             "SKYPILOT_NUM_GPUS_PER_NODE": str(gpus),
+            "CUDA_VISIBLE_DEVICES": "",  # there are none here
             **changes,
         }
         self.mark = env["SKYPILOT_TASK_ID"]

@@ -28,12 +28,23 @@ from tests.slurm.test_jobs import arguments, wait_for
 )
 def test_refusals(cluster, tmp_path, flags, message):
     before = cluster.queue()
-    done = cluster.train(*arguments(tmp_path, tmp_path / "runs" / "out", *flags), check=False)
+    given = [a for a in arguments(tmp_path, tmp_path / "runs" / "out", *flags) if a != "--cpu"]
+    done = cluster.train(*given, check=False)
     errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert done.returncode == 1 and len(errors) == 1, done.stderr
     assert errors[0].startswith("error: ") and message in errors[0]
     assert list(tmp_path.iterdir()) == []
     wait_for(lambda: set(cluster.queue()) <= set(before), "the end of the cancelled job", timeout=30)
+
+
+def test_two_jobs_for_one_directory(cluster, tmp_path):
+    held = [*arguments(tmp_path, tmp_path / "out"), "--slurm", "hold"]
+    jobs = [cluster.submit(*held)]
+    for flags, warnings in (([], 1), (["--slurm", f"dependency=afterany:{jobs[0]}"], 0)):
+        done = cluster.train(*held, *flags)
+        jobs.append(done.stdout.split()[1])
+        assert done.stderr.count(f"there is already a job for {tmp_path / 'out'}: {jobs[0]} PENDING;") == warnings
+    cluster.run("scancel", *jobs)
 
 
 def test_a_dry_run_asks_slurm(cluster, tmp_path):
@@ -44,7 +55,7 @@ def test_a_dry_run_asks_slurm(cluster, tmp_path):
         done.stderr
     )
     assert done.stdout.startswith("#!/bin/bash\n")
-    done = cluster.train(*arguments(tmp_path, tmp_path / "out", "--ngpus", 3, *flags))
+    done = cluster.train(*[a for a in arguments(tmp_path, tmp_path / "out", "--ngpus", 3, *flags) if a != "--cpu"])
     assert "# SLURM would refuse this job: --ngpus, --cpus-per-task" in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == [] and cluster.queue() == before
 

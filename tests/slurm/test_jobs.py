@@ -27,7 +27,7 @@ def arguments(images: Path, out: object, *flags: object) -> list[object]:
         "checkpointing.period=6",
         "student.drop_path_rate=0.3",
     ]
-    small = ["--ngpus", 2, "--cpus-per-task", 2, "--timeout", 10]
+    small = ["--cpu", "--ngpus", 2, "--cpus-per-task", 2, "--timeout", 10]
     return [*small, "--output-dir", out, *flags, *TINY, *overrides]
 
 
@@ -124,8 +124,16 @@ def test_everything_is_in_the_run_directory(two_by_two):
     assert "not requeued: the run is complete" in log
     assert "world_size=4" in (two_by_two / "logs/log.txt").read_text()
     script = (two_by_two / f"{job}_submission.sh").read_text()
-    assert "# submitted by: cd " in script and "run/train/train.py --ngpus 2" in script
+    assert "# submitted by: cd " in script and "run/train/train.py --cpu --ngpus 2" in script
     assert {f"log.txt.rank{rank}" for rank in (1, 2, 3)} <= {path.name for path in (two_by_two / "logs").iterdir()}
+
+
+def test_a_job_whose_torch_has_no_gpus_says_so(cluster, images, tmp_path):
+    """It got two that are none: with --cpu, as all others here, it does not look for them."""
+    job = cluster.submit(*[a for a in arguments(images, tmp_path / "out") if a != "--cpu"])
+    assert cluster.wait(job, states=["FAILED"])["Restarts"] == "0"
+    log = (tmp_path / "out" / f"{job}_log.out").read_text()
+    assert "error: expected to use the GPUs that CUDA_VISIBLE_DEVICES=0,1 names, got none: torch" in log
 
 
 def test_a_complete_run_is_not_done_again(cluster, images, two_by_two):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dinov2_custom.commands import command
 from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs
+from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs, warn_of_absent
 from dinov2_custom.utils.run_folder import find_weights
 
 
@@ -16,19 +17,36 @@ class Evaluation(Task):
     """An evaluation of ``args.pretrained_weights`` in every process."""
 
     def prepare(self, warn: Callable[[str], None]) -> None:
-        """Look for the weights.
+        """Look for the weights and the data.
 
         Raises:
-            ConfigError: nothing there, or a directory without weights.
+            ConfigError: nothing there, or a directory without weights; a dataset that was not given.
         """
-        given = self.args.pretrained_weights
-        try:
-            weights = given and find_weights(given)
-        except CheckpointError as e:
-            raise ConfigError(f"--pretrained-weights: {e}") from e
-        if not weights or ("://" not in weights and not Path(weights).exists()):
-            got = given or "nothing"
-            raise ConfigError(f"--pretrained-weights: expected a weight file or a run directory, got {got}; check it")
+        check_weights("--pretrained-weights", self.args.pretrained_weights)
+        given_data = {f"--{name}-dataset": getattr(self.args, f"{name}_dataset_str", None) for name in ("train", "val")}
+        if missing := [flag for flag, text in given_data.items() if text and re.fullmatch(r"ImageNet:split=\w+", text)]:
+            raise ConfigError(
+                f"{', '.join(missing)}: expected a dataset with labels, got none; add LabelledFolder:root=<a folder a "
+                "class>, or ImageNet:split=TRAIN:root=<folder>"
+            )
+        given_data["--test-datasets"] = getattr(self.args, "test_dataset_strs", None)
+        for flag, text in given_data.items():
+            warn_of_absent(flag, text, warn)
+
+
+def check_weights(flag: str, given: str) -> None:
+    """Look for the weights that ``flag`` names.
+
+    Raises:
+        ConfigError: nothing there, or a directory without weights.
+    """
+    try:
+        weights = given and find_weights(given)
+    except CheckpointError as e:
+        raise ConfigError(f"{flag}: {e}") from e
+    if not weights or ("://" not in weights and not Path(weights).exists()):
+        got = given or "nothing"
+        raise ConfigError(f"{flag}: expected a weight file or a run directory, got {got}; check it")
 
 
 def launch(

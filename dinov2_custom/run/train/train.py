@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dinov2_custom import entry
 from dinov2_custom.commands import command
-from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs
+from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs, warn_of_absent
 from dinov2_custom.train.args import get_args_parser as get_train_args_parser
 
 __all__ = ["Trainer", "main"]
@@ -33,6 +33,9 @@ class Trainer(Task):
             warn=warn,
         )
         args.output_dir = cfg.train.output_dir
+        plain = OmegaConf.to_container(cfg)
+        warn_of_absent("train.dataset_path", plain["train"]["dataset_path"], warn)
+        warn_of_absent("student.pretrained_weights", plain["student"]["pretrained_weights"], warn)
         return OmegaConf.to_yaml(cfg)
 
 
