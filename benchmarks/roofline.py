@@ -30,7 +30,7 @@ BYTES = 0.85 * 3.35e12  # a second
 LAUNCH = 4e-6  # seconds a kernel at least
 OPTIMIZER_BYTES = 28 + 12  # a parameter: AdamW reads p, g, m, v and writes p, m, v; the moving average t, s and t
 MODELS = (("vit_small", 64), ("vit_base", 64), ("vit_large", 64), ("vit_large", 128))
-# What only looks at a tensor, or makes one without touching its bytes.
+# What only looks at a tensor, or makes one without touching its bytes. Indices (int64) are the host's work.
 FREE = frozenset(
     "alias as_strided detach device dtype empty empty_like empty_strided expand lift_fresh new_empty permute select "
     "size slice split split_with_sizes squeeze stride t transpose unbind unfold unsqueeze view _reshape_alias "
@@ -49,9 +49,9 @@ class Roofline(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
-        if name.removesuffix("_") not in FREE:
-            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if name.removesuffix("_") not in FREE and not all(x.dtype == torch.long for x in (*inputs, *outputs)):
             operations = product_operations(name, args, result)
             rate = PRODUCTS * (TF32_SHARE if inputs and inputs[0].dtype == torch.float32 else 1.0)
             self.add("products" if operations else name, operations, rate, moved_bytes(name, inputs, outputs))
@@ -83,11 +83,13 @@ def moved_bytes(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
     if name == "index_select":
         return 2 * size(outputs)
-    if name == "index_add":  # a copy, then the rows
-        return 2 * size(outputs) + 3 * size(inputs[-1:])
+    if name in ("index_add", "index_add_"):  # a copy, then the rows
+        return (0 if name.endswith("_") else 2 * size(outputs)) + 3 * size(inputs[-1:])
     if name.startswith(("zeros", "new_zeros", "fill", "ones")):
         return size(outputs)
-    return size(inputs) + size(outputs)
+    if name == "copy_":  # what was there is not read
+        return size(inputs[1:]) + size(outputs)
+    return size({id(x): x for x in inputs}.values()) + size(outputs)  # ``out=`` may name an input
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dinov2_custom.layers.backend import attention
 from dinov2_custom.layers.lean import activation_linear, norm_linear
+from dinov2_custom.layers.pieces import EAGER, Pieces
 
 # How tokens of several crops lie in one (T, D) tensor: [(number of sequences, tokens a sequence), ...]
 Segments = list[tuple[int, int]]
@@ -47,10 +48,18 @@ class Attention(nn.Module):
         """Map packed tokens (T, D) to (T, D); the linear layers run once, attention once a segment."""
         return self.proj_drop(self.proj(self.attend(self.qkv(x_TD), segments)))
 
-    def forward_lean(self, x_TD: Tensor, segments: Segments, norm: nn.LayerNorm, gamma: Tensor | None) -> Tensor:
-        """Return gamma * forward_packed(norm(x)), keeping less for the backward pass; see ``lean``."""
-        attended = self.attend(norm_linear(x_TD, norm, self.qkv), segments, _SplitHeads.apply)
-        return activation_linear(attended, None, self.proj, gamma)
+    def forward_lean(
+        self,
+        x_TD: Tensor,
+        segments: Segments,
+        norm: nn.LayerNorm,
+        gamma: Tensor | None,
+        scale: float = 1.0,
+        pieces: Pieces = EAGER,
+    ) -> Tensor:
+        """Return scale * gamma * forward_packed(norm(x)), keeping less for the backward pass; see ``lean``."""
+        attended = self.attend(norm_linear(x_TD, norm, self.qkv, pieces), segments, _SplitHeads.apply)
+        return activation_linear(attended, None, self.proj, gamma, scale, pieces)
 
     def attend(self, qkv_TE: Tensor, segments: Segments, split: Callable | None = None) -> Tensor:
         """Map (T, 3 D) queries, keys and values to (T, D), each sequence by itself; ``split``: :func:`split_heads`."""

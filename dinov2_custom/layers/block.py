@@ -1,7 +1,7 @@
 """Transformer blocks on packed tokens: crops of every size go through one pass.
 
 Token-wise work (norms, linear layers, FFN) runs on the (T, D) concatenation of all crops; attention runs a segment.
-Read :meth:`Block.forward_packed` first. Residuals are written out of place: FSDP2 loses its backward hooks otherwise.
+Read :meth:`Block.forward_packed` first; how a branch is added is in ``residual``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dinov2_custom.layers.attention import Attention, MemEffAttention, Segments, split_segments
 from dinov2_custom.layers.drop_path import Draw, DropPath, Subset, draw_kept, to_subsets
 from dinov2_custom.layers.layer_scale import LayerScale
-from dinov2_custom.layers.lean import compute_dtype
+from dinov2_custom.layers.lean import compute_dtype, times
 from dinov2_custom.layers.mlp import Mlp
 from dinov2_custom.layers.nested import (
     CausalAttentionBlock,
@@ -25,6 +25,8 @@ from dinov2_custom.layers.nested import (
     get_attn_bias_and_cat,
     get_branges_scales,
 )
+from dinov2_custom.layers.pieces import EAGER
+from dinov2_custom.layers.residual import Owned, add_residual_subset
 
 
 class Block(nn.Module):
@@ -70,16 +72,18 @@ class Block(nn.Module):
         self.recompute = "none"  # or "selective": the FFN, or "full": everything, once more in the backward pass
         # Hand-written backward passes that keep less; the inner modules are then not called, nor are their hooks.
         self.lean = False
+        self.pieces = EAGER  # of lean branches; or compiled ones
 
-    def attention_residual(self, x_TD: Tensor, segments: Segments) -> Tensor:
+    def attention_residual(self, x_TD: Tensor, segments: Segments, scale: float = 1.0) -> Tensor:
         if self.lean:
-            return self.attn.forward_lean(x_TD, segments, self.norm1, getattr(self.ls1, "gamma", None))
-        return self.ls1(self.attn.forward_packed(self.norm1(x_TD), segments))
+            options = self.norm1, getattr(self.ls1, "gamma", None), scale, self.pieces
+            return self.attn.forward_lean(x_TD, segments, *options)
+        return times(self.ls1(self.attn.forward_packed(self.norm1(x_TD), segments)), scale)
 
-    def ffn_residual(self, x_TD: Tensor, segments: Segments) -> Tensor:
+    def ffn_residual(self, x_TD: Tensor, segments: Segments, scale: float = 1.0) -> Tensor:
         if self.lean:
-            return self.mlp.forward_lean(x_TD, self.norm2, getattr(self.ls2, "gamma", None))
-        return self.ls2(self.mlp(self.norm2(x_TD)))
+            return self.mlp.forward_lean(x_TD, self.norm2, getattr(self.ls2, "gamma", None), scale, self.pieces)
+        return times(self.ls2(self.mlp(self.norm2(x_TD))), scale)
 
     def can_be_lean(self) -> bool:
         """Return whether ``lean`` may be set: the modules are this project's, without dropout."""
@@ -92,28 +96,44 @@ class Block(nn.Module):
         ratio = self.sample_drop_ratio if self.training else 0.0
         return [draw_kept(num_sequences, ratio, generator) for _ in range(2)]
 
-    def forward_packed(self, x_TD: Tensor, segments: Segments, subsets: Sequence[Subset] | None = None) -> Tensor:
+    def forward_packed(
+        self,
+        x_TD: Tensor,
+        segments: Segments,
+        subsets: Sequence[Subset] | None = None,
+        owned: Owned = Owned(),  # noqa: B008 - immutable
+    ) -> Tensor:
         """Run the block on packed tokens.
 
         Args:
             x_TD: (T, D), the crops of every segment end to end.
             segments: [(num_sequences, length), ...]; their products sum to T.
             subsets: of the attention branch and of the FFN branch; None: everything.
+            owned: whether x and the gradient of the result may be overwritten.
         """
         subsets = subsets or [Subset(None, segments, 1.0)] * 2
         if self.recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(self._forward_subsets, x_TD, subsets, use_reentrant=False, preserve_rng_state=False)
-        return self._forward_subsets(x_TD, subsets)
+            owned = owned._replace(x=False)  # it is what is kept
+            return checkpoint(
+                self._forward_subsets, x_TD, subsets, owned, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._forward_subsets(x_TD, subsets, owned)
 
-    def _forward_subsets(self, x_TD: Tensor, subsets: Sequence[Subset]) -> Tensor:
+    def _forward_subsets(self, x_TD: Tensor, subsets: Sequence[Subset], owned: Owned) -> Tensor:
         attention, ffn = subsets
-        x_TD = add_residual_subset(x_TD, self.attention_residual, attention)
         again = self.recompute == "selective" and torch.is_grad_enabled()
-        return add_residual_subset(x_TD, self._ffn_again if again else self.ffn_residual, ffn)
+        # lean branches want no other precision, and selective recomputation keeps the rows as they are taken
+        options = (compute_dtype(x_TD) if self.lean or again else None), self.pieces if self.lean else EAGER
+        # between the two branches nobody else sees x, nor its gradient
+        x_TD = add_residual_subset(
+            x_TD, self.attention_residual, attention, Owned(owned.x, ffn.rows is not None), *options
+        )
+        last = Owned(attention.rows is not None, owned.gradient)
+        return add_residual_subset(x_TD, self._ffn_again if again else self.ffn_residual, ffn, last, *options)
 
-    def _ffn_again(self, x_TD: Tensor, segments: Segments) -> Tensor:
+    def _ffn_again(self, x_TD: Tensor, segments: Segments, scale: float) -> Tensor:
         x_TD = x_TD.to(compute_dtype(x_TD))  # this is what is kept
-        return checkpoint(self.ffn_residual, x_TD, segments, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self.ffn_residual, x_TD, segments, scale, use_reentrant=False, preserve_rng_state=False)
 
     def forward(
         self, x_or_x_list: Tensor | list[Tensor], generator: torch.Generator | None = None
@@ -154,50 +174,6 @@ class BlockChunk(nn.ModuleList):
         for block in self:
             x = block(x, generator) if isinstance(block, Block) else block(x)
         return x
-
-
-def add_residual_subset(x_TD: Tensor, residual: Callable[[Tensor, Segments], Tensor], subset: Subset) -> Tensor:
-    """Return x + residual(x) computed for the rows of ``subset`` only, scaled so that its expectation is the full one.
-
-    Source: DINOv2 (Oquab et al. 2023), section 5, "Efficient stochastic depth".
-    """
-    if subset.rows is None:
-        return x_TD + residual(x_TD, subset.segments)
-    x_TD, kept = _Gather.apply(x_TD, subset.rows)
-    branch = residual(kept, subset.segments)
-    if isinstance(subset.scale, Tensor):
-        return _Scatter.apply(x_TD, branch * subset.scale, subset.rows, 1.0)
-    return _Scatter.apply(x_TD, branch, subset.rows, subset.scale)
-
-
-class _Gather(torch.autograd.Function):
-    """Return (x, x[rows]). Its backward adds the second gradient into a copy of the first: one pass less than two uses
-    of x, whose gradients autograd would spread out and sum."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(rows)
-        return x.view_as(x), x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor, of_rows: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return gradient.index_add(0, rows, of_rows), None
-
-
-class _Scatter(torch.autograd.Function):
-    """Return x with scale * branch added to its rows. Unlike ``index_add`` it keeps no ``branch`` for its backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, branch: Tensor, rows: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.scale, ctx.dtype = scale, branch.dtype
-        return x.index_add(0, rows, branch.to(x.dtype), alpha=scale)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (rows,) = ctx.saved_tensors
-        return gradient, gradient.index_select(0, rows).mul_(ctx.scale).to(ctx.dtype), None, None
 
 
 def pack(x_list: list[Tensor]) -> tuple[Tensor, Segments]:

@@ -2,16 +2,58 @@
 
 A norm or an activation in front of a linear layer is computed twice instead of kept, and the LayerScale behind it needs
 no tensor at all. What is kept is half of what autograd would keep. Same formulas; products in the precision of the
-autocast region. Read :func:`norm_linear` and :func:`activation_linear`.
+autocast region. What lies between the products is in ``pieces``. Read :func:`norm_linear` and
+:func:`activation_linear`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dinov2_custom.layers.pieces import EAGER, Pieces
+
+
+class Activation(NamedTuple):
+    """A function without parameters, applied to (T, D).
+
+    Attributes:
+        backward: (gradient of the result, which it may overwrite, x) -> (the result once more, the gradient of x).
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
+    """Return the activation of any function, which autograd differentiates."""
+
+    def backward(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            active = function(leaf)
+        (of_x,) = torch.autograd.grad(active, leaf, gradient)
+        return active.detach(), of_x
+
+    return Activation(function, backward)
+
+
+def gelu_activation(approximate: str, pieces: Pieces) -> Activation:
+    """Return the activation of ``nn.GELU(approximate)``."""
+
+    def backward(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return pieces.gelu_backward_(gradient, x, approximate), gradient
+
+    return Activation(lambda x: pieces.gelu(x, approximate), backward)
+
+
+def gated_activation(pieces: Pieces) -> Activation:
+    """Return the activation of SwiGLU."""
+    return Activation(pieces.gated, pieces.gated_backward)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -20,47 +62,35 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, pieces: Pieces = EAGER) -> Tensor:
     """Return linear(norm(x)) of (T, D), keeping x alone, in the precision of the product."""
-    return _NormLinear.apply(x, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, compute_dtype(x))
+    weights = norm.weight, norm.bias, linear.weight, linear.bias
+    return _NormLinear.apply(x, *weights, norm.eps, compute_dtype(x), pieces)
 
 
 def activation_linear(
-    x: Tensor, activation: Callable[[Tensor], Tensor] | None, linear: nn.Linear, gamma: Tensor | None = None
+    x: Tensor,
+    activation: Activation | None,
+    linear: nn.Linear,
+    gamma: Tensor | None = None,
+    scale: float = 1.0,
+    pieces: Pieces = EAGER,
 ) -> Tensor:
-    """Return gamma * linear(activation(x)) of (T, D'), keeping x alone; ``activation`` has no parameters, None is none.
+    """Return scale * gamma * linear(activation(x)) of (T, D'), keeping x alone; None: no activation, no gamma.
 
     Source: d / d gamma = rowsum(dW * W) + db * b, where dW and db are the layer's gradients before scaling.
     """
     dtype = compute_dtype(x)
-    if gamma is not None and dtype == torch.float16:  # weights times 1e-5 are below its smallest number
-        return _ActivationLinear.apply(x, linear.weight, linear.bias, None, activation, dtype) * gamma
-    return _ActivationLinear.apply(x, linear.weight, linear.bias, gamma, activation, dtype)
+    after = gamma if dtype == torch.float16 else None  # weights times 1e-5 are below its smallest number
+    if gamma is None or after is not None:
+        out = _ActivationLinear.apply(x, linear.weight, linear.bias, None, activation, dtype, pieces)
+        return times(out if after is None else out * after, scale)
+    return _ActivationLinear.apply(x, linear.weight, linear.bias, times(gamma, scale), activation, dtype, pieces)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], *_as_kernels_want(x, weight, bias), eps)
-
-
-def _as_kernels_want(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    return weights if x.device.type == "cpu" else tuple(one.to(x.dtype) for one in weights)  # a CPU's take any
-
-
-def _norm_again(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Callable]:
-    """Return what :func:`_norm` does, and the function from its gradient to those of x, weight and bias.
-
-    Without autograd inside autograd, which takes the host longer than the kernels.
-    """
-    size, weights = x.shape[-1:], _as_kernels_want(x, weight, bias)
-    normed, mean, rstd = torch.native_layer_norm(x, size, *weights, eps)
-
-    def backward(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        of_x, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
-            gradient, x, size, mean, rstd, *weights, [True] * 3
-        )
-        return of_x, of_weight.to(weight.dtype), of_bias.to(bias.dtype)
-
-    return normed, backward
+def times(x: Tensor, scale: float) -> Tensor:
+    """Return scale * x, x itself for 1."""
+    return x if scale == 1.0 else x * scale
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -73,57 +103,61 @@ def _without_autocast(x: Tensor):
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, dtype):
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, dtype, pieces):
         with _without_autocast(x):
-            kept = x.to(dtype)
+            if x.dtype == dtype:
+                kept, normed = x, pieces.norm(x, norm_weight, norm_bias, eps)
+            else:
+                kept, normed = pieces.cast_norm(x, norm_weight, norm_bias, eps, dtype)
             ctx.save_for_backward(kept, norm_weight, norm_bias, weight)
-            ctx.eps, ctx.has_bias, ctx.x_dtype = eps, bias is not None, x.dtype
-            return F.linear(_norm(kept, norm_weight, norm_bias, eps), weight.to(dtype), _cast(bias, dtype))
+            ctx.eps, ctx.x_dtype, ctx.pieces = eps, x.dtype, pieces
+            ctx.bias_dtype = None if bias is None else bias.dtype
+            return F.linear(normed, weight.to(dtype), _cast(bias, dtype))
 
     @staticmethod
     def backward(ctx, gradient):
         kept, norm_weight, norm_bias, weight = ctx.saved_tensors
+        pieces = ctx.pieces
         with _without_autocast(kept):
-            normed, backward = _norm_again(kept, norm_weight, norm_bias, ctx.eps)
+            normed, mean, rstd = pieces.norm_again(kept, norm_weight, norm_bias, ctx.eps)
             of_weight = (gradient.T @ normed).to(weight.dtype)
             del normed
-            of_bias = gradient.sum(dim=0, dtype=torch.float32).to(weight.dtype) if ctx.has_bias else None
-            of_x, *of_norm = backward(gradient @ weight.to(kept.dtype))
-        return of_x.to(ctx.x_dtype), *of_norm, of_weight, of_bias, None, None
+            of_bias = None if ctx.bias_dtype is None else pieces.sum_of_rows(gradient, ctx.bias_dtype)
+            of_normed = gradient @ weight.to(kept.dtype)
+            of_x, *of_norm = pieces.norm_backward(of_normed, kept, mean, rstd, norm_weight, norm_bias, ctx.x_dtype)
+        return of_x, *of_norm, of_weight, of_bias, None, None, None
 
 
 class _ActivationLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, activation, dtype):
+    def forward(ctx, x, weight, bias, factor, activation, dtype, pieces):
         with _without_autocast(x):
             kept = x.to(dtype)
-            ctx.save_for_backward(kept, weight, bias, gamma)
-            ctx.activation, ctx.x_dtype = activation, x.dtype
-            scaled_bias = bias if gamma is None or bias is None else bias * gamma
-            active = kept if activation is None else activation(kept)
-            return F.linear(active, _scaled(weight, gamma).to(dtype), _cast(scaled_bias, dtype))
+            ctx.save_for_backward(kept, weight, bias, factor)
+            ctx.activation, ctx.x_dtype, ctx.pieces = activation, x.dtype, pieces
+            active = kept if activation is None else activation.forward(kept)
+            return F.linear(active, *(_scaled(one, factor, dtype, pieces) for one in (weight, bias)))
 
     @staticmethod
     def backward(ctx, gradient):
-        kept, weight, bias, gamma = ctx.saved_tensors
-        of_active = gradient @ _scaled(weight, gamma).to(kept.dtype)
-        if ctx.activation is None:
+        kept, weight, bias, factor = ctx.saved_tensors
+        pieces = ctx.pieces
+        with _without_autocast(kept):
+            of_active = gradient @ _scaled(weight, factor, kept.dtype, pieces)
             active, of_x = kept, of_active
-        else:
-            with torch.enable_grad(), _without_autocast(kept):
-                leaf = kept.detach().requires_grad_()
-                active = ctx.activation(leaf)
-            (of_x,) = torch.autograd.grad(active, leaf, of_active)
-        of_weight = (gradient.T @ active.detach()).to(weight.dtype)
-        of_bias = None if bias is None else gradient.sum(dim=0, dtype=torch.float32).to(bias.dtype)
-        of_gamma = None
-        if gamma is not None:
-            of_gamma = (of_weight * weight).sum(dim=1)
-            of_weight = of_weight * gamma[:, None]
-            if bias is not None:
-                of_gamma, of_bias = of_gamma + of_bias * bias, of_bias * gamma
-        return of_x.to(ctx.x_dtype), of_weight, of_bias, of_gamma, None, None
+            if ctx.activation is not None:
+                active, of_x = ctx.activation.backward(of_active, kept)
+            of_weight = gradient.T @ active
+            of_bias = None if bias is None else pieces.sum_of_rows(gradient, bias.dtype)
+            of_factor = None
+            if factor is None:
+                of_weight = of_weight.to(weight.dtype)
+            else:
+                of_weight, of_factor = pieces.scaled_backward(of_weight, weight, factor)
+                if bias is not None:
+                    of_bias, of_factor = of_bias * factor, torch.addcmul(of_factor, of_bias, bias)
+        return of_x.to(ctx.x_dtype), of_weight, of_bias, of_factor, None, None, None
 
 
-def _scaled(weight: Tensor, gamma: Tensor | None) -> Tensor:
-    return weight if gamma is None else weight * gamma[:, None]
+def _scaled(weight: Tensor | None, factor: Tensor | None, dtype: torch.dtype, pieces: Pieces) -> Tensor | None:
+    return _cast(weight, dtype) if weight is None or factor is None else pieces.scaled(weight, factor, dtype)

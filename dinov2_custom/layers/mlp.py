@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dinov2_custom.layers.lean import activation_linear, norm_linear
+from dinov2_custom.layers.lean import activation_linear, by_autograd, gelu_activation, norm_linear
+from dinov2_custom.layers.pieces import EAGER, Pieces
 
 
 class Mlp(nn.Module):
@@ -31,6 +32,15 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
-    def forward_lean(self, x_TD: Tensor, norm: nn.LayerNorm, gamma: Tensor | None) -> Tensor:
-        """Return gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
-        return activation_linear(norm_linear(x_TD, norm, self.fc1), self.act.forward, self.fc2, gamma)
+    def forward_lean(
+        self,
+        x_TD: Tensor,
+        norm: nn.LayerNorm,
+        gamma: Tensor | None,
+        scale: float = 1.0,
+        pieces: Pieces = EAGER,
+    ) -> Tensor:
+        """Return scale * gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
+        act = self.act
+        activation = gelu_activation(act.approximate, pieces) if type(act) is nn.GELU else by_autograd(act.forward)
+        return activation_linear(norm_linear(x_TD, norm, self.fc1, pieces), activation, self.fc2, gamma, scale, pieces)

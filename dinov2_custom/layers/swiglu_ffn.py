@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_custom.layers.lean import activation_linear, norm_linear
+from dinov2_custom.layers.lean import activation_linear, gated_activation, norm_linear
+from dinov2_custom.layers.pieces import EAGER, Pieces, gated
 
 
 class SwiGLUFFN(nn.Module):
@@ -30,15 +31,17 @@ class SwiGLUFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(gated(self.w12(x)))
 
-    def forward_lean(self, x_TD: Tensor, norm: nn.LayerNorm, gamma: Tensor | None) -> Tensor:
-        """Return gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
-        return activation_linear(norm_linear(x_TD, norm, self.w12), gated, self.w3, gamma)
-
-
-def gated(gate_and_value: Tensor) -> Tensor:
-    """Return silu(gate) * value of the two halves of the last dimension."""
-    gate, value = gate_and_value.chunk(2, dim=-1)
-    return F.silu(gate) * value
+    def forward_lean(
+        self,
+        x_TD: Tensor,
+        norm: nn.LayerNorm,
+        gamma: Tensor | None,
+        scale: float = 1.0,
+        pieces: Pieces = EAGER,
+    ) -> Tensor:
+        """Return scale * gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
+        gate_and_value = norm_linear(x_TD, norm, self.w12, pieces)
+        return activation_linear(gate_and_value, gated_activation(pieces), self.w3, gamma, scale, pieces)
 
 
 def aligned_hidden_features(hidden_features: int, multiple: int = 8) -> int:

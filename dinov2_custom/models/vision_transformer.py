@@ -16,6 +16,7 @@ from torch.nn.init import trunc_normal_
 from dinov2_custom.layers import MemEffAttention, PatchEmbed
 from dinov2_custom.layers.block import Block, BlockChunk, NestedTensorBlock, pack, unpack
 from dinov2_custom.layers.drop_path import Draw, to_subsets
+from dinov2_custom.layers.residual import Owned
 from dinov2_custom.models.pos_embed import resample_pos_embed
 from dinov2_custom.models.stacking import FFN_LAYERS, chunk_blocks, drop_path_rates, init_weights_vit_timm, named_apply
 
@@ -173,8 +174,11 @@ class DinoVisionTransformer(nn.Module):
         """
         x_TD, segments = pack([self.prepare_tokens_with_masks(*pair) for pair in zip(x_list, masks_list, strict=True)])
         subsets = to_subsets(draws or self.draw([len(x) for x in x_list], generator), segments, x_TD.device)
-        for block, *own in zip(self.all_blocks(), subsets[::2], subsets[1::2], strict=True):
-            x_TD = block.forward_packed(x_TD, segments, own)
+        last = self.n_blocks - 1
+        for index, block in enumerate(self.all_blocks()):
+            attention, ffn = subsets[2 * index : 2 * index + 2]
+            owned = Owned(index > 0, index < last and subsets[2 * index + 2].rows is not None)
+            x_TD = block.forward_packed(x_TD, segments, (attention, ffn), owned)
         normed, prenormed = unpack(self.norm(x_TD), segments), unpack(x_TD, segments)
         return [self._features(*parts) for parts in zip(normed, prenormed, masks_list, strict=True)]
 

@@ -1,10 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from dinov2_custom.layers import Block, MemEffAttention, SwiGLUFFNFused
-from dinov2_custom.layers.lean import activation_linear, norm_linear
-from dinov2_custom.layers.swiglu_ffn import gated
+from dinov2_custom.layers.lean import activation_linear, by_autograd, gated_activation, gelu_activation, norm_linear
+from dinov2_custom.layers.pieces import EAGER, gated
 
 
 def block(lean, **options):
@@ -26,6 +28,8 @@ def results(made, x, **autocast):
 OPTIONS = [
     {},
     {"ffn_layer": SwiGLUFFNFused},
+    {"act_layer": partial(nn.GELU, approximate="tanh")},
+    {"act_layer": nn.Tanh},  # differentiated by autograd
     {"drop_path": 0.4},
     {"init_values": None},
     {"qkv_bias": False, "proj_bias": False, "ffn_bias": False},
@@ -67,15 +71,19 @@ def test_half_precision_is_as_close_to_fp32_as_autograds_own(options, dtype):
         assert lean[name].dtype == plain[name].dtype
 
 
-def test_gradcheck():
+@pytest.mark.parametrize(
+    "activation", [gated_activation(EAGER), gelu_activation("none", EAGER), by_autograd(torch.sin)]
+)
+def test_gradcheck(activation):
     torch.manual_seed(0)
-    norm, first, second = nn.LayerNorm(4).double(), nn.Linear(4, 6).double(), nn.Linear(3, 5).double()
+    hidden = 3 if activation.forward is gated else 6
+    norm, first, second = nn.LayerNorm(4).double(), nn.Linear(4, 6).double(), nn.Linear(hidden, 5).double()
     x, gamma = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.rand(5, dtype=torch.float64)
     gamma.requires_grad_()
     parameters = [*norm.parameters(), *first.parameters(), *second.parameters()]
     for p in parameters:
         p.data.normal_()
-    calls = lambda *_: activation_linear(norm_linear(x, norm, first), gated, second, gamma)  # noqa: E731
+    calls = lambda *_: activation_linear(norm_linear(x, norm, first), activation, second, gamma, 1.5)  # noqa: E731
     assert torch.autograd.gradcheck(calls, (x, gamma, *parameters))
 
 
