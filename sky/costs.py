@@ -133,7 +133,9 @@ def _price(text: str) -> tuple[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the estimate, or one line of error; return the exit code."""
-    parser = Parser(description="Estimate hours and dollars from the configuration; measures nothing.")
+    parser = Parser(
+        prog="python sky/costs.py", description="Estimate hours and dollars from the configuration; measures nothing."
+    )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--images", type=int, metavar="N", help="images you have, where an epoch is one pass over them")
     parser.add_argument("--epochs", type=float, default=10, metavar="N")

@@ -27,6 +27,11 @@ MARKER, LOCK = ".staged.json", ".staging.lock"
 DECOMPRESS = {".tar.gz": "gzip", ".tgz": "gzip", ".tar.bz2": "bzip2", ".tar.xz": "xz", ".tar.zst": "zstd"}
 SCHEMES = {"s3": ":s3:", "gs": ":gcs:"}
 ROWS = (".parquet", ".arrow")
+_ADVICE = {  # what rclone may say -> what to do
+    "credential|denied|forbidden|accesskeyid|signature": "give --secret AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "disk space|no space left": "raise disk_size of the task or choose another DATA_DIR, start again",
+    "directory not found|nosuchbucket": "is there such a bucket and folder? check DATA",
+}
 
 
 class StagingError(Exception):
@@ -88,9 +93,6 @@ def _spec(place: str, suffixes: set[str]) -> str:
     return f"Parquet:path={place}" if suffixes & set(ROWS) else place
 
 
-# the source
-
-
 def is_local(source: str) -> bool:
     """Return whether ``source`` is a path of this machine and not a URL or an rclone remote."""
     return source.startswith(("/", "./"))
@@ -145,9 +147,6 @@ def _suffix(name: str) -> str:
     return next((suffix for suffix in DECOMPRESS if name.lower().endswith(suffix)), "")
 
 
-# the transfer
-
-
 def _unpack(source: str, place: str, name: str, target: Path, lock: int) -> None:
     """Stream one compressed tar into a plain one; its name appears when it is whole."""
     partial = target.with_name(target.name + ".partial")
@@ -162,6 +161,8 @@ def _unpack(source: str, place: str, name: str, target: Path, lock: int) -> None
         lost = cat.stderr.read()
     if cat.wait() and not (cat.returncode == -signal.SIGPIPE or b"broken pipe" in lost):
         raise StagingError(_explain(source, lost))
+    if unpack.returncode and b"No space left" in trouble:
+        raise StagingError(_explain(source, trouble))
     if unpack.returncode:
         reason = trouble.decode(errors="replace").strip().splitlines() or ["no message"]
         raise StagingError(
@@ -170,9 +171,6 @@ def _unpack(source: str, place: str, name: str, target: Path, lock: int) -> None
         )
     check_tar(partial, name)
     os.replace(partial, target)
-
-
-# the checks
 
 
 def _check_copies(source: str, folder: Path, files: dict[str, int]) -> None:
@@ -248,9 +246,6 @@ def _locked(folder: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-# rclone
-
-
 def _rclone(source: str, *arguments: str, lock: int | None = None) -> str:
     process = _start(["rclone", *arguments], lock, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate()
@@ -270,11 +265,12 @@ def _start(command: list[str], lock: int | None, **pipes: Any) -> subprocess.Pop
 
 
 def _explain(source: str, stderr: bytes) -> str:
-    lines = [line for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    reason = re.sub(r"^[\d/]+ [\d:]+ ", "", lines[-1]) if lines else "no message"
-    return (
-        f"expected to copy {shown(source)}, got from rclone: {shown(reason)}; check DATA and credentials, start again"
-    )
+    text = stderr.decode(errors="replace").strip()
+    last = re.split(r"^\d{4}/\d\d/\d\d [\d:]+ ", text, flags=re.MULTILINE)[-1]  # a message may have several lines
+    reason = " ".join(last.replace("For verbose messaging see aws.Config.CredentialsChainVerboseErrors", "").split())
+    known = (advice for words, advice in _ADVICE.items() if re.search(words, reason.lower()))
+    advice = next(known, "check DATA and credentials, start again")
+    return f"expected to copy {shown(source)}, got from rclone: {shown(reason) or 'no message'}; {advice}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -292,6 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
         print((dataset_path if args.dataset_path else stage)(args.source, args.folder))
     except StagingError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"error: expected to write {e.filename}, got {e.strerror}; choose another DATA_DIR", file=sys.stderr)
         return 1
     return 0
 

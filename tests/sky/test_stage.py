@@ -196,8 +196,29 @@ def test_what_cannot_be_staged_is_said_in_one_line(bucket, images, tmp_path):
         assert f"got '{wrong}'; set DATA" in refused(bucket, wrong, folder)
     unreachable = {"RCLONE_S3_ENDPOINT": "http://127.0.0.1:9", "RCLONE_LOW_LEVEL_RETRIES": "1", "RCLONE_RETRIES": "1"}
     assert "from rclone" in refused(bucket, f"s3://{bucket.name}/x", folder, **unreachable)
+    nobody = refused(bucket, f"s3://{bucket.name}/x", folder, AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY="")
+    assert "NoCredentialProviders" in nobody and nobody.endswith(
+        "; give --secret AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY\n"
+    )
+    assert refused(bucket, bucket.put(images, "d"), Path("/proc/x")).endswith("; choose another DATA_DIR\n")
     assert "command rclone, got none" in refused(bucket, f"s3://{bucket.name}/x", folder, PATH="/nowhere")
     assert f"expected data in {tmp_path}/absent" in refused(bucket, tmp_path / "absent", folder)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_a_disk_that_is_too_small(bucket, tmp_path, name):
+    shards, folder = tmp_path / "shards", tmp_path / "small"
+    content = write_tar(tmp_path / "x.tar", 100, 30_000)
+    shards.mkdir()
+    (shards / name).write_bytes(gzip.compress(content, 1) if name.endswith("gz") else content)
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("NO SMALL DISK: mounting one needs root")
+    try:
+        error = refused(bucket, bucket.put(shards, "d"), folder)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert error.endswith("; raise disk_size of the task or choose another DATA_DIR, start again\n")
 
 
 def test_a_folder_with_other_data_is_left_alone(bucket, images, tmp_path):
