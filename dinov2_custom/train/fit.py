@@ -5,6 +5,7 @@ Not the counting itself (``memory.py``). Read :func:`main` first.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 from omegaconf import OmegaConf
@@ -36,17 +37,21 @@ def main(args) -> int:
         require_dataset=False,
         warn=notes.append,
     )
-    for line in (*(f"note: {note}" for note in notes), *report(cfg, args.ngpus)):
-        print(line)
+    counted: dict[str, StepMemory] = {}
+    for line in itertools.chain((f"note: {note}" for note in notes), report(cfg, args.ngpus, counted)):
+        print(line, flush=True)
     if args.fits:
         print()
-        for line in fits(cfg, args.fits):
+        for line in fits(cfg, args.fits, counted):
             print(line, flush=True)
     return 0
 
 
-def report(cfg, ngpus: int = 1) -> Iterable[str]:
-    """Yield the lines of the table: each activation checkpointing, in all and by category, in GB (10^9 bytes)."""
+def report(cfg, ngpus: int = 1, counted: dict[str, StepMemory] | None = None) -> Iterable[str]:
+    """Yield the lines of the table: each activation checkpointing, in all and by category, in GB (10^9 bytes).
+
+    ``counted`` gets what was counted, by activation checkpointing.
+    """
     crops, batch_size = cfg.crops, cfg.train.batch_size_per_gpu
     yield (
         f"{cfg.student.arch}/{cfg.student.patch_size}, 2 x {crops.global_crops_size} + {crops.local_crops_number} x "
@@ -59,6 +64,8 @@ def report(cfg, ngpus: int = 1) -> Iterable[str]:
     yield "  ".join(name.rjust(width) for name, width in zip(header, widths, strict=True))
     for mode in MODES:
         memory = measure_step(cfg, mode)
+        if counted is not None:
+            counted[mode] = memory
         sizes = [memory.peak, *memory.categories.values(), *([sharded(memory, ngpus)] if ngpus > 1 else [])]
         cells = [mode, *(f"{size / 1e9:.2f}" for size in sizes)]
         yield "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
@@ -71,9 +78,12 @@ def sharded(memory: StepMemory, gpus: int) -> int:
     return memory.peak - state * (gpus - 1) // gpus
 
 
-def fits(cfg, gigabytes: float) -> Iterable[str]:
-    """Yield, for each activation checkpointing, the largest batch whose step leaves enough of ``gigabytes`` free."""
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+def fits(cfg, gigabytes: float, counted: dict[str, StepMemory] | None = None) -> Iterable[str]:
+    """Yield, for each activation checkpointing, the largest batch whose step leaves enough of ``gigabytes`` free.
+
+    ``counted``: by activation checkpointing, what is known of the configuration's own batch.
+    """
+    cfg, own = OmegaConf.create(OmegaConf.to_container(cfg)), cfg.train.batch_size_per_gpu
     room = f"{gigabytes:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free"
     for mode in MODES:
 
@@ -81,7 +91,10 @@ def fits(cfg, gigabytes: float) -> Iterable[str]:
             cfg.train.batch_size_per_gpu = batch_size
             return measure_step(cfg, mode).peak
 
-        largest = largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS)
+        cfg.train.batch_size_per_gpu = own
+        memory = (counted or {}).get(mode) or measure_step(cfg, mode)
+        state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
+        largest = largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
         if largest:
             most = " or more" if largest == LARGEST_BATCH else ""
             yield f"{mode}: train.batch_size_per_gpu={largest}{most} fits into {room}"
@@ -89,25 +102,31 @@ def fits(cfg, gigabytes: float) -> Iterable[str]:
             yield f"{mode}: not even one image fits into {room}"
 
 
-def largest_below(size: Callable[[int], int], limit: float) -> int:
+def largest_below(
+    size: Callable[[int], int], limit: float, first: tuple[float, float], second: tuple[float, float]
+) -> int:
     """Return an n up to ``LARGEST_BATCH`` with size(n) <= limit, within an eighth of the largest; 0: not even 1.
 
-    ``size`` must not fall. It is slow, and nearly a straight line, along which the next n is looked for.
+    ``size`` must not fall. It is slow, and nearly a straight line, so that a guess or two on it are mostly enough.
+
+    Args:
+        first, second: (n, about size(n)) of two n, to begin the line with.
     """
-    low, high = (1, size(1)), (LARGEST_BATCH + 1, float("inf"))
-    if low[1] > limit:
-        return 0
-    guess = 32
-    while high[0] - low[0] > max(1, low[0] // 8):
-        guess = min(max(guess, low[0] + 1), high[0] - 1)
+    fitting, too_large = 0, LARGEST_BATCH + 1
+    while too_large - fitting > 1:
+        slope = max((second[1] - first[1]) / (second[0] - first[0]), 1e-9)
+        guess = min(max(int(second[0] + (limit - second[1]) / slope), fitting + 1), too_large - 1)
         found = (guess, size(guess))
-        former = low
-        low, high = (found, high) if found[1] <= limit else (low, found)
-        slope = (found[1] - former[1]) / (found[0] - former[0]) or 1e-9
-        guess = int(found[0] + (limit - found[1]) / slope)
-        if found is low:  # a little beyond, to find an upper bound too
-            guess += max(1, guess // 16)
-    return low[0]
+        if found[1] <= limit:
+            fitting = guess
+            if guess == LARGEST_BATCH or limit - found[1] < slope * max(1, guess / 8) / 2:
+                break  # a straight line would end within the half of an eighth
+        else:
+            too_large = guess
+            if fitting and too_large - fitting <= max(1, fitting // 8):
+                break
+        first, second = (second, found) if second[0] != guess else (first, found)
+    return fitting
 
 
 if __name__ == "__main__":

@@ -59,5 +59,12 @@ def test_the_batch_found_fits_and_the_next_does_not():
 def test_largest_below(limit, start):
     sizes = {n: start + n + (n / 100) ** 2 for n in range(1, LARGEST_BATCH + 1)}
     largest = max((n for n, size in sizes.items() if size <= limit), default=0)
-    got = largest_below(sizes.__getitem__, limit)
+    asked = []
+
+    def size(n):
+        asked.append(n)
+        return sizes[n]
+
+    got = largest_below(size, limit, (0, start), (64, sizes[64]))
     assert largest - max(1, got // 8) <= got <= largest and (got > 0) == (largest > 0)
+    assert len(asked) <= 4, asked
