@@ -20,7 +20,7 @@ from dinov2_custom.exit_codes import ERROR, stopped_by
 from dinov2_custom.world import world_from_environment
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_REQUIREMENTS = ("torch", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "tqdm")
+REQUIREMENTS = ("torch", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "tqdm")
 
 
 def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool = False) -> int:
@@ -114,7 +114,7 @@ def describe_no_room(error: OSError) -> str:
 def missing_requirement(error: ModuleNotFoundError) -> str:
     """Say that a package everything here needs is not installed; "" for any other module."""
     name = (error.name or "").partition(".")[0]
-    if name not in _REQUIREMENTS:
+    if name not in REQUIREMENTS:
         return ""
     return (
         f"expected {name} in the environment of {sys.executable}, found none; activate the environment that has it, or "

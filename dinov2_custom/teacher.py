@@ -70,7 +70,11 @@ def load_teacher(
         normalize = dict(_IMAGENET)
     else:
         cfg = load_run_config(
-            config_file, ["train.output_dir=", *opts], allow_unknown_keys=allow_unknown_keys, require_dataset=False
+            config_file,
+            ["train.output_dir=", *opts],
+            allow_unknown_keys=allow_unknown_keys,
+            require_dataset=False,
+            training=False,
         )
         size = _side_of(state) * cfg.student.patch_size or cfg.crops.global_crops_size  # an export may have another
         backbone, _ = build_model(cfg.student, only_teacher=True, img_size=size)

@@ -160,7 +160,7 @@ def test_the_requirements_are_those_of_the_package():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     listed = text.partition("\ndependencies = [\n")[2].partition("\n]")[0].split()
     plain = [line.strip('",').partition(">")[0] for line in listed]
-    assert {names.get(name, name) for name in plain} == set(entry._REQUIREMENTS)
+    assert {names.get(name, name) for name in plain} == set(entry.REQUIREMENTS)
 
 
 LEAVES = """

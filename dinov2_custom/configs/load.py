@@ -36,6 +36,7 @@ def load_run_config(
     allow_unknown_keys: bool = False,
     *,
     require_dataset: bool = True,
+    training: bool = True,
     world_size: int = 1,
     warn: Callable[[str], None] | None = None,
 ) -> DictConfig:
@@ -47,6 +48,7 @@ def load_run_config(
         output_dir: wins over `train.output_dir`; the result's `train.output_dir` is absolute and not created.
         allow_unknown_keys: keep unknown keys and warn about them, instead of refusing them.
         require_dataset: whether an empty `train.dataset_path` is a mistake.
+        training: whether to warn of settings of the training that work but do not do what one may think.
         world_size: processes of the run, for `optim.lr`.
         warn: called with each warning; default: this module's logger.
 
@@ -76,10 +78,11 @@ def load_run_config(
     values["train.output_dir"] = resolve_output_dir(output_dir, values["train.output_dir"])
     values = with_absolute_paths(values)
     from_a_run = where("optim.lr") != "override" and _is_scaled_lr(given_lr, values)
-    if given_lr != 0 and not from_a_run:
+    if given_lr != 0 and not from_a_run and training:
         computed = values["optim.lr"]
         notes.append(f"optim.lr = {given_lr:g} is ignored: it is computed from optim.base_lr as {computed:g}")
-    notes += list_notes(values, {key for key in given if values[key] != options[key].default})
+    if training:
+        notes += list_notes(values, {key for key in given if values[key] != options[key].default})
     for note in notes:
         (warn or _logger.warning)(note)
     return _read_only(values, unknown)

@@ -69,6 +69,7 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
         output_dir=args.output_dir,
         allow_unknown_keys=args.allow_unknown_keys,
         require_dataset=False,
+        training=False,
     )
     args.normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
     args.output_dir = distributed.broadcast_object(cfg.train.output_dir)

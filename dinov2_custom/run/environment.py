@@ -18,9 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dinov2_custom.entry import REQUIREMENTS
 from dinov2_custom.errors import LaunchError
 
-_IMPORT = "import sys, dinov2_custom.run.task; print(sys.prefix)"
+_IMPORT = (
+    "import importlib.util, dinov2_custom.run.task\nfrom dinov2_custom.entry import REQUIREMENTS\n"
+    "print(*[name for name in REQUIREMENTS if importlib.util.find_spec(name) is None])"
+)
 _MODULE_INIT = (
     '"$MODULESHOME/init/bash" "$LMOD_PKG/init/bash" /etc/profile.d/modules.sh /etc/profile.d/lmod.sh '
     "/etc/profile.d/z00_lmod.sh /usr/share/lmod/lmod/init/bash /usr/share/modules/init/bash"
@@ -34,12 +38,14 @@ class Environment:
     Args:
         prefix: sys.prefix that the interpreter must have; "" for any.
         executable: sys.executable that it must have; "" for any.
+        missing: packages that all our tasks need and this environment has not, as far as can be seen from here.
     """
 
     lines: tuple[tuple[str, str], ...]
     python: str
     prefix: str = ""
     executable: str = ""
+    missing: tuple[str, ...] = ()
 
 
 def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environment:
@@ -54,20 +60,21 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
     lines = _module_lines(args.modules or []) + [(f"--setup {line}", line) for line in args.setup or []]
     if args.conda_env:
         prefix = conda_prefix(args.conda_env, environment)
-        _check_here("--conda-env", prefix, run=not lines)
-        return Environment((*lines, *_conda_lines(prefix)), shlex.quote(str(prefix / "bin" / "python")), str(prefix))
+        missing = _check_here("--conda-env", prefix, run=not lines)
+        python = shlex.quote(str(prefix / "bin" / "python"))
+        return Environment((*lines, *_conda_lines(prefix)), python, str(prefix), missing=missing)
     if args.venv:
         prefix = Path(args.venv).expanduser().absolute()
-        _check_here("--venv", prefix, run=not lines)
+        missing = _check_here("--venv", prefix, run=not lines)
         activate = f"source {shlex.quote(str(prefix / 'bin' / 'activate'))}"
         lines += [(f"activating {prefix}", activate)]
-        return Environment(tuple(lines), shlex.quote(str(prefix / "bin" / "python")), str(prefix))
+        return Environment(tuple(lines), shlex.quote(str(prefix / "bin" / "python")), str(prefix), missing=missing)
     if args.python and os.sep in args.python:
         python = Path(args.python).expanduser().absolute()
         if not os.access(python, os.X_OK):
             raise LaunchError(f"--python: expected an interpreter, got nothing that can be run at {python}")
-        _check_package("--python", python, run=not lines)
-        return Environment(tuple(lines), shlex.quote(str(python)), executable=str(python))
+        missing = _check_package("--python", python, run=not lines)
+        return Environment(tuple(lines), shlex.quote(str(python)), executable=str(python), missing=missing)
     if args.python:
         return Environment(tuple(lines), f'"$(command -v {shlex.quote(args.python)} || true)"')
     own = Environment(tuple(lines), shlex.quote(sys.executable), sys.prefix, sys.executable)
@@ -138,17 +145,17 @@ def _module_lines(names: list[str]) -> list[tuple[str, str]]:
     return lines
 
 
-def _check_here(flag: str, prefix: Path, run: bool) -> None:
+def _check_here(flag: str, prefix: Path, run: bool) -> tuple[str, ...]:
     python = prefix / "bin" / "python"
     if not os.access(python, os.X_OK):
         raise LaunchError(f"{flag}: expected an environment with bin/python, got none at {prefix}; check the path")
-    _check_package(flag, python, run)
+    return _check_package(flag, python, run)
 
 
-def _check_package(flag: str, python: Path, run: bool) -> None:
-    """``run``: whether the interpreter can run without modules and set-up lines."""
+def _check_package(flag: str, python: Path, run: bool) -> tuple[str, ...]:
+    """Return which packages ``python`` lacks; ``run``: whether it can run without modules and set-up lines."""
     if not run:
-        return
+        return ()
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
     tried = subprocess.run([python, "-c", _IMPORT], capture_output=True, text=True, env=clean)
     if tried.returncode:
@@ -157,3 +164,4 @@ def _check_package(flag: str, python: Path, run: bool) -> None:
             f"{flag}: expected an environment with dinov2_custom, got from {python}: {reason}; install it with "
             f"`{python} -m pip install -e {Path(__file__).resolve().parents[2]}`"
         )
+    return tuple(name for name in tried.stdout.split() if name in REQUIREMENTS)

@@ -176,6 +176,11 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     if not args.dry_run:
         slurm.check_installed()
     env = environment.resolve(args, os.environ)
+    if env.missing and issubclass(task_class, Task):
+        raise LaunchError(
+            f"--venv, --conda-env, --python: expected an environment with {', '.join(env.missing)}, found none for "
+            f"{env.python}; install them with `{env.python} -m pip install -e {Path(__file__).resolve().parents[2]}`"
+        )
     config = _prepare(task_class, args, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
     if sbatch.JOB not in args.output_dir:
         check_output_dir(args.output_dir)

@@ -260,6 +260,15 @@ def test_a_length_that_is_no_length_is_one_error(value):
     assert "quotes" not in text and "the default is 100" in text
 
 
+def test_what_does_not_train_hears_nothing_of_training():
+    given, seen = ["ibot.head_n_prototypes=4", "of.a.fork=1"], []
+    load_run_config("", given, "out", allow_unknown_keys=True, require_dataset=False, training=False, warn=seen.append)
+    (unknown,) = seen
+    assert "of.a.fork" in unknown
+    load_run_config("", given[:1], "out", require_dataset=False, warn=seen.append)
+    assert "ibot.head_n_prototypes" in seen[1]
+
+
 def test_one_length_of_two():
     with pytest.raises(ConfigError, match="choose one of them"):
         load_run_config("", ["train.max_hours=1", "train.max_steps=5"], "out", require_dataset=False)

@@ -75,12 +75,14 @@ def test_evaluates_a_run_without_touching_it(tmp_path):
     assert results[0]["('full', 3) Top 1"] > 60
 
 
-def test_a_run_directory_stands_for_its_newest_teacher(tmp_path):
-    make_run(tmp_path / "run")
+def test_a_run_directory_stands_for_its_newest_teacher(tmp_path, caplog):
+    make_run(tmp_path / "run", "ibot.head_n_prototypes=99", "optim.freeze_last_layer_epochs=10")
+    caplog.clear()
     make_images(tmp_path / "images", count=2)
     images = f"LabelledFolder:root={tmp_path}/images"
     data = ["--train-dataset", images, "--val-dataset", images]
     assert main(parse("--pretrained-weights", tmp_path / "run", "--output-dir", tmp_path / "results", *data)) == 0
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("configs.load")] == []
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="--pretrained-weights: expected a weight file or a run directory, got "):
         main(parse("--pretrained-weights", tmp_path / "empty", "--output-dir", tmp_path / "results", *data))

@@ -5,6 +5,7 @@ import inspect
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,14 @@ def test_data_that_is_not_on_this_machine_is_a_warning(tmp_path):
         "warning: student.pretrained_weights: nothing is at /nowhere/w.pth",
     ], done.stderr
     assert done.returncode == 0
+
+
+def test_an_environment_without_torch_is_refused_before_the_queue(tmp_path):
+    venv.create(tmp_path / "v", symlinks=True)
+    flags = ["--dry-run", "--venv", tmp_path / "v", *TINY, "train.dataset_path=x"]
+    done = train(*flags, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert "--venv, --conda-env, --python: expected an environment with torch, numpy, PIL, omegaconf," in done.stderr
 
 
 def test_without_slurm(tmp_path):
