@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.quickstart import main as quickstart
 from dinov2_custom.quickstart import photos
@@ -183,3 +183,11 @@ def test_script_help_is_quick_to_import():
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0 and "--seeds" in done.stdout
     assert "torch" not in done.stderr.replace("dinov2", "")
+
+
+def test_a_forks_recipe_can_be_tried(tmp_path):
+    given = ["--config-file", "", "--output-dir", str(tmp_path), "of.a.fork=1"]
+    args = get_args_parser().parse_args([*given, "--allow-unknown-keys"])
+    assert quickstart.training_args(args, tmp_path, tmp_path, 0).allow_unknown_keys
+    with pytest.raises(ConfigError, match="--allow-unknown-keys"):
+        quickstart.main(get_args_parser().parse_args(given))
