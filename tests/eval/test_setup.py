@@ -88,6 +88,17 @@ def test_a_run_directory_stands_for_its_newest_teacher(tmp_path, caplog):
         main(parse("--pretrained-weights", tmp_path / "empty", "--output-dir", tmp_path / "results", *data))
 
 
+def test_a_dataset_that_cannot_be_opened_is_named_by_its_flag(tmp_path):
+    make_run(tmp_path / "run")
+    make_images(tmp_path / "images", count=2)
+    given = ["--pretrained-weights", tmp_path / "run", "--output-dir", tmp_path / "results"]
+    there = f"LabelledFolder:root={tmp_path}/images"
+    with pytest.raises(ConfigError, match="^--train-dataset: unknown dataset 'Labelledfolder'"):
+        main(parse(*given, "--train-dataset", f"Labelledfolder:root={tmp_path}/images", "--val-dataset", there))
+    with pytest.raises(DataError, match=r"^--val-dataset: expected folders of images, got .*absent \(missing\)"):
+        main(parse(*given, "--train-dataset", there, "--val-dataset", f"LabelledFolder:root={tmp_path}/absent"))
+
+
 def test_numbers_that_are_not_positive_are_named(tmp_path):
     args = parse("--pretrained-weights", tmp_path, "--batch-size", 0)
     args.nb_knn = [3, 0]
