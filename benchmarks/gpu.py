@@ -35,6 +35,7 @@ from tests.oracle import OracleTrainer, ensure_oracle, load_oracle, stand_ins
 from tests.oracle import trainer as oracle_trainer
 
 MODELS = {"vit_small": (64, 128), "vit_base": (64, 128), "vit_large": (64, 128, 32)}
+COMPILED = "train.compile=on"
 FILES = 400  # photographs of 500 x 375 that the loader reads
 WARM_UP, BLOCKS = 3, 3
 HEADER = ["model", "batch", "engine", "images/s", "peak GB", "reserved GB", "MFU", "host ms a step"]
@@ -125,7 +126,7 @@ def rows(arch: str, batch_size: int, args, images: Path) -> list[list[object]]:
         kernels = "xformers" if args.xformers else "torch's attention"
         upstream = partial(upstream_step, args.xformers, overrides, batch)
         engines[f"upstream + {kernels}"] = lambda: measure(upstream(), args.repetitions)
-    for variant in ["", *args.variant]:
+    for variant in ["", COMPILED, *args.variant]:
         options = [*overrides, *variant.split()]
         engines[f"ours {variant}".strip()] = lambda options=options: measure(
             our_step(options, batch, device="cuda"), args.repetitions

@@ -62,12 +62,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only models whose name contains this")
     add_write_option(parser)
     args = parser.parse_args()
-    rows, parts = [], []
+    rows, parts, compiled = [], [], []
     for name, (batches, overrides) in MODELS.items():
         for batch_size in batches if args.only in name else ():
             cfg = config(overrides, batch_size)
             plain = measure_step(config(f"{overrides} {WITHOUT}", batch_size))
             none, selective, full = (measure_step(cfg, mode) for mode in ("none", "selective", "full"))
+            compiled.append(measure_step(cfg, compiler=lambda function: function).peak - none.peak)
             counts = (plain.peak, none.peak, selective.peak, full.peak, sharded(none, SHARDED_OVER))
             rows.append([name, batch_size, *map(gigabytes, counts)])
             parts.append([name, batch_size, *(f"{none.categories[part] / 1e9:.2f}" for part in CATEGORIES)])
@@ -81,7 +82,8 @@ def main() -> None:
         "The third column is `train.lean=false train.view_groups=1`; *selective* and *full* are "
         "`train.activation_checkpointing` on top of the default, which computes only norms and activations again. "
         "One GPU, or each of several under DDP, whose buckets add up to one copy of the gradients. The last column "
-        "takes 7/8 of weights, gradients and optimizer state away; a gathered block is not in it.\n\n"
+        "takes 7/8 of weights, gradients and optimizer state away; a gathered block is not in it. With "
+        f"`train.compile=on` the default takes {min(compiled) / 1e9:+.2f} to {max(compiled) / 1e9:+.2f} GB.\n\n"
         "## By category, default\n\n"
         f"{table(['model', 'batch', *CATEGORIES], parts)}\n"
         "heads: logits, targets and their gradients.\n"

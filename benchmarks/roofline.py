@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from math import prod
 
@@ -45,9 +46,12 @@ class Roofline(TorchDispatchMode):
         super().__init__()
         self.seconds: Counter[str] = Counter()
         self.kernels = self.operations = 0
+        self._inside = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if self._inside:
+            return result
         name = func._schema.name.split("::")[1]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -62,6 +66,21 @@ class Roofline(TorchDispatchMode):
         self.kernels += 1
         self.operations += operations
         self.seconds[kind] += max(operations / rate, moved / BYTES, LAUNCH)
+
+    def as_kernels(self, function: Callable) -> Callable:
+        """Return ``function`` as torch.compile makes it: what is between its inputs and its results moves nothing."""
+
+        def run(*args):
+            self._inside = True
+            result = function(*args)
+            self._inside = False
+            name, inputs = function.__name__, [x for x in args if isinstance(x, Tensor)]
+            moved = moved_by_piece(name, inputs, [x for x in tree_leaves(result) if isinstance(x, Tensor)])
+            for part in moved:
+                self.add(f"{name}*", 0, PRODUCTS, part)
+            return result
+
+        return run
 
     @property
     def total(self) -> float:
@@ -92,6 +111,25 @@ def moved_bytes(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return size({id(x): x for x in inputs}.values()) + size(outputs)  # ``out=`` may name an input
 
 
+# Compiled pieces of several kernels: passes over all inputs, and small kernels that finish sums, as inductor and Triton
+# of torch 2.15 make them for sm_90.
+PASSES = {"fused_cross_entropy": 3, "gated_backward": 2}
+FINISHING = {"norm_backward": 4, "sum_of_rows": 1, "fused_cross_entropy": 4}
+
+
+def moved_by_piece(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> list[int]:
+    """Return the bytes of each kernel of a compiled piece."""
+    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
+    if name == "take_rows":
+        return [outputs[0].numel() * inputs[0].element_size() + size(inputs[1:]) + size(outputs)]
+    if name == "add_rows_":
+        return [2 * inputs[2].numel() * inputs[0].element_size() + size(inputs[1:])]
+    if name == "gelu_backward_":
+        return [size(inputs) + size(inputs[:1]) + size(outputs)]
+    passes = PASSES.get(name, 1)
+    return [size(inputs)] * (passes - 1) + [size(inputs) + size(outputs)] + [0] * FINISHING.get(name, 0)
+
+
 @contextmanager
 def counting_attention(roofline: Roofline):
     """Let the stand-in of the fused attention kernel tell ``roofline`` its operations."""
@@ -116,11 +154,11 @@ def counting_attention(roofline: Roofline):
         memory._FusedAttention = memory_attention
 
 
-def predict(cfg) -> tuple[Roofline, float, float]:
+def predict(cfg, compiled: bool = False) -> tuple[Roofline, float, float]:
     """Return what a step's kernels take, the seconds of the optimizer and the teacher, and MFU."""
     roofline = Roofline()
     with counting_attention(roofline):
-        memory.measure_step(cfg, inside=roofline)
+        memory.measure_step(cfg, inside=roofline, compiler=roofline.as_kernels if compiled else None)
     update = OPTIMIZER_BYTES * sum(p.numel() for p in student_of(cfg).parameters()) / BYTES
     return roofline, update, step_operations(cfg) / PEAK_FLOPS["H100"] / (roofline.total + update)
 
@@ -130,22 +168,44 @@ def main() -> None:
     add_write_option(parser)
     args = parser.parse_args()
     rows = []
-    for arch, batch_size in MODELS:
+    for arch, batch_size, compiled in ((*model, compiled) for model in MODELS for compiled in (False, True)):
         cfg = config(f"student.arch={arch}", batch_size)
-        roofline, update, mfu = predict(cfg)
+        roofline, update, mfu = predict(cfg, compiled)
         products, attention = (1e3 * roofline.seconds[kind] for kind in ("products", "attention"))
         others = Counter({k: s for k, s in roofline.seconds.items() if k not in ("products", "attention")})
         total = 1e3 * (roofline.total + update)
         largest = ", ".join(f"{kind} {1e3 * seconds:.0f}" for kind, seconds in others.most_common(6))
         times = [products, attention, 1e3 * others.total(), 1e3 * update, total]
         speed = f"{1e3 * batch_size / total:,.0f}"
-        rows.append([arch, batch_size, roofline.kernels, *(f"{x:.0f}" for x in times), speed, f"{mfu:.0%}", largest])
-    header = ["model", "batch", "kernels", "products", "attention", "other kernels", "AdamW and teacher", "a step"]
+        rows.append(
+            [
+                arch,
+                batch_size,
+                "on" if compiled else "off",
+                roofline.kernels,
+                *(f"{x:.0f}" for x in times),
+                speed,
+                f"{mfu:.0%}",
+                largest,
+            ]
+        )
+    header = [
+        "model",
+        "batch",
+        "compile",
+        "kernels",
+        "products",
+        "attention",
+        "other kernels",
+        "AdamW and teacher",
+        "a step",
+    ]
     header += ["images/s", "MFU", "largest others"]
     page = (
         "# What bounds a step on an H100: predicted, not measured\n\n"
         f"{describe('benchmarks.roofline')}\n"
-        f"Milliseconds. {benchmark_rates()} Without torch.compile: each operator is a kernel.\n\n"
+        f"Milliseconds. {benchmark_rates()} *compile* off: each operator is a kernel; on (`train.compile=on`): each "
+        "piece between products is one, marked *, or as many as torch 2.15's inductor makes of it for an H100.\n\n"
         f"{table(header, rows)}"
     )
     finish(page, "roofline", args.write)

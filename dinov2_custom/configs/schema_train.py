@@ -73,8 +73,9 @@ class Train:
     )
     compile: str = option(
         "auto",
-        "torch.compile the blocks and the heads' loss; needs a C++ compiler on a CPU, Triton on a GPU, else a warning; "
-        "auto: off, as no device was found yet on which it pays",
+        "torch.compile what lies between the matrix products of the blocks, and the heads' loss; keeps the memory of "
+        "train.lean; needs a C++ compiler on a CPU, Triton on a GPU, else a warning; auto: off, as no device was found "
+        "yet on which it pays",
         changes_results=False,
         choices=("auto", "on", "off"),
     )

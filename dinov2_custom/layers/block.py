@@ -78,12 +78,18 @@ class Block(nn.Module):
         if self.lean:
             options = self.norm1, getattr(self.ls1, "gamma", None), scale, self.pieces
             return self.attn.forward_lean(x_TD, segments, *options)
-        return times(self.ls1(self.attn.forward_packed(self.norm1(x_TD), segments)), scale)
+        return times(self.plain_attention(x_TD, segments), scale)
+
+    def plain_attention(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        return self.ls1(self.attn.forward_packed(self.norm1(x_TD), segments))
 
     def ffn_residual(self, x_TD: Tensor, segments: Segments, scale: float = 1.0) -> Tensor:
         if self.lean:
             return self.mlp.forward_lean(x_TD, self.norm2, getattr(self.ls2, "gamma", None), scale, self.pieces)
-        return times(self.ls2(self.mlp(self.norm2(x_TD))), scale)
+        return times(self.plain_ffn(x_TD, segments), scale)
+
+    def plain_ffn(self, x_TD: Tensor, segments: Segments) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x_TD)))
 
     def can_be_lean(self) -> bool:
         """Return whether ``lean`` may be set: the modules are this project's, without dropout."""

@@ -9,6 +9,7 @@ autocast region. What lies between the products is in ``pieces``. Read :func:`no
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -97,14 +98,15 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
-def _without_autocast(x: Tensor):
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Return the region in which nothing is cast; compiled pieces are compiled once more for any other."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, dtype, pieces):
-        with _without_autocast(x):
+        with without_autocast(x):
             if x.dtype == dtype:
                 kept, normed = x, pieces.norm(x, norm_weight, norm_bias, eps)
             else:
@@ -118,7 +120,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, gradient):
         kept, norm_weight, norm_bias, weight = ctx.saved_tensors
         pieces = ctx.pieces
-        with _without_autocast(kept):
+        with without_autocast(kept):
             normed, mean, rstd = pieces.norm_again(kept, norm_weight, norm_bias, ctx.eps)
             of_weight = (gradient.T @ normed).to(weight.dtype)
             del normed
@@ -131,7 +133,7 @@ class _NormLinear(torch.autograd.Function):
 class _ActivationLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, factor, activation, dtype, pieces):
-        with _without_autocast(x):
+        with without_autocast(x):
             kept = x.to(dtype)
             ctx.save_for_backward(kept, weight, bias, factor)
             ctx.activation, ctx.x_dtype, ctx.pieces = activation, x.dtype, pieces
@@ -142,7 +144,7 @@ class _ActivationLinear(torch.autograd.Function):
     def backward(ctx, gradient):
         kept, weight, bias, factor = ctx.saved_tensors
         pieces = ctx.pieces
-        with _without_autocast(kept):
+        with without_autocast(kept):
             of_active = gradient @ _scaled(weight, factor, kept.dtype, pieces)
             active, of_x = kept, of_active
             if ctx.activation is not None:
@@ -153,11 +155,13 @@ class _ActivationLinear(torch.autograd.Function):
             if factor is None:
                 of_weight = of_weight.to(weight.dtype)
             else:
-                of_weight, of_factor = pieces.scaled_backward(of_weight, weight, factor)
+                of_weight, of_factor = pieces.scaled_backward(of_weight, weight.detach(), factor.detach())
                 if bias is not None:
                     of_bias, of_factor = of_bias * factor, torch.addcmul(of_factor, of_bias, bias)
         return of_x.to(ctx.x_dtype), of_weight, of_bias, of_factor, None, None, None
 
 
 def _scaled(weight: Tensor | None, factor: Tensor | None, dtype: torch.dtype, pieces: Pieces) -> Tensor | None:
-    return _cast(weight, dtype) if weight is None or factor is None else pieces.scaled(weight, factor, dtype)
+    if weight is None or factor is None:
+        return _cast(weight, dtype)
+    return pieces.scaled(weight.detach(), factor.detach(), dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dinov2_custom.layers.attention import Segments
 from dinov2_custom.layers.drop_path import Subset
+from dinov2_custom.layers.lean import without_autocast
 from dinov2_custom.layers.pieces import EAGER, Pieces
 
 
@@ -63,7 +64,8 @@ class _Take(torch.autograd.Function):
     def forward(ctx, x: Tensor, rows: Tensor, dtype: torch.dtype, overwrite: bool, pieces: Pieces):
         ctx.save_for_backward(rows)
         ctx.overwrite, ctx.pieces = overwrite, pieces
-        return x.view_as(x), pieces.take_rows(x, rows, None, dtype)
+        with without_autocast(x):
+            return x.view_as(x), pieces.take_rows(x, rows, None, dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor, of_rows: Tensor):
@@ -78,7 +80,8 @@ class _Add(torch.autograd.Function):
     def forward(ctx, x: Tensor, branch: Tensor, rows: Tensor, scale: Tensor | None, overwrite: bool, pieces: Pieces):
         ctx.save_for_backward(rows, scale)
         ctx.dtype, ctx.pieces = branch.dtype, pieces
-        return _added(x, rows, branch, scale, overwrite, pieces)
+        with without_autocast(x):
+            return _added(x, rows, branch, scale, overwrite, pieces)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

@@ -1,26 +1,30 @@
 """Let torch.compile fuse what the step does between its matrix products, where it can and is asked to.
 
-Two things are compiled: the two branches of every block, before anything wraps the blocks, and the cross-entropy of a
-chunk of logits. Compiled branches keep for the backward pass what the compiler chooses, so they are not ``lean`` ones.
-Read :func:`compile_step` first.
+Compiled are the pieces of lean blocks, which keep what they keep without, and the cross-entropy of a chunk of logits.
+Blocks that cannot be lean, or shall not, have their two branches compiled, which keep for the backward pass what the
+compiler chooses. Read :func:`compile_step` first.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from dinov2_custom.layers.prototype_loss import chunk_cross_entropy
+from dinov2_custom.layers.pieces import EAGER, Pieces
+from dinov2_custom.layers.prototype_loss import fused_cross_entropy
 
 if TYPE_CHECKING:
     from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger("dinov2")
+Compiler = Callable[[Callable], Callable]
 
 
 def is_wanted(setting: str) -> bool:
@@ -41,23 +45,51 @@ def compile_step(model: SSLMetaArch, backend: str = "inductor") -> bool:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         logger.warning(f"train.compile: expected a working compiler, got {reason[:200]}; going on without")
         return False
-    for part in (model.student, model.teacher):
-        for block in part["backbone"].all_blocks():
-            compile_block(block, backend)
-        for name, head in part.items():
-            if name != "backbone":
-                head.chunk_loss = torch.compile(chunk_cross_entropy, backend=backend, fullgraph=True, dynamic=True)
+    install(model, functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=True))
     seconds = time.perf_counter() - start
     logger.info(f"train.compile: the compiler works (tried in {seconds:.1f} s); the first step compiles the rest")
     _time_first_step(model)
     return True
 
 
-def compile_block(block: nn.Module, backend: str) -> None:
-    """Compile a block's two branches, without graph breaks; token counts may change."""
-    block.lean = False
-    for name in ("attention_residual", "ffn_residual"):
-        setattr(block, name, torch.compile(getattr(block, name), backend=backend, fullgraph=True, dynamic=True))
+def install(model: SSLMetaArch, compiler: Compiler) -> None:
+    """Let ``model`` call functions as ``compiler`` makes them; nothing is called yet.
+
+    Args:
+        compiler: function -> the function that stands in for it, for any number of tokens.
+    """
+    pieces = compile_pieces(compiler)
+    for part in (model.student, model.teacher):
+        for block in part["backbone"].all_blocks():
+            if block.lean:
+                block.pieces = pieces
+            else:
+                compile_block(block, compiler)
+        for name, head in part.items():
+            if name != "backbone":
+                head.chunk_loss = compiler(fused_cross_entropy)
+
+
+def compile_pieces(compiler: Compiler) -> Pieces:
+    """Return the pieces of lean blocks as ``compiler`` makes them."""
+    return EAGER.compiled(lambda piece: _on_numbers(compiler(piece), piece))
+
+
+def _on_numbers(compiled: Callable, piece: Callable) -> Callable:
+    """Give it tensors alone, not what autograd knows of them, for which it would be compiled once more. Parameters stay
+    what they are: the compiler takes their shape for fixed, and so the width of what is normalised by them."""
+
+    @functools.wraps(piece)
+    def call(*args):
+        return compiled(*(one.detach() if type(one) is Tensor else one for one in args))
+
+    return call
+
+
+def compile_block(block: nn.Module, compiler: Compiler) -> None:
+    """Compile a block's two branches as autograd differentiates them."""
+    for name in ("plain_attention", "plain_ffn"):
+        setattr(block, name, compiler(getattr(block, name)))
 
 
 def _time_first_step(model: SSLMetaArch) -> None:

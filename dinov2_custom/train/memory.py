@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from dinov2_custom.layers import attention as attention_module
 from dinov2_custom.layers import prototype_loss
+from dinov2_custom.train import compiling
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
 
@@ -48,6 +50,7 @@ class LiveBytes(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
         self._known: dict[int, tuple[weakref.ref, str]] = {}
+        self._inside = False
 
     @property
     def total(self) -> int:
@@ -55,10 +58,26 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if not self._inside:
+            self._add_all(result)
+        return result
+
+    def as_one_operation(self, function: Callable) -> Callable:
+        """Return ``function`` as a compiler may make it: what it makes inside takes no memory."""
+
+        def run(*args):
+            self._inside = True
+            result = function(*args)
+            self._inside = False
+            self._add_all(result)
+            return result
+
+        return run
+
+    def _add_all(self, result: object) -> None:
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
-        return result
 
     def add(self, tensor: Tensor) -> None:
         """Count ``tensor``'s storage from now until it is released."""
@@ -138,18 +157,22 @@ def measure_step(
     cfg,
     checkpointing: str = "none",
     inside: AbstractContextManager = nullcontext(),  # noqa: B008 - does nothing
+    compiler: compiling.Compiler | None = None,
 ) -> StepMemory:
     """Run one step of ``cfg`` on fake tensors and return its peak; ``auto`` precisions count as bf16.
 
     Args:
         checkpointing: none, selective or full.
         inside: entered for the step alone, to look at what it does.
+        compiler: stands in for torch.compile, as with ``train.compile: on``.
     """
     live, mode = LiveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
     batch = _batch(cfg)
     with torch.device("meta"):
         model = SSLMetaArch(cfg).train()
     model.set_checkpointing(checkpointing)
+    if compiler is not None:
+        compiling.install(model, lambda function: live.as_one_operation(compiler(function)))
     crops = {name: torch.empty(shape, device="meta") for name, (shape, _) in batch.items() if "crops" in name}
     groups = model.plan_groups(crops, torch.Generator().manual_seed(0))  # draws need values
     with as_on_a_gpu(), mode, live:

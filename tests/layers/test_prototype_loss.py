@@ -55,10 +55,11 @@ def chunks(request, monkeypatch):
     monkeypatch.setattr(prototype_loss, "_PRODUCT_LOGITS", {"cpu": request.param[1]})
 
 
-def test_loss_and_gradients_equal_the_plain_path(chunks):
+@pytest.mark.parametrize("chunk_loss", [prototype_loss.chunk_cross_entropy, prototype_loss.fused_cross_entropy])
+def test_loss_and_gradients_equal_the_plain_path(chunks, chunk_loss):
     features, v, g, targets, weights = inputs()
     expected = with_gradients(plain, features, v, g, targets, weights)
-    got = with_gradients(lambda *x: prototype_cross_entropy(*x, jobs_of(targets, weights)), features, v, g)
+    got = with_gradients(lambda *x: prototype_cross_entropy(*x, jobs_of(targets, weights), chunk_loss), features, v, g)
     for one, other in zip((*got[:2], *got[2]), (*expected[:2], *expected[2]), strict=True):
         assert (one - other).norm() < 1e-6 * other.norm()
 
