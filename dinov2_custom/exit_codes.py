@@ -17,6 +17,8 @@ DONE = 0
 ERROR = 1
 USAGE = 2
 LOST_PROCESS = 75  # sysexits.h calls it EX_TEMPFAIL: try again
+# what a child ends with, as Python has it, because another one did: it lost that one, or a launcher stopped it
+CONSEQUENCES = (LOST_PROCESS, -signal.SIGTERM)
 # a user's Ctrl-C, a kill, and what schedulers send some minutes before they take a node away
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
@@ -28,12 +30,15 @@ def stopped_by(signum: int) -> int:
     return 128 + signum
 
 
+def as_a_shell_has_it(code: int) -> int:
+    """Return ``code``, where Python's for a child killed by a signal, which is negative, becomes 128 + signal."""
+    return code if code >= 0 else stopped_by(-code)
+
+
 def is_worth_a_restart(code: int) -> bool:
     """Return whether the same command, started again by a machine, has work to do and a chance to do it.
 
-    So after a preemption, a kill (negative codes are Python's for a child killed by a signal) and a lost process; not
-    after the end, a mistake, or a person's Ctrl-C.
+    So after a preemption, a kill and a lost process; not after the end, a mistake, or a person's Ctrl-C.
     """
-    if code < 0:
-        code = stopped_by(-code)
+    code = as_a_shell_has_it(code)
     return code == LOST_PROCESS or (code > 128 and code != stopped_by(signal.SIGINT))

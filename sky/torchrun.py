@@ -6,7 +6,6 @@ process that was killed counts 128 + signal, as in a shell. Read :func:`code_of_
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterable
 
@@ -17,12 +16,11 @@ def code_of_the_cause(failures: Iterable) -> int:
     A process that lost another, or that torchrun stopped, may be noticed before the one whose end it felt: torchrun
     looks at its processes now and then.
     """
-    from dinov2_custom.exit_codes import LOST_PROCESS, stopped_by
+    from dinov2_custom.exit_codes import CONSEQUENCES, as_a_shell_has_it
 
     codes = [failure.exitcode for failure in sorted(failures, key=lambda failure: failure.timestamp)]
-    causes = [code for code in codes if code not in (LOST_PROCESS, -signal.SIGTERM)]
-    code = (causes or codes)[0]
-    return code if code >= 0 else stopped_by(-code)
+    causes = [code for code in codes if code not in CONSEQUENCES]
+    return as_a_shell_has_it((causes or codes)[0])
 
 
 def main(arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
+from dinov2_custom import entry
 from dinov2_custom.errors import LaunchError
 
 _NONE = ("", "-1", "NoDevFiles")
@@ -24,8 +25,7 @@ def check_gpus(environment: Mapping[str, str]) -> None:
     given = environment.get(name, "").strip()
     if given in _NONE or (name == names[1] and given == "0"):
         return
-    import torch
-
+    torch = entry.import_quietly("torch")
     if torch.cuda.is_available():
         return
     if torch.version.cuda is None and torch.version.hip is None:

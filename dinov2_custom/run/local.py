@@ -115,8 +115,7 @@ def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: st
     """Return the exit code of the whole; say which rank ended it, unless that rank's own words were seen here."""
     by_kind = {kind: [ended for ended in outcomes if ended.kind == kind] for kind in outcome.KINDS}
     told = {ended.rank for ended in outcomes}
-    by_us = (-signal.SIGTERM, exit_codes.LOST_PROCESS)  # consequences of another one's death
-    killed = [rank for rank, code in codes.items() if rank not in told and code not in by_us]
+    killed = [rank for rank, code in codes.items() if rank not in told and code not in exit_codes.CONSEQUENCES]
     if by_kind["refused"]:
         first = by_kind["refused"][0]
         if first.rank:
@@ -137,7 +136,7 @@ def _conclude(codes: dict[int, int], outcomes: Sequence[Outcome], output_dir: st
             file.write(f"{words}\n")
     output = f"; its output: {output_dir}/local_{rank}_log.err" if rank else ""
     print(f"error: {words}{output}; the same command goes on from the last checkpoint", file=sys.stderr)
-    return code if code > 0 else exit_codes.stopped_by(-code)
+    return exit_codes.as_a_shell_has_it(code)
 
 
 def _told(run: Path) -> dict[str, tuple[int, str]]:
