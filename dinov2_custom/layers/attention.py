@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dinov2_custom.layers.backend import attention
 from dinov2_custom.layers.lean import activation_linear, norm_linear
-from dinov2_custom.layers.pieces import EAGER, Pieces
+from dinov2_custom.layers.pieces import Pieces
 
 # How tokens of several crops lie in one (T, D) tensor: [(number of sequences, tokens a sequence), ...]
 Segments = list[tuple[int, int]]
@@ -49,13 +49,7 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(self.attend(self.qkv(x_TD), segments)))
 
     def forward_lean(
-        self,
-        x_TD: Tensor,
-        segments: Segments,
-        norm: nn.LayerNorm,
-        gamma: Tensor | None,
-        scale: float = 1.0,
-        pieces: Pieces = EAGER,
+        self, x_TD: Tensor, segments: Segments, norm: nn.LayerNorm, gamma: Tensor | None, scale: float, pieces: Pieces
     ) -> Tensor:
         """Return scale * gamma * forward_packed(norm(x)), keeping less for the backward pass; see ``lean``."""
         attended = self.attend(norm_linear(x_TD, norm, self.qkv, pieces), segments, _SplitHeads.apply)

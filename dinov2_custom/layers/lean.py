@@ -82,11 +82,12 @@ def activation_linear(
     Source: d / d gamma = rowsum(dW * W) + db * b, where dW and db are the layer's gradients before scaling.
     """
     dtype = compute_dtype(x)
-    after = gamma if dtype == torch.float16 else None  # weights times 1e-5 are below its smallest number
-    if gamma is None or after is not None:
-        out = _ActivationLinear.apply(x, linear.weight, linear.bias, None, activation, dtype, pieces)
-        return times(out if after is None else out * after, scale)
-    return _ActivationLinear.apply(x, linear.weight, linear.bias, times(gamma, scale), activation, dtype, pieces)
+    in_weights = gamma is not None and dtype != torch.float16  # times 1e-5 they are below its smallest number
+    factor = times(gamma, scale) if in_weights else None
+    out = _ActivationLinear.apply(x, linear.weight, linear.bias, factor, activation, dtype, pieces)
+    if in_weights:
+        return out
+    return times(out if gamma is None else out * gamma, scale)
 
 
 def times(x: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from dinov2_custom.layers.lean import activation_linear, by_autograd, gelu_activation, norm_linear
-from dinov2_custom.layers.pieces import EAGER, Pieces
+from dinov2_custom.layers.pieces import Pieces
 
 
 class Mlp(nn.Module):
@@ -33,12 +33,7 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
     def forward_lean(
-        self,
-        x_TD: Tensor,
-        norm: nn.LayerNorm,
-        gamma: Tensor | None,
-        scale: float = 1.0,
-        pieces: Pieces = EAGER,
+        self, x_TD: Tensor, norm: nn.LayerNorm, gamma: Tensor | None, scale: float, pieces: Pieces
     ) -> Tensor:
         """Return scale * gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
         act = self.act

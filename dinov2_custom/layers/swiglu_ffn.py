@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_custom.layers.lean import activation_linear, gated_activation, norm_linear
-from dinov2_custom.layers.pieces import EAGER, Pieces, gated
+from dinov2_custom.layers.pieces import Pieces, gated
 
 
 class SwiGLUFFN(nn.Module):
@@ -32,12 +32,7 @@ class SwiGLUFFN(nn.Module):
         return self.w3(gated(self.w12(x)))
 
     def forward_lean(
-        self,
-        x_TD: Tensor,
-        norm: nn.LayerNorm,
-        gamma: Tensor | None,
-        scale: float = 1.0,
-        pieces: Pieces = EAGER,
+        self, x_TD: Tensor, norm: nn.LayerNorm, gamma: Tensor | None, scale: float, pieces: Pieces
     ) -> Tensor:
         """Return scale * gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
         gate_and_value = norm_linear(x_TD, norm, self.w12, pieces)
