@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from math import prod
 
@@ -53,8 +53,7 @@ class Roofline(TorchDispatchMode):
         if self._inside:
             return result
         name = func._schema.name.split("::")[1]
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(result)
         if name.removesuffix("_") not in FREE and not all(x.dtype == torch.long for x in (*inputs, *outputs)):
             operations = product_operations(name, args, result)
             rate = PRODUCTS * (TF32_SHARE if inputs and inputs[0].dtype == torch.float32 else 1.0)
@@ -74,10 +73,8 @@ class Roofline(TorchDispatchMode):
             self._inside = True
             result = function(*args)
             self._inside = False
-            name, inputs = function.__name__, [x for x in args if isinstance(x, Tensor)]
-            moved = moved_by_piece(name, inputs, [x for x in tree_leaves(result) if isinstance(x, Tensor)])
-            for part in moved:
-                self.add(f"{name}*", 0, PRODUCTS, part)
+            for moved in moved_by_piece(function.__name__, tensors_in(args), tensors_in(result)):
+                self.add(f"{function.__name__}*", 0, PRODUCTS, moved)
             return result
 
         return run
@@ -97,9 +94,17 @@ def product_operations(name: str, args: tuple, result: object) -> int:
     return 0
 
 
+def tensors_in(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Return their bytes."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
 def moved_bytes(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Return the bytes a kernel reads and writes."""
-    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
     if name == "index_select":
         return 2 * size(outputs)
     if name in ("index_add", "index_add_"):  # a copy, then the rows
@@ -119,7 +124,6 @@ FINISHING = {"norm_backward": 4, "sum_of_rows": 1, "fused_cross_entropy": 4}
 
 def moved_by_piece(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> list[int]:
     """Return the bytes of each kernel of a compiled piece."""
-    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)  # noqa: E731
     if name == "take_rows":
         return [outputs[0].numel() * inputs[0].element_size() + size(inputs[1:]) + size(outputs)]
     if name == "add_rows_":

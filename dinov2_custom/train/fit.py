@@ -5,6 +5,7 @@ Not the counting itself (``memory.py``). Read :func:`main` first.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 
@@ -37,20 +38,20 @@ def main(args) -> int:
         require_dataset=False,
         warn=notes.append,
     )
-    counted: dict[str, StepMemory] = {}
-    for line in itertools.chain((f"note: {note}" for note in notes), report(cfg, args.ngpus, counted)):
+    count = functools.cache(functools.partial(measure_step, cfg))
+    for line in itertools.chain((f"note: {note}" for note in notes), report(cfg, count, args.ngpus)):
         print(line, flush=True)
     if args.fits:
         print()
-        for line in fits(cfg, args.fits, counted):
+        for line in fits(cfg, args.fits, count):
             print(line, flush=True)
     return 0
 
 
-def report(cfg, ngpus: int = 1, counted: dict[str, StepMemory] | None = None) -> Iterable[str]:
+def report(cfg, count: Callable[[str], StepMemory], ngpus: int = 1) -> Iterable[str]:
     """Yield the lines of the table: each activation checkpointing, in all and by category, in GB (10^9 bytes).
 
-    ``counted`` gets what was counted, by activation checkpointing.
+    ``count``: activation checkpointing -> what a step of ``cfg`` needs.
     """
     crops, batch_size = cfg.crops, cfg.train.batch_size_per_gpu
     yield (
@@ -63,9 +64,7 @@ def report(cfg, ngpus: int = 1, counted: dict[str, StepMemory] | None = None) ->
     widths = [max(len(name), 6) for name in header]
     yield "  ".join(name.rjust(width) for name, width in zip(header, widths, strict=True))
     for mode in MODES:
-        memory = measure_step(cfg, mode)
-        if counted is not None:
-            counted[mode] = memory
+        memory = count(mode)
         sizes = [memory.peak, *memory.categories.values(), *([sharded(memory, ngpus)] if ngpus > 1 else [])]
         cells = [mode, *(f"{size / 1e9:.2f}" for size in sizes)]
         yield "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
@@ -78,12 +77,13 @@ def sharded(memory: StepMemory, gpus: int) -> int:
     return memory.peak - state * (gpus - 1) // gpus
 
 
-def fits(cfg, gigabytes: float, counted: dict[str, StepMemory] | None = None) -> Iterable[str]:
+def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterable[str]:
     """Yield, for each activation checkpointing, the largest batch whose step leaves enough of ``gigabytes`` free.
 
-    ``counted``: by activation checkpointing, what is known of the configuration's own batch.
+    ``count``: activation checkpointing -> what a step of ``cfg``, with its own batch, needs; default: it is counted.
     """
-    cfg, own = OmegaConf.create(OmegaConf.to_container(cfg)), cfg.train.batch_size_per_gpu
+    own, count = cfg.train.batch_size_per_gpu, count or functools.partial(measure_step, cfg)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
     room = f"{gigabytes:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free"
     for mode in MODES:
 
@@ -91,8 +91,7 @@ def fits(cfg, gigabytes: float, counted: dict[str, StepMemory] | None = None) ->
             cfg.train.batch_size_per_gpu = batch_size
             return measure_step(cfg, mode).peak
 
-        cfg.train.batch_size_per_gpu = own
-        memory = (counted or {}).get(mode) or measure_step(cfg, mode)
+        memory = count(mode)
         state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
         largest = largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
         if largest:
