@@ -42,11 +42,31 @@ class LostProcessError(LaunchError):
 
 
 class ResourceError(DINOv2Error):
-    """Too little memory for what was asked for."""
+    """Too little memory, or too few open files, for what was asked for."""
 
 
 class NumericsError(DINOv2Error):
     """A loss or gradient that stayed non-finite, or a collapsed run."""
+
+
+_SHORTAGES = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close programs that hold many files open",
+    errno.ENOMEM: "use fewer processes, train.num_workers or --workers, or more memory",
+}
+
+
+def shortage(error: BaseException, what: str) -> ResourceError | None:
+    """Return the error to raise where ``error`` is about this process and not about ``what`` it read, else None.
+
+    A process without memory or file descriptors fails on every file; none of them is bad for that.
+    """
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if number not in _SHORTAGES:
+        return None
+    return ResourceError(
+        f"expected memory and free file descriptors to read {what}, got {os.strerror(number)}; {_SHORTAGES[number]}"
+    )
 
 
 _REMEDIES = {

@@ -32,12 +32,15 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageOps
 
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import DataError, shortage
 
 from .tiff_values import as_declared, signed_bytes
 
 logger = logging.getLogger("dinov2")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
+DCT_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")  # baseline, sequential, progressive; arithmetic coding
+# DHT, DAC, DQT, DRI, APP0 to APP15, COM
+BEFORE_FRAME = tuple(bytes([code]) for code in (0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 LARGE, STRIP = 1 << 23, 1 << 20  # bytes
 Shrink = Callable[[int, int], int]
 
@@ -106,7 +109,7 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
         raise DataError(f"expected an image, got an empty file: {source}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if shrink is not None and image.format == "JPEG" and not exif:
+        if shrink is not None and image.format == "JPEG" and not exif and has_dct(data):
             width, height = image.size
             fraction = shrink(width, height)
             image.draft(None, (width // fraction, height // fraction))
@@ -116,6 +119,8 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
         return to_rgb(image)
     except Image.DecompressionBombError as e:
         raise DataError(f"expected fewer pixels: {source} ({e}); shrink it or cut it into tiles") from e
+    except MemoryError as e:
+        raise shortage(e, source) from e
     except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
         raise DataError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
 
@@ -126,7 +131,7 @@ def _decode_by_simplejpeg(data: bytes, shrink: Shrink | None, scratch: Scratch |
     A file with errors may still be good enough for Pillow, which then decides.
     """
     simplejpeg = fast_jpeg()
-    if simplejpeg is None or data[:3] != b"\xff\xd8\xff":
+    if simplejpeg is None or not has_dct(data):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -140,6 +145,29 @@ def _decode_by_simplejpeg(data: bytes, shrink: Shrink | None, scratch: Scratch |
         return simplejpeg.decode_jpeg(data, buffer=out, **least)
     except ValueError:
         return None
+
+
+def has_dct(data: bytes) -> bool:
+    """Return whether these are the bytes of a JPEG with 8-bit DCT coefficients, the only kind that can be scaled.
+
+    A lossless JPEG decoded at a fraction of its size overflows the memory that simplejpeg sets aside for it. Anything
+    that is not well-formed up to the frame header counts as another kind.
+
+    Source: ITU-T T.81, annex B.2 and table B.1.
+    """
+    if data[:2] != b"\xff\xd8":
+        return False
+    position = 2
+    while data[position : position + 1] == b"\xff":
+        while data[position : position + 1] == b"\xff":  # fill bytes
+            position += 1
+        marker, length = data[position : position + 1], int.from_bytes(data[position + 1 : position + 3], "big")
+        if marker in DCT_FRAMES:
+            return data[position + 3 : position + 4] == b"\x08"
+        if marker not in BEFORE_FRAME or length < 2:
+            return False
+        position += 1 + length
+    return False
 
 
 @functools.cache

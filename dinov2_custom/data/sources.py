@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,13 +17,25 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import DataError, DINOv2Error, shortage
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
 from .listing import EXTENSIONS, Listing, list_chunks, list_images
 
-__all__ = ["EXTENSIONS", "FolderSource", "PathTable", "Root", "Source", "as_roots", "list_images", "read_file"]
+__all__ = [
+    "EXTENSIONS",
+    "FolderSource",
+    "PathTable",
+    "Root",
+    "Source",
+    "as_roots",
+    "check_size",
+    "list_images",
+    "read_file",
+]
 Root = str | os.PathLike[str]
+MAX_IMAGE_BYTES = 1 << 30  # of one encoded image, wherever it is read
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
 
 
 class Source:
@@ -96,17 +109,50 @@ def index_folders(
 
 
 def read_file(path: Root) -> bytes:
-    """Return the bytes of a file.
+    """Return the bytes of an image file.
 
     Raises:
-        DataError: it cannot be read (gone, no permission, a broken disk).
+        DataError: it cannot be read (gone, no permission, a broken disk), is no regular file, or is too large.
+        ResourceError: the process has no memory or file descriptors left.
     """
+    name = os.fspath(path)
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
-        reason = getattr(e, "strerror", None) or e
-        raise DataError(f"expected a readable file: {os.fspath(path)} ({type(e).__name__}: {reason})") from e
+        # without O_NONBLOCK, opening a named pipe waits for its other end
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
+                raise DataError(f"expected a regular file: {name} (it is a {kind})")
+            check_size(status.st_size, name)
+            parts, size = [], 0  # more than one part only where the file system does not know the size, or it changes
+            while part := os.read(descriptor, max(status.st_size + 1, 1 << 16)):
+                parts.append(part)
+                size += len(part)
+                check_size(size, name)
+            return b"".join(parts)
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError, MemoryError) as e:  # ValueError: a name with a zero byte
+        raise unreadable(e, name) from e
+
+
+def unreadable(error: Exception, name: str) -> DINOv2Error:
+    """Return the error to raise for ``error``, which was met reading ``name``."""
+    reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+    return shortage(error, name) or DataError(f"expected a readable file: {name} ({reason})")
+
+
+def check_size(size: int, name: str) -> None:
+    """Check what a file, an archive or a table says an image's size in bytes is, before memory is taken for it.
+
+    Raises:
+        DataError: above ``MAX_IMAGE_BYTES``.
+    """
+    if size > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"expected an image of at most {MAX_IMAGE_BYTES >> 20:,} MiB, got {size:,} bytes: {name}; cut it into tiles"
+        )
 
 
 class OpenFiles:
@@ -135,10 +181,11 @@ class OpenFiles:
         Raises:
             DataError: they cannot be read, or the file ends before.
         """
+        check_size(size, name)
         try:
             data = self.read(path, start, size)
-        except OSError as e:
-            raise DataError(f"expected a readable file: {name} ({type(e).__name__}: {e.strerror})") from e
+        except (OSError, MemoryError) as e:
+            raise unreadable(e, name) from e
         if len(data) < size:
             raise DataError(f"expected {size:,} bytes, got {len(data):,}, the file ends there: {name}")
         return data

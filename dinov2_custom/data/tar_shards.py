@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
+import posixpath
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,17 +25,23 @@ from dinov2_custom.errors import DataError
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
 from .listing import CHECK_PATH, EXTENSIONS, Listing, PatientMap, Progress
-from .sources import OpenFiles, Root, Source, as_roots, real
+from .sources import OpenFiles, Root, Source, as_roots, real, unreadable
 
 logger = logging.getLogger("dinov2")
 BLOCK = 512
 MAX_OPEN = 64
 MAX_HEADER = 1 << 20
+MAX_SIZE = 1 << 62  # what an index of 64-bit integers holds with room to add
+MAX_LINKS = 10
+MAX_PATTERNS = 1_000_000
 TAR_SUFFIXES = (".tar",)
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REGULAR = (b"0", b"\0", b"7")
+HARD_LINK = b"1"
+LINKS = (HARD_LINK, b"2")
+WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
 
 class Member(NamedTuple):
@@ -42,6 +50,13 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+
+
+class Link(NamedTuple):
+    """A hard or symbolic link in a tar to the member named ``target``."""
+
+    name: str
+    target: str
 
 
 class TarSource(Source):
@@ -120,9 +135,10 @@ def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
 
 
 def walk_tar(path: str) -> list[Member]:
-    """Return the regular files of a tar in their order, by reading the headers alone.
+    """Return the regular files of a tar and its links to them in their order, by reading the headers alone.
 
-    A tar that ends early gives what its headers announce, and a damaged header ends the walk; both are logged.
+    A link has the name of its own and the bytes of the file it leads to. A tar that ends early gives what its headers
+    announce; a damaged header ends the walk. Both are logged, as are links to files that are not in the tar.
 
     Raises:
         DataError: it cannot be read, is compressed or no tar.
@@ -130,15 +146,13 @@ def walk_tar(path: str) -> list[Member]:
     try:
         with open(path, "rb", buffering=0) as file:
             return _walk(file, path)
-    except OSError as e:
-        raise DataError(f"expected a readable tar: {path} ({type(e).__name__}: {e.strerror})") from e
-    except ValueError as e:
-        raise DataError(f"expected a tar with legal headers: {path} ({e})") from e
+    except (OSError, MemoryError) as e:
+        raise unreadable(e, path) from e
 
 
 def _walk(file, path: str) -> list[Member]:
     end, position = os.fstat(file.fileno()).st_size, 0
-    members: list[Member] = []
+    members: list[Member | Link] = []
     overrides: dict[str, str] = {}
     defaults: dict[str, str] = {}
     _refuse_compressed(file.read(BLOCK), path)
@@ -146,33 +160,75 @@ def _walk(file, path: str) -> list[Member]:
         file.seek(position)
         header = file.read(BLOCK)
         if not any(header):
-            return members
-        if not _checksum_holds(header):
+            # two blocks of zeros end a tar; a header after a single one is read, with a warning
+            following = file.read(BLOCK)
+            if not _checksum_holds(following):
+                return _followed(members, path)
+            logger.warning(f"damaged tar: {path} byte={position} is a lone block of zeros; the files after it are used")
+            position, header = position + BLOCK, following
+        start = position + BLOCK
+        try:
+            if not _checksum_holds(header):
+                raise ValueError("no tar header")
+            size, kind = _number(header[124:136]), header[156:157]
+            if kind in (b"L", b"x", b"g", b"K"):
+                content = file.read(min(size, MAX_HEADER))
+                if kind in (b"L", b"K"):
+                    overrides["path" if kind == b"L" else "linkpath"] = _text(content)
+                else:
+                    (overrides if kind == b"x" else defaults).update(_pax(content))
+            else:
+                own = {**defaults, **overrides}
+                size = _number(own["size"].encode(), base=10) if "size" in own else size
+                name = own.get("path") or _name(header)
+                if kind in REGULAR and not name.endswith("/") and "GNU.sparse.major" not in own:
+                    members.append(Member(name, start, size))
+                elif kind in LINKS:
+                    target = own.get("linkpath") or _text(header[157:257])
+                    members.append(Link(name, target if kind == HARD_LINK else _beside(name, target)))
+                overrides = {}
+                size = 0 if kind in WITHOUT_CONTENT else size
+        except ValueError as e:
             if position == 0:
-                raise DataError(f"expected an uncompressed tar: {path} (it has no tar header)")
-            logger.warning(f"damaged tar: {path} byte={position}; {len(members)} files before it are used")
-            return members
-        size, kind, start = _number(header[124:136]), header[156:157], position + BLOCK
-        if kind in (b"L", b"x", b"g", b"K"):
-            content = file.read(min(size, MAX_HEADER))
-            if kind == b"L":
-                overrides["path"] = _text(content)
-            elif kind != b"K":
-                (overrides if kind == b"x" else defaults).update(_pax(content))
-        else:
-            own = {**defaults, **overrides}
-            size = int(own.get("size", size))
-            name = own.get("path") or _name(header)
-            if kind in REGULAR and not name.endswith("/") and "GNU.sparse.major" not in own:
-                members.append(Member(name, start, size))
-            overrides = {}
-            size = 0 if kind in (b"1", b"2", b"3", b"4", b"5", b"6") else size
+                raise DataError(f"expected an uncompressed tar: {path} ({e} at its start)") from e
+            logger.warning(f"damaged tar: {path} byte={position} ({e}); {len(members)} files before it are used")
+            return _followed(members, path)
         position = start + -(-size // BLOCK) * BLOCK
-    if position > end and members and members[-1].offset + members[-1].size > end:
-        logger.warning(f"truncated tar: {path} ends in the middle of {members[-1].name}")
+    return _followed(_cut_off(members, path, position, end), path)
+
+
+def _cut_off(members: list[Member | Link], path: str, position: int, end: int) -> list[Member | Link]:
+    """Log that a tar of ``end`` bytes has no end mark where the walk left it, at ``position``; return ``members``."""
+    last = members[-1] if members else None
+    if position > end and isinstance(last, Member) and last.offset + last.size > end:
+        logger.warning(f"truncated tar: {path} ends in the middle of {last.name}")
     elif position != end or not end:
         logger.warning(f"truncated tar: {path} byte={min(position, end)}; {len(members)} files before it are used")
     return members
+
+
+def _followed(members: list[Member | Link], path: str) -> list[Member]:
+    """Replace each link by a member of its name with the bytes of its target; log those that lead nowhere."""
+    if not any(isinstance(member, Link) for member in members):
+        return members
+    places = {posixpath.normpath(member.name): member for member in members}
+    found, dangling = [], []
+    for member in members:
+        target, steps = member, 0
+        while isinstance(target, Link) and steps < MAX_LINKS:  # links to links, perhaps in a circle
+            target, steps = places.get(posixpath.normpath(target.target)), steps + 1
+        if isinstance(target, Member):
+            found.append(target._replace(name=member.name))
+        else:
+            dangling.append(member.name)
+    if dangling:
+        logger.warning(f"links skipped: {len(dangling)} of {path} lead to no file in it, the first is {dangling[0]}")
+    return found
+
+
+def _beside(name: str, target: str) -> str:
+    """Return the name in the archive of a symbolic link's target, which is relative to the link's folder."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
 
 
 def _checksum_holds(header: bytes) -> bool:
@@ -183,11 +239,22 @@ def _checksum_holds(header: bytes) -> bool:
         return False
 
 
-def _number(field: bytes) -> int:
-    """Read an octal field, or GNU's base-256 (first byte 0x80)."""
+def _number(field: bytes, base: int = 8) -> int:
+    """Read a number: digits, or GNU's base-256 (first byte 0x80).
+
+    Raises:
+        ValueError: it is negative, no number, or larger than any file.
+    """
     if field[:1] == b"\x80":
-        return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+        number = int.from_bytes(field[1:], "big")
+    else:
+        digits = field.split(b"\0", 1)[0].strip() or b"0"
+        if not digits.isdigit() or len(digits) > 20:
+            raise ValueError(f"illegal number {digits[:20]!r}")
+        number = int(digits, base)
+    if number > MAX_SIZE:
+        raise ValueError(f"illegal size {number:,}")
+    return number
 
 
 def _name(header: bytes) -> str:
@@ -247,7 +314,16 @@ def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> lis
 
 
 def expand_braces(pattern: str) -> Iterable[str]:
-    """Expand ``{0000..0127}`` (width kept) and ``{a,b}``, the first one slowest; other braces stay as they are."""
+    """Expand ``{0000..0127}`` (width kept) and ``{a,b}``, the first one slowest; other braces stay as they are.
+
+    Raises:
+        DataError: the pattern stands for more than a million names.
+    """
+    count = math.prod(len(choices) for match in _BRACES.finditer(pattern) if (choices := _choices(match[1])))
+    if count > MAX_PATTERNS:
+        raise DataError(
+            f"expected a pattern for at most {MAX_PATTERNS:,} files, got one for {count:,}: {pattern}; check its ranges"
+        )
     match = next((m for m in _BRACES.finditer(pattern) if _choices(m[1])), None)
     if match is None:
         return [pattern]
@@ -255,8 +331,21 @@ def expand_braces(pattern: str) -> Iterable[str]:
     return [f"{before}{choice}{rest}" for choice in _choices(match[1]) for rest in after]
 
 
-def _choices(inside: str) -> list[str]:
+class _Range(Sequence):
+    """The numbers of ``first..last`` as texts, made when they are asked for."""
+
+    def __init__(self, first: str, last: str):
+        self.width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        self.numbers = range(int(first), int(last) + 1)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> str:
+        return f"{self.numbers[i]:0{self.width}d}"
+
+
+def _choices(inside: str) -> Sequence[str]:
     if limits := _RANGE.fullmatch(inside):
-        width = len(limits[1]) if limits[1].startswith("0") or len(limits[1]) == len(limits[2]) else 0
-        return [f"{n:0{width}d}" for n in range(int(limits[1]), int(limits[2]) + 1)]
+        return _Range(*limits.groups())
     return inside.split(",") if "," in inside else []

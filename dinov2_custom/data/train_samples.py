@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dinov2_custom.commands import command
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import DataError, shortage
 from dinov2_custom.utils.rng import random_for, seed_for
 
 from .augmentations import DataAugmentationDINO, as_pixels, shrink_box
@@ -109,6 +109,8 @@ class TrainSamples:
         try:
             return as_pixels(read_pixels(self.dataset, index, shrink, self._scratch)), ""
         except (DataError, OSError) as e:
+            if error := shortage(e, self.dataset.name(index)):
+                raise error from e
             self._known_bad[index] = str(e)
             return None, str(e)
 

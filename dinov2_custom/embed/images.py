@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2_custom.data.workers import at_most_cores, set_up_worker
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import DataError, shortage
 
 
 class _Readable(Dataset):
@@ -30,6 +30,8 @@ class _Readable(Dataset):
             image, _ = self.dataset[index]
             return index, self.transform(image), ""
         except (DataError, OSError) as e:
+            if error := shortage(e, self.dataset.name(index)):
+                raise error from e
             return index, None, str(e)
 
 

@@ -17,7 +17,7 @@ from dinov2_custom import entry
 from dinov2_custom.commands import command
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
-from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.logging.progress import track
 from dinov2_custom.plots.args import get_features_args_parser
 from dinov2_custom.plots.attention import class_attention, overlay
@@ -135,6 +135,8 @@ def readable(dataset: Any, indices: list[int]) -> Iterator[tuple[int, Image.Imag
         try:
             image, _ = dataset[index]
         except (DataError, OSError) as e:
+            if error := shortage(e, dataset.name(index)):
+                raise error from e
             print(f"bad image skipped: {e}", file=sys.stderr)
             continue
         yield index, image

@@ -81,6 +81,8 @@ def prepare_image(data: bytes, name: str, options: Options, simplejpeg: ModuleTy
     target = target_format(found.format, options, changed=True)
     try:
         changed = encode(*_pixels(data, found, (width, height)), target, options.quality)
+    except MemoryError:
+        raise
     except Exception as e:  # whatever Pillow's codecs raise; the image is the cause, not the run
         return Prepared("bad", reason=f"not changed: {type(e).__name__}: {e}", num_bytes=len(data))
     return Prepared("changed", (Output(with_suffix(name, target), changed, width, height),), num_bytes=len(data))

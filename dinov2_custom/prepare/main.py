@@ -28,12 +28,13 @@ from typing import Any
 from PIL import Image
 
 from dinov2_custom.data.decode import FORMATS
-from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.data.sources import MAX_IMAGE_BYTES
+from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import missing
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image, find_simplejpeg
 from dinov2_custom.verify.folder import own_folder, written_whole
-from dinov2_custom.verify.main import MAX_BYTES, TIME_LIMIT_S, open_dataset, read_image
+from dinov2_custom.verify.main import TIME_LIMIT_S, open_dataset, read_image
 from dinov2_custom.verify.pool import Death, num_cores, run_pool
 from dinov2_custom.verify.report import absolute
 
@@ -58,6 +59,12 @@ class Preparer:
         self._ready = False
 
     def __call__(self, i: int) -> Prepared:
+        try:
+            return self._prepare(i)
+        except MemoryError as e:
+            raise shortage(e, self.dataset.name(i)) from e
+
+    def _prepare(self, i: int) -> Prepared:
         if not self._ready:
             self._simplejpeg, self._ready = find_simplejpeg(), True
         name = self.dataset.name(i)
@@ -66,7 +73,7 @@ class Preparer:
         except (OSError, ValueError):
             num_bytes = 0
         try:
-            if num_bytes > MAX_BYTES or (self.options.tile and num_bytes and _too_large(header(name))):
+            if num_bytes > MAX_IMAGE_BYTES or (self.options.tile and num_bytes and _too_large(header(name))):
                 return self._tile_file(i, name, num_bytes)
             data = read_image(self.dataset, i)
         except DataError as e:

@@ -52,6 +52,9 @@ def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
 
     Args:
         simplejpeg: what :func:`find_simplejpeg` returns; None checks JPEG with Pillow.
+
+    Raises:
+        MemoryError: there is none left, which says nothing about the image.
     """
     if not data:
         return Checked("empty: the file has no bytes")
@@ -61,6 +64,8 @@ def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError as e:
             return Checked(too_large(str(e)))
+        except MemoryError:
+            raise
         except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
             return Checked(f"not an image: {describe(data)} ({_text(e)})")
         seen = Checked("", image.format or "", image.mode, *image.size)
@@ -86,6 +91,8 @@ def _check_with_pillow(
             found = found or tiff_fault(data, image, simplejpeg)
             if frame == 0 and image.mode not in PLAIN_MODES:
                 to_rgb(image)  # of a mode that is converted without changing the image
+    except MemoryError:
+        raise
     except Exception as e:
         where = f" (frame {frame + 1} of {frames})" if frames > 1 else ""
         return seen._replace(reason=f"damaged {seen.format}: {_text(e)}{where}", frames=frames)
@@ -120,6 +127,8 @@ def _second_opinion(data: bytes, seen: Checked, text: str) -> Checked:
             with warnings.catch_warnings(record=True) as raised:
                 warnings.simplefilter("always")
                 by_pillow = _check_with_pillow(image, data, seen, raised)
+    except MemoryError:
+        raise
     except Exception as e:
         return seen._replace(reason=f"damaged JPEG: {_text(e)}")
     if by_pillow.reason:

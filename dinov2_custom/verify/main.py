@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.data.sources import MAX_IMAGE_BYTES
+from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import install
 from dinov2_custom.logging import setup_logging, track
 
@@ -32,7 +33,6 @@ from .results import Results, Stamp, stamp_of
 
 logger = logging.getLogger("dinov2")
 MARKER = "verify_results.jsonl"
-MAX_BYTES = 1 << 30
 TIME_LIMIT_S = 600.0
 
 
@@ -49,13 +49,16 @@ class Checker:
         stamp = stamp_of(name)
         if self._module is None and self.simplejpeg:
             self._module = find_simplejpeg()
-        if stamp is not None and stamp[0] > MAX_BYTES and os.path.exists(name):
+        if stamp is not None and stamp[0] > MAX_IMAGE_BYTES and os.path.exists(name):
             return Checked(too_large(f"{stamp[0]:,} bytes")), stamp
         try:
             data = read_image(self.dataset, i)
         except DataError as e:
             return Checked(f"unreadable: {e}"), stamp
-        return check_image(data, self._module), stamp
+        try:
+            return check_image(data, self._module), stamp
+        except MemoryError as e:
+            raise shortage(e, name) from e
 
 
 def open_dataset(words: Sequence[str]) -> Any:

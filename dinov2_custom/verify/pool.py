@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import DataError, DINOv2Error
 
 IDLE = -1
 ATTEMPTS = 2  # an image on which two processes died is to blame
@@ -59,7 +59,8 @@ def run_pool(
 
     Raises:
         DataError: processes keep dying before they do any work.
-        RuntimeError: ``work`` raised; the message is its traceback.
+        DINOv2Error: ``work`` raised it.
+        RuntimeError: ``work`` raised something else; the message is its traceback.
     """
     pool = _Pool(work, iter(items), workers, chunk, window, time_limit_s)
     early: dict[int, Any] = {}
@@ -169,6 +170,8 @@ class _Pool:
         self.finished += results
         for _ in results:
             worker.todo.popleft()
+        if isinstance(failure, DINOv2Error):
+            raise failure
         if failure:
             raise RuntimeError(f"a decoder process failed:\n{failure}")
 
@@ -228,6 +231,8 @@ def _serve(work: Callable[[int], Any], pipe: Connection, current: Any, inherited
                 for item in items:
                     current.value = item
                     results.append((item, work(item)))
+            except DINOv2Error as e:
+                failure = e
             except Exception:
                 failure = traceback.format_exc()
             current.value = IDLE

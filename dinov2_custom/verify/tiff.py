@@ -13,6 +13,8 @@ from types import ModuleType
 
 from PIL import Image
 
+from dinov2_custom.data.decode import has_dct
+
 from .structure import fault
 
 COMPRESSION, TABLES = 259, 347
@@ -29,7 +31,7 @@ def tiff_fault(data: bytes, image: Image.Image, simplejpeg: ModuleType | None) -
     for number, part in enumerate(_parts(data, tags)):
         found = ""
         if compression in DEFLATE:
-            found = _deflate_fault(part)
+            found = deflate_fault(part)
         elif compression == JPEG:
             tables = tags.get(TABLES, b"")
             found = _jpeg_fault(tables[:-2] + part[2:] if tables else part, simplejpeg)
@@ -42,8 +44,10 @@ def read_coefficients(data: bytes, simplejpeg: ModuleType) -> None:
     """Decode all coefficients of all components of a JPEG, making no more pixels than that needs.
 
     Raises:
-        ValueError: libjpeg-turbo has an error or a warning; its message.
+        ValueError: libjpeg-turbo has an error or a warning, its message; "unsupported" where there are no coefficients.
     """
+    if not has_dct(data):
+        raise ValueError("unsupported JPEG process: no 8-bit DCT coefficients")
     space = simplejpeg.decode_jpeg_header(data)[2]
     space = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
     # an eighth of the size: the Huffman decoder still visits every coefficient, the rest is skipped
@@ -57,9 +61,12 @@ def _parts(data: bytes, tags: Image.Exif | dict) -> Iterator[bytes]:
                 yield data[offset : offset + length]
 
 
-def _deflate_fault(part: bytes) -> str:
+def deflate_fault(part: bytes) -> str:
+    stream = zlib.decompressobj()
     try:
-        zlib.decompressobj().decompress(part)
+        while part and not stream.eof:  # a part at a time: a few bytes can stand for gigabytes
+            stream.decompress(part, 1 << 20)
+            part = stream.unconsumed_tail
     except zlib.error as e:
         return str(e)
     return ""

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, features
 
 from dinov2_custom.data import decode
-from dinov2_custom.data.decode import decode_array, decode_rgb
-from dinov2_custom.errors import DataError
+from dinov2_custom.data.decode import decode_array, decode_rgb, has_dct
+from dinov2_custom.errors import DataError, ResourceError
 from dinov2_custom.verify.check import check_image
 from tests.data.pictures import deep_rgb, encode, picture
 
@@ -392,3 +392,37 @@ def test_decompression_bombs_are_refused(monkeypatch):
         decode_rgb(PNG, "slide.png")
     with pytest.raises(DataError, match="expected fewer pixels: slide.jpg .*432 pixels.*cut it into tiles"):
         decode_array(JPEG, "slide.jpg")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_lossless_jpeg_is_decoded_in_full_by_pillow(mode, caplog):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    image = picture(320, 240).convert(mode)
+    data = imagecodecs.jpeg8_encode(np.asarray(image), lossless=True)
+    assert not has_dct(data)
+    pixels = decode_array(data, shrink=lambda width, height: 8)
+    assert np.array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"comment": b"x" * 60_000}, {"exif": b"Exif\0\0" + b"y" * 60_000}]
+)
+def test_common_jpegs_have_a_dct(options):
+    assert has_dct(encode(picture(30, 20), "JPEG", **options))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xff", b"\xff\xd8\xff\xe0\0\0", b"\xff\xd8\0\xff\xc0\0\x11\x08"],
+)
+def test_what_breaks_off_or_has_garbage_before_the_frame_counts_as_another_kind(data):
+    assert not has_dct(data)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_image(monkeypatch):
+    def run_out(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(decode.Image, "open", run_out)
+    with pytest.raises(ResourceError, match="x.png"):
+        decode.decode_rgb(b"1", "x.png")

@@ -6,10 +6,9 @@ import pickle
 
 import pytest
 
-from dinov2_custom.data import sources
 from dinov2_custom.data.datasets import ImageDataset
-from dinov2_custom.data.sources import FolderSource, OpenFiles, read_file
-from dinov2_custom.errors import DataError
+from dinov2_custom.data.sources import MAX_IMAGE_BYTES, FolderSource, OpenFiles, read_file
+from dinov2_custom.errors import DataError, ResourceError
 from tests.data.pictures import make_folder
 from tests.data.test_listing import touch
 
@@ -88,11 +87,48 @@ def test_a_file_or_shard_that_the_system_refuses_is_a_data_error_with_the_reason
 
     shard = tmp_path / "shard.tar"
     shard.write_bytes(bytes(100))
-    monkeypatch.setattr(sources, "open", refuse, raising=False)
-    with pytest.raises(DataError, match=f"expected a readable file: .*x.jpg .*{os.strerror(number)}"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(DataError, match=f"expected a readable file: .*x.jpg .*{os.strerror(number)}"),
+    ):
+        patched.setattr(os, "open", refuse)
         read_file(tmp_path / "x.jpg")
     files = OpenFiles(2)
     files.read(str(shard), 0, 10)
     monkeypatch.setattr(os, "pread", refuse)
     with pytest.raises(DataError, match=f"expected a readable file: shard.tar!a.jpg .*{os.strerror(number)}"):
         files.read_all(str(shard), 0, 10, "shard.tar!a.jpg")
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    os.symlink("/dev/zero", tmp_path / "y.jpg")
+    for name, kind in (("x.jpg", "named pipe"), ("y.jpg", "device"), (".", "folder")):
+        with pytest.raises(DataError, match=f"expected a regular file: .*{kind}"):
+            read_file(tmp_path / name)
+
+
+def test_what_a_file_or_an_archive_claims_to_hold_is_checked_before_memory_is_taken(tmp_path):
+    path = tmp_path / "sparse.jpg"
+    with open(path, "wb") as file:
+        file.truncate(10 << 30)
+    for read in (lambda: read_file(path), lambda: OpenFiles(1).read_all(str(path), 0, 1 << 62, "x.tar!a.jpg")):
+        with pytest.raises(DataError, match="at most 1,024 MiB.*(sparse|a).jpg; cut it into tiles"):
+            read()
+    os.truncate(path, 100)
+    with pytest.raises(DataError, match="the file ends there"):
+        OpenFiles(1).read_all(str(path), 0, MAX_IMAGE_BYTES, "x.tar!a.jpg")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), *(OSError(n, "") for n in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))]
+)
+def test_a_process_without_memory_or_descriptors_is_not_the_files_fault(tmp_path, monkeypatch, error):
+    def refuse(*arguments):
+        raise error
+
+    (tmp_path / "x.jpg").write_bytes(b"1")
+    monkeypatch.setattr(os, "open", refuse)
+    for read in (lambda: read_file(tmp_path / "x.jpg"), lambda: OpenFiles(1).read_all("x.tar", 0, 1, "x.jpg")):
+        with pytest.raises(ResourceError, match="x.jpg"):
+            read()

@@ -46,8 +46,10 @@ def test_walk_finds_what_the_standard_library_finds(tmp_path, kind):
             tar.addfile(member)
         tar.addfile(tarfile.TarInfo("after.jpg"))
     members = walk_tar(path)
-    assert members == by_tarfile(path)
-    assert [member.name for member in members] == [*files, "after.jpg"]
+    assert [member for member in members if member.name not in ("link.jpg", "hard.jpg")] == by_tarfile(path)
+    assert [member.name for member in members] == [*files, "link.jpg", "hard.jpg", "after.jpg"]
+    first = members[0]
+    assert [member[1:] for member in members if member.name in ("link.jpg", "hard.jpg")] == [first[1:], first[1:]]
 
 
 def test_walk_reads_pax_sizes_global_headers_and_large_numbers(tmp_path):
@@ -152,7 +154,7 @@ def test_compressed_tars_are_all_named(tmp_path, mode, name):
 
 def test_what_is_no_tar_or_has_no_image(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"hello " * 200)
-    with pytest.raises(DataError, match="expected an uncompressed tar: .*x.tar .it has no tar header"):
+    with pytest.raises(DataError, match="expected an uncompressed tar: .*x.tar .no tar header at its start"):
         TarSource(tmp_path / "x.tar")
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(DataError, match="expected images .* in tar files, got none in .*empty.tar"):
@@ -192,3 +194,83 @@ def test_braces_expand_as_in_a_shell(pattern, expanded):
 def test_name_with_braces_that_exists_is_taken_as_it_is(tmp_path):
     path = write(tmp_path / "s-{0..1}.tar", {"a.jpg": b"1"})
     assert find_files([path], (".tar",), "tars") == [path]
+
+
+def linked(name: str, target: str, kind: bytes) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member.tobuf(tarfile.PAX_FORMAT)
+
+
+def test_links_have_the_bytes_of_their_target(tmp_path, caplog):
+    path = tmp_path / "x.tar"
+    long = "l" * 120 + ".jpg"
+    write(path, {"./d/a.jpg": b"1", long: b"2"}, tarfile.PAX_FORMAT)
+    links = [
+        linked("d/e/b.jpg", "../a.jpg", tarfile.SYMTYPE),
+        linked("c.jpg", "d/a.jpg", tarfile.LNKTYPE),
+        linked("d.jpg", "c.jpg", tarfile.SYMTYPE),
+        linked("e.jpg", long, tarfile.LNKTYPE),
+        linked("lost.jpg", "nowhere.jpg", tarfile.SYMTYPE),
+        linked("self.jpg", "self.jpg", tarfile.SYMTYPE),
+        linked("out.jpg", "/etc/hostname", tarfile.SYMTYPE),
+    ]
+    data = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(data + bytes(-len(data) % 512) + b"".join(links) + bytes(1024))
+    source = TarSource(path)
+    assert [source.read(i) for i in range(len(source))] == [b"1", b"2", b"1", b"1", b"1", b"2"]
+    assert "links skipped: 3 of" in caplog.text and "lost.jpg" in caplog.text
+
+
+def test_a_lone_block_of_zeros_does_not_hide_the_files_after_it(tmp_path, caplog):
+    path = tmp_path / "x.tar"
+    write(path, {"a.jpg": b"1", "b.jpg": b"2"})
+    data = path.read_bytes()
+    path.write_bytes(data[:1024] + bytes(512) + data[1024:])
+    assert [member.name for member in walk_tar(str(path))] == ["a.jpg", "b.jpg"]
+    assert "lone block of zeros" in caplog.text and "byte=1024" in caplog.text
+
+
+def header_with(size_field: bytes, name: str = "b.jpg") -> bytes:
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = size_field.ljust(12, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax_sized(size: str) -> bytes:
+    member = tarfile.TarInfo("b.jpg")
+    member.pax_headers = {"size": size}
+    return member.tobuf(tarfile.PAX_FORMAT)
+
+
+@pytest.mark.parametrize("header, found", [
+    (header_with(b"100000000000"), 2),  # 8 GiB
+    (header_with(b"\x80" + (8 << 40).to_bytes(11, "big")), 2),
+    (header_with(b"\x80" + (2**63 - 1).to_bytes(11, "big")), 1),
+    (header_with(b"\x80" + b"\xff" * 11), 1),
+    (header_with(b"\xff" * 12), 1),  # negative
+    (header_with(b"-0000001000"), 1),
+    (header_with(b"1_0"), 1),
+    (pax_sized("9223372036854775807"), 1),
+    (pax_sized("-1024"), 1),
+    (pax_sized("9" * 5000), 1),
+    (pax_sized("12 monkeys"), 1),
+])  # fmt: skip
+def test_sizes_that_no_file_has_end_the_walk_and_not_the_run(tmp_path, caplog, header, found):
+    path = tmp_path / "x.tar"
+    write(path, {"a.jpg": b"1"})
+    path.write_bytes(path.read_bytes()[:1024] + header + bytes(1024))
+    source = TarSource(path)
+    assert len(source) == found and source.read(0) == b"1"
+    assert "damaged tar" in caplog.text or "truncated tar" in caplog.text
+    for i in range(1, found):
+        with pytest.raises(DataError, match="b.jpg"):
+            source.read(i)
+
+
+def test_a_pattern_for_a_hundred_million_files_is_refused_before_it_is_expanded():
+    for pattern in ("{000000000..099999999}.tar", "{0..9999}/{0..9999}.tar", "{1..999999999999}"):
+        with pytest.raises(DataError, match="at most 1,000,000 files"):
+            expand_braces(pattern)

@@ -159,7 +159,7 @@ def test_a_file_too_large_to_read_is_tiled_from_disk(tmp_path, monkeypatch):
     tifffile = pytest.importorskip("tifffile")
     (tmp_path / "images").mkdir()
     tifffile.imwrite(tmp_path / "images" / "slide.tif", np.asarray(picture(100, 80)), rowsperstrip=8)
-    monkeypatch.setattr("dinov2_custom.prepare.main.MAX_BYTES", 10_000)
+    monkeypatch.setattr("dinov2_custom.prepare.main.MAX_IMAGE_BYTES", 10_000)
     dataset = make_dataset(dataset_str=str(tmp_path / "images"))
     with pytest.raises(DataError, match="expected sound images, got none"):
         run(dataset, tmp_path / "without")

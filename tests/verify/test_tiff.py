@@ -1,10 +1,14 @@
 import io
 import random
+import tracemalloc
+import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_custom.verify.tiff import read_coefficients, tiff_fault
+from dinov2_custom.verify.check import check_image
+from dinov2_custom.verify.tiff import deflate_fault, read_coefficients, tiff_fault
 from tests.data.pictures import encode, picture
 from tests.verify.files import jpeg, overwritten
 
@@ -50,3 +54,28 @@ def test_coefficients():
         read_coefficients(data, simplejpeg)
         with pytest.raises(ValueError):
             read_coefficients(overwritten(data, b"", 0)[: len(data) * 3 // 4], simplejpeg)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_lossless_jpeg_is_not_decoded_at_a_fraction_of_its_size(mode):
+    simplejpeg, imagecodecs = pytest.importorskip("simplejpeg"), pytest.importorskip("imagecodecs")
+    data = imagecodecs.jpeg8_encode(np.asarray(picture(640, 480).convert(mode)), lossless=True)
+    with pytest.raises(ValueError, match="nsupported"):  # it would overwrite the memory after a buffer of 80 x 60
+        read_coefficients(data, simplejpeg)
+    assert check_image(data, simplejpeg)[:5] == ("", "JPEG", mode, 640, 480)
+    assert check_image(data[: len(data) // 2], simplejpeg).reason
+    page = io.BytesIO()
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(page, np.asarray(picture(640, 480).convert(mode)), compression="jpeg", tile=(64, 64),
+                     compressionargs={"lossless": True})  # fmt: skip
+    check_image(page.getvalue(), simplejpeg)  # survives; Pillow's libtiff may or may not know the process
+
+
+def test_deflate_that_stands_for_gigabytes_is_checked_in_little_memory():
+    bomb = zlib.compressobj(9)
+    parts = [bomb.compress(bytes(1 << 24)) for _ in range(16)] + [bomb.flush()]
+    tracemalloc.start()
+    assert deflate_fault(b"".join(parts)) == "" and deflate_fault(b"".join(parts)[:-4] + bytes(4)) != ""
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
