@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import DataError, shortage
 from dinov2_custom.extras import optional
 
-from .sources import Root, Source, as_roots, read_file
+from .sources import Root, Source, as_roots, check_size, read_file
 from .tar_shards import find_files
 
 logger = logging.getLogger("dinov2")
@@ -78,8 +78,9 @@ class ParquetSource(Source):
         number, own = self.groups[group].tolist()
         try:
             value = self._group(number, own)[row].as_py()
-        except (OSError, ValueError, arrow().ArrowException) as e:
-            raise DataError(f"expected a readable row: {self.name(i)} ({type(e).__name__}: {e})") from e
+        except (OSError, ValueError, IndexError, MemoryError, arrow().ArrowException) as e:
+            reason = f"{type(e).__name__}: {e}"
+            raise shortage(e, self.name(i)) or DataError(f"expected a readable row: {self.name(i)} ({reason})") from e
         if isinstance(value, dict):
             data, path = value.get("bytes"), value.get("path")
             if data is None and path:
@@ -87,6 +88,7 @@ class ParquetSource(Source):
             value = data
         if value is None:
             raise DataError(f"expected an image, got null: {self.name(i)}")
+        check_size(len(value), self.name(i))
         return value
 
     def parts(self) -> list[tuple[str, int]]:
@@ -177,6 +179,7 @@ class ArrowReader:
             reader = pa.ipc.open_file(source)
             self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self.schema = reader.schema
+        self._valid: set[tuple[int, str]] = set()
 
     def group_rows(self) -> list[int]:
         return [batch.num_rows for batch in self.batches]
@@ -185,7 +188,16 @@ class ArrowReader:
         return 0
 
     def read(self, group: int, column: str) -> Any:
-        return self.batches[group].column(column)
+        """Return the values of ``column`` in one record batch.
+
+        Raises:
+            ArrowInvalid: offsets or lengths do not fit into the batch; reading on would crash the process.
+        """
+        values = self.batches[group].column(column)
+        if (group, column) not in self._valid:
+            values.validate(full=True)
+            self._valid.add((group, column))
+        return values
 
 
 def open_reader(file: str) -> ParquetReader | ArrowReader:
@@ -211,6 +223,8 @@ def image_column(schema: Any, column: str | None, file: str) -> str:
     if column is None:
         usual = [name for name in COLUMNS if name in fit]
         column = fit[0] if len(fit) == 1 else usual[0] if usual else None
+    if fit.count(column) > 1:
+        raise DataError(f"expected one column {column!r}, got {fit.count(column)} of that name: {file}; rename them")
     if column in fit:
         return column
     there = ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -221,8 +235,12 @@ def image_column(schema: Any, column: str | None, file: str) -> str:
 def _holds_images(kind: Any) -> bool:
     types = arrow().types
     if types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
-    return types.is_binary(kind) or types.is_large_binary(kind)
+        return [field.name for field in kind if _is_binary(field.type)].count("bytes") == 1
+    return _is_binary(kind)
+
+
+def _is_binary(kind: Any) -> bool:
+    return arrow().types.is_binary(kind) or arrow().types.is_large_binary(kind)
 
 
 def arrow() -> Any:

@@ -148,3 +148,38 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.ipc", None)
     with pytest.raises(DataError, match=r"pip install 'dinov2_custom\[parquet\]'"):
         make_dataset(dataset_str=str(tmp_path / "x.parquet"))
+
+
+def test_an_arrow_file_whose_offsets_do_not_fit_is_bad_and_does_not_crash_the_process(pa, tmp_path):
+    path = tmp_path / "x.arrow"
+    values = pa.array(PICTURES)
+    batch = pa.record_batch({"image": values})
+    with pa.ipc.new_stream(str(path), batch.schema) as writer:
+        writer.write_batch(batch)
+    offsets = values.buffers()[1].to_pybytes()
+    data = path.read_bytes()
+    assert data.count(offsets[: 4 * len(PICTURES)]) == 1
+    place = data.index(offsets[: 4 * len(PICTURES)]) + 4 * 3
+    path.write_bytes(data[:place] + (1 << 30).to_bytes(4, "little") + data[place + 4 :])
+    source = ParquetSource(str(path))
+    for i in range(len(source)):
+        with pytest.raises(DataError, match=rf"x\.arrow!{i}"):
+            source.read(i)
+
+
+def test_columns_that_cannot_be_told_apart_or_are_nested_deeper_are_refused_in_one_sentence(pa, tmp_path):
+    twice = pa.Table.from_arrays([pa.array(PICTURES)] * 2, names=["image", "image"])
+    with pytest.raises(DataError, match="one column 'image', got 2 of that name.*a.parquet"):
+        ParquetSource(write(pa, tmp_path / "a.parquet", twice))
+    nested = pa.table({"image": [{"bytes": {"bytes": data}} for data in PICTURES]})
+    with pytest.raises(DataError, match="expected one column of image bytes.*b.parquet"):
+        ParquetSource(write(pa, tmp_path / "b.parquet", nested))
+
+
+def test_a_row_group_with_fewer_rows_than_announced_is_bad_rows(pa, tmp_path, monkeypatch):
+    source = ParquetSource(write(pa, tmp_path / "a.parquet", table(pa, PICTURES), rows=10))
+    read = parquet.ParquetReader.read
+    monkeypatch.setattr(parquet.ParquetReader, "read", lambda *arguments: read(*arguments).slice(0, 3))
+    assert source.read(2) == PICTURES[2]
+    with pytest.raises(DataError, match=r"a\.parquet!5"):
+        source.read(5)
