@@ -75,6 +75,11 @@ def _rounded(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
+def unreadable_folders(dataset: Any) -> list[str]:
+    """Return the folders that could not be listed of a dataset that can say so."""
+    return dataset.unreadable_folders() if hasattr(dataset, "unreadable_folders") else []
+
+
 class Mixture(Dataset):
     """The samples of several datasets one after the other, (image, ()) each, with an order of drawing of its own.
 
@@ -145,6 +150,10 @@ class Mixture(Dataset):
         if attempt:
             return first + permuted_index(attempt - 1, size, seed_for(seed, "replace", own))
         return first + permuted_index(own, size, seed)
+
+    def unreadable_folders(self) -> list[str]:
+        """Return the folders of all datasets that could not be listed."""
+        return [folder for dataset in self.datasets for folder in unreadable_folders(dataset)]
 
     def shares(self) -> list[Share]:
         """Return (name, number of images, share of the draws) of every dataset."""

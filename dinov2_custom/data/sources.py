@@ -60,6 +60,10 @@ class Source:
         """Return (name, number of images) of the folders or files the source consists of, in their order."""
         raise NotImplementedError
 
+    def unreadable_folders(self) -> list[str]:
+        """Return the folders that could not be listed; their images are not among those of the source."""
+        return []
+
 
 class FolderSource(Source):
     """All image files below one or several folders; a large listing is kept and used again while nothing changed.
@@ -87,6 +91,10 @@ class FolderSource(Source):
 
     def parts(self) -> list[tuple[str, int]]:
         return list(zip(self.roots, self.index["root_sizes"].tolist(), strict=True))
+
+    def unreadable_folders(self) -> list[str]:
+        folders = PathTable(index=self.index, name="stamp")
+        return [folders[i] for i in np.flatnonzero(self.index["stamp_size"] < 0).tolist()]
 
 
 def index_folders(

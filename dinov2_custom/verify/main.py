@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from dinov2_custom.data.loaders import make_dataset
+from dinov2_custom.data.mixture import unreadable_folders
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import install
@@ -120,7 +121,7 @@ def verify(
         seconds = time.monotonic() - started
         if len(todo):
             logger.info(f"verify: done in {seconds:.1f} s, {len(todo) / max(seconds, 1e-9):.0f} images/s")
-        return write_report(results, folder, label)
+        return write_report(results, folder, label, unreadable_folders(dataset))
 
 
 def _of_death(death: Death) -> Checked:
@@ -141,7 +142,7 @@ def main(args: argparse.Namespace) -> int:
         return 130
     print(as_text(summary))
     print(f"bad images: {folder / 'bad_images.jsonl'}\nlist to train on: {folder / 'clean.txt'}")
-    return 1 if summary["bad"] else 0
+    return 1 if summary["bad"] or summary["unreadable_folders"] else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ SIDES = (32, 64, 128, 224, 384, 512, 1024, 2048, 4096)
 TOP = 10
 
 
-def write_report(results: Results, folder: Path, dataset: str) -> dict[str, Any]:
-    """Write the three files into ``folder`` and return the summary. The same results give the same bytes."""
+def write_report(
+    results: Results, folder: Path, dataset: str, unreadable_folders: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write the three files into ``folder`` and return the summary. The same results give the same bytes.
+
+    ``unreadable_folders``: folders of the dataset that could not be listed, so that their images were not checked.
+    """
     with written_whole(folder / "bad_images.jsonl") as file:
         for i in np.flatnonzero(results.status == BAD).tolist():
             file.write(json.dumps({"path": absolute(results.name(i)), "reason": results.reasons[i]}) + "\n")
@@ -33,6 +39,7 @@ def write_report(results: Results, folder: Path, dataset: str) -> dict[str, Any]
             else:
                 file.write(path + "\n")
     summary = summarize(results, dataset) | {"sound_but_not_listable": unlisted}
+    summary["unreadable_folders"] = sorted(map(absolute, unreadable_folders))
     with written_whole(folder / "summary.json") as file:
         file.write(json.dumps(summary, indent=1) + "\n")
     return summary
@@ -93,6 +100,10 @@ def _histogram(sides: np.ndarray) -> dict[str, int]:
 def as_text(summary: dict[str, Any]) -> str:
     """Return the summary for people."""
     lines = [f"images: {summary['images']:,}, sound: {summary['sound']:,}, bad: {summary['bad']:,}"]
+    if summary["unreadable_folders"]:
+        folders = summary["unreadable_folders"]
+        more = f" and {len(folders) - TOP} more" if len(folders) > TOP else ""
+        lines.append(f"folders that cannot be read, whose images were not checked: {', '.join(folders[:TOP])}{more}")
     for title, key in (("reasons", "reasons"), ("bad images by folder", "worst_folders"), ("formats", "formats"),
                        ("modes", "modes")):  # fmt: skip
         if summary[key]:

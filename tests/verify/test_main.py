@@ -166,6 +166,52 @@ def test_command_line(tmp_path, capsys, quiet):
     assert str(tmp_path / "out" / "clean.txt") in text
 
 
+def test_a_folder_that_cannot_be_listed_is_reported_and_is_no_success(tmp_path, capsys, quiet, monkeypatch):
+    root = write_files(tmp_path / "images", {"a.jpg": jpeg(), "locked/b.jpg": jpeg(1)})
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    arguments = [f"[{root}, {write_files(tmp_path / 'others', {'c.jpg': jpeg()})}]"]
+    arguments += ["--output-dir", str(tmp_path / "out"), "--workers", "1"]
+    assert main(get_args_parser().parse_args(arguments)) == 1
+    assert f"were not checked: {root / 'locked'}" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["unreadable_folders"] == [str(root / "locked")] and summary["bad"] == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "sparse"])
+def test_what_is_no_image_file_does_not_hold_up_the_others(tmp_path, kind):
+    root = write_files(tmp_path / "images", {f"{i}.jpg": jpeg() for i in range(3)})
+    if kind == "pipe":
+        os.mkfifo(root / "x.jpg")
+    else:
+        with open(root / "x.jpg", "wb") as file:
+            file.truncate(10 << 30)
+    summary = run(make_dataset(dataset_str=str(root)), tmp_path / "out")
+    assert summary["reasons"] == {"unreadable" if kind == "pipe" else "too large": 1} and summary["sound"] == 3
+
+
+def test_a_process_without_file_descriptors_ends_the_command_and_blames_no_image(tmp_path):
+    root = write_files(tmp_path / "images", {f"{i}.jpg": jpeg() for i in range(3)})
+    script = (
+        "import os, resource, sys\n"
+        "from dinov2_custom.verify.main import Checker, make_dataset\n"
+        "from dinov2_custom.verify.pool import run_pool\n"
+        "checker = Checker(make_dataset(dataset_str=sys.argv[1]), False)\n"
+        "def work(i):\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
+        "    return checker(i)\n"
+        "print(list(run_pool(work, range(3), workers=1)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(root)], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode != 0 and "ResourceError" in done.stderr and "ulimit -n" in done.stderr, done
+
+
 def test_script_says_what_is_wrong_with_the_dataset(tmp_path):
     script = [sys.executable, str(REPOSITORY / "run" / "data" / "verify.py")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

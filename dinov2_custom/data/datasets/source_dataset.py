@@ -45,6 +45,10 @@ class SourceDataset(ExtendedVisionDataset):
     def get_target(self, index: int) -> tuple[()]:
         return ()
 
+    def unreadable_folders(self) -> list[str]:
+        """Return the folders that could not be listed."""
+        return self.source.unreadable_folders()
+
     def shares(self) -> list[tuple[str, int, float]]:
         """Return (name, number of images, share of the draws) of every folder or file, in the order of the images."""
         parts = self.source.parts()
