@@ -1,6 +1,8 @@
-"""Images named by a list file: ``.txt`` with a path a line, or ``.csv`` with a column of paths.
+"""Images named by a list file: ``.txt`` with a path per line, ``.csv``, ``.tsv`` or ``.jsonl`` with a column of paths.
 
-In a ``.txt``, blank lines and lines that begin with ``#`` are no paths; ``./#x.png`` is one.
+In a ``.txt``, blank lines and lines that begin with ``#`` are no paths; ``./#x.png`` is one. Quotes around a path,
+blanks after it and a label after it (``a.jpg 3``) are not part of it; backslashes alone separate folders. UTF-8 and
+UTF-16 with a byte order mark are read; a table without a header is read where one column alone has image paths.
 Paths are relative to the list's own folder, or to ``root``. No file of the list is looked for before it is drawn: one
 that is missing is an unreadable image like any other. Lines may name images in tar and Parquet files, see
 ``list_members``. Read :class:`ListSource` first.
@@ -10,7 +12,10 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
+import logging
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from typing import TextIO
@@ -19,19 +24,25 @@ from dinov2_custom.errors import DataError
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
 from .list_members import MemberReader, Wanted, find_members, split_member
-from .listing import Progress
+from .listing import EXTENSIONS, Progress
 from .parquet import ParquetSource
 from .sources import Root, Source, as_roots, read_file, real
 
+logger = logging.getLogger("dinov2")
 CHUNK = 4096
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+# a path that ends like an image's, a blank, comma or semicolon, and a word that does not
+_ENDINGS = "|".join(map(re.escape, EXTENSIONS))
+_LABELLED = re.compile(rf"(.+(?:{_ENDINGS})[\"']?)[ \t,;]+(?!.*(?:{_ENDINGS})$)\S.*", re.IGNORECASE)
 COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
 
 
 class ListSource(Source):
     """The files that a list file names, in its order.
 
-    ``column``: of a .csv file, whose columns have ``,``, ``;`` or tabs between them; may be left out where there is one
-    column, or one of :data:`COLUMNS`. ``root``: folder that the paths are relative to, instead of the list's own.
+    ``column``: of a .csv or .tsv file, whose columns have ``,``, ``;`` or tabs between them, or the key of a .jsonl
+    file's objects; may be left out where there is one column, or one of :data:`COLUMNS`. ``root``: folder that the
+    paths are relative to, instead of the list's own.
 
     Raises:
         DataError: the list is missing, empty or has no such column.
@@ -42,7 +53,7 @@ class ListSource(Source):
     ):
         self.path = os.path.abspath(as_roots(path)[0])
         self.root = os.path.dirname(self.path) if root is None else as_roots(root)[0]
-        key = ["list, comments skipped", self.path, real(self.path), column or "", self.root]
+        key = ["list, cleaned lines", self.path, real(self.path), column or "", self.root]
         self.index = cached(key, lambda on_count: self._pack(column, on_count), cache_from)
         self.paths = PathTable(index=self.index)
         self.members = MemberReader(self.index, ParquetSource)
@@ -50,14 +61,18 @@ class ListSource(Source):
     def _pack(self, column: str | None, on_count) -> dict:
         try:
             started, status = time.time_ns(), os.stat(self.path)
-            with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-                rows = self._column(file, column) if self.path.lower().endswith(".csv") else _lines(file)
+            with open(self.path, encoding=_encoding(self.path), errors="surrogateescape", newline="") as file:
+                suffix = os.path.splitext(self.path)[1].lower()
+                if suffix in (".csv", ".tsv"):
+                    rows = self._column(file, column)
+                else:
+                    rows = self._objects(file, column) if suffix in JSON_SUFFIXES else self._lines(file)
                 wanted: Wanted = {}
                 packed = pack_texts(self._chunks(rows, on_count, wanted), "path")
         except OSError as e:
             raise DataError(f"expected a list file: {self.path} ({type(e).__name__}: {e.strerror})") from e
-        except csv.Error as e:
-            raise DataError(f"expected a readable .csv file: {self.path} ({e})") from e
+        except (csv.Error, UnicodeError) as e:
+            raise DataError(f"expected a readable list: {self.path} ({e})") from e
         if not len(packed["path_ends"]):
             raise DataError(f"expected paths of images, got an empty list: {self.path}")
         places = [self.path, *wanted]
@@ -82,11 +97,51 @@ class ListSource(Source):
 
     def _column(self, file: TextIO, column: str | None) -> Iterator[str]:
         first = file.readline()
-        between = next((mark for mark in ",;\t" if mark in first), ",")
+        marks = "\t" if self.path.lower().endswith(".tsv") else ",;\t"
+        between = next((mark for mark in marks if mark in first), ",")
         table = csv.reader(itertools.chain([first], file), delimiter=between)
         header = [name.strip() for name in next(table, [])]
-        number = self._column_number(header, column)
-        return (row[number].strip() for row in table if len(row) > number and row[number].strip())
+        images = [number for number, cell in enumerate(header) if cell.lower().endswith(EXTENSIONS)]
+        if column is None and len(images) == 1:
+            logger.info(f"list without a header: {self.path}, column {images[0] + 1} has the paths")
+            number, table = images[0], itertools.chain([header], table)
+        else:
+            number = self._column_number(header, column)
+        return (_clean(row[number]) for row in table if len(row) > number and row[number].strip())
+
+    def _objects(self, file: TextIO, column: str | None) -> Iterator[str]:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise DataError(f"expected a JSON object per line: {self.path} line {number} ({e})") from e
+            if number == 1 and isinstance(row, dict):
+                column = list(row)[self._column_number(list(row), column)]
+            path = row.get(column) if isinstance(row, dict) else row
+            if not isinstance(path, str):
+                raise DataError(f"expected a path, got {path!r:.100}: {self.path} line {number}")
+            yield path
+
+    def _lines(self, file: TextIO) -> Iterator[str]:
+        said: set[str] = set()
+        for number, raw in enumerate(file, start=1):
+            line = _clean(raw)
+            if not line or raw.lstrip().startswith("#"):
+                continue
+            if (labelled := _LABELLED.fullmatch(line)) and "!" not in line:
+                self._note(said, "labels after the paths are ignored", number)
+                line = _clean(labelled[1])
+            if "\\" in line and "/" not in line and os.sep == "/":
+                self._note(said, "backslashes are read as slashes", number)
+                line = line.replace("\\", "/")
+            yield line
+
+    def _note(self, said: set[str], what: str, number: int) -> None:
+        if what not in said:
+            said.add(what)
+            logger.info(f"list {self.path}, from line {number}: {what}")
 
     def _column_number(self, header: list[str], column: str | None) -> int:
         if column is None:
@@ -111,5 +166,24 @@ class ListSource(Source):
         return [(self.path, len(self))]
 
 
-def _lines(file: TextIO) -> Iterator[str]:
-    return (line for line in (raw.rstrip("\r\n") for raw in file) if line.strip() and not line.lstrip().startswith("#"))
+def _encoding(path: str) -> str:
+    """Return the encoding of a text file by its first bytes.
+
+    Raises:
+        DataError: UTF-16 without the mark that says which.
+    """
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    if b"\0" in start:
+        raise DataError(f"expected a list in UTF-8, got zero bytes: {path}; save it as UTF-8 text")
+    return "utf-8-sig"
+
+
+def _clean(line: str) -> str:
+    """Return a path without the blanks and quotes around it."""
+    line = line.strip()
+    if len(line) > 1 and line[0] == line[-1] and line[0] in "\"'":
+        line = line[1:-1]
+    return line

@@ -21,7 +21,8 @@ logger = logging.getLogger("dinov2")
 CHECK_PATH = "check the path, in training train.dataset_path"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".jp2", ".j2k")
 ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}
-ADVICE_FILE = {**ADVICE, ".txt": "ImageList:path={}", ".csv": "ImageList:path={}", ".lst": "ImageList:path={}"}
+LISTS = (".txt", ".lst", ".csv", ".tsv", ".jsonl", ".ndjson")
+ADVICE_FILE = {**ADVICE, **dict.fromkeys(LISTS, "ImageList:path={}")}
 LOCK, OUTPUTS = ".lock", ("config.yaml", "prepare.json", "verify_results.jsonl")  # what a folder that we write to has
 
 

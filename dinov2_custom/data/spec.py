@@ -2,7 +2,7 @@
 
 ======================================================  ====================================================
 ``/my/images``, ``~/images``, ``C:\\images``              a folder of images, without labels
-``/my/files.txt``, ``/my/files.csv``                    a list of image files
+``/my/files.txt``, ``.csv``, ``.tsv``, ``.jsonl``       a list of image files
 ``/my/shard-{0000..0127}.tar``, ``/my/x.parquet``       tar shards; Parquet (or ``.arrow``) files
 ``ImageDataset:root=/my/images``                        a folder; also ``ImageFolder``, ``RecursiveImageDataset``
 ``ImageList:path=/my/files.csv:column=image``           a list; ``column``, ``root`` (of relative paths) optional
@@ -48,6 +48,7 @@ KINDS = {
 }
 ALIASES = {"ImageFolder": "ImageDataset", "RecursiveImageDataset": "ImageDataset", "WebDataset": "Tar"}
 KIND_OF_SUFFIX = {".txt": "ImageList", ".csv": "ImageList", ".tar": "Tar", ".tgz": "Tar", ".tar.gz": "Tar"}
+KIND_OF_SUFFIX |= {".tsv": "ImageList", ".jsonl": "ImageList", ".ndjson": "ImageList"}
 KIND_OF_SUFFIX |= {".parquet": "Parquet", ".arrow": "Parquet"}
 SEVERAL = ("ImageDataset", "Tar", "Parquet")
 SPLITS = ("TRAIN", "VAL", "TEST")

@@ -124,7 +124,7 @@ def test_lines_may_name_images_in_tars(tmp_path, caplog):
         ):
             with pytest.raises(DataError, match=words):
                 source.read(line)
-    assert "expected a readable tar: " in caplog.text and "gone.tar" in caplog.text
+    assert "expected a readable file: " in caplog.text and "gone.tar" in caplog.text
     assert source.name(2) == f"{tmp_path}/s-0.tar!0/0!.png"
 
 
@@ -175,3 +175,57 @@ def test_semicolons_and_tabs_between_columns(tmp_path, mark):
     rows = [["id", "image", "label"], ["1", "a,b.png", "x"], ["2", "c.png", "y"]]
     (tmp_path / "files.csv").write_text("".join(mark.join(row) + "\r\n" for row in rows))
     assert names(ListSource(tmp_path / "files.csv")) == [f"{tmp_path}/a,b.png", f"{tmp_path}/c.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line, found", [
+    ("a b.jpg  \t", "a b.jpg"),
+    ('"a b.jpg"', "a b.jpg"),
+    ("'a b.jpg' ", "a b.jpg"),
+    ("  a.jpg", "a.jpg"),
+    ("d\\e\\a.jpg", "d/e/a.jpg"),
+    ("d/e\\a.jpg", "d/e\\a.jpg"),  # a name may hold one
+    ("a.jpg 3", "a.jpg"),
+    ("a b.JPG\tlymphocyte", "a b.JPG"),
+    ('"a.jpg" 0', "a.jpg"),
+    ("a.jpg,3", "a.jpg"),
+    ("a.jpg copy.jpg", "a.jpg copy.jpg"),
+    ("a.jpg.webp", "a.jpg.webp"),
+    ("é/ü.png", "é/ü.png"),
+])  # fmt: skip
+def test_lines_as_people_and_programs_write_them(tmp_path, encoding, line, found):
+    (tmp_path / "files.txt").write_text(f"{line}\r\n\r\nlast.jpg\r\n", encoding=encoding, newline="")
+    assert names(ListSource(tmp_path / "files.txt")) == [f"{tmp_path}/{found}", f"{tmp_path}/last.jpg"]
+
+
+def test_utf_16_without_its_mark_is_refused(tmp_path):
+    (tmp_path / "files.txt").write_bytes("a.jpg\nb.jpg\n".encode("utf-16-le"))
+    with pytest.raises(DataError, match="files.txt; save it as UTF-8"):
+        ListSource(tmp_path / "files.txt")
+
+
+def test_a_table_without_a_header_keeps_its_first_image(tmp_path):
+    (tmp_path / "files.csv").write_text("a.jpg,3\nb.jpg,4\n")
+    assert names(make_dataset(dataset_str=str(tmp_path / "files.csv")).source) == [
+        f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]  # fmt: skip
+    (tmp_path / "files.tsv").write_text("7\ta,b.jpg\n8\tb.jpg\n")
+    assert names(make_dataset(dataset_str=str(tmp_path / "files.tsv")).source) == [
+        f"{tmp_path}/a,b.jpg", f"{tmp_path}/b.jpg"]  # fmt: skip
+    (tmp_path / "files.csv").write_text("a.jpg,mask.png\n")
+    with pytest.raises(DataError, match="column=.*got a.jpg, mask.png"):
+        ListSource(tmp_path / "files.csv")
+
+
+def test_a_json_object_per_line(tmp_path):
+    file = tmp_path / "files.jsonl"
+    file.write_text('{"label": 3, "path": "a.jpg"}\n\n{"path": "b c.jpg"}\n')
+    assert names(make_dataset(dataset_str=str(file)).source) == [f"{tmp_path}/a.jpg", f"{tmp_path}/b c.jpg"]
+    file.write_text('"a.jpg"\n"b.jpg"\n')
+    assert names(ListSource(file)) == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]
+    file.write_text('{"thing": "a.jpg"}\n{"other": 1}\n')
+    for column, words in ((None, "line 2"), ("image", "a column 'image'")):
+        with pytest.raises(DataError, match=words):
+            ListSource(file, column)
+    file.write_text("a.jpg\n")
+    with pytest.raises(DataError, match="files.jsonl line 1"):
+        ListSource(file)
