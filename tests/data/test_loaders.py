@@ -18,7 +18,6 @@ from dinov2_custom.data import (
     loaders,
     make_data_loader,
     make_dataset,
-    sources,
     train_loader,
     workers,
 )
@@ -324,12 +323,14 @@ def test_images_that_vanish_during_training_end_in_one_clear_error(folder, many_
 def test_a_disk_or_a_permission_that_fails_for_one_image_costs_that_image_alone(folder, monkeypatch, number):
     victim = sorted(Path(folder).iterdir())[2]
 
-    def fragile(path, *arguments):
+    open_file = os.open
+
+    def fragile(path, *arguments, **options):
         if os.fspath(path) == str(victim):
             raise OSError(number, os.strerror(number))
-        return open(path, *arguments)
+        return open_file(path, *arguments, **options)
 
-    monkeypatch.setattr(sources, "open", fragile, raising=False)
+    monkeypatch.setattr(os, "open", fragile)
     told = []
     assert len(batches(folder, number=10, on_bad_image=lambda *story: told.append(story))) == 10
     ((path, reason),) = told
