@@ -18,10 +18,11 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "run").rglob("*.py"))
 MAX_SCRIPT_LINES = 40
 
-BASE = {"commands", "errors", "extras", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
+BASE = {"commands", "errors", "extras", "files", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
 # unit -> the units it may import, besides itself and the package's version; a unit is a module or a package
 ALLOWED = {
     "errors": {"exit_codes"},
+    "files": {"errors"},
     "commands": set(),
     "extras": {"errors"},
     "utils": set(),

@@ -6,27 +6,41 @@ before it has saved. They end with the loader, or when the main process is gone.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import signal
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 logger = logging.getLogger("dinov2")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def set_up_process() -> None:
-    """Keep this process to one thread and ignore the stop signals, held-back ones included."""
+    """Keep this process to one thread and ignore the stop signals, held-back ones included.
+
+    On Linux the process ends with its parent, however that ends, also while it is stopped or waits for a disk: it would
+    keep its memory, and a GPU's pinned pages, for good.
+    """
     torch.set_num_threads(1)
+    end_with_parent()
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when the thread that started it ends (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def set_up_worker(worker_id: int) -> None:

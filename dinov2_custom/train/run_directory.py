@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +10,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinov2_custom import files
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.configs.schema import all_options
 from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 OF_THE_BATCH = ("train.batch_size_per_gpu", "optim.accumulation_steps", "optim.lr")
 
@@ -31,14 +28,14 @@ def made_and_locked(folder: Path) -> Iterator[None]:
     missing, lock = missing_folders(folder), folder / ".lock"
     ours = not lock.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder):
+    with locked(folder):
+        try:
             yield
-    except BaseException as e:
-        if is_refusal(e) and ours and not (folder / "logs").exists():
-            lock.unlink(missing_ok=True)
-            remove_empty(missing)
-        raise
+        except BaseException as e:
+            if is_refusal(e) and ours and not (folder / "logs").exists():
+                lock.unlink(missing_ok=True)  # while it is held: without it, the file may be another run's
+                remove_empty(missing)
+            raise
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -48,22 +45,19 @@ def is_refusal(error: BaseException) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the system lets go of it however the process ends.
+    """Hold ``folder`` for this process; the system releases it however the process ends.
 
     Raises:
         LaunchError: another process holds it.
     """
-    with open(folder / ".lock", "a") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise LaunchError(
-                    f"--output-dir: expected a directory without an active run, got {folder}, which another process is "
-                    "writing; wait for it, stop it, or choose another directory"
-                ) from e
-            except OSError:  # a file system without locks: nothing is promised there
-                pass
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(folder / ".lock"))
+        except files.LockedError as e:
+            raise LaunchError(
+                f"--output-dir: expected a directory without an active run, got {folder}, which another process is "
+                "writing; wait for it, stop it, or choose another directory"
+            ) from e
         yield
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from dinov2_custom import files
 from dinov2_custom.errors import ConfigError
 
 LOCK = ".lock"
@@ -26,30 +27,20 @@ def own_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         others = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
-        lock = open(path / LOCK, "ab")
+        stack = contextlib.ExitStack()
+        stack.enter_context(files.locked(path / LOCK))
+    except files.LockedError as e:
+        raise ConfigError(f"--output-dir: {path} is in use by another run; wait for it or choose another") from e
     except OSError as e:
         raise ConfigError(f"--output-dir: expected a folder to write to, got {path} ({e.strerror})") from e
-    with lock:
+    with stack:
         if others and marker not in others:
             raise ConfigError(
                 f"--output-dir: expected an empty folder or one of this command, got {path} with "
                 f"{', '.join(others[:5])}; nothing was changed, choose another"
             )
-        _lock(lock, path)
         (path / marker).touch()
         yield path
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Hold a lock that ends with this process and that children do not inherit, where the system has one."""
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
-        raise ConfigError(f"--output-dir: {path} is in use by another run; wait for it or choose another") from e
-    except (ImportError, OSError):  # no such locks on this system or file system
-        pass
 
 
 def default_folder(command: str, dataset: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+from dinov2_custom.data.workers import end_with_parent
 from dinov2_custom.errors import DataError, DINOv2Error
 
 IDLE = -1
@@ -219,6 +220,7 @@ def _how(code: int | None) -> str:
 
 def _serve(work: Callable[[int], Any], pipe: Connection, current: Any, inherited: list[Connection]) -> None:
     """Answer chunks until the other end of the pipe closes, which it also does when that process is killed."""
+    end_with_parent()
     for other in inherited:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -158,3 +158,31 @@ def test_an_error_is_told_once_and_kept_in_the_log(images, uninterrupted):
     assert done.returncode == 1
     assert (done.stdout + done.stderr).count("another architecture") == 1
     assert "another architecture" in (uninterrupted / "logs" / "log.txt").read_text()
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends children with their parent on Linux")
+def test_a_killed_run_leaves_no_process_and_no_lock(images, tmp_path):
+    out = tmp_path / "out"
+    process = start(images, out, total=10_000)
+    wait_for_checkpoint(process, out)
+    workers = children(process)
+    assert workers
+    for worker in workers:  # as one that waits for a network disk: it cannot notice anything by itself
+        os.kill(worker, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    again = start(images, out, total=10_000)
+    try:
+        newest = (out / "last_checkpoint").read_text()
+        deadline = time.monotonic() + 120
+        while (out / "last_checkpoint").read_text() == newest:
+            assert again.poll() is None and time.monotonic() < deadline, (tmp_path / "out.log").read_text()[-2000:]
+            time.sleep(0.05)
+        assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    finally:
+        again.kill()
+        again.wait()

@@ -1,0 +1,98 @@
+"""The lock of a folder, among processes that are killed, forked and started at once."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dinov2_custom.files import LockedError, locked
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(path, held, until):
+    with locked(path):
+        held.set()
+        until.wait()
+
+
+def test_one_holds_it_until_it_ends(tmp_path):
+    path, held, until = tmp_path / "lock", FORK.Event(), FORK.Event()
+    for killed in (False, True):
+        process = FORK.Process(target=hold, args=(path, held, until))
+        process.start()
+        assert held.wait(60)
+        with pytest.raises(LockedError), locked(path):
+            pass
+        process.kill() if killed else until.set()
+        process.join(60)
+        with locked(path), pytest.raises(LockedError), locked(path):
+            pass
+        held.clear(), until.clear()
+
+
+def test_a_child_does_not_keep_it_for_a_parent_that_was_killed(tmp_path):
+    path, told = tmp_path / "lock", tmp_path / "child"
+
+    def parent():
+        with locked(path):
+            child = os.fork()
+            if child:
+                told.write_text(str(child))
+            signal.pause()
+
+    process = FORK.Process(target=parent)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not told.exists() or not told.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child = int(told.read_text())
+    try:
+        os.kill(child, signal.SIGSTOP)
+        process.kill()
+        process.join()  # with a time limit, it would wait for the child, too
+        with locked(path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def enter(path, number, barrier, entered):
+    """Try to get in; whoever does deletes the file, as a refused start in a new directory does."""
+    barrier.wait()
+    try:
+        with locked(path):
+            with entered.get_lock():
+                entered.value += 1
+                alone = entered.value == 1
+            time.sleep(0.001)
+            path.unlink()
+            with entered.get_lock():
+                entered.value -= 1
+            os._exit(0 if alone else 3)
+    except LockedError:
+        os._exit(1)
+
+
+def test_a_lock_that_its_holder_deletes_lets_nobody_else_in_meanwhile(tmp_path):
+    inside = 0
+    for number in range(40):
+        path, barrier, entered = tmp_path / f"{number}.lock", FORK.Barrier(4), FORK.Value("i", 0)
+        processes = [FORK.Process(target=enter, args=(path, i, barrier, entered)) for i in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        codes = [process.exitcode for process in processes]
+        assert set(codes) <= {0, 1} and 0 in codes, codes
+        inside += codes.count(0)
+    assert inside >= 40
+
+
+def test_a_folder_that_is_not_there_is_the_callers_error(tmp_path):
+    with pytest.raises(FileNotFoundError), locked(Path(tmp_path / "nowhere" / "lock")):
+        pass
