@@ -1,10 +1,11 @@
-"""Files that several processes share: the lock of a folder. Read :func:`locked`."""
+"""Files that outlive a process or are shared by several: the lock of a folder, and the cache."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,32 @@ _held: set[IO[str]] = set()
 
 class LockedError(Exception):
     """Another process, or another thread of this one, holds the lock."""
+
+
+def cache_folder() -> Path:
+    """Return ``$XDG_CACHE_HOME/dinov2_custom``, or ``~/.cache/dinov2_custom``; it may not exist.
+
+    Raises:
+        OSError: there is no home directory, or the folder is not :func:`ours`.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinov2_custom"
+    except RuntimeError as e:  # HOME is not set, and the system does not know this user
+        raise OSError(f"no cache folder: {e}; set XDG_CACHE_HOME") from e
+    if folder.exists() and not ours(folder):
+        raise OSError(f"{folder} belongs to another user, or others may write to it; chmod go-w, or set XDG_CACHE_HOME")
+    return folder
+
+
+def ours(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``path`` belongs to this user and only this user may change it.
+
+    What a cache holds is believed, so anybody who can write to it decides what this process does.
+    """
+    if not hasattr(os, "geteuid"):
+        return True
+    status = os.stat(path)
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2_custom.files import LockedError, locked
+from dinov2_custom.files import LockedError, cache_folder, locked, ours
 
 FORK = multiprocessing.get_context("fork")
 
@@ -96,3 +96,29 @@ def test_a_lock_that_its_holder_deletes_lets_nobody_else_in_meanwhile(tmp_path):
 def test_a_folder_that_is_not_there_is_the_callers_error(tmp_path):
     with pytest.raises(FileNotFoundError), locked(Path(tmp_path / "nowhere" / "lock")):
         pass
+
+
+def test_a_cache_that_others_may_write_to_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "dinov2_custom"
+    assert cache_folder() == folder and not folder.exists()
+    folder.mkdir(mode=0o700)
+    assert cache_folder() == folder
+    for mode in (0o770, 0o707):
+        folder.chmod(mode)
+        with pytest.raises(OSError, match="dinov2_custom belongs to another user, or others may write"):
+            cache_folder()
+    folder.chmod(0o755)
+    assert ours(folder)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert not ours(folder)
+    with pytest.raises(OSError):
+        cache_folder()
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        cache_folder()

@@ -14,6 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from dinov2_custom.files import cache_folder, ours
+
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-std=c99", "-shared", "-fPIC")
 OF_THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
@@ -27,9 +29,9 @@ def compiled(source: Path) -> Path:
         OSError, subprocess.SubprocessError: no compiler, or it fails, or there is no place for the library.
     """
     name = hashlib.blake2b(source.read_bytes() + repr((FLAGS, _processor())).encode(), digest_size=12).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinov2_custom"
+    folder = cache_folder()
     library = folder / f"{source.stem}-{name}.so"
-    if library.is_file():
+    if library.is_file() and ours(library):
         return library
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if compiler is None:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.errors import DataError
+from dinov2_custom.files import cache_folder, ours
 
 from .listing import PatientMap
 
@@ -110,7 +111,11 @@ def cached(key: Sequence[str], build: Build, cache_from: int = CACHE_FROM) -> In
     :func:`pack_stamps`, and calls ``on_count(n)`` now and then with the number of files so far; listings below
     ``cache_from`` files stay in memory and leave nothing on disk.
     """
-    file = cache_file(key)
+    try:
+        file = cache_file(key)
+    except OSError as e:
+        logger.info(f"index: stays in memory ({e})")
+        return Index(build(lambda count: None))
     index = load(file)
     if index is not None and stamps_hold(index):
         logger.info(f"index: {file} is current (delete it to list again)")
@@ -139,10 +144,13 @@ def _keep(file: str, arrays: dict[str, np.ndarray]) -> Index:
 
 
 def cache_file(key: Sequence[str]) -> str:
-    """Return the path of the index file of ``key``."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """Return the path of the index file of ``key``.
+
+    Raises:
+        OSError: there is no folder that only this user can write to.
+    """
     digest = hashlib.blake2b("\0".join(key).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
-    return os.path.join(home, "dinov2_custom", f"{digest}.idx")
+    return str(cache_folder() / f"{digest}.idx")
 
 
 # time stamps
@@ -184,7 +192,7 @@ def _stat(place: str) -> os.stat_result | None:
 
 def save(file: str, arrays: dict[str, np.ndarray]) -> None:
     """Write an index file: under another name first, so that there is a whole one or none."""
-    os.makedirs(os.path.dirname(file), exist_ok=True)
+    os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
     table, offset = {}, 0
     for name, array in arrays.items():
         table[name] = [array.dtype.str, len(array), offset]
@@ -218,6 +226,8 @@ def load(file: str) -> Index | None:
         start = HEADER.size + length
         if os.path.getsize(file) != start + content["size"]:
             raise ValueError("its size is wrong")
+        if not ours(file):
+            raise ValueError("others may write to it")
         whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
     except FileNotFoundError:
         return None
@@ -261,8 +271,8 @@ class _Lock:
         try:
             import fcntl
 
-            os.makedirs(os.path.dirname(self.file), exist_ok=True)
-            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+            os.makedirs(os.path.dirname(self.file), mode=0o700, exist_ok=True)
+            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             self._close()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import pickle
 import time
 
@@ -186,3 +187,21 @@ def test_failed_listing_lets_others_list(cache):
 
 def test_keys_do_not_collide():
     assert cache_file(["a", "b"]) != cache_file(["ab"]) != cache_file(["b", "a"])
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "none"])
+def test_an_index_that_others_can_write_to_is_made_again(tmp_path, cache, monkeypatch, caplog, what):
+    place = tmp_path / "place"
+    place.mkdir()
+    os.utime(place, (1e9, 1e9))
+    made = [len(PathTable(index=cached(["k"], lambda on_count: [on_count(9), arrays(place=place)][1], 1)))]
+    target = cache if what == "folder" else pathlib.Path(cache_file(["k"]))
+    if what == "none":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
+    else:
+        target.chmod(0o777)
+    again = cached(["k"], lambda on_count: [on_count(9), arrays(["new"], place)][1], 1)
+    assert list(PathTable(index=again)) == ["new"] and made == [5]
+    assert bool(again.file) == (what == "file")

@@ -101,3 +101,18 @@ def test_a_cache_that_cannot_be_written_is_no_error(own_cache, monkeypatch, capl
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     fallback(caplog, "Not a directory")
+
+
+def test_a_library_that_somebody_else_could_have_put_there_is_not_loaded(own_cache, caplog):
+    assert native.colour_changer() is not None
+    (library,) = own_cache.iterdir()
+    library.unlink()  # the old one is mapped into this process
+    library.write_bytes(b"planted")
+    library.chmod(0o777)
+    native.colour_changer.cache_clear()
+    assert native.colour_changer() is not None and library.read_bytes() != b"planted"
+    own_cache.chmod(0o777)
+    native.colour_changer.cache_clear()
+    with caplog.at_level("INFO"):
+        assert native.colour_changer() is None
+    assert "others may write to it" in caplog.text
