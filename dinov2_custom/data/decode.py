@@ -37,10 +37,13 @@ from dinov2_custom.errors import DataError, shortage
 from .tiff_values import as_declared, signed_bytes
 
 logger = logging.getLogger("dinov2")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+PNG_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf")
+HEIF = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 DCT_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")  # baseline, sequential, progressive; arithmetic coding
 # DHT, DAC, DQT, DRI, APP0 to APP15, COM
 BEFORE_FRAME = tuple(bytes([code]) for code in (0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
+PNG = b"\x89PNG\r\n\x1a\n"
 LARGE, STRIP = 1 << 23, 1 << 20  # bytes
 Shrink = Callable[[int, int], int]
 
@@ -108,12 +111,12 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
     if not data:
         raise DataError(f"expected an image, got an empty file: {source}")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = open_image(data)
         if shrink is not None and image.format == "JPEG" and not exif and has_dct(data):
             width, height = image.size
             fraction = shrink(width, height)
             image.draft(None, (width // fraction, height // fraction))
-        image.load()
+        image = loaded(image, data)
         if exif and image.format != "TIFF":  # which Pillow has turned already
             image = ImageOps.exif_transpose(image)
         return to_rgb(image)
@@ -123,6 +126,60 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
         raise shortage(e, source) from e
     except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
         raise DataError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
+
+
+def open_image(source: bytes | str) -> Image.Image:
+    """Open the bytes of an image file, or the file of a path, of any format that is read here.
+
+    Pillow refuses a PNG with more than a mebibyte of text or colour profile; of bytes, its pixels are opened without.
+
+    Raises:
+        Image.DecompressionBombError: too many pixels.
+        Exception: whatever Pillow raises; not an image.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return Image.open(file, formats=formats())
+    except ValueError:
+        if not isinstance(source, bytes) or not source.startswith(PNG):
+            raise
+        return Image.open(io.BytesIO(without_metadata(source)), formats=("PNG",))
+
+
+def loaded(image: Image.Image, data: bytes) -> Image.Image:
+    """Return ``image``, opened from ``data``, with its pixels; see :func:`open_image` about texts after them."""
+    try:
+        image.load()
+    except ValueError:
+        if image.format != "PNG":
+            raise
+        image = Image.open(io.BytesIO(without_metadata(data)), formats=("PNG",))
+        image.load()
+    return image
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return Pillow's names of the formats that are read here; HEIC where the package pillow-heif is installed."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return FORMATS
+    return (*FORMATS, "HEIF")
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return a PNG without its texts, colour profile and EXIF data.
+
+    Source: W3C PNG specification section 5.3 (chunk layout).
+    """
+    kept, position = [data[: len(PNG)]], len(PNG)
+    while position + 8 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] not in PNG_METADATA:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
 
 
 def _decode_by_simplejpeg(data: bytes, shrink: Shrink | None, scratch: Scratch | None) -> np.ndarray | None:
@@ -241,7 +298,9 @@ def warn_once(mode: str, rule: str) -> None:
 def describe(data: bytes) -> str:
     """Say in a few words what ``data`` looks like, for an error message."""
     start = data[:64]
-    if start[:3] == b"\xff\xd8\xff" or start[:8] == b"\x89PNG\r\n\x1a\n":
+    if start[4:12] in HEIF:
+        return f"HEIC of {len(data):,} bytes, which needs the package pillow-heif (pip install pillow-heif)"
+    if start[:3] == b"\xff\xd8\xff" or start[:8] == PNG:
         return f"a truncated or broken {'JPEG' if start[:1] == bytes([0xFF]) else 'PNG'} of {len(data):,} bytes"
     kind = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start) else "data"
     return f"{len(data):,} bytes of {kind}"

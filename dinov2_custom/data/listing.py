@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,7 +20,16 @@ from dinov2_custom.errors import DataError
 
 logger = logging.getLogger("dinov2")
 CHECK_PATH = "check the path, in training train.dataset_path"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".jp2", ".j2k")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jp2", ".j2k", ".j2c", ".jpx", ".avif", ".heic", ".heif",
+)  # fmt: skip
+# what files of these formats begin with; those whose beginning says little (BMP, PPM) need a name that says it
+BEGINNING = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|II\*\0|MM\0\*|RIFF....WEBP|\0\0\0\x0cjP  \r\n\x87\n"
+    rb"|....ftyp(avif|heic|heix|mif1)",
+    re.DOTALL,
+)
 ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}
 LISTS = (".txt", ".lst", ".csv", ".tsv", ".jsonl", ".ndjson")
 ADVICE_FILE = {**ADVICE, **dict.fromkeys(LISTS, "ImageList:path={}")}
@@ -117,7 +127,7 @@ class Listing:
                         continue
                     dot = name.rfind(".")
                     extension = name[dot:].lower() if dot > 0 else ""
-                    image = extension in extensions
+                    image = extension in extensions if extension else _begins_as_image(entry, extensions)
                     if entry.is_dir(follow_symlinks=False) or (not image and entry.is_symlink() and entry.is_dir()):
                         folders.append(name)
                     elif image:
@@ -191,6 +201,20 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
             f"expected images ({' '.join(sorted(listing.extensions))}), got {inside} in {', '.join(roots)}; "
             f"{', '.join(advice) or CHECK_PATH + ', or convert the files'}"
         )
+
+
+def _begins_as_image(entry: os.DirEntry, extensions: Collection[str]) -> bool:
+    """Return whether a file whose name has no extension is an image by its first bytes.
+
+    Not where only some extensions are asked for.
+    """
+    if not extensions >= set(EXTENSIONS) or not entry.is_file():
+        return False
+    try:
+        with open(entry.path, "rb", buffering=0) as file:
+            return BEGINNING.match(file.read(16)) is not None
+    except OSError:
+        return False
 
 
 def _what_it_is(place: str) -> str:

@@ -20,6 +20,7 @@ from .build import build
 from .finish import Finisher
 from .holdout import split_off
 from .masking import MaskingGenerator
+from .mixture import left_out
 from .samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
 from .spec import parse_dataset
 from .step_masks import Masks
@@ -30,6 +31,7 @@ from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .workers import set_up_worker
 
 logger = logging.getLogger("dinov2")
+MAX_KINDS = 8  # of files, in one line of the log
 
 
 class SamplerType(Enum):
@@ -54,7 +56,11 @@ def make_dataset(
         ConfigError: a string that cannot be understood.
         DataError: folders or files that are missing or hold no image.
     """
-    return build(parse_dataset(dataset_str), transform, target_transform)
+    dataset = build(parse_dataset(dataset_str), transform, target_transform)
+    if others := left_out(dataset):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(MAX_KINDS))
+        logger.info(f"left out, not images by their names: {kinds}")
+    return dataset
 
 
 def make_data_loader(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -73,6 +74,11 @@ def _bound(node: Node | int, error: float = 0.0) -> float:
 
 def _rounded(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
+
+
+def left_out(dataset: Any) -> Counter[str]:
+    """Return how many files of which extension a dataset that can say so found beside its images."""
+    return dataset.left_out() if hasattr(dataset, "left_out") else Counter()
 
 
 def unreadable_folders(dataset: Any) -> list[str]:
@@ -150,6 +156,10 @@ class Mixture(Dataset):
         if attempt:
             return first + permuted_index(attempt - 1, size, seed_for(seed, "replace", own))
         return first + permuted_index(own, size, seed)
+
+    def left_out(self) -> Counter[str]:
+        """Return how many files of which extension were found beside the images of all datasets."""
+        return sum(map(left_out, self.datasets), Counter())
 
     def unreadable_folders(self) -> list[str]:
         """Return the folders of all datasets that could not be listed."""

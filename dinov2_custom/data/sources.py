@@ -11,6 +11,7 @@ import itertools
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,10 @@ class Source:
         """Return (name, number of images) of the folders or files the source consists of, in their order."""
         raise NotImplementedError
 
+    def left_out(self) -> Counter[str]:
+        """Return how many files of which extension, or other things, were found beside the images."""
+        return Counter()
+
     def unreadable_folders(self) -> list[str]:
         """Return the folders that could not be listed; their images are not among those of the source."""
         return []
@@ -76,7 +81,8 @@ class FolderSource(Source):
         self, root: Root | Sequence[Root], extensions: Sequence[str] = EXTENSIONS, *, cache_from: int = CACHE_FROM
     ):
         self.roots = as_roots(root)
-        key = ["folders", *sorted(set(extensions)), *(place for one in self.roots for place in (one, real(one)))]
+        places = [place for one in self.roots for place in (one, real(one))]
+        key = ["folders, others counted", *sorted(set(extensions)), *places]
         self.index = cached(key, lambda on_count: index_folders(self.roots, extensions, on_count), cache_from)
         self.paths = PathTable(index=self.index)
 
@@ -91,6 +97,10 @@ class FolderSource(Source):
 
     def parts(self) -> list[tuple[str, int]]:
         return list(zip(self.roots, self.index["root_sizes"].tolist(), strict=True))
+
+    def left_out(self) -> Counter[str]:
+        rows = (row.partition(" ") for row in PathTable(index=self.index, name="other"))
+        return Counter({kind: int(count) for count, _, kind in rows})
 
     def unreadable_folders(self) -> list[str]:
         folders = PathTable(index=self.index, name="stamp")
@@ -113,7 +123,8 @@ def index_folders(
 
     packed = pack_texts(itertools.chain.from_iterable(map(counted, list_chunks(roots, listing))), "path")
     places, stats = [place for place, _ in listing.stamps], [status for _, status in listing.stamps]
-    return {**packed, "root_sizes": np.array(sizes, np.int64), **pack_stamps(places, stats, started)}
+    others = pack_texts([[f"{count} {kind}" for kind, count in listing.others.most_common()]], "other")
+    return {**packed, **others, "root_sizes": np.array(sizes, np.int64), **pack_stamps(places, stats, started)}
 
 
 def read_file(path: Root) -> bytes:

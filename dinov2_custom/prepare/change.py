@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dinov2_custom.data.decode import FORMATS, to_rgb
+from dinov2_custom.data.decode import loaded, open_image, to_rgb
 from dinov2_custom.verify.check import Checked, check_image
 
 SUFFIXES = {
@@ -115,11 +115,11 @@ def with_suffix(name: str, format: str) -> str:
 
 def _pixels(data: bytes, found: Checked, size: tuple[int, int]) -> tuple[Image.Image, int]:
     """Return (image of that size, mode RGB or L; EXIF orientation)."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = open_image(data)
     orientation = _orientation(image)
     if found.format == "JPEG" and size != image.size:
         image.draft(None, (DRAFT * size[0], DRAFT * size[1]))
-    image.load()
+    image = loaded(image, data)
     grey = image.mode in ("L", "1")
     image = to_rgb(image).getchannel(0) if grey else to_rgb(image)
     if image.size != size:

@@ -27,7 +27,7 @@ from typing import Any
 
 from PIL import Image
 
-from dinov2_custom.data.decode import FORMATS
+from dinov2_custom.data.decode import formats
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import missing
@@ -120,7 +120,7 @@ def header(source: str | io.BytesIO) -> tuple[int, int, str]:
         Image.MAX_IMAGE_PIXELS = None  # in a process of its own, and set back below
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(source, formats=FORMATS) as image:
+            with Image.open(source, formats=formats()) as image:
                 return *image.size, image.format or ""
     except Exception:  # not an image: the check will say why
         return 0, 0, ""

@@ -9,7 +9,6 @@ every frame, with ``structure``. What is sound here can be decoded by ``data.dec
 from __future__ import annotations
 
 import importlib
-import io
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from dinov2_custom.commands import command
-from dinov2_custom.data.decode import FORMATS, describe, to_rgb
+from dinov2_custom.data.decode import describe, loaded, open_image, to_rgb
 
 from .structure import ZERO_RUN, fault
 from .tiff import read_coefficients, tiff_fault
@@ -61,7 +60,7 @@ def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
         except Image.DecompressionBombError as e:
             return Checked(too_large(str(e)))
         except MemoryError:
@@ -87,7 +86,7 @@ def _check_with_pillow(
         for frame in range(frames):
             if frame:
                 image.seek(frame)
-            image.load()
+            image = loaded(image, data)
             found = found or tiff_fault(data, image, simplejpeg)
             if frame == 0 and image.mode not in PLAIN_MODES:
                 to_rgb(image)  # of a mode that is converted without changing the image
@@ -123,7 +122,7 @@ def _second_opinion(data: bytes, seen: Checked, text: str) -> Checked:
     ``text``: libjpeg's message, "" for one that says nothing about the pixels.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with open_image(data) as image:
             with warnings.catch_warnings(record=True) as raised:
                 warnings.simplefilter("always")
                 by_pillow = _check_with_pillow(image, data, seen, raised)

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.data.mixture import unreadable_folders
+from dinov2_custom.data.mixture import left_out, unreadable_folders
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import install
@@ -121,7 +121,7 @@ def verify(
         seconds = time.monotonic() - started
         if len(todo):
             logger.info(f"verify: done in {seconds:.1f} s, {len(todo) / max(seconds, 1e-9):.0f} images/s")
-        return write_report(results, folder, label, unreadable_folders(dataset))
+        return write_report(results, folder, label, unreadable_folders(dataset), left_out(dataset))
 
 
 def _of_death(death: Death) -> Checked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,16 @@ TOP = 10
 
 
 def write_report(
-    results: Results, folder: Path, dataset: str, unreadable_folders: Sequence[str] = ()
+    results: Results,
+    folder: Path,
+    dataset: str,
+    unreadable_folders: Sequence[str] = (),
+    left_out: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Write the three files into ``folder`` and return the summary. The same results give the same bytes.
 
     ``unreadable_folders``: folders of the dataset that could not be listed, so that their images were not checked.
+    ``left_out``: how many files of which extension were found beside the images.
     """
     with written_whole(folder / "bad_images.jsonl") as file:
         for i in np.flatnonzero(results.status == BAD).tolist():
@@ -39,6 +44,7 @@ def write_report(
             else:
                 file.write(path + "\n")
     summary = summarize(results, dataset) | {"sound_but_not_listable": unlisted}
+    summary["left_out"] = dict(left_out or {})
     summary["unreadable_folders"] = sorted(map(absolute, unreadable_folders))
     with written_whole(folder / "summary.json") as file:
         file.write(json.dumps(summary, indent=1) + "\n")
@@ -105,7 +111,7 @@ def as_text(summary: dict[str, Any]) -> str:
         more = f" and {len(folders) - TOP} more" if len(folders) > TOP else ""
         lines.append(f"folders that cannot be read, whose images were not checked: {', '.join(folders[:TOP])}{more}")
     for title, key in (("reasons", "reasons"), ("bad images by folder", "worst_folders"), ("formats", "formats"),
-                       ("modes", "modes")):  # fmt: skip
+                       ("modes", "modes"), ("left out, not images by their names", "left_out")):  # fmt: skip
         if summary[key]:
             lines.append(f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in summary[key].items()))
     if summary["short_side"]:

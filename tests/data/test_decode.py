@@ -2,12 +2,15 @@
 
 import io
 import logging
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, features
 
 from dinov2_custom.data import decode
+from dinov2_custom.data.datasets import ImageDataset
 from dinov2_custom.data.decode import decode_array, decode_rgb, has_dct
 from dinov2_custom.errors import DataError, ResourceError
 from dinov2_custom.verify.check import check_image
@@ -426,3 +429,40 @@ def test_memory_that_runs_out_is_no_fault_of_the_image(monkeypatch):
     monkeypatch.setattr(decode.Image, "open", run_out)
     with pytest.raises(ResourceError, match="x.png"):
         decode.decode_rgb(b"1", "x.png")
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("chunk", [
+    png_chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2 << 20))),
+    png_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"x" * (3 << 20))),
+    png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * (3 << 20))),
+    png_chunk(b"tEXt", b"k\0" + b"x" * (1 << 20)) * 70,
+])  # fmt: skip
+def test_a_png_is_sound_whatever_its_text_and_colour_profile_weigh(place, chunk):
+    data = encode(RGB, "PNG")
+    cut = 33 if place == "before" else len(data) - 12
+    data = data[:cut] + chunk + data[cut:]
+    assert decode_rgb(data).tobytes() == RGB.tobytes()
+    assert check_image(data)[:3] == ("", "PNG", "RGB")
+    assert check_image(data[: len(data) - len(chunk) // 2 - 20]).reason
+
+
+@pytest.mark.parametrize(
+    "kind, suffix", [("GIF", "gif"), ("PPM", "ppm"), ("AVIF", "avif"), ("JPEG", "jfif"), ("DIB", "dib")]
+)
+def test_formats_that_are_listed_are_decoded(tmp_path, kind, suffix):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("NOT CHECKED: Pillow has no AVIF here")
+    (tmp_path / f"a.{suffix}").write_bytes(encode(RGB, kind))
+    ((image, _),) = ImageDataset(tmp_path)
+    assert image.size == RGB.size and image.mode == "RGB"
+
+
+def test_heic_without_its_package_says_which():
+    data = b"\0\0\0\x18ftypheic" + bytes(100)
+    with pytest.raises(DataError, match="pip install pillow-heif"):
+        decode_rgb(data)

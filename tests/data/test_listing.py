@@ -10,8 +10,11 @@ import pytest
 
 from dinov2_custom.data import listing
 from dinov2_custom.data.listing import Listing, PatientMap, Progress, list_images
+from dinov2_custom.data.loaders import make_dataset
+from dinov2_custom.data.mixture import left_out
 from dinov2_custom.data.tar_shards import find_files
 from dinov2_custom.errors import DataError
+from tests.data.pictures import encode, picture
 
 links = pytest.mark.skipif(sys.platform == "win32", reason="NOT CHECKED: symbolic links need rights on Windows")
 
@@ -122,10 +125,10 @@ def test_prepared_shards_in_a_folder_are_data(tmp_path):
 
 
 def test_folder_without_images_says_what_is_in_it(tmp_path):
-    touch(tmp_path, "a.heic", "b.heic", "c/README")
+    touch(tmp_path, "a.dcm", "b.dcm", "c/README")
     with pytest.raises(DataError) as e:
         list_images([str(tmp_path)])
-    for words in (".jpg", "2 .heic", "1 files without extension", str(tmp_path), "convert"):
+    for words in (".jpg", "2 .dcm", "1 files without extension", str(tmp_path), "convert"):
         assert words in str(e.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="got no files in"):
@@ -232,3 +235,24 @@ def test_quick_listing_logs_nothing(tmp_path, caplog):
     touch(tmp_path, "1.jpg")
     list_images([str(tmp_path)])
     assert caplog.text == ""
+
+
+def test_what_is_not_taken_for_an_image_is_counted_and_said(tmp_path, caplog):
+    data = {kind: encode(picture(8, 6), kind) for kind in ("PNG", "JPEG", "GIF", "PPM", "TIFF", "WEBP", "BMP")}
+    files = {f"a.{kind.lower()}": content for kind, content in data.items()}
+    files |= {"b.jfif": data["JPEG"], "c.JPE": data["JPEG"], "d.jpg": data["JPEG"], "e.tif": data["TIFF"]}
+    files |= {f"plain_{kind}": data[kind] for kind in ("JPEG", "PNG", "WEBP")}  # without a suffix
+    others = {"README": b"text", "a.txt": b"", "b.txt": b"", "c.xml": b""}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name, content in {**files, **others}.items():
+            (tmp_path / folder / name).write_bytes(content)
+    os.mkfifo(tmp_path / "a" / "pipe")
+    with caplog.at_level("INFO"):
+        dataset = make_dataset(dataset_str=[str(tmp_path / "a"), {"path": str(tmp_path / "b")}])
+    assert len(dataset) == 2 * len(files)
+    assert all(dataset[i][0].size == (8, 6) for i in range(len(dataset)))
+    assert "4 .txt, 3 files without extension, 2 .xml" in caplog.text
+    assert left_out(dataset) == {".txt": 4, "files without extension": 3, ".xml": 2}
+    parts = make_dataset(dataset_str=[{"path": str(tmp_path / one), "weight": 1} for one in "ab"])
+    assert left_out(parts) == left_out(dataset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 
 from dinov2_custom.data.sources import Source
@@ -44,6 +45,10 @@ class SourceDataset(ExtendedVisionDataset):
 
     def get_target(self, index: int) -> tuple[()]:
         return ()
+
+    def left_out(self) -> Counter[str]:
+        """Return how many files of which extension were found beside the images."""
+        return self.source.left_out()
 
     def unreadable_folders(self) -> list[str]:
         """Return the folders that could not be listed."""
