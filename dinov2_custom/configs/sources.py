@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_custom.configs.mistakes import Mistakes, explain_bad_override
@@ -32,13 +32,29 @@ class Setting:
     where: str
 
 
+def to_yaml(cfg: DictConfig) -> str:
+    """Return ``cfg`` as YAML that can be written as UTF-8, also where paths are not UTF-8."""
+    try:
+        return OmegaConf.to_yaml(cfg)
+    except UnicodeEncodeError:  # libyaml writes no surrogates, which stand for the bytes of such a path
+        return yaml.dump(OmegaConf.to_container(cfg), Dumper=yaml.SafeDumper, sort_keys=False)
+
+
+def read_yaml(path: Path) -> DictConfig | ListConfig:
+    """Read a YAML file, also one with the escaped surrogates that :func:`to_yaml` writes and libyaml refuses."""
+    text = path.read_text(encoding="utf-8")
+    if "\\uDC" in text:
+        return OmegaConf.create(yaml.load(text, Loader=yaml.SafeLoader))
+    return OmegaConf.load(path)
+
+
 def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
     """Read a YAML config file; None and "" are no file. Return None if it cannot be read."""
     if not path:
         return []
     file = Path(path).expanduser()
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        content = OmegaConf.to_container(read_yaml(file), resolve=False)
     except FileNotFoundError:
         mistakes.add(f"--config-file {path}", "an existing YAML file", "no such file", _nearest_files(file))
         return None

@@ -30,6 +30,7 @@ from .samplers import permuted_index
 logger = logging.getLogger("dinov2")
 MAX_REPLACEMENTS = 100
 MIN_DRAWS = 100
+MIN_BAD = 10  # different files: a few of a small dataset are a large share of it, and no reason to stop
 PROBES = 32
 
 BadRecord = tuple[int, str, str]
@@ -180,7 +181,7 @@ class BadImages:
 
         Raises:
             DataError: more than ``max_fraction`` of the draws were bad (after 100 draws, or a pass of a tiny dataset),
-                and of more than one file: a single bad one never ends a run.
+                and of at least ten different files.
         """
         self.num_draws += num_draws
         self.num_bad_draws += len({draw for draw, _, _ in records})
@@ -189,7 +190,7 @@ class BadImages:
                 self.reasons[path] = reason
                 self.on_bad_image(path, reason)
         enough = self.num_draws >= min(MIN_DRAWS, self.num_images)
-        if enough and len(self.reasons) > 1 and self.num_bad_draws > self.max_fraction * self.num_draws:
+        if enough and len(self.reasons) >= MIN_BAD and self.num_bad_draws > self.max_fraction * self.num_draws:
             raise self.error()
 
     def error(self) -> DataError:

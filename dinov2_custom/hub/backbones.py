@@ -90,8 +90,7 @@ def _existing(weights: str | os.PathLike) -> str | os.PathLike:
 
 def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[str, Any]:
     """Return how the backbone of ``file`` was built: from its tensors, and the config.yaml of the run around it."""
-    from omegaconf import OmegaConf
-
+    from dinov2_custom.configs.sources import read_yaml
     from dinov2_custom.teacher import arguments_of  # reads configurations, which needs more than torch
 
     try:
@@ -99,7 +98,7 @@ def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[st
     except (KeyError, ValueError) as e:
         raise CheckpointError(f"weights: expected a backbone's tensors, got a file without: {file} ({e})") from e
     config = run_config_near(str(file))
-    student = OmegaConf.load(config).get("student", {}) if config else {}
+    student = read_yaml(Path(config)).get("student", {}) if config else {}
     found = {name: options[name] for name in options if name not in _OF_THE_ARCHITECTURE}
     return found | {name: student[name] for name in _RESAMPLING if name in student}
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinov2_custom import files
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.configs.schema import all_options
+from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
 
 OF_THE_BATCH = ("train.batch_size_per_gpu", "optim.accumulation_steps", "optim.lr")
@@ -73,7 +74,7 @@ def changed_keys(before: Mapping[str, Any], folder: Path, cfg: DictConfig) -> li
     path = folder / "config.yaml"
     if not before.get("config") and not path.exists():
         return []
-    earlier = OmegaConf.create(before["config"]) if before.get("config") else OmegaConf.load(path)
+    earlier = OmegaConf.create(before["config"]) if before.get("config") else read_yaml(path)
     changes = []
     for key, option in all_options().items():
         old, new = OmegaConf.select(earlier, key), OmegaConf.select(cfg, key)

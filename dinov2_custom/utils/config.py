@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir, load_run_config, scaled_lr
+from dinov2_custom.configs.sources import to_yaml
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.logging import setup_logging
 from dinov2_custom.utils.utils import fix_random_seeds, get_sha
@@ -103,6 +104,6 @@ def write_config(cfg: DictConfig, output_dir: str | os.PathLike, name: str = "co
     path = Path(output_dir) / name
     if distributed.is_main_process():
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(OmegaConf.to_yaml(cfg), encoding="utf-8")
+        temporary.write_text(to_yaml(cfg), encoding="utf-8")
         os.replace(temporary, path)
     return str(path)

@@ -224,15 +224,15 @@ def test_without_a_callback_bad_images_are_logged(caplog):
 
 def test_too_many_bad_draws_stop_with_the_worst_folder():
     account = BadImages(10_000, 0.02, lambda *story: None)
-    account.add(99, [(i, f"/data/scans/{i}.jpg", "cut") for i in range(5)])
+    account.add(99, [(i, f"/data/scans/{i}.jpg", "cut") for i in range(9)])
     with pytest.raises(DataError) as e:
         account.add(101, [(100, "/data/photos/1.jpg", "cut")])
     for words in (
         "at most 2.00%",
         "train.max_bad_fraction",
-        "6 of 200 draws",
-        "6 different files",
-        "(5) in /data/scans",
+        "10 of 200 draws",
+        "10 different files",
+        "(9) in /data/scans",
     ):
         assert words in str(e.value)
 
@@ -245,14 +245,14 @@ def test_few_bad_draws_go_on_and_the_limit_itself_is_allowed():
 
 
 def test_a_tiny_dataset_is_judged_after_one_pass():
-    account = BadImages(10, 0.05, lambda *story: None)
-    account.add(9, [(0, "a", "b"), (3, "c", "d")])
-    with pytest.raises(DataError, match="2 of 10 draws"):
+    account = BadImages(30, 0.05, lambda *story: None)
+    account.add(29, [(i, f"{i}.jpg", "b") for i in range(10)])
+    with pytest.raises(DataError, match="10 of 30 draws"):
         account.add(1, [])
 
 
-def test_one_bad_file_never_ends_a_run():
-    account = BadImages(10, 0.0, lambda *story: None)
-    for draw in range(50):
-        account.add(1, [(draw, "a", "b")])
-    assert account.num_bad_draws == 50
+def test_a_few_bad_files_never_end_a_run():
+    account = BadImages(40, 0.0, lambda *story: None)
+    for draw in range(500):
+        account.add(1, [(draw, f"{draw % 9}.jpg", "b")])
+    assert account.num_bad_draws == 500

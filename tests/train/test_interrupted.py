@@ -186,3 +186,16 @@ def test_a_killed_run_leaves_no_process_and_no_lock(images, tmp_path):
     finally:
         again.kill()
         again.wait()
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_trained_on_resumed_and_embedded(tmp_path):
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    images = write_images(named, 6)
+    out = tmp_path / "out"
+    for total in (2, 4):
+        process = start(images, out, total)
+        assert process.wait(240) == 0, (tmp_path / "out.log").read_text(errors="replace")[-2000:]
+    embed = [sys.executable, str(REPOSITORY / "run/embed.py"), str(out), str(images)]
+    done = subprocess.run([*embed, "--output-dir", str(tmp_path / "features")], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(out)) == 4

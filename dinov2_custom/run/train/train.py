@@ -22,6 +22,7 @@ class Trainer(Task):
         from omegaconf import OmegaConf
 
         from dinov2_custom.configs.load import load_run_config
+        from dinov2_custom.configs.sources import to_yaml
 
         args = self.args
         cfg = load_run_config(
@@ -36,7 +37,7 @@ class Trainer(Task):
         plain = OmegaConf.to_container(cfg)
         warn_of_absent("train.dataset_path", plain["train"]["dataset_path"], warn)
         warn_of_absent("student.pretrained_weights", plain["student"]["pretrained_weights"], warn)
-        return OmegaConf.to_yaml(cfg)
+        return to_yaml(cfg)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
