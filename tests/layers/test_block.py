@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dinov2_custom.layers import Block, NestedTensorBlock, SwiGLUFFNFused
+from dinov2_custom.layers import NestedTensorBlock, SwiGLUFFNFused
 from dinov2_custom.layers.block import BlockChunk
 from dinov2_custom.layers.drop_path import draw_subset, num_kept
 from tests.layers.both_ways import run

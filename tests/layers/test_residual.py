@@ -50,7 +50,8 @@ def test_overwriting_changes_nothing(uniform, recompute, monkeypatch):
 def test_called_blocks_give_the_same(uniform, recompute):
     made = model(uniform)
     for one, other in zip(gradients(made, True), gradients(made, False, recompute), strict=True):
-        assert one is None and other is None or torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
 def test_the_models_stream_is_overwritten_but_in_the_first_and_the_last_branch(monkeypatch):
