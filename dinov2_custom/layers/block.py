@@ -1,6 +1,7 @@
 """Transformer blocks, whose calls are upstream's: each module is called, with (B, N, D).
 
-Training computes a block from its weights instead where nobody can tell the difference: ``packed``, ``unmodified``.
+Training computes a block from its weights instead where all its modules are as they were built: ``packed``,
+``unmodified``.
 """
 
 from __future__ import annotations
