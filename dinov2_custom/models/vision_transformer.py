@@ -222,10 +222,12 @@ class DinoVisionTransformer(nn.Module):
     def forward_features(self, x, masks=None, **options):
         """Return the feature dict of (B, C, H, W), or a list of them for a list of images.
 
-        ``options``: of :meth:`forward_features_list`, for a list.
+        ``options``: of :meth:`forward_features_list`.
         """
         if isinstance(x, list | tuple):
             return self.forward_features_list(x, masks if masks is not None else [None] * len(x), **options)
+        if options:
+            return self.forward_features_list([x], [masks], **options)[0]
         tokens = self.prepare_tokens_with_masks(x, masks)
         for block in self.blocks:
             tokens = block(tokens)

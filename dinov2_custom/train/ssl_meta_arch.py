@@ -200,8 +200,8 @@ class SSLMetaArch(nn.Module):
         if not (self.do_dino or self.do_ibot):
             return Targets(None, None)
         with self.autocast("teacher", "backbone"):
-            crops = [images["collated_global_crops"]]
-            (features,) = self.teacher["backbone"](crops, is_training=True, packed=self._packed("teacher"))
+            crops, packed = images["collated_global_crops"], self._packed("teacher")
+            features = self.teacher["backbone"](crops, is_training=True, packed=packed)
         first, second = features["x_norm_clstoken"].chunk(2)
         cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
         patches = self._masked_patches(features, images["mask_indices_list"])
