@@ -119,7 +119,8 @@ class DinoVisionTransformer(nn.Module):
         """Return the transformer blocks in order, chunked or not."""
         if not self.chunked_blocks:
             return list(self.blocks)
-        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
+        stages = [stage if isinstance(stage, nn.ModuleList) else [stage] for stage in self.blocks]
+        return [block for stage in stages for block in stage if not isinstance(block, nn.Identity)]
 
     def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None = None) -> list[Draw]:
         """Draw the stochastic-depth subsets of one pass over tensors of ``num_sequences``, two a block, in order.
