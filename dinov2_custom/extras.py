@@ -11,6 +11,7 @@ from types import ModuleType
 from dinov2_custom.errors import ConfigError, DINOv2Error
 
 OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings it)
+    "fvcore": ("fvcore", "fvcore"),
     "imagecodecs": ("imagecodecs", "slides"),
     "iopath": ("iopath", "iopath"),
     "matplotlib": ("matplotlib", "plots"),
@@ -23,6 +24,7 @@ OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings 
     "submitit": ("submitit", "submitit"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "tifffile": ("tifffile", "slides"),
+    "torchmetrics": ("torchmetrics", "eval"),
     "wandb": ("wandb", "wandb"),
 }
 
