@@ -235,6 +235,10 @@ class DinoVisionTransformer(nn.Module):
             patches = [p.transpose(1, 2).reshape(len(x), -1, rows, columns).contiguous() for p in patches]
         return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
 
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients down to a total norm of at most ``max_norm``; return the norm before. FSDP's name."""
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
+
     def forward(self, x, masks=None, is_training: bool = False, generator: torch.Generator | None = None, draws=None):
         """Return class features (B, D), or with ``is_training`` the dict(s) of :meth:`forward_features`."""
         features = self.forward_features(x, masks, generator, draws)
