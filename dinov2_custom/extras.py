@@ -45,6 +45,17 @@ def optional(name: str, purpose: str, error: type[DINOv2Error] = ConfigError, ot
         raise error(missing(name, purpose, otherwise, f"got none ({e})")) from e
 
 
+def class_of_torchvision(module: str, name: str, otherwise: type) -> type:
+    """Return torchvision's class, for ours to be told by users' ``isinstance``; ``otherwise`` without torchvision.
+
+    Nothing of it is used. A torchvision that was built for another torch is like none.
+    """
+    try:
+        return getattr(importlib.import_module(f"torchvision.{module}"), name)
+    except (ImportError, OSError, RuntimeError):
+        return otherwise
+
+
 def missing(name: str, purpose: str, otherwise: str = "", got: str = "got none") -> str:
     """Return the sentence for ``purpose`` without module ``name``, and what to do."""
     package = OF_EXTRA[name.partition(".")[0]][0]

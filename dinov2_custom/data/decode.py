@@ -32,7 +32,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageOps
 
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import UnreadableImageError
 
 from .tiff_values import as_declared, signed_bytes
 
@@ -103,7 +103,7 @@ def _as_array(image: Image.Image, scratch: Scratch | None) -> np.ndarray:
 
 def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | None) -> Image.Image:
     if not data:
-        raise DataError(f"expected an image, got an empty file: {source}")
+        raise UnreadableImageError(f"expected an image, got an empty file: {source}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if shrink is not None and image.format == "JPEG" and not exif:
@@ -115,9 +115,9 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
             image = ImageOps.exif_transpose(image)
         return to_rgb(image)
     except Image.DecompressionBombError as e:
-        raise DataError(f"expected fewer pixels: {source} ({e}); shrink it or cut it into tiles") from e
+        raise UnreadableImageError(f"expected fewer pixels: {source} ({e}); shrink it or cut it into tiles") from e
     except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
-        raise DataError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
+        raise UnreadableImageError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
 
 
 def _decode_by_simplejpeg(data: bytes, shrink: Shrink | None, scratch: Scratch | None) -> np.ndarray | None:

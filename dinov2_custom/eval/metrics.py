@@ -1,6 +1,7 @@
 """Top-k accuracies as torchmetrics, averaged over samples or over classes. Upstream's names.
 
-``update`` never waits for the device; ``compute`` adds up the counts of all processes. Read :class:`TopKAccuracy` first.
+``update`` never waits for the device; ``compute`` adds up the counts of all processes. Read :class:`TopKAccuracy`
+first.
 """
 
 from __future__ import annotations

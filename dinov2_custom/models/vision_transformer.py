@@ -201,6 +201,25 @@ class DinoVisionTransformer(nn.Module):
             tokens = block(tokens, generator)
         return self._features(self.norm(tokens), tokens, masks)
 
+    def _get_intermediate_layers_not_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
+        """Return the tokens (B, 1+R+N, D) after the blocks that ``n`` names, in order of depth, before the final norm.
+
+        Raises:
+            ValueError: a block index that does not exist.
+        """
+        tokens = self.prepare_tokens_with_masks(x)
+        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        outputs = []
+        for index, block in enumerate(self.all_blocks()):
+            tokens = block(tokens)
+            if index in wanted:
+                outputs.append(tokens)
+        if len(outputs) != len(wanted):
+            raise ValueError(f"n: expected block indices within 0..{self.n_blocks - 1}, got {list(wanted)}")
+        return outputs
+
+    _get_intermediate_layers_chunked = _get_intermediate_layers_not_chunked
+
     def get_intermediate_layers(
         self,
         x: Tensor,
@@ -219,15 +238,10 @@ class DinoVisionTransformer(nn.Module):
         Raises:
             ValueError: a block index that does not exist.
         """
-        tokens = self.prepare_tokens_with_masks(x)
-        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
-        outputs = []
-        for index, block in enumerate(self.all_blocks()):
-            tokens = block(tokens)
-            if index in wanted:
-                outputs.append(self.norm(tokens) if norm else tokens)
-        if len(outputs) != len(wanted):
-            raise ValueError(f"n: expected block indices within 0..{self.n_blocks - 1}, got {list(wanted)}")
+        chunked = self._get_intermediate_layers_chunked
+        outputs = chunked(x, n) if self.chunked_blocks else self._get_intermediate_layers_not_chunked(x, n)
+        if norm:
+            outputs = [self.norm(out) for out in outputs]
         class_tokens = [out[:, 0] for out in outputs]
         patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
         if reshape:
