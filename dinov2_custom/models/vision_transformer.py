@@ -111,6 +111,10 @@ class DinoVisionTransformer(nn.Module):
             nn.init.normal_(self.register_tokens, std=1e-6)
         named_apply(init_weights_vit_timm, self)
 
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients down to a total norm of at most ``max_norm``; return the norm before. FSDP's name."""
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
+
     def all_blocks(self) -> list[nn.Module]:
         """Return the transformer blocks in order, chunked or not."""
         if not self.chunked_blocks:
@@ -248,10 +252,6 @@ class DinoVisionTransformer(nn.Module):
             rows, columns = (side // self.patch_size for side in x.shape[-2:])
             patches = [p.transpose(1, 2).reshape(len(x), -1, rows, columns).contiguous() for p in patches]
         return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
-
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scale the gradients down to a total norm of at most ``max_norm``; return the norm before. FSDP's name."""
-        return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
 
     def forward(self, x, masks=None, is_training: bool = False, generator: torch.Generator | None = None, draws=None):
         """Return class features (B, D), or with ``is_training`` the dict(s) of :meth:`forward_features`."""
