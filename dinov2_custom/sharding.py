@@ -36,7 +36,8 @@ def shard_part(part: nn.Module, precision, *, reshard: bool) -> None:
     }
     for block in part.all_blocks() if hasattr(part, "all_blocks") else ():
         fully_shard(block, **options)
-        register_fsdp_forward_method(block, "forward_packed")
+        if hasattr(block, "forward_packed"):
+            register_fsdp_forward_method(block, "forward_packed")
     fully_shard(part, **options)
     if hasattr(part, "cross_entropy"):
         register_fsdp_forward_method(part, "cross_entropy")

@@ -1,21 +1,20 @@
-"""Transformer blocks on packed tokens: crops of every size go through one pass.
+"""Transformer blocks, whose calls are upstream's: each module is called, with (B, N, D).
 
-Token-wise work (norms, linear layers, FFN) runs on the (T, D) concatenation of all crops; attention runs a segment.
-Read :meth:`Block.forward_packed` first; how a branch is added is in ``residual``.
+Training computes a block from its weights instead where nobody can tell the difference: ``packed``, ``unmodified``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinov2_custom.layers.attention import Attention, MemEffAttention, Segments, split_segments
-from dinov2_custom.layers.drop_path import Draw, DropPath, Subset, draw_kept, to_subsets
+from dinov2_custom.layers.attention import Attention, MemEffAttention
+from dinov2_custom.layers.drop_path import Draw, DropPath, Kept, draw_kept
 from dinov2_custom.layers.layer_scale import LayerScale
-from dinov2_custom.layers.lean import compute_dtype, times
 from dinov2_custom.layers.mlp import Mlp
 from dinov2_custom.layers.nested import (
     CausalAttentionBlock,
@@ -25,8 +24,8 @@ from dinov2_custom.layers.nested import (
     get_attn_bias_and_cat,
     get_branges_scales,
 )
-from dinov2_custom.layers.pieces import EAGER
-from dinov2_custom.layers.residual import Owned, add_residual_subset
+from dinov2_custom.layers.packed import forward_packed
+from dinov2_custom.utils.transfer import to_device
 
 
 class Block(nn.Module):
@@ -34,8 +33,7 @@ class Block(nn.Module):
 
     Args:
         init_values: start of the two LayerScales; None or 0 for none.
-        drop_path: share of samples whose branch is skipped. A single tensor with a share of at most 0.1 uses the
-            sample-zeroing form instead, as upstream does.
+        drop_path: share of samples whose branch is skipped.
     """
 
     def __init__(
@@ -69,129 +67,107 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.sample_drop_ratio = drop_path
-        self.recompute = "none"  # or "selective": the FFN, or "full": everything, once more in the backward pass
-        # Hand-written backward passes that keep less; the inner modules are then not called, nor are their hooks.
-        self.lean = False
-        self.pieces = EAGER  # of lean branches; or compiled ones
 
-    def attention_residual(self, x_TD: Tensor, segments: Segments, scale: float = 1.0) -> Tensor:
-        if self.lean:
-            options = self.norm1, getattr(self.ls1, "gamma", None), scale, self.pieces
-            return self.attn.forward_lean(x_TD, segments, *options)
-        return times(self.plain_attention(x_TD, segments), scale)
+    def attn_residual(self, x: Tensor) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x)))
 
-    def plain_attention(self, x_TD: Tensor, segments: Segments) -> Tensor:
-        return self.ls1(self.attn.forward_packed(self.norm1(x_TD), segments))
+    def ffn_residual(self, x: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
 
-    def ffn_residual(self, x_TD: Tensor, segments: Segments, scale: float = 1.0) -> Tensor:
-        if self.lean:
-            return self.mlp.forward_lean(x_TD, self.norm2, getattr(self.ls2, "gamma", None), scale, self.pieces)
-        return times(self.plain_ffn(x_TD, segments), scale)
-
-    def plain_ffn(self, x_TD: Tensor, segments: Segments) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x_TD)))
-
-    def can_be_lean(self) -> bool:
-        """Return whether ``lean`` may be set: the modules are this project's, without dropout."""
-        dropout = any(module.p > 0 for module in self.modules() if isinstance(module, nn.Dropout))
-        norms = type(self.norm1) is type(self.norm2) is nn.LayerNorm
-        return norms and not dropout and all(hasattr(part, "forward_lean") for part in (self.attn, self.mlp))
-
-    def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None) -> list[Draw]:
+    def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None = None) -> list[Draw]:
         """Draw what the two branches, attention and FFN, are computed for, in tensors of ``num_sequences``."""
         ratio = self.sample_drop_ratio if self.training else 0.0
         return [draw_kept(num_sequences, ratio, generator) for _ in range(2)]
 
-    def forward_packed(
-        self,
-        x_TD: Tensor,
-        segments: Segments,
-        subsets: Sequence[Subset] | None = None,
-        owned: Owned = Owned(),  # noqa: B008 - immutable
-    ) -> Tensor:
-        """Run the block on packed tokens.
+    def forward(self, x: Tensor, draws: Sequence[Kept | None] | None = None, recompute_ffn: bool = False) -> Tensor:
+        """Map (B, N, D) to (B, N, D).
 
         Args:
-            x_TD: (T, D), the crops of every segment end to end.
-            segments: [(num_sequences, length), ...]; their products sum to T.
-            subsets: of the attention branch and of the FFN branch; None: everything.
-            owned: whether x and the gradient of the result may be overwritten.
+            draws: the samples that the attention branch and the FFN branch are computed for (None: all), in training.
+                Without ``draws`` they come from torch's global CPU generator; a ratio of at most 0.1 zeroes
+                samples instead, as upstream does.
+            recompute_ffn: compute the FFN branch once more in the backward pass instead of keeping it.
         """
-        subsets = subsets or [Subset(None, segments, 1.0)] * 2
-        if self.recompute == "full" and torch.is_grad_enabled():
-            owned = owned._replace(x=False)  # it is what is kept
-            return checkpoint(
-                self._forward_subsets, x_TD, subsets, owned, use_reentrant=False, preserve_rng_state=False
-            )
-        return self._forward_subsets(x_TD, subsets, owned)
+        if draws is None and self.training and 0.0 < self.sample_drop_ratio <= 0.1:
+            x = x + self.drop_path1(self.attn_residual(x))
+            return x + self.drop_path1(self.ffn_residual(x))
+        attention, ffn = of_tensor(self.draw([len(x)]), 0) if draws is None else draws
+        x = _add_branch(x, self.attn_residual, attention)
+        if recompute_ffn and torch.is_grad_enabled():
+            return _add_branch(x, partial(checkpoint, self.ffn_residual, use_reentrant=False), ffn)
+        return _add_branch(x, self.ffn_residual, ffn)
 
-    def _forward_subsets(self, x_TD: Tensor, subsets: Sequence[Subset], owned: Owned) -> Tensor:
-        attention, ffn = subsets
-        again = self.recompute == "selective" and torch.is_grad_enabled()
-        # lean branches want no other precision, and selective recomputation keeps the rows as they are taken
-        options = (compute_dtype(x_TD) if self.lean or again else None), self.pieces if self.lean else EAGER
-        # between the two branches nobody else sees x, nor its gradient
-        x_TD = add_residual_subset(
-            x_TD, self.attention_residual, attention, Owned(owned.x, ffn.rows is not None), *options
-        )
-        last = Owned(attention.rows is not None, owned.gradient)
-        return add_residual_subset(x_TD, self._ffn_again if again else self.ffn_residual, ffn, last, *options)
+    def forward_packed(self, *args, **kwargs) -> Tensor:
+        """Run from the weights alone, see :func:`packed.forward_packed`; a method, around which FSDP2 gathers them."""
+        return forward_packed(self, *args, **kwargs)
 
-    def _ffn_again(self, x_TD: Tensor, segments: Segments, scale: float) -> Tensor:
-        x_TD = x_TD.to(compute_dtype(x_TD))  # this is what is kept
-        return checkpoint(self.ffn_residual, x_TD, segments, scale, use_reentrant=False, preserve_rng_state=False)
 
-    def forward(
-        self, x_or_x_list: Tensor | list[Tensor], generator: torch.Generator | None = None
-    ) -> Tensor | list[Tensor]:
-        """Map (B, N, D), or a list of such tensors of different B and N, to the same shapes."""
-        if isinstance(x_or_x_list, Tensor):
-            x_BND = x_or_x_list
-            segments = [x_BND.shape[:2]]
-            if self.training and 0.0 < self.sample_drop_ratio <= 0.1:
-                return self._forward_zeroing(x_BND, segments)
-            return self._forward_drawn(x_BND.flatten(0, 1), segments, generator).view(x_BND.shape)
-        x_TD, segments = pack(x_or_x_list)
-        return unpack(self._forward_drawn(x_TD, segments, generator), segments)
+def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], kept: Kept | None) -> Tensor:
+    if kept is None:
+        return x + branch(x)
+    sequences = to_device(kept.sequences, x.device)
+    return add_residual(x, sequences, branch(x.index_select(0, sequences)), kept.scale)
 
-    def _forward_drawn(self, x_TD: Tensor, segments: Segments, generator: torch.Generator | None) -> Tensor:
-        draws = self.draw([total for total, _ in segments], generator)
-        return self.forward_packed(x_TD, segments, to_subsets(draws, segments, x_TD.device))
 
-    def _forward_zeroing(self, x_BND: Tensor, segments: Segments) -> Tensor:
-        for residual in (self.attention_residual, self.ffn_residual):
-            branch = residual(x_BND.flatten(0, 1), segments).view(x_BND.shape)
-            x_BND = x_BND + self.drop_path1(branch)
-        return x_BND
+def of_tensor(draws: Sequence[Draw], index: int) -> list[Kept | None]:
+    """Return what ``draws`` over several tensors say of one."""
+    return [None if draw is None else draw[index] for draw in draws]
 
 
 class NestedTensorBlock(Block):
-    """Upstream's name for the block that accepts a list of tensors; here every :class:`Block` does."""
+    """A block that takes a list of tensors, too."""
 
-    def forward_nested(self, x_list: list[Tensor]) -> list[Tensor]:
-        """Map a list of (B_i, N_i, D) to the same shapes."""
-        return self.forward(x_list)
+    def forward_nested(self, x_list: Sequence[Tensor]) -> list[Tensor]:
+        """Map a list of (B_i, N_i, D) to the same shapes, one after the other."""
+        draws = self.draw([len(x) for x in x_list])
+        return [Block.forward(self, x, of_tensor(draws, index)) for index, x in enumerate(x_list)]
+
+    def forward(self, x_or_x_list: Tensor | Sequence[Tensor], **options) -> Tensor | list[Tensor]:
+        """Map (B, N, D), or a list of such tensors of different B and N, to the same shapes.
+
+        ``options``: of :meth:`Block.forward`, for a single tensor.
+        """
+        if isinstance(x_or_x_list, Tensor):
+            return super().forward(x_or_x_list, **options)
+        return self.forward_nested(x_or_x_list)
 
 
 class BlockChunk(nn.ModuleList):
     """A run of blocks under one module name. Positions before the run hold ``nn.Identity``, so names count globally."""
 
-    def forward(self, x, generator: torch.Generator | None = None):
+    def forward(self, x):
         for block in self:
-            x = block(x, generator) if isinstance(block, Block) else block(x)
+            x = block(x)
         return x
 
 
-def pack(x_list: list[Tensor]) -> tuple[Tensor, Segments]:
-    """Lay (B, N, D) tensors end to end as (T, D) with their segments."""
-    flat = [x.reshape(-1, x.shape[-1]) for x in x_list]
-    return (flat[0] if len(flat) == 1 else torch.cat(flat)), [(x.shape[0], x.shape[1]) for x in x_list]
+_FORWARDS = (Block.forward, NestedTensorBlock.forward)  # as they are defined; users may replace them
 
 
-def unpack(x_TD: Tensor, segments: Segments) -> list[Tensor]:
-    """Cut (T, D) into one (B, N, D) view a segment."""
-    parts = split_segments(x_TD, segments)
-    return [part.view(*segment, x_TD.shape[-1]) for part, segment in zip(parts, segments, strict=True)]
+def has_own_forward(block: nn.Module) -> bool:
+    """Return whether calling ``block`` runs :meth:`Block.forward` as it is here, whatever its modules are."""
+    return (
+        isinstance(block, Block)
+        and type(block).forward in _FORWARDS
+        and "forward" not in vars(block)
+        and (Block.forward, NestedTensorBlock.forward) == _FORWARDS
+    )
+
+
+def call_block(block: nn.Module, x: Tensor, draws: Sequence[Kept | None], recompute: str = "none") -> Tensor:
+    """Call a block, or whatever stands in its place, on (B, N, D) in training.
+
+    A ``forward`` that is not this file's gets x alone: it draws for itself, and is recomputed as a whole.
+
+    Args:
+        recompute: "none", or what the backward pass computes again, "selective": the FFN; "full": everything.
+    """
+    options = {}
+    again = recompute != "none" and torch.is_grad_enabled()
+    if has_own_forward(block):
+        options = {"draws": draws, "recompute_ffn": again and recompute == "selective"}
+        again = recompute == "full" and again
+    return checkpoint(block, x, use_reentrant=False, **options) if again else block(x, **options)
 
 
 __all__ = [
@@ -205,11 +181,8 @@ __all__ = [
     "Mlp",
     "NestedTensorBlock",
     "add_residual",
-    "add_residual_subset",
     "drop_add_residual_stochastic_depth",
     "drop_add_residual_stochastic_depth_list",
     "get_attn_bias_and_cat",
     "get_branges_scales",
-    "pack",
-    "unpack",
 ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2_custom.layers.attention import Segments
+from dinov2_custom.layers.segments import Segments
 from dinov2_custom.utils.transfer import to_device
 
 

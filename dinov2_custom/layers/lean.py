@@ -30,19 +30,6 @@ class Activation(NamedTuple):
     backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def by_autograd(function: Callable[[Tensor], Tensor]) -> Activation:
-    """Return the activation of any function, which autograd differentiates."""
-
-    def backward(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            active = function(leaf)
-        (of_x,) = torch.autograd.grad(active, leaf, gradient)
-        return active.detach(), of_x
-
-    return Activation(function, backward)
-
-
 def gelu_activation(approximate: str, pieces: Pieces) -> Activation:
     """Return the activation of ``nn.GELU(approximate)``."""
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_custom.errors import DINOv2Error
-from dinov2_custom.layers.attention import Segments, split_segments
 from dinov2_custom.layers.drop_path import num_kept
+from dinov2_custom.layers.segments import Segments, split_segments
 
 
 class PackedSequences:

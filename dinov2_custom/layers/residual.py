@@ -2,7 +2,7 @@
 
 The stream is overwritten where nobody else can see it, which is half of what adding rows costs: :class:`Owned` says
 where. Autograd is not told, so that hooks on the stream (FSDP2's) stay where they are; that nobody kept for a backward
-pass what is overwritten, it still checks. Not here: what a branch computes (``block``). Read
+pass what is overwritten, it still checks. Not here: what a branch computes (``packed``). Read
 :func:`add_residual_subset` first.
 """
 
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dinov2_custom.layers.attention import Segments
 from dinov2_custom.layers.drop_path import Subset
 from dinov2_custom.layers.lean import without_autocast
 from dinov2_custom.layers.pieces import EAGER, Pieces
+from dinov2_custom.layers.segments import Segments
 
 
 class Owned(NamedTuple):

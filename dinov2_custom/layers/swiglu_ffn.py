@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_custom.layers.lean import activation_linear, gated_activation, norm_linear
-from dinov2_custom.layers.pieces import Pieces, gated
+from dinov2_custom.layers.pieces import gated
 
 
 class SwiGLUFFN(nn.Module):
@@ -30,13 +29,6 @@ class SwiGLUFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(gated(self.w12(x)))
-
-    def forward_lean(
-        self, x_TD: Tensor, norm: nn.LayerNorm, gamma: Tensor | None, scale: float, pieces: Pieces
-    ) -> Tensor:
-        """Return scale * gamma * forward(norm(x)), keeping less for the backward pass; see ``lean``."""
-        gate_and_value = norm_linear(x_TD, norm, self.w12, pieces)
-        return activation_linear(gate_and_value, gated_activation(pieces), self.w3, gamma, scale, pieces)
 
 
 def aligned_hidden_features(hidden_features: int, multiple: int = 8) -> int:

@@ -1,7 +1,8 @@
 """The Vision Transformer of DINOv2: class token, optional registers, masks, several crop sizes in one pass.
 
 Single-device code: no precision, compilation or parallelism in here. Names of parameters and methods are upstream's, so
-released weights and users' scripts fit. Read :meth:`DinoVisionTransformer.forward_features_list` first.
+released weights and users' scripts fit. Every module is called, but for the blocks of a training step that
+:meth:`DinoVisionTransformer.forward_features_list` is told to run from their weights.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
 from dinov2_custom.layers import MemEffAttention, PatchEmbed
-from dinov2_custom.layers.block import Block, BlockChunk, NestedTensorBlock, pack, unpack
+from dinov2_custom.layers.block import Block, BlockChunk, NestedTensorBlock, call_block, has_own_forward, of_tensor
 from dinov2_custom.layers.drop_path import Draw, to_subsets
+from dinov2_custom.layers.packed import Packed
 from dinov2_custom.layers.residual import Owned
+from dinov2_custom.layers.segments import pack, unpack
+from dinov2_custom.layers.unmodified import find_change, find_change_of_all
 from dinov2_custom.models.pos_embed import resample_pos_embed
 from dinov2_custom.models.stacking import FFN_LAYERS, chunk_blocks, drop_path_rates, init_weights_vit_timm, named_apply
 
@@ -121,9 +125,14 @@ class DinoVisionTransformer(nn.Module):
             return list(self.blocks)
         return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
 
-    def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None) -> list[Draw]:
-        """Draw the stochastic-depth subsets of one pass over tensors of ``num_sequences``, two a block, in order."""
-        return [draw for block in self.all_blocks() for draw in block.draw(num_sequences, generator)]
+    def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None = None) -> list[Draw]:
+        """Draw the stochastic-depth subsets of one pass over tensors of ``num_sequences``, two a block, in order.
+
+        ``generator`` is a CPU generator (None: torch's global one). Blocks with a ``forward`` of their own draw
+        themselves.
+        """
+        drawn = [b.draw(num_sequences, generator) if has_own_forward(b) else (None, None) for b in self.all_blocks()]
+        return [draw for pair in drawn for draw in pair]
 
     def num_tokens_of(self, x: Tensor) -> int:
         """Return how many tokens an image of (..., H, W) becomes."""
@@ -161,30 +170,48 @@ class DinoVisionTransformer(nn.Module):
         self,
         x_list: Sequence[Tensor],
         masks_list: Sequence[Tensor | None],
-        generator: torch.Generator | None = None,
         draws: Sequence[Draw] | None = None,
+        packed: Packed = Packed(),  # noqa: B008 - immutable
     ) -> list[dict[str, Tensor | None]]:
-        """Run crops of several sizes through one packed pass.
+        """Run crops of several sizes, block by block.
 
         Args:
             x_list: images, each (B_i, C, H_i, W_i).
             masks_list: (B_i, N_i) bool or None, each.
-            generator: CPU generator of the stochastic-depth subsets (None: torch's global one).
-            draws: those subsets, as :meth:`draw` returns them, cut to ``x_list``; None: draw them here.
+            draws: the stochastic-depth subsets, as :meth:`draw` returns them, cut to ``x_list``; None: draw them here.
+            packed: which blocks take all crops in one pass from their weights; the others are called for one after
+                the other.
 
         Returns:
             One dict a tensor: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
             (B, N, D), ``x_prenorm`` (B, 1+R+N, D), ``masks`` as given.
         """
-        x_TD, segments = pack([self.prepare_tokens_with_masks(*pair) for pair in zip(x_list, masks_list, strict=True)])
-        subsets = to_subsets(draws or self.draw([len(x) for x in x_list], generator), segments, x_TD.device)
-        last = self.n_blocks - 1
-        for index, block in enumerate(self.all_blocks()):
-            attention, ffn = subsets[2 * index : 2 * index + 2]
-            owned = Owned(index > 0, index < last and subsets[2 * index + 2].rows is not None)
-            x_TD = block.forward_packed(x_TD, segments, (attention, ffn), owned)
-        normed, prenormed = unpack(self.norm(x_TD), segments), unpack(x_TD, segments)
-        return [self._features(*parts) for parts in zip(normed, prenormed, masks_list, strict=True)]
+        tokens = [self.prepare_tokens_with_masks(*pair) for pair in zip(x_list, masks_list, strict=True)]
+        draws = draws or self.draw([len(x) for x in x_list])
+        drawn = {block: draws[2 * index : 2 * index + 2] for index, block in enumerate(self.all_blocks())}
+        for blocks in self._runs(packed.blocks):
+            if blocks[0] in packed.blocks:
+                tokens = _run_packed(blocks, tokens, [drawn[block] for block in blocks], packed)
+                continue
+            (block,) = blocks  # or a chunk
+            of_block = drawn.get(block, (None, None))
+            tokens = [call_block(block, x, of_tensor(of_block, i), packed.recompute) for i, x in enumerate(tokens)]
+        normed = [self.norm(x) for x in tokens]
+        return [self._features(*parts) for parts in zip(normed, tokens, masks_list, strict=True)]
+
+    def _runs(self, packed: frozenset[nn.Module]) -> list[list[nn.Module]]:
+        """Return the blocks in order, those in ``packed`` that follow each other together, and the chunks that are
+        hooked or replaced in place of their blocks."""
+        whole = not self.chunked_blocks or find_change_of_all() is not None
+        runs: list[list[nn.Module]] = []
+        for stage in self.blocks:
+            closed = whole or find_change(stage, (BlockChunk,)) is not None
+            for block in [stage] if closed else [block for block in stage if not isinstance(block, nn.Identity)]:
+                if runs and block in packed and runs[-1][0] in packed:
+                    runs[-1].append(block)
+                else:
+                    runs.append([block])
+        return runs
 
     def _features(self, norm: Tensor, prenorm: Tensor, masks: Tensor | None) -> dict[str, Tensor | None]:
         first_patch = 1 + self.num_register_tokens
@@ -196,13 +223,16 @@ class DinoVisionTransformer(nn.Module):
             "masks": masks,
         }
 
-    def forward_features(self, x, masks=None, generator: torch.Generator | None = None, draws=None):
-        """Return the feature dict of (B, C, H, W), or a list of them for a list of images."""
+    def forward_features(self, x, masks=None, **options):
+        """Return the feature dict of (B, C, H, W), or a list of them for a list of images.
+
+        ``options``: of :meth:`forward_features_list`, for a list.
+        """
         if isinstance(x, list | tuple):
-            return self.forward_features_list(x, masks if masks is not None else [None] * len(x), generator, draws)
+            return self.forward_features_list(x, masks if masks is not None else [None] * len(x), **options)
         tokens = self.prepare_tokens_with_masks(x, masks)
-        for block in self.all_blocks():
-            tokens = block(tokens, generator)
+        for block in self.blocks:
+            tokens = block(tokens)
         return self._features(self.norm(tokens), tokens, masks)
 
     def _get_intermediate_layers_not_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
@@ -253,14 +283,27 @@ class DinoVisionTransformer(nn.Module):
             patches = [p.transpose(1, 2).reshape(len(x), -1, rows, columns).contiguous() for p in patches]
         return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
 
-    def forward(self, x, masks=None, is_training: bool = False, generator: torch.Generator | None = None, draws=None):
+    def forward(self, x, masks=None, is_training: bool = False, **options):
         """Return class features (B, D), or with ``is_training`` the dict(s) of :meth:`forward_features`."""
-        features = self.forward_features(x, masks, generator, draws)
+        features = self.forward_features(x, masks, **options)
         if is_training:
             return features
         parts = features if isinstance(features, list) else [features]
         outputs = [self.head(one["x_norm_clstoken"]) for one in parts]
         return outputs if isinstance(features, list) else outputs[0]
+
+
+def _run_packed(
+    blocks: list[nn.Module], tokens: list[Tensor], draws: list[Sequence[Draw]], packed: Packed
+) -> list[Tensor]:
+    """Run blocks, one after the other, each on all of ``tokens`` at once."""
+    x_TD, segments = pack(tokens)
+    subsets = to_subsets([draw for pair in draws for draw in pair], segments, x_TD.device)
+    for index, block in enumerate(blocks):
+        own, following = subsets[2 * index : 2 * index + 2], subsets[2 * index + 2 : 2 * index + 3]
+        owned = Owned(index > 0, bool(following) and following[0].rows is not None)
+        x_TD = block.forward_packed(x_TD, own, owned, packed.recompute, packed.pieces)
+    return unpack(x_TD, segments)
 
 
 def _vit(embed_dim: int, depth: int, num_heads: int, patch_size: int, num_register_tokens: int, kwargs: dict):

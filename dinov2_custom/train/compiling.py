@@ -1,8 +1,8 @@
 """Let torch.compile fuse what the step does between its matrix products, where it can and is asked to.
 
 Compiled are the pieces of lean blocks, which keep what they keep without, and the cross-entropy of a chunk of logits.
-Blocks that cannot be lean, or shall not, have their two branches compiled, which keep for the backward pass what the
-compiler chooses. Read :func:`compile_step` first.
+Without ``train.lean`` the two branches of each block are compiled, which keep for the backward pass what the compiler
+chooses. Blocks whose modules somebody changed are called as they are. Read :func:`compile_step` first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dinov2")
 Compiler = Callable[[Callable], Callable]
+_BRANCHES = ("attn_residual", "ffn_residual")
 
 
 def is_wanted(setting: str) -> bool:
@@ -58,13 +59,13 @@ def install(model: SSLMetaArch, compiler: Compiler) -> None:
     Args:
         compiler: function -> the function that stands in for it, for any number of tokens.
     """
-    pieces = compile_pieces(compiler)
+    model.look_at_modules()
+    if model.lean:
+        model.pieces = compile_pieces(compiler)
+    else:
+        for block in model.shortcuts.student | model.shortcuts.teacher:
+            compile_block(block, compiler)
     for part in (model.student, model.teacher):
-        for block in part["backbone"].all_blocks():
-            if block.lean:
-                block.pieces = pieces
-            else:
-                compile_block(block, compiler)
         for name, head in part.items():
             if name != "backbone":
                 head.chunk_loss = compiler(fused_cross_entropy)
@@ -88,8 +89,17 @@ def _on_numbers(compiled: Callable, piece: Callable) -> Callable:
 
 def compile_block(block: nn.Module, compiler: Compiler) -> None:
     """Compile a block's two branches as autograd differentiates them."""
-    for name in ("plain_attention", "plain_ffn"):
+    for name in _BRANCHES:
         setattr(block, name, compiler(getattr(block, name)))
+
+
+def leave_out_changed(model: SSLMetaArch) -> None:
+    """Let blocks with changed modules have their branches as they are: what was compiled would pass over the change."""
+    unchanged = model.shortcuts.student | model.shortcuts.teacher
+    for part in (model.student, model.teacher):
+        for block in part["backbone"].all_blocks():
+            for name in _BRANCHES if block not in unchanged else ():
+                vars(block).pop(name, None)
 
 
 def _time_first_step(model: SSLMetaArch) -> None:

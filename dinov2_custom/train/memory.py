@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinov2_custom.layers import attention as attention_module
+from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
 from dinov2_custom.train import compiling
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
@@ -131,15 +131,15 @@ class _FusedAttention(torch.autograd.Function):
 @contextmanager
 def as_on_a_gpu():
     """Let attention keep what a fused kernel keeps, chunks of logits be a GPU's, and no process speak to others."""
-    attention, chunks = attention_module.attention, prototype_loss._CHUNK_LOGITS["cpu"]
+    attention, chunks = kernels.attention, prototype_loss._CHUNK_LOGITS["cpu"]
     products = prototype_loss._PRODUCT_LOGITS.pop("cpu")
     is_initialized, dist.is_initialized = dist.is_initialized, lambda: False
-    attention_module.attention = lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
+    kernels.attention = lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
     prototype_loss._CHUNK_LOGITS["cpu"] = prototype_loss._CHUNK_LOGITS["cuda"]
     try:
         yield
     finally:
-        attention_module.attention, prototype_loss._CHUNK_LOGITS["cpu"] = attention, chunks
+        kernels.attention, prototype_loss._CHUNK_LOGITS["cpu"] = attention, chunks
         prototype_loss._PRODUCT_LOGITS["cpu"] = products
         dist.is_initialized = is_initialized
 

@@ -7,6 +7,7 @@ in the precision that its ``compute_precision`` section names, losses in float32
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.upstream import with_defaults
+from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.layers.drop_path import Draw
+from dinov2_custom.layers.packed import Packed
+from dinov2_custom.layers.pieces import EAGER
 from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import GradientReducer, own_share
 from dinov2_custom.train import compiling
 from dinov2_custom.train.constant_shapes import pad_patches
 from dinov2_custom.train.pretrained import start_from_weights
+from dinov2_custom.train.shortcuts import find_shortcuts
 from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies, teacher_assignments
 from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
 from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
@@ -29,6 +34,8 @@ from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2_custom.utils.rng import seed_for
 from dinov2_custom.utils.transfer import to_device
+
+logger = logging.getLogger("dinov2")
 
 __all__ = ["Features", "SSLMetaArch", "Targets", "assignment_entropies"]
 
@@ -63,9 +70,10 @@ class SSLMetaArch(nn.Module):
         self.num_prototypes = self.dino_out_dim if self.do_dino else self.ibot_out_dim
         self.koleo_loss = KoLeoLoss(over_all_ranks=cfg.dino.koleo_neighbours == "all")
         self.patch_head = "ibot_head" if self.ibot_separate_head else "dino_head"
+        self.recompute, self.pieces = "none", EAGER
         self.lean = cfg.train.lean
-        for block in (block for model in (self.student, self.teacher) for block in model["backbone"].all_blocks()):
-            block.lean = self.lean and block.can_be_lean()
+        self.shortcuts = find_shortcuts(self)
+        self._warned: set[str] = set()
         self.fp16_scaler: torch.amp.GradScaler | None = None
         self.constant_shapes = False  # or True: each batch gets rows of padding, see ``pad_patches``
         self.averages_gradients = False  # or True: of several processes, for a loop that does not ``parallelize``
@@ -106,8 +114,26 @@ class SSLMetaArch(nn.Module):
 
     def set_checkpointing(self, mode: str) -> None:
         """Let the student's blocks compute ``none``, ``selective`` or ``full`` again in the backward pass."""
-        for block in self.student["backbone"].all_blocks():
-            block.recompute = mode
+        self.recompute = mode
+
+    def look_at_modules(self) -> None:
+        """Find what may be computed from weights in this step, and warn once of what keeps something from it."""
+        self.shortcuts = find_shortcuts(self)
+        if self.shortcuts.changes:
+            compiling.leave_out_changed(self)
+            warning = self.shortcuts.describe()
+            if self.lean and warning not in self._warned:
+                logger.warning(warning)
+                self._warned.add(warning)
+
+    @property
+    def lean_heads(self) -> bool:
+        """Whether no logits of heads are kept, see ``terms`` and ``targets``."""
+        return self.lean and self.shortcuts.heads
+
+    def _packed(self, side: str) -> Packed:
+        blocks = getattr(self.shortcuts, side) if self.lean else frozenset()
+        return Packed(blocks, self.recompute if side == "student" else "none", self.pieces)
 
     def train(self, mode: bool = True) -> SSLMetaArch:
         """Put the student in training mode; the teacher always stays in evaluation mode."""
@@ -142,6 +168,7 @@ class SSLMetaArch(nn.Module):
         Returns:
             0-dim losses on the device, detached. KoLeo and iBOT are half of what is trained, as upstream reports them.
         """
+        self.look_at_modules()
         groups = self.plan_groups(images, generator)
         masked_in_first = self.masked_in_first(images)
         if self.constant_shapes:
@@ -196,7 +223,8 @@ class SSLMetaArch(nn.Module):
         if not (self.do_dino or self.do_ibot):
             return Targets(None, None)
         with self.autocast("teacher", "backbone"):
-            features = self.teacher["backbone"](images["collated_global_crops"], is_training=True)
+            crops = [images["collated_global_crops"]]
+            (features,) = self.teacher["backbone"](crops, is_training=True, packed=self._packed("teacher"))
         first, second = features["x_norm_clstoken"].chunk(2)
         cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
         patches = self._masked_patches(features, images["mask_indices_list"])
@@ -214,7 +242,9 @@ class SSLMetaArch(nn.Module):
         crops = [(views.global_crops, views.masks), (views.local_crops, None)]
         crops, masks = zip(*((crop, mask) for crop, mask in crops if crop is not None), strict=True)
         with self.autocast("student", "backbone"):
-            features = self.student["backbone"](list(crops), masks=list(masks), is_training=True, draws=draws)
+            features = self.student["backbone"](
+                list(crops), masks=list(masks), is_training=True, draws=draws, packed=self._packed("student")
+            )
         local, of_global = views.local_crops is not None, views.global_crops is not None
         return Features(
             local_cls=features[-1]["x_norm_clstoken"] if local else None,
@@ -224,7 +254,7 @@ class SSLMetaArch(nn.Module):
 
     def losses(self, features: Features, targets: Targets, group: ViewGroup, views: Views) -> Terms:
         """Return a group's part of the loss to train on, and of the terms as upstream reports them."""
-        terms = chunked_terms if self.lean else dense_terms
+        terms = chunked_terms if self.lean_heads else dense_terms
         total, reported = terms(self, features, targets, group, views)
         if self.do_koleo and features.global_cls is not None:
             halves = features.global_cls.chunk(len(group.global_views))
@@ -245,6 +275,11 @@ class SSLMetaArch(nn.Module):
         Where the 0-dim ``skip`` is 1 it stays where it is.
         """
         teacher, student = ([own_share(p) for p in side.parameters()] for side in (self.teacher, self.student))
+        if [p.shape for p in teacher] != [p.shape for p in student]:
+            raise DINOv2Error(
+                f"update_teacher: expected the teacher to have the student's {len(student)} parameters, got "
+                f"{len(teacher)}; what is put into model.student (LoRA, adapters) has to be put into model.teacher, too"
+            )
         if skip is None:
             torch._foreach_lerp_(teacher, student, 1.0 - m)
         else:

@@ -43,7 +43,7 @@ def teacher_assignments(
     Where ``train.lean``, some rows at a time when they are wanted.
     """
     rows = {"real_rows": (images["masks_weight"] > 0).float()} if model.constant_shapes else {}
-    if model.lean:
+    if model.lean_heads:
         return _late_assignments(model, cls, patches, teacher_temp, rows)
     cls_logits, patch_logits = model.run_heads("teacher", [] if cls is None else [cls], patches)
     of_cls = None if cls is None else _assign(model, model.dino_loss, cls_logits[0], teacher_temp)

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from dinov2_custom.layers import Block, SwiGLUFFNFused
+from dinov2_custom.layers import Block, NestedTensorBlock, SwiGLUFFNFused
 from dinov2_custom.layers.block import BlockChunk
 from dinov2_custom.layers.drop_path import draw_subset, num_kept
+from tests.layers.both_ways import run
 
 
 def tokens(*shapes, seed=0):
@@ -13,30 +14,35 @@ def tokens(*shapes, seed=0):
 
 def make_block(**kwargs):
     torch.manual_seed(0)
-    return Block(32, num_heads=4, qkv_bias=True, init_values=0.5, **kwargs)
+    return NestedTensorBlock(32, num_heads=4, qkv_bias=True, init_values=0.5, **kwargs)
 
 
 @pytest.mark.parametrize("ffn", [{}, {"ffn_layer": SwiGLUFFNFused}])
 def test_packed_equals_one_tensor_at_a_time(ffn):
     block = make_block(**ffn).eval()
     crops = tokens((2, 17), (5, 5))
-    for packed, crop in zip(block(crops), crops, strict=True):
+    for packed, listed, crop in zip(run(block, crops, lean=True), block(crops), crops, strict=True):
         torch.testing.assert_close(packed, block(crop))
+        assert torch.equal(listed, block(crop))
 
 
-def test_drop_path_computes_the_drawn_samples_and_leaves_the_rest():
+@pytest.mark.parametrize("way", ["lean", "called", "listed"])
+def test_drop_path_computes_the_drawn_samples_and_leaves_the_rest(way):
     block = make_block(drop_path=0.4).train()
     crops = tokens((5, 3), (10, 2))
-    out = block(crops, torch.Generator().manual_seed(3))
+    if way == "listed":
+        torch.manual_seed(3)
+        out = block(crops)
+    else:
+        out = run(block, crops, way == "lean", torch.Generator().manual_seed(3))
 
     draws = torch.Generator().manual_seed(3)
     expected = [crop.clone() for crop in crops]
-    for residual in (block.attention_residual, block.ffn_residual):
+    for residual in (block.attn_residual, block.ffn_residual):
         for crop in expected:
             kept = torch.randperm(len(crop), generator=draws)[: num_kept(len(crop), 0.4)]
             sub = crop[kept]
-            branch = residual(sub.flatten(0, 1), [sub.shape[:2]]).view_as(sub)
-            crop[kept] = sub + branch * len(crop) / len(kept)
+            crop[kept] = sub + residual(sub) * len(crop) / len(kept)
     for got, want in zip(out, expected, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -72,5 +78,6 @@ def test_input_is_not_changed_in_place():
     block = make_block(drop_path=0.4).train()
     crops = tokens((4, 3))
     before = crops[0].clone()
-    block(crops, torch.Generator())
+    for lean in (True, False):
+        run(block, crops, lean, torch.Generator())
     assert torch.equal(crops[0], before)

@@ -25,7 +25,7 @@ def test_every_variant_gives_finite_gradients(ffn_layer, registers, dtype):
     crops = images((3, 16), (4, 8))
     masks = [torch.rand(3, 16) > 0.5, None]
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        features = model(crops, masks=masks, is_training=True, generator=torch.Generator())
+        features = model(crops, masks=masks, is_training=True, draws=model.draw([3, 4], torch.Generator()))
         loss = sum((one["x_norm_clstoken"].float() ** 2).mean() for one in features)
         loss = loss + (features[0]["x_norm_patchtokens"].float() ** 2).mean()
     loss.backward()

@@ -9,6 +9,7 @@ from dinov2_custom.layers.pieces import EAGER, Pieces
 from dinov2_custom.train import compiling
 from dinov2_custom.train.memory import measure_step
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from tests.layers.both_ways import run
 from tests.layers.test_lean import kept_bytes
 from tests.train.batches import random_batch, tiny_config
 
@@ -32,21 +33,19 @@ def aot_eager(function):
 
 
 def block(lean, compiled, **options):
+    """Return a block, and what runs it."""
     torch.manual_seed(0)
     made = Block(32, num_heads=2, init_values=0.5, qkv_bias=True, drop_path=0.4, **options).train()
-    made.lean = lean
-    if compiled and lean:
-        made.pieces = compiling.compile_pieces(aot_eager)
-    elif compiled:
+    if compiled and not lean:
         compiling.compile_block(made, aot_eager)
-    return made
+    return made, {"lean": lean, "pieces": compiling.compile_pieces(aot_eager) if compiled and lean else EAGER}
 
 
-def results(made, num_sequences, dtype):
+def results(made, options, num_sequences, dtype):
     crops = [torch.randn(n, 5, 32, generator=torch.Generator().manual_seed(n)) for n in num_sequences]
     made.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        outputs = made(crops, torch.Generator().manual_seed(1))
+        outputs = run(made, crops, generator=torch.Generator().manual_seed(1), **options)
     sum(out.square().sum() for out in outputs).backward()
     return [*outputs, *(p.grad for p in made.parameters())]
 
@@ -59,7 +58,7 @@ def results(made, num_sequences, dtype):
 def test_the_same_numbers_for_any_number_of_tokens_compiled_once(dtype, options):
     plain, compiled = (block(compiled=one, **options) for one in (False, True))
     for num_sequences in ((4,), (9, 7), (6,), (5, 11), (17,)):
-        expected, got = (results(made, num_sequences, dtype) for made in (plain, compiled))
+        expected, got = (results(*made, num_sequences, dtype) for made in (plain, compiled))
         for one, other in zip(got, expected, strict=True):
             tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.2}
             torch.testing.assert_close(one, other, **tolerance)
@@ -71,7 +70,8 @@ def test_the_same_numbers_for_any_number_of_tokens_compiled_once(dtype, options)
 @pytest.mark.parametrize("options", [{}, {"ffn_layer": SwiGLUFFNFused}], ids=str)
 def test_compiled_pieces_keep_what_lean_blocks_keep(options):
     x = torch.randn(64, 16, 32)
-    assert kept_bytes(block(True, True, **options), x) == kept_bytes(block(True, False, **options), x)
+    kept = [kept_bytes(made, x, **how) for made, how in (block(True, one, **options) for one in (True, False))]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -105,22 +105,26 @@ def test_the_step_uses_what_was_compiled(lean, monkeypatch):
     pieces = {field.name for field in fields(Pieces)} - {"gated", "gated_backward", "cast_norm"} | {
         "fused_cross_entropy"
     }
-    assert set(calls) == (pieces if lean else {"plain_attention", "plain_ffn"})
+    assert set(calls) == (pieces if lean else {"attn_residual", "ffn_residual"})
     for name, value in losses.items():
         torch.testing.assert_close(other_losses[name], value, rtol=1e-5, atol=1e-6)
     for value, other in zip(gradients, other_gradients, strict=True):
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5)
 
 
-def test_what_cannot_be_lean_has_its_branches_compiled():
-    model = SSLMetaArch(tiny_config())
-    odd = model.student["backbone"].all_blocks()[0]
-    odd.lean = False
+def test_what_is_changed_is_called_as_it_is():
+    """Changed before, or after it was compiled."""
+    cfg = tiny_config("train.lean=false")
+    model = SSLMetaArch(cfg).train()
+    first, second, *others = model.student["backbone"].all_blocks()
+    seen = []
+    first.attn.register_forward_hook(lambda *_: seen.append("first"))
     compiling.install(model, lambda function: lambda *args: function(*args))
-    assert odd.pieces is EAGER and "plain_ffn" in vars(odd)
-    assert all(
-        one.pieces is not EAGER and "plain_ffn" not in vars(one) for one in model.student["backbone"].all_blocks()[1:]
-    )
+    assert "ffn_residual" not in vars(first) and all("ffn_residual" in vars(block) for block in (second, *others))
+    second.mlp.register_forward_hook(lambda *_: seen.append("second"))
+    step(model, cfg)
+    assert {*seen} == {"first", "second"}
+    assert "ffn_residual" not in vars(second) and all("ffn_residual" in vars(block) for block in others)
 
 
 def test_without_a_compiler_one_warning(caplog, monkeypatch):
