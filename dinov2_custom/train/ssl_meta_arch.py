@@ -175,7 +175,7 @@ class SSLMetaArch(nn.Module):
             apart = any(len(group.global_views) == 1 for group, _ in groups)
             images, masked_in_first = pad_patches(images, masked_in_first, apart)
         images = {name: to_device(v, self.device) if isinstance(v, Tensor) else v for name, v in images.items()}
-        images |= {name: images[name].float() for name in ("collated_global_crops", "collated_local_crops")}
+        images |= {name: images[name].float() for name in images if name.endswith("_crops")}  # upstream's are float16
         if on_last_backward is None and self.averages_gradients:
             self._reducer = self._reducer or GradientReducer(self.student.named_parameters())
             on_last_backward = self._reducer.arm

@@ -23,6 +23,7 @@ from dinov2_custom.eval.metrics import MetricType, build_metric
 from dinov2_custom.eval.setup import setup_and_build_model
 from dinov2_custom.hub import backbones, classifiers
 from dinov2_custom.hub import utils as hub_utils
+from dinov2_custom.layers import Attention, MemEffAttention
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
@@ -229,6 +230,21 @@ def test_intermediate_layers_by_their_private_names(oracle_root, chunks):
             torch.testing.assert_close(getattr(ours, name)(x, n), getattr(theirs, name)(x, n), atol=1e-4, rtol=1e-4)
     setattr(ours, name, lambda x, n=1: [torch.zeros(2, 17, 384)])
     assert not ours.get_intermediate_layers(x, norm=False)[0].any()
+
+
+@pytest.mark.parametrize("kind", [Attention, MemEffAttention])
+def test_attention_of_a_text_tower(kind):
+    torch.manual_seed(0)
+    attention, x = kind(64, num_heads=4, qkv_bias=True), torch.randn(2, 7, 64)
+    assert attention.dim == 64
+    attention.init_weights(init_proj_std=0.5)
+    assert float(attention.qkv.weight.std()) == pytest.approx(1 / 8, rel=0.05)
+    assert float(attention.proj.weight.std()) == pytest.approx(0.5, rel=0.05)
+    assert not attention.qkv.bias.any() and not attention.proj.bias.any()
+    whole = Attention.forward(attention, x, is_causal=True)
+    for length in (1, 4, 7):  # what comes later does not count
+        last = attention(x[:, :length])[:, -1]
+        torch.testing.assert_close(whole[:, length - 1], last, atol=1e-5, rtol=1e-5)
 
 
 def test_hub_names(monkeypatch):
