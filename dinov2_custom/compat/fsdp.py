@@ -1,7 +1,7 @@
 """Upstream's names for sharded modules and their checkpoints, on torch's public ``fully_shard`` (FSDP2).
 
 Training here does not use them: its parallelism is ``parallel.py``, its checkpoints ``train/checkpoint.py``. They are
-for scripts that import them from upstream, and need fvcore as those do. Without a process group nothing is sharded and
+for scripts that import them from upstream, and need fvcore as those do. In a single process nothing is sharded and
 everything works on plain modules. Read :func:`get_fsdp_wrapper` first.
 """
 
@@ -62,7 +62,7 @@ def get_fsdp_wrapper(
     classes = tuple(modules_to_wrap)
 
     def wrap(module: nn.Module) -> nn.Module:
-        if not distributed.is_enabled():
+        if distributed.get_global_size() == 1:
             return module
         if strategy not in _RESHARD:
             raise ConfigError(
