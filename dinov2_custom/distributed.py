@@ -23,7 +23,7 @@ _environment_before: dict[str, str | None] = {}  # what enable() changed in os.e
 
 
 def is_enabled() -> bool:
-    """Return whether a process group is running. False in a single process, also after :func:`enable`."""
+    """Return whether a process group is running. False in a single process, unless ``enable(alone=True)``."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -59,7 +59,13 @@ def current_world() -> World:
     return _world_of_foreign_group() if is_enabled() else World()
 
 
-def enable(*, set_cuda_current_device: bool = True, overwrite: bool = False, allow_nccl_timeout: bool = False) -> None:
+def enable(
+    *,
+    set_cuda_current_device: bool = True,
+    overwrite: bool = False,
+    allow_nccl_timeout: bool = False,
+    alone: bool = False,
+) -> None:
     """Find this process's place and, where there are several processes, start the default process group.
 
     Calling it again changes nothing as long as the environment says the same. A group that the caller started before is
@@ -69,6 +75,8 @@ def enable(*, set_cuda_current_device: bool = True, overwrite: bool = False, all
         set_cuda_current_device: make this process's GPU the current CUDA device.
         overwrite: replace what an earlier call set up from another environment.
         allow_nccl_timeout: let a collective that is stuck in nccl end the process after the time-out.
+        alone: start a group in a single process too, for code of upstream's kind that calls ``torch.distributed``
+            itself.
 
     Raises:
         LaunchError: contradictory environment, fewer GPUs than processes, or the other processes cannot be reached.
@@ -92,6 +100,9 @@ def enable(*, set_cuda_current_device: bool = True, overwrite: bool = False, all
     if world.size > 1 and not is_enabled():
         _export(world, allow_nccl_timeout)
         _start_group(world)
+        _group_is_ours = True
+    elif alone and not is_enabled():
+        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
         _group_is_ours = True
 
 
@@ -176,12 +187,15 @@ def _export(world: World, allow_nccl_timeout: bool) -> None:
         os.environ[name] = value
 
 
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 def _start_group(world: World) -> None:
     # Its functions take the group of the moment of its import as a default, and would keep it for ever.
     importlib.import_module("torch.distributed.nn.functional")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend)  # from the environment: the only way that finds torchrun's own store
+        dist.init_process_group(_backend())  # from the environment: the only way that finds torchrun's own store
     except Exception as e:
         disable()
         raise LaunchError(

@@ -27,6 +27,10 @@ class DataError(DINOv2Error):
     """A dataset that is missing, empty or too broken to train on."""
 
 
+class UnreadableImageError(DataError, RuntimeError):
+    """One image that cannot be read or decoded; a RuntimeError too, which upstream's datasets raise then."""
+
+
 class CheckpointError(DINOv2Error):
     """A checkpoint or weight file that is missing, torn or of another architecture."""
 

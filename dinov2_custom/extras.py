@@ -11,6 +11,7 @@ from types import ModuleType
 from dinov2_custom.errors import ConfigError, DINOv2Error
 
 OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings it)
+    "fvcore": ("fvcore", "fvcore"),
     "imagecodecs": ("imagecodecs", "slides"),
     "iopath": ("iopath", "iopath"),
     "matplotlib": ("matplotlib", "plots"),
@@ -23,6 +24,7 @@ OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings 
     "submitit": ("submitit", "submitit"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "tifffile": ("tifffile", "slides"),
+    "torchmetrics": ("torchmetrics", "eval"),
     "wandb": ("wandb", "wandb"),
 }
 
@@ -41,6 +43,17 @@ def optional(name: str, purpose: str, error: type[DINOv2Error] = ConfigError, ot
         return importlib.import_module(name)
     except ImportError as e:
         raise error(missing(name, purpose, otherwise, f"got none ({e})")) from e
+
+
+def class_of_torchvision(module: str, name: str, otherwise: type) -> type:
+    """Return torchvision's class, for ours to be told by users' ``isinstance``; ``otherwise`` without torchvision.
+
+    Nothing of it is used. A torchvision that was built for another torch is like none.
+    """
+    try:
+        return getattr(importlib.import_module(f"torchvision.{module}"), name)
+    except (ImportError, OSError, RuntimeError):
+        return otherwise
 
 
 def missing(name: str, purpose: str, otherwise: str = "", got: str = "got none") -> str:

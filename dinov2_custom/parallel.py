@@ -29,6 +29,7 @@ def parallelize(cfg, model: nn.Module) -> GradientReducer:
     Call it once, when the weights are those to start from and before the optimizer is made: sharding replaces
     parameters. All processes must hold the same weights.
     """
+    model.averages_gradients = False  # what is returned does
     strategies = choose_strategies(cfg, model)
     for name, strategy in strategies.items():
         if strategy != NO_SHARD:

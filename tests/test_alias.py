@@ -43,12 +43,14 @@ for name, module in list(sys.modules.items()):
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder as pip would fill it: the alias under its name, the package beside it."""
-    shutil.copytree(
-        REPOSITORY / "dinov2_custom" / "_dinov2", tmp_path / "dinov2", ignore=shutil.ignore_patterns("__py*")
-    )
-    (tmp_path / "dinov2_custom").symlink_to(REPOSITORY / "dinov2_custom")
-    return tmp_path
+    return fill_site(tmp_path)
+
+
+def fill_site(folder):
+    """Fill ``folder`` as pip would: the alias under its name, the package beside it."""
+    shutil.copytree(REPOSITORY / "dinov2_custom" / "_dinov2", folder / "dinov2", ignore=shutil.ignore_patterns("__py*"))
+    (folder / "dinov2_custom").symlink_to(REPOSITORY / "dinov2_custom")
+    return folder
 
 
 def _run(site, *arguments):

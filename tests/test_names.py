@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dinov2_custom._dinov2 import _ELSEWHERE
 from tests.contracts import names
 from tests.oracle import OracleUnavailable, ensure_oracle
 from tests.test_alias import site  # noqa: F401 - a fixture
@@ -25,13 +26,14 @@ LEFT_OUT = {
 }
 ALL_SAME = """
 import importlib, operator, sys
+from dinov2_custom._dinov2 import _ELSEWHERE as elsewhere
 for line in sys.stdin.read().splitlines():
     module, name = line.split(" ")
     alias = importlib.import_module(("dinov2." + module).rstrip("."))
-    real = importlib.import_module(("dinov2_custom." + module).rstrip("."))
+    real = importlib.import_module(("dinov2_custom." + elsewhere.get(module, module)).rstrip("."))
     assert alias is real, module
     assert operator.attrgetter(name)(alias) is not None, line
-    exec(f"from {alias.__name__.replace('dinov2_custom', 'dinov2', 1)} import {name.split('.')[0]}")
+    exec(f"from {('dinov2.' + module).rstrip('.')} import {name.split('.')[0]}")
 """
 
 
@@ -41,7 +43,7 @@ def _ids(entry):
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=_ids)
 def test_name(entry):
-    module = importlib.import_module(f"dinov2_custom.{entry.module}".rstrip("."))
+    module = importlib.import_module(f"dinov2_custom.{_ELSEWHERE.get(entry.module, entry.module)}".rstrip("."))
     found = operator.attrgetter(entry.name)(module)
     if entry.value is not None:
         assert names.of_value(getattr(found, "value", found)) == entry.value

@@ -1,4 +1,5 @@
-"""Installed as the package ``dinov2``: ``import dinov2.x.y`` gives the module object ``dinov2_custom.x.y`` itself.
+"""Installed as the package ``dinov2``: ``import dinov2.x.y`` gives the module object ``dinov2_custom.x.y`` itself,
+or the one that ``_ELSEWHERE`` names.
 
 So upstream's import lines keep working and no module is ever loaded twice. Under any other name than ``dinov2`` this
 file does nothing. Read :class:`_AliasFinder`.
@@ -11,10 +12,11 @@ import importlib.util
 import sys
 
 _REAL = "dinov2_custom"
+_ELSEWHERE = {"fsdp": "compat.fsdp"}  # upstream's module -> where it is here
 
 
 class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answer for ``dinov2.<name>`` with the module ``dinov2_custom.<name>``."""
+    """Answer for ``dinov2.<name>`` with the module of :func:`_real_name`."""
 
     def find_spec(self, fullname, path=None, target=None):
         if not fullname.startswith("dinov2."):
@@ -39,7 +41,8 @@ class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _real_name(alias):
-    return _REAL + alias.removeprefix("dinov2")
+    name = alias.removeprefix("dinov2.")
+    return f"{_REAL}.{_ELSEWHERE.get(name, name)}"
 
 
 if __name__ == "dinov2":

@@ -8,14 +8,23 @@ import difflib
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinov2_custom.configs.schema import default_values
+from dinov2_custom.configs.schema import all_options, default_values
 from dinov2_custom.configs.sources import PACKAGE_DIR
 from dinov2_custom.errors import ConfigError
+
+_LACKING = object()
 
 
 def default_config() -> DictConfig:
     """Return the defaults of all keys, editable."""
     return OmegaConf.create(default_values())
+
+
+def with_defaults(cfg: DictConfig) -> DictConfig:
+    """Return ``cfg`` with the defaults of the keys that it lacks, as upstream's YAML file does; itself if complete."""
+    if all(OmegaConf.select(cfg, key, default=_LACKING) is not _LACKING for key in all_options()):
+        return cfg
+    return OmegaConf.merge(default_config(), cfg)
 
 
 def load_config(config_name: str) -> DictConfig:

@@ -15,10 +15,18 @@ import torch
 from PIL import Image
 
 from . import image_ops as ops
-from .draws import Box, CropDraw, Recipe, draw_crop
+from .draws import Box, CropDraw, Recipe, draw_box, draw_colours, draw_crop
 from .native import colour_changer
 from .resize import cut_crops
-from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from .transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    GaussianBlur,
+    RandomTransform,
+    make_normalize_transform,
+)
+
+__all__ = ["DataAugmentationDINO", "GaussianBlur", "make_normalize_transform"]
 
 SHRINK_MARGIN = 1.5
 JITTER = {
@@ -27,6 +35,10 @@ JITTER = {
     "saturation": ops.adjust_saturation,
     "hue": ops.adjust_hue,
 }
+
+
+STEPS = ("geometric_augmentation_global", "geometric_augmentation_local")
+STEPS += ("global_transfo1", "global_transfo2", "local_transfo", "normalize")
 
 
 class DataAugmentationDINO:
@@ -68,19 +80,72 @@ class DataAugmentationDINO:
         (``local_crops_number``), ``offsets`` (empty). All draws are from ``rng``; None takes a fresh one, seeded by the
         operating system.
         """
+        rng = rng or random.Random()
+        if self._is_changed():
+            return self._compose(image, rng)
         pixels = as_pixels(image)
-        draws = self.draw(pixels.shape[1], pixels.shape[0], rng or random.Random())
+        draws = self.draw(pixels.shape[1], pixels.shape[0], rng)
         resized = [np.empty((size, size, 3), np.uint8) for size in self.sizes]
         cut_draws(resized, pixels, draws)
         planes = (np.ascontiguousarray(crop.transpose(2, 0, 1)) for crop in resized)
         changed = (change_colours(crop, draw) for crop, draw in zip(planes, draws, strict=True))
-        crops = [ops.normalize(crop, self.mean, self.std) for crop in changed]
-        return {
-            "global_crops": crops[:2],
-            "global_crops_teacher": crops[:2],
-            "local_crops": crops[2:],
-            "offsets": (),
-        }
+        return _as_sample([ops.normalize(crop, self.mean, self.std) for crop in changed])
+
+    # The steps of a crop under upstream's names, to call one by one and to replace, on an instance or in a subclass:
+    # where any of them is replaced, :meth:`__call__` calls them, the others with its ``rng``.
+
+    def geometric_augmentation_global(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
+        """Cut a random box and flip it: a global crop, PIL, colours unchanged."""
+        return self._cut(image, rng, self.global_crops_size, self.global_crops_scale)
+
+    def geometric_augmentation_local(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
+        """Cut a random box and flip it: a local crop, PIL, colours unchanged."""
+        return self._cut(image, rng, self.local_crops_size, self.local_crops_scale)
+
+    def global_transfo1(self, image: Image.Image, rng: random.Random | None = None) -> torch.Tensor:
+        """Change the colours of the first global crop and normalise it."""
+        return self._change(image, rng, self.recipe.blur_p[0], 0.0)
+
+    def global_transfo2(self, image: Image.Image, rng: random.Random | None = None) -> torch.Tensor:
+        """Change the colours of the second global crop and normalise it."""
+        return self._change(image, rng, self.recipe.blur_p[1], self.recipe.solarize_p)
+
+    def local_transfo(self, image: Image.Image, rng: random.Random | None = None) -> torch.Tensor:
+        """Change the colours of a local crop and normalise it."""
+        return self._change(image, rng, self.recipe.blur_p[2], 0.0)
+
+    def normalize(self, image: Image.Image) -> torch.Tensor:
+        """Return a PIL image as normalised float32 (3, H, W)."""
+        return ops.normalize(as_pixels(image).numpy().transpose(2, 0, 1), self.mean, self.std)
+
+    def _cut(self, image: Image.Image, rng: random.Random | None, size: int, scale: Sequence[float]) -> Image.Image:
+        rng, pixels = rng or random.Random(), as_pixels(image)
+        box = draw_box(rng, pixels.shape[1], pixels.shape[0], scale)
+        crop = np.empty((size, size, 3), np.uint8)
+        cut_crops([crop], pixels, [box], [rng.random() < self.recipe.hflip_p])
+        return Image.fromarray(crop)
+
+    def _change(self, image: Image.Image, rng: random.Random | None, blur_p: float, solarize_p: float) -> torch.Tensor:
+        planes = np.ascontiguousarray(as_pixels(image).numpy().transpose(2, 0, 1))
+        draw = draw_colours(rng or random.Random(), (0, 0, *image.size), False, self.recipe, blur_p, solarize_p)
+        changed = np.broadcast_to(change_colours(planes, draw), planes.shape)
+        return self.normalize(Image.fromarray(np.ascontiguousarray(changed.transpose(1, 2, 0))))
+
+    def _is_changed(self) -> bool:
+        return not all(self._is_own(name) for name in STEPS)
+
+    def _is_own(self, name: str) -> bool:
+        return getattr(getattr(self, name), "__func__", None) is vars(DataAugmentationDINO)[name]
+
+    def _compose(self, image: Image.Image, rng: random.Random) -> dict[str, Any]:
+        def apply(name: str, image: Any) -> Any:
+            step = getattr(self, name)
+            return step(image, rng) if self._is_own(name) or isinstance(step, RandomTransform) else step(image)
+
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        of_crops = [("geometric_augmentation_global", f"global_transfo{i}") for i in (1, 2)]
+        of_crops += [("geometric_augmentation_local", "local_transfo")] * self.local_crops_number
+        return _as_sample([apply(colours, apply(geometric, image)) for geometric, colours in of_crops])
 
     @property
     def sizes(self) -> list[int]:
@@ -103,6 +168,11 @@ class DataAugmentationDINO:
         pixels that each crop needs along its shorter side."""
         need = min(min(draw.box[2:]) / size for draw, size in zip(draws, self.sizes, strict=True))
         return next((s for s in (8, 4, 2) if need >= SHRINK_MARGIN * s), 1)
+
+
+def _as_sample(crops: list[Any]) -> dict[str, Any]:
+    """Return what :meth:`DataAugmentationDINO.__call__` does, of global 1, global 2 and local crops."""
+    return {"global_crops": crops[:2], "global_crops_teacher": crops[:2], "local_crops": crops[2:], "offsets": ()}
 
 
 def shrink_box(box: Box, size: tuple[int, int], shrunk: tuple[int, int]) -> Box:

@@ -32,7 +32,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image, ImageOps
 
-from dinov2_custom.errors import DataError, shortage
+from dinov2_custom.errors import UnreadableImageError, shortage
 
 from .tiff_values import as_declared, signed_bytes
 
@@ -109,7 +109,7 @@ def _as_array(image: Image.Image, scratch: Scratch | None) -> np.ndarray:
 
 def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | None) -> Image.Image:
     if not data:
-        raise DataError(f"expected an image, got an empty file: {source}")
+        raise UnreadableImageError(f"expected an image, got an empty file: {source}")
     try:
         image = open_image(data)
         if shrink is not None and image.format == "JPEG" and not exif and has_dct(data):
@@ -121,11 +121,11 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
             image = ImageOps.exif_transpose(image)
         return to_rgb(image)
     except Image.DecompressionBombError as e:
-        raise DataError(f"expected fewer pixels: {source} ({e}); shrink it or cut it into tiles") from e
+        raise UnreadableImageError(f"expected fewer pixels: {source} ({e}); shrink it or cut it into tiles") from e
     except MemoryError as e:
         raise shortage(e, source) from e
     except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
-        raise DataError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
+        raise UnreadableImageError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
 
 
 def open_image(source: bytes | str) -> Image.Image:

@@ -114,9 +114,17 @@ def draw_crop(
     solarize_p: float,
 ) -> CropDraw:
     """Draw one crop of a ``width`` x ``height`` image. ``scale``: range of the box's share of the image area."""
+    box, flip = draw_box(rng, width, height, scale), rng.random() < recipe.hflip_p
+    return draw_colours(rng, box, flip, recipe, blur_p, solarize_p)
+
+
+def draw_colours(
+    rng: random.Random, box: Box, flip: bool, recipe: Recipe, blur_p: float, solarize_p: float
+) -> CropDraw:
+    """Draw the colour changes of a crop whose box and flip are drawn."""
     return CropDraw(
-        box=draw_box(rng, width, height, scale),
-        flip=rng.random() < recipe.hflip_p,
+        box=box,
+        flip=flip,
         jitter=draw_jitter(rng, recipe) if rng.random() < recipe.jitter_p else (),
         gray=rng.random() < recipe.gray_p,
         sigma=rng.uniform(*recipe.blur_sigma) if rng.random() < blur_p else None,

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from .augmentations import DataAugmentationDINO
 from .build import build
+from .datasets import ImageNet, ImageNet22k
 from .finish import Finisher
 from .holdout import split_off
 from .masking import MaskingGenerator
@@ -56,11 +58,23 @@ def make_dataset(
         ConfigError: a string that cannot be understood.
         DataError: folders or files that are missing or hold no image.
     """
-    dataset = build(parse_dataset(dataset_str), transform, target_transform)
+    make, options = _parse_dataset_str(dataset_str)
+    dataset = make(transform=transform, target_transform=target_transform, **options)
     if others := left_out(dataset):
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(MAX_KINDS))
         logger.info(f"left out, not images by their names: {kinds}")
     return dataset
+
+
+def _parse_dataset_str(dataset_str: Any) -> tuple[Callable, dict[str, Any]]:
+    """Return what makes the dataset and its keyword arguments besides the transforms; for upstream's, upstream's."""
+    spec = parse_dataset(dataset_str)
+    if spec.kind not in ("ImageNet", "ImageNet22k"):
+        return partial(build, spec), {}
+    options = {"root": spec.roots[0], **spec.options}
+    if "split" in options:
+        options["split"] = ImageNet.Split[options["split"]]
+    return {"ImageNet": ImageNet, "ImageNet22k": ImageNet22k}[spec.kind], options
 
 
 def make_data_loader(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_custom.errors import DataError, DINOv2Error, shortage
+from dinov2_custom.errors import DINOv2Error, UnreadableImageError, shortage
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
 from .listing import EXTENSIONS, Listing, list_chunks, list_images
@@ -142,7 +142,7 @@ def read_file(path: Root) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
-                raise DataError(f"expected a regular file: {name} (it is a {kind})")
+                raise UnreadableImageError(f"expected a regular file: {name} (it is a {kind})")
             check_size(status.st_size, name)
             parts, size = [], 0  # more than one part only where the file system does not know the size, or it changes
             while part := os.read(descriptor, max(status.st_size + 1, 1 << 16)):
@@ -159,7 +159,7 @@ def read_file(path: Root) -> bytes:
 def unreadable(error: Exception, name: str) -> DINOv2Error:
     """Return the error to raise for ``error``, which was met reading ``name``."""
     reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-    return shortage(error, name) or DataError(f"expected a readable file: {name} ({reason})")
+    return shortage(error, name) or UnreadableImageError(f"expected a readable file: {name} ({reason})")
 
 
 def check_size(size: int, name: str) -> None:
@@ -169,7 +169,7 @@ def check_size(size: int, name: str) -> None:
         DataError: above ``MAX_IMAGE_BYTES``.
     """
     if size > MAX_IMAGE_BYTES:
-        raise DataError(
+        raise UnreadableImageError(
             f"expected an image of at most {MAX_IMAGE_BYTES >> 20:,} MiB, got {size:,} bytes: {name}; cut it into tiles"
         )
 
@@ -206,7 +206,7 @@ class OpenFiles:
         except (OSError, MemoryError) as e:
             raise unreadable(e, name) from e
         if len(data) < size:
-            raise DataError(f"expected {size:,} bytes, got {len(data):,}, the file ends there: {name}")
+            raise UnreadableImageError(f"expected {size:,} bytes, got {len(data):,}, the file ends there: {name}")
         return data
 
     def close(self) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
+
+from dinov2_custom.extras import class_of_torchvision
 
 from . import image_ops
 from .draws import draw_box
@@ -26,7 +29,7 @@ class RandomTransform:
     """A transform that takes ``rng``; :class:`Compose` hands its own to it."""
 
 
-class Compose(RandomTransform):
+class Compose(RandomTransform, class_of_torchvision("transforms", "Compose", otherwise=object)):
     """Apply ``transforms`` in turn; random ones share one generator a call."""
 
     def __init__(self, transforms: Sequence[Callable]):
@@ -40,7 +43,7 @@ class Compose(RandomTransform):
         return image
 
 
-class GaussianBlur(RandomTransform):
+class GaussianBlur(RandomTransform, class_of_torchvision("transforms", "RandomApply", otherwise=nn.Module)):
     """Blur a PIL image (9 x 9) with sigma uniform in ``radius_min``..``radius_max``, with probability **1 - p**.
 
     The inversion is upstream's, and its released models were trained with it; ``augmentation.blur_p`` holds the
@@ -49,12 +52,13 @@ class GaussianBlur(RandomTransform):
     Source: upstream data/transforms.py.
     """
 
-    def __init__(self, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
+    def __init__(self, *, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0):
+        nn.Module.__init__(self)
         self.p = 1 - p
         self.radius_min = radius_min
         self.radius_max = radius_max
 
-    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
+    def forward(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
         rng = rng or random.Random()
         if rng.random() >= self.p:
             return image
@@ -64,7 +68,7 @@ class GaussianBlur(RandomTransform):
         return Image.fromarray(np.ascontiguousarray(blurred.transpose(1, 2, 0)))
 
 
-class MaybeToTensor:
+class MaybeToTensor(class_of_torchvision("transforms", "ToTensor", otherwise=object)):
     """Turn a PIL image or uint8 array (H, W[, C]) into float32 (C, H, W) in 0..1; leave a tensor as it is."""
 
     def __call__(self, image: Any) -> torch.Tensor:
@@ -77,14 +81,16 @@ class MaybeToTensor:
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
 
 
-class Normalize:
+class Normalize(class_of_torchvision("transforms", "Normalize", otherwise=nn.Module)):
     """Subtract ``mean`` and divide by ``std``, a value a channel; takes float (..., C, H, W)."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        nn.Module.__init__(self)
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.inplace = False
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         mean, std = (torch.tensor(v, dtype=tensor.dtype, device=tensor.device) for v in (self.mean, self.std))
         return (tensor - mean[:, None, None]) / std[:, None, None]
 

@@ -185,13 +185,13 @@ def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 20, temper
 def _classify(
     module: KnnModule, features: Tensor, labels: Tensor, metrics: dict[int, MetricCollection], leave_one_out=False
 ) -> None:
+    for metric in metrics.values():
+        metric.to(module.train_features.device)
     own = torch.arange(distributed.get_global_rank(), len(features), distributed.get_global_size())
     for rows in own.split(_QUERIES_A_STEP):
         votes = module(features[rows.to(features.device)], exclude=rows if leave_one_out else None)
         for k, scores in votes.items():
-            metrics[k].update(scores, labels[rows.to(labels.device)])
-    for metric in metrics.values():
-        metric.all_reduce()
+            metrics[k].update(scores, labels[rows.to(labels.device)].to(scores.device))
 
 
 def _at_most(available: int, ks: Sequence[int], name: str) -> list[int]:

@@ -118,7 +118,7 @@ def eval_log_regression(
             max_iter=max_train_iters,
             train_features=torch.cat([train[0], finetune[0]]),
             train_labels=torch.cat([train[1], finetune[1]]),
-            logreg_metric=build_metric(metric_type, num_classes=num_classes),
+            logreg_metric=build_metric(metric_type, num_classes=num_classes, sync_on_compute=False),
             test_data_loader=_batches(val),
             eval_device=device,
             num_classes=num_classes,

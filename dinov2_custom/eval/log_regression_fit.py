@@ -68,6 +68,7 @@ def evaluate_model(
     *, logreg_model: LogRegModule, logreg_metric: MetricCollection, test_data_loader: Batches, device: torch.device
 ) -> dict[str, Tensor]:
     """Return the accuracies (0..1) of a fitted model on batches of features and labels."""
+    logreg_metric.to(device)
     for features, labels in test_data_loader:
         logreg_metric.update(**logreg_model(features.to(device), labels.to(device)))
     return logreg_metric.compute()
@@ -145,7 +146,7 @@ def sweep_C_values(  # noqa: N802 - upstream's name
     for index in track(range(rank, len(powers), size), "regularization", unit="fit"):
         model.C = float(10.0 ** powers[index])
         model.fit(train_features, train_labels)  # from the solution for the C before
-        metric = build_metric(metric_type, num_classes=num_classes)
+        metric = build_metric(metric_type, num_classes=num_classes, sync_on_compute=False)
         scores[index] = evaluate_model(
             logreg_model=model,
             logreg_metric=metric,

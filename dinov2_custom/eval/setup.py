@@ -47,9 +47,9 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
     becomes the ``{"mean": ..., "std": ...}`` that the model was trained with.
 
     Args:
-        args: what :func:`get_args_parser` parses.
-        hold_log: the caller makes the output directory with :func:`dinov2_custom.logging.open_log`, once nothing is
-            left that a user may have to mend.
+        args: what :func:`get_args_parser` parses; flags that upstream does not have may be missing.
+        hold_log: of our own programs: no process group in a single process, and the caller makes the output directory
+            with :func:`dinov2_custom.logging.open_log`, below the last user-fixable error.
 
     Raises:
         ConfigError: no weights given, no configuration found, or an output directory that belongs to a training run.
@@ -60,14 +60,14 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
             "--pretrained-weights: expected a weight file, got nothing; give a run's "
             "eval/training_<iteration>/teacher_checkpoint.pth"
         )
-    distributed.enable()
+    distributed.enable(alone=not hold_log)
     weights = _weights_of(args.pretrained_weights)
     config_file = args.config_file or str(find_run_config(weights))
     cfg = load_run_config(
         config_file,
-        ["train.output_dir=", *args.opts],
+        ["train.output_dir=", *(args.opts or [])],
         output_dir=args.output_dir,
-        allow_unknown_keys=args.allow_unknown_keys,
+        allow_unknown_keys=getattr(args, "allow_unknown_keys", False),
         require_dataset=False,
         training=False,
     )

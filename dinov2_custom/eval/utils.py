@@ -82,12 +82,14 @@ def evaluate(
 
     Args:
         postprocessors: each maps (outputs, targets) to ``{"preds": ..., "target": ...}``.
-        metrics: have ``update(preds=, target=)`` and ``compute()``.
+        metrics: torchmetrics; moved to ``device``.
 
     Returns:
         The mean loss (empty without ``criterion``), and ``{name: metric.compute()}``, of the images of all processes.
     """
     model.eval()
+    for metric in metrics.values():
+        metric.to(device)
     total_loss, num_samples = 0.0, 0
     for samples, targets in data_loader:
         outputs = model(samples.to(device))
@@ -97,9 +99,6 @@ def evaluate(
             num_samples += len(samples)
         for name, metric in metrics.items():
             metric.update(**postprocessors[name](outputs, targets))
-    for metric in metrics.values():
-        if hasattr(metric, "all_reduce"):  # torchmetrics' own do it in compute()
-            metric.all_reduce()
     losses = {}
     if criterion is not None:
         sums = distributed.all_reduce(torch.tensor([total_loss, num_samples], dtype=torch.float64, device=device))

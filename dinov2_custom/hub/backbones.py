@@ -77,6 +77,20 @@ def make_backbone(
     return model.to(torch.get_default_device())
 
 
+def _make_dinov2_model(
+    *,
+    arch_name: str = "vit_large",
+    num_register_tokens: int = 0,
+    pretrained: bool = True,
+    weights: Weights | str | os.PathLike = Weights.LVD142M,
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """Call :func:`make_backbone` by upstream's private name for it, which others' code imports."""
+    if num_register_tokens:
+        kwargs["num_register_tokens"] = num_register_tokens
+    return make_backbone(arch_name, registers=num_register_tokens > 0, pretrained=pretrained, weights=weights, **kwargs)
+
+
 def _is_released(weights: Weights | str | os.PathLike) -> bool:
     return weights is Weights.LVD142M or str(weights) == Weights.LVD142M.value
 

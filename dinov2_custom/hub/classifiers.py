@@ -44,6 +44,9 @@ class LinearClassifierWrapper(nn.Module):
         return self.linear_head(torch.cat([*class_tokens, blocks[-1][0].mean(dim=1)], dim=1))
 
 
+_LinearClassifierWrapper = LinearClassifierWrapper  # upstream's name
+
+
 def make_classifier(
     arch: str,
     *,

@@ -15,10 +15,14 @@ from dinov2_custom.utils.weights import RELEASED_URL
 _LETTERS = {"vit_small": "vits", "vit_base": "vitb", "vit_large": "vitl", "vit_giant2": "vitg"}
 
 
-def model_name(arch: str, patch_size: int = 14, num_register_tokens: int = 0) -> str:
+def model_name(arch_name: str, patch_size: int = 14, num_register_tokens: int = 0) -> str:
     """Return the released name of an architecture: ``dinov2_vits14`` or ``dinov2_vits14_reg4``."""
     registers = f"_reg{num_register_tokens}" if num_register_tokens else ""
-    return f"dinov2_{_LETTERS[arch]}{patch_size}{registers}"
+    return f"dinov2_{_LETTERS[arch_name]}{patch_size}{registers}"
+
+
+_make_dinov2_model_name = model_name  # upstream's names
+_DINOV2_BASE_URL = RELEASED_URL
 
 
 def released_file(arch: str, num_register_tokens: int, ending: str) -> Path:

@@ -26,6 +26,7 @@ class Attention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
@@ -33,16 +34,30 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, N, D) to (B, N, D)."""
-        return self.proj_drop(self.proj(self._attend(self.qkv(x))))
+    def init_weights(
+        self, init_attn_std: float | None = None, init_proj_std: float | None = None, factor: float = 1.0
+    ) -> None:
+        """Draw both layers' weights by normal distributions: 1/sqrt(dim), and ``factor`` times the first; no bias.
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+        A backbone starts by ``init_weights_vit_timm`` instead; this is for others' text towers, as upstream's.
+        """
+        init_attn_std = init_attn_std or self.dim**-0.5
+        nn.init.normal_(self.qkv.weight, std=init_attn_std)
+        nn.init.normal_(self.proj.weight, std=init_proj_std or init_attn_std * factor)
+        for bias in (self.qkv.bias, self.proj.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor, is_causal: bool = False) -> Tensor:
+        """Map (B, N, D) to (B, N, D); ``is_causal``: each token attends to itself and those before it."""
+        return self.proj_drop(self.proj(self._attend(self.qkv(x), is_causal)))
+
+    def _attend(self, qkv: Tensor, is_causal: bool = False) -> Tensor:
         """Map queries, keys and values (B, N, 3 D) to (B, N, D)."""
         B, N, E = qkv.shape
         q, k, v = qkv.reshape(B, N, 3, self.num_heads, E // (3 * self.num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out = kernels.attention(q, k, v, backend=self.backend, dropout_p=dropout_p)
+        out = kernels.attention(q, k, v, backend=self.backend, dropout_p=dropout_p, is_causal=is_causal)
         return out.transpose(1, 2).reshape(B, N, E // 3)
 
 

@@ -37,13 +37,16 @@ def choose(q: Tensor) -> str:
     return "sdpa"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", dropout_p: float = 0.0) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
     """Return softmax(q k^T / sqrt(head_dim)) v.
 
     Args:
         q, k, v: (batch, heads, length, head_dim), one dtype, one device.
         backend: one of :data:`BACKENDS`; ``auto`` decides from device, dtype and length.
         dropout_p: probability of dropping an attention weight; 0 outside training.
+        is_causal: no key after its query counts; by ``sdpa``, whatever ``backend`` says.
 
     Returns:
         (batch, heads, length, head_dim).
@@ -51,6 +54,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", dropout
     Raises:
         ValueError: unknown backend, or xformers asked for and not importable.
     """
+    if is_causal:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     if backend == "auto":
         backend = choose(q)
     if backend == "sdpa":

@@ -99,6 +99,10 @@ class DINOHead(nn.Module):
         features = self.embed(x)
         return features, normalised(self.last_layer.weight_v, self.last_layer.weight_g, features.dtype)
 
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients down to a total norm of at most ``max_norm``; return the norm before. FSDP's name."""
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
+
     def embed(self, x: Tensor) -> Tensor:
         """Return the L2-normalised bottleneck features (..., bottleneck_dim)."""
         x = self.mlp(x)

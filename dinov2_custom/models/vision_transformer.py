@@ -115,6 +115,10 @@ class DinoVisionTransformer(nn.Module):
             nn.init.normal_(self.register_tokens, std=1e-6)
         named_apply(init_weights_vit_timm, self)
 
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients down to a total norm of at most ``max_norm``; return the norm before. FSDP's name."""
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
+
     def all_blocks(self) -> list[nn.Module]:
         """Return the transformer blocks in order, chunked or not."""
         if not self.chunked_blocks:
@@ -234,6 +238,25 @@ class DinoVisionTransformer(nn.Module):
             tokens = block(tokens)
         return self._features(self.norm(tokens), tokens, masks)
 
+    def _get_intermediate_layers_not_chunked(self, x: Tensor, n: int | Sequence[int] = 1) -> list[Tensor]:
+        """Return the tokens (B, 1+R+N, D) after the blocks that ``n`` names, in order of depth, before the final norm.
+
+        Raises:
+            ValueError: a block index that does not exist.
+        """
+        tokens = self.prepare_tokens_with_masks(x)
+        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        outputs = []
+        for index, block in enumerate(self.all_blocks()):
+            tokens = block(tokens)
+            if index in wanted:
+                outputs.append(tokens)
+        if len(outputs) != len(wanted):
+            raise ValueError(f"n: expected block indices within 0..{self.n_blocks - 1}, got {list(wanted)}")
+        return outputs
+
+    _get_intermediate_layers_chunked = _get_intermediate_layers_not_chunked
+
     def get_intermediate_layers(
         self,
         x: Tensor,
@@ -252,15 +275,10 @@ class DinoVisionTransformer(nn.Module):
         Raises:
             ValueError: a block index that does not exist.
         """
-        tokens = self.prepare_tokens_with_masks(x)
-        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
-        outputs = []
-        for index, block in enumerate(self.all_blocks()):
-            tokens = block(tokens)
-            if index in wanted:
-                outputs.append(self.norm(tokens) if norm else tokens)
-        if len(outputs) != len(wanted):
-            raise ValueError(f"n: expected block indices within 0..{self.n_blocks - 1}, got {list(wanted)}")
+        chunked = self._get_intermediate_layers_chunked
+        outputs = chunked(x, n) if self.chunked_blocks else self._get_intermediate_layers_not_chunked(x, n)
+        if norm:
+            outputs = [self.norm(out) for out in outputs]
         class_tokens = [out[:, 0] for out in outputs]
         patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
         if reshape:

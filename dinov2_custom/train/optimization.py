@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dinov2_custom.configs.upstream import with_defaults
 from dinov2_custom.parallel import whole_tensor
 from dinov2_custom.train.course import RunLength, run_length
 from dinov2_custom.utils.schedules import CosineScheduler
@@ -30,6 +31,7 @@ def build_schedulers(cfg, length: RunLength | None = None):
 
     ``length`` is needed when ``train.OFFICIAL_EPOCH_LENGTH`` is ``auto``; else it follows from the configuration.
     """
+    cfg = with_defaults(cfg)
     length = length or run_length(cfg, num_images=1, world_size=1)
     lr = {
         "base_value": cfg.optim.lr,

@@ -14,15 +14,18 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from dinov2_custom import distributed
+from dinov2_custom.configs.upstream import with_defaults
 from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.layers.drop_path import Draw
 from dinov2_custom.layers.packed import Packed
 from dinov2_custom.layers.pieces import EAGER
 from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2_custom.models import build_heads, build_model_from_cfg
-from dinov2_custom.parallel import own_share
+from dinov2_custom.parallel import GradientReducer, own_share
 from dinov2_custom.train import compiling
 from dinov2_custom.train.constant_shapes import pad_patches
+from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.shortcuts import find_shortcuts
 from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies, teacher_assignments
 from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
@@ -46,11 +49,12 @@ class SSLMetaArch(nn.Module):
 
     def __init__(self, cfg) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg = cfg = with_defaults(cfg)
         self.do_dino = cfg.dino.loss_weight > 0
         self.do_koleo = cfg.dino.koleo_loss_weight > 0
         self.do_ibot = cfg.ibot.loss_weight > 0
         self.ibot_separate_head = self.do_ibot and cfg.ibot.separate_head
+        self.dino_loss_weight, self.ibot_loss_weight = cfg.dino.loss_weight, cfg.ibot.loss_weight
         self.num_local_crops = cfg.crops.local_crops_number
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(cfg.train.seed, "weights"))
@@ -59,10 +63,11 @@ class SSLMetaArch(nn.Module):
             self.teacher = nn.ModuleDict({"backbone": teacher_backbone, **build_heads(cfg, self.embed_dim)})
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
-        self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
-        patch_head = cfg.ibot if self.ibot_separate_head else cfg.dino
-        self.ibot_patch_loss = iBOTPatchLoss(patch_head.head_n_prototypes)
-        self.num_prototypes = (cfg.dino if self.do_dino else patch_head).head_n_prototypes
+        self.dino_out_dim = cfg.dino.head_n_prototypes
+        self.ibot_out_dim = cfg.ibot.head_n_prototypes if self.ibot_separate_head else self.dino_out_dim
+        self.dino_loss = DINOLoss(self.dino_out_dim)
+        self.ibot_patch_loss = iBOTPatchLoss(self.ibot_out_dim)
+        self.num_prototypes = self.dino_out_dim if self.do_dino else self.ibot_out_dim
         self.koleo_loss = KoLeoLoss(over_all_ranks=cfg.dino.koleo_neighbours == "all")
         self.patch_head = "ibot_head" if self.ibot_separate_head else "dino_head"
         self.recompute, self.pieces = "none", EAGER
@@ -71,6 +76,9 @@ class SSLMetaArch(nn.Module):
         self._warned: set[str] = set()
         self.fp16_scaler: torch.amp.GradScaler | None = None
         self.constant_shapes = False  # or True: each batch gets rows of padding, see ``pad_patches``
+        self.averages_gradients = False  # or True: of several processes, for a loop that does not ``parallelize``
+        self._reducer: GradientReducer | None = None  # which does it
+        self.need_to_synchronize_fsdp_streams = False  # upstream's name; nothing here has streams of its own
         self.diagnose = False
         self.diagnostics: dict[str, Tensor] = {}
 
@@ -78,8 +86,17 @@ class SSLMetaArch(nn.Module):
     def device(self) -> torch.device:
         return self.student["backbone"].cls_token.device
 
-    def prepare_for_distributed_training(self) -> None:
-        """Fix precision and checkpointing for the device the parameters are on; call once, after moving the model."""
+    def prepare_for_distributed_training(self, *, load_weights: bool = True) -> None:
+        """Fix precision and checkpointing for the device the parameters are on; call once, after moving the model.
+
+        From then on :meth:`forward_backward` averages gradients over all processes, until ``parallelize`` does it.
+
+        Args:
+            load_weights: start from ``student.pretrained_weights``, if any.
+        """
+        if load_weights and self.cfg.student.pretrained_weights:
+            start_from_weights(self.cfg, self)
+        self.averages_gradients = distributed.get_global_size() > 1
         dtype = self.precision("student", "backbone")
         use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
         self.fp16_scaler = torch.amp.GradScaler(self.device.type) if use_scaler else None
@@ -158,6 +175,10 @@ class SSLMetaArch(nn.Module):
             apart = any(len(group.global_views) == 1 for group, _ in groups)
             images, masked_in_first = pad_patches(images, masked_in_first, apart)
         images = {name: to_device(v, self.device) if isinstance(v, Tensor) else v for name, v in images.items()}
+        images |= {name: images[name].float() for name in images if name.endswith("_crops")}  # upstream's are float16
+        if on_last_backward is None and self.averages_gradients:
+            self._reducer = self._reducer or GradientReducer(self.student.named_parameters())
+            on_last_backward = self._reducer.arm
         index, count = micro_batch
         self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
         targets = self.teacher_targets(images, teacher_temp)
@@ -172,6 +193,8 @@ class SSLMetaArch(nn.Module):
             del features, total  # before the next group's
             for name, value in terms.items():
                 reported[name] = reported[name] + value.detach() if name in reported else value.detach()
+        if self.averages_gradients:
+            self._reducer.finish()
         return {name: reported[name] for name in LOSS_NAMES if name in reported}
 
     def masked_in_first(self, images: dict) -> int:

@@ -36,12 +36,12 @@ def dense_terms(model: SSLMetaArch, features: Features, targets: Targets, group:
     if model.do_dino and features.local_cls is not None:
         local = model.dino_loss(cls_logits[0].chunk(len(group.local_views)), targets.cls.chunk(2)) / pairs
         reported["dino_local_crops_loss"] = local
-        total = total + model.cfg.dino.loss_weight * local
+        total = total + model.dino_loss_weight * local
     if model.do_dino and features.global_cls is not None:
         start, stop = (edge * views.batch_size for edge in (group.global_views.start, group.global_views.stop))
         of_global = model.dino_loss([cls_logits[-1]], [targets.cls[start:stop]]) * 2 * share / pairs
         reported["dino_global_crops_loss"] = of_global
-        total = total + model.cfg.dino.loss_weight * of_global
+        total = total + model.dino_loss_weight * of_global
     if patch_logits is not None:
         ibot = share * model.ibot_patch_loss.forward_masked(
             patch_logits,
@@ -50,7 +50,7 @@ def dense_terms(model: SSLMetaArch, features: Features, targets: Targets, group:
             masks_weight=views.patch_weights,
         )
         reported["ibot_loss"] = ibot / 2
-        total = total + model.cfg.ibot.loss_weight * ibot
+        total = total + model.ibot_loss_weight * ibot
     return total, reported
 
 
@@ -82,7 +82,7 @@ def chunked_terms(model: SSLMetaArch, features: Features, targets: Targets, grou
 def _add_class_tokens(
     work: _HeadWork, model: SSLMetaArch, features: Features, targets: SoftTargets, group: ViewGroup, batch_size: int
 ) -> None:
-    weight = model.cfg.dino.loss_weight
+    weight = model.dino_loss_weight
     each = weight / (batch_size * num_crop_pairs(model.num_local_crops))
     if features.local_cls is not None:
 
@@ -103,7 +103,7 @@ def _add_class_tokens(
 
 
 def _add_patches(work: _HeadWork, model: SSLMetaArch, patches: Tensor, targets: SoftTargets, views: Views) -> None:
-    weight = model.cfg.ibot.loss_weight
+    weight = model.ibot_loss_weight
     weights = views.patch_weights.float() * (weight / (2 * views.batch_size))
     work.features.append(patches)
     work.jobs.append(

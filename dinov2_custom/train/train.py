@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import check_output_dir
+from dinov2_custom.configs.upstream import with_defaults
 from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.exit_codes import DONE, stopped_by
@@ -76,6 +77,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         DataError: more images than ``train.max_bad_fraction`` cannot be read.
         CheckpointError: the run directory holds a checkpoint of another architecture.
     """
+    cfg = with_defaults(cfg)
     out, rank, world_size = Path(cfg.train.output_dir), distributed.get_global_rank(), distributed.get_global_size()
     loader = loader or make_train_loader(cfg, rank=rank, world_size=world_size)
     length = run_length(cfg, loader.num_images, world_size)
@@ -212,6 +214,7 @@ def main(args) -> int:
 def _run(args, rank: int, world_size: int) -> int:
     notes: list[str] = []
     cfg = get_cfg_from_args(args, warn=notes.append)
+    OmegaConf.set_readonly(cfg, True)
     check_output_dir(cfg.train.output_dir)
     setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)
     bad_images = BadImageLog(Path(cfg.train.output_dir) / BAD_IMAGES_FILE)
@@ -237,7 +240,7 @@ def _train_or_write(args, cfg, loader) -> int:
     if not (on_gpu := torch.cuda.is_available()):
         keep_freed_memory()
     model = SSLMetaArch(cfg).to(torch.device("cuda", distributed.get_local_rank()) if on_gpu else "cpu")
-    model.prepare_for_distributed_training()
+    model.prepare_for_distributed_training(load_weights=False)  # do_train does, unless it resumes
     if args.eval_only:
         return write_newest_teacher(cfg, model)
     return do_train(cfg, model, resume=not args.no_resume, loader=loader)

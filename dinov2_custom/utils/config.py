@@ -24,9 +24,10 @@ logger = logging.getLogger("dinov2")
 
 
 def setup(args: argparse.Namespace) -> DictConfig:
-    """Prepare everything a run needs before its model, and return its read-only configuration.
+    """Prepare everything a run needs before its model, and return its configuration, which may be changed.
 
-    Ranks, configuration, output directory (made, also set as ``args.output_dir``), log files, seeds, ``config.yaml``.
+    Ranks (a process group in a single process too), configuration, output directory (made, also set as
+    ``args.output_dir``), log files, seeds, ``config.yaml``.
 
     Args:
         args: ``config_file``, ``opts`` (``key=value`` texts), ``output_dir``; optional ``allow_unknown_keys``.
@@ -35,7 +36,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
         ConfigError: every mistake in the configuration at once, or an output directory that cannot be written.
         LaunchError: see :func:`dinov2_custom.distributed.enable`.
     """
-    distributed.enable()
+    distributed.enable(alone=True)
     cfg = get_cfg_from_args(args)
     check_output_dir(cfg.train.output_dir)
     os.makedirs(cfg.train.output_dir, exist_ok=True)
@@ -47,12 +48,12 @@ def setup(args: argparse.Namespace) -> DictConfig:
 def get_cfg_from_args(args: argparse.Namespace, warn: Callable[[str], None] | None = None) -> DictConfig:
     """Load the configuration that ``args`` describe, with the learning rate for this number of processes.
 
-    All processes get the main one's output directory, which is set as ``args.output_dir`` too. ``warn`` is called with
-    each warning; default: a logger.
+    It may be changed, keys added, as upstream's may. All processes get the main one's output directory, which is set
+    as ``args.output_dir`` too. ``warn`` is called with each warning; default: a logger.
     """
 
     def load(output_dir: str | None, warn: Callable[[str], None] | None) -> DictConfig:
-        return load_run_config(
+        cfg = load_run_config(
             args.config_file,
             args.opts or [],
             output_dir,
@@ -60,6 +61,9 @@ def get_cfg_from_args(args: argparse.Namespace, warn: Callable[[str], None] | No
             world_size=distributed.get_global_size(),
             warn=warn,
         )
+        OmegaConf.set_readonly(cfg, False)
+        OmegaConf.set_struct(cfg, False)
+        return cfg
 
     cfg = load(args.output_dir, warn)
     args.output_dir = distributed.broadcast_object(cfg.train.output_dir)
@@ -72,7 +76,7 @@ def default_setup(args: argparse.Namespace, seed: int | None = None) -> None:
     Args:
         seed: None: ``args.seed`` if there is one, else 0.
     """
-    distributed.enable()
+    distributed.enable(alone=True)
     setup_logging(args.output_dir, level=logging.INFO)
     seed = getattr(args, "seed", 0) if seed is None else seed
     fix_random_seeds(seed + distributed.get_global_rank())

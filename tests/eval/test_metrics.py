@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -46,3 +49,28 @@ def test_real_labels():
     metric = build_metric(MetricType.IMAGENET_REAL_ACCURACY, num_classes=3, ks=(1, 2))
     metric.update(SCORES, torch.tensor([[2, 1], [2, -1], [-1, -1], [1, -1]]))  # the third has no label
     assert {name: round(float(value), 4) for name, value in metric.compute().items()} == {"top-1": 0.3333, "top-2": 1.0}
+
+
+def test_top1_and_top5_stay_apart_after_a_batch_in_which_they_agree():
+    metric = build_metric(MetricType.MEAN_ACCURACY, num_classes=3, ks=(1, 2))
+    metric.update(SCORES[:1], LABELS[:1])
+    metric.update(SCORES[1:2], LABELS[1:2])  # the runner-up
+    assert {name: float(value) for name, value in metric.compute().items()} == {"top-1": 0.5, "top-2": 1.0}
+
+
+def test_update_never_waits_for_the_device():
+    """Meta tensors have no values: reading one raises."""
+    for metric_type, target in (("mean_accuracy", (4,)), ("imagenet_real_accuracy", (4, 2))):
+        metric = build_metric(MetricType(metric_type), num_classes=3).to("meta")
+        metric.update(torch.empty(4, 3, device="meta"), torch.empty(target, dtype=torch.long, device="meta"))
+
+
+def test_without_torchmetrics_an_evaluation_ends_in_one_sentence():
+    code = (
+        "import sys; sys.modules['torchmetrics'] = None\n"
+        "from dinov2_custom import entry\n"
+        "sys.exit(entry.run('dinov2_custom.eval.knn', None))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "dinov2_custom[eval]" in done.stderr

@@ -11,6 +11,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from dinov2_custom.errors import DataError, UnreadableImageError
+from dinov2_custom.extras import class_of_torchvision
+
 from .decoders import Decoder, ImageDataDecoder, TargetDecoder
 
 
@@ -26,7 +29,7 @@ class SeparateTransforms:
         return image, target if self.target_transform is None else self.target_transform(target)
 
 
-class ExtendedVisionDataset(Dataset):
+class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDataset", otherwise=Dataset)):
     """Images from bytes: (transformed image, transformed target) by index.
 
     Either ``transforms`` (a callable of image and target) or ``transform`` and ``target_transform``; without any the
@@ -74,9 +77,14 @@ class ExtendedVisionDataset(Dataset):
         """Return (image, target).
 
         Raises:
-            DataError: the image cannot be read or decoded; the message names it.
+            UnreadableImageError: the image cannot be read or decoded; the message names it.
         """
-        image = self.get_sample_decoder(index).decode()
+        try:
+            image = self.get_sample_decoder(index).decode()
+        except UnreadableImageError:
+            raise
+        except (DataError, OSError) as e:
+            raise UnreadableImageError(str(e)) from e
         target = TargetDecoder(self.get_target(index)).decode()
         return (image, target) if self.transforms is None else self.transforms(image, target)
 

@@ -1,8 +1,8 @@
 """Upstream's names for sharded modules and their checkpoints, on torch's public ``fully_shard`` (FSDP2).
 
 Training here does not use them: its parallelism is ``parallel.py``, its checkpoints ``train/checkpoint.py``. They are
-for scripts that import them from upstream. Without a process group nothing is sharded and everything works on plain
-modules. Read :func:`get_fsdp_wrapper` first.
+for scripts that import them from upstream, and need fvcore as those do. In a single process nothing is sharded and
+everything works on plain modules. Read :func:`get_fsdp_wrapper` first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.extras import optional
 from dinov2_custom.sharding import reduce_dtype
 from dinov2_custom.train.teacher_file import save_atomically
 from dinov2_custom.utils.dtype import resolve_dtype
@@ -39,7 +40,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger("dinov2")
-_LAST = "last_checkpoint"
+Checkpointer = optional("fvcore.common.checkpoint", "dinov2.fsdp").Checkpointer
+PathManager = optional("iopath.common.file_io", "dinov2.fsdp").PathManager
 # what a section's sharding_strategy means for fully_shard's reshard_after_forward
 _RESHARD = {"auto": False, "SHARD_GRAD_OP": False, "FULL_SHARD": True}
 
@@ -60,7 +62,7 @@ def get_fsdp_wrapper(
     classes = tuple(modules_to_wrap)
 
     def wrap(module: nn.Module) -> nn.Module:
-        if not distributed.is_enabled():
+        if distributed.get_global_size() == 1:
             return module
         if strategy not in _RESHARD:
             raise ConfigError(
@@ -118,20 +120,29 @@ def rankstr() -> str:
     return f"rank_{distributed.get_global_rank()}"
 
 
-class FSDPCheckpointer:
-    """Save and load a model, sharded or not, with optimizers and the like, as one file readable by any number of ranks.
+class _SharedFiles(PathManager):
+    """Let the main process alone remove a file: all processes share it."""
 
-    Not upstream's files: those hold one rank's shards each and need unpickling.
+    def rm(self, path: str) -> None:
+        if distributed.is_main_process():
+            super().rm(path)
 
-    Args:
-        checkpointables: by keyword, ``model``'s optimizers and anything with ``state_dict`` and ``load_state_dict``.
+
+class FSDPCheckpointer(Checkpointer):
+    """fvcore's Checkpointer for models that may be sharded: one file, which any number of processes reads.
+
+    Takes what fvcore's does (``save_to_disk=False`` saves nothing) and works under its ``PeriodicCheckpointer``. Not
+    upstream's files: those hold one rank's shards each and need unpickling.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str | os.PathLike = "", **checkpointables: Any) -> None:
-        self.model, self.save_dir, self.checkpointables = model, str(save_dir), checkpointables
+    def __init__(self, model: nn.Module, save_dir: str | os.PathLike = "", **kwargs: Any) -> None:
+        super().__init__(model, str(save_dir), **kwargs)
+        self.path_manager = _SharedFiles()
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``; all ranks call it, the first writes. ``kwargs`` are stored beside."""
+        if not self.save_dir or not self.save_to_disk:
+            return
         whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = {"model": dcp.get_model_state_dict(self.model, options=whole), **kwargs}
         for key, part in self.checkpointables.items():
@@ -169,27 +180,8 @@ class FSDPCheckpointer:
                 part.load_state_dict(state.pop(key))
         return state
 
-    def resume_or_load(self, path: str | os.PathLike, *, resume: bool = True) -> dict[str, Any]:
-        """Go on from the last checkpoint of ``save_dir`` if there is one and ``resume``; else load ``path``'s model.
-
-        Returns what :meth:`load` does; after resuming, it holds the ``iteration`` that was saved.
-        """
-        if resume and self.has_checkpoint():
-            return self.load(self.get_checkpoint_file())
-        return self.load(path, checkpointables=[])
-
-    def has_checkpoint(self) -> bool:
-        """Return whether ``save_dir`` names a last checkpoint."""
-        return (Path(self.save_dir) / _LAST).is_file()
-
-    def get_checkpoint_file(self) -> str:
-        """Return the path of the last checkpoint, "" without one."""
-        if not self.has_checkpoint():
-            return ""
-        return str(Path(self.save_dir) / (Path(self.save_dir) / _LAST).read_text().strip())
-
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the file that :meth:`get_checkpoint_file` returns."""
-        marker = Path(self.save_dir) / _LAST
+        marker = Path(self.save_dir) / "last_checkpoint"
         marker.with_suffix(".tmp").write_text(last_filename_basename)
         os.replace(marker.with_suffix(".tmp"), marker)

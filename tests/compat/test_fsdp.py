@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2_custom import fsdp
+from dinov2_custom.compat import fsdp
 from dinov2_custom.errors import CheckpointError
 from tests.test_parallel import facts_of_two
 
@@ -71,9 +71,10 @@ import json, sys
 from pathlib import Path
 import torch
 from torch import nn
-from dinov2_custom import distributed, fsdp
+from dinov2_custom import distributed
+from dinov2_custom.compat import fsdp
 from dinov2_custom.errors import ConfigError
-from tests.test_fsdp import make, section, step
+from tests.compat.test_fsdp import make, section, step
 folder = Path(sys.argv[1])
 distributed.enable()
 model, optimizer = make()
