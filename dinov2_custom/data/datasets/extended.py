@@ -6,12 +6,12 @@ errors and the list of bad images readable. Read :meth:`ExtendedVisionDataset.__
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from .decoders import Decoder, ImageDataDecoder, TargetDecoder
+from .decoders import Decoder, DecoderType, ImageDataDecoder, TargetDecoder
 
 
 class SeparateTransforms:
@@ -30,7 +30,8 @@ class ExtendedVisionDataset(Dataset):
     """Images from bytes: (transformed image, transformed target) by index.
 
     Either ``transforms`` (a callable of image and target) or ``transform`` and ``target_transform``; without any the
-    image is PIL, mode RGB. ``exif``: turn images as their EXIF orientation says.
+    image is PIL, mode RGB. ``exif``: turn images as their EXIF orientation says. ``image_decoder_type``: what decodes
+    the bytes, a :class:`DecoderType` or a subclass of :class:`Decoder`; it also gets ``image_decoder_params``.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class ExtendedVisionDataset(Dataset):
         target_transform: Callable | None = None,
         *,
         exif: bool = False,
+        image_decoder_type: DecoderType | type[Decoder] = DecoderType.ImageDataDecoder,
+        image_decoder_params: Mapping[str, Any] | None = None,
     ) -> None:
         if transforms is not None and (transform is not None or target_transform is not None):
             raise ValueError("expected either transforms or transform / target_transform, got both")
@@ -51,6 +54,9 @@ class ExtendedVisionDataset(Dataset):
             transforms = SeparateTransforms(transform, target_transform)
         self.transforms = transforms
         self.exif = exif
+        is_member = isinstance(image_decoder_type, DecoderType)
+        self.image_decoder_class = image_decoder_type.get_class() if is_member else image_decoder_type
+        self.image_decoder_params = dict(image_decoder_params or {})
 
     def get_image_data(self, index: int) -> bytes:
         raise NotImplementedError
@@ -68,7 +74,10 @@ class ExtendedVisionDataset(Dataset):
 
     def get_sample_decoder(self, index: int) -> Decoder:
         """Return the decoder of image ``index``."""
-        return ImageDataDecoder(self.get_image_data(index), source=self.name(index), exif=self.exif)
+        params = self.image_decoder_params
+        if self.image_decoder_class is ImageDataDecoder:
+            params = {"source": self.name(index), "exif": self.exif} | params
+        return self.image_decoder_class(self.get_image_data(index), **params)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Return (image, target).
