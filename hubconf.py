@@ -10,6 +10,12 @@ from dinov2_custom.hub.backbones import (  # noqa: F401
     dinov2_vits14,
     dinov2_vits14_reg,
 )
+from dinov2_custom.hub.cell_dino.backbones import (  # noqa: F401
+    cell_dino_cp_vits8,
+    cell_dino_hpa_vitl14,
+    cell_dino_hpa_vitl16,
+    channel_adaptive_dino_vitl16,
+)
 from dinov2_custom.hub.classifiers import (  # noqa: F401
     dinov2_vitb14_lc,
     dinov2_vitb14_reg_lc,
@@ -31,5 +37,6 @@ from dinov2_custom.hub.depthers import (  # noqa: F401
     dinov2_vits14_ld,
 )
 from dinov2_custom.hub.dinotxt import dinov2_vitl14_reg4_dinotxt_tet1280d20h24l  # noqa: F401
+from dinov2_custom.hub.xray_dino.backbones import xray_dino_vitl16  # noqa: F401
 
 dependencies = ["torch", "tqdm"]

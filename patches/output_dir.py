@@ -4,6 +4,7 @@ Why: output_dir of the YAML file or the command line is overwritten by the worki
     --output-dir after a key=value is swallowed.
 Target: dinov2/utils/config.py: get_cfg_from_args
     dinov2/run/submit.py: submit_jobs
+Elsewhere: dinov2/run/submit.py: submit_jobs
 Kind: wraps two functions
 Upstream: etienneguevel/dinov2 users, spec of the command line
 Drop-When: --output-dir is always given, before the overrides

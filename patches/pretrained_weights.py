@@ -3,6 +3,7 @@
 Why: released and teacher files end in KeyError: 'model'; other block_chunks load nothing, silently.
 Target: dinov2/train/ssl_meta_arch.py: SSLMetaArch.__init__
     dinov2/utils/utils.py: load_pretrained_weights
+Elsewhere: dinov2/utils/utils.py: load_pretrained_weights
 Kind: wraps a method, replaces a function
 Upstream: #154 #204 #210 #218 #301 #316 #321 #339 #356 #432 #435 #473 #505 #512 #523
 Drop-When: weights are always converted by hand

@@ -37,7 +37,7 @@ ALLOWED = {
     "utils.paths": {"errors", "extras"},
     "utils.weights": {"utils.hugging_face", "utils.paths", "errors", "utils.checkpoint_folder", "utils.download"},
     "utils.tensor_file": {"errors"},
-    "utils.run_folder": {"errors"},
+    "utils.run_folder": {"errors", "utils.paths"},
     "utils.checkpoint_folder": {"errors", "utils.run_folder", "utils.tensor_file"},
     "utils.utils": BASE | {"utils.weights"},
     "world": {"errors"},

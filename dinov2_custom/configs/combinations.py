@@ -4,6 +4,7 @@ Not the type or range of one value (values.py). Read `check_combinations` for er
 """
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +14,22 @@ from dinov2_custom.configs.schema import all_options
 from dinov2_custom.configs.values import share_of_run
 
 Problem = tuple[str, str] | None  # (expected, what to do)
+_RGB = 3
+_RELEASED = re.compile(r"(?:dinov2_)?vit_?([sblg])(\d+)?(?:_reg(\d*))?")  # dinov2_vitb14_reg, the name of weights
+_ARCH_OF_LETTER = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
 
 
-def check_combinations(values: dict[str, Any], where: Callable[[str], str], mistakes: Mistakes) -> None:
-    """Report every pair of values that cannot work together.
+def check_combinations(
+    values: dict[str, Any], where: Callable[[str], str], mistakes: Mistakes, *, training: bool = True
+) -> None:
+    """Report every pair of values that cannot work together, and with ``training`` what cannot be trained.
 
     Args:
         values: value of each key by dotted name.
         where: names the source of a key's value, such as a file.
         mistakes: filled; keys already in it are not looked at again.
     """
-    for keys, check in _CHECKS:
+    for keys, check in _CHECKS + (_TRAINING_CHECKS if training else ()):
         if not mistakes.keys.isdisjoint(keys):
             continue
         problem = check(*(values[key] for key in keys))
@@ -64,8 +70,6 @@ def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
     masks = values["ibot.mask_sample_probability"] * values["ibot.mask_ratio_min_max"][1]
     if values["ibot.loss_weight"] > 0 and masks == 0:
         notes.append("ibot.loss_weight is above 0, but the mask settings mask nothing: the iBOT loss stays 0")
-    if values["train.frac"] > 0 and not values["train.path_preserved"]:
-        notes.append("train.frac has no effect without train.path_preserved")
     if values["optim.min_lr"] > values["optim.lr"]:
         notes.append(
             f"optim.min_lr = {values['optim.min_lr']:g} is above the peak optim.lr = {values['optim.lr']:g}: "
@@ -78,6 +82,11 @@ def _arch(arch: str) -> Problem:
     name = plain_arch_name(arch)
     if name in DEPTH_OF_ARCH:
         return None
+    if released := _RELEASED.fullmatch(name):
+        letter, patch, registers = released.groups()
+        fix = f"student.arch={_ARCH_OF_LETTER[letter]}" + (f" student.patch_size={patch}" if patch else "")
+        fix += f" student.num_register_tokens={registers or 4}" if registers is not None else ""
+        return f"one of {', '.join(DEPTH_OF_ARCH)}", f"set {fix}"
     near = difflib.get_close_matches(name, DEPTH_OF_ARCH, n=1, cutoff=0.5)
     return f"one of {', '.join(DEPTH_OF_ARCH)}", f"did you mean {near[0]}?" if near else ""
 
@@ -123,6 +132,41 @@ def _some_loss(dino: float, ibot: float) -> Problem:
     return ("dino or ibot above 0", "without both there is nothing to learn from") if dino == ibot == 0 else None
 
 
+def _like_the_students(teachers: Any, students: Any) -> Problem:
+    if teachers in (students, _RGB, False):  # the defaults, where a configuration sets the student's alone
+        return None
+    return f"the student's, {students!r}", "the teacher follows the student's weights: set both or the student's alone"
+
+
+def _hold_out(frac: float, places: str | list[str]) -> Problem:
+    if places or frac in (0, 1):  # 1: a fork's default, which holds nothing out without folders
+        return None
+    return "train.path_preserved to say of which images", "name folders, or a text file to keep a list of all images in"
+
+
+def _rgb(channels: int) -> Problem:
+    if channels == _RGB:
+        return None
+    fix = f"use student.in_chans={_RGB}; models of other channels can be loaded for features"
+    return f"{_RGB}, the channels of the images that training reads", fix
+
+
+def _own_channels(channel_adaptive: bool) -> Problem:
+    if not channel_adaptive:
+        return None
+    return f"false, as training reads images of {_RGB} channels together", "set student.channel_adaptive=false"
+
+
+def _cell_augmentation(wanted: bool) -> Problem:
+    if not wanted:
+        return None
+    return (
+        "false, as that augmentation is not here",
+        "set train.cell_augmentation=false and the augmentation.* keys: for microscopy augmentation.hue=0 "
+        "augmentation.saturation=0 augmentation.gray_p=0 augmentation.solarize_p=0",
+    )
+
+
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Problem]], ...] = (
     (("student.arch",), _arch),
     (("student.block_chunks", "student.arch"), _block_chunks),
@@ -131,8 +175,17 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Problem]], ...] = (
     (("optim.warmup_epochs", "optim.epochs"), _warmup),
     (("train.max_steps", "train.max_hours"), _one_length),
     (("dino.loss_weight", "ibot.loss_weight"), _some_loss),
+    (("teacher.in_chans", "student.in_chans"), _like_the_students),
+    (("teacher.channel_adaptive", "student.channel_adaptive"), _like_the_students),
     *(
         (tuple(f"compute_precision.{side}.{part}.sharding_strategy" for side in ("teacher", "student")), _both_sharded)
         for part in ("backbone", "dino_head", "ibot_head")
     ),
+)
+# Not for a configuration that only describes existing weights.
+_TRAINING_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Problem]], ...] = (
+    (("student.in_chans",), _rgb),
+    (("student.channel_adaptive",), _own_channels),
+    (("train.cell_augmentation",), _cell_augmentation),
+    (("train.frac", "train.path_preserved"), _hold_out),
 )

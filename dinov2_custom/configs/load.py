@@ -48,7 +48,8 @@ def load_run_config(
         output_dir: wins over `train.output_dir`; the result's `train.output_dir` is absolute and not created.
         allow_unknown_keys: keep unknown keys and warn about them, instead of refusing them.
         require_dataset: whether an empty `train.dataset_path` is a mistake.
-        training: whether to warn of settings of the training that work but do not do what one may think.
+        training: whether to refuse what cannot be trained, and to warn of settings of the training that work but do
+            not do what one may think.
         world_size: processes of the run, for `optim.lr`.
         warn: called with each warning; default: this module's logger.
 
@@ -69,7 +70,7 @@ def load_run_config(
         return given[key].where if key in given else "default"
 
     if from_file is not None:
-        check_combinations(values, where, mistakes)
+        check_combinations(values, where, mistakes, training=training)
         if require_dataset:
             _check_dataset(values["train.dataset_path"], where, mistakes)
     mistakes.raise_if_any()

@@ -19,6 +19,7 @@ _OTHER_NAMES = {
     "workers": "train.num_workers",
     "epoch_length": "train.OFFICIAL_EPOCH_LENGTH",
     "registers": "student.num_register_tokens",
+    "use_torch_compile": "train.compile",
 }
 # Keys and sections of known forks that are not adopted, and what is here instead.
 OF_FORKS = {
@@ -26,9 +27,16 @@ OF_FORKS = {
     "tune": "kNN during training of a fork: not here; run/eval/knn.py, in the command that a run ends with",
     "early_stopping": "stop when a score no longer rises, of a fork: not here",
     "optim.max_iter": "train.max_steps",
+    "optim.warmup_pct": "optim.warmup_epochs with a share of the run, such as 10%",
+    "optim.freeze_last_layer_pct": "optim.freeze_last_layer_epochs with a share of the run, such as 1%",
+    "teacher.warmup_teacher_temp_pct": "teacher.warmup_teacher_temp_epochs with a share of the run, such as 30%",
+    "train.save_every": "checkpointing.period, in iterations",
     "train.save_frequency": "checkpointing.period",
+    "wandb.dir": "nothing: W&B's files are in the output directory's logs/wandb",
     "wandb.enable": "wandb.mode: online",
+    "wandb.exp_name": "wandb.name",
     "wandb.resume_id": "wandb.id",
+    "wandb.username": "wandb.entity",
 }
 
 

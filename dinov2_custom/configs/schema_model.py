@@ -143,6 +143,13 @@ class Student:
     proj_bias: bool = option(True, "biases in the attention's output layer")
     ffn_bias: bool = option(True, "biases in the feed-forward layers")
     num_register_tokens: int = option(0, "extra tokens besides CLS and patches; 4 is usual", within="[0, inf)")
+    in_chans: int = option(
+        3, "channels of an image; training reads RGB and takes 3 only, features of other weights any", within="[1, inf)"
+    )
+    channel_adaptive: bool = option(
+        False,
+        "bag of channels: get_intermediate_layers takes each channel as an image of its own; for weights of in_chans 1",
+    )
     interpolate_antialias: bool = option(False, "antialias when position embeddings are resampled")
     interpolate_offset: float = option(
         0.1, "added to the grid size when position embeddings are resampled; 0: exact size", within="[0, inf)"
@@ -158,3 +165,5 @@ class Teacher:
     warmup_teacher_temp_epochs: int | float | str = option(
         30, "length of that linear warm-up; may exceed the run", unit="epochs", within="[0, inf)", share=True
     )
+    in_chans: int = option(3, "as student.in_chans, which the teacher follows: that, or the default", within="[1, inf)")
+    channel_adaptive: bool = option(False, "as student.channel_adaptive, likewise")

@@ -53,6 +53,10 @@ class Train:
         within="[0, inf)",
     )
     cache_dataset: bool = option(True, "unused, as upstream", changes_results=False, unused=True)
+    cell_augmentation: bool = option(False, "upstream's augmentation of cell images, which is not here: false only")
+    channel_adaptive: bool = option(
+        False, "unused, as upstream; see student.channel_adaptive", changes_results=False, unused=True
+    )
     centering: str = option(
         "centering", "how teacher outputs are kept from collapsing", choices=("centering", "sinkhorn_knopp")
     )
@@ -90,7 +94,11 @@ class Train:
         "folder or folders of whose images train.frac is held out, listed in the run's preserved_images.txt; or a text "
         "file for the list, then of all images; empty: none",
     )
-    frac: float = option(0.0, "share of the images that train.path_preserved names held out", within="[0, 1)")
+    frac: float = option(
+        0.0,
+        "share of the images that train.path_preserved names held out; without it 0, or 1 as a fork has it: none",
+        within="[0, 1]",
+    )
     max_bad_fraction: float = option(
         0.01, "stop when more than this share of the images read so far is unreadable", within="[0, 1]"
     )
@@ -269,7 +277,9 @@ class Wandb:
     entity: str = option("", "user or team; empty: the key's own", changes_results=False)
     name: str = option("", "of the run; empty: WANDB_NAME, else the output directory's", changes_results=False)
     group: str = option("", "runs to be shown together", changes_results=False)
-    tags: str | list[str] = option("", "label, or list of labels, of the run", changes_results=False)
+    tags: str | int | float | list[str | int | float] = option(
+        "", "label, or list of labels, of the run", changes_results=False
+    )
     id: str = option(
         "", "of the run; empty: WANDB_RUN_ID, else the one this run directory had, else new", changes_results=False
     )

@@ -140,7 +140,7 @@ def _describe(option: Option, kind: Any) -> str:
 
 
 def _describe_list(option: Option, element: type) -> str:
-    texts = {str: "texts", str | dict: "texts and mappings"}
+    texts = {str: "texts", str | dict: "texts and mappings", str | int | float: "texts and numbers"}
     noun = texts.get(element) or f"numbers{_describe_interval(option.within)}"
     count = f"{option.length} " if option.length else ""
     order = ", smaller first" if option.increasing else ""

@@ -68,7 +68,7 @@ def split_off(
         ConfigError: one of the two keys without the other.
         DataError: nothing left to train on.
     """
-    if not path_preserved and not frac:
+    if not path_preserved and frac in (0, 1):  # 1: a fork's default, which holds nothing out without folders
         return dataset
     folders, list_file = _where(path_preserved, frac, output_dir)
     listed = os.path.isfile(list_file)

@@ -52,6 +52,9 @@ KIND_OF_SUFFIX |= {".tsv": "ImageList", ".jsonl": "ImageList", ".ndjson": "Image
 KIND_OF_SUFFIX |= {".parquet": "Parquet", ".arrow": "Parquet"}
 SEVERAL = ("ImageDataset", "Tar", "Parquet")
 SPLITS = ("TRAIN", "VAL", "TEST")
+# Upstream's datasets of cell images, with their keys, which are not here.
+CELL_KINDS = ("HPAone", "HPAFoV", "CHAMMI_CP", "CHAMMI_HPA", "CHAMMI_WTC")
+CELL_KEYS = ("mode", "wildcard")
 PATHS = ("root", "path", "extra")
 KEY = "train.dataset_path"
 
@@ -159,15 +162,26 @@ def _parse_text(text: str) -> DatasetSpec:
     name, colon, rest = text.partition(":")
     if name in KINDS:
         return _make(text, name, *_options(colon + rest))
-    if re.match(r"\w+=", rest) or (not colon and difflib.get_close_matches(name, KINDS, n=1, cutoff=0.8)):
+    near = name in CELL_KINDS or (not colon and difflib.get_close_matches(name, KINDS, n=1, cutoff=0.8))
+    if near or re.match(r"\w+=", rest):
         raise _unknown(name, text)
     return _path(text)
 
 
 def _unknown(name: str, where: Any) -> ConfigError:
+    if name in CELL_KINDS:
+        return ConfigError(
+            f"{KEY}: {name}, upstream's dataset of cell images in {str(where)!r}, is not here; give a folder of RGB "
+            f"images, or one of the kinds {', '.join(KINDS)}"
+        )
     near = difflib.get_close_matches(name, KINDS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KINDS)}"
     return ConfigError(f"{KEY}: unknown dataset {name!r} in {str(where)!r}; {hint}")
+
+
+def _unknown_key(key: str, allowed: Sequence[str]) -> str:
+    why = "a key of upstream's cell images, which are not here" if key in CELL_KEYS else "unknown key"
+    return f"{key}: {why} (there are {', '.join(allowed)})"
 
 
 def _looks_like_path(text: str) -> bool:
@@ -214,7 +228,7 @@ def _make(text: str, kind: str, pairs: Iterable[tuple[str, str]], wrong: Sequenc
     place, other = ("path", "root") if "path" in allowed else ("root", "path")
     pairs = [(place if key == other and other not in allowed else key, value) for key, value in pairs]
     keys = [key for key, _ in pairs]
-    wrong = [*wrong, *(f"{key}: unknown key (there are {', '.join(allowed)})" for key in keys if key not in allowed)]
+    wrong = [*wrong, *(_unknown_key(key, allowed) for key in keys if key not in allowed)]
     repeated = {key for key in keys if keys.count(key) > 1 and not (key == place and kind in SEVERAL)}
     wrong += [f"{key}: given more than once" for key in sorted(repeated)]
     wrong += [f"{key}: empty" for key, value in pairs if not value]

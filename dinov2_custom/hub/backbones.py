@@ -1,10 +1,11 @@
 """The eight released backbones, random, with Meta's weights, or with the weights of a run of this project.
 
-Read :func:`make_backbone` first.
+Read :func:`make_backbone` first; :func:`make_by_file` is for ``cell_dino`` and ``xray_dino``.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from enum import Enum
@@ -19,16 +20,17 @@ from dinov2_custom.hub.utils import released_file
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
-from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
+from dinov2_custom.utils.weights import check_sha256, fit_state, flat_state, read_weights, to_local
 
 _OF_THE_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # which the name says
-_RESAMPLING = ("interpolate_antialias", "interpolate_offset")  # which no shape tells
+_IN_NO_SHAPE = ("interpolate_antialias", "interpolate_offset", "channel_adaptive")
 
 
 class Weights(Enum):
     """Released weights, by the data they were trained on."""
 
     LVD142M = "LVD142M"
+    XRAY_DINO = "XRay-DINO"  # no public address
 
 
 def make_backbone(
@@ -37,6 +39,7 @@ def make_backbone(
     registers: bool = False,
     pretrained: bool = True,
     weights: Weights | str | os.PathLike = Weights.LVD142M,
+    check_hash: bool = False,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
     """Build a backbone in training mode, as upstream's hub does.
@@ -46,6 +49,7 @@ def make_backbone(
         pretrained: load ``weights``; False: random ones.
         weights: ``LVD142M``; or a path or URL of Meta's file or of a run's ``teacher_checkpoint.pth``, or a run
             directory (its newest teacher); patch size, image size, registers, FFN and LayerScale are then the file's.
+        check_hash: compare the file's SHA-256 with the start of it that the file's name ends in, as torch.hub does.
         kwargs: of :class:`DinoVisionTransformer`; they win.
 
     Raises:
@@ -66,14 +70,66 @@ def make_backbone(
         return factory(**(options | kwargs))
     if _is_released(weights):
         file = released_file(arch, options["num_register_tokens"], "pretrain")
-        state = flat_state(read_weights(file))
+        state = _read(file, check_hash)
     else:
         file = _existing(weights)
-        state = flat_state(read_weights(file))
+        state = _read(file, check_hash)
         options |= _options_of(state, file)
+    return _loaded(factory, options | kwargs, state, file, arch)
+
+
+def make_by_file(
+    name: str,
+    arch: str,
+    own: Mapping[str, Any],
+    *,
+    pretrained: bool,
+    weights: Weights | str | os.PathLike | None,
+    check_hash: bool = False,
+    sha256: str = "",
+    **kwargs: Any,
+) -> DinoVisionTransformer:
+    """Build a backbone whose weights Meta gives out under a non-commercial licence, from the user's copy of them.
+
+    Args:
+        name: what ``hubconf.py`` calls it.
+        own: what of :class:`DinoVisionTransformer` is this backbone's; its ``img_size`` holds without a file.
+        weights: path or URL of the file.
+        sha256: the start of the file's digest, for ``check_hash``, where it is known.
+        kwargs: of :class:`DinoVisionTransformer`; they win.
+
+    Raises:
+        CheckpointError: no ``weights``, no download, or a file of another architecture.
+    """
+    factory = getattr(vision_transformer, arch)
+    options = {"init_values": 1.0, "block_chunks": 4, **own}
+    if not pretrained:
+        return factory(**(options | kwargs))
+    if weights is None or isinstance(weights, Weights):
+        raise CheckpointError(
+            f"{name}: expected weights=, a path or URL of its file, got none; Meta gives it out under a non-commercial "
+            "licence (upstream's README says where to ask), without a public address; pretrained=False: random weights"
+        )
+    file = _existing(weights)
+    state = _read(file, check_hash, sha256)
+    if "pos_embed" in state:
+        options["img_size"] = math.isqrt(state["pos_embed"].shape[1] - 1) * options["patch_size"]
+    return _loaded(factory, options | kwargs, state, file, name)
+
+
+def _read(file: str | os.PathLike, check_hash: bool, sha256: str = "") -> dict[str, Tensor]:
+    if check_hash:
+        file = to_local(file)
+        check_sha256(file, sha256)
+    return flat_state(read_weights(file))
+
+
+def _loaded(
+    factory: Any, options: Mapping[str, Any], state: Mapping[str, Tensor], file: str | os.PathLike, name: str
+) -> DinoVisionTransformer:
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
-        model = factory(**(options | kwargs))
-    _load(model, state, file, arch)
+        model = factory(**options)
+    _load(model, state, file, name)
     return model.to(torch.get_default_device())
 
 
@@ -96,6 +152,8 @@ def _is_released(weights: Weights | str | os.PathLike) -> bool:
 
 
 def _existing(weights: str | os.PathLike) -> str | os.PathLike:
+    if isinstance(weights, Weights):
+        raise CheckpointError(f"weights: expected LVD142M, a path or a URL, got {weights}, which has no public address")
     found = find_weights(weights)
     if "://" not in found and not Path(found).exists():
         raise CheckpointError(f"weights: expected LVD142M, a file or a run directory, got {weights}; check the path")
@@ -114,14 +172,14 @@ def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[st
     config = run_config_near(str(file))
     student = read_yaml(Path(config)).get("student", {}) if config else {}
     found = {name: options[name] for name in options if name not in _OF_THE_ARCHITECTURE}
-    return found | {name: student[name] for name in _RESAMPLING if name in student}
+    return found | {name: student[name] for name in _IN_NO_SHAPE if name in student}
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor], file: str | os.PathLike, arch: str) -> None:
+def _load(model: nn.Module, state: Mapping[str, Tensor], file: str | os.PathLike, name: str) -> None:
     fit = fit_state(model, {name: tensor.float() for name, tensor in state.items()})
     if fit.missing or fit.unexpected or fit.misshapen:
         raise CheckpointError(
-            f"weights: expected the {len(model.state_dict())} tensors of {arch}, got {len(fit.missing)} missing, "
+            f"weights: expected the {len(model.state_dict())} tensors of {name}, got {len(fit.missing)} missing, "
             f"{len(fit.unexpected)} unexpected and {len(fit.misshapen)} of another shape in {file}:\n  "
             + "\n  ".join(fit.examples())
             + "\nload it under the name of its own architecture; a torn download is mended by deleting the file"

@@ -136,6 +136,8 @@ def _run_id(given: str, folder: Path, stored_run_id: str | None) -> str:
 
 def _start(wandb: Any, mode: str, options: Mapping[str, Any], folder: Path, default_name: str, run_id: str) -> Any:
     tags = options["tags"]
+    if isinstance(tags, str | int | float):
+        tags = [] if tags == "" else [tags]
     settings = wandb.Settings(
         console="off",  # stdout and stderr stay as they are
         silent=True,
@@ -147,7 +149,7 @@ def _start(wandb: Any, mode: str, options: Mapping[str, Any], folder: Path, defa
         entity=options["entity"] or None,
         name=options["name"] or os.environ.get("WANDB_NAME") or default_name,
         group=options["group"] or None,
-        tags=([tags] if isinstance(tags, str) else list(tags)) if tags else None,
+        tags=[str(tag) for tag in tags] or None,
         id=run_id,
         resume="allow" if mode == "online" else None,
         mode=mode,

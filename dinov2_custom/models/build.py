@@ -34,6 +34,8 @@ def build_model(args, only_teacher: bool = False, img_size: int = 224):
         "num_register_tokens": args.get("num_register_tokens", 0),
         "interpolate_offset": args.get("interpolate_offset", 0.1),
         "interpolate_antialias": args.get("interpolate_antialias", False),
+        "in_chans": args.get("in_chans", 3),
+        "channel_adaptive": args.get("channel_adaptive", False),
     }
     teacher: DinoVisionTransformer = factory(**kwargs)
     if only_teacher:

@@ -36,6 +36,8 @@ class DinoVisionTransformer(nn.Module):
         num_register_tokens: extra tokens without position (Darcet et al. 2023).
         interpolate_antialias, interpolate_offset: how ``pos_embed`` is resampled; the released plain models use
             False and 0.1, those with registers True and 0.0.
+        channel_adaptive: for ``in_chans`` 1: :meth:`get_intermediate_layers` takes images of any number of channels,
+            each channel as an image (attribute ``bag_of_channels``).
 
     Raises:
         ValueError: unknown ``ffn_layer``, or more chunks than blocks.
@@ -64,6 +66,7 @@ class DinoVisionTransformer(nn.Module):
         num_register_tokens: int = 0,
         interpolate_antialias: bool = False,
         interpolate_offset: float = 0.1,
+        channel_adaptive: bool = False,
     ) -> None:
         super().__init__()
         if ffn_layer not in FFN_LAYERS:
@@ -79,6 +82,7 @@ class DinoVisionTransformer(nn.Module):
         self.num_register_tokens = num_register_tokens
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
+        self.bag_of_channels = channel_adaptive
 
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -272,9 +276,16 @@ class DinoVisionTransformer(nn.Module):
             return_class_token: give (patches, class token (B, D)) pairs.
             norm: apply the final norm.
 
+        Returns:
+            One entry a block. A bag of channels gives pairs always, of an image (B, C, H, W) patches (B, C, N, D), with
+            ``reshape`` (B, C, D, h, w), and the channels' class tokens one after the other (B, C * D).
+
         Raises:
             ValueError: a block index that does not exist.
         """
+        channels = x.shape[1]
+        if self.bag_of_channels:
+            x = x.flatten(0, 1).unsqueeze(1)
         chunked = self._get_intermediate_layers_chunked
         outputs = chunked(x, n) if self.chunked_blocks else self._get_intermediate_layers_not_chunked(x, n)
         if norm:
@@ -284,7 +295,11 @@ class DinoVisionTransformer(nn.Module):
         if reshape:
             rows, columns = (side // self.patch_size for side in x.shape[-2:])
             patches = [p.transpose(1, 2).reshape(len(x), -1, rows, columns).contiguous() for p in patches]
-        return tuple(zip(patches, class_tokens, strict=True)) if return_class_token else tuple(patches)
+        if self.bag_of_channels:
+            patches = [p.unflatten(0, (-1, channels)) for p in patches]
+            class_tokens = [c.unflatten(0, (-1, channels)).flatten(1) for c in class_tokens]
+        pairs = return_class_token or self.bag_of_channels
+        return tuple(zip(patches, class_tokens, strict=True)) if pairs else tuple(patches)
 
     def forward(self, x, masks=None, is_training: bool = False, **options):
         """Return class features (B, D), or with ``is_training`` the dict(s) of :meth:`forward_features`."""
@@ -309,52 +324,77 @@ def _run_packed(
     return unpack(x_TD, segments)
 
 
-def _vit(embed_dim: int, depth: int, num_heads: int, patch_size: int, num_register_tokens: int, kwargs: dict):
+def _vit(
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    patch_size: int,
+    num_register_tokens: int,
+    in_chans: int,
+    channel_adaptive: bool,
+    kwargs: dict,
+):
     return DinoVisionTransformer(
         patch_size=patch_size,
+        in_chans=in_chans,
         embed_dim=embed_dim,
         depth=depth,
         num_heads=num_heads,
         mlp_ratio=4,
         block_fn=partial(NestedTensorBlock, attn_class=MemEffAttention),
         num_register_tokens=num_register_tokens,
+        channel_adaptive=channel_adaptive,
         **kwargs,
     )
 
 
-def vit_nano(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+def vit_nano(
+    patch_size: int = 16, num_register_tokens: int = 0, in_chans: int = 3, channel_adaptive: bool = False, **kwargs
+) -> DinoVisionTransformer:
     """Width 64, 4 blocks, 1 head: for tests."""
-    return _vit(64, 4, 1, patch_size, num_register_tokens, kwargs)
+    return _vit(64, 4, 1, patch_size, num_register_tokens, in_chans, channel_adaptive, kwargs)
 
 
-def vit_micro(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+def vit_micro(
+    patch_size: int = 16, num_register_tokens: int = 0, in_chans: int = 3, channel_adaptive: bool = False, **kwargs
+) -> DinoVisionTransformer:
     """Width 128, 6 blocks, 2 heads: for laptops."""
-    return _vit(128, 6, 2, patch_size, num_register_tokens, kwargs)
+    return _vit(128, 6, 2, patch_size, num_register_tokens, in_chans, channel_adaptive, kwargs)
 
 
-def vit_tiny(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+def vit_tiny(
+    patch_size: int = 16, num_register_tokens: int = 0, in_chans: int = 3, channel_adaptive: bool = False, **kwargs
+) -> DinoVisionTransformer:
     """Width 192, 12 blocks, 3 heads."""
-    return _vit(192, 12, 3, patch_size, num_register_tokens, kwargs)
+    return _vit(192, 12, 3, patch_size, num_register_tokens, in_chans, channel_adaptive, kwargs)
 
 
-def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+def vit_small(
+    patch_size: int = 16, num_register_tokens: int = 0, in_chans: int = 3, channel_adaptive: bool = False, **kwargs
+) -> DinoVisionTransformer:
     """Width 384, 12 blocks, 6 heads."""
-    return _vit(384, 12, 6, patch_size, num_register_tokens, kwargs)
+    return _vit(384, 12, 6, patch_size, num_register_tokens, in_chans, channel_adaptive, kwargs)
 
 
-def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+def vit_base(
+    patch_size: int = 16, num_register_tokens: int = 0, in_chans: int = 3, channel_adaptive: bool = False, **kwargs
+) -> DinoVisionTransformer:
     """Width 768, 12 blocks, 12 heads."""
-    return _vit(768, 12, 12, patch_size, num_register_tokens, kwargs)
+    return _vit(768, 12, 12, patch_size, num_register_tokens, in_chans, channel_adaptive, kwargs)
 
 
-def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+def vit_large(
+    patch_size: int = 16, num_register_tokens: int = 0, in_chans: int = 3, channel_adaptive: bool = False, **kwargs
+) -> DinoVisionTransformer:
     """Width 1024, 24 blocks, 16 heads."""
-    return _vit(1024, 24, 16, patch_size, num_register_tokens, kwargs)
+    return _vit(1024, 24, 16, patch_size, num_register_tokens, in_chans, channel_adaptive, kwargs)
 
 
-def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs) -> DinoVisionTransformer:
+def vit_giant2(
+    patch_size: int = 16, num_register_tokens: int = 0, in_chans: int = 3, channel_adaptive: bool = False, **kwargs
+) -> DinoVisionTransformer:
     """Width 1536, 40 blocks, 24 heads of 64."""
-    return _vit(1536, 40, 24, patch_size, num_register_tokens, kwargs)
+    return _vit(1536, 40, 24, patch_size, num_register_tokens, in_chans, channel_adaptive, kwargs)
 
 
 ARCHITECTURES = ("vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")

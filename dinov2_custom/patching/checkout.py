@@ -25,6 +25,9 @@ _BLOCK = re.compile(
 )
 
 
+_TRAINING = "dinov2/train/train.py"
+
+
 class File(NamedTuple):
     """A module of the checkout.
 
@@ -69,6 +72,11 @@ def read_file(path: Path) -> File:
         ending = first["added"].split(_NO_NEWLINE.encode())[0] if first["added"] and rest else b""
         base = now[: first.start()] + ending + rest
     return File(path, now, base, blocks)
+
+
+def names_of_blocks(content: bytes) -> list[str]:
+    """Return the patches whose blocks a module's bytes hold."""
+    return [match["name"].decode() for match in _BLOCK.finditer(content)]
 
 
 def with_blocks(file: File, blocks: dict[str, str]) -> bytes:
@@ -128,6 +136,60 @@ def _bound_names(body: list[ast.stmt], prefix: str = "") -> set[str]:
             for handler in getattr(node, "handlers", []):
                 names |= _bound_names(handler.body, prefix)
     return names
+
+
+def unused_names(patch: Patch, root: Path) -> list[str]:
+    """Return "path: name" for what ``patch`` rebinds and the checkout's own training never uses, a fork's for instance.
+
+    Training is ``dinov2/train/train.py`` and every module that it imports; what nothing in there names is not used.
+    """
+    trees = _training_modules(root)
+    used = {name for tree in trees for statement in tree.body for name in _used_names(statement)}
+    lines = []
+    for path, code in patch.blocks.items():
+        body = ast.parse(code).body
+        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        rebound = _bound_names(body) | {ast.unparse(target) for target in targets}
+        for name in patch.symbols[path]:
+            owner, _, member = name.rpartition(".")
+            called = owner if member.startswith("__") else member
+            if trees and name in rebound and called not in used and name not in patch.elsewhere.get(path, ()):
+                lines.append(f"{path}: {name}")
+    return lines
+
+
+def _training_modules(root: Path) -> list[ast.Module]:
+    found: dict[Path, ast.Module | None] = {}
+    todo = [root / _TRAINING]
+    while todo:
+        path = todo.pop()
+        if path not in found:
+            found[path] = tree = _parsed(path)[0]
+            todo += _imported_files(tree, path, root) if tree else []
+    return [tree for tree in found.values() if tree]
+
+
+def _imported_files(tree: ast.Module, path: Path, root: Path) -> list[Path]:
+    """Return where the modules that one module's imports name would be, their packages included."""
+    own = path.relative_to(root).with_suffix("").parts
+    names: list[list[str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = list(own[: len(own) - node.level]) if node.level else []
+            start += node.module.split(".") if node.module else []
+            names += [[*start, alias.name] for alias in node.names]
+    parts = [name[:count] for name in names if name[0] == "dinov2" for count in range(1, len(name) + 1)]
+    return [root.joinpath(*one[:-1], ending) for one in parts for ending in (f"{one[-1]}.py", f"{one[-1]}/__init__.py")]
+
+
+def _used_names(statement: ast.stmt) -> set[str]:
+    """Return the names and attributes that a statement reads; a definition's own name does not count inside it."""
+    read = [node for node in ast.walk(statement) if isinstance(getattr(node, "ctx", None), ast.Load)]
+    names = {node.id for node in read if isinstance(node, ast.Name)}
+    names |= {node.attr for node in read if isinstance(node, ast.Attribute)}
+    return names - {getattr(statement, "name", "")}
 
 
 def plan(root: Path, series: list[Patch], chosen: list[Patch], revert: bool) -> dict[Path, tuple[bytes, bytes]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dinov2_custom
 from dinov2_custom.errors import ConfigError
-from dinov2_custom.patching.checkout import find_package, plan, state_of, write
+from dinov2_custom.patching.checkout import find_package, names_of_blocks, plan, state_of, unused_names, write
 from dinov2_custom.patching.patch_file import Patch, read_series, table
 
 _MARKERS = ("<!-- table: made by python -m dinov2_custom.patching.main -->\n", "<!-- end of table -->\n")
@@ -26,7 +26,8 @@ def main(args: argparse.Namespace) -> int:
     chosen = _chosen(series, args.only)
     if args.status:
         for patch in chosen:
-            print(f"{patch.name:20} {state_of(patch, root)}")
+            unused = unused_names(patch, root)
+            print(f"{patch.name:20} {state_of(patch, root)}" + (f"; {_without_effect(unused)}" if unused else ""))
         return 0
     changes = plan(root, series, chosen, args.revert)
     for path, (now, wanted) in changes.items():
@@ -37,11 +38,26 @@ def main(args: argparse.Namespace) -> int:
         else:
             write(path, wanted)
             print(f"changed: {relative}")
-    if not args.diff:
-        verb = "reverted" if args.revert else "applied"
-        what = f"{len(changes)} files changed" if changes else "nothing to change"
-        print(f"{verb}: {', '.join(patch.name for patch in chosen)} ({what})")
+    if args.diff:
+        return 0
+    what = f"{len(changes)} files changed" if changes else "nothing to change"
+    if args.revert:
+        blocks = [(names_of_blocks(now), names_of_blocks(wanted)) for now, wanted in changes.values()]
+        taken_out = {name: None for now, wanted in blocks for name in now if name not in wanted}
+        print(f"reverted: {', '.join(taken_out) or 'none'} ({what})")
+        return 0
+    unused = {patch.name: unused_names(patch, root) for patch in chosen}
+    print(f"applied: {', '.join(name for name in unused if not unused[name]) or 'none'} ({what})")
+    for name in filter(unused.get, unused):
+        print(f"{name}: in place, but {_without_effect(unused[name])}")
     return 0
+
+
+def _without_effect(unused: list[str]) -> str:
+    return (
+        f"without effect, as the checkout's own training never uses {', '.join(unused)}; let it call that, or wrap in "
+        "the same way what it calls instead"
+    )
 
 
 def _chosen(series: list[Patch], only: str) -> list[Patch]:

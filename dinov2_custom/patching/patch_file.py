@@ -14,7 +14,7 @@ from typing import NamedTuple
 from dinov2_custom.errors import ConfigError
 
 FIELDS = ("Why", "Target", "Kind", "Upstream", "Drop-When", "Test")
-OPTIONAL = ("Requires",)
+OPTIONAL = ("Requires", "Elsewhere")
 _SECTION = re.compile(r"^# in (\S+)\n", re.MULTILINE)
 
 
@@ -24,6 +24,7 @@ class Patch(NamedTuple):
     Attributes:
         symbols: names that each module (path in the checkout) must have.
         requires: keyword arguments (``name=value``) that a call in each module must have.
+        elsewhere: those of ``symbols`` that launchers or evaluations use, and training does not.
         blocks: lines to append to each module.
     """
 
@@ -32,6 +33,7 @@ class Patch(NamedTuple):
     fields: dict[str, str]
     symbols: dict[str, list[str]]
     requires: dict[str, list[str]]
+    elsewhere: dict[str, list[str]]
     blocks: dict[str, str]
 
 
@@ -79,7 +81,8 @@ def read_patch(path: Path) -> Patch:
             f"{path}: expected the fields {', '.join(FIELDS)} and code for the modules of Target, got missing "
             f"{missing}, unknown {unknown}, code for {sorted(blocks)} and targets {sorted(symbols)}"
         )
-    return Patch(path.stem, title, fields, symbols, _targets(fields.get("Requires", "")), blocks)
+    requires, elsewhere = (_targets(fields.get(name, "")) for name in OPTIONAL)
+    return Patch(path.stem, title, fields, symbols, requires, elsewhere, blocks)
 
 
 def _header(docstring: str) -> tuple[str, dict[str, str]]:

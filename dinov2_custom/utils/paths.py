@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import urllib.parse
 from pathlib import Path
 
 from dinov2_custom.errors import CheckpointError
@@ -21,10 +22,10 @@ def local_path(source: str | os.PathLike) -> Path:
         CheckpointError: no package or no handler for such a path, or the handler failed.
     """
     text = str(source)
+    if text.startswith("file://"):
+        return Path(path_of_file_url(text))
     if not _SCHEME.match(text):
         return Path(source).expanduser()
-    if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
     file_io = optional("iopath.common.file_io", text, CheckpointError)
     try:
         return Path(_manager_for(text, file_io).get_local_path(text))
@@ -32,6 +33,11 @@ def local_path(source: str | os.PathLike) -> Path:
         raise
     except Exception as e:  # each handler has errors of its own
         raise CheckpointError(f"expected to fetch {text}, got {type(e).__name__}: {e}; check path and access") from e
+
+
+def path_of_file_url(source: str) -> str:
+    """Return the path of a ``file://`` URL, its ``%20`` a space; anything else as it is."""
+    return urllib.parse.unquote(urllib.parse.urlparse(source).path) if source.startswith("file://") else source
 
 
 def _manager_for(text: str, file_io):

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.paths import path_of_file_url
 
 MARKER = "checkpoint.json"  # the last file of a training checkpoint
 _NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
@@ -23,8 +24,9 @@ def find_weights(source: str) -> str:
     Raises:
         CheckpointError: a directory without any.
     """
-    if "://" in str(source):
-        return str(source)
+    source = path_of_file_url(str(source))
+    if "://" in source:
+        return source
     path = Path(source).expanduser()
     hugging_face = any((path / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))
     if not path.is_dir() or is_complete(path) or hugging_face:

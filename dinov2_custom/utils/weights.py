@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -24,11 +25,13 @@ from dinov2_custom.utils.download import fetch
 from dinov2_custom.utils.hugging_face import from_hugging_face, is_hugging_face
 from dinov2_custom.utils.paths import local_path
 
+logger = logging.getLogger("dinov2")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
 _PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module)\.")
 _CHUNKED = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
 _HEADS = ("dino_head.", "ibot_head.")
+_DIGEST = re.compile(r"-([a-f0-9]{8,64})\.")  # as torch.hub reads it
 
 
 def read_weights(source: str | os.PathLike) -> Any:
@@ -40,7 +43,7 @@ def read_weights(source: str | os.PathLike) -> Any:
     Raises:
         CheckpointError: missing, torn, or holding anything but tensors and plain values.
     """
-    path = _local_copy(str(source)) if is_url(source) else local_path(source)
+    path = to_local(source)
     if (path / "model.safetensors.index.json").is_file():
         return _read_parts(path)
     if (path / "model.safetensors").is_file():
@@ -59,6 +62,33 @@ def read_weights(source: str | os.PathLike) -> Any:
         if isinstance(e, pickle.UnpicklingError | LookupError | EOFError):
             reason = "no weight file, or one that holds more than tensors and plain values"
         raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
+
+
+def to_local(source: str | os.PathLike) -> Path:
+    """Return the file or folder of ``source``, downloaded where it is an http(s) URL or of one of iopath's handlers."""
+    return _local_copy(str(source)) if is_url(source) else local_path(source)
+
+
+def check_sha256(path: Path, start: str = "") -> None:
+    """Compare a file's SHA-256 with the ``start`` of it, else with what its name has: ``<name>-<start>.pth``.
+
+    Raises:
+        CheckpointError: another digest.
+    """
+    named = _DIGEST.search(path.name)
+    start = named[1] if named else start
+    if not start:
+        logger.warning(f"check_hash: nothing to compare with for {path}, whose name ends in no -<SHA-256>")
+        return
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(start):
+        raise CheckpointError(
+            f"check_hash: expected a SHA-256 that starts with {start}, got {digest.hexdigest()} of {path}; "
+            "delete the file and get it again"
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -76,6 +76,26 @@ def test_one_of_the_losses_is_needed(dino, ibot, count):
     assert len(problems(dino__loss_weight=dino, ibot__loss_weight=ibot)) == count
 
 
+@pytest.mark.parametrize(("frac", "places", "count"), [(0, "", 0), (1, "", 0), (0.1, "", 1), (0.1, "/images", 0)])
+def test_a_share_to_hold_out_needs_a_place(frac, places, count):
+    assert len(problems(train__frac=frac, train__path_preserved=places)) == count
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("dinov2_vitb14", "student.arch=vit_base student.patch_size=14"),
+        ("dinov2_vits14_reg", "student.arch=vit_small student.patch_size=14 student.num_register_tokens=4"),
+        ("vitl16", "student.arch=vit_large student.patch_size=16"),
+        ("vit_g", "student.arch=vit_giant2"),
+        ("vitb14_reg2", "student.arch=vit_base student.patch_size=14 student.num_register_tokens=2"),
+    ],
+)
+def test_the_name_of_released_weights_is_no_arch(arch, settings):
+    (line,) = problems(student__arch=arch)
+    assert line.endswith(f"-> set {settings}")
+
+
 def test_keys_already_wrong_are_left_alone():
     assert problems(bad=["student.patch_size"], student__patch_size=14) == []
 
@@ -96,7 +116,6 @@ def test_defaults_have_no_notes():
         ({"ibot__mask_sample_probability": 0.0}, "mask nothing"),
         ({"ibot__mask_ratio_min_max": [0.0, 0.0]}, "mask nothing"),
         ({"ibot__head_n_prototypes": 7}, "ibot.separate_head is false: ibot.head_n_prototypes"),
-        ({"train__frac": 0.1}, "without train.path_preserved"),
         ({"optim__min_lr": 0.1}, "rises"),
         ({"train__saveckp_freq": 3, "train__cache_dataset": False}, "train.saveckp_freq, train.cache_dataset"),
     ],

@@ -17,6 +17,9 @@ from dinov2_custom.errors import ConfigError
         ("optimizer", "did you mean optim?"),
         ("crops.loss_weight", "did you mean dino.loss_weight or ibot.loss_weight?"),
         ("student.regsters", ""),
+        ("train.use_torch_compile", "did you mean train.compile?"),
+        ("use_torch_compile", "did you mean train.compile?"),
+        ("optim.warmup_pct", "optim.warmup_epochs with a share of the run, such as 10%"),
         ("zzz", ""),
     ],
 )

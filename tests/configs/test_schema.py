@@ -15,6 +15,7 @@ DELIBERATE = {"train.dataset_path": "", "train.output_dir": ""} | {
 OURS = {
     "train.path_preserved": "",
     "train.frac": 0.0,
+    "train.channel_adaptive": False,  # of one of upstream's evaluation YAMLs, where nothing reads it
     "train.max_bad_fraction": 0.01,
     "student.freeze_backbone_epochs": 0,
     "dino.koleo_neighbours": "process",

@@ -2,8 +2,8 @@
 
 ``names.txt`` has a ``[module]`` line a module, then ``name(parameters)``, ``Class(parameters of its constructor)``,
 ``Class.method(parameters without self)``, ``Class.attribute`` or ``NAME = value``. ``# HEAD`` marks what upstream has
-since f896929, the revision of the oracle; ``# spec`` where f896929 hides the parameters in ``*args``. Defaults are
-written by value; lists as tuples. Read :func:`lacks` first.
+at 7764ea0 and not yet at f896929, the revision of the oracle; ``# spec`` where upstream hides the parameters in
+``*args``. Defaults are written by value; lists as tuples. Read :func:`lacks` first.
 """
 
 from __future__ import annotations

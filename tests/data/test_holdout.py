@@ -24,7 +24,7 @@ def names(dataset) -> list[str]:
 
 def test_nothing_is_held_out_by_default(tmp_path, folder):
     dataset = ImageDataset(tmp_path / "data")
-    assert split_off(dataset, "", 0.0) is dataset
+    assert split_off(dataset, "", 0.0) is split_off(dataset, "", 1.0) is dataset
 
 
 def test_share_is_left_out_and_listed(tmp_path, folder):

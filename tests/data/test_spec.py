@@ -97,6 +97,13 @@ def test_what_exists_as_a_path_is_a_path(tmp_path, monkeypatch):
     ([{"path": [{"path": "/a", "weight": 1}, {"path": "/b", "weight": 2}], "weight": 1}, {"path": "/c", "weight": 1}],
      ["weights inside of weights"]),
     (3, ["got 3"]),
+    *((f"{kind}:split=TRAIN:root=/x:mode=PROTEIN_LOCALIZATION:wildcard=SEPARATE_CHANNELS",
+       [f"{kind}, upstream's dataset of cell images", "ImageDataset, ImageFolder", "LabelledFolder, ImageNet"])
+      for kind in ("HPAone", "HPAFoV", "CHAMMI_CP", "CHAMMI_HPA", "CHAMMI_WTC")),
+    ("HPAone", ["HPAone, upstream's dataset of cell images"]),
+    ({"kind": "CHAMMI_CP", "root": "/x"}, ["CHAMMI_CP, upstream's dataset of cell images"]),
+    ("ImageNet:split=TRAIN:root=/x:mode=A:wildcard=SEPARATE_CHANNELS",
+     ["mode: a key of upstream's cell images, which are not here (there are split, root, extra)", "wildcard: a key"]),
 ])  # fmt: skip
 def test_mistakes_are_all_named(text, words):
     with pytest.raises(ConfigError) as e:

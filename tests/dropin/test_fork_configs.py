@@ -41,3 +41,12 @@ def test_it_loads_with_a_list_of_what_is_not_used(tmp_path):
     assert (cfg.student.num_register_tokens, cfg.optim.warmup_epochs, cfg.train.centering) == (4, 80, "sinkhorn_knopp")
     assert parse_dataset(cfg.train.dataset_path).roots == ("/cells/first", "/cells/second")
     assert cfg.daino.loss_weight == 1.0  # a fork's own code still finds it
+
+
+def test_a_forks_default_for_no_hold_out_and_numbers_as_labels(tmp_path):
+    path = tmp_path / "fork.yaml"
+    path.write_text("train: {dataset_path: /cells, path_preserved: '', frac: 1}\nwandb: {tags: [vitl, 2024, 0.5]}\n")
+    cfg = load_run_config(str(path), output_dir=str(tmp_path), warn=pytest.fail)
+    assert (cfg.train.frac, list(cfg.wandb.tags)) == (1, ["vitl", 2024, 0.5])
+    assert load_run_config(str(path), ["wandb.tags=7"]).wandb.tags == "7"
+    assert load_run_config(str(path), ["wandb={tags: 7}"]).wandb.tags == 7

@@ -19,7 +19,10 @@ CLASSIFIERS = [f"{name}_lc" for name in BACKBONES]
 ELSEWHERE = [f"dinov2_vit{size}14_{ending}" for size in SIZES for ending in ("ld", "dd")]
 ELSEWHERE += ["dinov2_vitl14_reg4_dinotxt_tet1280d20h24l"]
 
-NAMES = [*BACKBONES, *CLASSIFIERS, *ELSEWHERE]
+BY_FILE = ["cell_dino_cp_vits8", "cell_dino_hpa_vitl16", "cell_dino_hpa_vitl14"]
+BY_FILE += ["channel_adaptive_dino_vitl16", "xray_dino_vitl16"]
+
+NAMES = [*BACKBONES, *CLASSIFIERS, *BY_FILE, *ELSEWHERE]
 
 LOAD_ALL = """
 import json, sys, torch
@@ -58,6 +61,8 @@ def test_every_name_from_a_fresh_interpreter(tmp_path):
         assert ("blocks.0.mlp.w12.weight" in shapes) == (name[10] == "g") and "blocks.0.ls1.gamma" in shapes
         assert facts["built"][f"{name}_lc"]["linear_head.weight"] == [1000, 5 * width]
         assert {f"backbone.{key}" for key in shapes} < set(facts["built"][f"{name}_lc"])
+    for name in BY_FILE:
+        assert "blocks.3.11.norm1.weight" in facts["built"][name] or "blocks.3.23.norm1.weight" in facts["built"][name]
     assert (facts["features"], facts["scores"]) == ([1, 384], [2, 1000])
     assert facts["foreign"] == []
 
@@ -67,7 +72,7 @@ def test_the_names_are_upstreams():
     hubconf = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hubconf)
     offered = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]
-    assert sorted(offered) == sorted(NAMES) and len(NAMES) == 25
+    assert sorted(offered) == sorted(NAMES) and len(NAMES) == 30
     assert all(getattr(hubconf, name).__doc__ for name in NAMES)
     assert hubconf.dependencies == ["torch", "tqdm"]
 

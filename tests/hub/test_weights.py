@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from dinov2_custom.errors import CheckpointError, ConfigError, DINOv2Error
 from dinov2_custom.hub import backbones, classifiers, dinotxt, utils
 from dinov2_custom.hub.utils import CenterPadding
+from dinov2_custom.models import vision_transformer
 from dinov2_custom.utils import weights as weight_files
 from tests.eval.test_setup import make_run
 from tests.hub.served import serve
@@ -118,6 +119,21 @@ def test_a_runs_own_teacher(tmp_path, registers):
     assert model.interpolate_antialias is False and not model.chunked_blocks
     images = torch.randn(2, 3, 32, 16, generator=torch.Generator().manual_seed(0))
     assert_close(model(images), run.teacher["backbone"].eval()(images))
+
+
+@torch.no_grad()
+def test_a_run_with_channels_of_its_own(tmp_path):
+    """What no shape tells, a bag of channels, follows the run's configuration."""
+    model = vision_transformer.vit_small(4, 0, 1, True, img_size=8, block_chunks=0)
+    torch.save({"teacher": model.state_dict()}, tmp_path / "teacher_checkpoint.pth")
+    alone = backbones.dinov2_vits14(weights=tmp_path / "teacher_checkpoint.pth")
+    assert (alone.patch_embed.proj.in_channels, alone.bag_of_channels) == (1, False)
+    (tmp_path / "config.yaml").write_text("student: {arch: vit_small, in_chans: 1, channel_adaptive: true}\n")
+    ours = backbones.dinov2_vits14(weights=tmp_path).eval()
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ((got, _),), ((wanted, _),) = (m.get_intermediate_layers(images) for m in (ours, model.eval()))
+    assert got.shape == (2, 3, 4, 384)
+    assert_close(got, wanted)
 
 
 def test_weights_that_cannot_be_used(tmp_path):

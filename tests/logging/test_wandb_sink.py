@@ -47,7 +47,7 @@ def warnings_of(caplog):
 def test_reads_back_and_a_second_start_goes_on_with_id_and_steps(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     out = tmp_path / "my_run"
-    with start(out, project="cells", group="sweep", tags=["a", "b"]) as sinks:
+    with start(out, project="cells", group="sweep", tags=["a", 7]) as sinks:
         for step in (0, 10):
             sinks.log(step, {"iteration": step, "total_loss": step / 8, "images_per_s": 64.0})
         state = sinks.state()
@@ -55,7 +55,7 @@ def test_reads_back_and_a_second_start_goes_on_with_id_and_steps(tmp_path, monke
         sinks.log(20, {"iteration": 20, "total_loss": 2.5})
         sinks.close(143)
     first, second = sorted(offline_runs(out), key=lambda run: run.history[0]["_step"])
-    assert (first.project, first.name, first.group, first.tags) == ("cells", "my_run", "sweep", ["a", "b"])
+    assert (first.project, first.name, first.group, first.tags) == ("cells", "my_run", "sweep", ["a", "7"])
     assert first.id == second.id == state["wandb_run_id"] == (out / "logs" / "wandb_run_id").read_text().strip()
     assert [(row["_step"], row["total_loss"]) for row in first.history] == [(0, 0.0), (10, 1.25)]
     assert [(row["_step"], row["iteration"], row["total_loss"]) for row in second.history] == [(20, 20, 2.5)]

@@ -80,6 +80,37 @@ def test_intermediate_layers_in_order_of_depth():
         model.get_intermediate_layers(x, n=[9])
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 16, 16), (3, 1, 8, 24)], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("return_class_token", [False, True])
+@torch.no_grad()
+def test_a_bag_of_channels_is_each_channel_alone(shape, norm, return_class_token):
+    plain = make(in_chans=1, num_register_tokens=2, block_chunks=2).eval()
+    bag = make(in_chans=1, num_register_tokens=2, block_chunks=2, channel_adaptive=True).eval()
+    bag.load_state_dict(plain.state_dict())
+    assert (plain.bag_of_channels, bag.bag_of_channels) == (False, True)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    b, c, h, w = shape
+    options = {"n": [1, 3], "norm": norm, "return_class_token": return_class_token}
+    grids = bag.get_intermediate_layers(x, reshape=True, **options)
+    for layer, (patches, class_tokens) in enumerate(bag.get_intermediate_layers(x, **options)):
+        assert patches.shape == (b, c, h * w // 16, 64) and class_tokens.shape == (b, c * 64)
+        assert grids[layer][0].shape == (b, c, 64, h // 4, w // 4)
+        torch.testing.assert_close(grids[layer][0].flatten(3).transpose(2, 3), patches)
+        for channel in range(c):
+            one = x[:, channel : channel + 1]
+            alone = plain.get_intermediate_layers(one, n=[1, 3], norm=norm, return_class_token=True)[layer]
+            torch.testing.assert_close(patches[:, channel], alone[0])
+            torch.testing.assert_close(class_tokens[:, channel * 64 : channel * 64 + 64], alone[1])
+
+
+def test_channels_by_place_as_upstream_has_them():
+    model = vits.vit_nano(4, 2, 5, True, img_size=16)
+    assert (model.patch_size, model.num_register_tokens, model.bag_of_channels) == (4, 2, True)
+    assert model.patch_embed.proj.weight.shape == (64, 5, 4, 4)
+    assert vits.vit_nano(4, img_size=16).patch_embed.proj.in_channels == 3
+
+
 def test_non_square_images():
     x = torch.randn(2, 3, 16, 24)
     assert make().eval()(x, is_training=True)["x_norm_patchtokens"].shape == (2, 24, 64)

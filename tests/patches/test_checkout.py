@@ -60,6 +60,39 @@ def test_only_some(checkout, capsys):
         apply(checkout, "--only", "nonsense,koleo,more")
 
 
+def test_revert_names_what_was_there(checkout, capsys):
+    apply(checkout, "--revert")
+    assert capsys.readouterr().out == "reverted: none (nothing to change)\n"
+    apply(checkout, "--only", "koleo,last_teacher")
+    capsys.readouterr()
+    apply(checkout, "--revert", "--only", "koleo,exact_resume")
+    assert capsys.readouterr().out.endswith("\nreverted: koleo (1 files changed)\n")
+    apply(checkout, "--revert")
+    assert capsys.readouterr().out.endswith("\nreverted: last_teacher (1 files changed)\n")
+
+
+def test_a_fork_that_trains_on_functions_of_its_own(checkout, capsys):
+    """Evaluations still call upstream's make_dataset, and the training module still imports it."""
+    loaders, train = checkout / "dinov2/data/loaders.py", checkout / "dinov2/train/train.py"
+    own = "\n\ndef make_custom_dataset(**kwargs):\n    return []\n"
+    own += "\n\ndef make_custom_loader(**kwargs):\n    return ShardedInfiniteSampler(**kwargs)\n"
+    loaders.write_text(loaders.read_text() + own)
+    text = "from dinov2.data.loaders import make_custom_dataset, make_custom_loader\n" + train.read_text()
+    text = text.replace("= make_dataset(", "= make_custom_dataset(")
+    train.write_text(text.replace("= make_data_loader(", "= make_custom_loader("))
+    apply(checkout)
+    *_, applied, first, second, third = capsys.readouterr().out.splitlines()
+    idle = {"unlabeled_datasets": "make_dataset", "skip_bad_images": "make_dataset", "exact_resume": "make_data_loader"}
+    names = ", ".join(patch.name for patch in SERIES if patch.name not in idle)
+    assert applied.startswith(f"applied: {names} (")
+    for line, (name, function) in zip((first, second, third), idle.items(), strict=True):
+        assert line.startswith(f"{name}: in place, but without effect")
+        assert f"training never uses dinov2/data/loaders.py: {function};" in line
+    apply(checkout, "--status", "--only", "koleo,skip_bad_images")
+    skip, koleo = capsys.readouterr().out.splitlines()
+    assert "applied; without effect" in skip and koleo.endswith(" applied")
+
+
 def test_diff_changes_nothing(checkout, capsys):
     before = contents(checkout)
     apply(checkout, "--diff")

@@ -10,6 +10,7 @@ from torch import nn
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils import utils
+from dinov2_custom.utils.run_folder import find_weights
 from dinov2_custom.utils.utils import fix_random_seeds, get_sha, has_batchnorms, load_pretrained_weights
 from tests.hub.served import serve
 from tests.oracle import preserved_rng
@@ -115,7 +116,20 @@ def test_urls_are_fetched(tmp_path, monkeypatch):
     model = Net()
     with serve(tmp_path) as (url, _):
         load_pretrained_weights(model, f"{url}/weights.pth", "teacher")
+        torch.save({"teacher": Malicious()}, tmp_path / "bad.pth")
+        with pytest.raises(CheckpointError, match="more than tensors and plain values"):
+            load_pretrained_weights(Net(), f"{url}/bad.pth", "teacher")
     assert _is_loaded(model)
+
+
+def test_file_urls_are_paths(tmp_path):
+    path = tmp_path / "my 100%" / "weights.pth"
+    path.parent.mkdir()
+    torch.save(_trained(), path)
+    model = Net()
+    load_pretrained_weights(model, path.as_uri(), "teacher")
+    assert _is_loaded(model)
+    assert find_weights(path.as_uri()) == str(path)
 
 
 def test_fix_random_seeds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 from PIL import Image
@@ -26,6 +27,15 @@ class ImageDataDecoder(Decoder):
 
     def decode(self) -> Image.Image:
         return decode_rgb(self._image_data, self._source, exif=self._exif)
+
+
+class DecoderType(Enum):
+    """The decoders of images by name. Upstream's others, of more channels than three, are not here."""
+
+    ImageDataDecoder = "ImageDataDecoder"
+
+    def get_class(self) -> type[Decoder]:
+        return {DecoderType.ImageDataDecoder: ImageDataDecoder}[self]
 
 
 class TargetDecoder(Decoder):

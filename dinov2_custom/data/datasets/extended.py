@@ -6,7 +6,7 @@ errors and the list of bad images readable. Read :meth:`ExtendedVisionDataset.__
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from dinov2_custom.errors import DataError, UnreadableImageError
 from dinov2_custom.extras import class_of_torchvision
 
-from .decoders import Decoder, ImageDataDecoder, TargetDecoder
+from .decoders import Decoder, DecoderType, ImageDataDecoder, TargetDecoder
 
 
 class SeparateTransforms:
@@ -33,7 +33,8 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
     """Images from bytes: (transformed image, transformed target) by index.
 
     Either ``transforms`` (a callable of image and target) or ``transform`` and ``target_transform``; without any the
-    image is PIL, mode RGB. ``exif``: turn images as their EXIF orientation says.
+    image is PIL, mode RGB. ``exif``: turn images as their EXIF orientation says. ``image_decoder_type``: what decodes
+    the bytes, a :class:`DecoderType` or a subclass of :class:`Decoder`; it also gets ``image_decoder_params``.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
         target_transform: Callable | None = None,
         *,
         exif: bool = False,
+        image_decoder_type: DecoderType | type[Decoder] = DecoderType.ImageDataDecoder,
+        image_decoder_params: Mapping[str, Any] | None = None,
     ) -> None:
         if transforms is not None and (transform is not None or target_transform is not None):
             raise ValueError("expected either transforms or transform / target_transform, got both")
@@ -54,6 +57,9 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
             transforms = SeparateTransforms(transform, target_transform)
         self.transforms = transforms
         self.exif = exif
+        is_member = isinstance(image_decoder_type, DecoderType)
+        self.image_decoder_class = image_decoder_type.get_class() if is_member else image_decoder_type
+        self.image_decoder_params = dict(image_decoder_params or {})
 
     def get_image_data(self, index: int) -> bytes:
         raise NotImplementedError
@@ -71,7 +77,10 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
 
     def get_sample_decoder(self, index: int) -> Decoder:
         """Return the decoder of image ``index``."""
-        return ImageDataDecoder(self.get_image_data(index), source=self.name(index), exif=self.exif)
+        params = self.image_decoder_params
+        if self.image_decoder_class is ImageDataDecoder:
+            params = {"source": self.name(index), "exif": self.exif} | params
+        return self.image_decoder_class(self.get_image_data(index), **params)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Return (image, target).

@@ -3,7 +3,7 @@
 import pytest
 
 from dinov2_custom.data import DatasetWithEnumeratedTargets
-from dinov2_custom.data.datasets.decoders import Decoder, ImageDataDecoder, TargetDecoder, TupleDecoder
+from dinov2_custom.data.datasets.decoders import Decoder, DecoderType, ImageDataDecoder, TargetDecoder, TupleDecoder
 from dinov2_custom.data.datasets.extended import ExtendedVisionDataset
 from dinov2_custom.errors import DataError
 from tests.data.pictures import encode, picture
@@ -48,6 +48,26 @@ def test_decoders():
     data = encode(picture(8, 6))
     image, target = TupleDecoder(ImageDataDecoder(data), TargetDecoder(5)).decode()
     assert image.tobytes() == picture(8, 6).tobytes() and target == 5
+
+
+class Halved(Decoder):
+    """A user's decoder, with a parameter."""
+
+    def __init__(self, image_data: bytes, by: int = 2):
+        self.image_data, self.by = image_data, by
+
+    def decode(self):
+        return ImageDataDecoder(self.image_data).decode().reduce(self.by)
+
+
+def test_a_decoder_of_choice():
+    by_name = Own(image_decoder_type=DecoderType.ImageDataDecoder)
+    assert DecoderType("ImageDataDecoder").get_class() is ImageDataDecoder
+    assert by_name[1][0].tobytes() == Own()[1][0].tobytes()
+    assert Own(image_decoder_type=Halved)[0][0].size == (4, 3)
+    assert Own(image_decoder_type=Halved, image_decoder_params={"by": 3})[0][0].size == (3, 2)
+    with pytest.raises(DataError, match="mine"):
+        Own(image_decoder_params={"source": "mine"})[3]
 
 
 def test_enumerated_targets_tell_the_index():

@@ -1,0 +1,1 @@
+"""Upstream's place of the backbones for images of cells."""

@@ -1,0 +1,1 @@
+"""Upstream's place of the backbone for X-ray images."""
