@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dinov2_custom.layers.backend import attention
+from dinov2_custom.layers.backend import attention, xformers_flag
 from dinov2_custom.layers.lean import activation_linear, norm_linear
 from dinov2_custom.layers.pieces import Pieces
+
+__getattr__ = xformers_flag  # XFORMERS_AVAILABLE and XFORMERS_ENABLED, upstream's names
 
 # How tokens of several crops lie in one (T, D) tensor: [(number of sequences, tokens a sequence), ...]
 Segments = list[tuple[int, int]]

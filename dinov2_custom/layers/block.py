@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2_custom.layers.attention import Attention, MemEffAttention, Segments, split_segments
+from dinov2_custom.layers.backend import xformers_flag
 from dinov2_custom.layers.drop_path import Draw, DropPath, Subset, draw_kept, to_subsets
 from dinov2_custom.layers.layer_scale import LayerScale
 from dinov2_custom.layers.lean import compute_dtype, times
@@ -27,6 +28,8 @@ from dinov2_custom.layers.nested import (
 )
 from dinov2_custom.layers.pieces import EAGER
 from dinov2_custom.layers.residual import Owned, add_residual_subset
+
+__getattr__ = xformers_flag  # XFORMERS_AVAILABLE and XFORMERS_ENABLED, upstream's names
 
 
 class Block(nn.Module):
