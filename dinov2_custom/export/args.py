@@ -41,6 +41,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="side that the exported positions are sized for, a multiple of the patch size (default: that of training)",
     )
+    parser.add_argument(
+        "--normalize",
+        action="store_true",
+        help="with --to onnx: put the normalization of images (0..1 -> mean 0, deviation 1) into the graph",
+    )
     add_configuration(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
     return parser

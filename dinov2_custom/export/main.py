@@ -10,6 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.compare import check
 from dinov2_custom.export.hugging_face import write_hugging_face
 from dinov2_custom.export.onnx_file import write_onnx
@@ -36,10 +37,13 @@ def main(args: argparse.Namespace) -> int:
         ConfigError: a size, path or model that cannot be exported.
         CheckpointError: unreadable weights, or features that the other library does not reproduce.
     """
+    if args.normalize and args.to != "onnx":
+        raise ConfigError(f"--normalize: expected --to onnx, whose graph it becomes a part of, got --to {args.to}")
     path = Path(args.output).expanduser() if args.output else _default_path(args.source, args.to)
     teacher = load_teacher(args.source, args.config_file, args.opts, args.allow_unknown_keys)
     print(f"weights: {teacher.weights} (architecture from {teacher.described_by})", file=sys.stderr)
-    print(export(portable(teacher, args.image_size), args.to, path, args.overwrite), file=sys.stderr)
+    model = portable(teacher, args.image_size)._replace(normalizes=args.normalize)
+    print(export(model, args.to, path, args.overwrite), file=sys.stderr)
     print(path)
     return 0
 
@@ -51,17 +55,21 @@ def export(model, form: str, path: Path, overwrite: bool = False) -> str:
 
     Raises:
         ConfigError: see :func:`main`.
-        CheckpointError: the features differ.
+        CheckpointError: tensors or features differ.
     """
     write, suffix = _WRITERS[form]
-    partial = make_room(path, suffix, overwrite)
+    partial = make_room(path, overwrite)
+    written = partial / (path.name if path.name.endswith(suffix) else path.name + suffix)  # read by its suffix
     try:
         if not suffix:
-            partial.mkdir()
-        write(model, partial)
-        said = check(model, form, partial)
+            written.mkdir()
+        write(model, written)
+        said = check(model, form, written)
         remove(path)
-        partial.rename(path)
+        for beside in partial.iterdir():  # ONNX above 2 GB has its tensors in a second file, found by its name
+            if beside != written:
+                beside.replace(path.parent / beside.name)
+        written.rename(path)
     finally:
         remove(partial)
     return said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,13 +20,19 @@ from dinov2_custom.extras import optional
 INPUT, OUTPUTS = "image", ("cls_token", "patch_tokens")
 
 
+def normalized(images: Tensor, normalize: dict[str, tuple[float, ...]]) -> Tensor:
+    """Return (images - mean) / std of (B, C, H, W) in 0..1."""
+    mean, std = (images.new_tensor(normalize[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    return (images - mean) / std
+
+
 class _TwoOutputs(nn.Module):
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, normalize: dict[str, tuple[float, ...]] | None) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.normalize = backbone, normalize
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.backbone.forward_features(image)
+        features = self.backbone.forward_features(normalized(image, self.normalize) if self.normalize else image)
         return features["x_norm_clstoken"], features["x_norm_patchtokens"]
 
 
@@ -45,7 +52,9 @@ def _quiet() -> Iterator[None]:
 def write_onnx(model: Portable, path: Path) -> None:
     """Write a graph ``image (batch, C, S, S) -> cls_token (batch, D), patch_tokens (batch, N, D)``, float32.
 
-    Positions of ``model.image_size`` are part of the graph; other sizes need an export of their own.
+    Positions of ``model.image_size`` are part of the graph; other sizes need an export of their own. The file's
+    metadata has ``mean``, ``std``, ``image_size``, ``patch_size`` and ``normalizes``, each as JSON. Images are in 0..1
+    and normalized in the graph where ``model.normalizes``, else normalized already.
 
     Raises:
         ConfigError: a library is missing.
@@ -59,7 +68,7 @@ def write_onnx(model: Portable, path: Path) -> None:
     image = torch.zeros(2, model.in_chans, model.image_size, model.image_size)
     with _quiet():
         program = torch.onnx.export(
-            _TwoOutputs(backbone).eval(),
+            _TwoOutputs(backbone, model.normalize if model.normalizes else None).eval(),
             (image,),
             dynamo=True,
             input_names=[INPUT],
@@ -67,4 +76,7 @@ def write_onnx(model: Portable, path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             verbose=False,
         )
+        facts = {**model.normalize, "image_size": model.image_size, "patch_size": backbone.patch_size}
+        facts["normalizes"] = model.normalizes
+        program.model.metadata_props.update({name: json.dumps(fact) for name, fact in facts.items()})
         program.save(str(path))

@@ -24,6 +24,7 @@ class Portable(NamedTuple):
         backbone: the model that the tensors came from, the reference for comparisons.
         state: float32 tensors under the released weights' names, positions sized for ``image_size``.
         hidden: width inside the feed-forward network: rows of ``fc1``, or columns of ``w3``; 0 without one.
+        normalizes: the export takes images of 0..1 and applies ``normalize`` itself; only ONNX can.
     """
 
     backbone: DinoVisionTransformer
@@ -33,6 +34,7 @@ class Portable(NamedTuple):
     in_chans: int
     swiglu: bool
     hidden: int
+    normalizes: bool = False
 
 
 def portable(teacher: Teacher, image_size: int = 0) -> Portable:

@@ -28,8 +28,8 @@ def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
-def make_room(path: Path, suffix: str, overwrite: bool) -> Path:
-    """Return the path to write to before it is renamed to ``path``; an empty folder may lie there.
+def make_room(path: Path, overwrite: bool) -> Path:
+    """Return a new folder beside ``path`` to write into before its files are moved; an empty folder may be at ``path``.
 
     Raises:
         ConfigError: something is at ``path`` already.
@@ -38,9 +38,9 @@ def make_room(path: Path, suffix: str, overwrite: bool) -> Path:
         raise ConfigError(
             f"--output: expected nothing at {path}, found an earlier result; choose another, or --overwrite"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial{suffix}")
+    partial = path.with_name(f".{path.name}.partial")
     remove(partial)
+    partial.mkdir(parents=True)
     return partial
 
 

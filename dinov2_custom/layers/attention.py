@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from dinov2_custom.layers import backend as kernels
 
+__getattr__ = kernels.xformers_flag  # XFORMERS_AVAILABLE and XFORMERS_ENABLED, upstream's names
+
 
 class Attention(nn.Module):
     """Attend within each sequence; one linear layer gives q, k and v.

@@ -1,5 +1,6 @@
 """Which kernel computes attention, decided per call. The only file that may import xformers.
 
+xformers' fused SwiGLU is not used: it left xformers with 0.0.34, the first one for a torch that is supported here.
 Not a model: it knows tensors, not tokens or crops. Read :func:`attention` first.
 """
 
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ BACKENDS = ("auto", "sdpa", "products", "xformers")
 # On CPUs in bf16 two batched products beat the fused kernel, whose backward is slow; above this
 # many tokens the (length x length) matrix costs more memory than the products save time.
 _PRODUCTS_MAX_LENGTH = 1024
+_REPETITIONS = 5
 
 
 @functools.cache
@@ -28,6 +32,64 @@ def xformers_ops():
     except ImportError:
         return None
     return xformers.ops
+
+
+def xformers_flag(name: str) -> bool:
+    """Return what upstream's modules of layers call ``name``; for their ``__getattr__``, as xformers is slow to import.
+
+    Raises:
+        AttributeError: another name.
+    """
+    if name == "XFORMERS_ENABLED":
+        return os.environ.get("XFORMERS_DISABLED") is None
+    if name == "XFORMERS_AVAILABLE":
+        return xformers_ops() is not None
+    raise AttributeError(f"no attribute {name!r}")
+
+
+def fastest_attention(
+    segments: Sequence[tuple[int, int]], num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[str, str]:
+    """Time attention forward and backward where xformers can be imported.
+
+    Args:
+        segments: [(number of sequences, tokens a sequence), ...] of one step.
+
+    Returns:
+        One of :data:`BACKENDS`, and a line for the log on why; an empty one without xformers.
+    """
+    if xformers_ops() is None:
+        return "auto", ""
+    shapes = [(number, length, 3, num_heads, head_dim) for number, length in segments]
+    try:
+        theirs = _seconds("xformers", shapes, dtype, device)
+    except (NotImplementedError, ValueError, RuntimeError) as e:  # another device, dtype, card or torch than it is for
+        return "auto", f"attention: torch's (xformers: {str(e).strip().splitlines()[0]})"
+    ours = _seconds("auto", shapes, dtype, device)
+    times = f"{ours * 1e3:.2f} ms a block with torch's, {theirs * 1e3:.2f} ms with xformers'"
+    return (
+        ("xformers", f"attention: xformers' ({times})") if theirs < ours else ("auto", f"attention: torch's ({times})")
+    )
+
+
+def _seconds(backend: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> float:
+    """Return the least seconds of ``_REPETITIONS`` passes forward and backward over all ``shapes``."""
+    least = float("inf")
+    packed = [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    for _ in range(1 + _REPETITIONS):  # the first one loads kernels
+        _wait(device)
+        start = time.perf_counter()
+        for qkv in packed:
+            out = attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), backend=backend)
+            torch.autograd.grad(out, qkv, torch.zeros_like(out))
+        _wait(device)
+        least = min(least, time.perf_counter() - start)
+    return least
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def choose(q: Tensor) -> str:

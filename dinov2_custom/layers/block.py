@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2_custom.layers.attention import Attention, MemEffAttention
+from dinov2_custom.layers.backend import xformers_flag
 from dinov2_custom.layers.drop_path import Draw, DropPath, Kept, draw_kept
 from dinov2_custom.layers.layer_scale import LayerScale
 from dinov2_custom.layers.mlp import Mlp
@@ -27,6 +28,8 @@ from dinov2_custom.layers.nested import (
 )
 from dinov2_custom.layers.packed import forward_packed
 from dinov2_custom.utils.transfer import to_device
+
+__getattr__ = xformers_flag  # XFORMERS_AVAILABLE and XFORMERS_ENABLED, upstream's names
 
 
 class Block(nn.Module):

@@ -7,7 +7,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_custom.layers.backend import xformers_flag
 from dinov2_custom.layers.pieces import gated
+
+__getattr__ = xformers_flag  # XFORMERS_AVAILABLE and XFORMERS_ENABLED, upstream's names
 
 
 class SwiGLUFFN(nn.Module):

@@ -7,6 +7,7 @@ released weights and users' scripts fit. Every module is called, but for the blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -29,7 +30,7 @@ class DinoVisionTransformer(nn.Module):
     """A ViT whose tokens are [class, registers, patches].
 
     Args:
-        img_size: side in pixels for which ``pos_embed`` is sized; other sizes are resampled.
+        img_size: side, or (height, width), in pixels for which ``pos_embed`` is sized; other sizes are resampled.
         init_values: start of LayerScale; None or 0 for none.
         ffn_layer: one of :data:`FFN_LAYERS`.
         block_chunks: 0 for a flat block list; n > 0 for n chunks (changes only the parameters' names).
@@ -144,16 +145,27 @@ class DinoVisionTransformer(nn.Module):
         rows, columns = (side // self.patch_size for side in x.shape[-2:])
         return self.num_tokens + self.num_register_tokens + rows * columns
 
+    def position_grid(self) -> tuple[int, int]:
+        """Return (rows, columns) of the patches that ``pos_embed`` is for: of ``img_size``, else a square.
+
+        ``pos_embed`` may have been replaced by one of another, square size, and ``embed_layer`` need not know its grid.
+        """
+        num_positions = self.pos_embed.shape[1] - self.num_tokens
+        rows, columns = getattr(self.patch_embed, "patches_resolution", (0, 0))
+        return (rows, columns) if rows * columns == num_positions else (math.isqrt(num_positions),) * 2
+
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         """Return ``pos_embed`` (1, 1+n, D) for tokens ``x`` (B, 1+n, D) of an image ``w`` pixels high and ``h`` wide.
 
         The argument names are upstream's; the first is the image's height.
         """
-        if x.shape[1] == self.pos_embed.shape[1] and w == h:
+        grid, own_grid = (w // self.patch_size, h // self.patch_size), self.position_grid()
+        if grid == own_grid and (w == h or own_grid[0] != own_grid[1]):  # as upstream for sizes between multiples
             return self.pos_embed
         return resample_pos_embed(
             self.pos_embed,
-            (w // self.patch_size, h // self.patch_size),
+            grid,
+            source_grid=own_grid,
             antialias=self.interpolate_antialias,
             offset=self.interpolate_offset,
         ).to(x.dtype)

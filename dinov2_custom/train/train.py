@@ -28,6 +28,7 @@ from dinov2_custom.train.faults import reported
 from dinov2_custom.train.flops import speed_report
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, CollapseAlarm
+from dinov2_custom.train.kernels import choose_attention
 from dinov2_custom.train.optimization import (
     apply_optim_scheduler,
     build_optimizer,
@@ -103,8 +104,10 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     if changes:
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")
     write_config(cfg, str(out))
-    for line in (*describe_run(cfg, model, course, loader.num_images, world_size), reducer.describe()):
-        logger.info(line)
+    kernel = choose_attention(model)
+    for line in (*describe_run(cfg, model, course, loader.num_images, world_size), reducer.describe(), kernel):
+        if line:
+            logger.info(line)
     if rank == 0:
         truncate_after(out / METRICS_FILE, iteration)
     sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, kept.get("wandb_run_id"))

@@ -32,6 +32,7 @@ _PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped
 _CHUNKED = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
 _HEADS = ("dino_head.", "ibot_head.")
 _DIGEST = re.compile(r"-([a-f0-9]{8,64})\.")  # as torch.hub reads it
+_TIMM = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"}  # and no mask token
 
 
 def read_weights(source: str | os.PathLike) -> Any:
@@ -123,7 +124,7 @@ def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor
 
     The tensors may lie under ``checkpoint_key`` (else teacher, model, state_dict or student); of a whole training state
     the teacher's are taken. ``blocks.<chunk>.<i>.`` becomes ``blocks.<i>.``,
-    and the names of Hugging Face's models the released ones.
+    and the names of Hugging Face's and timm's models the released ones.
 
     Raises:
         CheckpointError: no dict of tensors.
@@ -153,7 +154,27 @@ def _unwrapped(file: Any, checkpoint_key: str | None) -> dict[str, Tensor]:
             state = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
     if is_hugging_face(state):
         return from_hugging_face(state)
-    return {flat_name(name): value for name, value in state.items()}
+    state = {flat_name(name): value for name, value in state.items()}
+    return from_timm(state) if _TIMM <= set(state) and "mask_token" not in state else state
+
+
+def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a timm ``vit_*_dinov2``'s tensors under the released names, which most of them have.
+
+    timm has no mask token (zeros here, what training starts from); with registers its positions are those of patches,
+    and the class token has its own in it. A SwiGLU's ``fc1`` is ``w12``, twice as wide as ``fc2`` takes.
+    """
+    state = dict(state)
+    dim = state["cls_token"].shape[-1]
+    if "reg_token" in state:
+        state["register_tokens"] = state.pop("reg_token")
+        state["pos_embed"] = torch.cat((torch.zeros(1, 1, dim), state["pos_embed"].cpu()), dim=1)
+    for second in [name.removesuffix("weight") for name in state if name.endswith(".mlp.fc2.weight")]:
+        first = second.replace("fc2", "fc1")
+        if len(state[f"{first}weight"]) == 2 * state[f"{second}weight"].shape[1]:
+            for old, new in ((first, first.replace("fc1", "w12")), (second, second.replace("fc2", "w3"))):
+                state |= {new + leaf: state.pop(old + leaf) for leaf in ("weight", "bias") if old + leaf in state}
+    return state | {"mask_token": torch.zeros(1, dim)}
 
 
 def flat_name(name: str) -> str:

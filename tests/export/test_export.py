@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,22 +13,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.export import compare, hugging_face
 from dinov2_custom.export.args import FORMATS, get_args_parser
-from dinov2_custom.export.main import export, main
+from dinov2_custom.export.main import _WRITERS, export, main
 from dinov2_custom.export.portable import Portable, portable
-from dinov2_custom.export.timm_folder import _config
-from dinov2_custom.models.vision_transformer import vit_giant2
-from dinov2_custom.teacher import load_teacher
+from dinov2_custom.export.timm_folder import _config, write_timm
+from dinov2_custom.models.vision_transformer import vit_giant2, vit_nano
+from dinov2_custom.teacher import Teacher, load_teacher
+from dinov2_custom.utils import hugging_face as reading
+from dinov2_custom.utils.weights import flat_name
 from tests.eval.test_setup import make_run
 from tests.export.backbones import KINDS, NORMALIZE, features_of, make_teacher, random_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
+
+
+@pytest.fixture
+def onnx_runtime():
+    pytest.importorskip("onnxscript", reason="NO ONNX CHECK: the extra 'export' is not installed")
+    return pytest.importorskip("onnxruntime", reason="NO ONNX CHECK: the extra 'export' is not installed")
 
 
 @pytest.fixture
@@ -106,18 +116,49 @@ def test_transformers_knows_the_giants_architecture(transformers):
 
 
 @pytest.mark.parametrize("kind", ["chunks, no layerscale, no biases", "swiglu, registers"])
-def test_onnx_takes_any_batch(kind, tmp_path):
-    runtime = pytest.importorskip("onnxruntime", reason="NO ONNX CHECK: the extra 'export' is not installed")
-    pytest.importorskip("onnxscript", reason="NO ONNX CHECK: the extra 'export' is not installed")
+def test_onnx_takes_any_batch(onnx_runtime, kind, tmp_path):
     teacher = make_teacher(kind)
     export(portable(teacher, 48), "onnx", tmp_path / "model.onnx")
-    session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnx_runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     for count in (1, 2, 5):
         images = random_images(48, count)
         tokens, patches = (torch.from_numpy(a) for a in session.run(None, {"image": images.numpy()}))
         wanted = features_of(teacher.backbone, images)
         torch.testing.assert_close(torch.cat([tokens[:, None], patches], dim=1), wanted, **TOLERANCE)
     assert [output.name for output in session.get_outputs()] == ["cls_token", "patch_tokens"]
+
+
+OF_TIMM = {
+    "vit_small_patch14_dinov2": {},
+    "vit_small_patch14_reg4_dinov2": {},
+    "vit_giant_patch14_dinov2": {"mlp_ratio": 5.5},  # a SwiGLU: twice 176, as ours of this width
+}
+
+
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_timms_own_files_are_read(timm, name, tmp_path):
+    arguments = {"img_size": 56, "embed_dim": 64, "depth": 3, "num_heads": 1} | OF_TIMM[name]
+    theirs = timm.create_model(name, num_classes=0, **arguments).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for value in theirs.parameters():
+        value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    teacher = load_teacher(str(tmp_path / "model.safetensors"))
+    assert teacher.image_size == 56 and teacher.backbone.num_register_tokens == theirs.num_reg_tokens
+    images = random_images(56)
+    wanted = without_registers(theirs.forward_features(images), teacher.backbone)
+    torch.testing.assert_close(features_of(teacher.backbone, images), wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timm_folder_comes_back(kind, tmp_path):
+    """As a run directory's weights do, mask token apart, which timm does not have."""
+    teacher = make_teacher(kind)
+    write_timm(portable(teacher), tmp_path)
+    images = random_images(teacher.image_size)
+    loaded = load_teacher(str(tmp_path)).backbone
+    torch.testing.assert_close(features_of(loaded, images), features_of(teacher.backbone, images))
+    assert not loaded.mask_token.any()
 
 
 @pytest.mark.parametrize("form", ["torch", "safetensors"])
@@ -167,19 +208,180 @@ def test_default_output_is_named_after_the_run(tmp_path, monkeypatch, capsys):
     logging.getLogger("dinov2").handlers.clear()
 
 
-def test_wrong_features_are_noticed_and_nothing_is_left(transformers, tmp_path, monkeypatch):
-    model = portable(make_teacher())
-    swapped = dict(model.state) | {"blocks.1.ls1.gamma": model.state["blocks.1.ls1.gamma"] + 0.01}
-    with pytest.raises(CheckpointError, match=r"expected transformers to give the same features, got a difference"):
-        export(model._replace(state=swapped), "hf", tmp_path / "hf")
+def barely_trained(kind):
+    """Return a model whose LayerScale is near 1e-5, as it starts: its blocks hardly change the features."""
+    teacher = make_teacher(kind)
+    for name, value in teacher.backbone.named_parameters():
+        if "gamma" in name:
+            value.mul_(1e-5)
+    return portable(teacher)
+
+
+class Faulty:
+    """Writes ``model`` as ``form`` with some of its tensors changed, as a writer at fault would."""
+
+    def __init__(self, model, form, folder):
+        self.model, self.form, self.folder = model, form, folder
+        (self.write, self.suffix), self.count = _WRITERS[form], 0
+        if form == "onnx":  # slow to write: the file is changed
+            self.write(model, folder / "right.onnx")
+
+    def __call__(self, change):
+        """Return a new path; ``change`` takes a tensor's released name and the tensor, and returns what to write."""
+        self.count += 1
+        path = self.folder / f"{self.count}{self.suffix}"
+        if self.form == "onnx":
+            onnx = pytest.importorskip("onnx")
+            graph = onnx.load(self.folder / "right.onnx")
+            for one in graph.graph.initializer:
+                if one.name.startswith("backbone."):
+                    value = torch.from_numpy(onnx.numpy_helper.to_array(one).copy())
+                    one.CopyFrom(onnx.numpy_helper.from_array(change(flat_name(one.name), value).numpy(), one.name))
+            onnx.save(graph, path)
+            return path
+        if not self.suffix:
+            path.mkdir()
+        self.write(self.model._replace(state={n: change(n, value) for n, value in self.model.state.items()}), path)
+        return path
+
+
+OF_EACH_KIND = [
+    "blocks.1.attn.qkv.weight",
+    "blocks.1.attn.qkv.bias",
+    "blocks.1.attn.proj.weight",
+    "blocks.1.norm2.weight",
+    "blocks.1.ls1.gamma",
+    "pos_embed",
+    "cls_token",
+    "mask_token",
+    "patch_embed.proj.weight",
+    "norm.bias",
+]
+OF_KIND = {
+    "registers": [*OF_EACH_KIND, "register_tokens", "blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc2.weight"],
+    "swiglu": [*OF_EACH_KIND, "blocks.1.mlp.w12.weight", "blocks.1.mlp.w3.bias"],
+}
+NOT_HELD = {"timm": {"mask_token"}, "onnx": {"mask_token"}}
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+@pytest.mark.parametrize("form", FORMATS)
+def test_one_wrong_tensor_is_refused(form, kind, request, tmp_path):
+    request.getfixturevalue({"timm": "timm", "hf": "transformers", "onnx": "onnx_runtime"}.get(form, "tmp_path"))
+    model = barely_trained(kind)
+    faulty = Faulty(model, form, tmp_path)
+    for wrong in OF_KIND[kind]:
+        path = faulty(lambda name, value, wrong=wrong: value.roll(1, -1) if name == wrong else value)
+        if wrong in NOT_HELD.get(form, ()):
+            assert "tensors are the same" in compare.check(model, form, path)
+            continue
+        with pytest.raises(CheckpointError, match=f"--to {form}: expected .* tensors") as refusal:
+            compare.check(model, form, path)
+        differing = {line.partition(":")[0].strip() for line in str(refusal.value).splitlines()[1:]}
+        folded = {"cls_token"} if (form, kind, wrong) == ("timm", "registers", "pos_embed") else set()
+        assert differing == {wrong} | folded  # timm's class token holds its position then
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_other_blocks_behind_a_small_layerscale_are_refused(form, request, tmp_path):
+    """They change the features by less than is allowed."""
+    request.getfixturevalue({"timm": "timm", "hf": "transformers", "onnx": "onnx_runtime"}.get(form, "tmp_path"))
+    model = barely_trained("patch 14")
+    generator = torch.Generator().manual_seed(2)
+    path = Faulty(model, form, tmp_path)(
+        lambda name, value: torch.randn(value.shape, generator=generator) if re.search("attn|mlp", name) else value
+    )
+    with pytest.raises(CheckpointError, match="got 32 others"):
+        compare.check(model, form, path)
+
+
+WRONG_NAMES = {  # released -> transformers' and back, in both tables
+    "norms": ({"norm1": "norm2", "norm2": "norm1"}, {"norm1.": "norm2.", "norm2.": "norm1."}),
+    "layerscales": (
+        {"ls1.gamma": "layer_scale2.lambda1", "ls2.gamma": "layer_scale1.lambda1"},
+        {"layer_scale1.lambda1": "ls2.gamma", "layer_scale2.lambda1": "ls1.gamma"},
+    ),
+}
+
+
+@pytest.mark.parametrize("tables", WRONG_NAMES.values(), ids=WRONG_NAMES)
+def test_names_that_are_wrong_in_both_directions_are_refused(transformers, tables, tmp_path, monkeypatch):
+    """The tensors are then those expected, so that the features have to differ, small as LayerScale is."""
+    for table, wrong in zip((hugging_face._IN_BLOCK, reading._IN_LAYER), tables, strict=True):
+        for key, value in wrong.items():
+            monkeypatch.setitem(table, key, value)
+    with pytest.raises(CheckpointError, match="expected transformers to give the same features, got a difference"):
+        export(barely_trained("registers"), "hf", tmp_path / "hf")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_untrained_model_is_exported_to_onnx(onnx_runtime, tmp_path):
+    """Most of its tensors are equal, and the exporter stores such once."""
+    backbone = vit_nano(img_size=32, patch_size=8, init_values=1e-5, block_chunks=2).requires_grad_(False).eval()
+    said = export(portable(Teacher(backbone, 32, NORMALIZE, "weights")), "onnx", tmp_path / "model.onnx")
+    assert "tensors are the same" in said
+
+
+def test_a_large_onnx_export_finds_its_tensors(onnx_runtime, tmp_path, monkeypatch):
+    """torch writes them into a second file above 1.5 GB."""
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+    teacher = make_teacher("patch 14")
+    export(portable(teacher), "onnx", tmp_path / "model.onnx")
+    (tmp_path / "there").mkdir()
+    moved = [file.rename(tmp_path / "there" / file.name) for file in tmp_path.glob("model*")]
+    assert sorted(file.name for file in moved) == ["model.onnx", "model.onnx.data"]
+    session = onnx_runtime.InferenceSession(str(tmp_path / "there" / "model.onnx"), providers=["CPUExecutionProvider"])
+    images = random_images(56)
+    tokens, _ = session.run(None, {"image": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(tokens), features_of(teacher.backbone, images)[:, 0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_onnx_says_how_to_prepare_images(onnx_runtime, normalize, tmp_path):
+    teacher = make_teacher("patch 14")
+    export(portable(teacher)._replace(normalizes=normalize), "onnx", tmp_path / "model.onnx")
+    session = onnx_runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert facts == {
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.25, 0.3],
+        "image_size": 56,
+        "patch_size": 14,
+        "normalizes": normalize,
+    }
+    pixels = torch.rand(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    images = (pixels - torch.tensor(facts["mean"]).view(3, 1, 1)) / torch.tensor(facts["std"]).view(3, 1, 1)
+    tokens, _ = session.run(None, {"image": (pixels if normalize else images).numpy()})
+    torch.testing.assert_close(torch.from_numpy(tokens), features_of(teacher.backbone, images)[:, 0], **TOLERANCE)
+
+
+def test_normalization_is_part_of_onnx_alone(tmp_path):
+    with pytest.raises(ConfigError, match="--normalize: expected --to onnx"):
+        main(get_args_parser().parse_args([str(tmp_path), "--to", "hf", "--normalize"]))
+
+
+@pytest.mark.parametrize("kind", ["patch 14", "registers"])
+def test_transformers_backbone_classes(transformers, kind, tmp_path):
+    """In transformers 5.24 ``AutoBackbone.from_pretrained`` refuses a local folder; the classes do not."""
+    teacher = make_teacher(kind)
+    export(portable(teacher), "hf", tmp_path / "hf")
+    name = "Dinov2WithRegistersBackbone" if kind == "registers" else "Dinov2Backbone"
+    model = getattr(transformers, name).from_pretrained(tmp_path / "hf", out_indices=[2, 4]).eval()
+    images = random_images(teacher.image_size)
+    with torch.inference_mode():
+        maps = model(images).feature_maps
+        wanted = teacher.backbone.get_intermediate_layers(images, [1, 3], reshape=True)
+    for got, own in zip(maps, wanted, strict=True):
+        torch.testing.assert_close(got, own, **TOLERANCE)
 
 
 def test_a_missing_library_is_said(tmp_path, monkeypatch):
     def missing(*_):
         raise ImportError("No module named 'timm'")
 
-    monkeypatch.setitem(compare._FEATURES, "timm", missing)
+    monkeypatch.setitem(compare._LOADERS, "timm", missing)
     said = export(portable(make_teacher()), "timm", tmp_path / "timm")
     assert said == "not compared: timm cannot be imported here (No module named 'timm')"
     assert json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["patch_size"] == 14

@@ -1,7 +1,22 @@
+"""Which kernel computes attention. xformers has none for a CPU: the real package is asked where that matters, and
+where its kernel has to answer, a stand-in with its signature and layout does.
+"""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 
-from dinov2_custom.layers import backend
+from dinov2_custom.layers import attention, backend, block, swiglu_ffn
+from tests.oracle import OracleUnavailable, ensure_package
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -26,10 +41,112 @@ def test_unknown_backend_is_refused():
         backend.attention(q, q, q, backend="cuda")
 
 
-def test_xformers_disabled_by_environment(monkeypatch):
+def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
+    """What xformers computes: (B, length, heads, head_dim) throughout."""
+    assert attn_bias is scale is op is output_dtype is None and p == 0.0
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    """The stand-in, found by ``import xformers.ops``."""
+    package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
+    package.ops, ops.memory_efficient_attention = ops, memory_efficient_attention
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.delenv("XFORMERS_DISABLED", raising=False)
+    backend.xformers_ops.cache_clear()
+    yield ops
+    backend.xformers_ops.cache_clear()
+
+
+@pytest.fixture
+def no_xformers(monkeypatch):
     monkeypatch.setenv("XFORMERS_DISABLED", "1")
     backend.xformers_ops.cache_clear()
+    yield
+    backend.xformers_ops.cache_clear()
+
+
+def flags():
+    modules = attention, block, swiglu_ffn
+    return {(m.XFORMERS_ENABLED, m.XFORMERS_AVAILABLE) for m in modules}
+
+
+CPU = 4, 16, torch.float32, torch.device("cpu")
+
+
+def test_xformers_disabled_by_environment(no_xformers):
     q = torch.zeros(1, 1, 8, 4)
     with pytest.raises(ValueError, match="no xformers"):
         backend.attention(q, q, q, backend="xformers")
-    backend.xformers_ops.cache_clear()
+    assert flags() == {(False, False)}
+    assert backend.fastest_attention([(2, 5)], *CPU)[0] == "auto"
+
+
+def test_upstreams_names_of_xformers(xformers):
+    assert flags() == {(True, True)}
+    from dinov2.layers.attention import XFORMERS_AVAILABLE
+
+    assert XFORMERS_AVAILABLE
+    with pytest.raises(AttributeError, match="XFORMERS_VERSION"):
+        attention.XFORMERS_VERSION  # noqa: B018
+
+
+def test_xformers_kernel_gets_its_layout(xformers):
+    qkv = torch.randn(2, 7, 3, 4, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    results = []
+    for name in ("sdpa", "xformers"):
+        out = backend.attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0), backend=name)
+        results.append((out, *torch.autograd.grad((out**2).sum(), qkv)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("theirs", "wanted"), [(1.0, "xformers"), (3.0, "auto")])
+def test_the_faster_kernel_is_chosen(xformers, monkeypatch, theirs, wanted):
+    monkeypatch.setattr(backend, "_seconds", lambda name, *_: {"auto": 2.0, "xformers": theirs}[name])
+    assert backend.fastest_attention([(2, 5), (4, 3)], *CPU)[0] == wanted
+
+
+def test_both_kernels_are_timed_on_every_shape(xformers):
+    seen = []
+
+    def watched(query, *args, **kwargs):
+        seen.append(tuple(query.shape))
+        return memory_efficient_attention(query, *args, **kwargs)
+
+    xformers.memory_efficient_attention = watched
+    chosen, line = backend.fastest_attention([(2, 5), (8, 3)], *CPU)
+    assert set(seen) == {(2, 5, 4, 16), (8, 3, 4, 16)} and chosen in ("auto", "xformers") and line.count(" ms") == 2
+
+
+WITH_THE_REAL_ONE = """
+import inspect, json, sys
+import torch
+from dinov2_custom.layers import attention, backend
+assert "xformers" not in sys.modules
+found = {"available": attention.XFORMERS_AVAILABLE, "file": sys.modules["xformers.ops"].__file__}
+found["parameters"] = list(inspect.signature(backend.xformers_ops().memory_efficient_attention).parameters)
+found["chosen"] = backend.fastest_attention([(2, 5)], 4, 16, torch.float32, torch.device("cpu"))
+print(json.dumps(found))
+"""
+
+
+def test_the_real_xformers_has_no_kernel_for_a_cpu():
+    """It is imported when it is asked for, has the stand-in's signature, and torch's kernel stays."""
+    try:
+        requirements = Path(__file__).with_name("xformers_requirements.txt")
+        folder = ensure_package(REPOSITORY / ".oracle_xformers", Path("xformers") / "__init__.py", requirements)
+    except OracleUnavailable as e:
+        if os.environ.get("DINOV2_REQUIRE_ORACLE") == "1":
+            pytest.fail(f"NO XFORMERS CHECK: {e}", pytrace=False)
+        pytest.skip(f"NO XFORMERS CHECK: {e}")
+    environment = {"PYTHONPATH": f"{folder}:{REPOSITORY}", "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WITH_THE_REAL_ONE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["available"] and found["file"].startswith(str(folder))
+    assert found["parameters"] == list(inspect.signature(memory_efficient_attention).parameters)
+    assert found["chosen"][0] == "auto" and "No operator found" in found["chosen"][1]
