@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = ("auto", "sdpa", "products", "xformers")
 # On CPUs in bf16 two batched products beat the fused kernel, whose backward is slow; above this
@@ -28,6 +30,14 @@ def xformers_ops():
     except ImportError:
         return None
     return xformers.ops
+
+
+def without_plans() -> AbstractContextManager:
+    """Return a region, forward and backward pass in it, without cuDNN's attention.
+
+    torch prefers it on an H100, but it builds a plan for each new shape, on the host; the others take any.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def choose(q: Tensor) -> str:
