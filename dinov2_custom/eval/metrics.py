@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinov2_custom import distributed
 from dinov2_custom.eval.args import AccuracyAveraging, MetricType
+from dinov2_custom.utils.transfer import to_device
 
 
 class TopKAccuracy:
@@ -31,9 +32,10 @@ class TopKAccuracy:
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count scores (B, C) against labels (B,) in 0..C-1."""
-        target = target.cpu()
-        best = preds.topk(self.top_k, dim=1).indices.cpu()
+        best = preds.topk(self.top_k, dim=1).indices
         hit = (best == target[:, None]).any(dim=1).double()
+        # counted where the scores are, so that the host waits for the device at the end only
+        self.correct, self.seen = to_device(self.correct, hit.device), to_device(self.seen, hit.device)
         self.correct.index_add_(0, target, hit)
         self.seen.index_add_(0, target, torch.ones_like(hit))
 
@@ -68,7 +70,7 @@ class ImageNetReaLAccuracy:
         best = preds.topk(self.top_k, dim=1).indices
         labelled = (target >= 0).any(dim=1)
         hit = (best[:, :, None] == target[:, None, :]).any(dim=2).any(dim=1)
-        self.counts += torch.stack([(hit & labelled).sum(), labelled.sum()]).cpu()
+        self.counts = to_device(self.counts, hit.device) + torch.stack([(hit & labelled).sum(), labelled.sum()])
 
     def all_reduce(self) -> None:
         """Add up the counts of all processes."""
