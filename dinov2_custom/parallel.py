@@ -35,9 +35,11 @@ def parallelize(cfg, model: nn.Module) -> GradientReducer:
         if strategy != NO_SHARD:
             from dinov2_custom.sharding import shard_part  # imports much, which most runs do not need
 
-            shard_part(model.student[name], cfg.compute_precision.student[name], reshard=strategy == FULL_SHARD)
+            precision = cfg.compute_precision
+            gathered = {"gather_dtype": precision.gather_dtype}
+            shard_part(model.student[name], precision.student[name], reshard=strategy == FULL_SHARD, **gathered)
             # let go of after the forward pass: no backward pass does it, and they change before the next one
-            shard_part(model.teacher[name], cfg.compute_precision.teacher[name], reshard=True)
+            shard_part(model.teacher[name], precision.teacher[name], reshard=True, **gathered)
     sharded = {name: model.student[name] for name, strategy in strategies.items() if strategy != NO_SHARD}
     parts = {name: part for name, part in model.student.items() if name not in sharded}
     whole = [(f"{name}.{key}", p) for name, part in parts.items() for key, p in part.named_parameters()]

@@ -16,14 +16,15 @@ from dinov2_custom import distributed
 from dinov2_custom.utils.dtype import as_torch_dtype, resolve_dtype
 
 
-def shard_part(part: nn.Module, precision, *, reshard: bool) -> None:
+def shard_part(part: nn.Module, precision, *, reshard: bool, gather_dtype: str = "fp32") -> None:
     """Shard a backbone or a head over all processes, by rows of its parameters, which must be equal everywhere.
 
-    Each block of a backbone is gathered and let go of on its own, and then what is left of it. Weights are gathered in
-    float32 and multiplied in ``param_dtype``, as they are without sharding, so the results are the same.
+    Each block of a backbone is gathered and let go of on its own, and then what is left of it.
 
     Args:
         precision: the part's ``compute_precision`` section; gradients are summed in :func:`reduce_dtype`.
+        gather_dtype: ``fp32``: weights are rounded to ``param_dtype`` where they are multiplied in it, as without
+            sharding, so the results are the same; ``param_dtype``: all weights are before they are sent.
         reshard: let go of gathered weights after the forward pass and gather them again in the backward pass.
     """
     device = next(part.parameters()).device
@@ -31,7 +32,9 @@ def shard_part(part: nn.Module, precision, *, reshard: bool) -> None:
     summed = reduce_dtype(precision.mixed_precision.reduce_dtype, dtype)
     options = {
         "mesh": init_device_mesh(device.type, (distributed.get_global_size(),)),
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=summed, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype if gather_dtype == "param_dtype" else None, reduce_dtype=summed, cast_forward_inputs=False
+        ),
         "reshard_after_forward": reshard,
     }
     for block in part.all_blocks() if hasattr(part, "all_blocks") else ():

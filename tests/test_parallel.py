@@ -259,6 +259,60 @@ def test_sharding_does_not_change_lower_precision(tmp_path, dtype):
     assert_same(tmp_path / "NO_SHARD", tmp_path / "FULL_SHARD")
 
 
+GATHERED = """
+import sys, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from dinov2_custom import distributed, parallel
+from dinov2_custom.train.gradients import accumulate_gradients
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from tests.train.batches import random_batch, tiny_config
+class Gathered(TorchDispatchMode):
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "allgather" in func.name():
+            self.num_bytes += args[0].nbytes
+        return func(*args, **kwargs or {})
+
+distributed.enable()
+rank, results = distributed.get_global_rank(), {}
+for strategy in ("SHARD_GRAD_OP", "FULL_SHARD"):
+    for gather in ("fp32", "param_dtype"):
+        parts = [f"compute_precision.{m}.{p}" for m in ("student", "teacher") for p in ("backbone", "dino_head")]
+        cfg = tiny_config(
+            *(f"{part}.sharding_strategy={strategy}" for part in parts),
+            *(f"{part}.mixed_precision.param_dtype=bf16" for part in parts),
+            # of class tokens that are almost the same, as at the start, KoLeo sees the rounding alone
+            f"compute_precision.gather_dtype={gather}", "train.view_groups=4", "dino.koleo_loss_weight=0",
+        )
+        model = SSLMetaArch(cfg).train()
+        reducer = parallel.parallelize(cfg, model)
+        with Gathered() as mode:
+            batch = random_batch(cfg, rank)
+            losses = accumulate_gradients(cfg, model, reducer, batch, iter(()), 0.05, torch.Generator())
+        reducer.check()
+        gradients = {name: p.grad.full_tensor() for name, p in model.student.named_parameters()}
+        assert {g.dtype for g in gradients.values()} == {p.dtype for p in model.parameters()} == {torch.float32}
+        key = f"{strategy} {gather}"
+        results[key] = {"sent": mode.num_bytes, "losses": losses, "gradients": gradients}
+torch.save(results, f"{sys.argv[1]}/{rank}.pt")
+distributed.disable()
+"""
+
+
+def test_weights_gathered_in_16_bits_are_half_the_bytes_and_the_same_step_up_to_rounding(tmp_path):
+    launch_source(tmp_path, GATHERED, str(tmp_path))
+    results = torch.load(tmp_path / "0.pt")
+    for strategy in ("SHARD_GRAD_OP", "FULL_SHARD"):
+        whole, rounded = results[f"{strategy} fp32"], results[f"{strategy} param_dtype"]
+        assert rounded["sent"] * 2 == whole["sent"] > 0
+        for name, loss in whole["losses"].items():
+            torch.testing.assert_close(rounded["losses"][name], loss, rtol=0.02, atol=0.02, msg=name)
+        norms = {name: gradient.norm() for name, gradient in whole["gradients"].items()}
+        apart = {name: (rounded["gradients"][name] - gradient).norm() for name, gradient in whole["gradients"].items()}
+        assert max(apart.values()) < 0.05 * max(norms.values()), (strategy, norms, apart)
+
+
 def test_auto_shards_what_does_not_fit(monkeypatch):
     model = SSLMetaArch(tiny_config())
     needed = 20 * sum(p.numel() for p in model.student.parameters())

@@ -70,6 +70,12 @@ class StudentPrecision:
 @dataclass
 class ComputePrecision:
     grad_scaler: bool = option(True, "scale the loss against underflow; takes effect only where fp16 is in use")
+    gather_dtype: str = option(
+        "fp32",
+        "number format in which processes send each other sharded weights; param_dtype: half the bytes in 16 bits, and "
+        "biases, norms, LayerScale and embeddings are used rounded to it, too",
+        choices=("fp32", "param_dtype"),
+    )
     teacher: TeacherPrecision = section(TeacherPrecision)
     student: StudentPrecision = section(StudentPrecision)
 

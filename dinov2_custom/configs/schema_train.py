@@ -146,7 +146,8 @@ class Checkpointing:
     )
     async_save: bool = option(
         False,
-        "copy the state to memory and write it while training goes on; an error then shows at the next save",
+        "copy the state to host memory (16 bytes a parameter, of sharded parts a process's share) and write it while "
+        "training goes on, instead of one tensor after the other while training waits; an error shows at the next save",
         changes_results=False,
     )
 

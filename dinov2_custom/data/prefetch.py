@@ -46,7 +46,7 @@ class Copier:
             return Copied(make())
         with self.cuda.stream(self.stream):
             batch = make()
-            event = self.cuda.Event()
+            event = self.cuda.Event(blocking=True)  # else a host that waits keeps a core busy
             event.record(self.stream)
         user = self.cuda.current_stream(self.device)
         user.wait_event(event)
@@ -54,3 +54,8 @@ class Copier:
             if isinstance(value, torch.Tensor) and value.device.type == self.device.type:
                 value.record_stream(user)  # its memory is the user's until that has done with it
         return Copied(batch, event)
+
+    def wait(self) -> None:
+        """Wait until nothing that was started here is on its way."""
+        if self.stream is not None:
+            self.stream.synchronize()

@@ -114,7 +114,7 @@ class Ring:
 
     def release(self, slot: int) -> None:
         """Let ``slot`` be filled again."""
-        self.free.append(slot)
+        self.free.appendleft(slot)  # the last one in use is the next: slots that nobody needs take no memory
         self._give()
 
     def grow(self, num_workers: int) -> None:

@@ -65,10 +65,9 @@ class Slots:
         """The int64 words, zero at first."""
         return self._bytes[: 8 * self.num_words].view(np.int64)
 
-    @property
-    def whole(self) -> np.ndarray:
-        """All bytes of all slots."""
-        return self._bytes
+    def bytes_of(self, i: int) -> np.ndarray:
+        """Return all bytes of slot ``i``: whole pages."""
+        return self._bytes[self.start + i * self.slot_size :][: self.slot_size]
 
     def arrays(self, i: int) -> dict[str, np.ndarray]:
         """Return the arrays of slot ``i``: views, the same memory in every process."""

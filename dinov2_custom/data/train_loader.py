@@ -92,7 +92,10 @@ class TrainLoader:
                 if auto is not None and auto.observe(built.seconds, time.perf_counter() - start):
                     source.grow(auto.chosen)
         finally:
-            source.close()
+            try:
+                copier.wait()  # copies may still read the memory that is freed now
+            finally:
+                source.close()
 
     def _source(self, start_iteration: int, device: torch.device, first_draw: int) -> tuple[Any, AutoWorkers | None]:
         """Start what builds the batches; with it, for ``num_workers`` "auto", who chooses the number of processes."""
@@ -133,19 +136,41 @@ class InProcess:
 
 
 class PinnedRing(Ring):
-    """A :class:`Ring` whose slots CUDA copies from directly; where it will not, through its own buffers."""
+    """A :class:`Ring` whose slots CUDA copies from directly; where it will not, through its own buffers.
+
+    A slot is pinned when its first batch is there: with fewer processes than ``max_workers``, most never are.
+    """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        whole: np.ndarray = self.slots.whole
-        self._registered = whole.ctypes.data
-        error = int(torch.cuda.cudart().cudaHostRegister(self._registered, whole.nbytes, 0))
-        if error:
-            self._registered = 0
-            logger.info(f"batches are copied once more on their way: memory could not be pinned (CUDA error {error})")
+        self._pinned: dict[int, int] = {}  # slot -> its address
+        self._can_pin = True
+
+    def next_batch(self) -> Built:
+        built = super().next_batch()
+        if self._can_pin and built.slot not in self._pinned:
+            self._pin(built.slot)
+        return built
+
+    def _pin(self, slot: int) -> None:
+        place: np.ndarray = self.slots.bytes_of(slot)
+        error = int(torch.cuda.cudart().cudaHostRegister(place.ctypes.data, place.nbytes, 0))
+        if not error:
+            self._pinned[slot] = place.ctypes.data
+            return
+        self._can_pin = False
+        _clear_cuda_error()
+        logger.info(f"batches are copied once more on their way: memory could not be pinned (CUDA error {error})")
 
     def close(self) -> None:
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
-            self._registered = 0
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.popitem()[1])
         super().close()
+
+
+def _clear_cuda_error() -> None:
+    """Raise and drop what a failed call leaves behind: CUDA's last error, which the next launch of a kernel raises."""
+    try:
+        torch.ones((), device="cuda")
+    except RuntimeError:
+        pass

@@ -25,6 +25,7 @@ from dinov2_custom.extras import optional
 from dinov2_custom.logging.progress import ProgressBar
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
 from dinov2_custom.utils.run_folder import default_output
+from dinov2_custom.utils.transfer import to_device
 
 logger = logging.getLogger("dinov2")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,7 +129,8 @@ def _make_parts(store: Store, parts, teacher: Teacher, dataset, size: int, devic
         for _ in range(0, len(part), step):
             images, good, unreadable = next(stream)
             if images is not None:
-                features.append(compute(teacher.backbone, images.to(device), args.features, args.l2, args.precision))
+                images = to_device(images, device)
+                features.append(compute(teacher.backbone, images, args.features, args.l2, args.precision))
             indices += good
             bad |= unreadable
             bar.update(len(good) + len(unreadable))

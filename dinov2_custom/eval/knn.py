@@ -27,6 +27,7 @@ from dinov2_custom.eval.results import append_lines
 from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 from dinov2_custom.logging import open_log
+from dinov2_custom.utils.transfer import to_device
 
 __all__ = [
     "KnnModule",
@@ -125,14 +126,14 @@ def eval_knn_features(
     num_classes = int(max(train_labels.max(), val_labels.max())) + 1
     results: dict[tuple[str, int], dict[str, Tensor]] = {}
     for n_per_class in n_per_class_list:
-        ks, tries = sorted(set(nb_knn)), [torch.arange(len(train_labels))]
+        ks, tries = sorted(set(nb_knn)), [slice(None)]
         if n_per_class >= 0:
             ks = sorted({k for k in nb_knn if k <= n_per_class} | {n_per_class})
-            tries = [_subset(train_labels, n_per_class, seed) for seed in range(n_tries)]
+            tries = [_subset(train_labels, n_per_class, seed).to(train_labels.device) for seed in range(n_tries)]
         name = "full" if n_per_class < 0 else f"{n_per_class} per class"
-        ks = _at_most(len(tries[0]), ks, name)
+        ks = _at_most(len(train_labels[tries[0]]), ks, name)
         scores: dict[int, list[dict[str, Tensor]]] = {k: [] for k in ks}
-        for chosen in (indices.to(train_labels.device) for indices in tries):
+        for chosen in tries:
             module = KnnModule(train_features[chosen], train_labels[chosen], ks, temperature, num_classes=num_classes)
             metrics = {k: build_topk_accuracy_metric(accuracy_averaging, num_classes) for k in ks}
             _classify(module, val_features, val_labels, metrics)
@@ -187,11 +188,12 @@ def _classify(
 ) -> None:
     for metric in metrics.values():
         metric.to(module.train_features.device)
-    own = torch.arange(distributed.get_global_rank(), len(features), distributed.get_global_size())
+    start, step = distributed.get_global_rank(), distributed.get_global_size()
+    own = torch.arange(start, len(features), step, device=features.device)
     for rows in own.split(_QUERIES_A_STEP):
-        votes = module(features[rows.to(features.device)], exclude=rows if leave_one_out else None)
+        votes = module(features[rows], exclude=rows if leave_one_out else None)
         for k, scores in votes.items():
-            metrics[k].update(scores, labels[rows.to(labels.device)].to(scores.device))
+            metrics[k].update(scores, to_device(labels[rows], scores.device))
 
 
 def _at_most(available: int, ks: Sequence[int], name: str) -> list[int]:

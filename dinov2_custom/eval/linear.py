@@ -45,6 +45,7 @@ from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation
 from dinov2_custom.eval.utils import ModelWithIntermediateLayers, autocast
 from dinov2_custom.logging import MetricLogger, open_log
 from dinov2_custom.parallel import GradientReducer
+from dinov2_custom.utils.transfer import to_device
 
 __all__ = [
     "AllClassifiers",
@@ -111,7 +112,8 @@ def eval_linear(
     )
     metrics = MetricLogger(delimiter="  ")
     for images, labels in metrics.log_every(train_data_loader, 10, "Training", max_iter, start):
-        loss = sum_of_losses(linear_classifiers(feature_model(images.to(device))), labels.to(device))
+        images, labels = to_device(images, device), to_device(labels, device)
+        loss = sum_of_losses(linear_classifiers(feature_model(images)), labels)
         optimizer.zero_grad(set_to_none=True)
         reducer.arm()
         loss.backward()

@@ -17,6 +17,7 @@ from dinov2_custom import distributed
 from dinov2_custom.eval.log_regression_solvers import fit
 from dinov2_custom.eval.metrics import MetricCollection, MetricType, build_metric
 from dinov2_custom.logging import track
+from dinov2_custom.utils.transfer import to_device
 
 logger = logging.getLogger("dinov2")
 DEFAULT_MAX_ITER = 1000
@@ -70,8 +71,8 @@ def evaluate_model(
     """Return the accuracies (0..1) of a fitted model on batches of features and labels."""
     logreg_metric.to(device)
     for features, labels in test_data_loader:
-        logreg_metric.update(**logreg_model(features.to(device), labels.to(device)))
-    return logreg_metric.compute()
+        logreg_metric.update(**logreg_model(to_device(features, device), to_device(labels, device)))
+    return {name: value.cpu() for name, value in logreg_metric.compute().items()}  # which processes send each other
 
 
 def train_for_C(

@@ -18,6 +18,7 @@ from dinov2_custom import distributed
 from dinov2_custom.data.adapters import DatasetWithEnumeratedTargets
 from dinov2_custom.data.loaders import SamplerType, make_data_loader
 from dinov2_custom.errors import DataError
+from dinov2_custom.utils.transfer import HostCopy, to_device, to_host
 
 logger = logging.getLogger("dinov2")
 
@@ -90,18 +91,19 @@ def evaluate(
     model.eval()
     for metric in metrics.values():
         metric.to(device)
-    total_loss, num_samples = 0.0, 0
+    for postprocessor in postprocessors.values():
+        postprocessor.to(device)
+    total_loss, num_samples = torch.zeros((), dtype=torch.float64, device=device), 0
     for samples, targets in data_loader:
-        outputs = model(samples.to(device))
-        targets = targets.to(device)
+        outputs, targets = model(to_device(samples, device)), to_device(targets, device)
         if criterion is not None:
-            total_loss += float(criterion(outputs, targets)) * len(samples)
+            total_loss += criterion(outputs, targets).double() * len(samples)
             num_samples += len(samples)
         for name, metric in metrics.items():
             metric.update(**postprocessors[name](outputs, targets))
     losses = {}
     if criterion is not None:
-        sums = distributed.all_reduce(torch.tensor([total_loss, num_samples], dtype=torch.float64, device=device))
+        sums = distributed.all_reduce(torch.stack([total_loss, torch.full_like(total_loss, num_samples)]))
         losses = {"loss": float(sums[0] / sums[1].clamp(min=1))}
     return losses, {name: metric.compute() for name, metric in metrics.items()}
 
@@ -153,16 +155,27 @@ def extract_features_with_dataloader(
     keep_on = torch.device("cpu") if gather_on_cpu else device
     features: Tensor | None = None
     labels: Tensor | None = None
-    seen = torch.zeros(sample_count, dtype=torch.bool)
+    seen = torch.zeros(sample_count, dtype=torch.bool, device=keep_on)
+
+    def keep(new_features: Tensor, new_labels: Tensor, indices: Tensor) -> None:
+        features[indices], labels[indices] = new_features, new_labels
+        seen.index_fill_(0, indices, True)
+
+    coming: list[HostCopy] = []  # with ``gather_on_cpu``, the batch before: the device computes while it is awaited
     for samples, (indices, labels_rank) in data_loader:
-        features_rank = model(samples.to(device)).float()
+        features_rank = model(to_device(samples, device)).float()
         if features is None:
             features = torch.zeros(sample_count, features_rank.shape[-1], device=keep_on)
             labels = torch.zeros(sample_count, *labels_rank.shape[1:], dtype=labels_rank.dtype, device=keep_on)
-        parts = (all_gather_and_flatten(part.to(device)) for part in (features_rank, indices, labels_rank))
-        all_features, all_indices, all_labels = (part.to(keep_on) for part in parts)
-        features[all_indices], labels[all_indices] = all_features, all_labels
-        seen[all_indices.cpu()] = True
+        parts = [all_gather_and_flatten(to_device(part, device)) for part in (features_rank, labels_rank, indices)]
+        if keep_on == device:
+            keep(*parts)
+            continue
+        if coming:
+            keep(*(part.wait() for part in coming))
+        coming = [to_host(part) for part in parts]
+    if coming:
+        keep(*(part.wait() for part in coming))
     if features is None or not bool(seen.all()):
         raise DataError(f"dataset: expected the features of {sample_count} images, got {int(seen.sum())}")
     logger.debug(f"features: images={sample_count} dim={features.shape[1]}")

@@ -10,10 +10,12 @@ import functools
 import os
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = ("auto", "sdpa", "products", "xformers")
 # On CPUs in bf16 two batched products beat the fused kernel, whose backward is slow; above this
@@ -90,6 +92,14 @@ def _seconds(backend: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def without_plans() -> AbstractContextManager:
+    """Return a region, forward and backward pass in it, without cuDNN's attention.
+
+    torch prefers it on an H100, but it builds a plan for each new shape, on the host; the others take any.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def choose(q: Tensor) -> str:

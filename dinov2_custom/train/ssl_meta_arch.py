@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dinov2_custom import distributed
 from dinov2_custom.configs.upstream import with_defaults
 from dinov2_custom.errors import DINOv2Error
+from dinov2_custom.layers.backend import without_plans
 from dinov2_custom.layers.drop_path import Draw
 from dinov2_custom.layers.packed import Packed
 from dinov2_custom.layers.pieces import EAGER
@@ -183,16 +184,19 @@ class SSLMetaArch(nn.Module):
         self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
         targets = self.teacher_targets(images, teacher_temp)
         reported: dict[str, Tensor] = {}
-        for group, draws in groups:
-            views = cut_views(images, group, masked_in_first)
-            features = self.student_features(views, draws)
-            total, terms = self.losses(features, targets, group, views)
-            if group is groups[-1][0] and on_last_backward is not None:
-                on_last_backward()
-            self.backprop_loss(total / count)
-            del features, total  # before the next group's
-            for name, value in terms.items():
-                reported[name] = reported[name] + value.detach() if name in reported else value.detach()
+        # of a cut tensor, drop path keeps another number of sequences in each branch of each step
+        shapes_vary = len(groups) > 2 and any(draw is not None for _, draws in groups for draw in draws)
+        with without_plans() if shapes_vary else nullcontext():
+            for group, draws in groups:
+                views = cut_views(images, group, masked_in_first)
+                features = self.student_features(views, draws)
+                total, terms = self.losses(features, targets, group, views)
+                if group is groups[-1][0] and on_last_backward is not None:
+                    on_last_backward()
+                self.backprop_loss(total / count)
+                del features, total  # before the next group's
+                for name, value in terms.items():
+                    reported[name] = reported[name] + value.detach() if name in reported else value.detach()
         if self.averages_gradients:
             self._reducer.finish()
         return {name: reported[name] for name in LOSS_NAMES if name in reported}
@@ -280,10 +284,19 @@ class SSLMetaArch(nn.Module):
                 f"update_teacher: expected the teacher to have the student's {len(student)} parameters, got "
                 f"{len(teacher)}; what is put into model.student (LoRA, adapters) has to be put into model.teacher, too"
             )
-        if skip is None:
-            torch._foreach_lerp_(teacher, student, 1.0 - m)
-        else:
-            torch._foreach_lerp_(teacher, student, [(1.0 - skip) * (1.0 - m)] * len(teacher))
+        # SGD with decay 1 and the negated student as gradient: t <- t - (1 - m) (t - s). Of torch's multi-tensor
+        # kernels, those of fused optimizers alone take the flag; lerp with a weight on the device runs once a tensor.
+        torch._fused_sgd_(
+            *(teacher, student, []),
+            lr=1.0 - m,
+            weight_decay=1.0,
+            maximize=True,
+            momentum=0.0,
+            dampening=0.0,
+            nesterov=False,
+            is_first_step=False,
+            found_inf=skip,
+        )
 
     def get_params_groups(self) -> list[dict]:
         """Return the optimizer's groups, fused within each part on equal multipliers."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dinov2_custom import distributed
-from dinov2_custom.parallel import whole_tensor
+from dinov2_custom.parallel import is_sharded, whole_tensor
 from dinov2_custom.utils.tensor_file import flush
 
 
@@ -20,16 +20,25 @@ def teacher_path(folder: Path, name: str) -> Path:
     return Path(folder) / "eval" / name / "teacher_checkpoint.pth"
 
 
-def teacher_weights(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """Return upstream's layout, {"teacher": {backbone.*, dino_head.*, ...}}, whole, in float32. All must call it."""
-    state = model.teacher.state_dict()
-    return {"teacher": {key: whole_tensor(tensor).detach().float().cpu().clone() for key, tensor in state.items()}}
+def teacher_weights(model: nn.Module) -> dict[str, dict[str, torch.Tensor]] | None:
+    """Return upstream's layout, {"teacher": {backbone.*, dino_head.*, ...}}, whole, in float32, in host memory.
+
+    Only the main process gets it, the others None. All must call it: sharded tensors are gathered one at a time. In
+    host memory already, tensors are the model's own, not copies.
+    """
+    weights = {}
+    for key, tensor in model.teacher.state_dict().items():
+        whole = whole_tensor(tensor).detach()
+        if distributed.is_main_process():
+            # what was gathered may be part of a larger buffer, which torch.save would write
+            weights[key] = whole.to("cpu", torch.float32, copy=is_sharded(tensor))
+    return {"teacher": weights} if distributed.is_main_process() else None
 
 
 def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
     """Write ``eval/<name>/teacher_checkpoint.pth``, see :func:`teacher_weights`. All processes call it."""
     path, teacher = teacher_path(folder, name), teacher_weights(model)
-    if distributed.is_main_process():
+    if teacher is not None:
         save_atomically(teacher, path)
     return path
 

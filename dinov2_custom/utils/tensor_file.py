@@ -10,6 +10,7 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -70,10 +71,13 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> Written:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     crc, size = 0, 0
+    # a generator: of tensors on a device, one at a time is in host memory
+    on_host = (_as_bytes(piece.tensor.cpu()) for piece in pieces.values())
     with open(path, "wb") as file:
-        for data in (len(text).to_bytes(8, "little"), text, *(_as_bytes(p.tensor.cpu()) for p in pieces.values())):
+        for data in itertools.chain((len(text).to_bytes(8, "little"), text), on_host):
             file.write(data)
             crc, size = zlib.crc32(data, crc), size + len(data)
+            del data  # before the next one is copied
         flush(file.fileno())
     return Written(size, crc)
 

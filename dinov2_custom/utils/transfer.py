@@ -24,11 +24,15 @@ class HostCopy(NamedTuple):
     tensor: Tensor
     ready: torch.cuda.Event | None = None
 
-    def tolist(self) -> list[float]:
-        """Return the numbers; wait for them if they are not there yet."""
+    def wait(self) -> Tensor:
+        """Return the tensor; wait for it if it is not there yet."""
         if self.ready is not None:
             self.ready.synchronize()
-        return self.tensor.tolist()
+        return self.tensor
+
+    def tolist(self) -> list[float]:
+        """Return the numbers; wait for them if they are not there yet."""
+        return self.wait().tolist()
 
 
 def to_host(tensor: Tensor) -> HostCopy:
@@ -36,6 +40,6 @@ def to_host(tensor: Tensor) -> HostCopy:
     if tensor.device.type != "cuda":
         return HostCopy(tensor)
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event(blocking=True)  # else a host that waits keeps a core busy
     event.record()
     return HostCopy(copy, event)

@@ -13,6 +13,7 @@ DELIBERATE = {"train.dataset_path": "", "train.output_dir": ""} | {
     key: "auto" for key in UPSTREAM if key.endswith((".param_dtype", ".reduce_dtype", ".sharding_strategy"))
 }
 OURS = {
+    "compute_precision.gather_dtype": "fp32",
     "train.path_preserved": "",
     "train.frac": 0.0,
     "train.channel_adaptive": False,  # of one of upstream's evaluation YAMLs, where nothing reads it

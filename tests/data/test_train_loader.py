@@ -142,14 +142,21 @@ class FakeCudart:
 
 @pytest.mark.parametrize("error", [0, 801])
 def test_slots_are_pinned_once_and_given_back_or_it_is_said(folder, monkeypatch, caplog, error):
-    runtime = FakeCudart(error)
+    runtime, cleared = FakeCudart(error), []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(train_loader, "_clear_cuda_error", lambda: cleared.append(error))
     caplog.set_level("INFO", logger="dinov2")
     builder = make_train_loader(train_config(folder), rank=0, world_size=1).builder
-    ring = train_loader.PinnedRing(builder, 1, 0)
-    ring.release(ring.next_batch().slot)
-    assert list(runtime.registered.values()) == ([] if error else [ring.slots.whole.nbytes])
-    assert ("could not be pinned (CUDA error 801)" in caplog.text) == bool(error)
+    ring = train_loader.PinnedRing(builder, 1, 0, max_workers=16)
+    assert not runtime.registered
+    used = {ring.slots.bytes_of(ring.next_batch().slot).ctypes.data}
+    for _ in range(2):
+        built = ring.next_batch()
+        ring.release(built.slot)
+        used.add(ring.slots.bytes_of(built.slot).ctypes.data)
+    assert ring.slots.number == 33 and len(used) <= 3
+    assert runtime.registered == ({} if error else dict.fromkeys(used, ring.slots.slot_size))
+    assert caplog.text.count("could not be pinned (CUDA error 801)") == len(cleared) == bool(error)
     ring.close()
     ring.close()
     assert not runtime.registered

@@ -2,7 +2,8 @@
 
 Whatever looks at a value (``item``, ``tolist``, ``nonzero``, a mask as an index, ``bool``, a copy to the host) raises
 on them. Copies to the device that the host would wait for are caught too. Allowed reads are in :data:`ALLOWED`.
-torch's fused AdamW has no kernel for them and is left out: it takes the flag that skips a step as a tensor.
+torch's fused optimizers, which move the teacher too, have no kernel for them and are left out: they take the flag that
+skips a step as a tensor.
 """
 
 import itertools
@@ -79,6 +80,7 @@ def as_a_gpu(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, found_inf, **kwargs: None)
     monkeypatch.setattr(torch.Tensor, "new_tensor", no_list_of_numbers(torch.Tensor.new_tensor))
     monkeypatch.setattr(torch, "tensor", no_list_of_numbers(torch.tensor))
 

@@ -114,6 +114,20 @@ def test_teacher_moves_by_the_formula():
         torch.testing.assert_close(new, 0.9 * old + 0.1 * s)
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.992, 0.9999, 1.0])
+def test_teacher_moves_as_by_lerp_to_the_bit_unless_the_step_is_left_out(momentum):
+    model = SSLMetaArch(tiny_config())
+    with torch.no_grad():
+        for p in model.student.parameters():
+            p.add_(torch.randn_like(p))
+    sides = [[p.detach().clone() for p in side.parameters()] for side in (model.teacher, model.student)]
+    for left_out in (1.0, 0.0):
+        model.update_teacher(momentum, skip=torch.tensor(left_out))
+        wanted = sides[0] if left_out else [t.lerp(s, 1 - momentum) for t, s in zip(*sides, strict=True)]
+        assert all(map(torch.equal, model.teacher.parameters(), wanted))
+        assert all(map(torch.equal, model.student.parameters(), sides[1]))
+
+
 def test_train_and_eval_leave_the_teacher_in_eval():
     model = SSLMetaArch(tiny_config())
     assert model.train().student.training and not model.teacher.training
