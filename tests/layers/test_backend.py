@@ -33,3 +33,17 @@ def test_xformers_disabled_by_environment(monkeypatch):
     with pytest.raises(ValueError, match="no xformers"):
         backend.attention(q, q, q, backend="xformers")
     backend.xformers_ops.cache_clear()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", backend.BACKENDS)
+@pytest.mark.parametrize("sequences, length", [(0, 7), (3, 0)])
+def test_nothing_to_attend_from_has_an_empty_result_and_gradients(name, sequences, length, autocast):
+    """As of a drop-path subset without a sequence; some kernels return None."""
+    q = torch.zeros(sequences, 2, length, 16, requires_grad=True)
+    k, v = (torch.zeros(sequences, 2, 7, 16, requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = backend.attention(q, k, v, backend=name)
+    assert out.shape == q.shape and out.dtype == (torch.bfloat16 if autocast else torch.float32)
+    out.sum().backward()
+    assert all(one.grad is not None and not one.grad.any() for one in (q, k, v))
