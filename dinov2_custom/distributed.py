@@ -1,4 +1,4 @@
-"""Ranks, world size and the default process group: gloo on CPU, nccl on CUDA, nothing at all for a single process.
+"""Ranks, world size, device of this process, default process group: gloo on CPU, nccl on CUDA, none for one process.
 
 Upstream's names. The place of a process comes from the environment (``world.py``) when :func:`enable` is called, not
 at import; before that, and in a single process, the rank is 0 and the size 1. Nothing here changes ``print``. Not here:
@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +24,10 @@ from dinov2_custom.world import TORCHRUN_VARIABLES, World, world_from_environmen
 
 _world: World | None = None  # set by enable(), cleared by disable()
 _group_is_ours = False
+_timeout: timedelta | None = None  # of a collective; None: torch's
+# With --gpus-per-task each task of srun sees its own GPU only, as number 0; so may processes that started a group.
+_OWN_GPU_SOURCES = ("SLURM", "existing process group")
+_LONGEST = timedelta(days=24)  # in milliseconds below 2^31, which is how sockets take it
 _environment_before: dict[str, str | None] = {}  # what enable() changed in os.environ
 
 
@@ -59,12 +68,25 @@ def current_world() -> World:
     return _world_of_foreign_group() if is_enabled() else World()
 
 
+def get_device() -> torch.device:
+    """Return the device that this process computes on: its own GPU where there is CUDA, else the CPU.
+
+    Precision: float32 means float32 on a GPU too. Convolutions do not use TF32, which torch lets them by default, and
+    neither do products; what should be fast is computed in 16 bits by autocast.
+
+    Raises:
+        LaunchError: fewer GPUs than processes, or this build of torch has no kernels for the GPU.
+    """
+    return _device_of(current_world())
+
+
 def enable(
     *,
     set_cuda_current_device: bool = True,
     overwrite: bool = False,
     allow_nccl_timeout: bool = False,
     alone: bool = False,
+    timeout_s: float | None = None,
 ) -> None:
     """Find this process's place and, where there are several processes, start the default process group.
 
@@ -74,14 +96,17 @@ def enable(
     Args:
         set_cuda_current_device: make this process's GPU the current CUDA device.
         overwrite: replace what an earlier call set up from another environment.
-        allow_nccl_timeout: let a collective that is stuck in nccl end the process after the time-out.
+        allow_nccl_timeout: upstream's, unused: a collective that takes longer than ``timeout_s`` ends the process.
         alone: start a group in a single process too, for code of upstream's kind that calls ``torch.distributed``
             itself.
+        timeout_s: for a collective, and for all processes to come together; 0: none; None: torch's, 10 minutes with
+            nccl and 30 with gloo.
 
     Raises:
-        LaunchError: contradictory environment, fewer GPUs than processes, or the other processes cannot be reached.
+        LaunchError: contradictory environment, fewer GPUs than processes, no kernels for the GPU, or the other
+            processes cannot be reached.
     """
-    global _world, _group_is_ours
+    global _world, _group_is_ours, _timeout
     if is_enabled() and not _group_is_ours:
         world = _world_of_foreign_group()
     else:
@@ -95,10 +120,11 @@ def enable(
         disable()
     world = _world or world  # the first one knows its source; its export reads as torchrun's
     if set_cuda_current_device and torch.cuda.is_available():
-        torch.cuda.set_device(_cuda_index(world))
+        torch.cuda.set_device(_device_of(world))
     _world = world
     if world.size > 1 and not is_enabled():
-        _export(world, allow_nccl_timeout)
+        _timeout = None if timeout_s is None else timedelta(seconds=timeout_s) if timeout_s else _LONGEST
+        _export(world)
         _start_group(world)
         _group_is_ours = True
     elif alone and not is_enabled():
@@ -106,12 +132,32 @@ def enable(
         _group_is_ours = True
 
 
+@contextmanager
+def enabled(*, overwrite: bool = False, timeout_s: float | None = None) -> Iterator[None]:
+    """:func:`enable` before the body, :func:`disable` after it, but only if it succeeds.
+
+    After an error the others may be in a collective that this process never joins, and taking the group apart would
+    wait for them, with nccl for ever. So it is left as it is, and ``entry.leave`` ends the process, which they notice.
+    """
+    enable(overwrite=overwrite, timeout_s=timeout_s)
+    try:
+        yield
+    except BaseException:
+        if not is_enabled():
+            disable()
+        raise
+    disable()
+
+
 def disable() -> None:
-    """Stop the process group that :func:`enable` started and put its variables back; harmless without one."""
-    global _world, _group_is_ours
+    """Stop the process group that :func:`enable` started and put its variables back; harmless without one.
+
+    Not after an error: see :func:`enabled`.
+    """
+    global _world, _group_is_ours, _timeout
     if _group_is_ours and is_enabled():
         dist.destroy_process_group()
-    _world, _group_is_ours = None, False
+    _world, _group_is_ours, _timeout = None, False, None
     while _environment_before:
         name, value = _environment_before.popitem()
         if value is None:
@@ -155,7 +201,27 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 def second_group() -> dist.ProcessGroup | None:
     """Start a gloo group of all processes for a thread of its own; None in a single process. All must call it."""
-    return dist.new_group(backend="gloo") if is_enabled() else None
+    return dist.new_group(backend="gloo", timeout=_timeout) if is_enabled() else None
+
+
+def make_grad_scaler(device_type: str) -> torch.amp.GradScaler:
+    """Return a loss scaler; of several processes, all of which must call it, one that lowers their scales together."""
+    if not is_enabled():
+        return torch.amp.GradScaler(device_type)
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # imports much
+
+    return ShardedGradScaler(device_type, process_group=dist.group.WORLD)
+
+
+def share_of_cores() -> int:
+    """Return how many of the cores that this process may use are its own, at least 1.
+
+    One that several processes of this node may use is shared among them: without binding, all are. All must call it.
+    """
+    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    here = socket.gethostname()
+    users = [set(cores) for host, cores in gather_objects((here, list(own))) if host == here]
+    return max(1, int(sum(1 / sum(core in cores for cores in users) for core in own) + 1e-6))
 
 
 def _world_of_foreign_group() -> World:
@@ -165,11 +231,22 @@ def _world_of_foreign_group() -> World:
     return World(rank, size, local_rank, local_size, source="existing process group")
 
 
+def _device_of(world: World) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", _cuda_index(world))
+    capability, architectures = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if architectures and torch.version.hip is None and not has_kernels(capability, architectures):
+        raise LaunchError(_no_kernels(torch.cuda.get_device_name(device), capability, architectures))
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # see get_device
+    return device
+
+
 def _cuda_index(world: World) -> int:
     count = torch.cuda.device_count()
     if world.local_rank < count:
         return world.local_rank
-    if count == 1 and world.source == "SLURM":  # --gpus-per-task: each task sees its own GPU only, as number 0
+    if count == 1 and world.source in _OWN_GPU_SOURCES:
         return 0
     raise LaunchError(
         f"expected at most {count} processes on this node (one a GPU), got {world.local_size} ({world.source}). "
@@ -177,11 +254,48 @@ def _cuda_index(world: World) -> int:
     )
 
 
-def _export(world: World, allow_nccl_timeout: bool) -> None:
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Return whether a torch built for ``architectures`` (as ``torch.cuda.get_arch_list``) runs on such a GPU.
+
+    ``sm_86`` is machine code: for 8.6 and later minor versions of 8, with an "a" for 8.6 alone. ``compute_86`` is PTX,
+    which the driver translates for any later GPU.
+
+    Source: CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    for kind, major, minor, suffix in _parsed(architectures):
+        version = (major, minor)
+        if version == capability:
+            return True
+        if suffix != "a" and version < capability and (kind == "compute" or major == capability[0]):
+            return True
+    return False
+
+
+def _parsed(architectures: Sequence[str]) -> Iterator[tuple[str, int, int, str]]:
+    for name in architectures:
+        if found := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name):
+            kind, major, minor, suffix = found.groups()
+            yield kind, int(major), int(minor), suffix
+
+
+def _no_kernels(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> str:
+    number = ".".join(map(str, capability))
+    if capability < min((major, minor) for _, major, minor, _ in _parsed(architectures)):
+        remedy = (
+            "Install a build for CUDA 12.6, which has them for 5.0 to 9.0: `pip install torch==2.11.0 --index-url "
+            "https://download.pytorch.org/whl/cu126`"
+        )
+    else:
+        remedy = "Install the newest torch, for the newest CUDA that the driver takes: https://pytorch.org/get-started"
+    return (
+        f"expected a torch with kernels for {name} (compute capability {number}), got torch {torch.__version__} with "
+        f"{' '.join(architectures)}. {remedy}, or hide the GPUs with `CUDA_VISIBLE_DEVICES=` to run on CPU."
+    )
+
+
+def _export(world: World) -> None:
     values = (world.rank, world.size, world.local_rank, world.local_size, world.master_addr, world.master_port)
     exported = dict(zip(TORCHRUN_VARIABLES, map(str, values), strict=True))
-    if allow_nccl_timeout and "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ:
-        exported["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
     for name, value in exported.items():
         _environment_before.setdefault(name, os.environ.get(name))
         os.environ[name] = value
@@ -195,7 +309,8 @@ def _start_group(world: World) -> None:
     # Its functions take the group of the moment of its import as a default, and would keep it for ever.
     importlib.import_module("torch.distributed.nn.functional")
     try:
-        dist.init_process_group(_backend())  # from the environment: the only way that finds torchrun's own store
+        # from the environment: the only way that finds torchrun's own store
+        dist.init_process_group(_backend(), timeout=_timeout)
     except Exception as e:
         disable()
         raise LaunchError(

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import ModuleType
@@ -39,10 +40,23 @@ def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool 
 def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
     """Call ``main`` and return its exit code; ``error_code``, after one line, when it raises a DINOv2Error.
 
-    The same where a disk is full, over quota or read-only: any write may meet that.
+    The same where a disk is full, over quota or read-only: any write may meet that. Any other error is raised, or in
+    one of several processes, which Python must not take apart (see :func:`leave`), printed with its traceback.
     When what reads standard output is gone, as in ``... | head -1``, it ends without a word: with 128 + SIGPIPE where
     that stopped ``main``.
     """
+    try:
+        return _reported(main, error_code)
+    except Exception:
+        if _is_alone():
+            raise
+        traceback.print_exc()
+        return ERROR
+    finally:
+        _end_workers()
+
+
+def _reported(main: Callable[[], int], error_code: int) -> int:
     try:
         code = main()
         _flush()
@@ -68,8 +82,6 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return stopped_by(signal.SIGINT)
-    finally:
-        _end_workers()
 
 
 def leave(code: int) -> NoReturn:
@@ -77,14 +89,11 @@ def leave(code: int) -> NoReturn:
 
     Where it is one of several, without taking Python apart. The threads of a process group (gloo's) can outlive
     ``distributed.disable``: torch keeps the group in its caches of sharded tensors. One that lets go of its last tensor
-    while Python, before 3.14, goes down ends the process with SIGABRT, after a run that was in order.
+    while Python, before 3.14, goes down ends the process with SIGABRT, after a run that was in order. After an error
+    the group is still there (``distributed.enabled``), and taking it apart could wait for the others for ever.
     """
     _end_workers()
-    try:
-        is_alone = world_from_environment(os.environ).size == 1
-    except DINOv2Error:  # nothing was started then
-        is_alone = True
-    if is_alone:
+    if _is_alone():
         sys.exit(code)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
@@ -94,6 +103,13 @@ def leave(code: int) -> NoReturn:
     with suppress(OSError):  # nobody reads it
         sys.stderr.flush()
     os._exit(code)
+
+
+def _is_alone() -> bool:
+    try:
+        return world_from_environment(os.environ).size == 1
+    except DINOv2Error:  # nothing was started then
+        return True
 
 
 def words_of(error: DINOv2Error) -> str:

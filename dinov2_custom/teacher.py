@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dinov2_custom import distributed
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.models import build_model
@@ -168,16 +169,17 @@ def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def device_of_choice(name: str = "auto") -> torch.device:
-    """Return the device called ``name``; ``auto`` is a GPU if there is one.
+def device_of_choice(name: str = "auto", flag: str = "--device") -> torch.device:
+    """Return the device called ``name``; ``auto`` and ``cuda`` are this process's own.
 
     Raises:
         ConfigError: a device that is not there.
+        LaunchError: see :func:`dinov2_custom.distributed.get_device`.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto" or (name == "cuda" and torch.cuda.is_available()):
+        return distributed.get_device()
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"--device: expected a device of this machine, got {name!r}; leave it out for auto") from e
+        raise ConfigError(f"{flag}: expected a device of this machine, got {name!r}; leave it out") from e
     return torch.device(name)

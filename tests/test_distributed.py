@@ -14,6 +14,9 @@ import torch.distributed as dist
 from dinov2_custom import distributed
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.world import World
+from tests.eval.test_setup import make_run
+from tests.eval.test_two_processes import overlapping_classes
+from tests.train.batches import TINY
 
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "SUBMITIT_", "TORCHELASTIC")
 
@@ -76,7 +79,7 @@ def test_more_processes_than_gpus(monkeypatch):
 
 
 def test_failed_start_is_a_launch_error_and_leaves_nothing_behind(monkeypatch):
-    def refuse(backend):
+    def refuse(backend, timeout):
         raise RuntimeError("connection refused")
 
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -143,3 +146,142 @@ def _check_files(folder, printed):
     assert (folder / "config.yaml").read_text() == "rank: 0\n"
     rows = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
     assert rows == [{"iteration": 1, "iter_time": 0.5, "data_time": 0.25, "loss": 1.0}]
+
+
+@pytest.mark.parametrize(
+    "capability, architectures, runs",
+    [
+        ((9, 0), "sm_75 sm_80 sm_90", True),
+        ((8, 9), "sm_75 sm_80 sm_90", True),  # machine code runs on later minor versions
+        ((8, 0), "sm_86 sm_90", False),  # and on no earlier one
+        ((6, 0), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120", False),
+        ((7, 0), "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", True),
+        ((12, 1), "sm_75 sm_90 compute_90", True),  # PTX runs on everything later
+        ((7, 0), "sm_75 compute_90", False),
+        ((10, 3), "sm_90 sm_100", True),
+        ((10, 3), "sm_90a sm_100a compute_100a", False),  # of an "a" on that version alone
+        ((10, 0), "sm_100a", True),
+        ((10, 3), "sm_100f", True),
+    ],
+)
+def test_which_builds_of_torch_run_on_which_gpu(capability, architectures, runs):
+    assert distributed.has_kernels(capability, architectures.split()) == runs
+
+
+@pytest.mark.parametrize("capability, remedy", [((6, 0), "CUDA 12.6"), ((13, 0), "newest torch")])
+def test_a_gpu_without_kernels_is_refused_in_one_sentence(monkeypatch, capability, remedy):
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_capability", capability)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla P100")
+    with pytest.raises(LaunchError) as caught:
+        distributed.enable()
+    number = ".".join(map(str, capability))
+    assert f"Tesla P100 (compute capability {number})" in str(caught.value) and "sm_75 sm_90" in str(caught.value)
+    assert remedy in str(caught.value) and distributed.current_world().size == 1
+
+
+def test_cores_that_several_processes_may_use_are_shared(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+
+    def share(*others):
+        monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, *others])
+        return distributed.share_of_cores()
+
+    here = socket.gethostname()
+    assert share() == 8
+    assert share(*[(here, list(range(8)))] * 3) == 2  # nobody is bound
+    assert share((here, [8, 9]), ("elsewhere", list(range(8)))) == 8
+    assert share(*[(here, list(range(8)))] * 9) == 1
+
+
+def two_ranks(code, *arguments):
+    """Return (exit code, stdout, stderr) of two processes that nothing ends but they themselves, unlike a launcher."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ends = [job.communicate(timeout=100) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    return [(job.returncode, *end) for job, end in zip(jobs, ends, strict=True)]
+
+
+JOINS = """
+import sys, torch
+import torch.distributed as dist
+from dinov2_custom import distributed
+distributed.enable(timeout_s=eval(sys.argv[1]))
+for group in (dist.group.WORLD, distributed.second_group()):
+    print(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+distributed.barrier()
+distributed.disable()
+"""
+
+
+@pytest.mark.parametrize("timeout_s, found_s", [(None, 1800), (0, 24 * 86400), (77, 77)])
+def test_the_time_out_is_that_of_every_group(timeout_s, found_s):
+    for code, said, error in two_ranks(JOINS, str(timeout_s)):
+        assert code == 0, error
+        assert [float(line) for line in said.split()] == [found_s] * 2
+
+
+# One process raises an error in the middle of its work, where the other goes on to a collective. Taking groups apart
+# waits for ever, as nccl's does for a collective that the others are in.
+RAISES = """
+import importlib, os, sys, time
+import torch.distributed as dist
+dist.destroy_process_group = lambda *_: time.sleep(1000)
+from dinov2_custom import entry
+name, parser, broken, *arguments = sys.argv[1:]
+module = importlib.import_module(name)
+
+def raise_one(*args, **kwargs):
+    raise KeyError("the fault")
+
+if os.environ["RANK"] == "1":
+    setattr(module, broken, raise_one)
+elif name.endswith("train"):  # where the watch ends it: with nccl, nobody sees a broken connection
+    from dinov2_custom.train import watch
+    watch.LOOK_S, watch.GRACE_S = 0.1, 1.0
+    dist.all_reduce = lambda *_, **__: time.sleep(1000)
+package, _, function = parser.partition(":")
+args = getattr(importlib.import_module(package), function)().parse_args(arguments)
+entry.leave(entry.run(name, args))
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "knn", "embed"])
+def test_an_error_in_one_process_ends_them_all(command, tmp_path):
+    _, _, weights = make_run(tmp_path / "run")
+    overlapping_classes(tmp_path / "images", count=4, seed=0)
+    small = ["--num-workers=0", "--batch-size=4"]
+    if command == "train":
+        images = f"train.dataset_path={tmp_path / 'images'}"
+        what = ["dinov2_custom.train.train", "dinov2_custom.train.args:get_args_parser", "accumulate_gradients"]
+        what += [images, *TINY, "train.num_workers=0", "--output-dir", str(tmp_path / "out")]
+    elif command == "knn":
+        what = ["dinov2_custom.eval.knn", "dinov2_custom.eval.args:get_knn_args_parser", "ModelWithNormalize"]
+        what += ["--pretrained-weights", str(weights), "--output-dir", str(tmp_path / "out"), *small]
+        what += [f"--{part}-dataset=LabelledFolder:root={tmp_path / 'images'}" for part in ("train", "val")]
+        what += ["--resize-size=16", "--crop-size=16"]
+    else:
+        what = ["dinov2_custom.embed.main", "dinov2_custom.embed.args:get_args_parser", "_make_parts"]
+        what += [str(weights), str(tmp_path / "images"), "--output-dir", str(tmp_path / "out"), *small]
+    (waits, _, _), (raised, _, error) = two_ranks(RAISES, *what)
+    assert raised == 1 and "KeyError: 'the fault'" in error, error
+    assert waits == (75 if command == "train" else 1)

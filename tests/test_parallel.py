@@ -313,6 +313,44 @@ def test_weights_gathered_in_16_bits_are_half_the_bytes_and_the_same_step_up_to_
         assert max(apart.values()) < 0.05 * max(norms.values()), (strategy, norms, apart)
 
 
+def test_a_loss_scale_where_one_part_is_sharded_and_another_is_whole(tmp_path):
+    images = write_images(tmp_path / "images", 12)
+    mixed = [f"compute_precision.{model}.backbone.sharding_strategy=FULL_SHARD" for model in ("student", "teacher")]
+    for name, options in (("whole", []), ("mixed", mixed)):
+        command = tiny_run(images, "train.max_steps=5", *options, strategy="NO_SHARD", dtype="fp16")
+        done = launch(2, *command, "--output-dir", str(tmp_path / name))
+    assert "backbone=FULL_SHARD dino_head=NO_SHARD" in done.stdout
+    assert_same(tmp_path / "whole", tmp_path / "mixed")
+
+
+def test_an_overflow_in_the_share_of_one_process_lowers_the_scale_of_all(tmp_path):
+    source = """
+import json, sys, torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from dinov2_custom import distributed
+from dinov2_custom.parallel import own_share
+from dinov2_custom.train.optimization import unscale
+distributed.enable()
+sharded, whole = fully_shard(nn.Linear(4, 4)), nn.Linear(4, 4)
+parameters = [*sharded.parameters(), *whole.parameters()]
+scaler = distributed.make_grad_scaler("cpu")
+found = []
+for overflows in (False, True):
+    for p in parameters:
+        p.grad = torch.full_like(p, 2.0 * scaler.scale(torch.ones(())).item())
+    if overflows and distributed.get_global_rank() == 1:
+        own_share(parameters[0].grad)[0, 0] = float("inf")
+    unscale(scaler, torch.optim.SGD(parameters))
+    found += [own_share(p.grad)[-1].flatten()[-1].item() for p in parameters]
+    scaler.update()
+found.append(scaler.get_scale())
+open(f"{sys.argv[1]}/{distributed.get_global_rank()}.json", "w").write(json.dumps(found))
+distributed.disable()
+"""
+    assert facts_of_two(tmp_path, source) == [[2.0] * 8 + [2.0**15]] * 2
+
+
 def test_auto_shards_what_does_not_fit(monkeypatch):
     model = SSLMetaArch(tiny_config())
     needed = 20 * sum(p.numel() for p in model.student.parameters())

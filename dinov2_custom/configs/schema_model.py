@@ -29,7 +29,7 @@ class MixedPrecision:
     param_dtype: str = option(
         "auto",
         "number format of the forward and backward pass; auto: bf16 where the device has it natively, "
-        "else fp16 on CUDA, else fp32",
+        "else fp16 on CUDA, else fp32; fp32 is without TF32, convolutions included",
         choices=("auto", *DTYPES),
     )
     reduce_dtype: str = option(

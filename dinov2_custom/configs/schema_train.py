@@ -71,7 +71,7 @@ class Train:
     activation_checkpointing: str = option(
         "auto",
         "what the backward pass computes again: none; selective: each block's FFN; full: each block; auto: as little "
-        "as fits the GPU, by the count of run/train/memory.py",
+        "as fits what is free on the GPU that has the least, by the count of run/train/memory.py",
         changes_results=False,
         choices=("none", "selective", "full", "auto"),
     )
@@ -112,7 +112,7 @@ class Train:
     hang_timeout: int | float = option(
         480,
         "without a step for so long, three times that for the first step and for saves, a run says which process hangs "
-        "and ends; below the 600 s after which nccl gives up; 0: never",
+        "and ends; a collective gives up after four times that, at least 30 minutes; 0: neither ever",
         unit="s",
         changes_results=False,
         within="[0, inf)",

@@ -139,6 +139,7 @@ def make_train_loader(
     rank: int,
     world_size: int,
     start_iteration: int = 0,
+    cores: int | None = None,
     on_bad_image: Callable[[str, str], Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TrainLoader:
@@ -147,6 +148,7 @@ def make_train_loader(
     Every sample is a pure function of (``cfg.train.seed``, draw number): iteration i of the job has the draws
     [i*b*W, (i+1)*b*W), of which this rank takes its block of b; a dataset smaller than that repeats. Starting at
     ``start_iteration`` goes on exactly there. ``on_bad_image(path, reason)`` is called once for every unreadable image.
+    ``cores``: this rank's share of the machine's, for ``train.num_workers`` "auto"; None: all that it may use.
 
     Raises:
         ConfigError: a dataset string that cannot be understood, or a hold-out that is only half described.
@@ -180,6 +182,7 @@ def make_train_loader(
         Finisher(augment.mean, augment.std, dtype),
         BadImages(len(dataset), _get(cfg, "train.max_bad_fraction", 0.01), on_bad_image),
         num_workers=cfg.train.num_workers,
+        cores=cores,
         colours=_get(cfg, "augmentation.device", "auto"),
         start_iteration=start_iteration,
     )

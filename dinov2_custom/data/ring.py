@@ -7,6 +7,7 @@ and the main process unharmed. What a batch is, is the business of the object wi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -68,7 +69,8 @@ class Ring:
 
     ``builder``: has ``fields``, ``build(iteration, arrays, note) -> result``, where ``note(i)`` says which image is
     being worked on, ``name(i)`` and ``give_up(i, reason)``; picklable where processes are spawned. ``max_workers``:
-    room for :meth:`grow`.
+    for :meth:`grow`. So many processes are started at once, and those beyond ``num_workers`` wait: a fork after the
+    first collective can harm memory that nccl has registered with the network (EFA, InfiniBand on old kernels).
     """
 
     def __init__(
@@ -93,9 +95,10 @@ class Ring:
         self.recent_deaths: list[int] = []
         self.owner = os.getpid()
         self.workers: list[Worker] = []
-        self._at_exit = util.Finalize(self, _kill_all, (self.workers,), exitpriority=100)
-        for word in range(num_workers):
-            self.workers.append(self._start(word))
+        self.spares: list[Worker] = []
+        self._at_exit = util.Finalize(self, _kill_all, (self.workers, self.spares), exitpriority=100)
+        for word in range(self.max_workers):
+            (self.workers if word < num_workers else self.spares).append(self._start(word))
         self._give()
 
     def next_batch(self) -> Built:
@@ -118,9 +121,9 @@ class Ring:
         self._give()
 
     def grow(self, num_workers: int) -> None:
-        """Start more processes, up to ``num_workers`` (at most ``max_workers``)."""
-        for word in range(len(self.workers), min(num_workers, self.max_workers)):
-            self.workers.append(self._start(word))
+        """Use more of the processes, up to ``num_workers`` (at most ``max_workers``)."""
+        while len(self.workers) < num_workers and self.spares:
+            self.workers.append(self.spares.pop(0))
         self._give()
 
     def close(self) -> None:
@@ -181,7 +184,7 @@ class Ring:
         return True
 
     def _replace(self, dead: Worker) -> None:
-        """Start another process in the place of ``dead``, with its tasks.
+        """Put a spare process, or else a new one, in the place of ``dead``, with its tasks.
 
         The image that it died at is tried once more; when that kills a second process, it counts as unreadable.
         """
@@ -206,7 +209,7 @@ class Ring:
         logger.warning(f"{story}; another one goes on in its place")
         tasks = dead.tasks
         dead.kill()
-        fresh = self._start(dead.word)
+        fresh = self.spares.pop() if self.spares else self._start(dead.word)
         fresh.tasks.extend(tasks)
         self.workers[self.workers.index(dead)] = fresh
         for task in tasks:
@@ -215,7 +218,7 @@ class Ring:
     def _give_up(self, index: int, reason: str) -> None:
         self.given_up[index] = reason
         del self.recent_deaths[-2:]
-        for worker in self.workers:
+        for worker in (*self.workers, *self.spares):
             self._send(worker, ("give_up", index, reason))
 
 
@@ -268,9 +271,10 @@ def describe_exit(exitcode: int | None) -> str:
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
-def _kill_all(workers: list[Worker]) -> None:
-    for worker in workers:
+def _kill_all(*groups: list[Worker]) -> None:
+    for worker in itertools.chain(*groups):
         worker.process.kill()
-    for worker in workers:
+    for worker in itertools.chain(*groups):
         worker.kill()
-    workers.clear()
+    for group in groups:
+        group.clear()

@@ -35,8 +35,9 @@ class TrainLoader:
 
     ``num_images``: images to train on. ``draws``: number of the job's next draw, which a resumed run gives to
     :meth:`batches`.
-    ``num_workers``: processes, 0: none but this one, "auto": as many as keep up. ``colours``: where the colour changes
-    are made, "cpu" | "device" | "auto" (on the device if it is not a CPU); the pixels are the same.
+    ``num_workers``: processes, 0: none but this one, "auto": as many as keep up, at most ``cores``.
+    ``colours``: where the colour changes are made, "cpu" | "device" | "auto" (on the device if it is not a CPU);
+    the pixels are the same.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TrainLoader:
         bad_images: BadImages,
         *,
         num_workers: int | str,
+        cores: int | None = None,
         colours: str = "auto",
         start_iteration: int = 0,
     ):
@@ -53,6 +55,7 @@ class TrainLoader:
         self.finish = finish
         self.bad_images = bad_images
         self.num_workers = num_workers
+        self.cores = cores
         self.colours = colours
         self.start_iteration = start_iteration
         self.num_images = len(builder.samples.dataset)
@@ -106,7 +109,7 @@ class TrainLoader:
         if not builder.late_colours:
             colour_changer()  # compile before the processes need it
         if self.num_workers == "auto":
-            auto = AutoWorkers(builder.batch_size, builder.world_size)
+            auto = AutoWorkers(builder.batch_size, self.cores)
             ring = PinnedRing if device.type == "cuda" else Ring
             return ring(builder, auto.first, start_iteration, max_workers=auto.most), auto
         num_workers = at_most_cores(self.num_workers)

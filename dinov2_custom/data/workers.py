@@ -81,15 +81,14 @@ class AutoWorkers:
     """Choose the number of processes from what a batch and a step take: enough to keep up, and one more.
 
     Begins with ``first``, decides after ``STEPS`` steps (the first ``WARM_UP`` of them do not count), never above
-    ``most``: this rank's share of the machine's cores, at most ``LIMIT`` (a process has two batches of memory).
+    ``most``: ``cores``, this rank's share of the machine's, at most ``LIMIT`` (a process has two batches of memory).
     """
 
     WARM_UP, STEPS, LIMIT = 3, 10, 16
 
-    def __init__(self, batch_size: int, world_size: int, cores: int | None = None):
+    def __init__(self, batch_size: int, cores: int | None = None):
         self.batch_size = batch_size
-        sharing = min(world_size, torch.cuda.device_count() or world_size)
-        self.most = min(self.LIMIT, max(1, (cores or num_cores()) // sharing))
+        self.most = min(self.LIMIT, cores or num_cores())
         self.chosen = self.first = min(2, self.most)
         self._seen: list[tuple[float, float]] = []
 

@@ -49,7 +49,10 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--num-workers", type=int, default=4, help="decoding processes; 0: in the main process")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="number type that the model computes in"
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="number type that the model computes in; auto: bf16 on a GPU that has it, else fp32",
     )
     add_configuration(parser)
     parser.add_argument("--overwrite", action="store_true", help="begin anew where other features lie")

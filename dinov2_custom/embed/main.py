@@ -24,6 +24,7 @@ from dinov2_custom.errors import ConfigError
 from dinov2_custom.extras import optional
 from dinov2_custom.logging.progress import ProgressBar
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
+from dinov2_custom.utils.dtype import has_bf16
 from dinov2_custom.utils.run_folder import default_output
 from dinov2_custom.utils.transfer import to_device
 
@@ -43,11 +44,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-size: expected at least 1, got {args.batch_size}")
     if args.format == "parquet":
         optional("pyarrow", "--format parquet")
-    distributed.enable()
-    try:
+    with distributed.enabled():
         return _run(args)
-    finally:
-        distributed.disable()
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -55,6 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     dataset = make_dataset(dataset_str=args.dataset)
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("embed", args.checkpoint)
     device = device_of_choice(args.device)
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
     teacher.backbone.to(device)
     sizes = image_sizes(teacher, args.image_size)
     for size in sizes:

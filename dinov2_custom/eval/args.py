@@ -161,7 +161,12 @@ def get_log_regression_args_parser(
         help="what --val-dataset is scored by",
     )
     add("--train-features-device", default="cpu", help="where the features are kept and fitted: cpu or cuda")
-    add("--train-dtype", default="float64", help="number type of the fit: float64 or float32")
+    add(
+        "--train-dtype",
+        default="auto",
+        help="number type of the fit: float64, or float32, whose result is checked in float64; auto: float32 on a GPU "
+        "that is slow in float64",
+    )
     add("--max-train-iters", type=int, default=1000, help="L-BFGS iterations for each strength")
     add("--solver", choices=("torch", "sklearn"), default="torch", help="sklearn needs the extra [eval], on a CPU")
     add("--batch-size", type=int, default=256, help="images a step on each GPU")

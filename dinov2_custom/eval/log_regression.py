@@ -37,7 +37,8 @@ from dinov2_custom.eval.results import append_lines
 from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithAutocast, extract_features
 from dinov2_custom.logging import open_log
-from dinov2_custom.utils.dtype import as_torch_dtype
+from dinov2_custom.teacher import device_of_choice
+from dinov2_custom.utils.dtype import as_torch_dtype, has_fast_float64
 
 __all__ = [
     "C_POWER_RANGE",
@@ -181,6 +182,22 @@ def eval_log_regression_with_model(
     )
 
 
+def dtype_of_choice(name: str, device: torch.device) -> torch.dtype:
+    """Return the number type called ``name`` for fits on ``device``; ``auto`` is float64 unless that is slow there.
+
+    Raises:
+        ConfigError: another name, or one that the device does not have.
+    """
+    if name == "auto":
+        return torch.float64 if has_fast_float64(device) else torch.float32
+    try:
+        dtype = as_torch_dtype(name)
+        torch.empty(0, dtype=dtype, device=device)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise ConfigError(f"--train-dtype: expected float64 or float32 on {device}, got {name}: {e}") from e
+    return dtype
+
+
 @evaluation
 def main(args: argparse.Namespace) -> int:
     """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
@@ -190,14 +207,8 @@ def main(args: argparse.Namespace) -> int:
     """
     check_positive(args, "max_train_iters", "batch_size", "crop_size", "resize_size")
     check_solver(args.solver)
-    try:
-        dtype = as_torch_dtype(args.train_dtype)
-        device = torch.empty(0, dtype=dtype, device=args.train_features_device).device
-    except (ValueError, RuntimeError, AssertionError) as e:
-        raise ConfigError(
-            f"--train-dtype, --train-features-device: expected float64 or float32, and a device of this machine, got "
-            f"{args.train_dtype} and {args.train_features_device}: {e}"
-        ) from e
+    device = device_of_choice(args.train_features_device, "--train-features-device")
+    dtype = dtype_of_choice(args.train_dtype, device)
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)
     check_crop_size(args.crop_size, model)
     results = eval_log_regression_with_model(

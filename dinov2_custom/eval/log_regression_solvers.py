@@ -20,6 +20,7 @@ _HISTORY = 20  # pairs of steps that L-BFGS remembers
 _CHUNK_ELEMENTS = 1 << 26  # logits at a time: 512 MiB in float64
 # largest element of the scaled gradient, smallest change, by number type
 _TOLERANCES = {torch.float64: (1e-7, 1e-14), torch.float32: (1e-5, 1e-9)}
+_MOST_IN_FLOAT32 = 1e-4  # of that element, told by float64, where float32 came to rest
 Solution = tuple[Tensor, Tensor]  # weight (classes, D), bias (classes,)
 
 
@@ -61,11 +62,23 @@ def fit(
     return weight, bias
 
 
-def fit_torch(features: Tensor, labels: Tensor, C: float, max_iter: int, start: Solution | None = None) -> Solution:
+def fit_torch(
+    features: Tensor,
+    labels: Tensor,
+    C: float,
+    max_iter: int,
+    start: Solution | None = None,
+    dtype: torch.dtype | None = None,
+) -> Solution:
     """Find the minimum where every class has samples; see :func:`fit`.
 
-    L-BFGS sees centred features and variables scaled so that the diagonal of the Hessian is about 1.
+    L-BFGS sees centred features and variables scaled so that the diagonal of the Hessian is about 1. Where it comes to
+    rest in float32, the gradient is computed once in float64, and if it is not small there, float64 takes over.
+
+    Args:
+        dtype: to compute in; None: that of ``features``.
     """
+    dtype = dtype or features.dtype
     num_classes, count = int(labels.max()) + 1, len(features)
     mean = features.mean(dim=0)
     curvature = (num_classes - 1) / num_classes**2  # p (1 - p) of a sample that could be anything
@@ -73,8 +86,9 @@ def fit_torch(features: Tensor, labels: Tensor, C: float, max_iter: int, start: 
     scale = (curvature * centred.square().mean(dim=0) + 1 / (C * count)).rsqrt()
     bias_scale = curvature**-0.5
     weight, bias = start or (features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes))
+    mean, scale, weight, bias = (one.to(dtype) for one in (mean, scale, weight, bias))
     variables = (weight / scale).requires_grad_(), ((bias + weight @ mean) / bias_scale).requires_grad_()
-    tolerance_grad, tolerance_change = _TOLERANCES.get(features.dtype, _TOLERANCES[torch.float32])
+    tolerance_grad, tolerance_change = _TOLERANCES.get(dtype, _TOLERANCES[torch.float32])
     optimizer = torch.optim.LBFGS(
         variables,
         max_iter=max_iter,
@@ -98,18 +112,30 @@ def fit_torch(features: Tensor, labels: Tensor, C: float, max_iter: int, start: 
     if iterations >= max_iter:
         logger.info(f"L-BFGS C={C:.5g}: not at the minimum after --max-train-iters {max_iter}")
     weight, bias = variables[0].detach() * scale, variables[1].detach() * bias_scale
-    return weight, bias - weight @ mean
+    solution = weight, bias - weight @ mean
+    if dtype == torch.float64 or iterations >= max_iter:
+        return solution
+    _, grad_weight, grad_bias = mean_objective(centred, labels, weight.double(), bias.double(), C)
+    largest = max((grad_weight * scale).abs().max().item(), grad_bias.abs().max().item() * bias_scale)
+    if largest <= _MOST_IN_FLOAT32:
+        return solution
+    logger.info(f"L-BFGS C={C:.5g}: a gradient of {largest:.1e} is left in {dtype}; going on in float64")
+    return fit_torch(features, labels, C, max_iter - iterations, solution, torch.float64)
 
 
 def mean_objective(
     features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, C: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the objective divided by C * N, and its gradients by weight and bias; rows are taken in chunks."""
+    """Return the objective divided by C * N, and its gradients by weight and bias; rows are taken in chunks.
+
+    It is computed in the type of ``weight`` and ``bias``.
+    """
     count = len(features)
     rows_at_once = max(1, _CHUNK_ELEMENTS // len(weight))
     loss = 0.5 / (C * count) * weight.square().sum()
     grad_weight, grad_bias = weight / (C * count), torch.zeros_like(bias)
     for x, y in zip(features.split(rows_at_once), labels.split(rows_at_once), strict=True):
+        x = x.to(weight.dtype)
         log_probs = torch.log_softmax(torch.addmm(bias, x, weight.T), dim=1)
         loss = loss - log_probs.gather(1, y[:, None]).sum() / count
         residual = log_probs.exp_()

@@ -84,14 +84,12 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
 
 
 def evaluation(main: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Decorate the main function of an evaluation: however it ends, the ranks that it started are let go of."""
+    """Decorate the main function of an evaluation: it runs between :func:`distributed.enable` and ``disable``."""
 
     @functools.wraps(main)
     def decorated(args: argparse.Namespace) -> int:
-        try:
+        with distributed.enabled():
             return main(args)
-        finally:
-            distributed.disable()
 
     return decorated
 
@@ -171,7 +169,7 @@ def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = N
     Args:
         device: None for the device an evaluation would choose.
     """
-    device = torch.device(device or _device())
+    device = torch.device(device or distributed.get_device())
     name = config.compute_precision.teacher.backbone.mixed_precision.param_dtype
     dtype = resolve_dtype(name, device)
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
@@ -187,10 +185,4 @@ def build_model_for_eval(config: DictConfig, pretrained_weights: str) -> nn.Modu
     model, _ = build_model_from_cfg(config, only_teacher=True)
     load_teacher_backbone(model, pretrained_weights)
     model.requires_grad_(False)
-    return model.eval().to(_device())
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", distributed.get_local_rank())
+    return model.eval().to(distributed.get_device())

@@ -130,6 +130,8 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     if backend == "auto":
         backend = choose(q)
+    if q.numel() == 0:  # a drop-path subset without a sequence: cuDNN's kernel returns None (torch 2.11, sm_90)
+        backend = "products"
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
     if backend == "products":

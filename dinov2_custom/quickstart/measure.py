@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dinov2_custom import distributed
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.data.transforms import Compose, MaybeToTensor, Normalize
@@ -57,7 +58,7 @@ def measure_run(run: Path, tiles: Path, final_dino_loss: float) -> tuple[Measure
         The measurement, the untrained and the trained backbone.
     """
     cfg = load_run_config(str(run / "config.yaml"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.get_device()
     datasets = load_tiles(tiles, Normalize(**cfg.data.normalize))
     dtype = get_autocast_dtype(cfg, device)
     untrained, trained = SSLMetaArch(cfg).to(device).eval(), SSLMetaArch(cfg).to(device).eval()

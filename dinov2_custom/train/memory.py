@@ -20,12 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dinov2_custom import distributed
 from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
+from dinov2_custom.parallel import NO_SHARD, choose_strategies
 from dinov2_custom.train import compiling
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
 
+# Of a device's memory, for nccl's buffers of all connections to other devices, which it allocates itself: an allowance.
+NCCL_BYTES = 10**9
 SHARE_OF_TENSORS = 7 / 8  # of a device's memory; the rest is for what the count does not know
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "heads", "batch")
 
@@ -142,6 +146,20 @@ def as_on_a_gpu():
         kernels.attention, prototype_loss._CHUNK_LOGITS["cpu"] = attention, chunks
         prototype_loss._PRODUCT_LOGITS["cpu"] = products
         dist.is_initialized = is_initialized
+
+
+def memory_for_steps(model: SSLMetaArch) -> int:
+    """Return how many bytes the tensors of a step, ``model`` included, may take in the process that has the least.
+
+    On its device, that is what is free or torch's already, without the buckets in which gradients are averaged and what
+    nccl takes. All processes must call it.
+    """
+    available = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
+    if distributed.is_enabled():
+        strategies = choose_strategies(model.cfg, model)
+        whole = (part for name, part in model.student.items() if strategies[name] == NO_SHARD)
+        available -= NCCL_BYTES + 4 * sum(p.numel() for part in whole for p in part.parameters())
+    return min(distributed.gather_objects(available))
 
 
 def least_checkpointing(cfg, available: int) -> str:

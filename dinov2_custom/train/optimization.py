@@ -6,12 +6,13 @@ Not here: how the flag is found (``step_guard.py``).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from dinov2_custom.configs.upstream import with_defaults
-from dinov2_custom.parallel import whole_tensor
+from dinov2_custom.parallel import own_share, whole_tensor
 from dinov2_custom.train.course import RunLength, run_length
 from dinov2_custom.utils.schedules import CosineScheduler
 
@@ -78,12 +79,26 @@ def apply_optim_scheduler(
 def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:
     """Undo the loss scale, clip each part's gradient to ``optim.clip_grad`` and return its norm before that."""
     if model.fp16_scaler is not None:
-        model.fp16_scaler.unscale_(optimizer)
+        unscale(model.fp16_scaler, optimizer)
     largest = cfg.optim.clip_grad or float("inf")
     return {
         f"grad_norm_{name}": whole_tensor(torch.nn.utils.clip_grad_norm_(part.parameters(), largest))
         for name, part in model.student.items()
     }
+
+
+@torch.no_grad()
+def unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Divide this process's shares of the gradients by the loss scale, in place.
+
+    Torch's kernel takes no mixture of sharded and whole gradients, as where a backbone is sharded and its head is not.
+    """
+    shares = []
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if parameter.grad is not None:
+            shares.append(own_share(parameter).detach())
+            shares[-1].grad = own_share(parameter.grad)
+    scaler.unscale_(SimpleNamespace(param_groups=[{"params": shares}]))  # of an optimizer, it looks at nothing else
 
 
 @torch.no_grad()

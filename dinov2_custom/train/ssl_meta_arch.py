@@ -100,7 +100,7 @@ class SSLMetaArch(nn.Module):
         self.averages_gradients = distributed.get_global_size() > 1
         dtype = self.precision("student", "backbone")
         use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
-        self.fp16_scaler = torch.amp.GradScaler(self.device.type) if use_scaler else None
+        self.fp16_scaler = distributed.make_grad_scaler(self.device.type) if use_scaler else None
         self.set_checkpointing(self._choose_checkpointing())
         compiled = compiling.is_wanted(self.cfg.train.compile) and compiling.compile_step(self)
         self.constant_shapes = compiled or self.device.type == "cuda"
@@ -109,9 +109,9 @@ class SSLMetaArch(nn.Module):
         wanted = self.cfg.train.activation_checkpointing
         if wanted != "auto" or self.device.type != "cuda":
             return "none" if wanted == "auto" else wanted
-        from dinov2_custom.train.memory import least_checkpointing  # which runs this class
+        from dinov2_custom.train.memory import least_checkpointing, memory_for_steps  # which runs this class
 
-        return least_checkpointing(self.cfg, available=torch.cuda.mem_get_info(self.device)[1])
+        return least_checkpointing(self.cfg, available=memory_for_steps(self))
 
     def set_checkpointing(self, mode: str) -> None:
         """Let the student's blocks compute ``none``, ``selective`` or ``full`` again in the backward pass."""

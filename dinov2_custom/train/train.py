@@ -10,7 +10,6 @@ import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-import torch
 from omegaconf import OmegaConf
 
 from dinov2_custom import distributed, entry
@@ -45,7 +44,7 @@ from dinov2_custom.train.step_guard import StepGuard, Word
 from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.train.watch import Watch
 from dinov2_custom.utils.allocator import keep_freed_memory
-from dinov2_custom.utils.config import get_cfg_from_args, write_config
+from dinov2_custom.utils.config import get_cfg_from_args, load_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
 
 __all__ = [
@@ -59,6 +58,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger("dinov2")
+MIN_COLLECTIVE_S = 1800.0  # all processes have to start within it, too
 
 
 def do_test(cfg, model: SSLMetaArch, iteration: int | str) -> Path:
@@ -80,7 +80,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     """
     cfg = with_defaults(cfg)
     out, rank, world_size = Path(cfg.train.output_dir), distributed.get_global_rank(), distributed.get_global_size()
-    loader = loader or make_train_loader(cfg, rank=rank, world_size=world_size)
+    if loader is None:
+        loader = make_train_loader(cfg, rank=rank, world_size=world_size, cores=distributed.share_of_cores())
     length = run_length(cfg, loader.num_images, world_size)
     schedules = build_schedulers(cfg, length)
     resume = resume and has_checkpoints(out)
@@ -207,11 +208,10 @@ def main(args) -> int:
     Raises:
         DINOv2Error: bad configuration, data or checkpoint; before any work is done where that is possible.
     """
-    distributed.enable(overwrite=True)
-    try:
+    hang_s = load_cfg_from_args(args, warn=lambda text: None).train.hang_timeout
+    # ``Watch`` names who hangs; the time-out of collectives is for where it cannot, and allows for what it allows
+    with distributed.enabled(overwrite=True, timeout_s=max(4 * hang_s, MIN_COLLECTIVE_S) if hang_s else 0):
         return _run(args, distributed.get_global_rank(), distributed.get_global_size())
-    finally:
-        distributed.disable()
 
 
 def _run(args, rank: int, world_size: int) -> int:
@@ -221,7 +221,8 @@ def _run(args, rank: int, world_size: int) -> int:
     check_output_dir(cfg.train.output_dir)
     setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)
     bad_images = BadImageLog(Path(cfg.train.output_dir) / BAD_IMAGES_FILE)
-    loader = make_train_loader(cfg, rank=rank, world_size=world_size, on_bad_image=bad_images)
+    cores = distributed.share_of_cores()
+    loader = make_train_loader(cfg, rank=rank, world_size=world_size, cores=cores, on_bad_image=bad_images)
 
     out = Path(cfg.train.output_dir)
     try:
@@ -240,9 +241,9 @@ def _run(args, rank: int, world_size: int) -> int:
 
 
 def _train_or_write(args, cfg, loader) -> int:
-    if not (on_gpu := torch.cuda.is_available()):
+    if (device := distributed.get_device()).type == "cpu":
         keep_freed_memory()
-    model = SSLMetaArch(cfg).to(torch.device("cuda", distributed.get_local_rank()) if on_gpu else "cpu")
+    model = SSLMetaArch(cfg).to(device)
     model.prepare_for_distributed_training(load_weights=False)  # do_train does, unless it resumes
     if args.eval_only:
         return write_newest_teacher(cfg, model)

@@ -127,7 +127,7 @@ def _state_like(parameter: nn.Parameter, source: Source, name: str) -> Tensor:
     """Return the optimizer's tensor ``name``: as sharded as its parameter, or a plain one if it is a count."""
     shape = source.shapes[name]
     if not shape:
-        return source.rows(name, 0, 0).clone()
+        return source.rows(name, 0, 0).to(parameter.device, copy=True)  # fused kernels want step counts there
     if shape != tuple(parameter.shape):
         raise CheckpointError(f"resume: expected {name} of shape {tuple(parameter.shape)}, got {shape}")
     state = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -39,8 +39,10 @@ logger = logging.getLogger("dinov2")
 LOOK_S = 2.0  # between looks for processes of this machine that are gone
 GRACE_S = 10.0  # for a process that notices by itself, with an error that says more; for a beat on a busy machine
 LEAVE_S = 2.0  # for the last words on the terminal, which the main thread may hold
-# Where our own code waits for the other processes, besides everything below torch.distributed.
+# Where our own code waits for the other processes, besides everything below torch.distributed. With nccl, it is the
+# device that does; the process waits for that where it reads numbers.
 _WAITS = ("parallel.py", "sharding.py", "centering.py", "step_guard.py", "sinkhorn.py", "distributed.py")
+_WAITS += ("transfer.py", "smoothed_value.py")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 

@@ -51,23 +51,24 @@ def get_cfg_from_args(args: argparse.Namespace, warn: Callable[[str], None] | No
     It may be changed, keys added, as upstream's may. All processes get the main one's output directory, which is set
     as ``args.output_dir`` too. ``warn`` is called with each warning; default: a logger.
     """
-
-    def load(output_dir: str | None, warn: Callable[[str], None] | None) -> DictConfig:
-        cfg = load_run_config(
-            args.config_file,
-            args.opts or [],
-            output_dir,
-            allow_unknown_keys=getattr(args, "allow_unknown_keys", False),
-            world_size=distributed.get_global_size(),
-            warn=warn,
-        )
-        OmegaConf.set_readonly(cfg, False)
-        OmegaConf.set_struct(cfg, False)
-        return cfg
-
-    cfg = load(args.output_dir, warn)
+    cfg = load_cfg_from_args(args, warn)
     args.output_dir = distributed.broadcast_object(cfg.train.output_dir)
-    return cfg if cfg.train.output_dir == args.output_dir else load(args.output_dir, lambda text: None)
+    return cfg if cfg.train.output_dir == args.output_dir else load_cfg_from_args(args, lambda text: None)
+
+
+def load_cfg_from_args(args: argparse.Namespace, warn: Callable[[str], None] | None = None) -> DictConfig:
+    """Load the configuration that ``args`` describe, without any collective, so also before there is a group."""
+    cfg = load_run_config(
+        args.config_file,
+        args.opts or [],
+        args.output_dir,
+        allow_unknown_keys=getattr(args, "allow_unknown_keys", False),
+        world_size=distributed.get_global_size(),
+        warn=warn,
+    )
+    OmegaConf.set_readonly(cfg, False)
+    OmegaConf.set_struct(cfg, False)
+    return cfg
 
 
 def default_setup(args: argparse.Namespace, seed: int | None = None) -> None:

@@ -19,6 +19,9 @@ _SHORT_NAMES = {
     "half": torch.float16,
     "float": torch.float32,  # numpy's "float" has 64 bits
 }
+# P100, V100, A100, H100 and H200, B200.
+# Source: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"
+_FAST_FLOAT64_CAPABILITIES = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 _NATIVE_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is ARM's
 
 
@@ -49,8 +52,20 @@ def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch
         return as_torch_dtype(dtype)
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return torch.bfloat16 if has_bf16(device) else torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a CUDA device computes in bf16 natively."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_fast_float64(device: torch.device) -> bool:
+    """Return whether ``device`` computes in float64 at half the rate of float32, not at a 32nd or 64th of it."""
+    return device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) in _FAST_FLOAT64_CAPABILITIES
+    )
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -116,11 +116,18 @@ def test_errors_of_the_builder_arrive_where_the_batch_is_asked_for(start):
         start(builders.Unpicklable(), 1).next_batch()
 
 
-def test_more_processes_can_be_started_later(start):
-    ring = start(builders.Numbers(), 1, max_workers=3)
-    assert take(ring, 3) == expected(3)
-    ring.grow(9)
+def test_more_processes_can_be_used_later_but_all_are_started_at_once(start):
+    """None is forked once collectives may run, neither to grow nor, as long as there is a spare, for one that died."""
+    ring = start(builders.Numbers(), 1, max_workers=4)
+    started = {worker.process.pid for worker in (*ring.workers, *ring.spares)}
+    assert len(started) == 4 and len(ring.workers) == 1 and take(ring, 3) == expected(3)
+    ring.grow(3)
     assert len(ring.workers) == 3 and take(ring, 20) == expected(20, 3)
+    os.kill(ring.workers[0].process.pid, signal.SIGKILL)
+    assert take(ring, 20) == expected(20, 23)
+    assert {worker.process.pid for worker in ring.workers} < started and not ring.spares
+    ring.grow(9)
+    assert len(ring.workers) == 3
 
 
 def test_close_ends_busy_processes_at_once_and_twice_does_nothing():

@@ -88,8 +88,8 @@ def test_auto_gives_the_same_batches_and_says_what_it_chose(folder, monkeypatch,
     assert caplog.text.count("(train.num_workers=auto): one makes") == 1
 
 
-def decide(build_s, step_s, cores, world_size=1):
-    auto = AutoWorkers(8, world_size, cores)
+def decide(build_s, step_s, cores):
+    auto = AutoWorkers(8, cores)
     for _ in range(AutoWorkers.WARM_UP):
         assert not auto.observe(100 * build_s, step_s)
     decided = [auto.observe(build_s, step_s) for _ in range(12)]
@@ -103,7 +103,6 @@ def test_auto_keeps_up_with_the_step_and_has_one_to_spare():
     assert decide(build_s=5.0, step_s=0.1, cores=12) == (2, 12)
     assert decide(build_s=5.0, step_s=0.1, cores=200) == (2, 16)
     assert decide(build_s=5.0, step_s=0.0, cores=1) == (1, 1)
-    assert decide(build_s=5.0, step_s=0.1, cores=16, world_size=4) == (2, 4)
 
 
 def test_abandoned_batches_leave_no_process(folder):

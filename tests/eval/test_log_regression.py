@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.eval import log_regression_solvers
 from dinov2_custom.eval.args import get_log_regression_args_parser
-from dinov2_custom.eval.log_regression import LogRegModule, eval_log_regression, main, sweep_C_values, train_for_C
+from dinov2_custom.eval.log_regression import (
+    LogRegModule,
+    dtype_of_choice,
+    eval_log_regression,
+    main,
+    sweep_C_values,
+    train_for_C,
+)
 from dinov2_custom.eval.log_regression_solvers import SOLVERS, fit, mean_objective
 from dinov2_custom.eval.metrics import MetricType
 from dinov2_custom.logging import remove_logging
@@ -193,3 +200,25 @@ def test_a_solver_that_is_not_installed_is_told_before_anything_is_computed(monk
     args = get_log_regression_args_parser().parse_args(["--solver", "sklearn"])
     with pytest.raises(ConfigError, match="--solver sklearn: expected the package scikit-learn"):
         main(args)
+
+
+def test_float32_at_rest_away_from_the_minimum_goes_on_in_float64(monkeypatch, caplog):
+    features, labels = problem()
+    features = features.float() + 300  # so that float32 has few digits for what matters
+    wanted = fit(features.double(), labels, 10.0, 1000, 5)
+    with caplog.at_level("INFO", logger="dinov2"):
+        got = fit(features, labels, 10.0, 1000, 5)
+    probabilities = [torch.softmax(features.double() @ w.double().T + b.double(), dim=1) for w, b in (wanted, got)]
+    torch.testing.assert_close(*probabilities, rtol=0, atol=1e-3)
+    monkeypatch.setattr(log_regression_solvers, "_MOST_IN_FLOAT32", 0.0)
+    with caplog.at_level("INFO", logger="dinov2"):
+        checked = fit(features, labels, 10.0, 1000, 5)
+    assert "going on in float64" in caplog.text and checked[0].dtype == torch.float32
+
+
+def test_number_type_of_the_fit():
+    cpu = torch.device("cpu")
+    assert dtype_of_choice("auto", cpu) == torch.float64 and dtype_of_choice("float32", cpu) == torch.float32
+    assert dtype_of_choice("auto", torch.device("mps")) == torch.float32  # which has no float64
+    with pytest.raises(ConfigError, match="--train-dtype"):
+        dtype_of_choice("float33", cpu)

@@ -150,3 +150,19 @@ def test_the_real_xformers_has_no_kernel_for_a_cpu():
     assert found["available"] and found["file"].startswith(str(folder))
     assert found["parameters"] == list(inspect.signature(memory_efficient_attention).parameters)
     assert found["chosen"][0] == "auto" and "No operator found" in found["chosen"][1]
+
+    backend.xformers_ops.cache_clear()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", backend.BACKENDS)
+@pytest.mark.parametrize("sequences, length", [(0, 7), (3, 0)])
+def test_nothing_to_attend_from_has_an_empty_result_and_gradients(name, sequences, length, autocast):
+    """As of a drop-path subset without a sequence; some kernels return None."""
+    q = torch.zeros(sequences, 2, length, 16, requires_grad=True)
+    k, v = (torch.zeros(sequences, 2, 7, 16, requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = backend.attention(q, k, v, backend=name)
+    assert out.shape == q.shape and out.dtype == (torch.bfloat16 if autocast else torch.float32)
+    out.sum().backward()
+    assert all(one.grad is not None and not one.grad.any() for one in (q, k, v))

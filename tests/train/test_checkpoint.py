@@ -44,6 +44,25 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("former_format", [False, True])
+def test_what_is_restored_is_on_its_parameters_device(tmp_path, former_format):
+    """Step counts too: on a GPU the fused kernels refuse theirs on the CPU. The other device here is "meta"."""
+    cfg, model, saver = make(tmp_path)
+    advance(cfg, model, saver.optimizer, range(1))
+    if former_format:
+        state = {"format": 1, "iteration": 0, "model": model.state_dict(), "optimizer": saver.optimizer.state_dict()}
+        torch.save({**state, "scaler": None}, tmp_path / "model_0000000.pth")
+    else:
+        saver.save(0)
+    with torch.device("meta"):
+        elsewhere = SSLMetaArch(cfg)
+    optimizer = build_optimizer(cfg, elsewhere.get_params_groups())
+    assert ckpt.Checkpointer(tmp_path, elsewhere, optimizer).load_latest().iteration == 0
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    assert len(kept) == 3 * len(list(model.student.parameters()))
+    assert {value.device.type for value in kept} == {"meta"}
+
+
 def names(folder):
     return sorted(p.name for p in folder.iterdir())
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ from dinov2_custom.train import train as train_module
 from dinov2_custom.train import watch as watch_module
 from dinov2_custom.train.faults import describe_memory, is_out_of_memory, translate
 from dinov2_custom.train.ranks import Ranks, describe_lost
+from dinov2_custom.train.step_guard import StepGuard, _Report
 from dinov2_custom.train.watch import Watch
+from dinov2_custom.utils.transfer import HostCopy
 from tests.processes import ENVIRONMENT, REPOSITORY, torchrun
 from tests.train.batches import TINY, tiny_config
 from tests.train.test_step_guard import run
@@ -119,6 +122,26 @@ def test_a_file_system_that_does_not_answer_ends_the_job_too(images, tmp_path):
     said = alone(images, tmp_path, "mount")
     assert said.count("\n") == 1 and "error: no step for 2 s (train.hang_timeout): rank 0 hangs in " in said
     assert "at iteration=2 (pid" in said and f"the file system of {tmp_path / 'o'} does not answer" in said
+
+
+def test_waiting_for_the_device_is_waiting_for_the_others(tmp_path):
+    """With nccl it is the device that waits for the others; the process waits for it where it reads a report."""
+    ended, there = threading.Event(), threading.Event()
+
+    class Event:  # of CUDA, behind a collective
+        def synchronize(self):
+            there.set()
+            ended.wait(100)
+
+    guard = StepGuard(3, False, lambda: "none")
+    guard._reports += [_Report(i, ["loss"], HostCopy(torch.ones(1), Event())) for i in range(2)]
+    thread = threading.Thread(target=guard.hear)
+    thread.start()
+    there.wait(100)
+    place, waits = watch_module._where(sys._current_frames()[thread.ident])
+    ended.set()
+    thread.join()
+    assert "transfer.py" in place and waits
 
 
 def test_a_watched_run_that_goes_on_is_left_alone(tmp_path):

@@ -1,4 +1,5 @@
-"""Two processes to the end: checkpoints written in a thread beside other saves, and no thread that outlives the run."""
+"""Two processes to the end: checkpoints written in a thread beside other saves, no thread that outlives the run, and
+data-loading processes that are there before anything is sent."""
 
 from tests.processes import launch
 from tests.train.batches import TINY
@@ -40,3 +41,31 @@ def test_saving_in_a_thread_beside_other_saves_and_no_thread_of_a_process_group_
     assert "Traceback" not in done.stderr, done.stderr
     complete = [f"model_{iteration:07d}" for iteration in (5, 7, 9)]
     assert [name for name in names(tmp_path / "out") if name.startswith("model_")] == [*complete, "model_final"]
+
+
+FORKS = """
+import os
+import torch.distributed as dist
+from dinov2_custom import distributed, entry
+from dinov2_custom.data.ring import Ring
+from dinov2_custom.data.workers import AutoWorkers
+from dinov2_custom.train import train
+distributed.share_of_cores = lambda: 4
+AutoWorkers.STEPS, AutoWorkers.WARM_UP = 2, 1
+events, start, reduce, grow = [], Ring._start, dist.all_reduce, Ring.grow
+Ring._start = lambda *args: events.append("fork") or start(*args)
+Ring.grow = lambda ring, _: events.append("grow") or grow(ring, 4)
+dist.all_reduce = lambda *args, **kwargs: events.append("reduce") or reduce(*args, **kwargs)
+code = entry.run("dinov2_custom.train.train", train.get_args_parser().parse_args())
+forks = [i for i, event in enumerate(events) if event == "fork"]
+print("forks:", len(forks), "before:", max(forks) < events.index("reduce") < events.index("grow"))
+entry.leave(code)
+"""
+
+
+def test_data_loading_processes_are_forked_before_the_first_collective(tmp_path):
+    """Memory that nccl has registered with some networks does not survive a fork."""
+    (tmp_path / "run.py").write_text(FORKS)
+    options = [f"train.dataset_path={write_images(tmp_path / 'images', 12)}", *TINY, "train.num_workers=auto"]
+    done = launch(2, str(tmp_path / "run.py"), *options, "train.max_steps=6", "--output-dir", str(tmp_path / "out"))
+    assert [line for line in done.stdout.splitlines() if "forks:" in line] == ["forks: 4 before: True"] * 2
