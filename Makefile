@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-cuda-host lint bench clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,12 @@ lint: $(READY)
 test: lint
 	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15
 
+# The host side of CUDA without a GPU: under the newest torch that pip offers, and under 2.11.0, which our GPU machine has
+CUDA_TORCH ?= torch torch==2.11.0
+
+test-cuda-host:
+	PYTHON=$(PYTHON) tests/cuda_host/versions.sh $(CUDA_TORCH)
+
 # CPU benchmarks, under 20 minutes on two cores; each writes a page to benchmarks/results/
 bench: $(READY)
 	$(BIN)/python -m benchmarks.step --write
@@ -29,4 +35,4 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.same_curve --write
 
 clean:
-	rm -rf $(VENV) .oracle* build *.egg-info
+	rm -rf $(VENV) .venv-cuda-* .oracle* build *.egg-info

@@ -1,94 +1,158 @@
 """Time and memory of the step on a CUDA GPU beside upstream with xformers. **Not run by us yet: no GPU was at hand.**
 
-``python -m benchmarks.gpu --write`` writes results/gpu.md: images/s, peak memory and MFU of ViT-S, B and L, one
-after the other on one card; ours with its data loader too. Upstream is its unmodified step under bf16 autocast with
-xformers' kernels and TF32 allowed, without FSDP, which on one GPU shards nothing; where xformers does not run, with
-torch's fused attention. Needs CUDA; ``pip install xformers scikit-image scikit-learn`` first. Read :func:`main` first.
+``python -m benchmarks.gpu --output gpu.md``: images/s, peak memory and MFU of ViT-L, S and B, one engine after the
+other on one card, within eight minutes; ours with its data loader too. The page is written anew after each row, and an
+engine that fails is a row that says so. Needs CUDA; ``pip install xformers scikit-image scikit-learn`` first. To try it
+without a GPU: ``python -m tests.cuda_host.run -m benchmarks.gpu --small``. Read :func:`main` first.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import importlib.metadata
+import itertools
 import os
 import statistics
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import distributed
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.machine import add_write_option, describe, finish, table
+from benchmarks.machine import describe, table
 from benchmarks.memory import step_operations
 from benchmarks.photographs import encoded
-from benchmarks.step import COMMON, Step, _fused_attention, batch_for, our_step, steps_of
+from benchmarks.step import COMMON, Step, batch_for, our_step, steps_of
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.train.flops import peak_flops
-from tests.oracle import OracleTrainer, ensure_oracle, load_oracle, stand_ins
+from tests.oracle import OracleTrainer, ensure_oracle, load_oracle
 from tests.oracle import trainer as oracle_trainer
 
-MODELS = {"vit_small": (64, 128), "vit_base": (64, 128), "vit_large": (64, 128, 32)}
+MODELS = {"vit_large": (64, 128), "vit_small": (64, 128), "vit_base": (64, 128)}  # what counts most first
+OPTIONS = f"{COMMON} train.activation_checkpointing=none"  # `auto` measures the step first, for up to 20 s
 COMPILED = "train.compile=on"
+BF16 = [
+    f"compute_precision.{model}.{part}.mixed_precision.{kind}=bf16"
+    for model in ("student", "teacher")
+    for part in ("backbone", "dino_head", "ibot_head")
+    for kind in ("param_dtype", "reduce_dtype")
+]
 FILES = 400  # photographs of 500 x 375 that the loader reads
 WARM_UP, BLOCKS = 3, 3
-HEADER = ["model", "batch", "engine", "images/s", "peak GB", "reserved GB", "MFU", "host ms a step"]
+HEADER = ["model", "batch", "engine", "images/s", "peak GB", "reserved GB", "MFU", "host ms a step", "attention"]
 NOTES = """
 2 x 224 + 8 x 98 px, patch 14, 65,536 prototypes, bf16. The batch lies in pinned memory and each step moves it, or, with
 the loader, is made from {files} JPEG files of 500 x 375 in this machine's page cache by {workers} processes. images/s:
 the median of {blocks} blocks of {steps} steps, waiting for the GPU at the end of a block alone. peak: allocated, and
 reserved by torch's allocator. host ms: until a step is submitted; near the step's time, the GPU waits for Python.
+attention: the operators that a step called for it.
+
+* xformers: {xformers}.
+* "upstream, autocast" is its unmodified step under bf16 autocast, TF32 allowed as it does: the stream between its
+  blocks is float32, as ours is not. "upstream, FSDP" is what it ships, 16-bit parameters under FSDP, here of one NCCL
+  process, which shards nothing. Both read each loss on the host in every step, as its training loop does.
+* Ours is the step of the training loop, with the check that every number is finite and the update that depends on it.
+* The weights are random, and no checkpoints of activations are made.
 """
 
 
 class Measured(NamedTuple):
-    """Median seconds of a step, median seconds in which the host submits it, peak bytes allocated and reserved."""
+    """Median seconds of a step, median seconds in which the host submits it, peak bytes allocated and reserved,
+    operators of attention."""
 
     seconds: float
     host: float
     allocated: int
     reserved: int
+    attention: str
 
 
-def has_xformers() -> bool:
-    """Return whether xformers computes attention here: it may be absent, or built for another torch."""
+def xformers_state() -> tuple[bool, str]:
+    """Return whether xformers computes attention here, and its version, or why not.
+
+    It says itself what kept its library from loading; its attention then silently is torch's.
+    """
     try:
-        import xformers.ops as ops
-
+        state = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception
+        ops = importlib.import_module("xformers.ops")
+        if state is not None:
+            return False, f"its library did not load: {state}".replace("\n", " ")
         q = torch.zeros(1, 8, 2, 64, device="cuda", dtype=torch.bfloat16)
         ops.memory_efficient_attention(q, q, q)
-    except (ImportError, NotImplementedError):
-        return False
-    return True
+    except (ImportError, NotImplementedError) as e:
+        return False, f"does not run here: {type(e).__name__}: {e}".replace("\n", " ")
+    return True, importlib.metadata.version("xformers")
 
 
-def upstream_step(with_xformers: bool, overrides: list[str], batch: dict) -> Step:
-    """Return upstream's whole step with the real xformers in place of the tests' stand-in, or torch's attention."""
-    oracle = load_oracle(ensure_oracle())
-    if with_xformers:
-        import xformers.ops as ops
-        from xformers.ops import fmha
-
-        attention = oracle.vits.MemEffAttention.forward.__globals__
-        attention.update(memory_efficient_attention=ops.memory_efficient_attention, unbind=ops.unbind)
-        block = oracle.vits.Block.forward.__globals__
-        block.update(fmha=fmha, index_select_cat=ops.index_select_cat, scaled_index_add=ops.scaled_index_add)
-    stand_ins._attention = _fused_attention
+def upstream_step(oracle, overrides: list[str], batch: dict, *, autocast: bool = True) -> Step:
+    """Return upstream's whole step with the real xformers in place of the tests' stand-in."""
+    ops, fmha = importlib.import_module("xformers.ops"), importlib.import_module("xformers.ops.fmha")
+    attention = oracle.vits.MemEffAttention.forward.__globals__
+    attention.update(memory_efficient_attention=ops.memory_efficient_attention, unbind=ops.unbind)
+    block = oracle.vits.Block.forward.__globals__
+    block.update(fmha=fmha, index_select_cat=ops.index_select_cat, scaled_index_add=ops.scaled_index_add)
     oracle_trainer._Stays = lambda tensor: tensor  # here ``cuda()`` does move
-    trainer = OracleTrainer(oracle, overrides)
-    trainer.model.cuda()
-    trainer.optimizer = oracle.train.build_optimizer(trainer.cfg, trainer.model.get_params_groups())
-    return steps_of(trainer, oracle, batch, "cuda")
+    with torch.device("cuda"):
+        trainer = OracleTrainer(oracle, overrides)
+    return reading(steps_of(trainer, oracle, batch, "cuda", autocast))
 
 
-def measure(step: Step, repetitions: int) -> Measured:
-    """Time blocks of ``repetitions`` steps."""
+def measure_upstream_fsdp(overrides: list[str], batch: dict, repetitions: int) -> Measured:
+    """Time upstream's whole step as it is shipped: 16-bit parameters under FSDP, in a group of one NCCL process."""
+    oracle = load_oracle.__wrapped__(ensure_oracle())  # a copy that the other engines do not see
+    for name in ("get_fsdp_wrapper", "get_fsdp_modules", "reshard_fsdp_model"):
+        setattr(oracle.arch, name, getattr(oracle.fsdp, name))
+    oracle.distributed._LOCAL_RANK, oracle.distributed._LOCAL_WORLD_SIZE = 0, 1
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        return measure(upstream_step(oracle, [*overrides, *BF16], batch, autocast=False), repetitions)
+    finally:
+        distributed.destroy_process_group()
+
+
+def reading(step: Step) -> Step:
+    """Return ``step``, after which the host reads every loss."""
+
+    def read(index: int) -> dict[str, torch.Tensor]:
+        losses = step(index)
+        for loss in losses.values():
+            loss.item()
+        return losses
+
+    return read
+
+
+class AttentionNames(TorchDispatchMode):
+    """Collect the operators of the step that compute attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::_").removeprefix("scaled_dot_product_")
+        if any(word in name for word in ("attention", "flash", "fmha", "efficient")) and "backward" not in name:
+            self.found.add(name.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def measure(step: Step, repetitions: int, name_attention: bool = True) -> Measured:
+    """Time blocks of ``repetitions`` steps; of compiled ones, attention cannot be looked up."""
+    attention = AttentionNames()
+    if name_attention:
+        with attention:
+            step(0)
     for index in range(WARM_UP):
         step(index)
     torch.cuda.synchronize()
@@ -103,7 +167,7 @@ def measure(step: Step, repetitions: int) -> Measured:
         torch.cuda.synchronize()
         seconds.append((time.perf_counter() - start) / repetitions)
     peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return Measured(statistics.median(seconds), statistics.median(host), *peaks)
+    return Measured(statistics.median(seconds), statistics.median(host), *peaks, ", ".join(sorted(attention.found)))
 
 
 def measure_with_loader(overrides: list[str], images: Path, workers: int, repetitions: int) -> Measured:
@@ -115,83 +179,93 @@ def measure_with_loader(overrides: list[str], images: Path, workers: int, repeti
         return measure(our_step(options, batches, device="cuda"), repetitions)
 
 
-def rows(arch: str, batch_size: int, args, images: Path) -> list[list[object]]:
-    """Measure all engines on one model and batch."""
-    overrides = [*COMMON.split(), f"student.arch={arch}", f"train.batch_size_per_gpu={batch_size}"]
+def rows(arch: str, batch_size: int, args, images: Path) -> Iterator[list[object]]:
+    """Measure all engines on one model and batch, in turn."""
+    overrides = [*OPTIONS.split(), *args.override, f"student.arch={arch}", f"train.batch_size_per_gpu={batch_size}"]
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
     operations = step_operations(cfg)
     batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch_for(overrides, batch_size).items()}
     engines: dict[str, Callable[[], Measured]] = {}
     if not args.ours:
-        kernels = "xformers" if args.xformers else "torch's attention"
-        upstream = partial(upstream_step, args.xformers, overrides, batch)
-        engines[f"upstream + {kernels}"] = lambda: measure(upstream(), args.repetitions)
+        upstream = partial(upstream_step, load_oracle(ensure_oracle()), overrides, batch)
+        engines["upstream, autocast"] = lambda: measure(upstream(), args.repetitions)
+        engines["upstream, FSDP"] = partial(measure_upstream_fsdp, overrides, batch, args.repetitions)
     for variant in ["", COMPILED, *args.variant]:
-        options = [*overrides, *variant.split()]
-        engines[f"ours {variant}".strip()] = lambda options=options: measure(
-            our_step(options, batch, device="cuda"), args.repetitions
-        )
-    engines["ours, loader included"] = lambda: measure_with_loader(overrides, images, args.workers, args.repetitions)
-    found = []
+        ours = partial(our_step, [*overrides, *variant.split()], batch, device="cuda")
+        named = COMPILED not in variant
+        engines[f"ours {variant}".strip()] = lambda ours=ours, named=named: measure(ours(), args.repetitions, named)
+    engines["ours, loader included"] = partial(measure_with_loader, overrides, images, args.workers, args.repetitions)
     for name, run in engines.items():
-        found.append([arch, batch_size, name, *_cells(run, batch_size, operations)])
-        print(" | ".join(map(str, found[-1])), flush=True)  # a run that is cut off has said this much
+        if name.startswith("upstream") and not args.xformers:
+            cells = ["no xformers here", *["-"] * (len(HEADER) - 4)]
+        else:
+            cells = _cells(run, batch_size, operations)
+        yield [arch, batch_size, name, *cells]
         gc.collect()
         torch.cuda.empty_cache()
-    return found
 
 
 def _cells(run: Callable[[], Measured], batch_size: int, operations: float) -> list[str]:
     try:
-        seconds, host, allocated, reserved = run()
+        seconds, host, allocated, reserved, attention = run()
     except torch.cuda.OutOfMemoryError:
         return ["out of memory", *["-"] * (len(HEADER) - 4)]
+    except Exception as e:  # the other engines' rows are wanted all the same
+        traceback.print_exc()
+        return [f"failed: {type(e).__name__}", *["-"] * (len(HEADER) - 4)]
     peak = peak_flops(torch.cuda.get_device_name())
     mfu = f"{operations / seconds / peak:.0%}" if peak else "unknown GPU"
-    return [f"{batch_size / seconds:.0f}", f"{allocated / 1e9:.1f}", f"{reserved / 1e9:.1f}", mfu, f"{host * 1e3:.0f}"]
+    memory = f"{allocated / 1e9:.1f}", f"{reserved / 1e9:.1f}"
+    return [f"{batch_size / seconds:.0f}", *memory, mfu, f"{host * 1e3:.0f}", attention]
 
 
-def write_photographs(folder: Path) -> None:
-    """Write ``FILES`` JPEG files."""
-    for index, data in enumerate(encoded(500, 375, "JPEG", FILES)):
+def write_photographs(folder: Path, count: int) -> None:
+    """Write ``count`` JPEG files."""
+    for index, data in enumerate(encoded(500, 375, "JPEG", count)):
         (folder / f"{index:04}.jpg").write_bytes(data)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only architectures whose name contains this")
-    parser.add_argument("--repetitions", type=int, default=10, help="steps a block")
-    parser.add_argument("--minutes", type=float, default=8.5, help="begin no further model and batch after this")
+    parser.add_argument("--repetitions", type=int, default=8, help="steps a block")
+    parser.add_argument("--minutes", type=float, default=6.0, help="begin no further row after this")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="of the loader")
     parser.add_argument("--ours", action="store_true", help="without upstream")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes too")
+    parser.add_argument("--small", action="store_true", help="one small batch, to see that all of it runs")
     parser.add_argument(
         "--variant", action="append", default=[], help="overrides for a further row of ours; may be repeated"
     )
-    add_write_option(parser)
     args = parser.parse_args()
     start = time.monotonic()
     if not torch.cuda.is_available():
         parser.error("expected a CUDA GPU, got none; benchmarks.step is for CPUs")
     warnings.simplefilter("ignore")  # upstream's
     torch.backends.cuda.matmul.allow_tf32 = True  # as upstream does; ours has no float32 product that counts
-    args.xformers = not args.ours and has_xformers()
-    cases = [(arch, size) for arch, sizes in MODELS.items() if args.only in arch for size in sizes]
+    args.xformers, state = xformers_state()
+    print(f"xformers: {state}", flush=True)
+    # a card of the stand-in computes nothing, so that no number is finite
+    args.override = ["train.max_nonfinite_steps=1000"] if args.small else []
+    models, args.files = ({"vit_small": (4,)}, 8) if args.small else (MODELS, FILES)
+    cases = [(arch, size) for arch, sizes in models.items() if args.only in arch for size in sizes]
     lines: list[list[object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder))
-        for arch, batch_size in cases:
-            if time.monotonic() - start < args.minutes * 60:
-                lines += rows(arch, batch_size, args, Path(folder))
-    finish(_page(args, lines), "gpu", args.write)
+        write_photographs(Path(folder), args.files)
+        for row in itertools.chain.from_iterable(rows(*case, args, Path(folder)) for case in cases):
+            lines.append(row)
+            print(" | ".join(map(str, row)), f"| after {time.monotonic() - start:.0f} s", flush=True)
+            if args.output:  # after each row: a run that is cut off has said this much
+                args.output.write_text(_page(args, lines, state))
+            if time.monotonic() - start > args.minutes * 60:
+                break
+    print(_page(args, lines, state))
 
 
-def _page(args, lines: list[list[object]]) -> str:
-    try:
-        versions = [f"xformers={importlib.metadata.version('xformers')}"]
-    except importlib.metadata.PackageNotFoundError:
-        versions = ["xformers=absent"]
-    notes = NOTES.format(files=FILES, workers=args.workers, blocks=BLOCKS, steps=args.repetitions)
-    about = describe("benchmarks.gpu", *versions, f"cuda={torch.version.cuda}")
+def _page(args, lines: list[list[object]], xformers: str) -> str:
+    counts = {"files": args.files, "workers": args.workers, "blocks": BLOCKS, "steps": args.repetitions}
+    about = describe("benchmarks.gpu", f"cuda={torch.version.cuda}")
+    notes = NOTES.format(xformers=xformers, **counts)
     return f"# The step on {torch.cuda.get_device_name()}\n\n{about}{notes}\n{table(HEADER, lines)}"
 
 

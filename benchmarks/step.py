@@ -23,8 +23,15 @@ import torch
 from benchmarks.machine import add_write_option, describe, finish, table
 from benchmarks.memory import step_operations
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.train.optimization import apply_optim_scheduler, build_optimizer, build_schedulers
+from dinov2_custom.train.optimization import (
+    apply_optim_scheduler,
+    build_optimizer,
+    build_schedulers,
+    clip_gradients,
+    step_unless,
+)
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.step_guard import StepGuard
 from tests.oracle import OracleTrainer, ensure_oracle, load_oracle, make_batch, stand_ins
 from tests.oracle.trainer import oracle_config
 
@@ -40,12 +47,12 @@ def upstream_step(overrides: list[str], batch: dict) -> Step:
     return steps_of(OracleTrainer(oracle, overrides), oracle, batch, "cpu")
 
 
-def steps_of(trainer: OracleTrainer, oracle, batch: dict, device: str) -> Step:
+def steps_of(trainer: OracleTrainer, oracle, batch: dict, device: str, autocast: bool = True) -> Step:
     """Return the step of upstream's ``trainer`` on ``batch``, under bf16 autocast."""
     schedules = oracle.train.build_schedulers(trainer.cfg)
 
     def step(index: int) -> dict[str, torch.Tensor]:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return trainer.train_step(batch, FIRST + index, schedules, seed=index)
 
     return step
@@ -59,10 +66,12 @@ def _fused_attention(q, k, v):
 def our_step(overrides: list[str], batch: dict | Iterator[dict], device: str = "cpu") -> Step:
     """Return our whole step, as the training loop does it, on one batch or on the next of several."""
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
-    model = SSLMetaArch(cfg).to(device).train()
+    with torch.device(device):  # random weights of a ViT-L take a CPU half a minute
+        model = SSLMetaArch(cfg).train()
     model.prepare_for_distributed_training()
     optimizer = build_optimizer(cfg, model.get_params_groups())
     schedules = build_schedulers(cfg)
+    guard = StepGuard(cfg.train.max_nonfinite_steps, model.fp16_scaler is not None, lambda: "none")
 
     def step(index: int) -> dict[str, torch.Tensor]:
         lr, wd, momentum, temp, last_layer_lr = (float(schedule[FIRST + index]) for schedule in schedules)
@@ -70,10 +79,9 @@ def our_step(overrides: list[str], batch: dict | Iterator[dict], device: str = "
         optimizer.zero_grad(set_to_none=True)
         images = batch if isinstance(batch, dict) else next(batch)
         losses = model.forward_backward(images, temp, torch.Generator().manual_seed(index))
-        for part in model.student.values():
-            torch.nn.utils.clip_grad_norm_(part.parameters(), cfg.optim.clip_grad)
-        optimizer.step()
-        model.update_teacher(momentum)
+        losses, skip = guard.judge(index, losses, clip_gradients(cfg, model, optimizer))
+        step_unless(skip, model, optimizer, momentum)
+        guard.hear()
         return losses
 
     return step

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 SOURCES = ("runtime.cpp", "memory.cpp", "device.cpp", "driver.cpp", "libraries.cpp")
-HEADERS = ("/usr/local/cuda/include", "/usr/include")
+HEADERS = ("/usr/local/cuda/include", "/usr/include")  # after those of CUDA's own packages beside torch
 STUBBED = re.compile(r"_*cuda[A-Z]\w*|cublas\w+|cu[A-Z]\w+")
 QUIET = re.compile(r"cublas(Set|Get|Create|Destroy|Lt)\w+|cublas\w*(Gemm|gemm|Gemv|gemv|Dot|dot|Matmul)\w*")
 
@@ -36,10 +36,13 @@ def build(folder: Path) -> Path:
     compiler = shutil.which("g++")
     if not compiler:
         raise Unavailable("there is no g++")
-    headers = [os.environ.get("CUDA_HOME", "") + "/include", *HEADERS]
+    packaged = torch_lib.parents[1].glob("nvidia/cu*/include")
+    headers = [*map(str, packaged), os.environ.get("CUDA_HOME", "") + "/include", *HEADERS]
     include = next((one for one in headers if Path(one, "crt", "host_runtime.h").exists()), None)
     if include is None:
-        raise Unavailable(f"there is no crt/host_runtime.h of CUDA in {', '.join(headers)}")
+        raise Unavailable(
+            f"there is no crt/host_runtime.h of CUDA in {', '.join(headers)}; pip install 'cuda-toolkit[crt]'"
+        )
     here = Path(__file__).parent
     texts = [(here / name).read_bytes() for name in (*SOURCES, "runtime.h", "build.py")]
     key = hashlib.sha256(b"".join(texts) + str(torch_lib).encode()).hexdigest()[:16]
@@ -47,16 +50,17 @@ def build(folder: Path) -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    stubs = library.parent / "stubs.cpp"
+    stubs = library.parent / f"stubs{os.getpid()}.cpp"
     stubs.write_text(_stubs(torch_lib, b"".join(texts).decode()))
     sources = [here / name for name in SOURCES] + [stubs]
     # the name that Triton and torch load the driver by, so that they find this library there already
-    linked = ["-shared", "-Wl,-soname,libcuda.so.1", "-o", str(library) + ".new"]
+    made = f"{library}.{os.getpid()}"  # another process may be building it, too
+    linked = ["-shared", "-Wl,-soname,libcuda.so.1", "-o", made]
     options = ["-std=c++17", "-O1", "-fPIC", "-Wall", f"-I{include}", f"-I{here}"]
     done = subprocess.run([compiler, *options, *map(str, sources), *linked, "-ldl"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"building the stand-in failed:\n{done.stderr}")
-    os.replace(str(library) + ".new", library)
+    os.replace(made, library)
     return library
 
 

@@ -75,8 +75,8 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule, const char *name) {
     *function = reinterpret_cast<CUfunction>(new std::string(name));
     return CUDA_SUCCESS;
 }
-CUresult cuFuncGetAttribute(int *value, CUfunction_attribute, CUfunction) {
-    *value = 0;
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute a, CUfunction) {
+    *value = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
     return CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
@@ -96,4 +96,6 @@ CUresult cuLaunchKernel(CUfunction function, unsigned, unsigned, unsigned, unsig
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *, CUfunction function, void **, void **) { return launch(function); }
 
+CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
+CUresult cuCtxGetLimit(size_t *v, CUlimit) { *v = 0; return CUDA_SUCCESS; }
 }  // extern "C"

@@ -51,6 +51,16 @@ def test_a_step_waits_for_what_is_there_and_a_log_line_once(workers, dataset, tm
         assert step["cudaMalloc"] == 0 or number < 8
 
 
+def test_a_run_goes_on_where_memory_cannot_be_pinned(dataset, tmp_path):
+    """A failed call stays CUDA's last error, and torch raises it at the launch of the next kernel."""
+    command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
+    command += ["train.num_workers=2", "train.max_steps=4"]
+    refusing = os.environ | {"CUDA_HOST_NO_PINNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=refusing, capture_output=True, text=True, timeout=300)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "memory could not be pinned (CUDA error 801)" in said, said
+
+
 def test_a_full_device_is_said_in_one_sentence(dataset, tmp_path):
     command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
     command += ["student.arch=vit_small", "train.batch_size_per_gpu=16", "train.num_workers=0"]

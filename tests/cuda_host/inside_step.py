@@ -50,7 +50,7 @@ def test_a_step_never_waits_for_the_device(options):
     with counted() as found, sync_stacks() as stacks:
         losses = step(1)
     assert {loss.device.type for loss in losses.values()} == {"cuda"}
-    assert syncs(found) == 0, stacks
+    assert syncs(found) == found["sync event"] == 1, stacks  # the report of the step before
     assert found["copy pageable to device"] == 0 and found["launches"] > 1000
 
 

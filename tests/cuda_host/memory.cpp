@@ -130,6 +130,10 @@ cudaError_t cudaMallocHost(void **address, size_t size) { return cudaHostAlloc(a
 cudaError_t cudaFreeHost(void *address) { return unmap(address); }
 cudaError_t cudaHostRegister(void *address, size_t size, unsigned) {
     count("cudaHostRegister");
+    if (getenv("CUDA_HOST_NO_PINNING")) {  // as in a container or under WSL2
+        cuda_host_fail(cudaErrorNotSupported);
+        return cudaErrorNotSupported;
+    }
     if (where(address) != Where::pageable) {
         cuda_host_fail(cudaErrorHostMemoryAlreadyRegistered);
         return cudaErrorHostMemoryAlreadyRegistered;

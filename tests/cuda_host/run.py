@@ -1,6 +1,7 @@
 """Run Python under the stand-in of the CUDA runtime: ``python -m tests.cuda_host.run SCRIPT|-m MODULE [arguments]``.
 
-With ``--compute`` first, operations on "device" tensors have real values (``compute.py``). Read :func:`main` first.
+With ``--compute`` first, operations on "device" tensors have real values (``compute.py``), and several processes can
+talk to each other: through gloo, since there is no NCCL. Read :func:`main` first.
 """
 
 from __future__ import annotations
@@ -36,8 +37,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _run_computed(arguments: list[str]) -> None:
+    from torch import distributed
+
     from tests.cuda_host.compute import Computing
 
+    start = distributed.init_process_group
+    distributed.init_process_group = lambda backend, *args, **options: start(
+        backend.replace("nccl", "gloo"), *args, **options
+    )
     with Computing():
         if arguments[0] == "-m":
             sys.argv = arguments[1:]

@@ -29,7 +29,7 @@ def load_oracle(root: Path) -> SimpleNamespace:
     """Return upstream's modules from ``root/dinov2``, imported once a process.
 
     Attributes: arch (train.ssl_meta_arch), train, vits, models, configs, config_utils, head, dino_loss, ibot_loss,
-    koleo_loss, collate, masking, param_groups, utils (CosineScheduler).
+    koleo_loss, collate, masking, param_groups, utils (CosineScheduler), fsdp, distributed.
     """
     finder = _Finder(root)
     with _isolated_modules(finder), _unchanged_tf32(), warnings.catch_warnings():
@@ -52,6 +52,8 @@ def load_oracle(root: Path) -> SimpleNamespace:
             koleo_loss="loss.koleo_loss",
             param_groups="utils.param_groups",
             utils="utils.utils",
+            fsdp="fsdp",
+            distributed="distributed",
         )
         loaded = {key: importlib.import_module(f"dinov2.{name}") for key, name in names.items()}
     oracle = SimpleNamespace(collate=collate, masking=masking, **loaded)

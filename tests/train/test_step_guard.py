@@ -72,9 +72,9 @@ def test_alone_a_stop_is_heard_at_once():
 class Trainer:
     """The loop's step without the loop."""
 
-    def __init__(self, *overrides):
+    def __init__(self, *overrides, device="cpu"):
         self.cfg = tiny_config(*overrides)
-        self.model = SSLMetaArch(self.cfg)
+        self.model = SSLMetaArch(self.cfg).to(device)
         self.model.prepare_for_distributed_training()
         self.reducer = parallelize(self.cfg, self.model)
         self.model.train()
@@ -90,7 +90,7 @@ class Trainer:
         losses, skip = self.guard.judge(iteration, losses, norms)
         step_unless(skip, self.model, self.optimizer, 0.9)
         self.guard.hear()
-        return losses
+        return losses | norms
 
     def state(self):
         for loss in (self.model.dino_loss, self.model.ibot_patch_loss):

@@ -1,0 +1,13 @@
+import pytest
+
+from tests.cuda_host.build import Unavailable
+from tests.cuda_host.run import environment
+
+
+@pytest.fixture(scope="session")
+def preloaded():
+    """The environment of a process that has the stand-in of the CUDA runtime."""
+    try:
+        return environment()
+    except Unavailable as e:
+        pytest.skip(f"no stand-in of the CUDA runtime: {e}")
