@@ -1,6 +1,7 @@
 # make quickstart: train on real photographs in minutes.  make test: everything CI runs.  make bench: figures for the docs.
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -18,7 +19,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 test: lint
-	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15
+	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15 $(TESTS)
 
 # CPU benchmarks, under 20 minutes on two cores; each writes a page to benchmarks/results/
 bench: $(READY)

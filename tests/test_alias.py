@@ -53,7 +53,7 @@ def site(tmp_path):
 
 def _run(site, *arguments):
     command = [sys.executable, "-B", *arguments]
-    return subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(site)})
+    return subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=600, env={"PYTHONPATH": str(site)})
 
 
 @pytest.mark.parametrize(
