@@ -1,4 +1,4 @@
-# make quickstart: train on real photographs in minutes.  make test: everything CI runs.  make bench: figures for the docs.
+# make quickstart: train on real photographs in minutes.  make test: the tests, on any machine.  make bench: figures for the docs.
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=

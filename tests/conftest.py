@@ -6,7 +6,14 @@ environment, the names of all tests that were skipped are added to that file, fo
 
 import os
 import re
+import signal
 from collections import Counter
+
+
+def pytest_configure():
+    """Let tests send Ctrl-C, also where this run was started in the background of a script, which has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config):
