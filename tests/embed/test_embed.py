@@ -172,7 +172,7 @@ def test_mistakes(weights, images, tmp_path):
 
 def test_script_says_what_is_wrong(tmp_path):
     done = subprocess.run(script(tmp_path / "none.pth", tmp_path), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: expected a weight file at")
+    assert done.returncode == 1 and done.stderr.startswith("error: checkpoint: expected a weight file")
 
 
 def test_parquet_that_is_not_installed_is_told_before_anything_is_computed(images, tmp_path, monkeypatch):
