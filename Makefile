@@ -1,6 +1,7 @@
-# make quickstart: train on real photographs in minutes.  make test: everything CI runs.  make bench: figures for the docs.
+# make quickstart: train on real photographs in minutes.  make test: the tests, on any machine.  make bench: figures for the docs.
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -18,7 +19,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 test: lint
-	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15
+	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15 $(TESTS)
 
 # The host side of CUDA without a GPU: under the newest torch that pip offers, and under 2.11.0, which our GPU machine has
 CUDA_TORCH ?= torch torch==2.11.0

@@ -55,7 +55,7 @@ def fill_site(folder):
 
 def _run(site, *arguments):
     command = [sys.executable, "-B", *arguments]
-    return subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(site)})
+    return subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=600, env={"PYTHONPATH": str(site)})
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_two_processes(tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error
     _check_ranks([json.loads((tmp_path / f"facts{rank}.json").read_text()) for rank in range(2)])

@@ -61,7 +61,7 @@ class Unreadable(torch.utils.data.Dataset):
 @pytest.mark.parametrize("end", ["sys.exit(entry.reported(main))", "entry.leave(entry.reported(main))"])
 def test_an_error_does_not_wait_for_the_data_loading_processes(end):
     done = subprocess.run(
-        [sys.executable, "-c", LEFT_BEHIND.format(end=end)], capture_output=True, text=True, timeout=60, cwd=REPOSITORY
+        [sys.executable, "-c", LEFT_BEHIND.format(end=end)], capture_output=True, text=True, timeout=600, cwd=REPOSITORY
     )
     assert (done.returncode, done.stderr) == (1, "error: a bad image\n")
 
@@ -201,7 +201,7 @@ def leave_in_order(folder, how):
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
         env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", **own}
         jobs.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
-    said = [job.communicate(timeout=100)[0] for job in jobs]
+    said = [job.communicate(timeout=600)[0] for job in jobs]
     assert said == ["done\n", "done\n"]
     return [job.returncode for job in jobs]
 

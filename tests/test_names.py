@@ -56,7 +56,7 @@ def test_all_names_through_the_alias(site):  # noqa: F811
     lines = "\n".join(f"{entry.module} {entry.name}" for entry in ENTRIES)
     command = [sys.executable, "-B", "-c", ALL_SAME]
     environment = {"PYTHONPATH": str(site)}
-    done = subprocess.run(command, input=lines, cwd=site, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, input=lines, cwd=site, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
 
 

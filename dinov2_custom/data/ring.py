@@ -134,9 +134,10 @@ class Ring:
 
     def _start(self, word: int) -> Worker:
         ours, theirs = self.context.Pipe()
-        args = (theirs, self.slots, word, self.builder, dict(self.given_up))
+        forked = self.context.get_start_method() == "fork"  # with copies of `ours`: the pipe would stay open
+        args = (theirs, self.slots, word, self.builder, dict(self.given_up), os.getpid() if forked else None)
         process = self.context.Process(target=work, args=args, name=f"data-{word}", daemon=True)
-        if self.context.get_start_method() != "fork":
+        if not forked:
             resource_tracker.ensure_running()  # which would let the signals through again
         with stop_signals_held_back():  # else one that comes before the child ignores it would kill it
             process.start()
@@ -222,10 +223,12 @@ class Ring:
             self._send(worker, ("give_up", index, reason))
 
 
-def work(pipe: connection.Connection, slots: Slots, word: int, builder: Any, given_up: dict[int, str]) -> None:
-    """Build what is asked for, until the pipe closes or the parent is gone: the life of one process."""
+def work(
+    pipe: connection.Connection, slots: Slots, word: int, builder: Any, given_up: dict[int, str], parent: int | None
+) -> None:
+    """Build what is asked for, until the pipe closes or process ``parent`` is gone: the life of one process."""
     set_up_process()
-    parent, words = os.getppid(), slots.words
+    words = slots.words
 
     def note(index: int) -> None:
         words[word] = index
@@ -235,7 +238,7 @@ def work(pipe: connection.Connection, slots: Slots, word: int, builder: Any, giv
     try:
         while True:
             while not pipe.poll(PARENT_CHECK_S):
-                if os.getppid() != parent:
+                if parent not in (None, os.getppid()):
                     return
             kind, *message = pipe.recv()
             if kind == "give_up":

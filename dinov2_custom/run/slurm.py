@@ -39,9 +39,8 @@ def submit(script: str, output_dir: str, environment: Mapping[str, str]) -> tupl
         environment: what the job inherits, but for the variables of a job this process may be in.
 
     Raises:
-        LaunchError: SLURM is not there, refuses the job or will never start it; nothing is left behind then.
+        LaunchError: SLURM refuses the job or will never start it; nothing is left behind then.
     """
-    check_installed()
     inherited = _inherited(environment, script)
     made = [] if JOB in output_dir else _make(Path(output_dir))
     try:

@@ -104,17 +104,17 @@ def submit_jobs(task_class: type, args: argparse.Namespace, name: str) -> int:
         )
     if launcher == "inline" and (unused := unused_counts(args, world_from_environment(os.environ))):
         print(f"warning: {unused}", file=sys.stderr)
-    if launcher == "inline" and not args.dry_run:
-        return int(task_class(args)() or 0)
     if launcher == "slurm":
         return _submit(task_class, args, name)
+    # mistakes in the arguments come before what this machine lacks; ranks that are there choose the directory together
+    checked = argparse.Namespace(**vars(args)) if launcher == "inline" else args
+    config = _prepare(task_class, checked, warn=lambda text: None)  # the processes will say it
     processes = 1 if launcher == "inline" else local.num_processes(args)
-    if processes == 1 and not args.dry_run:
-        return int(task_class(args)() or 0)
-    config = _prepare(task_class, args, warn=lambda text: None)  # the processes will say it
     if args.dry_run:
         print(f"# {launcher}, {processes} processes: {_command()}\n{config or ''}", end="")
         return 0
+    if processes == 1:
+        return int(task_class(args)() or 0)
     return local.launch(task_class, args, processes)
 
 
@@ -173,17 +173,16 @@ def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
 
 def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     cluster_file.fill_in(args)
-    if not args.dry_run:
-        slurm.check_installed()
+    warnings: list[str] = []
+    config = _prepare(task_class, args, warnings.append)
+    if sbatch.JOB not in args.output_dir:
+        check_output_dir(args.output_dir)
     env = environment.resolve(args, os.environ)
     if env.missing and issubclass(task_class, Task):
         raise LaunchError(
             f"--venv, --conda-env, --python: expected an environment with {', '.join(env.missing)}, found none for "
             f"{env.python}; install them with `{env.python} -m pip install -e {Path(__file__).resolve().parents[2]}`"
         )
-    config = _prepare(task_class, args, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
-    if sbatch.JOB not in args.output_dir:
-        check_output_dir(args.output_dir)
     task_args = argparse.Namespace(**vars(args))
     if issubclass(task_class, Task):  # another class may read the launcher's options
         for dest in (*CLUSTER_OPTIONS, "launcher", "cluster", "dry_run"):
@@ -193,6 +192,10 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     spec = task.make_spec(task_class, task_args, f"{args.output_dir}/%j", first_output=0)
     script = sbatch.render(args, name, env, spec, config, _command())
     slurm.check_syntax(script)
+    if not args.dry_run:  # last: what a user can mend comes before what this machine lacks
+        slurm.check_installed()
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
     if args.dry_run:
         print(script, end="", flush=True)
         print(f"# {slurm.foretell(script, os.environ)}", file=sys.stderr)

@@ -50,7 +50,7 @@ def run(home, *command, expected=0):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=environment,
     )
     assert done.returncode == expected, done.stdout + done.stderr
@@ -85,7 +85,7 @@ def test_prepare(imagenet, site):  # noqa: F811
     folder, _ = imagenet
     command = [sys.executable, "-B", "-c", PREPARE, str(folder / "root"), str(folder / "extra")]
     environment = {"PYTHONPATH": str(site)}
-    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     made = sorted(path.name for path in (folder / "extra").iterdir())
     kinds = ("class-ids", "class-names", "entries")

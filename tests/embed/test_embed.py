@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.teacher import load_teacher
 from tests.eval.test_setup import make_run
 from tests.export.backbones import make_teacher
+from tests.processes import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -122,9 +122,7 @@ def test_killed_and_taken_up_again_by_two_processes(weights, images, tmp_path):
     options = [weights, listed, "--batch-size", 1, "--image-size", 64]
     out, whole = tmp_path / "out", tmp_path / "whole"
     process = subprocess.Popen(script(*options, "--output-dir", out), env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("parts/*.npz")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: list(out.glob("parts/*.npz")), "the first part", [process])
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (out / "features.npy").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
@@ -135,7 +133,7 @@ def test_killed_and_taken_up_again_by_two_processes(weights, images, tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert again.returncode == 0, again.stderr
     assert f"240 in {listed}, {32 * len(kept)} done before" in again.stderr
@@ -174,7 +172,7 @@ def test_mistakes(weights, images, tmp_path):
 
 def test_script_says_what_is_wrong(tmp_path):
     done = subprocess.run(script(tmp_path / "none.pth", tmp_path), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: expected a weight file at")
+    assert done.returncode == 1 and done.stderr.startswith("error: checkpoint: expected a weight file")
 
 
 def test_parquet_that_is_not_installed_is_told_before_anything_is_computed(images, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def test_script_reports_errors_in_one_line(tmp_path):
     command = [sys.executable, "run/eval/knn.py", "--pretrained-weights", str(tmp_path / "none.pth")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 1
-    assert done.stderr.startswith("error: --pretrained-weights: expected a weight file at ")
+    assert done.stderr.startswith("error: --pretrained-weights: expected a weight file or a run directory, got ")
     assert "Traceback" not in done.stderr
 
 

@@ -48,7 +48,7 @@ json.dump(facts, open(out, "w"))
 def test_every_name_from_a_fresh_interpreter(tmp_path):
     command = [sys.executable, "-B", "-c", LOAD_ALL, str(REPOSITORY), " ".join(NAMES), str(tmp_path / "facts.json")]
     environment = {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert set(facts["errors"]) == set(ELSEWHERE)

@@ -189,7 +189,7 @@ def test_rows_equal_upstreams(tmp_path):
     stream = [{"lr": random.random() * 1e-4, "total_loss": random.normal(), "koleo": i / 7} for i in range(53)]
     theirs, ours = tmp_path / "theirs.json", tmp_path / "ours.json"
     command = [sys.executable, "-W", "ignore", "-c", ORACLE_SCRIPT, str(oracle), str(theirs), json.dumps(stream)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=_plain_environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=_plain_environment())
     assert done.returncode == 0, done.stderr
     logger, numbers = MetricLogger("  ", ours), iter(stream)
     for _ in logger.log_every(range(53), 10, "Training", 53, 0):

@@ -58,13 +58,14 @@ class Case:
 
 STEP_CASES = [
     Case("S/14", "vit_small", f"{P14} {DROP_0}"),
-    Case("S/14 initial weights, no KoLeo", "vit_small", f"{P14} dino.koleo_loss_weight=0", as_initialised=True),
+    Case("S/14 initial weights, no KoLeo", "vit_small", f"{P14} dino.koleo_loss_weight=0", 6, as_initialised=True),
     Case("S/14 crops 224+98, 65536 prototypes", "vit_small", f"{NATIVE} {DROP_0}", 6, 2),
-    Case("S/16 drop path", "vit_small", P16, batch_size=4),
+    Case("S/16 drop path", "vit_small", P16, 6, 4),
     Case(
         "S/14 sinkhorn, separate heads, chunks",
         "vit_small",
         f"{P14} {DROP_0} {SINKHORN} {SEPARATE} student.block_chunks=4",
+        8,
     ),
     Case(
         "S/14 sinkhorn, shared head, drop path .05", "vit_small", f"{P14} {SINKHORN} student.drop_path_rate=0.05", 6, 4
@@ -77,7 +78,7 @@ STEP_CASES = [
         "S/14 no biases, no LayerScale, one-layer head", "vit_small", f"{P14} {DROP_0} {NO_BIAS} dino.head_nlayers=1", 4
     ),
     Case("S/14 swiglu, drop path", "vit_small", f"{P14} student.ffn_layer=swiglu", 4, 4),
-    Case("B/14", "vit_base", f"{P14} {DROP_0}", batch_size=2),
+    Case("B/14", "vit_base", f"{P14} {DROP_0}", 4, 2),
     Case("B/16 drop path, chunks", "vit_base", f"{P16} student.block_chunks=2", 4, 4),
     Case("B/14 swiglu, separate heads, sinkhorn, drop path", "vit_base", VITL14, 4),
     Case("L/16", "vit_large", f"{P16} {DROP_0}", 2),

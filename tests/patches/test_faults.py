@@ -110,7 +110,7 @@ def test_fsdp_attributes(checkout):
         command = torchrun(2, str(Path(__file__).with_name("fsdp_processes.py")))
         paths = {"PYTHONPATH": f"{checkout}{os.pathsep}{REPOSITORY}", "PYTHONDONTWRITEBYTECODE": "1"}
         env = os.environ | ENVIRONMENT | paths
-        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

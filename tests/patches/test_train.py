@@ -33,7 +33,7 @@ def train(checkout, *arguments):
     env = os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"}
     script = str(Path(__file__).with_name("train_checkout.py"))
     command = [sys.executable, "-B", script, *map(str, arguments)]
-    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_trains_resumes_and_is_put_back(checkout, tmp_path):

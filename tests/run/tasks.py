@@ -35,7 +35,7 @@ class Misbehave(Task):
             return int(self.args.how)
         if self.args.how == "hang" and rank == (self.args.who + 1) % int(size):
             end_hanging_job(out, rank)
-        time.sleep(60 if self.args.wait else 0)
+        time.sleep(1000 if self.args.wait else 0)
         return 0
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import local
-from tests.processes import ENVIRONMENT, REPOSITORY
+from tests.processes import ENVIRONMENT, REPOSITORY, wait_until
 from tests.run.tasks import Misbehave
 from tests.train.batches import TINY
 from tests.train.test_train import weights, write_images
@@ -49,10 +48,7 @@ def start(images: Path, out: Path, *flags: str) -> subprocess.Popen:
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"{path} did not come"
-        time.sleep(0.02)
+    wait_until(path.exists, str(path), [process])
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -62,7 +58,7 @@ def children(process: subprocess.Popen) -> list[int]:
 @pytest.fixture(scope="module")
 def uninterrupted(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert start(images, out).wait(timeout=240) == 0
+    assert start(images, out).wait(timeout=600) == 0
     return out
 
 
@@ -78,10 +74,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(images, uninterru
     process = start(images, out)
     wait_for(out / "last_checkpoint", process)
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal does
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=600) == 130
     assert not (out / "model_final").exists() and children_are_gone(out)
 
-    assert start(images, out).wait(timeout=240) == 0
+    assert start(images, out).wait(timeout=600) == 0
     log = (tmp_path / "out.log").read_text()
     assert "resumed from=" in log and "Traceback" not in log
     expected, got = weights(uninterrupted), weights(out)
@@ -105,7 +101,7 @@ def test_a_killed_rank_ends_the_run_with_a_sentence(images, tmp_path):
     wait_for(out / "last_checkpoint", process)
     second = next(pid for pid in children(process) if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(second, signal.SIGKILL)
-    assert process.wait(timeout=60) == 137
+    assert process.wait(timeout=600) == 137
     sentence = "rank 1 was killed by SIGKILL, the other processes were stopped"
     assert sentence in (tmp_path / "out.log").read_text()
     assert sentence in (out / "logs" / "log.txt").read_text()
@@ -116,7 +112,7 @@ def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
     out = tmp_path / "runs" / "out"
     out.parent.mkdir()
     process = start(tmp_path / "absent", out)
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=600) == 1
     log = (tmp_path / "runs" / "out.log").read_text()
     assert log.count("error: ") == 1 and "Traceback" not in log
     assert not out.exists()
@@ -179,7 +175,7 @@ def test_a_signal_reaches_every_rank_once(importable, tmp_path):
     wait_for(out / "ready0", process)
     wait_for(out / "ready1", process)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=600) == 143
     assert [(out / f"signals{rank}").read_text() for rank in range(2)] == ["15", "15"]
 
 
@@ -203,11 +199,8 @@ def test_processes_without_their_launcher_save_and_end(images, tmp_path):
     assert len(ranks) == 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
     try:
-        while (left := [pid for pid in ranks if _runs(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not left
+        wait_until(lambda: not any(map(_runs, ranks)), "the end of the ranks")
     finally:
         for pid in [pid for pid in ranks if _runs(pid)]:
             os.kill(pid, signal.SIGKILL)

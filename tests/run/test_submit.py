@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2_custom.errors import LaunchError
+from dinov2_custom.errors import ConfigError, LaunchError
 from dinov2_custom.run.submit import Task, choose_launcher, get_args_parser, get_shared_folder, submit_jobs
+from dinov2_custom.run.train.train import main as train_main
 from tests.train.batches import TINY
 from tests.train.test_train import write_images
 
@@ -27,7 +29,7 @@ def parse(*arguments):
 def train(*arguments, cwd, environment=None):
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(environment or {})}
     command = [sys.executable, str(REPOSITORY / "run/train/train.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +181,58 @@ def test_local_dry_run(tmp_path):
     assert "  arch: vit_nano\n" in done.stdout and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [["--partition", "p"], ["--launcher", "slurm"], ["--ngpus", "2"]])
-def test_a_bad_configuration_is_refused_first(tmp_path, flags):
-    done = train(*flags, "--output-dir", "out", "optim.epoch=3", "train.dataset_path=x", cwd=tmp_path)
+@pytest.fixture
+def no_slurm(tmp_path_factory):
+    """Return a PATH with bash and nothing else."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "bash").symlink_to(shutil.which("bash"))
+    return {"PATH": str(folder)}
+
+
+GPU = "expected to use the GPUs that CUDA_VISIBLE_DEVICES=99 names"
+LACKING = [
+    (["--partition", "p"], "expected SLURM's commands on PATH"),
+    (["--launcher", "slurm"], "expected SLURM's commands on PATH"),
+    (["--venv", "v"], "expected an environment with torch"),
+    (["--venv", "v", "--dry-run"], "expected an environment with torch"),
+    (["--ngpus", "2"], GPU),
+    (["--launcher", "local"], GPU),
+    (["--launcher", "inline"], GPU),
+]
+
+
+@pytest.mark.parametrize("flags, lacking", LACKING, ids=[" ".join(flags) for flags, _ in LACKING])
+def test_a_bad_configuration_is_refused_before_what_the_machine_lacks(tmp_path, no_slurm, flags, lacking):
+    if "v" in flags:
+        venv.create(tmp_path / "v", symlinks=True)
+    (tmp_path / "images").mkdir()
+    before = sorted(tmp_path.iterdir())
+    environment = no_slurm | {"CUDA_VISIBLE_DEVICES": "99"}
+    arguments = [*flags, "--output-dir", "out", *TINY, "train.dataset_path=images"]
+    done = train(*arguments, "optim.epoch=3", cwd=tmp_path, environment=environment)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "optim.epochs" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert lacking not in done.stderr and sorted(tmp_path.iterdir()) == before
+    assert lacking in train(*arguments, cwd=tmp_path, environment=environment).stderr
+
+
+def test_too_many_gpus_are_refused_after_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = ["--ngpus", "3", "--output-dir", str(tmp_path / "out"), "train.dataset_path=x"]
+    with pytest.raises(ConfigError, match="optim.epochs"):
+        train_main([*arguments, "optim.epoch=3"])
+    with pytest.raises(LaunchError, match="the 2 GPUs of this machine, got 3"):
+        train_main(arguments)
+
+
+@pytest.mark.parametrize("script", ["eval/knn", "eval/linear", "eval/log_regression", "embed"])
+@pytest.mark.parametrize("flags", [["--partition", "p"], ["--launcher", "inline"], ["--ngpus", "2"]], ids=" ".join)
+def test_weights_that_are_not_there_are_refused_first(tmp_path, no_slurm, script, flags):
+    weights = ["absent.pth", "images"] if script == "embed" else ["--pretrained-weights", "absent.pth"]
+    environment = os.environ | no_slurm | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "99"}
+    command = [sys.executable, str(REPOSITORY / f"run/{script}.py"), *weights, *flags]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and not list(tmp_path.iterdir())
+    assert "expected a weight file or a run directory, got absent.pth" in done.stderr
 
 
 def test_data_that_is_not_on_this_machine_is_a_warning(tmp_path):
@@ -206,8 +255,8 @@ def test_an_environment_without_torch_is_refused_before_the_queue(tmp_path):
     assert "--venv, --conda-env, --python: expected an environment with torch, numpy, PIL, omegaconf," in done.stderr
 
 
-def test_without_slurm(tmp_path):
-    done = train("--partition", "p", "train.dataset_path=x", cwd=tmp_path, environment={"PATH": "/nowhere"})
+def test_without_slurm(tmp_path, no_slurm):
+    done = train("--partition", "p", "train.dataset_path=x", cwd=tmp_path, environment=no_slurm)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: expected SLURM's commands on PATH, got no sbatch, srun, scontrol")
     assert not list(tmp_path.iterdir())

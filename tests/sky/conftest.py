@@ -26,7 +26,7 @@ class Bucket:
     def put(self, folder: Path, prefix: str = "") -> str:
         """Upload a folder or a file and return its URL."""
         target = f":s3:{self.name}/{prefix}".rstrip("/")
-        subprocess.run(["rclone", "copyto", str(folder), target], env=self.env, check=True, timeout=120)
+        subprocess.run(["rclone", "copyto", str(folder), target], env=self.env, check=True, timeout=600)
         return f"s3://{self.name}/{prefix}".rstrip("/")
 
 
@@ -34,9 +34,9 @@ class Bucket:
 def s3_environment(tmp_path_factory):
     """Start the server once; skip, saying why, where it or rclone is not installed."""
     if shutil.which("rclone") is None:
-        pytest.skip("the data staging is not tested: no rclone here (apt install rclone)")
+        pytest.skip("needs rclone: tests/sky/install.sh")
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask_cors") is None:
-        pytest.skip("the data staging is not tested: no moto here (pip install 'moto[s3]' flask flask-cors)")
+        pytest.skip("needs moto: pip install 'moto[s3]' flask flask-cors")
     port = free_port()
     log = tmp_path_factory.mktemp("moto") / "log.txt"
     with open(log, "w") as file:
@@ -56,13 +56,13 @@ def s3_environment(tmp_path_factory):
         }
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=600)
 
 
 @pytest.fixture
 def bucket(s3_environment, request):
     name = "b" + "".join(c for c in request.node.name.lower() if c.isalnum())[:50]
-    subprocess.run(["rclone", "mkdir", f":s3:{name}"], env=s3_environment, check=True, timeout=60)
+    subprocess.run(["rclone", "mkdir", f":s3:{name}"], env=s3_environment, check=True, timeout=600)
     return Bucket(name, s3_environment)
 
 

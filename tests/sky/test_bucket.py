@@ -9,13 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dinov2_custom.utils.checkpoint_folder import MARKER
+from tests.processes import wait_until
 from tests.sky.conftest import REPOSITORY
 from tests.sky.test_run import Launch
 from tests.train.test_train import rows, write_images
@@ -36,9 +36,9 @@ class Mount:
         self.folder.mkdir(parents=True)
         where = [f":s3:{bucket.name}", str(self.folder), f"--cache-dir={self.cache}", f"--log-file={self.log}"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the daemon would keep a pipe open
-        done = subprocess.run(["rclone", "mount", *where, *OPTIONS], env=bucket.env, timeout=60, **quiet)
+        done = subprocess.run(["rclone", "mount", *where, *OPTIONS], env=bucket.env, timeout=600, **quiet)
         if done.returncode:
-            pytest.skip(f"checkpoints in a mounted bucket are not tested: no mount ({self.log.read_text()[-200:]})")
+            pytest.skip(f"needs the right to mount a bucket: {self.log.read_text()[-200:]}")
 
     def uploaded(self) -> bool:
         """Return whether nothing waits, as SkyPilot asks at the end of a job."""
@@ -51,13 +51,13 @@ class Mount:
             with contextlib.suppress(OSError):
                 if f"--cache-dir={self.cache}".encode() in entry.read_bytes():
                     os.kill(int(entry.parent.name), signal.SIGKILL)
-        subprocess.run(["fusermount3", "-uz", str(self.folder)], capture_output=True, timeout=30)
+        subprocess.run(["fusermount3", "-uz", str(self.folder)], capture_output=True, timeout=600)
         shutil.rmtree(self.cache, ignore_errors=True)
 
 
 def in_bucket(bucket) -> set[str]:
     command = ["rclone", "lsf", "-R", "--files-only", f":s3:{bucket.name}"]
-    done = subprocess.run(command, env=bucket.env, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=bucket.env, capture_output=True, text=True, timeout=600, check=True)
     return set(done.stdout.split())
 
 
@@ -66,19 +66,11 @@ def complete(files: set[str]) -> set[str]:
     return {file for file in files if re.fullmatch(rf"run-1/model_\d+/{re.escape(MARKER)}", file)}
 
 
-def wait_for(condition, launch: Launch | None = None) -> None:
-    deadline = time.monotonic() + 180
-    while not condition():
-        ended = launch is not None and any(process.poll() is not None for process in launch.processes)
-        assert time.monotonic() < deadline and not ended, launch.log() if launch else ""
-        time.sleep(0.1)
-
-
 @pytest.fixture
 def machines(bucket, tmp_path):
     """Make machines with the bucket mounted; take all away in the end."""
     if not os.path.exists("/dev/fuse") or shutil.which("fusermount3") is None:
-        pytest.skip("checkpoints in a mounted bucket are not tested: no FUSE here (apt install fuse3)")
+        pytest.skip("needs FUSE: /dev/fuse, and tests/sky/install.sh")
     made = []
 
     def machine(name: str) -> Mount:
@@ -97,7 +89,7 @@ def test_a_machine_is_taken_away_and_another_one_goes_on_from_the_bucket(bucket,
     options = {"length": TOTAL, "more": keep, "CHECKPOINT_DIR": str(first.folder)}
     launch = Launch(tmp_path / "first", images, nodes=1, gpus=2, **options)
     try:
-        wait_for(lambda: len(complete(in_bucket(bucket))) >= 2, launch)
+        wait_until(lambda: len(complete(in_bucket(bucket))) >= 2, "two checkpoints", launch.processes)
     finally:
         launch.kill()
         first.take_away()
@@ -111,7 +103,7 @@ def test_a_machine_is_taken_away_and_another_one_goes_on_from_the_bucket(bucket,
     resumed = re.search(r"resumed from=\S+ iteration=(\d+)", launch.log())
     assert resumed and 0 < int(resumed[1]) < TOTAL - 1, launch.log()
     assert "Traceback" not in launch.log()
-    wait_for(second.uploaded)
+    wait_until(second.uploaded, "the upload")
 
     third = machines("third")  # what is in the bucket, seen by a machine that wrote none of it
     out = third.folder / "run-1"

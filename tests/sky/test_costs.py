@@ -29,7 +29,7 @@ def costs():
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=600)
 
 
 def attention_flop(query, key, value, *args, out_shape=None, **kwargs) -> int:

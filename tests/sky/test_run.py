@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.processes import wait_until
 from tests.sky.conftest import REPOSITORY, free_port
 from tests.train.batches import TINY
 from tests.train.test_train import rows, write_images
@@ -80,7 +81,7 @@ class Launch:
 
     def wait(self) -> list[int]:
         try:
-            return [process.wait(timeout=240) for process in self.processes]
+            return [process.wait(timeout=600) for process in self.processes]
         finally:
             self.kill()
 
@@ -94,7 +95,7 @@ class Launch:
             for process in self.processes:
                 process.poll()
         for process in self.processes:
-            process.wait(timeout=30)
+            process.wait(timeout=600)
 
     def log(self) -> str:
         return "".join(log.read_text() for log in self.logs)
@@ -112,12 +113,12 @@ def processes_with(mark: str) -> list[int]:
 
 def wait_for_checkpoint(launch: Launch, line: str = "") -> None:
     """Return when there is a checkpoint and ``line`` in the log; on any other end of the launch fail."""
-    deadline = time.monotonic() + 180
-    while not (launch.out / "last_checkpoint").exists() or line not in launch.log():
-        if time.monotonic() > deadline or any(process.poll() is not None for process in launch.processes):
-            launch.kill()
-            raise AssertionError(launch.log())
-        time.sleep(0.02)
+    marker = launch.out / "last_checkpoint"
+    try:
+        wait_until(lambda: marker.exists() and line in launch.log(), "a checkpoint", launch.processes)
+    except AssertionError:
+        launch.kill()
+        raise AssertionError(launch.log()) from None
 
 
 @pytest.fixture(scope="module")

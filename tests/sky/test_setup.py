@@ -47,7 +47,7 @@ class Node:
         self.calls.write_text("")
         command = ["bash", "-c", SETUP]
         env = {**self.env, **changes}
-        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600)
         assert "Traceback" not in done.stderr
         return done
 
@@ -106,7 +106,7 @@ def test_nodes_that_share_a_home_install_once(tmp_path):
     node.calls.write_text("")
     command = ["bash", "-c", SETUP]
     both = [subprocess.Popen(command, cwd=REPOSITORY, env=node.env, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
     assert len(node.installs()) == 2
 
 

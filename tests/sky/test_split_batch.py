@@ -12,7 +12,7 @@ SCRIPT = REPOSITORY / "sky" / "split_batch.py"
 
 def split(*numbers: int) -> subprocess.CompletedProcess:
     flags = ["--global-batch", str(numbers[0]), "--gpus", str(numbers[1]), "--at-most", str(numbers[2])]
-    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=30)
+    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(

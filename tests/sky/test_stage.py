@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.processes import wait_until
 from tests.sky.conftest import KEY, REPOSITORY, SECRET
 
 SCRIPT = REPOSITORY / "sky" / "stage.py"
@@ -21,7 +21,7 @@ SCRIPT = REPOSITORY / "sky" / "stage.py"
 
 def stage(bucket, source, folder, *options, **env):
     command = [sys.executable, str(SCRIPT), *options, str(source), str(folder)]
-    done = subprocess.run(command, env={**bucket.env, **env}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env={**bucket.env, **env}, capture_output=True, text=True, timeout=600)
     assert SECRET not in done.stdout + done.stderr and KEY not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -112,13 +112,6 @@ def start_slowly(bucket, source, folder, log) -> subprocess.Popen:
         return subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
 
 
-def wait_for(condition, process=None) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline and (process is None or process.poll() is None)
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("compressed", [False, True])
 def test_killed_midway_and_run_again(bucket, tmp_path, compressed):
     shards = tmp_path / "shards"
@@ -130,9 +123,9 @@ def test_killed_midway_and_run_again(bucket, tmp_path, compressed):
             (shards / f"{i}.tar.gz").write_bytes(gzip.compress(content, 1))
     source, folder = bucket.put(shards, "shards"), tmp_path / "local"
     process = start_slowly(bucket, source, folder, tmp_path / "log")
-    wait_for(lambda: sum(map(len, contents(folder).values())) > 0, process)
+    wait_until(lambda: sum(map(len, contents(folder).values())) > 0, "a part of the data", [process])
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
+    process.wait(timeout=600)
     assert contents(folder) != expected and not (folder / ".staged.json").exists()
 
     assert stage(bucket, source, folder).returncode == 0
@@ -142,9 +135,9 @@ def test_killed_midway_and_run_again(bucket, tmp_path, compressed):
 def test_a_second_call_waits_for_the_first_and_for_an_rclone_that_outlived_it(bucket, images, tmp_path):
     source, folder = bucket.put(images, "data"), tmp_path / "local"
     process = start_slowly(bucket, source, folder, tmp_path / "log")
-    wait_for(lambda: contents(folder), process)
+    wait_until(lambda: contents(folder), "a part of the data", [process])
     os.kill(process.pid, signal.SIGKILL)  # its rclone goes on
-    process.wait(timeout=30)
+    process.wait(timeout=600)
     second = stage(bucket, source, folder)
     assert second.returncode == 0 and "waiting for another process" in second.stdout
     assert contents(folder) == contents(images)
@@ -175,7 +168,7 @@ def test_a_damaged_tar_is_named(bucket, tmp_path, damage, suffix):
 
     (shards / f"bad{suffix}").unlink()
     write_tar(shards / "bad.tar")
-    subprocess.run(["rclone", "sync", str(shards), f":s3:{bucket.name}/d"], env=bucket.env, check=True, timeout=60)
+    subprocess.run(["rclone", "sync", str(shards), f":s3:{bucket.name}/d"], env=bucket.env, check=True, timeout=600)
     assert stage(bucket, f"s3://{bucket.name}/d", tmp_path / "local").returncode == 0
 
 
@@ -213,7 +206,7 @@ def test_a_disk_that_is_too_small(bucket, tmp_path, name):
     (shards / name).write_bytes(gzip.compress(content, 1) if name.endswith("gz") else content)
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("NO SMALL DISK: mounting one needs root")
+        pytest.skip("needs root: to mount a small disk")
     try:
         error = refused(bucket, bucket.put(shards, "d"), folder)
     finally:

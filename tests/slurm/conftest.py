@@ -4,12 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.processes import wait_until
 from tests.train.test_train import write_images
 
 HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ class Cluster:
 
     def run(self, *command: object, check: bool = True, **options) -> subprocess.CompletedProcess:
         options.setdefault("env", self.environment)
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240, **options)
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=600, **options)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
@@ -53,16 +53,13 @@ class Cluster:
         shown = self.run("scontrol", "show", "job", job).stdout
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
-    def wait(self, job: str, states: Sequence[str] = ("COMPLETED",), timeout: float = 180) -> dict[str, str]:
+    def wait(self, job: str, states: Sequence[str] = ("COMPLETED",)) -> dict[str, str]:
         """Wait until the job is in one of ``states``; fail as soon as it is in another final one."""
-        deadline = time.monotonic() + timeout
-        while True:
-            facts = self.facts(job)
-            if facts["JobState"] in states:
-                return facts
-            final = facts["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-            assert not final and time.monotonic() < deadline, f"{facts['JobState']}: {self.log(job)}"
-            time.sleep(0.2)
+        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        wait_until(lambda: self.facts(job)["JobState"] in {*states, *final}, f"the end of job {job}")
+        facts = self.facts(job)
+        assert facts["JobState"] in states, f"{facts['JobState']}: {self.log(job)}"
+        return facts
 
     def log(self, job: str) -> str:
         folder = Path(self.facts(job)["StdOut"]).parent
@@ -93,9 +90,8 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster(request, tmp_path_factory):
     missing = [name for name in DAEMONS if shutil.which(name) is None]
-    reason = "not root" if os.getuid() else f"no {', '.join(missing)} (tests/slurm/install.sh)" if missing else ""
-    if reason:
-        words = f"NO REAL SLURM: {reason}"
+    if os.getuid() or missing:
+        words = f"needs SLURM: no {', '.join(missing)} (tests/slurm/install.sh)" if missing else "needs root: for SLURM"
         pytest.fail(words) if os.environ.get("DINOV2_REQUIRE_SLURM") else pytest.skip(words)
     here = [item.nodeid for item in request.node.items if HERE in item.path.parents]
     if os.environ.get("PYTEST_XDIST_WORKER") and not all(name.endswith(f"@{GROUP}") for name in here):

@@ -1,8 +1,9 @@
 """The cluster of the tests: two of them side by side, and none left when the process it is for is killed."""
 
 import subprocess
-import time
 from pathlib import Path
+
+from tests.processes import wait_until
 
 HERE = Path(__file__).parent
 
@@ -20,10 +21,7 @@ def test_it_ends_with_the_process_it_was_started_for(cluster, tmp_path):
     finally:
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 60
-    while (tmp_path / "c").exists():
-        assert time.monotonic() < deadline, "it is still there"
-        time.sleep(0.1)
+    wait_until(lambda: not (tmp_path / "c").exists(), "the end of the cluster")
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert names not in Path("/etc/hosts").read_text()
     assert cluster.run("sinfo").returncode == 0, "the other one is up"

@@ -69,7 +69,7 @@ def test_the_submitting_interpreter(cluster, tmp_path):
 @pytest.mark.parametrize("name", ["this", "other"])
 def test_virtual_environments(cluster, tmp_path, two_venvs, name):
     if name not in two_venvs:
-        pytest.skip("NO SECOND PYTHON of 3.10 or later on this machine")
+        pytest.skip("needs a second Python of 3.10 or later")
     folder, version = two_venvs[name]
     facts = who(cluster, tmp_path / "out", "--venv", folder, "--setup", "export FROM_LINE='two words'")
     assert (facts["prefix"], facts["version"], facts["VIRTUAL_ENV"]) == (str(folder), version, str(folder))
@@ -88,7 +88,7 @@ def test_a_real_conda_prefix(cluster, tmp_path):
     assert (facts["prefix"], facts["CONDA_PREFIX"], facts["HOOK"]) == (str(prefix), str(prefix), "ran")
 
 
-@pytest.mark.skipif(not Path("/usr/share/modules").exists(), reason="NO environment-modules (tests/slurm/install.sh)")
+@pytest.mark.skipif(not Path("/usr/share/modules").exists(), reason="needs environment-modules: tests/slurm/install.sh")
 def test_real_modules(cluster, tmp_path, two_venvs):
     folder, version = list(two_venvs.values())[-1]
     modules = tmp_path / "modulefiles"

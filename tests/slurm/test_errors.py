@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.slurm.test_jobs import arguments, wait_for
+from tests.processes import wait_until
+from tests.slurm.test_jobs import arguments
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_refusals(cluster, tmp_path, flags, message):
     assert done.returncode == 1 and len(errors) == 1, done.stderr
     assert errors[0].startswith("error: ") and message in errors[0]
     assert list(tmp_path.iterdir()) == []
-    wait_for(lambda: set(cluster.queue()) <= set(before), "the end of the cancelled job", timeout=30)
+    wait_until(lambda: set(cluster.queue()) <= set(before), "the end of the cancelled job")
 
 
 def test_two_jobs_for_one_directory(cluster, tmp_path):

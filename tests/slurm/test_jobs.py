@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import wait_until
 from tests.train.batches import TINY
 from tests.train.test_train import rows, weights
 
@@ -31,14 +32,6 @@ def arguments(images: Path, out: object, *flags: object) -> list[object]:
     return [*small, "--output-dir", out, *flags, *TINY, *overrides]
 
 
-def wait_for(condition, what: str, timeout: float = 120):
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come"
-        time.sleep(0.05)
-    return found
-
-
 def last_checkpoint(out: Path) -> str:
     marker = out / "last_checkpoint"
     return marker.read_text() if marker.exists() else ""
@@ -47,7 +40,7 @@ def last_checkpoint(out: Path) -> str:
 def frozen_after_a_checkpoint(cluster, job: str, out: Path) -> dict[int, int]:
     """Wait for a newer checkpoint, stop all ranks where they are, and return {rank: process id}."""
     before = last_checkpoint(out)
-    wait_for(lambda: last_checkpoint(out) not in ("", before), "a checkpoint")
+    wait_until(lambda: last_checkpoint(out) not in ("", before), "a checkpoint")
     ranks = cluster.ranks(job)
     for pid in ranks.values():
         os.kill(pid, signal.SIGSTOP)
@@ -63,7 +56,7 @@ def wake(ranks: dict[int, int]) -> None:
 def set_limit(cluster, job: str, minutes: int) -> None:
     """SLURM refuses it while it ends a job."""
     command = ("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
-    wait_for(lambda: cluster.run(*command, check=False).returncode == 0, "another time limit")
+    wait_until(lambda: cluster.run(*command, check=False).returncode == 0, "another time limit")
 
 
 def preempt(cluster, job: str, out: Path) -> None:
@@ -76,7 +69,7 @@ def preempt(cluster, job: str, out: Path) -> None:
     other = cluster.run(
         "sbatch", "--parsable", "--partition=high", nodes, "--exclusive", "--wrap=true", "--output=/dev/null"
     )
-    wait_for(lambda: cluster.facts(job)["PreemptTime"] != "None", "the preemption")
+    wait_until(lambda: cluster.facts(job)["PreemptTime"] != "None", "the preemption")
     wake(ranks)
     cluster.wait(other.stdout.strip())  # before that it might come between a second time
 
@@ -149,7 +142,7 @@ def test_preempted_timed_out_and_killed_gives_the_same_weights(cluster, images, 
     job = cluster.submit(*arguments(images, out, "--nodes", 2))
     for attempt, interrupt in enumerate((preempt, time_out, kill)):
         interrupt(cluster, job, out)
-        wait_for(lambda a=attempt: int(cluster.facts(job)["Restarts"]) > a, f"restart {attempt + 1}")
+        wait_until(lambda a=attempt: int(cluster.facts(job)["Restarts"]) > a, f"restart {attempt + 1}")
         set_limit(cluster, job, 10)
     assert cluster.wait(job)["Restarts"] == "3"
     check_same(out, two_by_two)
@@ -184,7 +177,7 @@ def test_a_signal_before_the_first_step_is_no_failure(cluster, tmp_path):
         0,
     ]
     job = cluster.run(sys.executable, "-m", "tests.slurm.who", *small, cwd=tmp_path).stdout.split()[1]
-    wait_for(lambda: len(list(tmp_path.glob("out/waiting*"))) == 2, "two processes")
+    wait_until(lambda: len(list(tmp_path.glob("out/waiting*"))) == 2, "two processes")
     cluster.run("scancel", "--signal=TERM", job)
     assert cluster.wait(job)["Restarts"] == "1"
     assert "requeued: stopped by a signal" in (tmp_path / "out" / f"{job}_log.out").read_text()
@@ -192,7 +185,7 @@ def test_a_signal_before_the_first_step_is_no_failure(cluster, tmp_path):
 
 def test_a_cancelled_job_stays_cancelled(cluster, images, tmp_path):
     job = cluster.submit(*arguments(images, tmp_path / "out"))
-    wait_for(lambda: last_checkpoint(tmp_path / "out"), "a checkpoint")
+    wait_until(lambda: last_checkpoint(tmp_path / "out"), "a checkpoint")
     cluster.run("scancel", job)
     cluster.wait(job, states=["CANCELLED"])
     time.sleep(6)  # a requeued job would start after five seconds

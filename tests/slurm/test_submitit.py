@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from tests.slurm.test_jobs import arguments, last_checkpoint, wait_for
+from tests.processes import wait_until
+from tests.slurm.test_jobs import arguments, last_checkpoint
 from tests.train.test_train import rows, weights
 
 CODE = """
@@ -36,9 +37,9 @@ def test_the_local_executor_gives_two_ranks_and_slurm_a_requeue(cluster, images,
     assert "world_size=2" in (whole / "logs/log.txt").read_text()
 
     job = submit(cluster, tmp_path, "slurm", images, out).strip()
-    wait_for(lambda: last_checkpoint(out), "a checkpoint")
+    wait_until(lambda: last_checkpoint(out), "a checkpoint")
     cluster.run("scancel", "--signal=USR2", job)  # what submitit asks SLURM to send before the time limit
-    wait_for(lambda: cluster.facts(job)["Restarts"] == "1", "a restart")
+    wait_until(lambda: cluster.facts(job)["Restarts"] == "1", "a restart")
     cluster.wait(job)
     log = (out / "logs/log.txt").read_text()
     assert "SIGUSR2 received" in log and "resumed from=" in log

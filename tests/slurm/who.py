@@ -17,7 +17,7 @@ class Who:
         out = Path(self.args.output_dir)
         if os.environ.get("SLURM_RESTART_COUNT", "0") == self.args.wait_in_attempt:
             (out / f"waiting{os.environ['SLURM_PROCID']}").touch()
-            time.sleep(100)
+            time.sleep(1000)
         names = ("CONDA_PREFIX", "VIRTUAL_ENV", "HOOK", "LOADEDMODULES", "FROM_LINE")
         facts = {"prefix": sys.prefix, "version": list(sys.version_info[:2]), "executable": sys.executable}
         facts |= {name: os.environ.get(name) for name in names}

@@ -75,10 +75,13 @@ def forget_after(out: Path, iteration: int) -> None:
             shutil.rmtree(path)
 
 
-def go_through(images: Path, out: Path, chain: tuple[Setting, ...]) -> None:
-    """Run ``PERIOD`` steps with each setting of ``chain``, the last one to the end."""
+def go_through(images: Path, out: Path, chain: tuple[Setting, ...], whole: Path) -> None:
+    """Run ``PERIOD`` steps with each setting of ``chain``, the last one to the end; ``whole`` is the run of ALONE."""
     for number, setting in enumerate(chain, start=1):
-        train(images, out, setting)
+        if number == 1 and setting == ALONE:
+            shutil.copytree(whole, out)
+        else:
+            train(images, out, setting)
         if number < len(chain):
             forget_after(out, number * PERIOD - 1)
 
@@ -95,7 +98,7 @@ def main() -> int:
         print(f"| steps 1-{PERIOD} | then | then | weights |\n|---|---|---|---|")
         for number, chain in enumerate(CHAINS):
             out = Path(folder) / str(number)
-            go_through(images, out, chain)
+            go_through(images, out, chain, whole)
             apart, _ = compare(whole, out)
             print(f"| {' | '.join(map(str, chain))} | {apart:.1e} |", flush=True)
             worst = max(worst, apart)

@@ -313,7 +313,7 @@ def test_really_full_disk(tmp_path, caplog):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", small]).returncode:
-        pytest.skip("NO FULL DISK TEST: mounting a small tmpfs needs root")
+        pytest.skip("needs root: to mount a small disk")
     try:
         saver.folder = saver.store.folder = small
         saver.save(1)

@@ -39,7 +39,7 @@ def test_a_compiled_run_learns_the_same_and_compiles_in_its_first_step_only(tmp_
         logs[setting] = done.stdout
         rows[setting] = [json.loads(line) for line in (out / "training_metrics.json").read_text().splitlines()]
     if "going on without" in logs["on"]:
-        pytest.skip("no C++ compiler")
+        pytest.skip("needs a C++ compiler")
     assert "the first batch took" in logs["on"] and "the first batch took" not in logs["off"]
     first_steps, others = logs["on"].split("Training  [1/6]")
     assert "Recompiling function" in first_steps and "Recompiling function" not in others

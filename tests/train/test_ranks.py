@@ -35,7 +35,7 @@ sys.exit("it is over" not in (run / "logs" / "log.txt").read_text())
 
 @pytest.fixture
 def child():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     yield process
     process.kill()
     process.wait()
@@ -108,6 +108,6 @@ def test_nobody_leaves_before_the_end_of_a_job_is_in_the_log(tmp_path, teller_is
     command = [sys.executable, "-c", TELL, str(tmp_path)]
     patience_s = "0.2" if teller_is_dead else "100"
     jobs = [subprocess.Popen([*command, str(rank), patience_s], env=env) for rank in range(3)]
-    assert [job.wait(timeout=60) for job in jobs] == [0, 0, 0]
+    assert [job.wait(timeout=600) for job in jobs] == [0, 0, 0]
     said = (tmp_path / "logs" / "log.txt").read_text().count("it is over")
     assert said >= 1 if teller_is_dead else said == 1

@@ -1,6 +1,7 @@
 """A run goes on with other processes, another sharding, other workers, another batch; the chains are in reshard.py."""
 
 import math
+import shutil
 
 import pytest
 
@@ -22,39 +23,34 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     "chain",
     [
-        (ALONE, Setting(2, "SHARD_GRAD_OP"), ALONE),
-        (Setting(2), Setting(2, "FULL_SHARD"), Setting(1, accumulated=2)),
+        (ALONE, Setting(2, "FULL_SHARD"), ALONE),
+        (Setting(2), Setting(1, accumulated=2), Setting(2, "SHARD_GRAD_OP")),
     ],
     ids=lambda chain: ", ".join(map(str, chain)),
 )
 def test_a_chain_of_settings_gives_the_weights_of_one_run(whole, tmp_path, chain):
     images, expected = whole
-    go_through(images, tmp_path / "out", chain)
+    go_through(images, tmp_path / "out", chain, expected)
     assert compare(expected, tmp_path / "out")[0] < 1e-5
     assert "other settings than before" not in (tmp_path / "out" / "logs" / "log.txt").read_text()
+    if chain[-1].processes > 1:  # each process has written its own rows
+        (alone,), sizes = (
+            [fields["num_bytes"] for fields in marker(out, "model_final")["files"].values()]
+            for out in (expected, tmp_path / "out")
+        )
+        assert len(sizes) == 2 and max(sizes) < 0.7 * alone
 
 
 def test_the_same_process_goes_on_bit_for_bit_with_other_workers(whole, tmp_path):
     images, expected = whole
-    go_through(images, tmp_path / "out", (ALONE, Setting(1, workers=2)))
+    go_through(images, tmp_path / "out", (ALONE, Setting(1, workers=2)), expected)
     assert compare(expected, tmp_path / "out")[0] == 0.0
 
 
-def test_each_process_writes_its_own_rows(whole, tmp_path):
-    images, expected = whole
-    train(images, tmp_path / "out", Setting(2, "FULL_SHARD"))
-    (alone,), sizes = (
-        [fields["num_bytes"] for fields in marker(out, "model_final")["files"].values()]
-        for out in (expected, tmp_path / "out")
-    )
-    assert len(sizes) == 2 and max(sizes) < 0.7 * alone
-    assert compare(expected, tmp_path / "out")[0] < 1e-5
-
-
 def test_another_batch_goes_on_with_the_next_draw(whole, tmp_path):
-    images, _ = whole
+    images, expected = whole
     out = tmp_path / "out"
-    train(images, out, ALONE)
+    shutil.copytree(expected, out)
     forget_after(out, PERIOD - 1)
     assert marker(out, f"model_{PERIOD - 1:07d}")["draws"] == PERIOD * 8
     options = [f"train.OFFICIAL_EPOCH_LENGTH={STEPS}", f"checkpointing.period={PERIOD}", "train.batch_size_per_gpu=3"]

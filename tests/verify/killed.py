@@ -6,23 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.processes import ENVIRONMENT, REPOSITORY
+from tests.processes import ENVIRONMENT, REPOSITORY, wait_until
 
 
-def kill_when(code: str, enough: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def kill_when(code: str, enough: Callable[[], bool]) -> None:
     """Run ``code`` with the repository on its path; kill it without warning once ``enough()``."""
     environment = os.environ | ENVIRONMENT
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=REPOSITORY)
     try:
-        deadline = time.monotonic() + timeout_s
-        while not enough():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(enough, "the moment to kill it", [process])
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -36,9 +31,6 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_for_end_of(processes: set[int], timeout_s: float = 10.0) -> None:
+def wait_for_end_of(processes: set[int]) -> None:
     """Wait until none of the processes runs, which the death of their parent has to bring about."""
-    deadline = time.monotonic() + timeout_s
-    while any(map(is_running, processes)):
-        assert time.monotonic() < deadline, "decoder processes outlive the one that was killed"
-        time.sleep(0.02)
+    wait_until(lambda: not any(map(is_running, processes)), "the end of the decoder processes")

@@ -20,7 +20,7 @@ def moody(i):
     if i == KILLS:
         die(signal.SIGSEGV)
     if i == HANGS:
-        time.sleep(60)
+        time.sleep(1000)
     return i * i
 
 

@@ -1,0 +1,41 @@
+"""The last line of a test run: what was skipped for want of a tool, and how to run it.
+
+Such a test skips with the reason ``needs <tool>``, or ``needs <tool>: <how to get it>``. With ``DINOV2_SKIPPED`` in the
+environment, the names of all tests that were skipped are added to that file, for ``pytest @FILE``.
+"""
+
+import ctypes
+import os
+import re
+import signal
+from collections import Counter
+
+import pytest
+
+
+def pytest_configure():
+    """Let tests send Ctrl-C, also where this run was started in the background of a script, which has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Give memory back after each file: a training in this process has told glibc to keep what is freed, gigabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim and (nextitem is None or nextitem.path != item.path):
+        trim(0)
+
+
+def pytest_unconfigure(config):
+    """Print the line, after the counts."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter and not hasattr(config, "workerinput") else []
+    if path := os.environ.get("DINOV2_SKIPPED"):
+        with open(path, "a") as file:  # pytest-xdist adds @<group>
+            file.writelines(f"{re.sub('@slurm$', '', report.nodeid)}\n" for report in skipped)
+    reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]
+    tools = Counter(match[1] for reason in reasons if (match := re.match("needs ([^:]+)", reason)))
+    if tools:
+        counts = ", ".join(f"{number} need {tool}" for tool, number in tools.most_common())
+        reporter.write_line(f"skipped: {counts}; .ci/run, as root, installs what it can and runs them")
