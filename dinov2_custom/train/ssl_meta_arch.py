@@ -130,7 +130,8 @@ class SSLMetaArch(nn.Module):
     @property
     def lean_heads(self) -> bool:
         """Whether no logits of heads are kept, see ``terms`` and ``targets``."""
-        return self.lean and self.shortcuts.heads
+        weights = [self.dino_loss_weight] * self.do_dino + [self.ibot_loss_weight] * self.do_ibot
+        return self.lean and self.shortcuts.heads and all(weights)  # the reported terms are divided by them
 
     def _packed(self, side: str) -> Packed:
         blocks = getattr(self.shortcuts, side) if self.lean else frozenset()

@@ -238,13 +238,13 @@ def test_attention_of_a_text_tower(kind):
     attention, x = kind(64, num_heads=4, qkv_bias=True), torch.randn(2, 7, 64)
     assert attention.dim == 64
     attention.init_weights(init_proj_std=0.5)
-    assert float(attention.qkv.weight.std()) == pytest.approx(1 / 8, rel=0.05)
-    assert float(attention.proj.weight.std()) == pytest.approx(0.5, rel=0.05)
+    assert float(attention.qkv.weight.detach().std()) == pytest.approx(1 / 8, rel=0.05)
+    assert float(attention.proj.weight.detach().std()) == pytest.approx(0.5, rel=0.05)
     assert not attention.qkv.bias.any() and not attention.proj.bias.any()
     whole = Attention.forward(attention, x, is_causal=True)
     for length in (1, 4, 7):  # what comes later does not count
         last = attention(x[:, :length])[:, -1]
-        torch.testing.assert_close(whole[:, length - 1], last, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(whole[:, length - 1], last, atol=1e-4, rtol=1e-4)
 
 
 def test_hub_names(monkeypatch):
