@@ -78,7 +78,7 @@ def test_a_crashing_decoder_is_survived_and_named(tmp_path):
     files = {f"{i:03}.jpg": jpeg(i, (20, 16)) for i in range(60)} | {"crash.SIGSEGV": b"x", "hang.jpg": b"x"}
     root = write_files(tmp_path / "images", files)
     dataset = Listed(sorted(root.iterdir(), key=lambda path: (path.name[-6:], path.name)))
-    summary = run(dataset, tmp_path / "out", workers=2, time_limit_s=1.0)
+    summary = run(dataset, tmp_path / "out", workers=2, time_limit_s=3.0)
     assert (summary["sound"], summary["bad"]) == (60, 2)
     reasons = {Path(row["path"]).name: row["reason"] for row in rows(tmp_path / "out" / "bad_images.jsonl")}
     assert reasons["crash.SIGSEGV"] == "decoder died: the process died decoding it (SIGSEGV)"

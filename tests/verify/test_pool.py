@@ -43,9 +43,9 @@ def test_every_item_once(workers, ordered):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_dead_and_hanging_processes_are_survived(workers, ordered):
-    found = dict(run_pool(moody, range(40), workers=workers, chunk=4, ordered=ordered, window=24, time_limit_s=0.5))
+    found = dict(run_pool(moody, range(40), workers=workers, chunk=4, ordered=ordered, window=24, time_limit_s=3.0))
     assert found.pop(KILLS) == Death("the process died decoding it (SIGSEGV)")
-    assert found.pop(HANGS) == Death("took longer than 0.5 s")
+    assert found.pop(HANGS) == Death("took longer than 3 s")
     assert found == {i: i * i for i in range(40) if i not in (KILLS, HANGS)}
 
 
