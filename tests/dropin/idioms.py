@@ -180,7 +180,8 @@ def replaced_norm(backbone, monkeypatch):
 
 def replaced_block(backbone, monkeypatch):
     for stage in [s for s in backbone.blocks if isinstance(s, nn.ModuleList)] or [backbone.blocks]:
-        stage[-1] = Halved(stage[-1])
+        first = next(index for index, block in enumerate(stage) if not isinstance(block, nn.Identity))
+        stage[first] = Halved(stage[first])
     return []
 
 

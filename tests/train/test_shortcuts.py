@@ -18,7 +18,8 @@ distributed.enable()
 rank = distributed.get_global_rank()
 parts = [f"compute_precision.{m}.{p}" for m in ("student", "teacher") for p in ("backbone", "dino_head", "ibot_head")]
 strategies = [f"{part}.sharding_strategy=FULL_SHARD" for part in parts]
-cfg = tiny_config("student.drop_path_rate=0.3", "ibot.separate_head=true", "train.view_groups=4", *strategies)
+own = ("student.drop_path_rate=0.3", "ibot.separate_head=true", "train.view_groups=4")
+cfg = tiny_config(*own, "train.centering=sinkhorn_knopp", *strategies)  # which has no centre that moves
 model = SSLMetaArch(cfg).train()
 reducer = parallel.parallelize(cfg, model)
 
