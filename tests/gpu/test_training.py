@@ -82,6 +82,7 @@ def test_losses_in_bf16_are_those_of_the_cpu_in_float32():
         assert found[name].item() == pytest.approx(expected[name].item(), rel=0.02), name
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_step_waits_for_nothing():
     trainer = Trainer(*BF16, device="cuda")
     batches = [random_batch(trainer.cfg, seed) for seed in range(3)]
