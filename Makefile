@@ -21,7 +21,7 @@ lint: $(READY)
 test: lint
 	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15 $(TESTS)
 
-# The host side of CUDA without a GPU: under the newest torch that pip offers, and under 2.11.0, which our GPU machine has
+# The host side of CUDA without a GPU, under the newest torch that pip offers and under an older one
 CUDA_TORCH ?= torch torch==2.11.0
 
 test-cuda-host:

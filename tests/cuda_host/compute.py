@@ -44,7 +44,8 @@ class Computing(TorchDispatchMode):
         _LIBRARY.cuda_host_finish()
         if not any(_is_cuda(one) for one in tree_leaves((args, kwargs, given))):
             return given
-        if func._schema.name in _UNCHANGED or func._schema.name.startswith(_REAL) or _is_view(func):
+        name = func._schema.name
+        if name in _UNCHANGED or name.startswith(_REAL) or _is_view(func, given, (args, kwargs)):
             return given
         wanted = _compute(func, *tree_map(_mirrored, (args, kwargs)))
         if isinstance(given, Tensor):
@@ -59,8 +60,12 @@ def _is_cuda(one) -> bool:
     return isinstance(one, Tensor) and one.device.type == "cuda"
 
 
-def _is_view(func) -> bool:
-    return not func._schema.is_mutable and any(argument.alias_info for argument in func._schema.arguments)
+def _is_view(func, given, arguments) -> bool:
+    """Whether the result has the memory of an argument; ``to``, ``reshape`` and others do or do not, case by case."""
+    if func._schema.is_mutable or not any(argument.alias_info for argument in func._schema.arguments):
+        return False
+    memory = {one.untyped_storage().data_ptr() for one in tree_leaves(arguments) if isinstance(one, Tensor)}
+    return all(one.untyped_storage().data_ptr() in memory for one in tree_leaves(given) if isinstance(one, Tensor))
 
 
 def _mirrored(one):
