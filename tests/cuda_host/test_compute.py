@@ -100,13 +100,16 @@ def test_evaluations_and_features_are_those_of_the_cpu(tmp_path, preloaded):
     small += datasets(tmp_path)
     knn = ["--batch-size=4", "--nb_knn", "1", "3"]
     linear = ["--epochs=1", "--epoch-length=4", "--learning-rates", "0.1", "1.0", "--batch-size=4"]
+    regression = ["--finetune-on-val", "--max-train-iters=30", "--train-dtype=float64", "--train-features-device"]
     embed = [weights, f"ImageFolder:root={tmp_path / 'val'}", "--image-size=16", "--num-workers=0", "--precision=fp32"]
     for python, device in ((ON_CPU, "cpu"), (ON_GPU, "cuda")):
         out = tmp_path / device
         run(python, "-m", "dinov2_custom.eval.knn", *small, "--output-dir", out / "knn", *knn)
         run(python, "-m", "dinov2_custom.eval.linear", *small, "--output-dir", out / "linear", *linear)
+        # of the same features: of an untrained network's, the last bits decide how few images are classified
+        run(ON_GPU, "-m", "dinov2_custom.eval.log_regression", *small, "--output-dir", out / "lr", *regression, device)
         run(python, "-m", "dinov2_custom.embed.main", *embed, "--output-dir", out / "embed", "--device", device)
-    for name in ("knn/results_eval_knn.json", "linear/results_eval_linear.json"):
+    for name in ("knn/results_eval_knn.json", "linear/results_eval_linear.json", "lr/results_eval_log_regression.json"):
         assert (tmp_path / "cuda" / name).read_text() == (tmp_path / "cpu" / name).read_text()
     features = [np.load(tmp_path / device / "embed" / "features.npy") for device in ("cuda", "cpu")]
     np.testing.assert_allclose(*features, rtol=1e-4, atol=1e-5)
