@@ -24,7 +24,6 @@ OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings 
     "submitit": ("submitit", "submitit"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "tifffile": ("tifffile", "slides"),
-    "torchmetrics": ("torchmetrics", "eval"),
     "wandb": ("wandb", "wandb"),
 }
 

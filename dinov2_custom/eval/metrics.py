@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric, MetricCollection
 
 from dinov2_custom.eval.args import AccuracyAveraging, MetricType
-from dinov2_custom.extras import optional
-
-_torchmetrics = optional("torchmetrics", "accuracies")
-Metric, MetricCollection = _torchmetrics.Metric, _torchmetrics.MetricCollection
 
 
 class TopKAccuracy(Metric):
