@@ -39,9 +39,8 @@ def test_a_child_does_not_keep_it_for_a_parent_that_was_killed(tmp_path):
 
     def parent():
         with locked(path):
-            child = os.fork()
-            if child:
-                told.write_text(str(child))
+            if not os.fork():
+                told.write_text(str(os.getpid()))
             signal.pause()
 
     process = FORK.Process(target=parent)

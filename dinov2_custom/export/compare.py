@@ -188,8 +188,10 @@ def _onnx(path: Path, model: Portable) -> _Loaded:
     held = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in onnx.load(path).graph.initializer}
     names = {flat_name(name): name for name in held if name.startswith("backbone.")}
     tensors = {name: held[full] for name, full in names.items()}
-    for name, value in _wanted(model, "onnx").items():  # the exporter stores equal tensors once, and no bias of zeros
-        same = [one for one in held.values() if torch.equal(one, value)] if name not in tensors else []
+    # the exporter stores a linear layer's weight transposed and without its name, equal tensors once, no bias of zeros
+    for name, value in _wanted(model, "onnx").items():
+        forms = [value, value.T] if value.ndim == 2 else [value]
+        same = name not in tensors and any(torch.equal(one, form) for one in held.values() for form in forms)
         if same or (name not in tensors and name.endswith(".bias") and not value.any()):
             tensors[name] = value
 

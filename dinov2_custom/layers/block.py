@@ -95,7 +95,8 @@ class Block(nn.Module):
         if draws is None and self.training and 0.0 < self.sample_drop_ratio <= 0.1:
             x = x + self.drop_path1(self.attn_residual(x))
             return x + self.drop_path1(self.ffn_residual(x))
-        attention, ffn = of_tensor(self.draw([len(x)]), 0) if draws is None else draws
+        # not len(x), which fixes the batch size of an exported graph
+        attention, ffn = of_tensor(self.draw([x.shape[0]]), 0) if draws is None else draws
         x = _add_branch(x, self.attn_residual, attention)
         if recompute_ffn and torch.is_grad_enabled():
             return _add_branch(x, partial(checkpoint, self.ffn_residual, use_reentrant=False), ffn)
@@ -123,7 +124,7 @@ class NestedTensorBlock(Block):
 
     def forward_nested(self, x_list: Sequence[Tensor]) -> list[Tensor]:
         """Map a list of (B_i, N_i, D) to the same shapes, one after the other."""
-        draws = self.draw([len(x) for x in x_list])
+        draws = self.draw([x.shape[0] for x in x_list])
         return [Block.forward(self, x, of_tensor(draws, index)) for index, x in enumerate(x_list)]
 
     def forward(self, x_or_x_list: Tensor | Sequence[Tensor], **options) -> Tensor | list[Tensor]:

@@ -204,7 +204,7 @@ class DinoVisionTransformer(nn.Module):
             (B, N, D), ``x_prenorm`` (B, 1+R+N, D), ``masks`` as given.
         """
         tokens = [self.prepare_tokens_with_masks(*pair) for pair in zip(x_list, masks_list, strict=True)]
-        draws = draws or self.draw([len(x) for x in x_list])
+        draws = draws or self.draw([x.shape[0] for x in x_list])
         drawn = {block: draws[2 * index : 2 * index + 2] for index, block in enumerate(self.all_blocks())}
         for blocks in self._runs(packed.blocks):
             if blocks[0] in packed.blocks:
@@ -306,7 +306,7 @@ class DinoVisionTransformer(nn.Module):
         patches = [out[:, 1 + self.num_register_tokens :] for out in outputs]
         if reshape:
             rows, columns = (side // self.patch_size for side in x.shape[-2:])
-            patches = [p.transpose(1, 2).reshape(len(x), -1, rows, columns).contiguous() for p in patches]
+            patches = [p.transpose(1, 2).reshape(x.shape[0], -1, rows, columns).contiguous() for p in patches]
         if self.bag_of_channels:
             patches = [p.unflatten(0, (-1, channels)) for p in patches]
             class_tokens = [c.unflatten(0, (-1, channels)).flatten(1) for c in class_tokens]

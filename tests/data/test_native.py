@@ -104,6 +104,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(own_cache, monkeypatch, capl
     fallback(caplog, "Not a directory")
 
 
+@needs_compiler
 def test_a_library_that_somebody_else_could_have_put_there_is_not_loaded(own_cache, caplog):
     assert native.colour_changer() is not None
     (library,) = own_cache.iterdir()

@@ -234,15 +234,27 @@ class Faulty:
             onnx = pytest.importorskip("onnx")
             graph = onnx.load(self.folder / "right.onnx")
             for one in graph.graph.initializer:
-                if one.name.startswith("backbone."):
-                    value = torch.from_numpy(onnx.numpy_helper.to_array(one).copy())
-                    one.CopyFrom(onnx.numpy_helper.from_array(change(flat_name(one.name), value).numpy(), one.name))
+                value = torch.from_numpy(onnx.numpy_helper.to_array(one).copy())
+                name, turned = self.find(one.name, value)
+                if name:
+                    changed = change(name, value.T).T if turned else change(name, value)
+                    one.CopyFrom(onnx.numpy_helper.from_array(changed.contiguous().numpy(), one.name))
             onnx.save(graph, path)
             return path
         if not self.suffix:
             path.mkdir()
         self.write(self.model._replace(state={n: change(n, value) for n, value in self.model.state.items()}), path)
         return path
+
+
+    def find(self, name, value):
+        """Return the released name of a tensor of the graph, and whether it is transposed, as linear layers' are."""
+        if name.startswith("backbone."):
+            return flat_name(name), False
+        for own, wanted in self.model.state.items():
+            if value.ndim == wanted.ndim == 2 and torch.equal(value.T, wanted):
+                return own, True
+        return "", False
 
 
 OF_EACH_KIND = [

@@ -34,8 +34,9 @@ class Node:
         python.chmod(0o755)
         self.home, self.data, self.calls = folder / "home", folder / "data", folder / "calls.txt"
         self.home.mkdir()
+        given = env or os.environ
         self.env = {
-            **(env or os.environ),
+            **{name: value for name, value in given.items() if name not in ("PYTHON", "VENV")},  # make's, of this run
             "HOME": str(self.home),
             "PATH": f"{python.parent}:{os.environ['PATH']}",
             "CALLS": str(self.calls),

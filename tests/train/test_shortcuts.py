@@ -7,7 +7,8 @@ from tests.test_parallel import facts_of_two
 
 SHARDED = """
 import json, sys, torch
-from dinov2_custom import distributed, fsdp, parallel
+from dinov2_custom import distributed, parallel
+from dinov2_custom.compat import fsdp
 from dinov2_custom.layers.block import BlockChunk
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
