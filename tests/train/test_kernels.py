@@ -27,7 +27,7 @@ kernels.fastest_attention = lambda *_: (["xformers", "sdpa"][rank], f"measured b
 model = SSLMetaArch(load_run_config("", OPTIONS, "unused", require_dataset=False, warn=print))
 line = kernels.choose_attention(model)
 found = {block.attn.backend for part in (model.student, model.teacher) for block in part["backbone"].all_blocks()}
-print(f"rank {rank}: {line}, {found}", flush=True)
+os.write(1, f"rank {rank}: {line}, {found}\\n".encode())  # at once: the processes share it
 distributed.disable()
 """
 
