@@ -176,7 +176,7 @@ def measure_with_loader(overrides: list[str], images: Path, workers: int, repeti
     cfg = load_run_config("", options, "unused", warn=lambda note: None)
     loader = make_train_loader(cfg, rank=0, world_size=1)
     with closing(loader.batches(device="cuda")) as batches:
-        return measure(our_step(options, batches, device="cuda"), repetitions)
+        return measure(our_step(options, batches, device="cuda", made_on="cuda"), repetitions)
 
 
 def rows(arch: str, batch_size: int, args, images: Path) -> Iterator[list[object]]:

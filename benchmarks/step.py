@@ -63,11 +63,16 @@ def _fused_attention(q, k, v):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def our_step(overrides: list[str], batch: dict | Iterator[dict], device: str = "cpu") -> Step:
-    """Return our whole step, as the training loop does it, on one batch or on the next of several."""
+def our_step(overrides: list[str], batch: dict | Iterator[dict], device: str = "cpu", made_on: str = "cpu") -> Step:
+    """Return our whole step, as the training loop does it, on one batch or on the next of several.
+
+    ``made_on``: where the weights are drawn. Those of a ViT-L take a CPU half a minute; the stand-in of the CUDA runtime
+    has no random numbers, and torch draws again until they are in their range.
+    """
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
-    with torch.device(device):  # random weights of a ViT-L take a CPU half a minute
-        model = SSLMetaArch(cfg).train()
+    with torch.device(made_on):
+        model = SSLMetaArch(cfg)
+    model = model.to(device).train()
     model.prepare_for_distributed_training()
     optimizer = build_optimizer(cfg, model.get_params_groups())
     schedules = build_schedulers(cfg)
