@@ -66,8 +66,8 @@ def _fused_attention(q, k, v):
 def our_step(overrides: list[str], batch: dict | Iterator[dict], device: str = "cpu", made_on: str = "cpu") -> Step:
     """Return our whole step, as the training loop does it, on one batch or on the next of several.
 
-    ``made_on``: where the weights are drawn. Those of a ViT-L take a CPU half a minute; the stand-in of the CUDA runtime
-    has no random numbers, and torch draws again until they are in their range.
+    ``made_on``: where the weights are drawn. Those of a ViT-L take a CPU half a minute; the stand-in of the CUDA
+    runtime has no random numbers, and torch draws again until they are in their range.
     """
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
     with torch.device(made_on):

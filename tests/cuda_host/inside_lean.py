@@ -146,6 +146,7 @@ class Planned(TorchDispatchMode):
 def test_no_step_asks_cudnn_for_another_shape_of_attention(groups, recompute):
     options = [*COMMON.split(), "student.arch=vit_tiny", "train.batch_size_per_gpu=8", "student.drop_path_rate=0.4"]
     options += [f"train.view_groups={groups}", f"train.activation_checkpointing={recompute}"]
+    options += ["train.max_nonfinite_steps=1000000"]  # nothing is computed
     batch = {name: v.pin_memory() if torch.is_tensor(v) else v for name, v in batch_for(options, 8).items()}
     step = our_step(options, batch, device="cuda")
     with Planned() as planned:
@@ -248,14 +249,16 @@ def test_extracting_features_waits_for_no_batch_but_the_one_before(on_cpu):
 def test_knn_waits_for_no_batch_and_does_not_copy_the_training_features(monkeypatch):
     monkeypatch.setattr(knn, "_QUERIES_A_STEP", 2)
     with Computing():
-        train, queries = torch.rand(20_000, 64, device=CUDA), torch.rand(60, 64, device=CUDA)
+        train, queries = torch.rand(20_000, 64, device=CUDA), torch.rand(120, 64, device=CUDA)
         labels, wanted = (torch.arange(len(one), device=CUDA) % CLASSES for one in (train, queries))
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with counted() as found:
-            knn.eval_knn_features(train, labels, queries, wanted, nb_knn=[5])
+        before, waits = torch.cuda.memory_allocated(), []
+        for number in (60, 120):
+            with counted() as found:
+                knn.eval_knn_features(train, labels, queries[:number], wanted[:number], nb_knn=[5])
+            waits.append((syncs(found), found["copy pageable to device"]))
     assert torch.cuda.max_memory_allocated() - before < train.nbytes / 2
-    assert syncs(found) < 10 < 60 / 2 and found["copy pageable to device"] < 10
+    assert waits[0] == waits[1], "none depends on the number of batches; torchmetrics has some at the start and the end"
 
 
 # saves
