@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import io
 import logging
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from dinov2_custom.errors import UnreadableImageError, shortage
 from .tiff_values import as_declared, signed_bytes
 
 logger = logging.getLogger("dinov2")
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 PNG_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 HEIF = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 DCT_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")  # baseline, sequential, progressive; arithmetic coding
@@ -128,22 +129,21 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
         raise UnreadableImageError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
 
 
-def open_image(source: bytes | str) -> Image.Image:
-    """Open the bytes of an image file, or the file of a path, of any format that is read here.
+def open_image(data: bytes) -> Image.Image:
+    """Open the bytes of an image file of any format that is read here.
 
-    Pillow refuses a PNG with more than a mebibyte of text or colour profile; of bytes, its pixels are opened without.
+    Pillow refuses a PNG with more than a mebibyte of text or colour profile, which is then opened without them.
 
     Raises:
         Image.DecompressionBombError: too many pixels.
         Exception: whatever Pillow raises; not an image.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        return Image.open(file, formats=formats())
+        return Image.open(io.BytesIO(data), formats=formats())
     except ValueError:
-        if not isinstance(source, bytes) or not source.startswith(PNG):
+        if not data.startswith(PNG):
             raise
-        return Image.open(io.BytesIO(without_metadata(source)), formats=("PNG",))
+        return Image.open(io.BytesIO(without_metadata(data)), formats=("PNG",))
 
 
 def loaded(image: Image.Image, data: bytes) -> Image.Image:
@@ -160,12 +160,19 @@ def loaded(image: Image.Image, data: bytes) -> Image.Image:
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Return Pillow's names of the formats that are read here; HEIC where the package pillow-heif is installed."""
+    """Return Pillow's names of the formats that are read here.
+
+    AVIF from Pillow 11.3 on, as a name that Pillow does not know ends in a KeyError; HEIC where the package pillow-heif
+    is installed.
+    """
+    found = FORMATS
+    if importlib.util.find_spec("PIL.AvifImagePlugin"):
+        found += ("AVIF",)
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError:
-        return FORMATS
-    return (*FORMATS, "HEIF")
+        return found
+    return (*found, "HEIF")
 
 
 def without_metadata(data: bytes) -> bytes:

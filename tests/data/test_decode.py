@@ -466,3 +466,11 @@ def test_heic_without_its_package_says_which():
     data = b"\0\0\0\x18ftypheic" + bytes(100)
     with pytest.raises(DataError, match="pip install pillow-heif"):
         decode_rgb(data)
+
+
+def test_pillow_is_asked_for_formats_that_it_knows_alone(monkeypatch):
+    """AVIF came with Pillow 11.3; a name that Pillow does not know hides what is wrong with a file."""
+    Image.init()
+    assert set(decode.formats()) <= set(Image.OPEN)
+    monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)
+    assert "AVIF" not in decode.formats.__wrapped__()
