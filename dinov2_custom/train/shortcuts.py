@@ -38,9 +38,9 @@ class Shortcuts(NamedTuple):
         """Say what is changed and what that costs."""
         others = f" and {len(self.changes) - 1} more" if len(self.changes) > 1 else ""
         return (
-            f"train.lean: expected modules as they were built, got {self.changes[0]}{others}: what it is part of is "
-            "called module by module, which keeps about twice as much for the backward pass, and heads' logits all at "
-            "once; the results are the same (docs/drop-in.md, Hooks, patches, subclasses)"
+            f"train.lean: expected modules as they were built, got {self.changes[0]}{others}; the blocks, "
+            "heads or losses that contain it are called as modules, which keeps about twice as much for the backward "
+            "pass, and all logits of a head at once; the results are the same (docs/drop-in.md, Hooks, patches, subclasses)"
         )
 
 
