@@ -3,17 +3,10 @@
 import subprocess
 import sys
 
-import pytest
-
-from tests.cuda_host.build import Unavailable
-from tests.cuda_host.run import REPOSITORY, environment
+from tests.cuda_host.run import REPOSITORY
 
 
-def test_what_the_host_side_of_cuda_costs():
-    try:
-        preloaded = environment()
-    except Unavailable as e:
-        pytest.skip(f"no stand-in of the CUDA runtime: {e}")
+def test_what_the_host_side_of_cuda_costs(preloaded):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda_host/inside_lean.py"]
     done = subprocess.run(command, cwd=REPOSITORY, env=preloaded, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,18 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cuda_host.build import Unavailable
-from tests.cuda_host.run import REPOSITORY, environment
+from tests.cuda_host.run import REPOSITORY
 from tests.data.pictures import make_folder
 from tests.train.batches import TINY
-
-
-@pytest.fixture(scope="module")
-def on_stand_in():
-    try:
-        return environment()
-    except Unavailable as e:
-        pytest.skip(f"no stand-in of the CUDA runtime: {e}")
 
 
 @pytest.fixture
@@ -44,16 +35,16 @@ def train(images, out, *options, compute=False):
     return [sys.executable, *(["-m", "tests.cuda_host.run", "--compute"] if compute else []), *script]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(on_stand_in, images, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(preloaded, images, tmp_path):
     """3 + 3 steps are 6, with real values."""
     options = ["train.max_steps=6", "checkpointing.period=3", "optim.warmup_epochs=0"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    finished(train(images, straight, *options, compute=True), on_stand_in)
+    finished(train(images, straight, *options, compute=True), preloaded)
     shutil.copytree(straight, resumed)
     for path in resumed.glob("model_*"):
         if path.name != "model_0000002":
             shutil.rmtree(path)
-    done = finished(train(images, resumed, *options, compute=True), on_stand_in)
+    done = finished(train(images, resumed, *options, compute=True), preloaded)
     assert "resumed from=" in done.stdout + done.stderr
     half, whole, again = (
         load_file(run / name / "rank_00000.safetensors")
@@ -66,12 +57,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(on_stand_in, images, tmp_path):
 
 
 @pytest.mark.parametrize("lean", ["true", "false"])
-def test_drop_path_may_leave_no_sequence_of_a_group(on_stand_in, images, tmp_path, lean):
+def test_drop_path_may_leave_no_sequence_of_a_group(preloaded, images, tmp_path, lean):
     """Each global crop alone: of its two sequences, one in six draws keeps none."""
     precision = [f"compute_precision.{m}.backbone.mixed_precision.param_dtype=bf16" for m in ("student", "teacher")]
     options = ["train.view_groups=4", "train.batch_size_per_gpu=2", "student.drop_path_rate=0.4", f"train.lean={lean}"]
     options += ["train.max_steps=6", "train.max_nonfinite_steps=1000", *precision]
-    finished(train(images, tmp_path / "run", *options), on_stand_in)
+    finished(train(images, tmp_path / "run", *options), preloaded)
 
 
 ONE_GPU_A_TASK = """
@@ -96,13 +87,13 @@ assert str(made[0]) == "cuda:0", made
 """
 
 
-def test_a_task_that_sees_its_own_gpu_only_takes_that(on_stand_in, images, tmp_path):
+def test_a_task_that_sees_its_own_gpu_only_takes_that(preloaded, images, tmp_path):
     """As the second task of ``srun --ntasks=2 --gpus-per-task=1``: local rank 1 and one GPU, number 0."""
     task = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
     task |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_LOCALID": "1"}
     task |= {"SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
     arguments = train(images, tmp_path / "run")[2:]
-    finished([sys.executable, "-c", ONE_GPU_A_TASK, *arguments], on_stand_in | task)
+    finished([sys.executable, "-c", ONE_GPU_A_TASK, *arguments], preloaded | task)
 
 
 LEAST = """
@@ -122,7 +113,7 @@ entry.leave(0)
 """
 
 
-def test_the_process_with_the_least_memory_decides_what_is_computed_again(on_stand_in):
+def test_the_process_with_the_least_memory_decides_what_is_computed_again(preloaded):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -131,7 +122,7 @@ def test_the_process_with_the_least_memory_decides_what_is_computed_again(on_sta
     jobs = [
         subprocess.Popen(
             [sys.executable, "-c", LEAST],
-            env=on_stand_in | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_HOST_MEMORY": str(size)},
+            env=preloaded | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_HOST_MEMORY": str(size)},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -145,8 +136,8 @@ def test_the_process_with_the_least_memory_decides_what_is_computed_again(on_sta
     assert found[0] == found[1] and found[0] == pytest.approx(sizes[1], rel=0.01)
 
 
-def test_features_are_computed_in_bf16_where_the_gpu_has_it(on_stand_in, images, tmp_path):
-    finished(train(images, tmp_path / "run", "train.max_steps=1"), on_stand_in)
+def test_features_are_computed_in_bf16_where_the_gpu_has_it(preloaded, images, tmp_path):
+    finished(train(images, tmp_path / "run", "train.max_steps=1"), preloaded)
     command = ["run/embed.py", str(tmp_path / "run"), str(images), "--output-dir", str(tmp_path / "features")]
-    finished([sys.executable, *command, "--num-workers", "0"], on_stand_in)
+    finished([sys.executable, *command, "--num-workers", "0"], preloaded)
     assert json.loads((tmp_path / "features" / "embed.json").read_text())["precision"] == "bf16"

@@ -131,7 +131,11 @@ def evaluation(home, trained, imagenet, name, *more):
 
 
 def test_knn(home, trained, imagenet):
-    out = evaluation(home, trained, imagenet, "knn", "--nb_knn", "3", "10")
+    assert_knn_results(evaluation(home, trained, imagenet, "knn", "--nb_knn", "3", "10"))
+
+
+def assert_knn_results(out):
+    """Check the file in ``out`` of an evaluation with 3 and 10 neighbours: its keys, and values that can be."""
     results = {}
     for line in (out / "results_eval_knn.json").read_text().splitlines():
         results |= json.loads(line)

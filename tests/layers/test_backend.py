@@ -2,6 +2,7 @@
 where its kernel has to answer, a stand-in with its signature and layout does.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from dinov2_custom.layers import attention, backend, block, swiglu_ffn
-from tests.oracle import OracleUnavailable, ensure_package
+from tests.oracle import package_or_skip
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -48,17 +49,24 @@ def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=N
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
 
 
-@pytest.fixture
-def xformers(monkeypatch):
-    """The stand-in, found by ``import xformers.ops``."""
+@contextlib.contextmanager
+def xformers_with(kernel):
+    """Have ``import xformers.ops`` find a module whose ``memory_efficient_attention`` is ``kernel``."""
     package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
-    package.ops, ops.memory_efficient_attention = ops, memory_efficient_attention
-    monkeypatch.setitem(sys.modules, "xformers", package)
-    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    monkeypatch.delenv("XFORMERS_DISABLED", raising=False)
+    package.ops, ops.memory_efficient_attention = ops, kernel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "xformers", package)
+        patch.setitem(sys.modules, "xformers.ops", ops)
+        patch.delenv("XFORMERS_DISABLED", raising=False)
+        backend.xformers_ops.cache_clear()
+        yield ops
     backend.xformers_ops.cache_clear()
-    yield ops
-    backend.xformers_ops.cache_clear()
+
+
+@pytest.fixture
+def xformers():
+    with xformers_with(memory_efficient_attention) as ops:
+        yield ops
 
 
 @pytest.fixture
@@ -135,13 +143,7 @@ print(json.dumps(found))
 
 def test_the_real_xformers_has_no_kernel_for_a_cpu():
     """It is imported when it is asked for, has the stand-in's signature, and torch's kernel stays."""
-    try:
-        requirements = Path(__file__).with_name("xformers_requirements.txt")
-        folder = ensure_package(REPOSITORY / ".oracle_xformers", Path("xformers") / "__init__.py", requirements)
-    except OracleUnavailable as e:
-        if os.environ.get("DINOV2_REQUIRE_ORACLE") == "1":
-            pytest.fail(f"NO XFORMERS CHECK: {e}", pytrace=False)
-        pytest.skip(f"NO XFORMERS CHECK: {e}")
+    folder = package_or_skip("xformers", Path(__file__).with_name("xformers_requirements.txt"))
     environment = {"PYTHONPATH": f"{folder}:{REPOSITORY}", "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WITH_THE_REAL_ONE]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

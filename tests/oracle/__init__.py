@@ -6,7 +6,7 @@ asks for (:mod:`tests.oracle.stand_ins`), and driven step by step on a CPU in fp
 Read :class:`tests.oracle.trainer.OracleTrainer` first.
 """
 
-from tests.oracle.fetch import OracleUnavailable, ensure_oracle, ensure_package
+from tests.oracle.fetch import OracleUnavailable, ensure_oracle, package_or_skip
 from tests.oracle.loader import load_oracle
 from tests.oracle.trainer import OracleTrainer, make_batch, oracle_config, preserved_rng, reduced_depth
 
@@ -14,10 +14,10 @@ __all__ = [
     "OracleTrainer",
     "OracleUnavailable",
     "ensure_oracle",
-    "ensure_package",
     "load_oracle",
     "make_batch",
     "oracle_config",
+    "package_or_skip",
     "preserved_rng",
     "reduced_depth",
 ]

@@ -1,16 +1,13 @@
 """The attention kernel of a run: on student and teacher, and the same in all processes."""
 
-import sys
-from types import ModuleType
 
 import pytest
 import torch
 
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.layers import backend
 from dinov2_custom.train import kernels
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from tests.layers.test_backend import memory_efficient_attention
+from tests.layers.test_backend import memory_efficient_attention, xformers_with
 from tests.processes import launch
 from tests.train.batches import TINY, random_batch, tiny_config
 
@@ -64,13 +61,7 @@ def test_a_step_with_xformers_attention(monkeypatch):
         calls.append(torch.is_grad_enabled())
         return memory_efficient_attention(query, key, value, **kwargs)
 
-    package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
-    package.ops, ops.memory_efficient_attention = ops, kernel
-    monkeypatch.setitem(sys.modules, "xformers", package)
-    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    monkeypatch.delenv("XFORMERS_DISABLED", raising=False)
-    backend.xformers_ops.cache_clear()
-    try:
+    with xformers_with(kernel):
         cfg, results = tiny_config(), []
         for name in ("sdpa", "xformers"):
             monkeypatch.setattr(kernels, "fastest_attention", lambda *_, name=name: (name, "line"))
@@ -79,7 +70,5 @@ def test_a_step_with_xformers_attention(monkeypatch):
             losses = model.forward_backward(random_batch(cfg), teacher_temp=0.07)
             gradients = {name: p.grad for name, p in model.student.named_parameters() if p.grad is not None}
             results.append((losses, gradients))
-    finally:
-        backend.xformers_ops.cache_clear()
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     assert set(calls) == {False, True}  # teacher and student
