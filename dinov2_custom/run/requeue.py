@@ -55,7 +55,9 @@ def decide(outcomes: Sequence[Outcome], num_ranks: int, progressed: bool, job: J
     if stopped_by(signal.SIGINT) in codes:
         return False, "it was interrupted by hand"
     if progressed:
-        return True, "stopped after a save" if codes else "it died, and goes on from its last checkpoint"
+        # after a death srun sends SIGTERM to the others, which then may call themselves stopped without having saved
+        saved = kinds == {"stopped"} and len(outcomes) == num_ranks
+        return True, "stopped after a save" if saved else "it died, and goes on from its last checkpoint"
     if "crashed" in kinds:
         return False, "it crashed before it wrote a checkpoint; see the error above or in logs/log.txt"
     if job.seconds_left < job.signal_delay + _LIMIT_SLACK_S:

@@ -47,6 +47,7 @@ def test_stopped_by_srun_because_another_one_died_is_no_stop():
         False,
         "a process was killed before there was a checkpoint",
     )
+    assert decide(ended(("stopped", 143)), 2, True, Job()) == (True, "it died, and goes on from its last checkpoint")
 
 
 def test_reading_what_slurm_says():
