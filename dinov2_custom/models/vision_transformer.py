@@ -128,8 +128,14 @@ class DinoVisionTransformer(nn.Module):
         """Return the transformer blocks in order, chunked or not."""
         if not self.chunked_blocks:
             return list(self.blocks)
-        stages = [stage if isinstance(stage, nn.ModuleList) else [stage] for stage in self.blocks]
-        return [block for stage in stages for block in stage if not isinstance(block, nn.Identity)]
+        blocks, places = [], 0
+        for stage in self.blocks:
+            if isinstance(stage, nn.ModuleList):
+                blocks += list(stage)[places:]  # after the chunk's padding; an Identity there stands for a block
+                places = len(stage)
+            else:
+                blocks.append(stage)
+        return blocks
 
     def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None = None) -> list[Draw]:
         """Draw the stochastic-depth subsets of one pass over tensors of ``num_sequences``, two a block, in order.
@@ -258,17 +264,18 @@ class DinoVisionTransformer(nn.Module):
         """Return the tokens (B, 1+R+N, D) after the blocks that ``n`` names, in order of depth, before the final norm.
 
         Raises:
-            ValueError: a block index that does not exist.
+            ValueError: a block index that does not exist, or is given twice.
         """
         tokens = self.prepare_tokens_with_masks(x)
-        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        blocks = self.all_blocks()  # those there now: people cut models, `model.blocks = model.blocks[:6]`
+        wanted = range(len(blocks) - n, len(blocks)) if isinstance(n, int) else n
         outputs = []
-        for index, block in enumerate(self.all_blocks()):
+        for index, block in enumerate(blocks):
             tokens = block(tokens)
             if index in wanted:
                 outputs.append(tokens)
         if len(outputs) != len(wanted):
-            raise ValueError(f"n: expected block indices within 0..{self.n_blocks - 1}, got {list(wanted)}")
+            raise ValueError(f"n: expected block indices within 0..{len(blocks) - 1}, each once, got {list(wanted)}")
         return outputs
 
     _get_intermediate_layers_chunked = _get_intermediate_layers_not_chunked

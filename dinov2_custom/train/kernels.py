@@ -29,6 +29,6 @@ def choose_attention(model) -> str:
     backend, line = distributed.broadcast_object(found)
     for part in (model.student, model.teacher):
         for block in part["backbone"].all_blocks():
-            if hasattr(block.attn, "backend"):  # one of ours, and not a user's own
+            if hasattr(getattr(block, "attn", None), "backend"):  # one of ours, and not a user's own
                 block.attn.backend = backend
     return line

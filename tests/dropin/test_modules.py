@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -141,6 +142,37 @@ def test_chunks_and_blocks_are_called(oracle, chunks):
         _same(x, features["x_prenorm"])
         results.append((seen, x))
     _same(results[1], results[0])
+
+
+def cut(backbone):
+    backbone.blocks = backbone.blocks[:2]
+
+
+def lengthen(backbone):
+    block = blocks_of(backbone)[0]
+    stage = backbone.blocks[-1] if isinstance(backbone.blocks[-1], torch.nn.ModuleList) else backbone.blocks
+    stage.append(copy.deepcopy(block))
+
+
+def leave_out(number):
+    def apply(backbone):
+        stage = backbone.blocks[number] if isinstance(backbone.blocks[0], torch.nn.ModuleList) else backbone.blocks
+        stage[number] = torch.nn.Identity()
+
+    return apply
+
+
+@pytest.mark.parametrize("chunks", [0, 3])
+@pytest.mark.parametrize("change", [cut, lengthen, leave_out(1), leave_out(2)], ids=["cut", "longer", "no 2", "no 3"])
+@torch.no_grad()
+def test_layers_of_models_with_other_blocks_than_they_were_built_with(oracle, chunks, change):
+    found = []
+    for backbone in make_pair(oracle, block_chunks=chunks):
+        change(backbone)
+        found.append([backbone(images())])
+        for n in (1, 2, [0, 1]):
+            found[-1] += backbone.get_intermediate_layers(images(), n)
+    _same(found[1], found[0])
 
 
 def test_block_subclasses(oracle):
