@@ -39,7 +39,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def check_output_dir(path: str) -> None:
+def check_output_dir(path: str | Path, flags: str = "--output-dir or train.output_dir") -> None:
     """Check that files can be made in `path`, or in its nearest existing parent if it does not exist yet.
 
     A temporary folder is made there and removed again, since permission bits say too little (read-only mounts, root).
@@ -48,7 +48,7 @@ def check_output_dir(path: str) -> None:
         ConfigError: something that is no folder is in the way, or nothing can be written there.
     """
     folder = Path(path).expanduser().absolute()
-    advice = "choose another with --output-dir or train.output_dir"
+    advice = f"choose another with {flags}"
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists() or parent.is_symlink())
     if not nearest.is_dir():
         kind = "a file" if nearest.is_file() else "no folder"

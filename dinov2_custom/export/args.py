@@ -47,5 +47,5 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="with --to onnx: put the normalization of images (0..1 -> mean 0, deviation 1) into the graph",
     )
     add_configuration(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at the output path")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at the output path")
     return parser

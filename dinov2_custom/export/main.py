@@ -58,7 +58,7 @@ def export(model, form: str, path: Path, overwrite: bool = False) -> str:
         CheckpointError: tensors or features differ.
     """
     write, suffix = _WRITERS[form]
-    partial = make_room(path, overwrite)
+    partial = make_room(path, overwrite, folder=not suffix)
     written = partial / (path.name if path.name.endswith(suffix) else path.name + suffix)  # read by its suffix
     try:
         if not suffix:

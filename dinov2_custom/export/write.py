@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.portable import Portable
+
+EXPORTED = {"model.safetensors", "config.json", "preprocessor_config.json"}  # all that an exported folder has
 
 
 def write_torch(model: Portable, path: Path) -> None:
@@ -28,16 +31,28 @@ def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
     save_file(state, path, metadata={"format": "pt"})
 
 
-def make_room(path: Path, overwrite: bool) -> Path:
+def make_room(path: Path, overwrite: bool, folder: bool) -> Path:
     """Return a new folder beside ``path`` to write into before its files are moved; an empty folder may be at ``path``.
 
+    Args:
+        overwrite: an earlier export of the same kind may be there, too.
+        folder: a folder will be written, and not a file.
+
     Raises:
-        ConfigError: something is at ``path`` already.
+        ConfigError: something else is at ``path``, or nothing can be written there.
     """
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise ConfigError(
-            f"--output: expected nothing at {path}, found an earlier result; choose another, or --overwrite"
-        )
+    check_output_dir(path.parent, "--output")
+    inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if others := [name for name in inside if not folder or name not in EXPORTED]:
+        found = f"a folder with {', '.join(others[:5])}; choose another"
+    elif folder and path.is_file():
+        found = "a file; choose another"
+    elif (inside or path.is_file()) and not overwrite:
+        found = "an earlier result; choose another, or --overwrite"
+    else:
+        found = None
+    if found:
+        raise ConfigError(f"--output: expected nothing at {path}, found {found}")
     partial = path.with_name(f".{path.name}.partial")
     remove(partial)
     partial.mkdir(parents=True)

@@ -410,6 +410,29 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     (tmp_path / "there").write_text("result")
     with pytest.raises(ConfigError, match="found an earlier result"):
         export(portable(teacher), "torch", tmp_path / "there")
+    with pytest.raises(ConfigError, match="found a file"):
+        export(portable(teacher), "timm", tmp_path / "there", overwrite=True)
     export(portable(teacher), "torch", tmp_path / "there", overwrite=True)
     assert set(FORMATS) == {"hf", "timm", "torch", "safetensors", "onnx"}
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("form", ["hf", "timm", "torch"])
+def test_only_an_earlier_export_is_overwritten(form, tmp_path):
+    """Not the folder of images or of a run that the flag was meant for."""
+    model, path = portable(make_teacher()), tmp_path / "run"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "image.png").write_text("mine")
+    with pytest.raises(ConfigError, match="found a folder with (config.json, )?image.png; choose another$"):
+        export(model, form, path, overwrite=True)
+    assert (path / "image.png").read_text() == "mine"
+    for overwrite in (False, True):  # the second time over the first result
+        export(model, form, tmp_path / "export", overwrite)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, where even root cannot make folders")
+@pytest.mark.parametrize("form", ["hf", "torch"])
+def test_a_place_where_nothing_can_be_written(form):
+    with pytest.raises(ConfigError, match="writable place.* in /proc -> choose another with --output$"):
+        export(portable(make_teacher()), form, Path("/proc/out"))
