@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
+from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.embed.images import batches
@@ -50,8 +51,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
-    dataset = make_dataset(dataset_str=args.dataset)
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("embed", args.checkpoint)
+    check_output_dir(folder, "--output-dir")
+    dataset = make_dataset(dataset_str=args.dataset)
     device = device_of_choice(args.device)
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"

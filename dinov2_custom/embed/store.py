@@ -37,10 +37,16 @@ class Store:
         self.folder, self.description = folder, description
         self.parts = folder / "parts"
         path = folder / DESCRIPTION
+        files = (ROWS, BAD, "features.npy", "features.parquet")
+        others = [name for name in (*files, self.parts.name) if (folder / name).exists()]
+        if others and not path.is_file():  # also with `fresh`: what is removed has to be ours
+            raise ConfigError(
+                f"--output-dir: expected no {', '.join(others)} of unknown origin in {folder}; choose another folder"
+            )
         if fresh:
-            for name in (DESCRIPTION, ROWS, BAD, "features.npy", "features.parquet"):
-                (folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.parts, ignore_errors=True)
+            for name in (*files, DESCRIPTION):
+                (folder / name).unlink(missing_ok=True)
         if path.is_file():
             earlier = json.loads(path.read_text(encoding="utf-8"))
             other = [
@@ -54,10 +60,9 @@ class Store:
                     + "\n  ".join(other)
                     + "\nchoose another folder, or --overwrite"
                 )
-        elif (folder / self.result_name).exists():
-            raise ConfigError(f"--output-dir: expected no {self.result_name} of unknown origin in {folder}, found one")
-        self.parts.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(description, indent=2) + "\n")
+        self.parts.mkdir(exist_ok=True)
 
     @property
     def result_name(self) -> str:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinov2_custom import entry
+from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.plots.args import get_history_args_parser
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run, short_names
@@ -123,11 +124,12 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         DataError: a place without a run, or a run without rows.
-        ConfigError: matplotlib is missing.
+        ConfigError: matplotlib is missing, or nothing can be written there.
     """
     folders = find_runs(args.runs)
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    out = Path(args.output_dir or (folders[0] if len(folders) == 1 else "."))
+    out = Path(args.output_dir or (folders[0] if len(folders) == 1 else ".")).expanduser()
+    check_output_dir(out, "--output-dir")
     out.mkdir(parents=True, exist_ok=True)
     figure = draw_history(runs)
     for path in (_write(out / "history.png", figure.savefig), _write(out / "history.html", _page(runs, figure))):

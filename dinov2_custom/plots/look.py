@@ -15,6 +15,7 @@ from PIL import Image
 
 from dinov2_custom import entry
 from dinov2_custom.commands import command
+from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError, DataError, shortage
@@ -46,8 +47,9 @@ def main(args: argparse.Namespace) -> int:
         )
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
     teacher.backbone.to(device_of_choice(args.device))
-    dataset = make_dataset(dataset_str=args.dataset)
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("features", args.checkpoint)
+    check_output_dir(folder, "--output-dir")
+    dataset = make_dataset(dataset_str=args.dataset)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(teacher, dataset, folder, args.num_images, args.image_size, args.heads)
     if args.num_points:

@@ -155,8 +155,21 @@ def test_other_features_are_refused(weights, images, tmp_path):
     run(*options, "--overwrite")
     assert len(np.load(tmp_path / "out" / "features.npy")) == 7
     (tmp_path / "out" / "embed.json").unlink()
-    with pytest.raises(ConfigError, match="expected no features.npy of unknown origin"):
+    with pytest.raises(ConfigError, match="features.npy of unknown origin"):
         run(*options)
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
+def test_others_files_of_our_names_are_left_alone(weights, images, tmp_path, flags):
+    """A run directory has its own bad_images.jsonl, and a folder of images may have one named parts."""
+    for name in ("bad_images.jsonl", "parts/1.png"):
+        path = tmp_path / name.split("/")[0].replace(".", "_") / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        folder = tmp_path / path.relative_to(tmp_path).parts[0]
+        with pytest.raises(ConfigError, match=f"expected no {name.split('/')[0]} of unknown origin"):
+            run(weights, images, "--output-dir", folder, "--image-size", 32, *flags)
+        assert path.read_text() == "mine"
 
 
 def test_mistakes(weights, images, tmp_path):
@@ -164,6 +177,8 @@ def test_mistakes(weights, images, tmp_path):
         run(weights, images, "--image-size", 32, 30, 4)
     with pytest.raises(ConfigError, match="--batch-size: expected at least 1, got 0"):
         run(weights, images, "--batch-size", 0)
+    with pytest.raises(ConfigError, match="which is a file -> choose another with --output-dir$"):
+        run(weights, images, "--output-dir", weights)
     for path in images.rglob("*.png"):
         path.write_bytes(b"broken")
     with pytest.raises(DataError, match="expected readable images, got none of 7"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.plots.args import get_history_args_parser
 from dinov2_custom.plots.history import PANELS, draw_history, main
 from dinov2_custom.plots.metrics_file import Run
@@ -132,6 +132,12 @@ def test_comparison_shows_the_settings_that_differ(tmp_path):
 def test_no_run_is_one_sentence(tmp_path):
     with pytest.raises(DataError, match=r"got none at .*nothing"):
         draw(tmp_path / "nothing")
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path):
+    run = write(tmp_path / "run")
+    with pytest.raises(ConfigError, match="which is a file -> choose another with --output-dir$"):
+        draw(run, "--output-dir", run / "training_metrics.json")
 
 
 def test_drawing_does_not_load_torch():

@@ -75,6 +75,8 @@ def test_mistakes(weights, tmp_path):
     make_images(tmp_path / "images", count=1)
     with pytest.raises(ConfigError, match="expected --num-images of at least 1"):
         draw(weights, tmp_path / "images", "--num-images", 0)
+    with pytest.raises(ConfigError, match="which is a file -> choose another with --output-dir$"):
+        draw(weights, tmp_path / "images", "--output-dir", weights)
     with pytest.raises(DataError, match="--num-points: expected at least 3 readable images for a plane, got 2"):
         draw(weights, tmp_path / "images", "--output-dir", tmp_path / "out")
     for path in (tmp_path / "images").rglob("*.png"):
