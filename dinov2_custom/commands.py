@@ -6,6 +6,7 @@ Every hint and ``--help`` takes its commands from here, and every script its :cl
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +30,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that answers a mistake with the mistake and where help is, not with all its flags."""
 
     def error(self, message: str) -> NoReturn:
-        """Print ``message`` and how to get help; exit with 2, as argparse does."""
+        """Print ``message`` with the nearest flag, and how to get help; exit with 2, as argparse does."""
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            flags = [flag for flag in self._option_string_actions if "_" not in flag]  # each has its form with dashes
+            near = difflib.get_close_matches(unknown[0], flags, n=1)
+            message += f" -> did you mean {near[0]}?" if near else ""
         print(f"error: {message}\nhelp: {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 

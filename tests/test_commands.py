@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinov2_custom import commands
+from dinov2_custom.verify.args import get_args_parser
 from tests.train.batches import TINY
 from tests.train.test_train import write_images
 
@@ -71,6 +72,17 @@ def test_a_wrong_flag_is_answered_in_two_lines(script):
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and lines[0].startswith("error: "), done.stderr
     assert lines[-1].startswith("help: ") and lines[-1].endswith(f"{Path(script).name} --help") and len(lines) <= 3
+
+
+@pytest.mark.parametrize(
+    "flag, said", [("--outdir=x", " -> did you mean --output-dir?"), ("--nothing-like-it", "")], ids=str
+)
+def test_a_misspelled_flag_is_answered_with_the_nearest(flag, said, capsys):
+    parser = get_args_parser()
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["/my/images", flag, "x"])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"error: unrecognized arguments: {flag} x{said}"
 
 
 @pytest.mark.parametrize("package", ["verify", "prepare", "embed", "export"])

@@ -10,6 +10,7 @@ from dinov2_custom.commands import Parser
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of ``run/patches/apply.py``."""
     parser = Parser(
+        prog="python run/patches/apply.py",
         description="Apply this project's fixes to a checkout of dinov2, take them out again, or tell which are "
         "applied. Each appends a marked block to the modules it concerns; no other line is touched.",
         allow_abbrev=False,
