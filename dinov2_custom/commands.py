@@ -33,8 +33,9 @@ class Parser(argparse.ArgumentParser):
         """Print ``message`` with the nearest flag, and how to get help; exit with 2, as argparse does."""
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized arguments") and unknown:
-            flags = [flag for flag in self._option_string_actions if "_" not in flag]  # each has its form with dashes
-            near = difflib.get_close_matches(unknown[0], flags, n=1)
+            flags = self._option_string_actions
+            shown = [f for f in flags if "_" not in f or f.replace("_", "-") not in flags]  # not a flag's second form
+            near = difflib.get_close_matches(unknown[0], shown, n=1)
             message += f" -> did you mean {near[0]}?" if near else ""
         print(f"error: {message}\nhelp: {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
