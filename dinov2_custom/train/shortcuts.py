@@ -6,6 +6,7 @@ change (``layers/unmodified``), and the computations. Read :func:`find_shortcuts
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
     from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 _LOSSES = {cls: methods_of(cls) for cls in (DINOLoss, iBOTPatchLoss)}  # as they are defined; users may replace them
+
+
+def takes_options(backbone: nn.Module) -> bool:
+    """Return whether the methods of ``backbone`` take ``draws`` and ``packed``; others' overrides have upstream's
+    parameters."""
+    for name in ("forward", "forward_features", "forward_features_list"):
+        taken = inspect.signature(getattr(backbone, name)).parameters
+        if "packed" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+            return False
+    return True
 
 
 class Shortcuts(NamedTuple):
@@ -55,6 +66,8 @@ def find_shortcuts(model: SSLMetaArch) -> Shortcuts:
         for name, part in getattr(model, side).items():
             if name == "backbone":
                 blocks[side], found = unmodified_blocks(part.blocks, f"{side}.{name}.blocks")
+                if not takes_options(part):
+                    blocks[side], found = frozenset(), [f"other parameters of {side}.{name}.forward_features"]
                 changes += found
             else:
                 changed_heads.append(find_change(part, (DINOHead,), f"{side}.{name}", sharded_for="cross_entropy"))

@@ -27,7 +27,7 @@ from dinov2_custom.parallel import GradientReducer, own_share
 from dinov2_custom.train import compiling
 from dinov2_custom.train.constant_shapes import pad_patches
 from dinov2_custom.train.pretrained import start_from_weights
-from dinov2_custom.train.shortcuts import find_shortcuts
+from dinov2_custom.train.shortcuts import find_shortcuts, takes_options
 from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies, teacher_assignments
 from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
 from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
@@ -229,7 +229,8 @@ class SSLMetaArch(nn.Module):
             return Targets(None, None)
         with self.autocast("teacher", "backbone"):
             crops, packed = images["collated_global_crops"], self._packed("teacher")
-            features = self.teacher["backbone"](crops, is_training=True, packed=packed)
+            options = {"packed": packed} if takes_options(self.teacher["backbone"]) else {}
+            features = self.teacher["backbone"](crops, is_training=True, **options)
         first, second = features["x_norm_clstoken"].chunk(2)
         cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
         patches = self._masked_patches(features, images["mask_indices_list"])
@@ -247,9 +248,9 @@ class SSLMetaArch(nn.Module):
         crops = [(views.global_crops, views.masks), (views.local_crops, None)]
         crops, masks = zip(*((crop, mask) for crop, mask in crops if crop is not None), strict=True)
         with self.autocast("student", "backbone"):
-            features = self.student["backbone"](
-                list(crops), masks=list(masks), is_training=True, draws=draws, packed=self._packed("student")
-            )
+            options = {"draws": draws, "packed": self._packed("student")}
+            options = options if takes_options(self.student["backbone"]) else {}
+            features = self.student["backbone"](list(crops), masks=list(masks), is_training=True, **options)
         local, of_global = views.local_crops is not None, views.global_crops is not None
         return Features(
             local_cls=features[-1]["x_norm_clstoken"] if local else None,

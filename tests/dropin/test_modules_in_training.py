@@ -166,6 +166,31 @@ def test_the_draws_of_a_hooked_block_are_the_steps():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
+def test_a_backbone_whose_methods_have_upstreams_parameters():
+    """As those of a subclass written for upstream: called as upstream calls it."""
+    cfg, found = tiny_config("student.drop_path_rate=0"), []
+    for changed in (False, True):
+        model = SSLMetaArch(cfg).train()
+        seen = []
+
+        class Mine(type(model.student["backbone"])):
+            def forward_features_list(self, x_list, masks_list, seen=seen):
+                seen.append(len(x_list))
+                return super().forward_features_list(x_list, masks_list)
+
+            def forward_features(self, x, masks=None, seen=seen):
+                seen.append(None)
+                return super().forward_features(x, masks)
+
+        for side in (model.student, model.teacher) if changed else ():
+            side["backbone"].__class__ = Mine
+        found.append(model.forward_backward(random_batch(cfg), 0.05, torch.Generator().manual_seed(0)))
+        assert len(seen) >= 3 * changed and len(model.shortcuts.changes) == 2 * changed
+    assert found[0].keys() == found[1].keys()
+    for name, loss in found[0].items():
+        torch.testing.assert_close(found[1][name], loss, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_put_into_the_student_alone_has_no_teacher():
     model = SSLMetaArch(tiny_config())
     for block in blocks_of(model.student["backbone"]):
