@@ -6,7 +6,9 @@ change (``layers/unmodified``), and the computations. Read :func:`find_shortcuts
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
@@ -24,11 +26,14 @@ _LOSSES = {cls: methods_of(cls) for cls in (DINOLoss, iBOTPatchLoss)}  # as they
 def takes_options(backbone: nn.Module) -> bool:
     """Return whether the methods of ``backbone`` take ``draws`` and ``packed``; others' overrides have upstream's
     parameters."""
-    for name in ("forward", "forward_features", "forward_features_list"):
-        taken = inspect.signature(getattr(backbone, name)).parameters
-        if "packed" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
-            return False
-    return True
+    methods = (getattr(backbone, name) for name in ("forward", "forward_features", "forward_features_list"))
+    return all(_takes_options(getattr(method, "__func__", method)) for method in methods)
+
+
+@functools.lru_cache(maxsize=64)  # looked at in every step, for a fifth of a millisecond
+def _takes_options(function: Callable) -> bool:
+    taken = inspect.signature(function).parameters
+    return "packed" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values())
 
 
 class Shortcuts(NamedTuple):
