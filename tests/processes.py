@@ -1,8 +1,9 @@
-"""Start commands and sources as one process or several, and wait for what processes do.
+"""Start commands and sources, as one process or several, and wait for what processes do.
 
 Read :class:`Job` first. Not here: starts under SLURM or ``--ngpus``.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ GRACE_S = 30  # from the failure of one process until the others are killed
 # As scripts in run/ end: a model at module level keeps its process group, whose threads must not meet Python's end.
 LEAVE = "\nfrom dinov2_custom import entry\nentry.leave(0)\n"
 # What a training imports at its start and on its way, two to four seconds of computing in each process
-LOADED = ("dinov2_custom.train.train", "torch._dynamo", "torch.distributed.fsdp", "dinov2_custom.eval.setup")
+LOADED = (
+    "dinov2_custom.train.train", "torch._dynamo", "torch.distributed.fsdp", "dinov2_custom.embed",
+    "dinov2_custom.eval.knn", "dinov2_custom.eval.linear", "dinov2_custom.eval.log_regression",
+)  # fmt: skip
 
 
 def torchrun(processes: int, *command: str) -> list[str]:
@@ -40,10 +44,11 @@ class Job:
     the imports. Each is the leader of its own session.
 
     Args:
-        command: a path of a Python script, and its arguments.
+        command: what follows ``python``: a script, ``-m`` and a module or ``-c`` and a source, and arguments.
         processes: how many; None: one that is no part of a group.
         log: takes the standard output and errors of all of them.
         errors: takes the standard errors instead.
+        environment: all of it, with OMP_NUM_THREADS and, as its folders come first, PYTHONPATH.
     """
 
     def __init__(
@@ -52,11 +57,13 @@ class Job:
         log: str | Path = os.devnull,
         errors: str | Path | None = None,
         processes: int | None = None,
-        cwd: Path = REPOSITORY,
+        cwd: str | Path = REPOSITORY,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LOADED)
-        environment, ranks = os.environ | ENVIRONMENT, [{}]
+        environment = dict(environment or os.environ | ENVIRONMENT)
+        ranks = [{}]
         if processes is not None:  # the store is here, so that its port is free for certain
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             ranks = [_group(rank, processes, self._store.port) for rank in range(processes)]
@@ -112,11 +119,12 @@ def _group(rank: int, size: int, port: int) -> dict[str, str]:
     }
 
 
-def _become(command: Sequence[str], environment: dict[str, str], cwd: Path, log: str, errors: str) -> None:
+def _become(command: Sequence[str], environment: dict[str, str], cwd: str | Path, log: str, errors: str) -> None:
     """Be what ``python <command>`` starts."""
     multiprocessing.set_start_method(None, force=True)  # Python's own again: multiprocessing hands its choice down
     os.setsid()
     os.chdir(cwd)
+    sys.dont_write_bytecode = True
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
@@ -124,9 +132,20 @@ def _become(command: Sequence[str], environment: dict[str, str], cwd: Path, log:
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, stream)
         os.close(opened)
-    sys.argv = list(command)
-    sys.path.insert(0, str(Path(command[0]).resolve().parent))
-    runpy.run_path(command[0], run_name="__main__")
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+    first, *arguments = command
+    try:
+        if first == "-c":
+            sys.argv, sys.path[:0] = ["-c", *arguments[1:]], [""]
+            exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
+        elif first == "-m":
+            sys.argv, sys.path[:0] = arguments, [os.getcwd()]
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[:0] = list(command), [str(Path(first).resolve().parent)]
+            runpy.run_path(first, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
 def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
@@ -136,11 +155,11 @@ def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
     return done
 
 
-def run(*command: str, processes: int | None = None, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    """Run ``command`` to its end and return its exit code, its output and its errors."""
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    """Run ``command`` to its end and return its exit code, its output and its errors; options: those of Job."""
     with tempfile.TemporaryDirectory() as folder:
         log, errors = Path(folder) / "log", Path(folder) / "errors"
-        code = Job(*command, log=log, errors=errors, processes=processes, cwd=cwd).wait()
+        code = Job(*command, log=log, errors=errors, **options).wait()
         return subprocess.CompletedProcess(command, code, log.read_text(), errors.read_text())
 
 
