@@ -19,6 +19,23 @@ def pytest_configure():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name long values by their argument: every process keeps and sends all names, and values have had 73 MB."""
+    return argname if isinstance(val, str | bytes) and len(val) > 100 else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the markers
+def pytest_collection_modifyitems(items):
+    """Let one process of pytest-xdist (``--dist loadgroup``) run the tests of a file that share a fixture of the file.
+
+    Each process would make its own: a training, most often.
+    """
+    for item in items:
+        used = [definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values()]
+        if "module" in used and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     """Give memory back after each file: a training in this process has told glibc to keep what is freed, gigabytes."""
@@ -33,7 +50,7 @@ def pytest_unconfigure(config):
     skipped = reporter.stats.get("skipped", []) if reporter and not hasattr(config, "workerinput") else []
     if path := os.environ.get("DINOV2_SKIPPED"):
         with open(path, "a") as file:  # pytest-xdist adds @<group>
-            file.writelines(f"{re.sub('@slurm$', '', report.nodeid)}\n" for report in skipped)
+            file.writelines(re.sub(r"@[^@\]]*$", "", report.nodeid) + "\n" for report in skipped)
     reasons = [str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped]
     tools = Counter(match[1] for reason in reasons if (match := re.match("needs ([^:]+)", reason)))
     if tools:

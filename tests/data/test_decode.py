@@ -436,13 +436,14 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("chunk", [
-    png_chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2 << 20))),
-    png_chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"x" * (3 << 20))),
-    png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * (3 << 20))),
-    png_chunk(b"tEXt", b"k\0" + b"x" * (1 << 20)) * 70,
+@pytest.mark.parametrize(("kind", "content", "times"), [
+    (b"iCCP", lambda: b"p\0\0" + zlib.compress(bytes(2 << 20)), 1),
+    (b"iTXt", lambda: b"k\0\1\0\0\0" + zlib.compress(b"x" * (3 << 20)), 1),
+    (b"zTXt", lambda: b"k\0\0" + zlib.compress(b"x" * (3 << 20)), 1),
+    (b"tEXt", lambda: b"k\0" + b"x" * (1 << 20), 70),
 ])  # fmt: skip
-def test_a_png_is_sound_whatever_its_text_and_colour_profile_weigh(place, chunk):
+def test_a_png_is_sound_whatever_its_text_and_colour_profile_weigh(place, kind, content, times):
+    chunk = png_chunk(kind, content()) * times
     data = encode(RGB, "PNG")
     cut = 33 if place == "before" else len(data) - 12
     data = data[:cut] + chunk + data[cut:]

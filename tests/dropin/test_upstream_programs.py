@@ -6,12 +6,11 @@ They ask for a GPU by name; the copies that run here ask for the CPU, nothing el
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests import processes
 from tests.dropin.test_workflow import PREPARE, REPOSITORY, TINY, assert_knn_results, write_imagenet
 from tests.oracle import OracleUnavailable, ensure_oracle
 from tests.test_alias import fill_site
@@ -48,24 +47,17 @@ class Upstream:
         path.write_text(text)
         return path
 
-    def run(self, *command):
+    def run(self, *command, number=None):
         environment = {"PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-B", *map(str, command)],
-            cwd=self.site,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=environment,
-        )
+        done = processes.run(*map(str, command), cwd=self.site, environment=environment, processes=number)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
 
-    def train(self, out, *more, launcher=()):
+    def train(self, out, *more, number=None):
         config = REPOSITORY / "dinov2_custom" / "configs" / "train" / "vitl16_short.yaml"
-        command = [*launcher, self.program("train/train.py"), "--config-file", config, "--output-dir", out]
+        command = [self.program("train/train.py"), "--config-file", config, "--output-dir", out]
         overrides = [f"train.dataset_path={self.datasets[0]}", *TINY, *THREE_ITERATIONS, *more]
-        return self.run(*command, *overrides)
+        return self.run(*command, *overrides, number=number)
 
     def evaluate(self, name, run, out, *more):
         weights = run / "eval" / "training_2" / "teacher_checkpoint.pth"
@@ -121,8 +113,7 @@ def test_train_keeps_as_many_checkpoints_as_fvcore_is_told(upstream, tmp_path):
 
 
 def test_train_in_two_processes(upstream, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    upstream.train(tmp_path, launcher=launcher)
+    upstream.train(tmp_path, number=2)
     assert [row["iteration"] for row in rows(tmp_path)] == [0, 2]
 
 

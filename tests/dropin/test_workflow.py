@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from dinov2_custom.hub import backbones
+from tests import processes
 from tests.hub.served import serve
 from tests.test_alias import site  # noqa: F401 - a fixture
 
@@ -45,14 +46,7 @@ def home(tmp_path_factory):
 
 def run(home, *command, expected=0):
     environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HOME": str(home)}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
-    )
+    done = processes.run(*map(str, command), environment=environment)
     assert done.returncode == expected, done.stdout + done.stderr
     return done
 

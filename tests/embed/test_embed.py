@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,11 +17,10 @@ from dinov2_custom.embed.args import get_args_parser
 from dinov2_custom.embed.main import compute, main
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.teacher import load_teacher
+from tests import processes
 from tests.eval.test_setup import make_run
 from tests.export.backbones import make_teacher
-from tests.processes import wait_until
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.processes import Job, wait_until
 
 
 @pytest.fixture
@@ -108,11 +105,7 @@ def test_kinds_of_features():
 
 def script(*arguments, processes=1):
     launcher = ["--cpu", "--ngpus", str(processes)]
-    return [sys.executable, str(REPOSITORY / "run" / "embed.py"), *map(str, arguments), "--num-workers", "0", *launcher]
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return ["run/embed.py", *map(str, arguments), "--num-workers", "0", *launcher]
 
 
 def test_killed_and_taken_up_again_by_two_processes(weights, images, tmp_path):
@@ -121,20 +114,14 @@ def test_killed_and_taken_up_again_by_two_processes(weights, images, tmp_path):
     listed.write_text("".join(f"{readable[i % 6]}\n" for i in range(240)))
     options = [weights, listed, "--batch-size", 1, "--image-size", 64]
     out, whole = tmp_path / "out", tmp_path / "whole"
-    process = subprocess.Popen(script(*options, "--output-dir", out), env=environment(), stderr=subprocess.DEVNULL)
+    process = Job(*script(*options, "--output-dir", out))
     wait_until(lambda: list(out.glob("parts/*.npz")), "the first part", [process])
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL and not (out / "features.npy").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
     assert 0 < len(kept) < 8
 
-    again = subprocess.run(
-        script(*options, "--output-dir", out, processes=2),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    again = processes.run(*script(*options, "--output-dir", out, processes=2))
     assert again.returncode == 0, again.stderr
     assert f"240 in {listed}, {32 * len(kept)} done before" in again.stderr
     run(*options, "--output-dir", whole)
@@ -186,7 +173,7 @@ def test_mistakes(weights, images, tmp_path):
 
 
 def test_script_says_what_is_wrong(tmp_path):
-    done = subprocess.run(script(tmp_path / "none.pth", tmp_path), env=environment(), capture_output=True, text=True)
+    done = processes.run(*script(tmp_path / "none.pth", tmp_path))
     assert done.returncode == 1 and done.stderr.startswith("error: checkpoint: expected a weight file")
 
 

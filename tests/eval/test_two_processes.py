@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.eval.test_setup import REPOSITORY, make_run
+from tests.eval.test_setup import make_run
 from tests.processes import launch
 
 
@@ -39,18 +37,11 @@ def datasets(folder):
     return [f"--{part}-dataset=LabelledFolder:root={folder}/{part}" for part in ("train", "val")]
 
 
-def alone(*command):
-    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "env": environment}
-    done = subprocess.run([sys.executable, *command], **options)
-    assert done.returncode == 0, done.stderr
-
-
 def test_knn(run):
     folder, data = run
     small = ["--num-workers=0", "--resize-size=16", "--crop-size=16", "--batch-size=4", "--nb_knn", "1", "3"]
     limited = ["--n-per-class-list", "-1", "2", "--n-tries", "2"]
-    alone("run/eval/knn.py", *data, "--output-dir", str(folder / "knn1"), *small, *limited)
+    launch(1, "run/eval/knn.py", *data, "--output-dir", str(folder / "knn1"), *small, *limited)
     launch(2, "run/eval/knn.py", *data, "--output-dir", str(folder / "knn2"), *small, *limited)
     results = [(folder / f"knn{n}" / "results_eval_knn.json").read_text().splitlines() for n in (1, 2)]
     assert results[0] == results[1]
@@ -63,7 +54,7 @@ def test_linear(run):
     folder, data = run
     small = ["--num-workers=0", "--resize-size=16", "--crop-size=16", "--epochs=2", "--epoch-length=5"]
     small += ["--learning-rates", "0.1", "1.0"]
-    alone("run/eval/linear.py", *data, "--output-dir", str(folder / "linear1"), *small, "--batch-size=6")
+    launch(1, "run/eval/linear.py", *data, "--output-dir", str(folder / "linear1"), *small, "--batch-size=6")
     launch(2, "run/eval/linear.py", *data, "--output-dir", str(folder / "linear2"), *small, "--batch-size=3")
     results = [(folder / f"linear{n}" / "results_eval_linear.json").read_text() for n in (1, 2)]
     assert results[0] == results[1] and "best_classifier" in results[0]
@@ -75,7 +66,7 @@ def test_linear(run):
 def test_log_regression(run):
     folder, data = run
     small = ["--num-workers=0", "--resize-size=16", "--crop-size=16", "--max-train-iters=30"]
-    alone("run/eval/log_regression.py", *data, "--output-dir", str(folder / "lr1"), *small)
+    launch(1, "run/eval/log_regression.py", *data, "--output-dir", str(folder / "lr1"), *small)
     launch(2, "run/eval/log_regression.py", *data, "--output-dir", str(folder / "lr2"), *small)
     results = [(folder / f"lr{n}" / "results_eval_log_regression.json").read_text() for n in (1, 2)]
     assert results[0] == results[1] and len(results[0].splitlines()) == 3

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,9 +25,9 @@ from dinov2_custom.utils import hugging_face as reading
 from dinov2_custom.utils.weights import flat_name
 from tests.eval.test_setup import make_run
 from tests.export.backbones import KINDS, NORMALIZE, features_of, make_teacher, random_images
+from tests.processes import run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other libraries
-REPOSITORY = Path(__file__).resolve().parents[2]
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 
 
@@ -186,9 +183,8 @@ def test_hugging_face_folder_comes_back(kind, tmp_path):
 
 def test_a_run_directory_from_the_command_line(tmp_path):
     _, model, _ = make_run(tmp_path / "run", "student.block_chunks=2")
-    command = [sys.executable, "run/export/export.py", str(tmp_path / "run"), "--to", "torch"]
-    command += ["--output", str(tmp_path / "model.pth"), "--image-size", "24"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)})
+    command = ["run/export/export.py", str(tmp_path / "run"), "--to", "torch"]
+    done = run(*command, "--output", str(tmp_path / "model.pth"), "--image-size", "24")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "model.pth")
     assert "features in torch differ by at most" in done.stderr

@@ -3,7 +3,7 @@
 Widths are the real ones. Images, prototypes and some depths are reduced to what one core does in seconds; none of them
 enters a formula. The clipping norms of :data:`RUN_CASES` are such that some steps are clipped and others are not.
 :data:`STEP_CASES` is for losses and gradients, :data:`RUN_CASES` for twenty optimizer steps; both with one setting of
-what makes our step fast, :data:`MEANS_CASES` and :data:`MEANS_RUN_CASES`, which are smaller, with all of them.
+what makes our step fast, :data:`MEANS_CASES` and :data:`MEANS_RUN_CASES` (ten steps), smaller, with all of them.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ MEANS_CASES = [
     Case("centering, shared head, drop path", "vit_small", SMALL, 2, 4),
     Case("sinkhorn, separate heads, swiglu, drop path, chunks", "vit_small", f"{VITL14} {SMALL}", 2, 4),
 ]
+SHORTER_RUN = SHORT_RUN.replace("OFFICIAL_EPOCH_LENGTH=4", "OFFICIAL_EPOCH_LENGTH=2")  # ten steps see every phase
 MEANS_RUN_CASES = [
-    Case(case.name, case.arch, f"{SHORT_RUN} {case.overrides} optim.clip_grad=0.5", case.depth, case.batch_size)
+    Case(case.name, case.arch, f"{SHORTER_RUN} {case.overrides} optim.clip_grad=0.5", case.depth, case.batch_size)
     for case in MEANS_CASES
 ]
 ONE_BLOCK = Case("one block, sinkhorn", "vit_small", f"{SMALL} {SINKHORN} {DROP_0}", 1, 4)

@@ -15,7 +15,8 @@ from tests.oracle import OracleTrainer, ensure_oracle, load_oracle, make_batch
 from tests.oracle.loader import NAMES_IN_THE_WAY
 from tests.parity.cases import P14
 
-BASE = f"student.arch=vit_small train.batch_size_per_gpu=3 {P14}".split()
+BASE = f"student.arch=vit_small train.batch_size_per_gpu=3 dino.head_hidden_dim=256 {P14}".split()
+FEW = ["dino.head_n_prototypes=512"]
 
 
 @pytest.mark.parametrize("extra", [[], ["train.centering=sinkhorn_knopp", "ibot.separate_head=true"]])
@@ -30,7 +31,7 @@ def test_losses_at_the_start_are_those_of_uniform_logits(oracle, extra):
 
 
 def test_a_train_step_moves_student_and_teacher(oracle):
-    trainer = OracleTrainer(oracle, BASE, depth=2)
+    trainer = OracleTrainer(oracle, BASE + FEW, depth=2)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     schedules = oracle.train.build_schedulers(trainer.cfg)
     trainer.train_step(make_batch(oracle, trainer.cfg, 3, seed=0), 2000, schedules)
@@ -56,7 +57,7 @@ def test_importing_it_leaves_no_trace(oracle, monkeypatch):
 
 def test_random_state_is_left_alone(oracle):
     states = random.getstate(), torch.get_rng_state()
-    trainer = OracleTrainer(oracle, BASE, depth=1)
+    trainer = OracleTrainer(oracle, BASE + FEW, depth=1)
     trainer.forward_backward(make_batch(oracle, trainer.cfg, 2, seed=0), teacher_temp=0.07, seed=5)
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])

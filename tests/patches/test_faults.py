@@ -6,7 +6,6 @@ import argparse
 import os
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +16,10 @@ import torch
 from PIL import Image
 
 from dinov2_custom.errors import CheckpointError, ConfigError, DataError
+from tests import processes
 from tests.oracle import reduced_depth
 from tests.patches.world import patched, world
-from tests.processes import ENVIRONMENT, REPOSITORY, torchrun
+from tests.processes import ENVIRONMENT, REPOSITORY
 
 SMALL = {
     "student": {"arch": "vit_small", "patch_size": 14, "block_chunks": 0},
@@ -107,10 +107,9 @@ def test_every_width(checkout, dtype):
 
 def test_fsdp_attributes(checkout):
     def run():
-        command = torchrun(2, str(Path(__file__).with_name("fsdp_processes.py")))
-        paths = {"PYTHONPATH": f"{checkout}{os.pathsep}{REPOSITORY}", "PYTHONDONTWRITEBYTECODE": "1"}
-        env = os.environ | ENVIRONMENT | paths
-        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=600)
+        env = os.environ | ENVIRONMENT | {"PYTHONPATH": f"{checkout}{os.pathsep}{REPOSITORY}"}
+        script = str(Path(__file__).with_name("fsdp_processes.py"))
+        done = processes.run(script, processes=2, cwd=checkout, environment=env)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

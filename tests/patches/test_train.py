@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image
 
 from dinov2_custom.patching.args import get_args_parser
 from dinov2_custom.patching.main import main
+from tests import processes
 from tests.patches.world import patched
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,8 +31,7 @@ def train(checkout, *arguments):
     """Run the checkout's own training in its folder, with this project in the environment as pip would put it there."""
     env = os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"}
     script = str(Path(__file__).with_name("train_checkout.py"))
-    command = [sys.executable, "-B", script, *map(str, arguments)]
-    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=600)
+    return processes.run(script, *map(str, arguments), cwd=checkout, environment=env)
 
 
 def test_trains_resumes_and_is_put_back(checkout, tmp_path):

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -17,8 +12,7 @@ from dinov2_custom.plots import look
 from dinov2_custom.plots.args import get_features_args_parser
 from tests.eval.test_setup import make_images, make_run
 from tests.export.backbones import make_teacher
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.processes import run
 
 
 def draw(*arguments):
@@ -87,9 +81,7 @@ def test_mistakes(weights, tmp_path):
 
 def test_script(weights, tmp_path):
     make_images(tmp_path / "images")
-    command = [sys.executable, "run/plots/features.py", str(weights), str(tmp_path / "images")]
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command += ["--output-dir", str(tmp_path / "out"), "--num-images", "2"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
+    command = ["run/plots/features.py", str(weights), str(tmp_path / "images")]
+    done = run(*command, "--output-dir", str(tmp_path / "out"), "--num-images", "2")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"pca.png", "attention.png", "scatter.png"}

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,8 @@ from dinov2_custom.train.ranks import Ranks, describe_lost
 from dinov2_custom.train.step_guard import StepGuard, _Report
 from dinov2_custom.train.watch import Watch
 from dinov2_custom.utils.transfer import HostCopy
-from tests.processes import ENVIRONMENT, REPOSITORY, torchrun, wait_until
+from tests.processes import Job, wait_until
+from tests.processes import run as run_script
 from tests.train.batches import TINY, tiny_config
 from tests.train.test_step_guard import run
 from tests.train.test_train import write_images
@@ -90,24 +90,20 @@ def test_a_lost_or_hanging_process_ends_the_job_and_is_named_in_the_log(images, 
     (tmp_path / "faulty.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=3"]
     arguments += ["train.max_steps=1000", "--output-dir", str(tmp_path / "out")]
-    command = torchrun(2, str(tmp_path / "faulty.py"), fault, str(rank), *arguments)
-    env = os.environ | ENVIRONMENT
-    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-    assert done.returncode != 0
+    job = Job(str(tmp_path / "faulty.py"), fault, str(rank), *arguments, processes=2)
+    assert job.wait() != 0
     log = (tmp_path / "out" / "logs" / "log.txt").read_text()
     for text in expected:
         assert text in log, log
     if fault in ("sleep", "stop", "hold"):
-        assert "exitcode  : 75" in done.stderr
+        assert 75 in [process.exitcode for process in job.processes]
         assert log.count("no step for") - log.count("broken connection: no step for") == 1  # said once, first
 
 
 def alone(images, tmp_path, fault):
     (tmp_path / "faulty.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]
-    command = [sys.executable, str(tmp_path / "faulty.py"), fault, "0", *arguments, "--output-dir", str(tmp_path / "o")]
-    env = os.environ | ENVIRONMENT
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = run_script(str(tmp_path / "faulty.py"), fault, "0", *arguments, "--output-dir", str(tmp_path / "o"))
     assert done.returncode == 75 and "Traceback" not in done.stderr
     return done.stderr
 
@@ -188,16 +184,14 @@ def test_a_suspended_job_goes_on(images, tmp_path):
     (tmp_path / "slow.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]
     arguments += ["train.max_steps=60", "train.log_every=1", "--output-dir", str(tmp_path / "out")]
-    env = os.environ | ENVIRONMENT
-    command = [sys.executable, str(tmp_path / "slow.py"), "none", "-1", *arguments]
-    with subprocess.Popen(command, env=env, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as job:
-        metrics = tmp_path / "out" / "training_metrics.json"
-        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, "two steps", [job])
-        job.send_signal(signal.SIGSTOP)
-        time.sleep(5)
-        assert len(metrics.read_text().splitlines()) < 60
-        job.send_signal(signal.SIGCONT)
-        assert job.communicate(timeout=600)[1] == "" and job.returncode == 0
+    job = Job(str(tmp_path / "slow.py"), "none", "-1", *arguments, errors=tmp_path / "errors")
+    metrics = tmp_path / "out" / "training_metrics.json"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, "two steps", [job])
+    os.kill(job.pid, signal.SIGSTOP)
+    time.sleep(5)
+    assert len(metrics.read_text().splitlines()) < 60
+    os.kill(job.pid, signal.SIGCONT)
+    assert job.wait() == 0 and (tmp_path / "errors").read_text() == ""
 
 
 def test_a_broken_connection_is_a_lost_process(tmp_path, monkeypatch):

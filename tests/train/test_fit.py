@@ -1,22 +1,17 @@
 """run/train/memory.py says what the count says, and finds the largest batch that fits."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from dinov2_custom.train.fit import LARGEST_BATCH, fits, largest_below
 from dinov2_custom.train.memory import SHARE_OF_TENSORS, measure_step
+from tests.processes import run
 from tests.train.batches import TINY, tiny_config
-
-ROOT = Path(__file__).parents[2]
 
 
 def memory(*arguments):
-    command = [sys.executable, "run/train/memory.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run("run/train/memory.py", *arguments)
 
 
 def test_the_script_prints_the_count_of_each_mode():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dinov2_custom.utils.weights import read_weights
-from tests.processes import ENVIRONMENT, REPOSITORY, torchrun, wait_until
+from tests.processes import ENVIRONMENT, REPOSITORY, Job, run, torchrun, wait_until
 from tests.train.batches import TINY
 from tests.train.test_train import rows, weights, write_images
 
@@ -38,14 +38,11 @@ def command(images: Path, out: Path, total: int = TOTAL) -> list[str]:
     return [sys.executable, str(REPOSITORY / "run/train/train.py"), "--output-dir", str(out), *TINY, *overrides]
 
 
-def start(images: Path, out: Path, total: int = TOTAL) -> subprocess.Popen:
-    env = os.environ | ENVIRONMENT
-    log = open(out.parent / f"{out.name}.log", "a")
-    with log:
-        return subprocess.Popen(command(images, out, total), env=env, stdout=log, stderr=log, start_new_session=True)
+def start(images: Path, out: Path, total: int = TOTAL) -> Job:
+    return Job(*command(images, out, total)[1:], log=out.parent / f"{out.name}.log")
 
 
-def wait_for_checkpoint(process: subprocess.Popen, out: Path) -> None:
+def wait_for_checkpoint(process: Job | subprocess.Popen, out: Path) -> None:
     wait_until((out / "last_checkpoint").exists, "a checkpoint", [process])
 
 
@@ -57,7 +54,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert start(images, out).wait(timeout=600) == 0
+    assert start(images, out).wait() == 0
     return out
 
 
@@ -67,13 +64,13 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(images, uninterrup
     process = start(images, out)
     wait_for_checkpoint(process, out)
     os.killpg(process.pid, signum)
-    assert process.wait(timeout=600) == code
+    assert process.wait() == code
     assert not (out / "model_final").exists()
     if code > 0:  # saved after the step, whose row is there too
         stopped_after = read_weights(out / (out / "last_checkpoint").read_text())["iteration"]
         assert rows(out)[-1]["iteration"] == stopped_after
 
-    assert start(images, out).wait(timeout=600) == 0
+    assert start(images, out).wait() == 0
     log = (tmp_path / "out.log").read_text()
     assert "resumed from=" in log and "Traceback" not in log
     expected, got = weights(uninterrupted), weights(out)
@@ -153,7 +150,7 @@ def test_an_error_is_told_once_and_kept_in_the_log(images, uninterrupted):
     assert "another architecture" in (uninterrupted / "logs" / "log.txt").read_text()
 
 
-def children(process: subprocess.Popen) -> list[int]:
+def children(process: Job) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
@@ -184,8 +181,7 @@ def test_a_folder_whose_name_is_not_utf_8_is_trained_on_resumed_and_embedded(tmp
     out = tmp_path / "out"
     for total in (2, 4):
         process = start(images, out, total)
-        assert process.wait(240) == 0, (tmp_path / "out.log").read_text(errors="replace")[-2000:]
-    embed = [sys.executable, str(REPOSITORY / "run/embed.py"), str(out), str(images)]
-    done = subprocess.run([*embed, "--output-dir", str(tmp_path / "features")], capture_output=True)
+        assert process.wait() == 0, (tmp_path / "out.log").read_text(errors="replace")[-2000:]
+    done = run("run/embed.py", str(out), str(images), "--output-dir", str(tmp_path / "features"))
     assert done.returncode == 0, done.stderr
     assert len(rows(out)) == 4

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,7 @@ from dinov2_custom.train.checkpoint import Checkpointer
 from dinov2_custom.train.run_directory import locked
 from dinov2_custom.train.train import build_schedulers
 from dinov2_custom.utils.weights import read_weights
-from tests.processes import ENVIRONMENT, REPOSITORY
+from tests.processes import run
 from tests.train.batches import TINY, tiny_config
 
 RUN = (*TINY, "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=2", "optim.warmup_epochs=0.5")
@@ -317,9 +314,7 @@ def test_a_start_that_is_refused_late_leaves_nothing_either(images, tmp_path, ar
 
 def test_two_processes_that_are_refused_leave_nothing(images, tmp_path):
     flags = ["--ngpus", "2", "--cpu", "student.pretrained_weights=/nowhere/w.pth", "--output-dir", str(tmp_path / "o")]
-    command = [sys.executable, "run/train/train.py", f"train.dataset_path={images}", *RUN, *flags]
-    env = os.environ | ENVIRONMENT
-    done = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run("run/train/train.py", f"train.dataset_path={images}", *RUN, *flags)
     assert done.returncode == 1 and done.stderr.count("found nothing") == 1, done.stderr
     assert not (tmp_path / "o").exists()
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.processes import ENVIRONMENT, REPOSITORY, wait_until
+from tests.processes import Job, wait_until
 
 
 def kill_when(code: str, enough: Callable[[], bool]) -> None:
     """Run ``code`` with the repository on its path; kill it without warning once ``enough()``."""
-    environment = os.environ | ENVIRONMENT
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=REPOSITORY)
+    process = Job("-c", code)
     try:
         wait_until(enough, "the moment to kill it", [process])
     finally:

@@ -12,8 +12,9 @@ from dinov2_custom.errors import ConfigError
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.verify.args import get_args_parser
 from dinov2_custom.verify.main import MARKER, main, open_dataset, verify
+from tests.processes import REPOSITORY
 from tests.verify.files import Listed, bad_files, jpeg, overwritten, sound_files, write_files
-from tests.verify.killed import REPOSITORY, kill_when, wait_for_end_of
+from tests.verify.killed import kill_when, wait_for_end_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 

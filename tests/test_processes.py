@@ -1,0 +1,65 @@
+"""Forked commands are what ``python <command>`` starts; names of tests are short, their groups right."""
+
+import os
+import signal
+
+import pytest
+
+from tests.processes import Job, launch_source, run
+
+
+def test_a_source_has_its_own_arguments_environment_folder_and_output(tmp_path):
+    source = "import os, sys; print(sys.argv, os.getcwd(), dict(os.environ)); print(1, file=sys.stderr)"
+    own = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = run("-c", source + "; sys.exit(3)", "a b", cwd=tmp_path, environment=own)
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"{['-c', 'a b']} {tmp_path} {own}\n", "1\n")
+
+
+def test_a_script_and_a_module_are_the_main_module(tmp_path):
+    (tmp_path / "own.py").write_text("import sys\nassert __name__ == '__main__'\nprint(sys.argv[1:], sys.path[0])\n")
+    for command in ((f"{tmp_path}/own.py", "x"), ("-m", "own", "x")):
+        assert run(*command, cwd=tmp_path).stdout == f"['x'] {tmp_path}\n"
+
+
+def test_what_python_does_at_its_end_is_done_and_an_error_is_1():
+    done = run("-c", "import atexit; atexit.register(print, 'bye'); 1 / 0")
+    assert (done.returncode, done.stdout) == (1, "bye\n") and "ZeroDivisionError" in done.stderr
+
+
+def test_the_start_method_of_processes_is_pythons(tmp_path):
+    import multiprocessing
+
+    done = run("-c", "import multiprocessing; print(multiprocessing.get_start_method())")
+    assert done.stdout.strip() == multiprocessing.get_context().get_start_method()
+
+
+def test_several_are_a_group(tmp_path):
+    source = "import torch\nfrom dinov2_custom import distributed\ndistributed.enable()\nrank = torch.ones(1)\n"
+    source += "print(distributed.all_reduce(rank).item())\ndistributed.disable()\n"
+    assert launch_source(tmp_path, source).stdout == "2.0\n2.0\n"
+
+
+@pytest.mark.parametrize("state", ["runs", "is stopped"])
+def test_the_first_to_fail_ends_the_others(state):
+    other = "time.sleep(1000)" if state == "runs" else "os.kill(os.getpid(), signal.SIGSTOP)"
+    source = f"import os, signal, sys, time\nif os.environ['RANK'] == '1': time.sleep(0.2), sys.exit(7)\n{other}"
+    job = Job("-c", source, processes=2)
+    assert job.wait() == 7
+    assert [process.exitcode for process in job.processes] == [
+        -signal.SIGTERM if state == "runs" else -signal.SIGKILL,
+        7,
+    ]
+    assert not any(os.path.exists(f"/proc/{process.pid}") for process in job.processes)
+
+
+def test_names_of_tests_are_short_and_who_shares_a_files_fixture_shares_a_process(request):
+    """Every process of pytest-xdist sends, receives and keeps all names."""
+    for item in request.session.items:
+        assert len(item.nodeid) < 1000, item.nodeid[:200]
+        scopes = [definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values()]
+        assert "module" not in scopes or item.get_closest_marker("xdist_group"), item.nodeid
+
+
+@pytest.mark.parametrize("content", [bytes(10_000), "x" * 10_000])
+def test_a_long_value_is_named_by_its_argument(content, request):
+    assert "[content" in request.node.nodeid
