@@ -137,7 +137,7 @@ for _ in $(seq 600); do [ -e "$run/last_checkpoint" ] && break; sleep 0.5; done
 [ -e "$run/last_checkpoint" ] || { "$SKY" logs --no-follow "$cluster" || true; fail "no checkpoint came"; }
 say "checkpoint: $(cat "$run/last_checkpoint"); sky cancel"
 "$SKY" cancel -y -a "$cluster" >>"$dir/launch.log" 2>&1
-[ ! -e "$run/model_final.pth" ] || fail "the run had ended before it could be cancelled"
+[ ! -e "$run/model_final" ] || fail "the run had ended before it could be cancelled"
 
 say "sky exec: one node goes on"
 code=0; "$SKY" exec -c "$cluster" --num-nodes 1 --secret WANDB_API_KEY "$dir/task.yaml" >"$dir/exec.log" 2>&1 || code=$?
@@ -153,4 +153,4 @@ rows = [json.loads(line)['iteration'] for line in open('$run/training_metrics.js
 sys.exit(rows != sorted(set(rows)) or rows[-1] != 599)" || fail "training_metrics.json is not in order"
 [ "$(cat "$run/logs/wandb_run_id")" = run-1 ] || fail "another W&B id"
 ! grep -rqF -e "$WANDB_API_KEY" "$run" "$dir/launch.log" "$dir/exec.log" || fail "a secret was written"
-say "done: $(ls "$run/model_final.pth"), $(wc -l <"$run/training_metrics.json") rows, W&B id run-1, no secret in a file"
+say "done: $(ls -d "$run/model_final"), $(wc -l <"$run/training_metrics.json") rows, W&B id run-1, no secret in a file"
