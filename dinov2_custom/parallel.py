@@ -52,12 +52,17 @@ def choose_strategies(cfg, model: nn.Module) -> dict[str, str]:
     """Return part -> strategy. ``auto`` is NO_SHARD while everything fits into a quarter of the smallest device, else
     SHARD_GRAD_OP; a single process, and ``auto`` on CPUs, never shard. All must call it.
     """
-    if distributed.get_global_size() == 1:
-        return dict.fromkeys(model.student, NO_SHARD)
-    num_bytes = BYTES_A_PARAMETER * sum(p.numel() for p in model.student.parameters())
     smallest = min(distributed.gather_objects(_device_bytes(model.device)))  # unlike choices would never meet
+    return strategies_on(cfg, model.student, smallest, distributed.get_global_size())
+
+
+def strategies_on(cfg, student: nn.ModuleDict, smallest: float, world_size: int) -> dict[str, str]:
+    """Return part -> strategy for so many processes, where the smallest device has ``smallest`` bytes."""
+    if world_size == 1:
+        return dict.fromkeys(student, NO_SHARD)
+    num_bytes = BYTES_A_PARAMETER * sum(p.numel() for p in student.parameters())
     auto = SHARD_GRAD_OP if num_bytes > MOST_OF_A_DEVICE * smallest else NO_SHARD
-    chosen = {name: cfg.compute_precision.student[name].sharding_strategy for name in model.student}
+    chosen = {name: cfg.compute_precision.student[name].sharding_strategy for name in student}
     return {name: auto if strategy == "auto" else strategy for name, strategy in chosen.items()}
 
 

@@ -8,12 +8,6 @@ fail() { echo "error: $*" >&2; exit 1; }
 [[ ${RUN_NAME:-} =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] ||
   fail "expected RUN_NAME of letters, digits, '_', '-' and '.', got '${RUN_NAME:-}'; it names the folder and the W&B run"
 
-per_node=$((SKYPILOT_NUM_GPUS_PER_NODE > 0 ? SKYPILOT_NUM_GPUS_PER_NODE : 1))   # without a GPU: one process
-python=${VENV:-$HOME/dinov2-venv}/bin/python
-batch=$("$python" sky/split_batch.py --global-batch "$GLOBAL_BATCH" --gpus $((SKYPILOT_NUM_NODES * per_node)) \
-  --at-most "$MAX_BATCH_PER_GPU")
-dataset=$("$python" sky/stage.py --dataset-path "$DATA" "$DATA_DIR")
-
 wandb=()
 if [ -n "${WANDB_API_KEY:-}" ]; then   # stays in the environment: a command line can be read by others
   export WANDB_RUN_ID=${WANDB_RUN_ID:-$RUN_NAME}
@@ -22,10 +16,10 @@ else
   unset WANDB_API_KEY
 fi
 
-read -ra split <<<"$batch"
 read -ra overrides <<<"${OVERRIDES:-}"
-exec "$python" sky/torchrun.py \
-  --nnodes "$SKYPILOT_NUM_NODES" --node_rank "$SKYPILOT_NODE_RANK" --nproc_per_node "$per_node" \
+exec "${VENV:-$HOME/dinov2-venv}/bin/python" sky/torchrun.py \
+  --nnodes "$SKYPILOT_NUM_NODES" --node_rank "$SKYPILOT_NODE_RANK" \
+  --nproc_per_node $((SKYPILOT_NUM_GPUS_PER_NODE > 0 ? SKYPILOT_NUM_GPUS_PER_NODE : 1)) \
   --master_addr "$(head -n 1 <<<"$SKYPILOT_NODE_IPS")" --master_port "${MASTER_PORT:-29500}" \
   run/train/train.py --launcher inline --config-file "$CONFIG" --output-dir "${CHECKPOINT_DIR:-$HOME/checkpoints}/$RUN_NAME" \
-  "train.dataset_path=$dataset" "${split[@]}" ${wandb[@]+"${wandb[@]}"} ${overrides[@]+"${overrides[@]}"}
+  "train.dataset_path=$DATASET" "optim.global_batch=$GLOBAL_BATCH" ${wandb[@]+"${wandb[@]}"} ${overrides[@]+"${overrides[@]}"}

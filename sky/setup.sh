@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# What a node does before it trains: the Python environment, then the data. Safe to run again at any time: what is complete
-# is left alone. Variables: DATA DATA_DIR, VENV (default ~/dinov2-venv), PYTHON (default python3).
+# The Python environment of a node. Safe to run again at any time: what is complete is left alone. Variables: VENV (default
+# ~/dinov2-venv), PYTHON (default python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "error: $*" >&2; exit 1; }
-[ -n "${DATA:-}" ] && [ -n "${DATA_DIR:-}" ] || fail "expected DATA and DATA_DIR, got an empty one; pass it with --env"
 VENV=${VENV:-$HOME/dinov2-venv}
 
 # VENV.made holds the recipe that VENV was made from; an environment without it is the user's own and used as it is
@@ -12,29 +11,16 @@ made=$VENV.made
 if [ -e "$VENV" ] && [ ! -e "$made" ]; then
   "$VENV/bin/python" -c 'import dinov2_custom, torch' ||
     fail "expected VENV=$VENV to have dinov2_custom, got an environment without it; install it, or choose another VENV"
-else
-  mkdir -p "$(dirname "$VENV")"
-  exec 9>>"$VENV.lock"
-  flock 9   # nodes may share the folder
-  recipe=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
-  if [ "$(cat "$made" 2>/dev/null)" != "$recipe" ]; then
-    : >"$made"
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-      fail "expected Python 3.10 or newer, got $("${PYTHON:-python3}" --version 2>&1); set PYTHON"
-    "${PYTHON:-python3}" -m venv --clear "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fast,wandb]"
-    echo "$recipe" >"$made"
-  fi
-  exec 9>&-
+  exit
 fi
-
-case $DATA in
-  /* | ./* | "~"*) ;;   # on this machine already
-  *)
-    if ! command -v rclone >/dev/null; then
-      root=$([ "$(id -u)" = 0 ] || echo sudo)
-      { $root apt-get update -qq && $root apt-get install -y -qq rclone; } >/dev/null </dev/null ||
-        fail "expected the command rclone, and could not install it with apt-get; install it on the image"
-    fi ;;
-esac
-"$VENV/bin/python" sky/stage.py "$DATA" "$DATA_DIR"
+mkdir -p "$(dirname "$VENV")"
+exec 9>>"$VENV.lock"
+flock 9   # nodes may share the folder
+recipe=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+[ "$(cat "$made" 2>/dev/null)" != "$recipe" ] || exit 0
+: >"$made"
+"${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  fail "expected Python 3.10 or newer, got $("${PYTHON:-python3}" --version 2>&1); set PYTHON"
+"${PYTHON:-python3}" -m venv --clear "$VENV"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fast,wandb]"
+echo "$recipe" >"$made"

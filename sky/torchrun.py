@@ -1,44 +1,28 @@
-"""torchrun, except for its exit code: that of the process that failed first, where torchrun's own is always 1.
+"""torchrun with the exit code of the process that failed first (``exit_codes.py``), where its own is always 1.
 
-``sky/train.yaml`` lists the codes after which SkyPilot starts again, ``dinov2_custom/exit_codes.py`` what they mean. A
-process that was killed counts 128 + signal, as in a shell. Read :func:`code_of_the_cause`.
+``sky/train.yaml`` lists the codes after which SkyPilot starts again. Read :func:`code_of_the_cause`.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterable
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+from dinov2_custom.exit_codes import CONSEQUENCES, as_a_shell_has_it, stopped_by
 
 
-def code_of_the_cause(failures: Iterable) -> int:
-    """Return the exit code of the failure that the others followed from.
-
-    A process that lost another, or that torchrun stopped, may be noticed before the one whose end it felt: torchrun
-    looks at its processes now and then.
-    """
-    from dinov2_custom.exit_codes import CONSEQUENCES, as_a_shell_has_it
-
+def code_of_the_cause(failures) -> int:
+    """Return the code of the failure that the others followed from; torchrun may notice it after theirs."""
     codes = [failure.exitcode for failure in sorted(failures, key=lambda failure: failure.timestamp)]
     causes = [code for code in codes if code not in CONSEQUENCES]
     return as_a_shell_has_it((causes or codes)[0])
 
 
-def main(arguments: list[str]) -> int:
-    """Run torchrun with ``arguments`` and return the exit code."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    from dinov2_custom.exit_codes import stopped_by
-
-    try:
-        torchrun(arguments)
-    except ChildFailedError as e:
-        return code_of_the_cause(e.failures.values())
-    except SignalException as e:
-        return stopped_by(int(e.sigval))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        main(sys.argv[1:])
+    except ChildFailedError as e:
+        sys.exit(code_of_the_cause(e.failures.values()))
+    except SignalException as e:
+        sys.exit(stopped_by(int(e.sigval)))

@@ -202,7 +202,7 @@ def test_however_a_batch_is_cut_losses_and_weights_are_the_same(
     """Lean blocks on both sides; sharding, groups of views and checkpointing on one."""
     options = [f"train.centering={centering}", "ibot.separate_head=true"]
     images, expected = alone(*options)
-    cut = [f"train.batch_size_per_gpu={8 // processes // accumulated}", f"optim.accumulation_steps={accumulated}"]
+    cut = ["optim.global_batch=8", f"optim.accumulation_steps={accumulated}"]
     cut += [f"train.activation_checkpointing={recompute}", f"train.view_groups={groups}"]
     command = tiny_run(images, *options, *cut, strategy=strategy)
     done = launch(processes, *command, "--output-dir", str(tmp_path / "out"))

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinov2_custom.commands import list_of_keys
 from dinov2_custom.configs.absolute_paths import with_absolute_paths
 from dinov2_custom.configs.combinations import check_combinations, list_notes
+from dinov2_custom.configs.global_batch import split_global_batch
 from dinov2_custom.configs.mistakes import OF_FORKS, Mistakes, suggest_key
 from dinov2_custom.configs.option import Option
 from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
@@ -50,7 +51,7 @@ def load_run_config(
         require_dataset: whether an empty `train.dataset_path` is a mistake.
         training: whether to refuse what cannot be trained, and to warn of settings of the training that work but do
             not do what one may think.
-        world_size: processes of the run, for `optim.lr`.
+        world_size: processes of the run, for `optim.lr` and `optim.global_batch`.
         warn: called with each warning; default: this module's logger.
 
     Raises:
@@ -71,6 +72,7 @@ def load_run_config(
 
     if from_file is not None:
         check_combinations(values, where, mistakes, training=training)
+        split_global_batch(values, where, world_size, mistakes)
         if require_dataset:
             _check_dataset(values["train.dataset_path"], where, mistakes)
     mistakes.raise_if_any()

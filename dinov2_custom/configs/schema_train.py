@@ -161,6 +161,15 @@ class Optim:
         unit="batches",
         within="[1, inf)",
     )
+    global_batch: int = option(
+        0,
+        "images of a step, all processes together, whose number has to divide it; train.batch_size_per_gpu and "
+        "optim.accumulation_steps follow: on GPUs, what does not fit at once by the count of run/train/memory.py is "
+        "accumulated; as overrides these two are the most images at once and the fewest batches, in a config file they "
+        "do not count then; 0: not set",
+        unit="images",
+        within="[0, inf)",
+    )
     weight_decay: float = option(0.04, "weight decay at the start", within="[0, inf)")
     weight_decay_end: float = option(0.4, "weight decay at the end (cosine between)", within="[0, inf)")
     base_lr: float = option(0.004, "peak learning rate at a global batch of 1024 images", within="[0, inf)")

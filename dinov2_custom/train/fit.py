@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from dinov2_custom import entry
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.train.args import get_memory_args_parser
+from dinov2_custom.train.global_batch import largest_batch
 from dinov2_custom.train.memory import CATEGORIES, SHARE_OF_TENSORS, StepMemory, measure_step
 
 MODES = ("none", "selective", "full")
@@ -36,6 +37,7 @@ def main(args) -> int:
         output_dir="unused",
         allow_unknown_keys=args.allow_unknown_keys,
         require_dataset=False,
+        world_size=max(args.ngpus, 1),
         warn=notes.append,
     )
     count = functools.cache(functools.partial(measure_step, cfg))
@@ -45,6 +47,8 @@ def main(args) -> int:
         print()
         for line in fits(cfg, args.fits, count):
             print(line, flush=True)
+        if cfg.optim.global_batch:
+            print(split_on(cfg, args.fits, max(args.ngpus, 1)))
     return 0
 
 
@@ -99,6 +103,16 @@ def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None
             yield f"{mode}: train.batch_size_per_gpu={largest}{most} fits into {room}"
         else:
             yield f"{mode}: not even one image fits into {room}"
+
+
+def split_on(cfg, gigabytes: float, ngpus: int) -> str:
+    """Return the line that says how ``optim.global_batch`` is divided on GPUs of ``gigabytes``."""
+    share = cfg.train.batch_size_per_gpu
+    batch = largest_batch(cfg, gigabytes * 1e9, ngpus)
+    return (
+        f"optim.global_batch={cfg.optim.global_batch}: {batch} a process x {ngpus} processes x "
+        f"{cfg.optim.accumulation_steps * share // batch} accumulated"
+    )
 
 
 def largest_below(

@@ -16,7 +16,7 @@ from dinov2_custom.configs.schema import all_options
 from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
 
-OF_THE_BATCH = ("train.batch_size_per_gpu", "optim.accumulation_steps", "optim.lr")
+OF_THE_BATCH = ("optim.global_batch", "train.batch_size_per_gpu", "optim.accumulation_steps", "optim.lr")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_t
 from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.faults import reported
 from dinov2_custom.train.flops import speed_report
+from dinov2_custom.train.global_batch import split_over_memory
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, CollapseAlarm
 from dinov2_custom.train.kernels import choose_attention
@@ -217,6 +218,7 @@ def main(args) -> int:
 def _run(args, rank: int, world_size: int) -> int:
     notes: list[str] = []
     cfg = get_cfg_from_args(args, warn=notes.append)
+    split_over_memory(cfg)
     OmegaConf.set_readonly(cfg, True)
     check_output_dir(cfg.train.output_dir)
     setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)

@@ -36,6 +36,7 @@ OURS = {
     "checkpointing.keep_last": 3,
     "checkpointing.keep_every": 0,
     "optim.accumulation_steps": 1,
+    "optim.global_batch": 0,
     "checkpointing.on_error": "warn",
     "checkpointing.async_save": False,
     "data.normalize.mean": [0.485, 0.456, 0.406],

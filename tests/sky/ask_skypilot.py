@@ -19,13 +19,15 @@ def answer(request: dict) -> dict:
         else:
             envs, secrets = (list(request.get(kind, {}).items()) for kind in ("envs", "secrets"))
             task = sky.Task.from_yaml_config(request["task"], env_overrides=envs, secrets_overrides=secrets)
+        for storage in task.storage_mounts.values():
+            storage._validate_storage_spec(storage.name)  # as the server does at the launch, before it asks the cloud
     except Exception as e:
         return {"error": f"{type(e).__name__}: {e}"}
     choices = [
         {"accelerators": choice.accelerators, "use_spot": choice.use_spot, "recovery": choice.job_recovery}
         for choice in task.resources
     ]
-    mounts = {target: storage.source for target, storage in (task.storage_mounts or {}).items()}
+    mounts = {target: (storage.source, storage.mode.value) for target, storage in task.storage_mounts.items()}
     return {
         "choices": choices,
         "ordered": isinstance(task.resources, list),

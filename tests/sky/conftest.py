@@ -1,4 +1,4 @@
-"""A local S3 server (moto) with rclone as its client, and an environment for the setup and run blocks of the tasks."""
+"""A local S3 server (moto) with rclone as its client."""
 
 import contextlib
 import importlib.util
@@ -18,16 +18,10 @@ KEY, SECRET = "AKIATESTKEY", "not-a-real-secret-0123456789"
 
 
 class Bucket:
-    """An empty bucket on the local server; ``env`` is what rclone and the setup block need to reach it."""
+    """An empty bucket on the local server; ``env`` is what rclone needs to reach it."""
 
     def __init__(self, name: str, env: dict[str, str]):
         self.name, self.env = name, env
-
-    def put(self, folder: Path, prefix: str = "") -> str:
-        """Upload a folder or a file and return its URL."""
-        target = f":s3:{self.name}/{prefix}".rstrip("/")
-        subprocess.run(["rclone", "copyto", str(folder), target], env=self.env, check=True, timeout=600)
-        return f"s3://{self.name}/{prefix}".rstrip("/")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# What the tests of staging and of mounted buckets need from Debian or Ubuntu; does nothing when it is there, or without
-# root.
+# What the tests of mounted buckets need from Debian or Ubuntu; does nothing when it is there, or without root.
 set -euo pipefail
 command -v rclone >/dev/null && command -v fusermount3 >/dev/null && exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

@@ -81,7 +81,7 @@ def _secrets(task: dict[str, Any]) -> Iterator[str]:
 
 
 def _mount(target: str, mount: Any, task: dict[str, Any], root: Path) -> Iterator[str]:
-    if not target.startswith("/"):
+    if not target.startswith(("/", "~/")):
         yield f"file_mounts: {target} is not absolute"
     if isinstance(mount, dict):
         yield from (f"unknown key {key} of {target}" for key in mount.keys() - MOUNT_KEYS)

@@ -1,17 +1,15 @@
-"""The setup block as a node runs it: environment once, data once, both again after an interruption.
+"""The setup block as a node runs it: an environment, once, and again after an interruption.
 
-``pip`` and ``venv`` are stand-ins that write down what they are asked for; the data come from a real S3 server.
+``pip`` and ``venv`` are stand-ins that write down what they are asked for.
 """
 
 import os
 import subprocess
 import sys
 
-import pytest
 import yaml
 
 from tests.sky.conftest import REPOSITORY
-from tests.sky.test_stage import contents, write_tar
 
 SETUP = yaml.safe_load((REPOSITORY / "sky" / "train.yaml").read_text())["setup"]
 PYTHON = f"""#!/bin/sh
@@ -27,21 +25,19 @@ esac
 class Node:
     """One machine: its home, its environment, its calls of Python."""
 
-    def __init__(self, folder, data: str, env=None):
+    def __init__(self, folder):
         python = folder / "system" / "bin" / "python3"
         python.parent.mkdir(parents=True)
         python.write_text(PYTHON)
         python.chmod(0o755)
-        self.home, self.data, self.calls = folder / "home", folder / "data", folder / "calls.txt"
+        self.home, self.calls = folder / "home", folder / "calls.txt"
         self.home.mkdir()
-        given = env or os.environ
+        inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV")}  # of make
         self.env = {
-            **{name: value for name, value in given.items() if name not in ("PYTHON", "VENV")},  # make's, of this run
+            **inherited,
             "HOME": str(self.home),
             "PATH": f"{python.parent}:{os.environ['PATH']}",
             "CALLS": str(self.calls),
-            "DATA": data,
-            "DATA_DIR": str(self.data),
         }
 
     def setup(self, **changes: str) -> subprocess.CompletedProcess:
@@ -56,24 +52,20 @@ class Node:
         return [line for line in self.calls.read_text().splitlines() if " -m venv " in line or " -m pip " in line]
 
 
-def test_everything_once(bucket, tmp_path):
-    content = write_tar(tmp_path / "shards" / "0.tar")
-    node = Node(tmp_path / "node", bucket.put(tmp_path / "shards", "d"), bucket.env)
+def test_an_environment_is_made_once(tmp_path):
+    node = Node(tmp_path / "node")
     assert node.setup().returncode == 0
     venv = node.home / "dinov2-venv"
     assert node.installs() == [
         f"system: -m venv --clear {venv}",
         "dinov2-venv: -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[fast,wandb]",
     ]
-    assert contents(node.data) == {"0.tar": content}
-
-    again = node.setup(RCLONE_S3_ENDPOINT="http://127.0.0.1:9")
-    assert again.returncode == 0 and "was complete" in again.stdout
+    assert node.setup().returncode == 0
     assert node.installs() == []
 
 
 def test_an_install_that_broke_off_is_made_again(tmp_path):
-    node = Node(tmp_path / "node", data=str(tmp_path))
+    node = Node(tmp_path / "node")
     offline = tmp_path / "node" / "calls.txt.offline"
     offline.touch()
     assert node.setup().returncode != 0
@@ -86,7 +78,7 @@ def test_an_install_that_broke_off_is_made_again(tmp_path):
 
 
 def test_an_environment_of_ones_own_is_used_as_it_is(tmp_path):
-    node = Node(tmp_path / "node", data=str(tmp_path))
+    node = Node(tmp_path / "node")
     own = tmp_path / "own" / "bin" / "python"
     own.parent.mkdir(parents=True)
     own.write_text(PYTHON)
@@ -103,7 +95,7 @@ def test_an_environment_of_ones_own_is_used_as_it_is(tmp_path):
 
 
 def test_nodes_that_share_a_home_install_once(tmp_path):
-    node = Node(tmp_path / "node", data=str(tmp_path))
+    node = Node(tmp_path / "node")
     node.calls.write_text("")
     command = ["bash", "-c", SETUP]
     both = [subprocess.Popen(command, cwd=REPOSITORY, env=node.env, stdout=subprocess.DEVNULL) for _ in range(2)]
@@ -111,24 +103,8 @@ def test_nodes_that_share_a_home_install_once(tmp_path):
     assert len(node.installs()) == 2
 
 
-def test_data_that_cannot_be_had_end_the_setup(bucket, tmp_path):
-    node = Node(tmp_path / "node", f"s3://{bucket.name}/nothing", bucket.env)
-    done = node.setup()
-    assert done.returncode == 1 and "got none; check DATA" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("missing", ["DATA", "DATA_DIR"])
-def test_a_missing_variable_is_named_before_anything_is_installed(tmp_path, missing):
-    node = Node(tmp_path / "node", data=str(tmp_path))
-    done = node.setup(**{missing: ""})
-    assert done.returncode == 1 and done.stderr == (
-        "error: expected DATA and DATA_DIR, got an empty one; pass it with --env\n"
-    )
-    assert node.installs() == []
-
-
 def test_an_old_python_is_refused(tmp_path):
-    node = Node(tmp_path / "node", data=str(tmp_path))
+    node = Node(tmp_path / "node")
     old = tmp_path / "old"
     old.write_text('#!/bin/sh\ncase "$1" in --version) echo Python 3.8.10;; *) exit 1;; esac\n')
     old.chmod(0o755)

@@ -56,7 +56,9 @@ def test_tasks_load(loaded):
         assert "error" not in answer, answer
         assert answer["envs"].items() >= NAMES[name].items()
     train = loaded["train"]
-    assert train["ordered"] and train["mounts"] == {"/checkpoints": "s3://my-runs"}
+    data = {"~/dinov2-data": ["s3://images/shards", "COPY"]}
+    assert train["ordered"] and train["mounts"] == data | {"/checkpoints": ["s3://my-runs", "MOUNT_CACHED"]}
+    assert loaded["debug"]["mounts"] == data
     assert [choice["use_spot"] for choice in train["choices"]] == [
         c["use_spot"] for c in rules.candidates(TASKS["train"])
     ]
@@ -69,6 +71,11 @@ def test_what_only_the_user_knows_is_asked_for_before_any_machine_is(ask):
     errors = [answer["error"] for answer in ask(*files, *partly)["answers"]]
     for error, name in zip(errors, ["RUN_NAME", "DATA", *GIVEN], strict=True):
         assert f"Environment variable '{name}' is None" in error
+
+
+def test_a_folder_in_the_bucket_of_checkpoints_is_refused(ask):
+    (answer,) = ask({"task": TASKS["train"], "envs": GIVEN | {"CHECKPOINTS": "s3://my-runs/folder"}})["answers"]
+    assert "specify only the bucket name" in answer["error"]
 
 
 def test_our_tables_are_those_of_this_version(ask):

@@ -1,6 +1,7 @@
 """The tasks keep the rules, and each rule finds what it is for. None of this needs SkyPilot."""
 
 import copy
+import os
 import re
 
 import pytest
@@ -98,13 +99,16 @@ def test_scripts_use_what_the_task_sets_and_the_other_way_round(name):
     given = set(TASKS[name]["envs"]) | set(TASKS[name]["secrets"])
     theirs = {"HOME", "BASH_SOURCE", *(f"SKYPILOT_{n}" for n in ("NUM_NODES", "NODE_RANK", "NODE_IPS"))}
     assert used - defaults - given - theirs == {"SKYPILOT_NUM_GPUS_PER_NODE"}
-    assert given - used == ({"CHECKPOINTS"} if name == "train" else set())
+    assert given - used == ({"CHECKPOINTS", "DATA"} if name == "train" else {"DATA"})
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_configuration_and_overrides_are_legal(name):
     from dinov2_custom.configs.load import load_run_config
+    from dinov2_custom.data.spec import parse_dataset
 
     envs = TASKS[name]["envs"]
-    overrides = envs["OVERRIDES"].split()
+    overrides = [f"optim.global_batch={envs['GLOBAL_BATCH']}", *envs["OVERRIDES"].split()]
     load_run_config(str(REPOSITORY / envs["CONFIG"]), overrides, require_dataset=False, warn=pytest.fail)
+    copied = [place for place, mount in TASKS[name]["file_mounts"].items() if mount["mode"] == "COPY"]
+    assert parse_dataset(envs["DATASET"]).roots == (os.path.expanduser(copied[0]),)

@@ -58,7 +58,8 @@ def train(images: Path, out: Path, setting: Setting) -> None:
             images,
             f"train.OFFICIAL_EPOCH_LENGTH={STEPS}",
             f"checkpointing.period={PERIOD}",
-            f"train.batch_size_per_gpu={8 // setting.processes // setting.accumulated}",
+            "optim.global_batch=8",
+            "train.batch_size_per_gpu=8",  # at most
             f"optim.accumulation_steps={setting.accumulated}",
             f"train.num_workers={setting.workers}",
             strategy=setting.strategy,

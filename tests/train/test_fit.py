@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dinov2_custom.train.fit import LARGEST_BATCH, fits, largest_below
+from dinov2_custom.train.fit import LARGEST_BATCH, fits, largest_below, split_on
 from dinov2_custom.train.memory import SHARE_OF_TENSORS, measure_step
 from tests.processes import run
 from tests.train.batches import TINY, tiny_config
@@ -47,6 +47,12 @@ def test_the_batch_found_fits_and_the_next_does_not():
         larger = tiny_config("dino.head_n_prototypes=65536", f"train.batch_size_per_gpu={batch_size}")
         assert (measure_step(larger).peak <= limit * 1e9 * SHARE_OF_TENSORS) == is_below
     assert next(iter(fits(cfg, 0.01))) == "none: not even one image fits into 0.01 GB, 12.5% of it left free"
+
+
+def test_how_a_global_batch_is_divided_is_what_training_does():
+    cfg = tiny_config("optim.global_batch=48", "train.batch_size_per_gpu=48")
+    room = 1.01 * measure_step(tiny_config("train.batch_size_per_gpu=12")).peak / SHARE_OF_TENSORS / 1e9
+    assert split_on(cfg, room, 1) == "optim.global_batch=48: 12 a process x 1 processes x 4 accumulated"
 
 
 @pytest.mark.parametrize("limit", [0.5, 1, 2, 3, 7, 8, 9, 100, 1000, 1023, 1024, 5000])
