@@ -23,6 +23,7 @@ WHAT_TO_DO = (
     "what to do: docs/monitoring.md, 'A run that does not learn'; with few images or steps train with "
     "--config-file configs/small.yaml"
 )
+ALIKE = 1.5  # RankMe of features that hardly differ
 MAX_RANKME_ROWS = 256  # images of a step: enough for 1 or 20, and a few milliseconds
 
 
@@ -90,7 +91,8 @@ class LearningAlarm:
     def verdict(self) -> list[str]:
         """Return what has to be said again at the end: all that still holds, or did for most of the run."""
         still = [kind for kind, stretch in self.stretches.items() if stretch and kind in self.warned]
-        if "flat" in self.warned and "flat" not in still and 2 * self.num_flat > self.num_rows:
+        most = not self.has_learned or 2 * self.num_flat > self.num_rows
+        if "flat" in self.warned and "flat" not in still and most:
             still.append("flat")
         return [f"{self.warned[kind]}; {WHAT_TO_DO}" for kind in still]
 
@@ -117,11 +119,13 @@ class LearningAlarm:
 
     def _describe(self, kind: str, stretch: list[dict[str, float]]) -> str:
         first, last = stretch[0], stretch[-1]
-        uniform = last["teacher_entropy"] >= (1 - COLLAPSE_MARGIN) * self.uniform_entropy
+        flat = "the student cannot tell from a crop to which prototypes the teacher gives another crop of that image"
+        if last["teacher_entropy"] >= (1 - COLLAPSE_MARGIN) * self.uniform_entropy:
+            flat = "the teacher spreads every image evenly over all prototypes"
+        if last.get("rankme", math.inf) < ALIKE:
+            flat = "the features of all images are nearly the same"
         reasons = {
-            "flat": "every image is spread evenly over all prototypes"
-            if uniform
-            else "the student cannot tell from a crop to which prototypes the teacher gives another crop of that image",
+            "flat": flat,
             "single": "one prototype takes every image",
             "rank": f"the features fill {last.get('rankme', 0):.3g} dimensions (RankMe), they filled "
             f"{self.best_rank:.3g}",

@@ -122,9 +122,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             logger.info(line)
     if doubts := describe_doubts(cfg, course, loader.num_images):
         logger.warning(doubts)
-    if rank == 0:  # a row that only the stop wrote, between those that are due, goes too
-        first_row = iteration - ((iteration - 1) % cfg.train.log_every != 0)
-        truncate_after(out / METRICS_FILE, first_row)
+    if rank == 0:
+        truncate_after(out / METRICS_FILE, iteration - kept.get("has_row_of_stop", 0))
     sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, kept.get("wandb_run_id"))
     seldom = partial(SmoothedValue, max(1, WINDOW // cfg.train.log_every))  # of what is computed for rows only
     make = {"teacher_entropy": seldom, "prototype_entropy": seldom, "rankme": partial(seldom, of=rankme)}
@@ -200,8 +199,9 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or word.stop_signal or (iteration + 1) % save_period == 0:
-                extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()
                 leaving = bool(word.stop_signal)
+                extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()
+                extra["has_row_of_stop"] = int(leaving and not last and not model.diagnose)  # the run has it not
                 checkpoint_path = checkpointer.save(
                     iteration, final=last, wait=leaving, draws=loader.draws, extra=extra
                 )
