@@ -102,6 +102,8 @@ class KnnModule(nn.Module):
             similarity.scatter_(1, exclude.clamp(min=0)[:, None], own)
             available -= 1
         nearest, indices = similarity.topk(min(max(self.nb_knn), available), dim=1)
+        if self.mean is not None:
+            nearest = nearest.double()  # else the nearer one of two classes with as many votes is lost
         weights = F.softmax(nearest / self.T, dim=1)
         labels = self.train_labels[indices]
         scores = {k: weights.new_zeros(len(features_rank), self.num_classes) for k in self.nb_knn}

@@ -236,7 +236,7 @@ class SSLMetaArch(nn.Module):
         patches = self._masked_patches(features, images["mask_indices_list"])
         targets = self.assign(cls if self.do_dino else None, patches, images, teacher_temp)
         if self.diagnose:
-            self.diagnostics = assignment_entropies(targets) | {"rankme": first[:MAX_RANKME_ROWS]}
+            self.diagnostics = assignment_entropies(targets) | {"rankme": first[:MAX_RANKME_ROWS].float()}
         return targets
 
     def assign(self, cls: Tensor | None, patches: Tensor | None, images: dict, teacher_temp: float) -> Targets:

@@ -130,7 +130,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     metrics = MetricLogger(delimiter="  ", sinks=sinks, make=make)
     metrics.load_state(kept.get("windows", {}))
     alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(cfg, model), course.expected_total)
-    alarm.read(read_rows(out / METRICS_FILE))
+    alarm.read(read_rows(out / METRICS_FILE) if rank == 0 else [])
     sinks.add(alarm)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
     frozen = length.iterations(cfg.student.freeze_backbone_epochs)
