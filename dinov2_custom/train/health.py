@@ -24,7 +24,7 @@ WHAT_TO_DO = (
     "--config-file configs/small.yaml"
 )
 ALIKE = 1.5  # RankMe of features that hardly differ
-MAX_RANKME_ROWS = 256  # images of a step: enough for 1 or 20, and a few milliseconds
+MAX_RANKME_ROWS = 128  # images of a step: enough to tell 1 from 20, and a hundredth of a second or two
 
 
 class LearningAlarm:
