@@ -47,6 +47,7 @@ class MetricLogger:
     ):
         self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
         self.make = make or {}
+        self._windows: dict[str, Sequence[float | str]] = {}  # of series that have got no number yet
         self.delimiter = delimiter
         self.output_file = output_file
         self.sinks = sinks
@@ -73,19 +74,19 @@ class MetricLogger:
             self._meter(name).update(value)
 
     def _meter(self, name: str) -> SmoothedValue:
-        if name in self.make and name not in self.meters:
-            self.meters[name] = self.make[name]()
+        if name not in self.meters:
+            self.meters[name] = self.make.get(name, SmoothedValue)()
+            self.meters[name].load_state(self._windows.pop(name, ()))
         return self.meters[name]
 
-    def state(self) -> dict[str, list[float | str]]:
+    def state(self) -> dict[str, Sequence[float | str]]:
         """Return the windows of all series, in values that JSON has, for :meth:`load_state`."""
         read_pending(self.meters.values())
-        return {name: meter.state() for name, meter in self.meters.items()}
+        return self._windows | {name: meter.state() for name, meter in self.meters.items()}
 
     def load_state(self, windows: Mapping[str, Sequence[float | str]]) -> None:
-        """Go on with ``windows``, so that the next rows are as if there had been no stop between."""
-        for name, window in windows.items():
-            self._meter(name).load_state(window)
+        """Go on with ``windows`` in series that get numbers, so that rows are as if there had been no stop between."""
+        self._windows = dict(windows)
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         """Use ``meter`` for the series ``name``, instead of a default one."""

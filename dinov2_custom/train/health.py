@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -58,17 +58,17 @@ class LearningAlarm:
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Take in the row of iteration ``step``; warn where it completes a stretch of a kind for the first time."""
-        for kind in self.check(row):
+        for kind in self.check(row, self.total(step)):
             logger.warning(f"{self.warned[kind]}; {WHAT_TO_DO}")
 
-    def read(self, rows: Iterable[Mapping[str, float]]) -> None:
+    def read(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Take in the rows of before a resume."""
         for row in rows:
-            self.check(row)
+            self.check(row, self.total(rows[-1]["iteration"]))
 
-    def check(self, row: Mapping[str, float]) -> list[str]:
-        """Take in one row; return the kinds that are to be warned of now."""
-        if "teacher_entropy" not in row:  # another program's
+    def check(self, row: Mapping[str, float], total: float) -> list[str]:
+        """Take in one row of a run of ``total`` iterations; return the kinds that are to be warned of now."""
+        if "teacher_entropy" not in row or not self.uniform_entropy:  # another program's, or a single prototype
             return []
         self.num_rows += 1
         row = dict(row) | {"loss": self._share_of_flat(row)}
@@ -82,19 +82,24 @@ class LearningAlarm:
         self.num_flat += found["flat"]
         new = []
         for kind, is_seen in found.items():
-            stretch = self.stretches[kind] = [*self.stretches[kind], row] if is_seen else []
-            if kind not in self.warned and len(stretch) >= self.MIN_ROWS and self._is_long(kind, stretch):
+            stretch = self.stretches[kind]
+            if not is_seen:
+                stretch.clear()
+                continue
+            stretch.append(row)
+            if kind not in self.warned and len(stretch) >= self.MIN_ROWS and self._is_long(kind, total):
                 self.warned[kind] = self._describe(kind, stretch)
                 new.append(kind)
         return new
 
     def verdict(self) -> list[str]:
         """Return what has to be said again at the end: all that still holds, or did for most of the run."""
-        still = [kind for kind, stretch in self.stretches.items() if stretch and kind in self.warned]
         most = not self.has_learned or 2 * self.num_flat > self.num_rows
-        if "flat" in self.warned and "flat" not in still and most:
-            still.append("flat")
-        return [f"{self.warned[kind]}; {WHAT_TO_DO}" for kind in still]
+        words = []
+        for kind, stretch in self.stretches.items():
+            if kind in self.warned and (stretch or (kind == "flat" and most)):
+                words.append(f"{self._describe(kind, stretch) if stretch else self.warned[kind]}; {WHAT_TO_DO}")
+        return words
 
     def state(self) -> dict[str, str]:
         return {}
@@ -106,16 +111,17 @@ class LearningAlarm:
         """Return the DINO loss of ``row``, else the teacher's entropy, as a share of what it is for an even spread."""
         if self.flat_loss is None:
             return row["teacher_entropy"] / self.uniform_entropy
-        return (row.get("dino_local_crops_loss", 0.0) + row["dino_global_crops_loss"]) / self.flat_loss
+        return (row.get("dino_local_crops_loss", 0.0) + row.get("dino_global_crops_loss", math.nan)) / self.flat_loss
 
-    def _is_long(self, kind: str, stretch: list[dict[str, float]]) -> bool:
+    def _is_long(self, kind: str, total: float) -> bool:
         if kind != "flat" or self.has_learned:
             return True
+        stretch = self.stretches[kind]
         first, last = stretch[0]["iteration"], stretch[-1]["iteration"]
         half = len(stretch) // 2
         before, after = (fmean(r["teacher_entropy"] for r in part) for part in (stretch[:half], stretch[half:]))
         is_falling = after < before - COLLAPSE_MARGIN * self.uniform_entropy
-        return last - first >= self.STRETCH * self.total(int(last)) * (1 + is_falling)
+        return last - first >= self.STRETCH * total * (1 + is_falling)
 
     def _describe(self, kind: str, stretch: list[dict[str, float]]) -> str:
         first, last = stretch[0], stretch[-1]

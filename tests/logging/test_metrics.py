@@ -90,6 +90,18 @@ def test_a_window_goes_on_after_a_resume_through_json():
     assert str(after.deque) == str(before.deque) and after.median == before.median == pytest.approx(0.2)
 
 
+def test_a_series_that_a_resumed_run_no_longer_has_is_in_no_row_but_in_the_next_checkpoint(tmp_path):
+    metrics = MetricLogger(output_file=tmp_path / "rows.json", make={"rare": lambda: SmoothedValue(window_size=2)})
+    metrics.load_state({"koleo_loss": [3.0], "rare": [1.0, 5.0], "loss": [2.0, 4.0]})
+    metrics.update(loss=6.0)
+    metrics.dump_in_output_file(0, 0.1, 0.1)
+    (row,) = _rows(tmp_path / "rows.json")
+    assert row["loss"] == 4.0 and not {"koleo_loss", "rare"} & set(row)
+    assert metrics.state() == {"koleo_loss": [3.0], "rare": [1.0, 5.0], "loss": [2.0, 4.0, 6.0]}
+    metrics.update(rare=7.0)
+    assert metrics.state()["rare"] == [5.0, 7.0]
+
+
 def test_waiting_tensors_are_bounded():
     series = SmoothedValue()
     for step in range(smoothed_value._MAX_PENDING + 3):

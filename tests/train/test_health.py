@@ -62,7 +62,7 @@ def alarm_for(prototypes, total):
 def alarms(series, prototypes, total, every=10):
     """Return {iteration: kinds that are warned of there}, and what is repeated at the end."""
     alarm = alarm_for(prototypes, total)
-    found = {row["iteration"]: kinds for row in rows(series, every) if (kinds := alarm.check(row))}
+    found = {row["iteration"]: kinds for row in rows(series, every) if (kinds := alarm.check(row, total))}
     return found, alarm.verdict()
 
 
@@ -134,11 +134,18 @@ def test_what_was_said_before_a_resume_is_not_said_again_but_at_the_end(caplog):
     assert len(caplog.records) == 1
 
 
+def test_the_length_of_a_run_by_the_clock_is_that_of_its_newest_row():
+    """When its former rows are read, the clock stands where the newest was."""
+    alarm = LearningAlarm(65536, math.log(65536), lambda iteration: iteration * 4)
+    alarm.read(rows(long_run(0.1, 0.0), every=100)[:250])
+    assert alarm.warned == {} and alarm.has_learned
+
+
 def test_rows_of_upstream_and_runs_without_a_dino_loss():
     alarm = LearningAlarm(256, None, lambda iteration: 100)
-    assert alarm.check({"iteration": 0, "total_loss": 1.0}) == []
+    assert alarm.check({"iteration": 0, "total_loss": 1.0}, 100) == []
     uniform = [{"iteration": 10 * i, "teacher_entropy": 5.545, "prototype_entropy": 5.545} for i in range(12)]
-    assert [alarm.check(row) for row in uniform].index(["flat"]) == 9
+    assert [alarm.check(row, 100) for row in uniform].index(["flat"]) == 9
 
 
 def test_the_loss_of_an_even_spread_is_what_the_step_reports():
