@@ -12,9 +12,10 @@ from PIL import Image
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.eval import knn
-from dinov2_custom.eval.args import get_knn_args_parser
+from dinov2_custom.eval.args import MetricType, get_knn_args_parser
 from dinov2_custom.eval.datasets import Relabelled, find_same_files
 from dinov2_custom.eval.knn import KnnModule, eval_knn_features, eval_knn_with_model, leave_one_out_accuracy, main
+from dinov2_custom.eval.linear_evaluate import make_eval_data_loader
 
 TEMPERATURE = 0.07
 
@@ -137,7 +138,7 @@ def test_an_image_is_not_its_own_neighbour(tmp_path, caplog, val):
     assert f"kNN: {count} of the {count} images to classify are training images, too" in caplog.text
 
 
-def test_other_images_have_all_neighbours(tmp_path):
+def test_other_images_have_all_neighbours_and_the_linear_evaluation_warns_of_the_same_ones(tmp_path, caplog):
     write_classes(tmp_path / "both" / "train", {"red": (250, 20, 20), "blue": (20, 20, 250)}, 2)
     write_classes(tmp_path / "both" / "val", {"red": (240, 20, 20), "blue": (20, 20, 240)}, 2)
     train, val = (LabelledFolder(str(tmp_path / "both" / name)) for name in ("train", "val"))
@@ -146,6 +147,9 @@ def test_other_images_have_all_neighbours(tmp_path):
     assert find_same_files(train, Relabelled(train, np.array([1, 0]))).tolist() == [0, 1, 2, 3]
     shared = LabelledFolder(str(tmp_path / "both"))  # classes "train" and "val": one half of it is in train
     assert find_same_files(train, shared).tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
+    both = f"LabelledFolder:root={tmp_path}/both"
+    make_eval_data_loader(both, 2, 0, MetricType.MEAN_ACCURACY, train_dataset=train, has_mapping=True)
+    assert "--val-dataset: 4 of 8 images are images of --train-dataset, too" in caplog.text
 
 
 def test_limited_samples_per_class():
