@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dinov2_custom.errors import LaunchError
+from dinov2_custom.errors import LaunchError, reason_of
 from dinov2_custom.world import TORCHRUN_VARIABLES, World, world_from_environment
 
 _world: World | None = None  # set by enable(), cleared by disable()
@@ -315,5 +315,6 @@ def _start_group(world: World) -> None:
         disable()
         raise LaunchError(
             f"expected {world.size} processes to meet at {world.master_addr}:{world.master_port} ({world.source}), "
-            f"got for rank {world.rank}: {e}. Start all of them, and check that host and port can be reached."
+            f"got for rank {world.rank}: {reason_of(e)}. Start all of them, and check that host and port can be "
+            "reached."
         ) from e

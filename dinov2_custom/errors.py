@@ -5,6 +5,7 @@ Every message says what was expected, what was found, where (file, key or path) 
 
 import errno
 import os
+import re
 
 from dinov2_custom.exit_codes import LOST_PROCESS
 
@@ -71,6 +72,19 @@ def shortage(error: BaseException, what: str) -> ResourceError | None:
     return ResourceError(
         f"expected memory and free file descriptors to read {what}, got {os.strerror(number)}; {_SHORTAGES[number]}"
     )
+
+
+_SOURCE_PLACE = re.compile(r"\[[^\s\]]+\.\w+:\d+\]\s*")
+_GLOOS_ADVICE = " This is typically caused by a remote worker crashing"
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of ``error``, without what torch's C++ adds for its developers.
+
+    That is the place in the source tree it was built from, and gloo's advice on crashed workers, which callers replace.
+    """
+    line = str(error).partition("\n")[0].partition(_GLOOS_ADVICE)[0]
+    return _SOURCE_PLACE.sub("", line).strip().removesuffix(".")
 
 
 _REMEDIES = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.models import build_model
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
@@ -25,6 +27,9 @@ from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
 logger = logging.getLogger("dinov2")
 _HEAD_DIM = 64  # of every architecture here and upstream
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+RELEASED_CROP_SIZE = 224  # of upstream's evaluations, whatever the size of the positions
 
 
 class Teacher(NamedTuple):
@@ -82,6 +87,11 @@ def load_teacher(
         normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
     _load(backbone, state, weights)
     return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file)
+
+
+def is_released(config_file: str) -> bool:
+    """Return whether ``config_file`` is "" or, as those of released weights, describes a network and no training."""
+    return not config_file or not {"train", "optim"} & set(read_yaml(Path(config_file).expanduser()))
 
 
 def load_teacher_backbone(model: nn.Module, source: str) -> None:

@@ -6,6 +6,8 @@ import argparse
 
 from dinov2_custom.commands import Parser
 
+AUTO = "auto"
+
 
 def teacher_parser(
     description: str,
@@ -39,3 +41,18 @@ def add_configuration(
     parser.add_argument(
         "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
     )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add ``--num-workers``."""
+    parser.add_argument(
+        "--num-workers",
+        type=number_or_auto,
+        default=AUTO,
+        help="data-loading processes; 0: in the main process; auto: one a core that this process may use, at most 16",
+    )
+
+
+def number_or_auto(text: str) -> int | str:
+    """Return the value of a flag that takes a number or ``auto``."""
+    return text if text == AUTO else int(text)

@@ -56,6 +56,15 @@ def test_a_checkout_names_its_scripts(monkeypatch):
     assert "configs/vits.yaml" in commands.small_recipe()
 
 
+def test_readmes_trainings_have_a_directory_each():
+    """One after the other, as a reader gives them: a run of another architecture is refused in the first one's."""
+    blocks = re.findall(r"```\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    trainings = [shlex.split(line) for line in lines if line.startswith("python run/train/train.py ")]
+    folders = [words[words.index("--output-dir") + 1] for words in trainings]
+    assert len(folders) >= 3 and len(set(folders)) == len(folders)
+
+
 @pytest.mark.parametrize("script", commands.MODULES)
 def test_elsewhere_the_module_is_named_and_there(python, tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)

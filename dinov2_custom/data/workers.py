@@ -77,6 +77,11 @@ def at_most_cores(num_workers: int) -> int:
     return min(num_workers, cores)
 
 
+def workers_of_choice(num_workers: int | str, cores: int) -> int:
+    """Return ``num_workers``, for "auto" one a core of the ``cores`` of this process, at most ``AutoWorkers.LIMIT``."""
+    return min(cores, AutoWorkers.LIMIT) if num_workers == "auto" else num_workers
+
+
 class AutoWorkers:
     """Choose the number of processes from what a batch and a step take: enough to keep up, and one more.
 

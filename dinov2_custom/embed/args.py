@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dinov2_custom.teacher_args import add_configuration, teacher_parser
+from dinov2_custom.teacher_args import add_configuration, add_workers, teacher_parser
 
 FEATURES = ("cls", "mean", "cls+mean")
 
@@ -46,7 +46,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         "sizes give a folder each (default: that of the training, 224 for released weights)",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images a step")
-    parser.add_argument("--num-workers", type=int, default=4, help="decoding processes; 0: in the main process")
+    add_workers(parser)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     parser.add_argument(
         "--precision",

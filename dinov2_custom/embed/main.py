@@ -19,12 +19,13 @@ from dinov2_custom import distributed
 from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.data.workers import workers_of_choice
 from dinov2_custom.embed.images import batches
 from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.extras import optional
 from dinov2_custom.logging.progress import ProgressBar
-from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
+from dinov2_custom.teacher import RELEASED_CROP_SIZE, Teacher, device_of_choice, is_released, load_teacher
 from dinov2_custom.utils.dtype import has_bf16
 from dinov2_custom.utils.run_folder import default_output
 from dinov2_custom.utils.transfer import to_device
@@ -59,6 +60,7 @@ def _run(args: argparse.Namespace) -> int:
         args.precision = "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
     teacher.backbone.to(device)
     sizes = image_sizes(teacher, args.image_size)
+    args.num_workers = workers_of_choice(args.num_workers, distributed.share_of_cores())
     for size in sizes:
         where = folder / str(size) if len(sizes) > 1 else folder
         _embed(teacher, dataset, size, where, device, args)
@@ -74,7 +76,8 @@ def image_sizes(teacher: Teacher, given: list[int]) -> list[int]:
     """
     patch = teacher.backbone.patch_size
     if not given:
-        return [teacher.image_size if teacher.config_file else max(224 // patch, 1) * patch]
+        size = RELEASED_CROP_SIZE if is_released(teacher.config_file) else teacher.image_size
+        return [max(size // patch, 1) * patch]
     wrong = [str(size) for size in given if size < patch or size % patch]
     if wrong:
         raise ConfigError(f"--image-size: expected multiples of the patch size {patch}, got {', '.join(wrong)}")

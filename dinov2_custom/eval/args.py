@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from dinov2_custom.commands import Parser
-from dinov2_custom.teacher_args import add_configuration
+from dinov2_custom.teacher_args import AUTO, add_configuration, add_workers, number_or_auto
 
 
 class MetricType(Enum):
@@ -88,12 +88,12 @@ def get_knn_args_parser(
     parser.add_argument("--temperature", type=float, default=0.07, help="of the softmax that weighs the votes")
     parser.add_argument("--gather-on-cpu", action="store_true", help="keep the features in CPU memory")
     parser.add_argument("--batch-size", type=int, default=256, help="images a step")
-    parser.add_argument("--num-workers", type=int, default=5, help="data-loading processes; 0: in the main process")
+    add_workers(parser)
     parser.add_argument(
         "--n-per-class-list", nargs="+", type=int, default=[-1], help="neighbours kept a class; -1: all of them"
     )
     parser.add_argument("--n-tries", type=int, default=1, help="random subsets for each of --n-per-class-list")
-    _add_sizes(parser, 256)
+    _add_sizes(parser, "256/224 of --crop-size")
     return parser
 
 
@@ -114,7 +114,7 @@ def get_linear_args_parser(
     )
     add("--epochs", type=int, default=10, help="of --epoch-length iterations each")
     add("--batch-size", type=int, default=128, help="images a step on each GPU")
-    add("--num-workers", type=int, default=8, help="data-loading processes; 0: in the main process")
+    add_workers(parser)
     add("--epoch-length", type=int, default=1250, help="iterations")
     add("--save-checkpoint-frequency", type=int, default=20, help="epochs between checkpoints that are kept")
     add("--eval-period-iterations", type=int, default=1250, help="iterations between scores; 0: only at the end")
@@ -137,7 +137,7 @@ def get_linear_args_parser(
         metavar="FILE",
         help="the same for each of --test-datasets; None for one without",
     )
-    _add_sizes(parser, 256)
+    _add_sizes(parser, "256/224 of --crop-size")
     return parser
 
 
@@ -170,8 +170,8 @@ def get_log_regression_args_parser(
     add("--max-train-iters", type=int, default=1000, help="L-BFGS iterations for each strength")
     add("--solver", choices=("torch", "sklearn"), default="torch", help="sklearn needs the extra [eval], on a CPU")
     add("--batch-size", type=int, default=256, help="images a step on each GPU")
-    add("--num-workers", type=int, default=5, help="data-loading processes; 0: in the main process")
-    _add_sizes(parser, 224)
+    add_workers(parser)
+    _add_sizes(parser, "--crop-size")
     return parser
 
 
@@ -192,8 +192,17 @@ def _add_datasets(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sizes(parser: argparse.ArgumentParser, resize_size: int) -> None:
+def _add_sizes(parser: argparse.ArgumentParser, resize_size: str) -> None:
     parser.add_argument(
-        "--resize-size", type=int, default=resize_size, help="pixels of the shorter side before the crop"
+        "--resize-size",
+        type=number_or_auto,
+        default=AUTO,
+        help=f"pixels of the shorter side before the crop; auto: {resize_size}",
     )
-    parser.add_argument("--crop-size", type=int, default=224, help="pixels of the square that the model sees")
+    parser.add_argument(
+        "--crop-size",
+        type=number_or_auto,
+        default=AUTO,
+        help="pixels of the square that the model sees; auto: crops.global_crops_size of the training, 224 for "
+        "released weights",
+    )

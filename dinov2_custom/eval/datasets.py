@@ -5,7 +5,10 @@ Not the reading of images (``data/``). Read :func:`open_pair` first.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dinov2_custom import distributed
+from dinov2_custom.data.datasets.extended import ExtendedVisionDataset
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.samplers import permuted_index
 from dinov2_custom.data.spec import KEY
@@ -21,6 +25,8 @@ from dinov2_custom.data.transforms import RandomTransform
 from dinov2_custom.data.workers import set_up_worker
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.utils.rng import random_for
+
+logger = logging.getLogger("dinov2")
 
 
 class Relabelled(Dataset):
@@ -36,6 +42,10 @@ class Relabelled(Dataset):
     def get_targets(self) -> np.ndarray:
         """Return the class index of every image, int64 (len,)."""
         return self.new_index[self.dataset.get_targets()]
+
+    def name(self, index: int) -> str:
+        """Return the path of image ``index``."""
+        return self.dataset.name(index)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -87,6 +97,39 @@ def match_classes(train_dataset: Any, other_dataset: Any, train_flag: str, other
         )
     new_index = [train_classes[name] for name in sorted(other_classes, key=other_classes.get)]
     return Relabelled(other_dataset, np.array(new_index))
+
+
+def find_same_files(train_dataset: Any, other_dataset: Any) -> np.ndarray:
+    """Return, for each image of ``other_dataset``, the index of the same file in ``train_dataset``; -1: not there.
+
+    int64 (len(other_dataset),). Links count as what they point to. Images that have no path are in no other dataset.
+    """
+    places = {path: index for index, path in enumerate(_paths_of(train_dataset))}
+    found = [places.get(path, -1) for path in _paths_of(other_dataset)] if places else []
+    return np.array(found or [-1] * len(other_dataset), dtype=np.int64)
+
+
+def warn_of_same_files(train_dataset: Any, other_dataset: Any, train_flag: str, other_flag: str) -> None:
+    """Warn where images that are scored have been trained on."""
+    if count := int((find_same_files(train_dataset, other_dataset) >= 0).sum()):
+        logger.warning(
+            f"{other_flag}: {count:,} of {len(other_dataset):,} images are images of {train_flag}, too; the accuracy "
+            "on those says nothing about new ones"
+        )
+
+
+def _paths_of(dataset: Any) -> list[str]:
+    """Return the real path of every image, or nothing where images have none."""
+    owner = dataset.dataset if isinstance(dataset, Relabelled) else dataset
+    if getattr(type(owner), "name", ExtendedVisionDataset.name) is ExtendedVisionDataset.name:
+        return []
+    real_folder = functools.cache(os.path.realpath)
+    paths = []
+    for index in range(len(dataset)):
+        folder, file = os.path.split(owner.name(index))
+        path = os.path.join(real_folder(folder), file)
+        paths.append(os.path.realpath(path) if os.path.islink(path) else path)
+    return paths
 
 
 def num_classes_of(dataset: Any) -> int:

@@ -21,10 +21,10 @@ from dinov2_custom import distributed, entry
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import DataError
 from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
-from dinov2_custom.eval.datasets import open_pair
+from dinov2_custom.eval.datasets import find_same_files, open_pair
 from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation, setup_and_build_model
+from dinov2_custom.eval.setup import check_positive, choose_sizes, evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 from dinov2_custom.logging import open_log
 from dinov2_custom.utils.transfer import to_device
@@ -41,6 +41,7 @@ __all__ = [
 
 logger = logging.getLogger("dinov2")
 _QUERIES_A_STEP = 256
+_ALIKE = 0.01  # mean squared distance from the mean below which cosines, rounded by 1e-7, lose their order
 
 
 class KnnModule(nn.Module):
@@ -54,6 +55,9 @@ class KnnModule(nn.Module):
         nb_knn: numbers of neighbours to score with.
         T: temperature of the softmax over the max(nb_knn) similarities that weighs the votes.
         device: where to compute; None: where ``train_features`` are.
+
+    Features of an untrained network with a small LayerScale differ by less than float32 tells cosines apart. Of rows
+    that are nearly alike their distances from the mean are compared instead, which gives the same order and weights.
 
     Source: Wu et al. 2018 (instance discrimination), section 3.4; upstream ``eval/knn.py``.
     """
@@ -70,19 +74,36 @@ class KnnModule(nn.Module):
         super().__init__()
         self.train_features, self.train_labels = train_features.to(device), train_labels.to(device)
         self.nb_knn, self.T, self.num_classes = list(nb_knn), T, num_classes
+        mean = self.train_features.mean(dim=0)
+        self.mean, self.half_squares = None, None
+        if float(1 - mean.square().sum()) < _ALIKE:
+            self.mean, self.train_features = mean, self.train_features - mean
+            self.half_squares = self.train_features.square().sum(dim=1) / 2
+
+    def _similarity(self, features: Tensor) -> Tensor:
+        """Return cosines (B, N), or where ``mean`` is given what differs from them by a number of each row."""
+        features = features.to(self.train_features.device)
+        if self.mean is None:
+            return features @ self.train_features.T
+        return (features - self.mean) @ self.train_features.T - self.half_squares
 
     def forward(self, features_rank: Tensor, exclude: Tensor | None = None) -> dict[int, Tensor]:
         """Return ``{k: class scores (B, C)}``, rows summing to at most 1, for ``features_rank`` (B, D) of length 1.
 
         Args:
-            exclude: (B,) index of a training feature that has no vote on each row.
+            exclude: (B,) index of a training feature that has no vote on each row; -1: all have.
         """
-        similarity = features_rank.to(self.train_features.device) @ self.train_features.T
+        similarity = self._similarity(features_rank)
         available = len(self.train_features)
         if exclude is not None:
-            similarity.scatter_(1, exclude[:, None].to(similarity.device), float("-inf"))
+            exclude = exclude.to(similarity.device)
+            own = similarity.gather(1, exclude.clamp(min=0)[:, None])
+            own = own.masked_fill(exclude[:, None] >= 0, float("-inf"))
+            similarity.scatter_(1, exclude.clamp(min=0)[:, None], own)
             available -= 1
         nearest, indices = similarity.topk(min(max(self.nb_knn), available), dim=1)
+        if self.mean is not None:
+            nearest = nearest.double()  # else the nearer one of two classes with as many votes is lost
         weights = F.softmax(nearest / self.T, dim=1)
         labels = self.train_labels[indices]
         scores = {k: weights.new_zeros(len(features_rank), self.num_classes) for k in self.nb_knn}
@@ -102,6 +123,7 @@ def eval_knn_features(
     accuracy_averaging: AccuracyAveraging = AccuracyAveraging.MEAN_ACCURACY,
     n_per_class_list: Sequence[int] = (-1,),
     n_tries: int = 1,
+    exclude: Tensor | None = None,
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
     """Classify ``val_features`` (M, D) by ``train_features`` (N, D), both with rows of length 1.
 
@@ -111,6 +133,7 @@ def eval_knn_features(
         n_per_class_list: training images kept a class, -1 for all; only numbers of neighbours up to it are used, and
             it is added to them.
         n_tries: random subsets over which a limited number a class is averaged.
+        exclude: (M,) index of the training feature that is the same image and so has no vote; -1: none is.
 
     Numbers of neighbours above that of the training features are replaced by it, with a warning.
 
@@ -131,12 +154,13 @@ def eval_knn_features(
             ks = sorted({k for k in nb_knn if k <= n_per_class} | {n_per_class})
             tries = [_subset(train_labels, n_per_class, seed).to(train_labels.device) for seed in range(n_tries)]
         name = "full" if n_per_class < 0 else f"{n_per_class} per class"
-        ks = _at_most(len(train_labels[tries[0]]), ks, name)
+        ks = _at_most(len(train_labels[tries[0]]) - (exclude is not None), ks, name)
         scores: dict[int, list[dict[str, Tensor]]] = {k: [] for k in ks}
         for chosen in tries:
             module = KnnModule(train_features[chosen], train_labels[chosen], ks, temperature, num_classes=num_classes)
             metrics = {k: build_topk_accuracy_metric(accuracy_averaging, num_classes) for k in ks}
-            _classify(module, val_features, val_labels, metrics)
+            own = None if exclude is None else _among(chosen, exclude, len(train_labels))
+            _classify(module, val_features, val_labels, metrics, own)
             for k in ks:
                 scores[k].append(metrics[k].compute())
         results |= {(name, k): _mean(values) for k, values in scores.items()}
@@ -160,6 +184,12 @@ def eval_knn(
 
     Returns what :func:`eval_knn_features` does.
     """
+    same_files = torch.from_numpy(find_same_files(train_dataset, val_dataset))
+    if count := int((same_files >= 0).sum()):
+        logger.info(
+            f"kNN: {count:,} of the {len(same_files):,} images to classify are training images, too; an image is not "
+            "its own neighbour"
+        )
     extracted: list[Tensor] = []
     for name, dataset in (("train", train_dataset), ("val", val_dataset)):
         logger.info(f"features: {name} images={len(dataset)}")
@@ -171,6 +201,7 @@ def eval_knn(
         accuracy_averaging=accuracy_averaging,
         n_per_class_list=n_per_class_list,
         n_tries=n_tries,
+        exclude=same_files if count else None,
     )
 
 
@@ -179,21 +210,35 @@ def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 20, temper
     num_classes = int(labels.max()) + 1
     module = KnnModule(features, labels, [k], temperature, num_classes=num_classes)
     metrics = {k: build_topk_accuracy_metric(AccuracyAveraging.MEAN_ACCURACY, num_classes, (1,))}
-    _classify(module, features, labels, metrics, leave_one_out=True)
+    _classify(module, features, labels, metrics, torch.arange(len(features)))
     return float(metrics[k].compute()["top-1"])
 
 
 def _classify(
-    module: KnnModule, features: Tensor, labels: Tensor, metrics: dict[int, MetricCollection], leave_one_out=False
+    module: KnnModule,
+    features: Tensor,
+    labels: Tensor,
+    metrics: dict[int, MetricCollection],
+    exclude: Tensor | None = None,
 ) -> None:
     for metric in metrics.values():
         metric.to(module.train_features.device)
     start, step = distributed.get_global_rank(), distributed.get_global_size()
     own = torch.arange(start, len(features), step, device=features.device)
+    exclude = None if exclude is None else exclude.to(features.device)
     for rows in own.split(_QUERIES_A_STEP):
-        votes = module(features[rows], exclude=rows if leave_one_out else None)
+        votes = module(features[rows], exclude=None if exclude is None else exclude[rows])
         for k, scores in votes.items():
             metrics[k].update(scores, to_device(labels[rows], scores.device))
+
+
+def _among(chosen: slice | Tensor, indices: Tensor, count: int) -> Tensor:
+    """Return where each of ``indices``, in 0..count-1 or -1, is among ``chosen`` ones; -1: it is not."""
+    if isinstance(chosen, slice):
+        return indices
+    place = torch.full((count + 1,), -1)  # the last one is that of -1
+    place[chosen.cpu()] = torch.arange(len(chosen))
+    return place[indices]
 
 
 def _at_most(available: int, ks: Sequence[int], name: str) -> list[int]:
@@ -269,7 +314,7 @@ def main(args: argparse.Namespace) -> int:
     """
     check_positive(args, "nb_knn", "batch_size", "crop_size", "resize_size")
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)
-    check_crop_size(args.crop_size, model)
+    choose_sizes(args, model)
     eval_knn_with_model(
         model=model,
         output_dir=args.output_dir,

@@ -41,7 +41,7 @@ from dinov2_custom.eval.linear_evaluate import (
     test_on_datasets,
 )
 from dinov2_custom.eval.metrics import MetricType
-from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation, setup_and_build_model
+from dinov2_custom.eval.setup import check_positive, choose_sizes, evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithIntermediateLayers, autocast
 from dinov2_custom.logging import MetricLogger, open_log
 from dinov2_custom.parallel import GradientReducer
@@ -181,7 +181,7 @@ def run_eval_linear(
     train_dataset = open_labelled("--train-dataset", train_dataset_str)
     num_classes = num_classes_of(train_dataset)
     logger.info(f"dataset: {train_dataset_str} images={len(train_dataset)} classes={num_classes}")
-    shared = {"transform": eval_transform, "train_dataset": train_dataset if val_mapping is None else None}
+    shared = {"transform": eval_transform, "train_dataset": train_dataset, "has_mapping": val_mapping is not None}
     val_loader = make_eval_data_loader(val_dataset_str, batch_size, num_workers, val_metric_type, **shared)
     open_log("dinov2")
 
@@ -250,7 +250,7 @@ def main(args: argparse.Namespace) -> int:
     names = ("epochs", "epoch_length", "batch_size", "save_checkpoint_frequency", "crop_size", "resize_size")
     check_positive(args, *names, "learning_rates")
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)
-    check_crop_size(args.crop_size, model)
+    choose_sizes(args, model)
     run_eval_linear(
         model=model,
         output_dir=args.output_dir,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError
-from dinov2_custom.eval.datasets import every_image_once, match_classes, open_labelled
+from dinov2_custom.eval.datasets import every_image_once, match_classes, open_labelled, warn_of_same_files
 from dinov2_custom.eval.linear_classifiers import LinearPostprocessor, remove_ddp_wrapper
 from dinov2_custom.eval.metrics import MetricType, build_metric
 from dinov2_custom.eval.results import append_lines
@@ -77,13 +77,14 @@ def make_eval_data_loader(
     *,
     transform: Callable | None = None,
     train_dataset: Any = None,
+    has_mapping: bool = False,
     flag: str = "--val-dataset",
 ) -> DataLoader:
     """Return a loader of every image once, over all ranks together.
 
     Args:
         transform: None: shorter side 256, central 224 pixels, ImageNet's normalisation.
-        train_dataset: its class folders' numbers count, where both have a folder a class.
+        train_dataset: its class folders' numbers count, where both have a folder a class, unless ``has_mapping``.
         flag: what gave ``test_dataset_str``, for errors.
 
     Raises:
@@ -92,6 +93,8 @@ def make_eval_data_loader(
     """
     dataset = open_labelled(flag, test_dataset_str, transform or make_classification_eval_transform())
     if train_dataset is not None:
+        warn_of_same_files(train_dataset, dataset, "--train-dataset", flag)
+    if train_dataset is not None and not has_mapping:
         dataset = match_classes(train_dataset, dataset, "--train-dataset", flag)
     collate = _pad_and_collate if metric_type is MetricType.IMAGENET_REAL_ACCURACY else None
     return every_image_once(dataset, batch_size, num_workers, collate)
@@ -127,8 +130,8 @@ def test_on_datasets(
     results = {}
     for text, mapping, metric_type in zip(test_dataset_strs, test_class_mappings, test_metric_types, strict=True):
         logger.info(f"test dataset: {text}")
-        own_classes = train_dataset if mapping is None else None
-        options = {"transform": transform, "train_dataset": own_classes, "flag": "--test-datasets"}
+        shared = {"train_dataset": train_dataset, "has_mapping": mapping is not None}
+        options = {"transform": transform, "flag": "--test-datasets", **shared}
         loader = make_eval_data_loader(text, batch_size, num_workers, metric_type, **options)
         best = evaluate_linear_classifiers(
             feature_model,

@@ -20,7 +20,7 @@ from dinov2_custom import entry
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval.args import get_log_regression_args_parser as get_args_parser
-from dinov2_custom.eval.datasets import match_classes, open_labelled, open_pair
+from dinov2_custom.eval.datasets import match_classes, open_labelled, open_pair, warn_of_same_files
 from dinov2_custom.eval.log_regression_fit import (
     C_POWER_RANGE,
     DEFAULT_MAX_ITER,
@@ -34,7 +34,7 @@ from dinov2_custom.eval.log_regression_fit import (
 from dinov2_custom.eval.log_regression_solvers import check_solver
 from dinov2_custom.eval.metrics import MetricType, build_metric
 from dinov2_custom.eval.results import append_lines
-from dinov2_custom.eval.setup import check_crop_size, check_positive, evaluation, setup_and_build_model
+from dinov2_custom.eval.setup import check_positive, choose_sizes, evaluation, setup_and_build_model
 from dinov2_custom.eval.utils import ModelWithAutocast, extract_features
 from dinov2_custom.logging import open_log
 from dinov2_custom.teacher import device_of_choice
@@ -160,6 +160,7 @@ def eval_log_regression_with_model(
     train_dataset, val_dataset = open_pair(
         ("--train-dataset", train_dataset_str, transform), ("--val-dataset", val_dataset_str, transform)
     )
+    warn_of_same_files(train_dataset, val_dataset, "--train-dataset", "--val-dataset")
     finetune_dataset = None
     if finetune_dataset_str:
         flag = "--finetune-dataset-str"
@@ -210,7 +211,7 @@ def main(args: argparse.Namespace) -> int:
     device = device_of_choice(args.train_features_device, "--train-features-device")
     dtype = dtype_of_choice(args.train_dtype, device)
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)
-    check_crop_size(args.crop_size, model)
+    choose_sizes(args, model, resize_ratio=1.0)
     results = eval_log_regression_with_model(
         model=model,
         train_dataset_str=args.train_dataset_str,

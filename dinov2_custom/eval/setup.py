@@ -18,11 +18,12 @@ from torch import nn
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir, load_run_config
+from dinov2_custom.data.workers import workers_of_choice
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_args_parser
 from dinov2_custom.logging import open_log, setup_logging
 from dinov2_custom.models import build_model_from_cfg
-from dinov2_custom.teacher import load_teacher_backbone
+from dinov2_custom.teacher import RELEASED_CROP_SIZE, is_released, load_teacher_backbone
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import is_url
@@ -44,7 +45,7 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
     """Return (teacher backbone on its device in evaluation mode, number type to compute in).
 
     Starts the ranks and the logs, makes the output directory and sets ``args.output_dir`` to it; ``args.normalize``
-    becomes the ``{"mean": ..., "std": ...}`` that the model was trained with.
+    becomes the ``{"mean": ..., "std": ...}`` that the model was trained with, ``args.training_crop_size`` the pixels.
 
     Args:
         args: what :func:`get_args_parser` parses; flags that upstream does not have may be missing.
@@ -72,6 +73,7 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
         training=False,
     )
     args.normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
+    args.training_crop_size = RELEASED_CROP_SIZE if is_released(config_file) else cfg.crops.global_crops_size
     args.output_dir = distributed.broadcast_object(cfg.train.output_dir)
     check_not_a_run(args.output_dir)
     check_output_dir(args.output_dir)
@@ -143,7 +145,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     Raises:
         ConfigError: with those that are not.
     """
-    values = {name: getattr(args, name) for name in names}
+    values = {name: getattr(args, name) for name in names if getattr(args, name) != "auto"}
     wrong = [
         f"--{name if name == 'nb_knn' else name.replace('_', '-')} {value}"
         for name, value in values.items()
@@ -153,14 +155,26 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
         raise ConfigError(f"expected positive numbers, got {', '.join(wrong)}")
 
 
-def check_crop_size(crop_size: int, model: nn.Module) -> None:
-    """Fit ``--crop-size`` to the model's patches.
+def choose_sizes(args: argparse.Namespace, model: nn.Module, resize_ratio: float = 256 / 224) -> None:
+    """Replace "auto" in ``args``: the crop is the training's, the shorter side ``resize_ratio`` of it, workers: cores.
 
     Raises:
-        ConfigError: it is no multiple of the patch size.
+        ConfigError: a crop that is no multiple of the patch size.
     """
-    if crop_size % model.patch_size:
-        raise ConfigError(f"--crop-size: expected a multiple of student.patch_size={model.patch_size}, got {crop_size}")
+    if args.crop_size == "auto":
+        args.crop_size = args.training_crop_size
+    if args.crop_size % model.patch_size:
+        raise ConfigError(
+            f"--crop-size: expected a multiple of student.patch_size={model.patch_size}, got {args.crop_size}"
+        )
+    if args.resize_size == "auto":
+        args.resize_size = round(args.crop_size * resize_ratio)
+    args.num_workers = workers_of_choice(args.num_workers, distributed.share_of_cores())
+    trained = "" if args.crop_size == args.training_crop_size else f", trained with {args.training_crop_size} px"
+    logger.info(
+        f"images: shorter side {args.resize_size} px, central {args.crop_size} px{trained}; "
+        f"data-loading processes: {args.num_workers}"
+    )
 
 
 def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = None) -> torch.dtype:

@@ -2,13 +2,14 @@
 
 from dinov2_custom.logging.metrics import MetricLogger
 from dinov2_custom.logging.progress import ProgressBar, track
-from dinov2_custom.logging.rows import append_row, truncate_after
+from dinov2_custom.logging.rows import append_row, read_rows, truncate_after
 from dinov2_custom.logging.setup import open_log, remove_logging, setup_logging
 from dinov2_custom.logging.sinks import METRICS_FILE, Sinks, open_sinks
-from dinov2_custom.logging.smoothed_value import SmoothedValue
+from dinov2_custom.logging.smoothed_value import WINDOW, SmoothedValue
 
 __all__ = [
     "METRICS_FILE",
+    "WINDOW",
     "MetricLogger",
     "ProgressBar",
     "Sinks",
@@ -16,6 +17,7 @@ __all__ = [
     "append_row",
     "open_log",
     "open_sinks",
+    "read_rows",
     "remove_logging",
     "setup_logging",
     "track",

@@ -11,13 +11,13 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 
 from dinov2_custom import distributed
-from dinov2_custom.logging.progress import ProgressBar, duration
+from dinov2_custom.logging.progress import BY_THE_CLOCK, ProgressBar, duration
 from dinov2_custom.logging.rows import append_row
 from dinov2_custom.logging.sinks import Sinks
 from dinov2_custom.logging.smoothed_value import SmoothedValue, read_pending
@@ -32,13 +32,22 @@ class MetricLogger:
         delimiter: between the fields of a log line.
         output_file: JSON-lines file that rank 0 appends to; None: none.
         sinks: further places for rows; closing them is the caller's.
+        make: makes the series of a name, where a default one does not do.
 
     Attributes:
         counts: numbers that rows give as they stand, after the series.
     """
 
-    def __init__(self, delimiter: str = "\t", output_file: str | os.PathLike | None = None, sinks: Sinks | None = None):
+    def __init__(
+        self,
+        delimiter: str = "\t",
+        output_file: str | os.PathLike | None = None,
+        sinks: Sinks | None = None,
+        make: Mapping[str, Callable[[], SmoothedValue]] | None = None,
+    ):
         self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
+        self.make = make or {}
+        self._windows: dict[str, Sequence[float | str]] = {}  # of series that have got no number yet
         self.delimiter = delimiter
         self.output_file = output_file
         self.sinks = sinks
@@ -62,7 +71,22 @@ class MetricLogger:
     def update(self, **values: float | torch.Tensor) -> None:
         """Add one number to each named series; see :meth:`SmoothedValue.update` for tensors."""
         for name, value in values.items():
-            self.meters[name].update(value)
+            self._meter(name).update(value)
+
+    def _meter(self, name: str) -> SmoothedValue:
+        if name not in self.meters:
+            self.meters[name] = self.make.get(name, SmoothedValue)()
+            self.meters[name].load_state(self._windows.pop(name, ()))
+        return self.meters[name]
+
+    def state(self) -> dict[str, Sequence[float | str]]:
+        """Return the windows of all series, in values that JSON has, for :meth:`load_state`."""
+        read_pending(self.meters.values())
+        return self._windows | {name: meter.state() for name, meter in self.meters.items()}
+
+    def load_state(self, windows: Mapping[str, Sequence[float | str]]) -> None:
+        """Go on with ``windows`` in series that get numbers, so that rows are as if there had been no stop between."""
+        self._windows = dict(windows)
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
         """Use ``meter`` for the series ``name``, instead of a default one."""
@@ -106,6 +130,7 @@ class MetricLogger:
         images_per_iteration: int | None = None,
         speeds: Callable[[float], dict[str, float]] | None = None,
         left_s: Callable[[], float] | None = None,
+        limit_s: float = 0.0,
         shown: Sequence[str] = (),
     ) -> Iterator[Any]:
         """Yield the items numbered ``start_iteration`` to ``n_iterations - 1``; time the loop body, write its metrics.
@@ -121,7 +146,7 @@ class MetricLogger:
                 ``images_per_s``, ``data_wait`` (0..1, the share of the time in which the loop waits for data) and
                 ``memory_mib`` (this process's peak: of CUDA, else resident).
             speeds: from images/s to further fields of lines and rows.
-            left_s: seconds until the end, where ``n_iterations`` does not tell.
+            left_s: seconds until the end, where ``n_iterations`` does not tell, of ``limit_s`` in all.
             shown: series that a log line has, of those there are; empty: all. Rows have all.
         """
         header = header or ""
@@ -150,19 +175,22 @@ class MetricLogger:
                 more = speeds(rates["images_per_s"]) if speeds else {}
                 self.dump_in_output_file(iteration, iter_time.avg, data_time.avg, **rates, **more)
                 times = [f"time: {iter_time}", f"data: {data_time}"]
-                place = _place(iteration, n_iterations, iter_time.global_avg, left_s)
+                place = _place(iteration, n_iterations, iter_time.global_avg, left_s, limit_s)
                 fields = [header, *place, self._line(shown), *times, *_speed(rates, more)]
-                bar.show(self._headline())
+                bar.show(" ".join(filter(None, (f"it={iteration}" * bool(limit_s), self._headline()))))
                 logger.info(self.delimiter.join(filter(None, fields)), extra={"shown_by_bar": bar.visible})
 
-        with ProgressBar(n_iterations, initial=start_iteration, description=header) as bar:
+        place: dict[str, Any] = {"total": n_iterations, "initial": start_iteration}
+        if limit_s:
+            place = {"total": limit_s, "initial": limit_s - left_s(), "bar_format": BY_THE_CLOCK}
+        with ProgressBar(description=header, **place) as bar:
             end = start
             for item in iterable:
                 data_time.update(time.perf_counter() - end)
                 self._report = report
                 yield item
                 self.write_now()
-                bar.update()
+                bar.update(limit_s - left_s() - bar.done if limit_s else 1)
                 last = is_last()
                 iteration += 1
                 if last:
@@ -185,10 +213,13 @@ class MetricLogger:
         )
 
 
-def _place(iteration: int, n_iterations: int | None, iter_s: float, left_s: Callable[[], float] | None) -> list[str]:
+def _place(
+    iteration: int, n_iterations: int | None, iter_s: float, left_s: Callable[[], float] | None, limit_s: float
+) -> list[str]:
     """Return the fields of a log line that say where the loop is and how long it will take."""
     if n_iterations is None:
-        return [f"[{iteration}]", f"eta: {duration(left_s())}"]
+        share = [f"{1 - left_s() / limit_s:.0%}"] if limit_s else []
+        return [" ".join([f"[{iteration}]", *share]), f"eta: {duration(left_s())}"]
     place = f"[{iteration:{len(str(n_iterations))}d}/{n_iterations}]"
     return [place, f"eta: {duration(iter_s * (n_iterations - 1 - iteration))}"]
 

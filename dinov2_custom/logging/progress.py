@@ -19,6 +19,8 @@ from dinov2_custom import distributed
 
 logger = logging.getLogger("dinov2")
 
+# of a loop that ends at a time: percent and time left are the clock's, and iterations are in the text behind the bar
+BY_THE_CLOCK = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 _open_bars: list[ProgressBar] = []
 
 
@@ -26,21 +28,23 @@ class ProgressBar:
     """A bar on ``stream`` if that is a terminal and this is the main process; otherwise every method does nothing.
 
     Args:
-        total: number of steps of the whole task, or None when unknown.
+        total: number of steps of the whole task, or None when unknown; seconds with :data:`BY_THE_CLOCK`.
         initial: steps that were done before (a resumed run).
         description: text before the bar.
         unit: what is counted.
         stream: where to draw; None: stderr.
+        bar_format: tqdm's; None: its own.
     """
 
     def __init__(
         self,
-        total: int | None,
+        total: float | None,
         *,
-        initial: int = 0,
+        initial: float = 0,
         description: str = "",
         unit: str = "it",
         stream: TextIO | None = None,
+        bar_format: str | None = None,
     ):
         stream = sys.stderr if stream is None else stream
         self._bar = None
@@ -49,7 +53,8 @@ class ProgressBar:
 
             # a terminal that does not know its width would get no bar at all
             width = {"dynamic_ncols": True} if _knows_its_width(stream) else {"ncols": 100, "nrows": 24}
-            self._bar = tqdm(total=total, initial=initial, desc=description, unit=unit, file=stream, **width)
+            text = {"desc": description, "unit": unit, "bar_format": bar_format}
+            self._bar = tqdm(total=total, initial=initial, file=stream, **text, **width)
             _open_bars.append(self)
 
     @property
@@ -57,7 +62,12 @@ class ProgressBar:
         """Whether there is a terminal to draw on and the bar is not closed."""
         return self._bar is not None
 
-    def update(self, steps: int = 1) -> None:
+    @property
+    def done(self) -> float:
+        """Steps done, those of before included."""
+        return 0.0 if self._bar is None else self._bar.n
+
+    def update(self, steps: float = 1) -> None:
         """Count ``steps`` more as done."""
         if self._bar is not None:
             self._bar.update(steps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def truncate_after(path: str | os.PathLike, iteration: int) -> int:
         os.replace(temporary, path)
         logger.info(f"{path}: dropped {dropped} lines from iteration {iteration} on, kept {len(kept)}")
     return dropped
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the rows of a file, none if there is none; lines that are no rows (torn by a kill) are left out."""
+    lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []
+    return [json.loads(line) for line in lines if _is_before(line, sys.maxsize)]
 
 
 def _is_before(line: bytes, iteration: int) -> bool:

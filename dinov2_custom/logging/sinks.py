@@ -62,6 +62,11 @@ class Sinks:
                     self._sinks.remove(sink)
                     self._close(sink, 1)
 
+    def add(self, sink: Sink) -> None:
+        """Add ``sink``, where there are sinks: on the rank that reports."""
+        if self._sinks:
+            self._sinks.append(sink)
+
     def state(self) -> dict[str, str]:
         """Return what a checkpoint has to hold for the sinks to go on: ``wandb_run_id`` where there is W&B."""
         return {key: value for sink in self._sinks for key, value in sink.state().items()}

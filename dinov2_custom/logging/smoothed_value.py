@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from dinov2_custom import distributed
 
+WINDOW = 20  # iterations that the statistics of a loop look back
 _MAX_PENDING = 1000
 
 
@@ -24,9 +25,16 @@ class SmoothedValue:
     Args:
         window_size: numbers in the window.
         fmt: text form; may name ``median``, ``avg``, ``global_avg``, ``max`` and ``value``.
+        of: makes the number from a tensor given to :meth:`update`, once that is on the host.
     """
 
-    def __init__(self, window_size: int = 20, fmt: str | None = None):
+    def __init__(
+        self,
+        window_size: int = WINDOW,
+        fmt: str | None = None,
+        of: Callable[[torch.Tensor], float] = torch.Tensor.item,
+    ):
+        self.of = of
         self.fmt = "{median:.4f} ({global_avg:.4f})" if fmt is None else fmt
         self.deque: deque[float] = deque(maxlen=window_size)
         self.total = 0.0
@@ -36,9 +44,9 @@ class SmoothedValue:
     def update(self, value: float | torch.Tensor, num: int = 1) -> None:
         """Add ``value``, which counts ``num`` times in the global average.
 
-        A tensor (one element) is not read yet and must not be changed in place afterwards.
+        A tensor (of one element, or what ``of`` takes) is not read yet and must not be changed in place afterwards.
         """
-        self.pending.append((value.detach().reshape(()) if isinstance(value, torch.Tensor) else float(value), num))
+        self.pending.append((value.detach() if isinstance(value, torch.Tensor) else float(value), num))
         if len(self.pending) >= _MAX_PENDING:
             read_pending([self])
 
@@ -49,6 +57,15 @@ class SmoothedValue:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             sums = distributed.all_reduce(torch.tensor([self.count, self.total], dtype=torch.float64, device=device))
             self.count, self.total = int(sums[0]), float(sums[1])
+
+    def state(self) -> list[float | str]:
+        """Return the window for :meth:`load_state`, in values that JSON has."""
+        read_pending([self])
+        return [number if math.isfinite(number) else str(number) for number in self.deque]
+
+    def load_state(self, window: Sequence[float | str]) -> None:
+        """Make ``window`` this one's."""
+        self.deque.extend(float(number) for number in window)
 
     def _window(self) -> torch.Tensor:
         """The numbers of the window that are finite, if any is: a step that was left out says nothing."""
@@ -99,12 +116,19 @@ def read_pending(meters: Iterable[SmoothedValue]) -> None:
         for value, _ in meter.pending:
             if isinstance(value, torch.Tensor):
                 tensors[value.device, value.dtype].append(value)
-    numbers = {kind: iter(torch.stack(group).tolist()) for kind, group in tensors.items()}
+    there = {kind: iter(_to_host(group)) for kind, group in tensors.items()}
     for meter in meters:
         for value, num in meter.pending:
-            number = float(next(numbers[value.device, value.dtype]) if isinstance(value, torch.Tensor) else value)
+            number = meter.of(next(there[value.device, value.dtype])) if isinstance(value, torch.Tensor) else value
             meter.deque.append(number)
             if math.isfinite(number):
                 meter.count += num
                 meter.total += number * num
         meter.pending.clear()
+
+
+def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return ``tensors``, of one device and dtype, on the host."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from dinov2_custom import __version__, distributed
-from dinov2_custom.errors import CheckpointError, remedy
+from dinov2_custom.errors import CheckpointError, reason_of, remedy
 from dinov2_custom.train.checkpoint_store import CheckpointStore, folder_name, set_aside
 from dinov2_custom.train.teacher_file import save_atomically, save_teacher, teacher_path, teacher_weights
 from dinov2_custom.train.training_state import PlainState, own_pieces, restore
@@ -136,7 +136,7 @@ class Checkpointer:
         try:
             self.wait()
         except Exception as e:  # the end is near, often for a better reason
-            logger.warning(f"the checkpoint that was being written is not complete: {e}")
+            logger.warning(f"the checkpoint that was being written is not complete: {reason_of(e)}")
         self._group = None  # else its threads live on wherever an error holds on to this object
 
     def save_teacher(self, name: str, *, final: bool = False) -> Path:

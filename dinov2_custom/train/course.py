@@ -116,6 +116,12 @@ class Course:
         self._steps.append(seconds - self.elapsed_s)
         self.step_s, self.elapsed_s = fmean(self._steps), seconds
 
+    def expected_total(self, iteration: int) -> float:
+        """Return how many iterations the run has in all; by the clock, at the mean speed until ``iteration``."""
+        if not self.limit_s:
+            return self.length.total
+        return iteration * self.limit_s / self.elapsed_s if self.elapsed_s else math.inf
+
     def left_s(self) -> float:
         """Return the seconds until the end, in a run by the clock."""
         return max(0.0, self.limit_s - self.elapsed_s)

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from dinov2_custom import distributed
-from dinov2_custom.errors import DINOv2Error, LostProcessError, ResourceError
+from dinov2_custom.errors import DINOv2Error, LostProcessError, ResourceError, reason_of
 
 logger = logging.getLogger("dinov2")
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
@@ -70,10 +70,9 @@ def translate(
         while (who := lost(run)) == "" and time.monotonic() < deadline:
             time.sleep(0.2)
         unknown = "to a process on another machine" if who == "" else "to another process"
-        reason = str(error).partition("\n")[0]
         error = LostProcessError(
             f"expected all {distributed.get_global_size()} processes, got a broken connection: "
-            f"{who or unknown} ({reason}); the same command goes on from the newest "
+            f"{who or unknown} ({reason_of(error)}); the same command goes on from the newest "
             "checkpoint"
         )
     if isinstance(error, DINOv2Error):

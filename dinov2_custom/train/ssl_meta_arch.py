@@ -26,6 +26,7 @@ from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import GradientReducer, own_share
 from dinov2_custom.train import compiling
 from dinov2_custom.train.constant_shapes import pad_patches
+from dinov2_custom.train.health import MAX_RANKME_ROWS
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.shortcuts import find_shortcuts, takes_options
 from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies, teacher_assignments
@@ -236,7 +237,7 @@ class SSLMetaArch(nn.Module):
         patches = self._masked_patches(features, images["mask_indices_list"])
         targets = self.assign(cls if self.do_dino else None, patches, images, teacher_temp)
         if self.diagnose:
-            self.diagnostics = assignment_entropies(targets)
+            self.diagnostics = assignment_entropies(targets) | {"rankme": first[:MAX_RANKME_ROWS].float()}
         return targets
 
     def assign(self, cls: Tensor | None, patches: Tensor | None, images: dict, teacher_temp: float) -> Targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
 import sys
@@ -11,9 +12,13 @@ import torch
 
 from dinov2_custom import __version__
 from dinov2_custom.commands import command
+from dinov2_custom.teacher import RELEASED_CROP_SIZE
 from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.utils import get_sha
+
+SHORT_RUN = 10_000  # iterations, a tenth of what upstream's values are made for
+FEW_PROTOTYPES = 256
 
 
 def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -> list[str]:
@@ -30,6 +35,8 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
         f"device: {device.type} ({name}) threads={torch.get_num_threads()} world_size={world_size}",
         f"precision: {dtype.removeprefix('torch.')}, losses and weights in float32",
         f"model: {cfg.student.arch} patch={cfg.student.patch_size} student_parameters={millions:.2f}M",
+        f"prototypes: {model.num_prototypes:,} (ln = {math.log(model.num_prototypes):.3f}), "
+        f"{num_images / model.num_prototypes:.3g} images each",
         f"images: {num_images:,} found in {cfg.train.dataset_path}",
         f"batch: {cfg.train.batch_size_per_gpu} a process x {world_size} processes x {cfg.optim.accumulation_steps} "
         f"accumulated = {length.global_batch}, lr={cfg.optim.lr:.3g}",
@@ -38,13 +45,43 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
     ]
 
 
+def describe_doubts(cfg, course: Course, num_images: int) -> str:
+    """Say which values of ``cfg`` are for longer runs or more images than these; "" where none is.
+
+    Weights that a run goes on from have their LayerScale, and features that need no long start.
+    """
+    if cfg.student.pretrained_weights:
+        return ""
+    steps = math.inf if course.limit_s else course.length.total  # by the clock nobody knows yet
+    is_short, layerscale, momentum = steps < SHORT_RUN, cfg.student.layerscale, cfg.teacher.momentum_teacher
+    prototypes, smallest = cfg.dino.head_n_prototypes, cfg.crops.global_crops_scale[0]
+    found = []
+    if is_short and layerscale and layerscale < 1e-3:
+        found.append(f"student.layerscale={layerscale:g} (blocks add next to nothing for thousands of steps)")
+    if prototypes > max(num_images, FEW_PROTOTYPES):
+        found.append(f"dino.head_n_prototypes={prototypes:,} (more than images)")
+    if (behind := 1 / max(1 - momentum, 1e-9)) > steps / 5:
+        found.append(f"teacher.momentum_teacher={momentum:g} (the teacher is {behind:,.0f} steps behind)")
+    if is_short and smallest < 0.4:
+        found.append(f"crops.global_crops_scale from {smallest:g} (two crops may have little in common)")
+    if not found:
+        return ""
+    length = f"{num_images:,} images" if course.limit_s else f"{steps:,} iterations, {num_images:,} images"
+    return (
+        f"{length}: these values are made for about 100,000 of both: {', '.join(found)}; --config-file "
+        "configs/small.yaml is made for few images and steps"
+    )
+
+
 def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
     """Return what was written and what to do next."""
-    out = Path(cfg.train.output_dir)
+    out, side = Path(cfg.train.output_dir), cfg.crops.global_crops_size
+    crop_size = "" if side == RELEASED_CROP_SIZE else f" --crop-size {side}"
     return [
         f"teacher weights: {teacher_path}",
         f"training state: {checkpoint_path} (the same command, made longer, goes on from it)",
         f"losses: {out / 'training_metrics.json'}",
         f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
-        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",
+        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL"
+        f"{crop_size}",
     ]

@@ -96,6 +96,11 @@ class StepGuard:
             heard = self._read(self._reports.popleft())
         return heard if distributed.is_enabled() else self._own_word  # alone there is nobody to agree with
 
+    def state(self) -> dict[str, int]:
+        """Return what a checkpoint has to hold: the steps left out, those included that the host has not heard of."""
+        waiting = sum(not all(report.facts.tolist()[: len(report.terms)]) for report in self._reports)
+        return {"skipped_steps": self.skipped + waiting}
+
     def hear_all(self) -> None:
         """Take in every report, waiting for the device. Raises as :meth:`hear`."""
         while self._reports:

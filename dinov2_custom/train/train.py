@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -18,7 +19,17 @@ from dinov2_custom.configs.upstream import with_defaults
 from dinov2_custom.data.loaders import make_train_loader
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.exit_codes import DONE, stopped_by
-from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_log, open_sinks, setup_logging, truncate_after
+from dinov2_custom.logging import (
+    METRICS_FILE,
+    WINDOW,
+    MetricLogger,
+    SmoothedValue,
+    open_log,
+    open_sinks,
+    read_rows,
+    setup_logging,
+    truncate_after,
+)
 from dinov2_custom.parallel import parallelize
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
@@ -27,7 +38,7 @@ from dinov2_custom.train.faults import reported
 from dinov2_custom.train.flops import speed_report
 from dinov2_custom.train.global_batch import split_over_memory
 from dinov2_custom.train.gradients import accumulate_gradients
-from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, CollapseAlarm
+from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, LearningAlarm, flat_dino_loss, rankme
 from dinov2_custom.train.kernels import choose_attention
 from dinov2_custom.train.optimization import (
     apply_optim_scheduler,
@@ -40,7 +51,7 @@ from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.ranks import describe_lost
 from dinov2_custom.train.run_directory import changed_batch, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.startup import describe_end, describe_run
+from dinov2_custom.train.startup import describe_doubts, describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
 from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.train.watch import Watch
@@ -110,15 +121,23 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     for line in (*describe_run(cfg, model, course, loader.num_images, world_size), reducer.describe(), kernel):
         if line:
             logger.info(line)
+    if doubts := describe_doubts(cfg, course, loader.num_images):
+        logger.warning(doubts)
     if rank == 0:
-        truncate_after(out / METRICS_FILE, iteration)
+        truncate_after(out / METRICS_FILE, iteration - kept.get("has_row_of_stop", 0))
     sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, kept.get("wandb_run_id"))
-    metrics = MetricLogger(delimiter="  ", sinks=sinks)
+    seldom = partial(SmoothedValue, max(1, WINDOW // cfg.train.log_every))  # of what is computed for rows only
+    make = {"teacher_entropy": seldom, "prototype_entropy": seldom, "rankme": partial(seldom, of=rankme)}
+    metrics = MetricLogger(delimiter="  ", sinks=sinks, make=make)
+    metrics.load_state(kept.get("windows", {}))
+    alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(cfg, model), course.expected_total)
+    alarm.read(read_rows(out / METRICS_FILE) if rank == 0 else [])
+    sinks.add(alarm)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
     frozen = length.iterations(cfg.student.freeze_backbone_epochs)
     eval_period = cfg.evaluation.eval_period_iterations
     guard = StepGuard(cfg.train.max_nonfinite_steps, model.fp16_scaler is not None, checkpointer.newest)
-    alarm = CollapseAlarm(model.num_prototypes)
+    guard.skipped = kept.get("skipped_steps", 0)
     model.train()
 
     watching = Watch(out, cfg.train.hang_timeout)
@@ -134,6 +153,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             images_per_iteration=length.global_batch,
             speeds=speed_report(cfg, model, world_size),
             left_s=course.left_s,
+            limit_s=course.limit_s,
             shown=("total_loss", "lr", "grad_norm_backbone", "teacher_entropy", "prototype_entropy"),
         ):
             watch.mark(iteration)
@@ -174,16 +194,15 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 metrics.end_after_this()
             metrics.counts["skipped_steps"] = guard.skipped
             metrics.write_now()  # a checkpoint without its row would leave a gap after a kill
-            if model.diagnose:  # after the row, which reads all numbers at once from the device
-                alarm.check({name: metrics.meters[name].value for name in model.diagnostics}, iteration)
 
             # save
             watch.mark(iteration, patience=3)
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or word.stop_signal or (iteration + 1) % save_period == 0:
-                extra = sinks.state() | course.state(ended=last)
                 leaving = bool(word.stop_signal)
+                extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()
+                extra["has_row_of_stop"] = int(leaving and not last and not model.diagnose)  # the run has it not
                 checkpoint_path = checkpointer.save(
                     iteration, final=last, wait=leaving, draws=loader.draws, extra=extra
                 )
@@ -192,11 +211,15 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         if not last:
             sinks.close(stopped_by(word.stop_signal))
             distributed.barrier()  # a launcher ends the others when the first one leaves
+            for warning in alarm.verdict():
+                logger.warning(warning)
             logger.warning(f"stopped after iteration={iteration - 1}; the same command goes on from {checkpoint_path}")
             return stopped_by(word.stop_signal)
 
     for line in describe_end(cfg, teacher_path, checkpoint_path):
         logger.info(line)
+    for warning in alarm.verdict():
+        logger.warning(warning)
     return DONE
 
 

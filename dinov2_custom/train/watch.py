@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_custom import distributed
+from dinov2_custom.errors import reason_of
 from dinov2_custom.exit_codes import LOST_PROCESS
 from dinov2_custom.train.ranks import Ranks, describe_end_of, has_ended, is_here, is_stopped
 
@@ -92,7 +93,7 @@ class Watch:
             self.ranks.remove()
             return
         with contextlib.suppress(OSError):  # a full disk, say; what ends the run is the error that is on its way
-            self.ranks.write({"died": f"{kind.__name__}: {error}".partition("\n")[0]})
+            self.ranks.write({"died": f"{kind.__name__}: {reason_of(error)}"})
 
     def mark(self, iteration: int, patience: int = 1) -> None:
         """Note that the main thread is at work on ``iteration``; ``patience`` times the usual seconds are all right."""

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ from PIL import Image
 
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.embed.args import get_args_parser
-from dinov2_custom.embed.main import compute, main
+from dinov2_custom.embed.main import compute, image_sizes, main
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.teacher import load_teacher
+from dinov2_custom.teacher import Teacher, load_teacher
 from tests import processes
 from tests.eval.test_setup import make_run
 from tests.export.backbones import make_teacher
-from tests.processes import Job, wait_until
+from tests.processes import REPOSITORY, Job, wait_until
 
 
 @pytest.fixture
@@ -89,6 +90,15 @@ def test_a_run_several_sizes_and_parquet(images, tmp_path, monkeypatch):
     assert small["path"].to_pylist() == [row["path"] for row in rows_of(tmp_path / "own size")]
     assert not np.array_equal(features, np.stack(large["features"].to_numpy(zero_copy_only=False)))
     assert small.column_names == ["path", "features"]
+
+
+def test_released_weights_are_seen_at_224_with_and_without_their_configuration(tmp_path):
+    backbone = SimpleNamespace(patch_size=14)
+    released = REPOSITORY / "dinov2_custom" / "configs" / "eval" / "vits14_pretrain.yaml"  # positions for 518
+    for config_file in ("", str(released)):
+        assert image_sizes(Teacher(backbone, 518, {}, "weights.pth", config_file), []) == [224]
+    recipe = str(REPOSITORY / "configs" / "vits.yaml")
+    assert image_sizes(Teacher(backbone, 98, {}, "weights.pth", recipe), []) == [98]
 
 
 def test_kinds_of_features():

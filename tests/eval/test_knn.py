@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.eval.args import get_knn_args_parser
+from dinov2_custom.eval import knn
+from dinov2_custom.eval.args import MetricType, get_knn_args_parser
+from dinov2_custom.eval.datasets import Relabelled, find_same_files
 from dinov2_custom.eval.knn import KnnModule, eval_knn_features, eval_knn_with_model, leave_one_out_accuracy, main
+from dinov2_custom.eval.linear_evaluate import make_eval_data_loader
 
 TEMPERATURE = 0.07
 
@@ -79,6 +83,73 @@ def test_leave_one_out():
     expected = np.mean(np.array(predicted) == labels.numpy())
     assert leave_one_out_accuracy(features, labels, k=5) == pytest.approx(expected)
     assert 0 < expected < 1
+
+
+def test_features_that_are_nearly_alike_keep_their_neighbours():
+    """As of an untrained network whose LayerScale is 1e-5: float32 cosines all round to 1."""
+    labels = torch.arange(200) % 5
+    common = F.normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(1)), dim=1)
+    inputs = (common + 1e-5 * features_of(seed, labels, dim=64) for seed in (0, 1))
+    train, queries = (F.normalize(features.float(), dim=1) for features in inputs)
+    exact = [F.normalize(features.double(), dim=1) for features in (train, queries)]
+    nearest, indices = (exact[1] @ exact[0].T).topk(5)
+    votes = torch.zeros(200, 5, dtype=torch.float64)
+    votes.scatter_add_(1, labels[indices], F.softmax(nearest / TEMPERATURE, dim=1))
+    scores = KnnModule(train, labels, [5], TEMPERATURE, num_classes=5)(queries)[5]
+    assert (scores.argmax(dim=1) == votes.argmax(dim=1)).float().mean() > 0.95
+    assert ((train @ queries.T) == 1).float().mean() > 0.1  # else the cosines would have done
+    assert leave_one_out_accuracy(train, labels, k=5) > 0.5
+
+
+def test_features_that_differ_are_compared_by_their_cosines(monkeypatch):
+    labels = torch.arange(60) % 7
+    train, queries = features_of(0, labels), features_of(1, labels)
+    module = KnnModule(train, labels, [5], TEMPERATURE, num_classes=7)
+    assert module.train_features.data_ptr() == train.data_ptr()  # no second copy of an ImageNet
+    monkeypatch.setattr(knn, "_ALIKE", 2.0)
+    centred = KnnModule(train, labels, [5], TEMPERATURE, num_classes=7)
+    torch.testing.assert_close(centred(queries)[5].float(), module(queries)[5])
+
+
+@pytest.mark.parametrize("val", ["train", "linked", "relabelled"])
+def test_an_image_is_not_its_own_neighbour(tmp_path, caplog, val):
+    """Two images of each class, of other classes' colours: with itself as neighbour each would be right."""
+    rng = np.random.default_rng(0)
+    colours = [tuple(int(c) for c in rng.integers(0, 255, 3)) for _ in range(4)]
+    for index, colour in enumerate(colours):
+        for name, shift in ((f"class{index}", 0), (f"class{(index + 1) % 4}", 1)):
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            moved = tuple(c + shift for c in colour)
+            Image.new("RGB", (20, 20), moved).save(tmp_path / "train" / name / f"{shift}.png")
+    if val == "linked":
+        (tmp_path / "linked").symlink_to(tmp_path / "train")
+    if val == "relabelled":  # fewer classes, and files that are links
+        for name in ("class1", "class3"):
+            (tmp_path / val / name).mkdir(parents=True)
+            for file in (tmp_path / "train" / name).iterdir():
+                (tmp_path / val / name / file.name).symlink_to(file)
+    datasets = [f"LabelledFolder:root={tmp_path}/{name}" for name in ("train", val)]
+    with caplog.at_level("INFO", "dinov2"):
+        options = {"nb_knn": [1, 100], "num_workers": 0, "n_per_class_list": [-1, 2]}
+        results = eval_knn_with_model(MeanColour(), str(tmp_path / "out"), *datasets, **options)
+    assert results["('full', 1) Top 1"] == results["('2 per class', 1) Top 1"] == 0.0
+    assert "('full', 7) Top 1" in results  # 8 images but itself
+    count = 4 if val == "relabelled" else 8
+    assert f"kNN: {count} of the {count} images to classify are training images, too" in caplog.text
+
+
+def test_other_images_have_all_neighbours_and_the_linear_evaluation_warns_of_the_same_ones(tmp_path, caplog):
+    write_classes(tmp_path / "both" / "train", {"red": (250, 20, 20), "blue": (20, 20, 250)}, 2)
+    write_classes(tmp_path / "both" / "val", {"red": (240, 20, 20), "blue": (20, 20, 240)}, 2)
+    train, val = (LabelledFolder(str(tmp_path / "both" / name)) for name in ("train", "val"))
+    assert find_same_files(train, val).tolist() == [-1] * 4
+    assert find_same_files(train, train).tolist() == [0, 1, 2, 3]
+    assert find_same_files(train, Relabelled(train, np.array([1, 0]))).tolist() == [0, 1, 2, 3]
+    shared = LabelledFolder(str(tmp_path / "both"))  # classes "train" and "val": one half of it is in train
+    assert find_same_files(train, shared).tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
+    both = f"LabelledFolder:root={tmp_path}/both"
+    make_eval_data_loader(both, 2, 0, MetricType.MEAN_ACCURACY, train_dataset=train, has_mapping=True)
+    assert "--val-dataset: 4 of 8 images are images of --train-dataset, too" in caplog.text
 
 
 def test_limited_samples_per_class():

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +17,16 @@ from PIL import Image
 from dinov2_custom.errors import CheckpointError, ConfigError, DataError
 from dinov2_custom.eval.args import get_knn_args_parser
 from dinov2_custom.eval.knn import main
-from dinov2_custom.eval.setup import build_model_for_eval, find_run_config, get_autocast_dtype, load_teacher_backbone
+from dinov2_custom.eval.setup import (
+    build_model_for_eval,
+    choose_sizes,
+    find_run_config,
+    get_autocast_dtype,
+    load_teacher_backbone,
+)
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.teacher import is_released
 from dinov2_custom.train.checkpoint import save_teacher
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.config import write_config
@@ -70,9 +80,50 @@ def test_evaluates_a_run_without_touching_it(tmp_path):
     assert listing(tmp_path / "run") == before
     results = [json.loads(line) for line in (out / "results_eval_knn.json").read_text().splitlines()]
     assert [key for row in results for key in row] == [
-        f"('full', {k}) Top {n}" for k in (3, 12) for n in (1, 5)
-    ]  # 12 images
+        f"('full', {k}) Top {n}" for k in (3, 11) for n in (1, 5)
+    ]  # 12 images but itself
     assert results[0]["('full', 3) Top 1"] > 60
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("knn", 256 / 224), ("linear", 256 / 224), ("log_regression", 1.0)])
+def test_images_are_seen_at_the_size_of_the_training_by_as_many_processes_as_cores(
+    tmp_path, monkeypatch, caplog, name, ratio
+):
+    module = import_module(f"dinov2_custom.eval.{name}")
+    _, _, weights = make_run(tmp_path / "run", "crops.global_crops_size=28")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
+    args = module.get_args_parser().parse_args(["--pretrained-weights", str(weights), "--output-dir", str(tmp_path)])
+    assert (args.crop_size, args.resize_size, args.num_workers) == ("auto", "auto", "auto")
+    started = {}
+    run = {
+        "knn": "eval_knn_with_model",
+        "linear": "run_eval_linear",
+        "log_regression": "eval_log_regression_with_model",
+    }
+    monkeypatch.setattr(module, run[name], lambda **options: started.update(options) or {})
+    args.output_dir = str(tmp_path / "results")
+    with caplog.at_level("INFO", "dinov2"):
+        logging.getLogger("dinov2").addHandler(caplog.handler)
+        assert module.main(args) == 0
+    assert (args.crop_size, args.resize_size) == (28, round(28 * ratio)) and started["num_workers"] == 3
+    assert f"images: shorter side {args.resize_size} px, central 28 px; data-loading processes: 3" in caplog.text
+
+
+def test_sizes_that_are_given_count_and_released_weights_are_seen_at_224(caplog):
+    model = SimpleNamespace(patch_size=14)
+    released = REPOSITORY / "dinov2_custom" / "configs" / "eval" / "vitb14_pretrain.yaml"
+    assert is_released(str(released)) and is_released("")
+    assert not any(is_released(str(path)) for path in REPOSITORY.glob("configs/*.yaml"))
+    args = argparse.Namespace(crop_size="auto", resize_size="auto", num_workers=0, training_crop_size=224)
+    choose_sizes(args, model)
+    assert (args.crop_size, args.resize_size) == (224, 256)
+    given = argparse.Namespace(crop_size=98, resize_size="auto", num_workers=0, training_crop_size=224)
+    with caplog.at_level("INFO", "dinov2"):
+        choose_sizes(given, model)
+    assert given.resize_size == 112 and "central 98 px, trained with 224 px" in caplog.text
+    given.crop_size = 100
+    with pytest.raises(ConfigError, match="--crop-size: expected a multiple of student.patch_size=14, got 100"):
+        choose_sizes(given, model)
 
 
 def test_a_run_directory_stands_for_its_newest_teacher(tmp_path, caplog):

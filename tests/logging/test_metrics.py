@@ -60,9 +60,9 @@ def test_kinds_of_numbers(value):
 
 def test_tensors_are_read_only_when_a_line_is_written(monkeypatch, tmp_path):
     reads = []
-    read = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(tuple(self.shape)), read(self))[1])
-    for name in ("item", "__float__", "__bool__"):
+    read = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (reads.append(tuple(self.shape)), read(self))[1])
+    for name in ("item", "tolist", "__float__", "__bool__"):
         monkeypatch.setattr(torch.Tensor, name, lambda self: pytest.fail("read a tensor"))
     logger = MetricLogger(output_file=tmp_path / "rows.json")
     weight = torch.tensor(2.0, requires_grad=True)
@@ -70,11 +70,36 @@ def test_tensors_are_read_only_when_a_line_is_written(monkeypatch, tmp_path):
         logger.update(loss=weight * step, koleo=0.5 if step % 2 else torch.tensor(float(step)))
     assert reads == []
     monkeypatch.undo()
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (reads.append(tuple(self.shape)), read(self))[1])
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (reads.append(tuple(self.shape)), read(self))[1])
+    logger.add_meter("sum", SmoothedValue(of=lambda matrix: float(matrix.sum(dim=0)[1])))
+    logger.update(sum=torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
     logger.dump_in_output_file(6, 0.1, 0.1)
-    assert reads == [(11,)]  # all series in one transfer: 7 losses and 4 koleos
+    assert reads == [(17,)]  # all series in one transfer: 7 losses, 4 koleos and a matrix
+    assert logger.sum.value == 12.0
     assert list(logger.koleo.deque) == [0.0, 0.5, 2.0, 0.5, 4.0, 0.5, 6.0]
     assert logger.loss.global_avg == 6.0
+
+
+def test_a_window_goes_on_after_a_resume_through_json():
+    before, after = SmoothedValue(window_size=4), SmoothedValue(window_size=4)
+    for number in (9.0, 0.1, math.nan, math.inf, 0.3):
+        before.update(torch.tensor(number, dtype=torch.float64))
+    after.load_state(json.loads(json.dumps(before.state(), allow_nan=False)))
+    for series in (before, after):
+        series.update(0.2)
+    assert str(after.deque) == str(before.deque) and after.median == before.median == pytest.approx(0.2)
+
+
+def test_a_series_that_a_resumed_run_no_longer_has_is_in_no_row_but_in_the_next_checkpoint(tmp_path):
+    metrics = MetricLogger(output_file=tmp_path / "rows.json", make={"rare": lambda: SmoothedValue(window_size=2)})
+    metrics.load_state({"koleo_loss": [3.0], "rare": [1.0, 5.0], "loss": [2.0, 4.0]})
+    metrics.update(loss=6.0)
+    metrics.dump_in_output_file(0, 0.1, 0.1)
+    (row,) = _rows(tmp_path / "rows.json")
+    assert row["loss"] == 4.0 and not {"koleo_loss", "rare"} & set(row)
+    assert metrics.state() == {"koleo_loss": [3.0], "rare": [1.0, 5.0], "loss": [2.0, 4.0, 6.0]}
+    metrics.update(rare=7.0)
+    assert metrics.state()["rare"] == [5.0, 7.0]
 
 
 def test_waiting_tensors_are_bounded():

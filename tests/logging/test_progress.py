@@ -1,14 +1,16 @@
 """Bars on terminals, log lines elsewhere."""
 
 import io
+import itertools
 import logging
 import os
+import re
 import select
 
 import pytest
 
 from dinov2_custom import distributed
-from dinov2_custom.logging import ProgressBar, track
+from dinov2_custom.logging import MetricLogger, ProgressBar, track
 from dinov2_custom.logging.progress import bar_is_open, duration
 
 
@@ -45,6 +47,27 @@ def test_bar_on_a_terminal():
         bar.update(20)
     assert not bar.visible and not bar_is_open()
     assert "30/30" in stream.getvalue() and "total_loss=1.5" in stream.getvalue()
+
+
+def test_a_loop_by_the_clock_shows_percent_and_time_left(monkeypatch):
+    """Its number of iterations is not known; hours are what ends it."""
+    stream = Terminal()
+    monkeypatch.setattr("sys.stderr", stream)
+    now = [75.0]
+
+    def left_s():
+        return now[0]
+
+    metrics = MetricLogger()
+    loop = metrics.log_every(itertools.count(), 1, "Training", None, 7, left_s=left_s, limit_s=100.0)
+    for iteration in loop:
+        now[0] -= 25.0
+        metrics.update(total_loss=1.0)
+        if iteration == 1:
+            metrics.end_after_this()
+    first, last = stream.getvalue().strip().split("\r")
+    assert " 25%|" in first and " 75%|" in last and "it=8" in last
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", last)
 
 
 def test_only_the_main_process_draws(monkeypatch):

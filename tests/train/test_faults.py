@@ -197,9 +197,15 @@ def test_a_suspended_job_goes_on(images, tmp_path):
 def test_a_broken_connection_is_a_lost_process(tmp_path, monkeypatch):
     for name, value in (("is_enabled", True), ("get_global_size", 3), ("get_global_rank", 1)):
         monkeypatch.setattr(f"dinov2_custom.distributed.{name}", lambda value=value: value)
-    broken = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+    broken = RuntimeError(
+        "[/__w/pytorch/third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1. This is "
+        "typically caused by a remote worker crashing. GLHF!"
+    )
     told = translate(broken, tiny_config(), tmp_path, lambda run: "rank 2 is gone")
     assert isinstance(told, LostProcessError) and told.exit_code == 75 and "rank 2 is gone" in str(told)
+    assert str(told).endswith(
+        " (Connection closed by peer [127.0.0.1]:1); the same command goes on from the newest checkpoint"
+    )
     assert "rank 1] expected all 3 processes" in (tmp_path / "logs" / "log.txt").read_text()
     assert "to another process (" in str(translate(broken, tiny_config(), tmp_path, lambda run: None))
     elsewhere = translate(broken, tiny_config(), tmp_path, lambda run: "", patience_s=0)

@@ -1,19 +1,175 @@
 import json
+import math
 
-from dinov2_custom.train.health import BadImageLog, CollapseAlarm
+import pytest
+import torch
+
+from dinov2_custom.train.health import BadImageLog, LearningAlarm, flat_dino_loss, rankme
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from tests.train.batches import random_batch, tiny_config
+
+ISSUE_1 = {"loss": [6.931] * 27, "teacher": [6.931] * 27, "prototype": [6.931] * 27, "rank": [1.0] * 27}
+ISSUE_2 = {
+    "loss": [0.997 * math.log(256)] * 51 + [0.98 * math.log(256)] * 10,
+    "teacher": [0.96 * math.log(256)] * 61,
+    "prototype": [math.log(256)] * 61,
+    "rank": [10.0] * 61,
+}
+# configs/quickstart.yaml for 300 steps, first on 320 microscope images (kNN does not rise), then on its own tiles
+BLOOD_CELLS = {
+    "loss": [7.361, 6.743, 6.584, 6.308, 6.1, 5.762, 5.624, 5.566, 5.543, 5.53, 5.523, 5.522, 5.519, 5.518, 5.513,
+             5.506, 5.503, 5.497, 5.491, 5.492, 5.488, 5.482, 5.486, 5.487, 5.48, 5.477, 5.483, 5.472, 5.474, 5.479,
+             5.479],
+    "teacher": [3.625, 3.625, 3.973, 4.55, 4.893, 5.034, 5.088, 5.161, 5.191, 5.265, 5.329, 5.305, 5.305, 5.322, 5.322,
+                5.31, 5.31, 5.283, 5.283, 5.288, 5.269, 5.269, 5.278, 5.266, 5.266, 5.276, 5.276, 5.284, 5.284, 5.271,
+                5.271],
+    "prototype": [5.364, 5.364, 5.373, 5.406, 5.543, *[5.545] * 26],
+    "rank": [6.4, 6.4, 6.6, 6.6, 7.5, 8.8, 10.4, 11.5, 12.9, 14.1, 15.3, 15.7, 16.6, 17.1, 17.6, 17.9, 18.0, 18.8, 18.9,
+             18.9, 19.1, 19.2, 19.8, 19.8, 19.8, 19.9, 19.7, 19.7, 20.1, 20.2, 20.4],
+}  # fmt: skip
+TILES = {
+    "loss": [7.129, 6.861, 6.3, 5.751, 5.39, 5.196, 5.107, 5.102, 5.109, 5.111, 5.108, 5.099, 5.107, 5.104, 5.097, 5.09,
+             5.088, 5.082, 5.06, 5.057, 5.051, 5.044, 5.036, 5.032, 5.014, 4.997, 5.001, 5.017, 5.011, 5.005, 4.975],
+    "teacher": [3.772, 3.772, 4.024, 4.037, 4.11, 4.278, 4.317, 4.478, 4.478, 4.558, 4.547, 4.547, 4.62, 4.649, 4.617,
+                4.614, 4.568, 4.552, 4.552, 4.61, 4.53, 4.523, 4.523, 4.556, 4.525, 4.469, 4.46, 4.46, 4.576, 4.509,
+                4.502],
+    "prototype": [5.525, 5.509, 5.509, 5.483, 5.39, 5.39, 5.39, 5.39, *[5.48] * 23],
+    "rank": [6.5, 6.4, 6.4, 7.4, 7.9, 9.0, 10.3, 11.2, 12.1, 13.8, 15.5, 16.2, 17.2, 18.4, 19.2, 19.3, 19.7, 20.2, 20.3,
+             20.3, 20.7, 21.3, 20.8, 20.7, 20.7, 21.4, 21.2, 21.2, 21.2, 21.2, 21.4],
+}  # fmt: skip
 
 
-def entropies(teacher, prototype):
-    return {"teacher_entropy": teacher, "prototype_entropy": prototype}
+def rows(series, every=10):
+    """Return rows as training_metrics.json has them."""
+    columns = zip(*(series[key] for key in ("loss", "teacher", "prototype", "rank")), strict=True)
+    return [
+        {
+            "iteration": every * index,
+            "dino_local_crops_loss": loss * 0.8,
+            "dino_global_crops_loss": loss * 0.2,
+            "teacher_entropy": teacher,
+            "prototype_entropy": prototype,
+            "rankme": rank,
+        }
+        for index, (loss, teacher, prototype, rank) in enumerate(columns)
+    ]
 
 
-def test_alarm_waits_then_warns_once_of_each_kind():
-    alarm = CollapseAlarm(num_prototypes=100, patience=3)
-    uniform, single, healthy = entropies(4.6, 4.6), entropies(0.0, 0.0), entropies(2.0, 4.0)
-    assert [alarm.check(uniform, i) for i in range(5)] == [None, None, "uniform", None, None]
-    assert alarm.check(healthy, 5) is None
-    assert [alarm.check(single, i) for i in range(3)] == [None, None, "single"]
-    assert alarm.check({}, 9) is None
+def alarm_for(prototypes, total):
+    return LearningAlarm(prototypes, math.log(prototypes), lambda iteration: total)
+
+
+def alarms(series, prototypes, total, every=10):
+    """Return {iteration: kinds that are warned of there}, and what is repeated at the end."""
+    alarm = alarm_for(prototypes, total)
+    found = {row["iteration"]: kinds for row in rows(series, every) if (kinds := alarm.check(row, total))}
+    return found, alarm.verdict()
+
+
+@pytest.mark.parametrize(
+    ("series", "prototypes", "total", "at", "reason"),
+    [
+        (ISSUE_1, 1024, 260, 90, "the features of all images are nearly the same"),
+        (ISSUE_2, 256, 600, 120, "the student cannot tell"),
+        (BLOOD_CELLS, 256, 300, 90, "the student cannot tell"),
+    ],
+)
+def test_a_run_that_does_not_learn_is_warned_of_once_and_at_the_end(series, prototypes, total, at, reason):
+    found, (again,) = alarms(series, prototypes, total)
+    assert found == {at: ["flat"]}
+    assert "the run does not learn" in again and reason in again
+    assert "configs/small.yaml" in again and "docs/monitoring.md" in again
+
+
+def test_a_run_that_learns_is_silent():
+    assert alarms(TILES, 256, 300) == ({}, [])
+
+
+def long_run(flat_share, falling):
+    """1000 rows of 65,536 prototypes: at ln K for a share of the run, then down to .8 of it."""
+    uniform, flat = math.log(65536), round(1000 * flat_share)
+    loss = [1.0] * flat + [max(0.8, 1 - 0.002 * i) for i in range(1000 - flat)]
+    teacher = [max(0.5, 1 - falling * i) for i in range(1000)]
+    columns = {"loss": loss, "teacher": teacher, "prototype": [0.99] * 1000}
+    return {key: [uniform * v for v in column] for key, column in columns.items()} | {"rank": [40.0] * 1000}
+
+
+@pytest.mark.parametrize(
+    ("flat_share", "falling", "is_silent"),
+    [(0.1, 0.0, True), (0.19, 0.0, True), (0.22, 0.0, False), (0.3, 0.001, True), (0.45, 0.001, False)],
+)
+def test_the_beginning_at_ln_k_may_be_a_fifth_of_the_run_and_twice_that_while_the_teacher_decides(
+    flat_share, falling, is_silent
+):
+    found, again = alarms(long_run(flat_share, falling), 65536, 100_000, every=100)
+    assert (found == {}) == is_silent
+    assert again == []  # it learned in the end
+
+
+def test_a_collapse_after_learning_needs_ten_rows():
+    loss = [5.5, 5.0, 4.5, *[5.54] * 4, 4.6, *[5.54] * 12]
+    series = {"loss": loss, "teacher": [5.5] * 20, "prototype": [5.5] * 20, "rank": [12.0] * 20}
+    found, (again,) = alarms(series, 256, 100_000)
+    assert found == {170: ["flat"]} and "has collapsed" in again
+
+
+def test_one_prototype_for_all_and_lost_dimensions():
+    healthy, bad = [4.0] * 5, [0.01] * 11
+    series = {"loss": [4.0] * 16, "teacher": healthy + bad, "prototype": healthy + bad, "rank": [20.0] * 5 + [4.0] * 11}
+    found, again = alarms(series, 256, 100_000)
+    assert found == {140: ["single", "rank"]} and len(again) == 2
+    assert "centering" not in again[1] and "4 dimensions (RankMe), they filled 20" in again[1]
+
+
+def test_what_was_said_before_a_resume_is_not_said_again_but_at_the_end(caplog):
+    alarm = alarm_for(256, 300)
+    alarm.read(rows(BLOOD_CELLS)[:20])
+    for row in rows(BLOOD_CELLS)[20:]:
+        alarm.log(row["iteration"], row)
+    assert caplog.records == [] and len(alarm.verdict()) == 1
+    alarm = alarm_for(256, 300)
+    alarm.read(rows(BLOOD_CELLS)[:5])
+    for row in rows(BLOOD_CELLS)[5:]:
+        alarm.log(row["iteration"], row)
+    assert len(caplog.records) == 1
+
+
+def test_the_length_of_a_run_by_the_clock_is_that_of_its_newest_row():
+    """When its former rows are read, the clock stands where the newest was."""
+    alarm = LearningAlarm(65536, math.log(65536), lambda iteration: iteration * 4)
+    alarm.read(rows(long_run(0.1, 0.0), every=100)[:250])
+    assert alarm.warned == {} and alarm.has_learned
+
+
+def test_rows_of_upstream_and_runs_without_a_dino_loss():
+    alarm = LearningAlarm(256, None, lambda iteration: 100)
+    assert alarm.check({"iteration": 0, "total_loss": 1.0}, 100) == []
+    uniform = [{"iteration": 10 * i, "teacher_entropy": 5.545, "prototype_entropy": 5.545} for i in range(12)]
+    assert [alarm.check(row, 100) for row in uniform].index(["flat"]) == 9
+
+
+def test_the_loss_of_an_even_spread_is_what_the_step_reports():
+    """The factors that the terms are reported with depend on the number of local crops."""
+    for local in (0, 2):
+        cfg = tiny_config(f"crops.local_crops_number={local}")
+        model = SSLMetaArch(cfg).train()
+        for side in (model.student, model.teacher):
+            side["dino_head"].last_layer.weight_g.data.zero_()  # all logits are 0
+        losses = model.forward_backward(random_batch(cfg), teacher_temp=0.05)
+        flat = sum(float(value) for name, value in losses.items() if name.startswith("dino_"))
+        assert flat == pytest.approx(flat_dino_loss(cfg, model), rel=1e-3)
+
+
+def test_rankme():
+    generator = torch.Generator().manual_seed(0)
+    alike = torch.ones(32, 16) + 1e-6 * torch.randn(32, 16, generator=generator)
+    assert rankme(alike) == pytest.approx(1, abs=1e-3)
+    assert rankme(torch.eye(16)) == pytest.approx(16, rel=1e-3)
+    singular = torch.tensor([3.0, 1.0])
+    shares = singular / singular.sum()
+    expected = float(torch.exp(-(shares * shares.log()).sum()))
+    assert rankme(torch.diag(singular) @ torch.linalg.qr(torch.randn(2, 2)).Q) == pytest.approx(expected, rel=1e-4)
+    assert math.isnan(rankme(torch.full((4, 4), math.nan)))
 
 
 def test_bad_images_are_logged_once_also_after_a_restart(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +13,20 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from dinov2_custom.errors import CheckpointError, ConfigError, DataError, DINOv2Error, LaunchError, ResourceError
+from dinov2_custom.eval import knn
+from dinov2_custom.eval.args import get_knn_args_parser
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.train.checkpoint import Checkpointer
 from dinov2_custom.train.run_directory import locked
+from dinov2_custom.train.step_guard import StepGuard
 from dinov2_custom.train.train import build_schedulers
 from dinov2_custom.utils.weights import read_weights
 from tests.processes import run
 from tests.train.batches import TINY, tiny_config
 
 RUN = (*TINY, "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=2", "optim.warmup_epochs=0.5")
+NOT_NUMBERS_OF_TRAINING = {"iter_time", "data_time", "images_per_s", "tflops", "data_wait", "memory_mib"}
 UPSTREAM_KEYS = [
     "iteration", "iter_time", "data_time", "lr", "wd", "mom", "last_layer_lr", "current_batch_size", "total_loss",
     "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss",
@@ -253,6 +259,64 @@ def test_a_kill_right_after_a_save_leaves_no_gap_in_the_rows(images, tmp_path, m
     assert [row["iteration"] for row in rows(tmp_path)] == [0, 1, 2]
     assert train(*command) == 0
     assert [row["iteration"] for row in rows(tmp_path)] == list(range(8))
+
+
+def test_rows_are_the_same_with_and_without_a_stop(images, tmp_path, monkeypatch):
+    """Medians over 20 iterations, entropies and RankMe over as many, and the count of steps left out."""
+    command = [f"train.dataset_path={images}", *RUN, "train.log_every=2", "checkpointing.period=4"]
+    judge, save, stop_at = StepGuard.judge, Checkpointer.save, None
+
+    def judge_with_a_bad_step(self, iteration, losses, *rest):
+        if iteration == stop_at:  # seen by the next step, after which the run stops
+            signal.raise_signal(signal.SIGTERM)
+        return judge(self, iteration, losses if iteration != 3 else {k: v * math.nan for k, v in losses.items()}, *rest)
+
+    def save_and_die(self, iteration, **options):
+        save(self, iteration, **options)
+        raise KeyboardInterrupt
+
+    def numbers(name):
+        return [{key: row[key] for key in row.keys() - NOT_NUMBERS_OF_TRAINING} for row in rows(tmp_path / name)]
+
+    monkeypatch.setattr(StepGuard, "judge", judge_with_a_bad_step)
+    assert train(*command, "--output-dir", tmp_path / "whole") == 0
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpointer, "save", save_and_die)
+        train(*command, "--output-dir", tmp_path / "killed")
+    for name, stop_at in (("on a row", 3), ("between rows", 2)):
+        assert train(*command, "--output-dir", tmp_path / name) == 143
+        assert rows(tmp_path / name)[-1]["iteration"] == stop_at + 1
+    stop_at = None
+    for name in ("killed", "on a row", "between rows"):
+        assert train(*command, "--output-dir", tmp_path / name) == 0
+        assert numbers(name) == numbers("whole"), name
+    assert [row["iteration"] for row in numbers("whole")] == [0, 2, 4, 6, 7]
+    assert numbers("whole")[-1]["skipped_steps"] == 1 and "rankme" in numbers("whole")[-1]
+
+
+def test_a_run_that_does_not_learn_says_so_when_it_is_sure_and_again_at_the_end(images, tmp_path, capsys):
+    options = ["train.log_every=1", "teacher.teacher_temp=100", "teacher.warmup_teacher_temp=100", "optim.epochs=3"]
+    assert train(f"train.dataset_path={images}", *RUN, *options, "--output-dir", tmp_path) == 0
+    printed = capsys.readouterr().out.splitlines()
+    logged = (tmp_path / "logs" / "log.txt").read_text().splitlines()
+    for lines in (printed, logged):
+        said = [number for number, line in enumerate(lines) if "the run does not learn" in line]
+        assert len(said) == 2 and said[1] == len(lines) - 1
+        assert "[ 9/12]" in lines[said[0] + 1]  # the row that completed ten
+
+
+def test_the_hint_after_a_run_works_as_it_stands_beside_the_run(images, tmp_path, capsys):
+    """In the default directories of both commands."""
+    assert train(f"train.dataset_path={images}", *RUN) == 0
+    (hint,) = [line for line in capsys.readouterr().out.splitlines() if "next: " in line]
+    words = shlex.split(hint.partition("next: ")[2])
+    assert words[-2:] == ["--crop-size", "16"]
+    arguments = [word.replace("TRAIN", str(images)).replace("VAL", str(images)) for word in words]
+    arguments = arguments[arguments.index("--pretrained-weights") :]
+    assert knn.main(get_knn_args_parser().parse_args([*arguments, "--num-workers", "0"])) == 0
+    run, results = sorted(Path.cwd().glob("outputs/*"), key=lambda folder: (folder / "results_eval_knn.json").exists())
+    assert (run / "model_final").exists() and (results / "results_eval_knn.json").exists()
+    assert "an image is not its own neighbour" in capsys.readouterr().out
 
 
 def test_continuing_from_given_weights(images, tmp_path, capsys):
