@@ -35,6 +35,7 @@ class Teacher(NamedTuple):
         normalize: ``{"mean": (3 floats), "std": (3 floats)}`` of images in 0..1.
         weights: the file they came from, or the URL.
         config_file: the configuration that describes it; empty when the shapes of the tensors had to.
+        intensity, page: ``data.intensity`` and ``data.page`` of its training.
     """
 
     backbone: DinoVisionTransformer
@@ -42,6 +43,8 @@ class Teacher(NamedTuple):
     normalize: dict[str, tuple[float, ...]]
     weights: str
     config_file: str = ""
+    intensity: Any = "auto"
+    page: int = 0
 
     @property
     def described_by(self) -> str:
@@ -68,7 +71,7 @@ def load_teacher(
     if not config_file:
         backbone = backbone_like(state, weights)
         size = backbone.patch_embed.img_size[0]
-        normalize = dict(_IMAGENET)
+        normalize, data = dict(_IMAGENET), {}
     else:
         cfg = load_run_config(
             config_file,
@@ -80,8 +83,9 @@ def load_teacher(
         size = _side_of(state) * cfg.student.patch_size or cfg.crops.global_crops_size  # an export may have another
         backbone, _ = build_model(cfg.student, only_teacher=True, img_size=size)
         normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
+        data = {"intensity": cfg.data.intensity, "page": cfg.data.page}
     _load(backbone, state, weights)
-    return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file)
+    return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file, **data)
 
 
 def load_teacher_backbone(model: nn.Module, source: str) -> None:

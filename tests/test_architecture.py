@@ -53,6 +53,7 @@ ALLOWED = {
     "data": BASE,
     "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
+    "reading": {"configs", "data", "distributed"},
     "teacher": BASE | {"configs", "distributed", "models", "utils.run_folder", "utils.weights"},
     "train.args": {"commands", "configs"},  # command lines, which the launcher parses without torch
     "teacher_args": {"commands"},

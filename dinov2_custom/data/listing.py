@@ -24,10 +24,11 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".j2k", ".j2c", ".jpx", ".avif", ".heic", ".heif",
 )  # fmt: skip
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # what "ftyp" says a HEIC file is
 # what files of these formats begin with; those whose beginning says little (BMP, PPM) need a name that says it
 BEGINNING = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|II\*\0|MM\0\*|RIFF....WEBP|\0\0\0\x0cjP  \r\n\x87\n"
-    rb"|....ftyp(avif|heic|heix|mif1)",
+    rb"|....ftyp(avif|" + b"|".join(HEIF_BRANDS) + rb")",
     re.DOTALL,
 )
 ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}

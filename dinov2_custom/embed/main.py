@@ -23,6 +23,7 @@ from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.extras import optional
 from dinov2_custom.logging.progress import ProgressBar
+from dinov2_custom.reading import choose_reading, describe
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
 from dinov2_custom.utils.dtype import has_bf16
 from dinov2_custom.utils.run_folder import default_output
@@ -51,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
     dataset = make_dataset(dataset_str=args.dataset)
+    for line in describe(choose_reading(dataset, teacher.intensity, teacher.page)):
+        _say(line)
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("embed", args.checkpoint)
     device = device_of_choice(args.device)
     if args.precision == "auto":
@@ -89,6 +92,8 @@ def _embed(teacher: Teacher, dataset: Any, size: int, folder: Path, device: torc
         "image_size": size,
         "mean": list(teacher.normalize["mean"]),
         "std": list(teacher.normalize["std"]),
+        "intensity": list(dataset.reading.intensity or []),
+        "page": dataset.reading.page,
         "features": args.features,
         "l2": args.l2,
         "precision": args.precision,

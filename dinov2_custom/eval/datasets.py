@@ -14,12 +14,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dinov2_custom import distributed
+from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.samplers import permuted_index
 from dinov2_custom.data.spec import KEY
 from dinov2_custom.data.transforms import RandomTransform
 from dinov2_custom.data.workers import set_up_worker
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.reading import AUTO, choose_reading
 from dinov2_custom.utils.rng import random_for
 
 
@@ -41,8 +43,10 @@ class Relabelled(Dataset):
         return len(self.dataset)
 
 
-def open_labelled(flag: str, dataset_str: str, transform: Callable | None = None) -> Any:
-    """Open the dataset that the command-line flag ``flag`` gives.
+def open_labelled(
+    flag: str, dataset_str: str, transform: Callable | None = None, reading: Reading | None = None
+) -> Any:
+    """Open the dataset that the command-line flag ``flag`` gives; without a range in ``reading`` one is measured.
 
     Raises:
         ConfigError: a dataset without labels.
@@ -56,17 +60,24 @@ def open_labelled(flag: str, dataset_str: str, transform: Callable | None = None
         raise ConfigError(
             f"{flag}: expected images with labels, got {dataset_str}; write LabelledFolder:root=<a folder a class>"
         )
+    reading = reading or Reading()
+    choose_reading(dataset, reading.intensity or AUTO, reading.page)
     return dataset
 
 
-def open_pair(train: tuple[str, str, Callable | None], other: tuple[str, str, Callable | None]) -> tuple[Any, Any]:
+def open_pair(
+    train: tuple[str, str, Callable | None], other: tuple[str, str, Callable | None], reading: Reading | None = None
+) -> tuple[Any, Any]:
     """Open two datasets, each given as (flag, dataset string, transform); the second has the first one's class indices.
+
+    And its range, where ``reading`` has none.
 
     Raises:
         ConfigError: a dataset without labels.
         DataError: nothing found, or a class folder of the second that the first one lacks.
     """
-    train_dataset, other_dataset = open_labelled(*train), open_labelled(*other)
+    train_dataset = open_labelled(*train, reading)
+    other_dataset = open_labelled(*other, train_dataset.reading)
     return train_dataset, match_classes(train_dataset, other_dataset, train[0], other[0])
 
 

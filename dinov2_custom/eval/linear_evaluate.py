@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval.datasets import every_image_once, match_classes, open_labelled
@@ -78,6 +79,7 @@ def make_eval_data_loader(
     transform: Callable | None = None,
     train_dataset: Any = None,
     flag: str = "--val-dataset",
+    reading: Reading | None = None,
 ) -> DataLoader:
     """Return a loader of every image once, over all ranks together.
 
@@ -85,12 +87,13 @@ def make_eval_data_loader(
         transform: None: shorter side 256, central 224 pixels, ImageNet's normalisation.
         train_dataset: its class folders' numbers count, where both have a folder a class.
         flag: what gave ``test_dataset_str``, for errors.
+        reading: of images of more than 8 bits; None: measured.
 
     Raises:
         ConfigError: no labels.
         DataError: nothing found, or a class folder that ``train_dataset`` lacks.
     """
-    dataset = open_labelled(flag, test_dataset_str, transform or make_classification_eval_transform())
+    dataset = open_labelled(flag, test_dataset_str, transform or make_classification_eval_transform(), reading)
     if train_dataset is not None:
         dataset = match_classes(train_dataset, dataset, "--train-dataset", flag)
     collate = _pad_and_collate if metric_type is MetricType.IMAGENET_REAL_ACCURACY else None
@@ -122,6 +125,7 @@ def test_on_datasets(
     *,
     transform: Callable | None = None,
     train_dataset: Any = None,
+    reading: Reading | None = None,
 ) -> dict[str, float]:
     """Score one classifier on each dataset; return ``{"<dataset string>_accuracy": percent}``."""
     results = {}
@@ -129,6 +133,7 @@ def test_on_datasets(
         logger.info(f"test dataset: {text}")
         own_classes = train_dataset if mapping is None else None
         options = {"transform": transform, "train_dataset": own_classes, "flag": "--test-datasets"}
+        options["reading"] = reading
         loader = make_eval_data_loader(text, batch_size, num_workers, metric_type, **options)
         best = evaluate_linear_classifiers(
             feature_model,

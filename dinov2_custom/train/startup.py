@@ -11,6 +11,7 @@ import torch
 
 from dinov2_custom import __version__
 from dinov2_custom.commands import command
+from dinov2_custom.reading import describe, reading_of
 from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.utils import get_sha
@@ -31,6 +32,7 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
         f"precision: {dtype.removeprefix('torch.')}, losses and weights in float32",
         f"model: {cfg.student.arch} patch={cfg.student.patch_size} student_parameters={millions:.2f}M",
         f"images: {num_images:,} found in {cfg.train.dataset_path}",
+        *describe(reading_of(cfg)),
         f"batch: {cfg.train.batch_size_per_gpu} a process x {world_size} processes x {cfg.optim.accumulation_steps} "
         f"accumulated = {length.global_batch}, lr={cfg.optim.lr:.3g}",
         f"length: {course.describe(num_images)}",

@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.configs.upstream import with_defaults
-from dinov2_custom.data.loaders import make_train_loader
+from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.exit_codes import DONE, stopped_by
 from dinov2_custom.logging import METRICS_FILE, MetricLogger, open_log, open_sinks, setup_logging, truncate_after
 from dinov2_custom.parallel import parallelize
+from dinov2_custom.reading import choose_for_training
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
@@ -81,7 +82,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     cfg = with_defaults(cfg)
     out, rank, world_size = Path(cfg.train.output_dir), distributed.get_global_rank(), distributed.get_global_size()
     if loader is None:
-        loader = make_train_loader(cfg, rank=rank, world_size=world_size, cores=distributed.share_of_cores())
+        cfg, loader = open_data(cfg, resume)
     length = run_length(cfg, loader.num_images, world_size)
     schedules = build_schedulers(cfg, length)
     resume = resume and has_checkpoints(out)
@@ -199,6 +200,16 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     return DONE
 
 
+def open_data(cfg, resume: bool, on_bad_image=None):
+    """Return ``cfg`` with the range of the images' values in it, and the loader of :func:`make_train_loader`."""
+    dataset = make_dataset(dataset_str=cfg.train.dataset_path)
+    out = Path(cfg.train.output_dir)
+    cfg = choose_for_training(cfg, dataset, out if resume and has_checkpoints(out) else None)
+    place = {"rank": distributed.get_global_rank(), "world_size": distributed.get_global_size()}
+    cores = distributed.share_of_cores()
+    return cfg, make_train_loader(cfg, **place, cores=cores, dataset=dataset, on_bad_image=on_bad_image)
+
+
 def main(args) -> int:
     """Run one training or, with ``--eval-only``, write the newest checkpoint's teacher; return the exit code.
 
@@ -211,18 +222,17 @@ def main(args) -> int:
     hang_s = load_cfg_from_args(args, warn=lambda text: None).train.hang_timeout
     # ``Watch`` names who hangs; the time-out of collectives is for where it cannot, and allows for what it allows
     with distributed.enabled(overwrite=True, timeout_s=max(4 * hang_s, MIN_COLLECTIVE_S) if hang_s else 0):
-        return _run(args, distributed.get_global_rank(), distributed.get_global_size())
+        return _run(args, distributed.get_global_rank())
 
 
-def _run(args, rank: int, world_size: int) -> int:
+def _run(args, rank: int) -> int:
     notes: list[str] = []
     cfg = get_cfg_from_args(args, warn=notes.append)
     OmegaConf.set_readonly(cfg, True)
     check_output_dir(cfg.train.output_dir)
     setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)
     bad_images = BadImageLog(Path(cfg.train.output_dir) / BAD_IMAGES_FILE)
-    cores = distributed.share_of_cores()
-    loader = make_train_loader(cfg, rank=rank, world_size=world_size, cores=cores, on_bad_image=bad_images)
+    cfg, loader = open_data(cfg, not args.no_resume, on_bad_image=bad_images)
 
     out = Path(cfg.train.output_dir)
     try:
