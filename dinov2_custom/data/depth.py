@@ -189,7 +189,12 @@ def to_levels(deep: Deep, intensity: tuple[float, float] | None) -> np.ndarray:
     """Return uint8 levels of the same shape: ``intensity`` becomes 0..255, linearly, what lies outside is clipped.
 
     NaN and nodata become 0. Without ``intensity``: see :func:`by_depth`.
+
+    Raises:
+        ValueError: a float image without one finite value.
     """
+    if deep.values.dtype.kind == "f" and not np.isfinite(deep.values).any():
+        raise ValueError("no finite value")
     if deep.values.dtype == np.uint8 and deep.top == 255:
         return deep.values
     is_deep = deep.values.dtype.itemsize > 1
@@ -220,9 +225,6 @@ def by_depth(deep: Deep) -> np.ndarray:
     """Return uint8 levels without knowing the dataset's range.
 
     16 bits and fewer linearly by their depth, floats in 0..1 and integers in 0..65535 likewise, others image by image.
-
-    Raises:
-        ValueError: a float image without one finite value.
     """
     values = deep.values
     if deep.top is not None:
@@ -230,8 +232,6 @@ def by_depth(deep: Deep) -> np.ndarray:
             warn_once(f"{deep.top.bit_length()} bits", "they are scaled by their depth")
         return scaled(values.astype(np.uint16), 0, deep.top)
     finite = np.isfinite(values)
-    if not finite.any():
-        raise ValueError("no finite value")
     low, high = float(values[finite].min()), float(values[finite].max())
     top = 1 if values.dtype.kind == "f" else 65535
     if low >= 0 and high <= top:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dinov2_custom.commands import command
 from dinov2_custom.data.decode import describe, loaded, open_image, open_page, page_note, to_rgb
-from dinov2_custom.data.depth import Deep
+from dinov2_custom.data.depth import Deep, is_deep
 
 from .structure import ZERO_RUN, fault
 from .tiff import read_coefficients, tiff_fault
@@ -78,9 +78,16 @@ def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
             return Checked("", "TIFF", mode, width, height, by="tifffile")
         seen = Checked("", image.format or "", image.mode, *image.size)
         seen = seen._replace(format="JPEG" if seen.format == "MPO" else seen.format)
+        if is_deep(image) and image.mode in ("RGB", "RGBA"):  # which Pillow makes of them
+            seen = seen._replace(mode=f"{image.mode};16")
         if seen.format == "JPEG" and simplejpeg is not None:
             return _check_jpeg(data, seen, simplejpeg)
         return _check_with_pillow(image, data, seen, raised, simplejpeg)
+
+
+def has_deep_mode(mode: str) -> bool:
+    """Return whether images of ``Checked.mode`` have more than 8 bits a channel."""
+    return ";16" in mode or mode in ("I", "F") or (mode.startswith(("uint", "int", "float")) and "uint8" not in mode)
 
 
 def _check_with_pillow(

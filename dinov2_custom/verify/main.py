@@ -27,7 +27,7 @@ from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import install
 from dinov2_custom.logging import setup_logging, track
 
-from .check import Checked, check_image, find_simplejpeg, too_large
+from .check import Checked, check_image, find_simplejpeg, has_deep_mode, too_large
 from .folder import default_folder, own_folder
 from .pool import Death, num_cores, run_pool
 from .report import as_text, write_report
@@ -122,8 +122,9 @@ def verify(
         seconds = time.monotonic() - started
         if len(todo):
             logger.info(f"verify: done in {seconds:.1f} s, {len(todo) / max(seconds, 1e-9):.0f} images/s")
-        sound, look = np.flatnonzero(results.status == SOUND), Looker(dataset)
-        measured = measure(len(sound), lambda k: look(int(sound[k])))
+        kinds = [k for k, kind in enumerate(results.kinds) if has_deep_mode(kind[1])]
+        deep, look = np.flatnonzero((results.status == SOUND) & np.isin(results.kind, kinds)), Looker(dataset)
+        measured = measure(len(deep), lambda k: look(int(deep[k])))
         return write_report(results, folder, label, dataset.unreadable_folders(), dataset.left_out(), measured)
 
 

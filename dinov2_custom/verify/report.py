@@ -51,7 +51,7 @@ def write_report(
     summary["unreadable_folders"] = sorted(map(absolute, unreadable_folders))
     if measured is not None and measured.intensity is not None:
         keys = ("intensity", "deep", "clipped", "levels", "levels_an_image")
-        found = {key: getattr(measured, key) for key in keys}
+        found = {key: getattr(measured, key) for key in keys} | {"intensity": list(measured.intensity)}
         summary["intensity"] = found | {"text": measured.describe()[0], "warnings": measured.warnings()}
     with written_whole(folder / "summary.json") as file:
         file.write(json.dumps(summary, indent=1) + "\n")
