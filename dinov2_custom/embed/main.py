@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
+from dinov2_custom.data.image_batches import ImageBatches, batches
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
-from dinov2_custom.embed.images import batches
 from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.extras import optional
@@ -128,12 +128,13 @@ def _make_parts(store: Store, parts, teacher: Teacher, dataset, size: int, devic
     )
     step = args.batch_size
     groups = [part[start : start + step] for _, part in parts for start in range(0, len(part), step)]
-    stream = batches(dataset, transform, groups, args.num_workers)
+    builder = ImageBatches(dataset, groups.__getitem__, step, (3, size, size), transform=transform, skip_bad=True)
+    stream = batches(builder, args.num_workers, stop=len(groups))
     for number, part in parts:
         features, indices, bad = [], [], {}
         for _ in range(0, len(part), step):
-            images, good, unreadable = next(stream)
-            if images is not None:
+            images, _, good, unreadable = next(stream)
+            if good:
                 images = to_device(images, device)
                 features.append(compute(teacher.backbone, images, args.features, args.l2, args.precision))
             indices += good

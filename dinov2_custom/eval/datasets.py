@@ -5,21 +5,20 @@ Not the reading of images (``data/``). Read :func:`open_pair` first.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, default_collate
 
 from dinov2_custom import distributed
 from dinov2_custom.data.depth import Reading
+from dinov2_custom.data.image_batches import ImageLoader, of_list
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.samplers import permuted_index
 from dinov2_custom.data.spec import KEY
 from dinov2_custom.data.transforms import RandomTransform
-from dinov2_custom.data.workers import set_up_worker
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.reading import AUTO, choose_reading
 from dinov2_custom.utils.rng import random_for
@@ -34,6 +33,10 @@ class Relabelled(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, target = self.dataset[index]
         return image, int(self.new_index[target])
+
+    def name(self, index: int) -> str:
+        """Return the name of image ``index``."""
+        return self.dataset.name(index)
 
     def get_targets(self) -> np.ndarray:
         """Return the class index of every image, int64 (len,)."""
@@ -121,41 +124,40 @@ class Draws(Dataset):
             return self.transform(image, random_for(self.seed, "classification", draw)), target
         return self.transform(image), target
 
-
-class _DrawNumbers(Sampler[int]):
-    """Global batch i has the draws [i*b*W, (i+1)*b*W), of which rank r takes the r-th block of b = ``batch_size``."""
-
-    def __init__(self, batch_size: int, start_iteration: int) -> None:
-        self.batch_size, self.start_iteration = batch_size, start_iteration
-
-    def __iter__(self) -> Iterator[int]:
-        rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
-        for iteration in itertools.count(self.start_iteration):
-            first = (iteration * world_size + rank) * self.batch_size
-            yield from range(first, first + self.batch_size)
+    def name(self, draw: int) -> str:
+        """Return the name of the image of a draw."""
+        return self.dataset.name(permuted_index(draw, len(self.dataset), self.seed))
 
 
 def draws_for_training(
     dataset: Any, transform: Callable, seed: int, batch_size: int, *, num_workers: int, start_iteration: int = 0
-) -> DataLoader:
+) -> ImageLoader:
     """Return an endless loader of batches of :class:`Draws`, each rank its block of every global batch.
+
+    Global batch i has the draws [i*b*W, (i+1)*b*W), of which rank r takes the r-th block of b = ``batch_size``.
 
     Args:
         start_iteration: batches that were taken before.
     """
-    return _loader(
-        Draws(dataset, transform, seed), batch_size, num_workers, sampler=_DrawNumbers(batch_size, start_iteration)
-    )
+    rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
+    indices = partial(_block, batch_size, rank, world_size)
+    draws = Draws(dataset, transform, seed)
+    return ImageLoader(draws, indices, batch_size, num_workers=num_workers, start=start_iteration)
 
 
-def every_image_once(dataset: Any, batch_size: int, num_workers: int, collate_fn: Callable | None = None) -> DataLoader:
-    """Return a loader in which all ranks together see every image exactly once, in the dataset's order."""
+def _block(batch_size: int, rank: int, world_size: int, iteration: int) -> range:
+    first = (iteration * world_size + rank) * batch_size
+    return range(first, first + batch_size)
+
+
+def every_image_once(
+    dataset: Any, batch_size: int, num_workers: int, collate: Callable[[list[Any]], Any] = default_collate
+) -> ImageLoader:
+    """Return a loader in which all ranks together see every image exactly once, in the dataset's order.
+
+    Args:
+        collate: of a batch's targets.
+    """
     own = range(distributed.get_global_rank(), len(dataset), distributed.get_global_size())
-    return _loader(dataset, batch_size, num_workers, sampler=own, collate_fn=collate_fn)
-
-
-def _loader(dataset: Any, batch_size: int, num_workers: int, **options: Any) -> DataLoader:
-    pinned = torch.cuda.is_available()
-    return DataLoader(
-        dataset, batch_size, num_workers=num_workers, pin_memory=pinned, worker_init_fn=set_up_worker, **options
-    )
+    indices, number = of_list(own, batch_size)
+    return ImageLoader(dataset, indices, batch_size, num_workers=num_workers, stop=number, collate=collate)

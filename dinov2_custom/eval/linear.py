@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from dinov2_custom import entry
 from dinov2_custom.data.depth import Reading
@@ -77,8 +76,8 @@ def eval_linear(
     *,
     feature_model: nn.Module,
     linear_classifiers: nn.Module,
-    train_data_loader: DataLoader,
-    val_data_loader: DataLoader,
+    train_data_loader: Iterable,
+    val_data_loader: Iterable,
     metrics_file_path: str | Path,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 
 from dinov2_custom.data.depth import Reading
+from dinov2_custom.data.image_batches import ImageLoader
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval.datasets import every_image_once, match_classes, open_labelled
@@ -31,7 +32,7 @@ logger = logging.getLogger("dinov2")
 def evaluate_linear_classifiers(
     feature_model: nn.Module,
     linear_classifiers: nn.Module,
-    data_loader: DataLoader,
+    data_loader: Iterable[tuple[Tensor, Any]],
     metric_type: MetricType,
     metrics_file_path: str | Path,
     training_num_classes: int,
@@ -80,7 +81,7 @@ def make_eval_data_loader(
     train_dataset: Any = None,
     flag: str = "--val-dataset",
     reading: Reading | None = None,
-) -> DataLoader:
+) -> ImageLoader:
     """Return a loader of every image once, over all ranks together.
 
     Args:
@@ -96,17 +97,17 @@ def make_eval_data_loader(
     dataset = open_labelled(flag, test_dataset_str, transform or make_classification_eval_transform(), reading)
     if train_dataset is not None:
         dataset = match_classes(train_dataset, dataset, "--train-dataset", flag)
-    collate = _pad_and_collate if metric_type is MetricType.IMAGENET_REAL_ACCURACY else None
+    collate = _pad if metric_type is MetricType.IMAGENET_REAL_ACCURACY else default_collate
     return every_image_once(dataset, batch_size, num_workers, collate)
 
 
-def _pad_and_collate(batch: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
-    """Stack images, and their several true labels (or one) as int64 (B, most labels), padded with -1."""
-    labels = [np.atleast_1d(np.asarray(target, dtype=np.int64)) for _, target in batch]
-    padded = np.full((len(batch), max(1, *map(len, labels))), -1)
+def _pad(targets: Sequence[Any]) -> Tensor:
+    """Return several true labels (or one) of each image as int64 (B, most labels), padded with -1."""
+    labels = [np.atleast_1d(np.asarray(target, dtype=np.int64)) for target in targets]
+    padded = np.full((len(labels), max(1, *map(len, labels))), -1)
     for row, own in zip(padded, labels, strict=True):
         row[: len(own)] = own
-    return torch.stack([image for image, _ in batch]), torch.from_numpy(padded)
+    return torch.from_numpy(padded)
 
 
 def test_on_datasets(
