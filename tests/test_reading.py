@@ -57,9 +57,16 @@ def test_a_run_and_what_comes_after_it(tmp_path, monkeypatch):
     assert OmegaConf.load(out / "config.yaml").data.page == 0
 
     write(images, 30_000, 60_000)  # which would give another range
-    assert train(images, out, "optim.epochs=2") == [low, high]
+    assert train(images, out, "optim.epochs=2", "checkpointing.period=1") == [low, high]
     changed = [line for line in (out / "logs" / "log.txt").read_text().splitlines() if "other settings" in line]
     assert len(changed) == 1 and "intensity" not in changed[0]
+
+    (images / "class_0" / "0.png").rename(images / "class_0" / "new.png")
+    train(images, out, "optim.epochs=2.5")
+    (images / "class_0" / "new.png").unlink()
+    train(images, out, "optim.epochs=3")
+    log = (out / "logs" / "log.txt").read_text()
+    assert log.count("images found: as many, but other ones") == 1 and log.count("images found: 8 -> 7, so that") == 1
     features = tmp_path / "features"
     arguments = [str(out), str(images), "--output-dir", str(features), "--num-workers", "0", "--device", "cpu"]
     assert embed(embed_args().parse_args(arguments)) == 0

@@ -158,6 +158,10 @@ class Mixture(Dataset):
         for dataset in self.datasets:
             dataset.reading = reading
 
+    def digest(self) -> str:
+        """Return the hashes of all datasets."""
+        return " ".join(dataset.digest() for dataset in self.datasets)
+
     def left_out(self) -> Counter[str]:
         """Return how many files of which extension were found beside the images of all datasets."""
         return sum((dataset.left_out() for dataset in self.datasets), Counter())

@@ -59,6 +59,7 @@ class TrainLoader:
         self.colours = colours
         self.start_iteration = start_iteration
         self.num_images = len(builder.samples.dataset)
+        self.found: dict[str, Any] = {}  # what a checkpoint keeps of the data
         self.draws = start_iteration * builder.batch_size * builder.world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

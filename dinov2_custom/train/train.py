@@ -38,7 +38,7 @@ from dinov2_custom.train.optimization import (
 )
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.ranks import describe_lost
-from dinov2_custom.train.run_directory import changed_batch, changed_keys, is_refusal, made_and_locked
+from dinov2_custom.train.run_directory import changed_batch, changed_data, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
@@ -103,6 +103,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         logger.info(f"nothing to do: {course.how_to_extend()}")
         return DONE
     changes = [] if resumed is None else changed_batch(kept, cfg, world_size) + changed_keys(kept, out, cfg)
+    changes += changed_data(kept.get("data"), loader.found)
     if changes:
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")
     write_config(cfg, str(out))
@@ -182,7 +183,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if last or word.stop_signal or (iteration + 1) % save_period == 0:
-                extra = sinks.state() | course.state(ended=last)
+                extra = sinks.state() | course.state(ended=last) | {"data": loader.found}
                 leaving = bool(word.stop_signal)
                 checkpoint_path = checkpointer.save(
                     iteration, final=last, wait=leaving, draws=loader.draws, extra=extra
@@ -207,7 +208,9 @@ def open_data(cfg, resume: bool, on_bad_image=None):
     cfg = choose_for_training(cfg, dataset, out if resume and has_checkpoints(out) else None)
     place = {"rank": distributed.get_global_rank(), "world_size": distributed.get_global_size()}
     cores = distributed.share_of_cores()
-    return cfg, make_train_loader(cfg, **place, cores=cores, dataset=dataset, on_bad_image=on_bad_image)
+    loader = make_train_loader(cfg, **place, cores=cores, dataset=dataset, on_bad_image=on_bad_image)
+    loader.found = {"images": len(dataset), "digest": getattr(dataset, "digest", str)()}
+    return cfg, loader
 
 
 def main(args) -> int:

@@ -80,6 +80,10 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
         """Return (name, number of images, share of the draws) of the parts the dataset consists of, here one."""
         return [(f"{type(self).__name__} {self.root or ''}".strip(), len(self), 1.0)]
 
+    def digest(self) -> str:
+        """Return a hash of which images there are, "" where only their number is known."""
+        return ""
+
     def left_out(self) -> Counter[str]:
         """Return how many files of which extension were found beside the images."""
         return Counter()
