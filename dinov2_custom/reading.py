@@ -23,23 +23,25 @@ AUTO = "auto"
 KEY = "data.intensity"
 
 
-def choose_reading(dataset: Any, intensity: Any = AUTO, page: int = 0, seed: int = 0) -> Reading:
-    """Set ``dataset.reading`` and return it: ``intensity`` [low, high], or measured on ``dataset`` where it is "auto".
+def choose_reading(dataset: Any, given: Reading | None = None, seed: int = 0) -> Reading:
+    """Set ``dataset.reading`` and return it: ``given``, with a range measured on ``dataset`` where it has none.
 
-    Measured by the main process; all must call it.
+    The main process looks at a sample, and logs what the range, also a given one, does to it. All must call it.
     """
-    if intensity == AUTO:
-        found = distributed.broadcast_object(_measured(dataset, page, seed) if distributed.is_main_process() else None)
-        intensity = found.intensity
-    reading = Reading(None if intensity is None else (float(intensity[0]), float(intensity[1])), page)
-    dataset.reading = reading
-    return reading
+    given = given or Reading()
+    found = distributed.broadcast_object(_measured(dataset, given, seed) if distributed.is_main_process() else None)
+    dataset.reading = given if given.intensity else given._replace(intensity=found.intensity)
+    return dataset.reading
 
 
 def reading_of(cfg: DictConfig) -> Reading:
     """Return what a configuration says; a range that was not measured yet is None."""
-    intensity = cfg.data.intensity
-    return Reading(None if intensity == AUTO else (float(intensity[0]), float(intensity[1])), cfg.data.page)
+    return Reading(as_range(cfg.data.intensity), cfg.data.page)
+
+
+def as_range(intensity: Any) -> tuple[float, float] | None:
+    """Return ``data.intensity`` as numbers; None for "auto"."""
+    return None if intensity == AUTO else (float(intensity[0]), float(intensity[1]))
 
 
 def describe(reading: Reading) -> list[str]:
@@ -51,11 +53,11 @@ def describe(reading: Reading) -> list[str]:
     return lines
 
 
-def _measured(dataset: Any, page: int, seed: int) -> Measured:
+def _measured(dataset: Any, given: Reading, seed: int) -> Measured:
     own = getattr(type(dataset), "get_image_data", None)
     if own in (None, ExtendedVisionDataset.get_image_data):  # a user's own class that gives no bytes
         return Measured(None, 0, 0)
-    found = measure(len(dataset), Looker(dataset, page), seed)
+    found = measure(len(dataset), Looker(dataset, given.page), seed, intensity=given.intensity)
     for line in found.describe():
         logger.info(line)
     for line in found.warnings():
@@ -69,12 +71,12 @@ def choose_for_training(cfg: DictConfig, dataset: Any, resumed: Path | None) -> 
     Args:
         resumed: directory of the run that goes on, whose range holds, if it has one; it is never measured anew.
     """
-    intensity = cfg.data.intensity
-    if intensity == AUTO and resumed is not None:
+    if resumed is None:
+        reading = choose_reading(dataset, reading_of(cfg), cfg.train.seed)
+    else:
         path = resumed / "config.yaml"
-        intensity = OmegaConf.select(read_yaml(path), KEY) if path.exists() else None
-        intensity = None if intensity == AUTO else intensity
-    reading = choose_reading(dataset, intensity, cfg.data.page, cfg.train.seed)
+        earlier = OmegaConf.select(read_yaml(path), KEY) if cfg.data.intensity == AUTO and path.exists() else None
+        reading = dataset.reading = reading_of(cfg) if earlier is None else Reading(as_range(earlier), cfg.data.page)
     cfg = cfg.copy()
     with read_write(cfg):
         cfg.data.intensity = AUTO if reading.intensity is None else list(reading.intensity)

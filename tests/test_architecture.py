@@ -54,7 +54,7 @@ ALLOWED = {
     "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
     "reading": {"configs", "data", "distributed"},
-    "teacher": BASE | {"configs", "distributed", "models", "utils.run_folder", "utils.weights"},
+    "teacher": BASE | {"configs", "reading", "distributed", "models", "utils.run_folder", "utils.weights"},
     "train.args": {"commands", "configs"},  # command lines, which the launcher parses without torch
     "teacher_args": {"commands"},
     "eval.args": {"commands", "teacher_args"},

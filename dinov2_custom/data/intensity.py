@@ -22,7 +22,7 @@ logger = logging.getLogger("dinov2")
 FILES = 64  # of the sample
 VALUES = 1 << 14  # of one image
 PERCENTILES = (0.1, 99.9)
-FEW_LEVELS = 64
+FEW_LEVELS, MUCH_CLIPPED = 64, 0.02
 LEAST_OTHERS = 8  # different values that are left when one is taken for nodata
 MOST_LEFT_OUT = 16
 ADVICE = "data.intensity=[low, high]"
@@ -58,12 +58,22 @@ class Measured(NamedTuple):
 
     def warnings(self) -> list[str]:
         """Return what will hardly give good features."""
-        if self.intensity is None or self.levels_an_image >= FEW_LEVELS:
+        if self.intensity is None:
             return []
+        low, high = self.intensity
+        found = []
+        if self.clipped > MUCH_CLIPPED:
+            found.append(
+                f"{self.clipped:.1%} of the values in images of more than 8 bits lie outside {low:g}..{high:g}: "
+                f"expected at most {MUCH_CLIPPED:.0%}; set {ADVICE}, unless the model was trained so"
+            )
+        if self.levels_an_image >= FEW_LEVELS:
+            return found
         return [
+            *found,
             f"the median image of more than 8 bits uses {self.levels_an_image} of 256 levels: expected {FEW_LEVELS}; "
-            f"its own values span less than {self.intensity[0]:g}..{self.intensity[1]:g}, which hold for all images: "
-            f"narrow them with {ADVICE}, or train on images of like brightness"
+            f"its own values span less than {low:g}..{high:g}, which hold for all images: narrow them with {ADVICE}, "
+            "or train on images of like brightness",
         ]
 
 
@@ -99,9 +109,9 @@ def measure(
             parts.append(values.astype(np.float64))
     if not parts:
         return Measured(None, looked, 0, notes=notes)
-    intensity = intensity or find_range(np.concatenate(parts))
+    pooled = without_nodata(np.concatenate(parts))
+    intensity = intensity or range_of(pooled)
     levels = [np.unique(scaled(part, *intensity)) for part in parts]
-    pooled = np.concatenate(parts)
     return Measured(
         intensity,
         looked,
@@ -113,8 +123,8 @@ def measure(
     )
 
 
-def find_range(values: np.ndarray) -> tuple[float, float]:
-    """Return the range of finite ``values``: their percentiles, without what must stand for no value.
+def without_nodata(values: np.ndarray) -> np.ndarray:
+    """Return finite ``values`` sorted, without what must stand for no value.
 
     A value at an end counts as such (-9999, -3.4e38, zeros around a picture) when it is further from the next one than
     the rest is wide.
@@ -128,6 +138,11 @@ def find_range(values: np.ndarray) -> tuple[float, float]:
             values = below
         else:
             break
+    return values
+
+
+def range_of(values: np.ndarray) -> tuple[float, float]:
+    """Return the percentiles of sorted ``values``, the lower one below the higher one."""
     low, high = np.percentile(values, PERCENTILES)
     if low == high:  # fewer different values than the percentiles leave out, or only one
         low, high = values[0], values[-1]

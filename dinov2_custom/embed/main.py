@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
     dataset = make_dataset(dataset_str=args.dataset)
-    for line in describe(choose_reading(dataset, teacher.intensity, teacher.page)):
+    for line in describe(choose_reading(dataset, teacher.reading)):
         _say(line)
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("embed", args.checkpoint)
     device = device_of_choice(args.device)

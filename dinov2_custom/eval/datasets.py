@@ -20,7 +20,7 @@ from dinov2_custom.data.samplers import permuted_index
 from dinov2_custom.data.spec import KEY
 from dinov2_custom.data.transforms import RandomTransform
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.reading import AUTO, choose_reading
+from dinov2_custom.reading import choose_reading
 from dinov2_custom.utils.rng import random_for
 
 
@@ -63,8 +63,7 @@ def open_labelled(
         raise ConfigError(
             f"{flag}: expected images with labels, got {dataset_str}; write LabelledFolder:root=<a folder a class>"
         )
-    reading = reading or Reading()
-    choose_reading(dataset, reading.intensity or AUTO, reading.page)
+    choose_reading(dataset, reading)
     return dataset
 
 

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
     teacher = load_teacher(args.checkpoint, args.config_file, args.opts, args.allow_unknown_keys)
     teacher.backbone.to(device_of_choice(args.device))
     dataset = make_dataset(dataset_str=args.dataset)
-    choose_reading(dataset, teacher.intensity, teacher.page)
+    choose_reading(dataset, teacher.reading)
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("features", args.checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(teacher, dataset, folder, args.num_images, args.image_size, args.heads)

@@ -134,17 +134,15 @@ class TileLooker(Looker):
 def with_range(options: Options, dataset: Any, folder: Path) -> Options:
     """Return ``options`` with a range: their own, that of the run which was begun in ``folder``, or a measured one."""
     text = (folder / MARKER).read_text()
-    if options.intensity is not None:
-        return options
     if text.strip():
-        intensity = json.loads(text).get("intensity")
+        intensity = options.intensity or json.loads(text).get("intensity")
         return dataclasses.replace(options, intensity=intensity and tuple(intensity))
-    found = measure(len(dataset), TileLooker(dataset, options.page))
+    found = measure(len(dataset), TileLooker(dataset, options.page), intensity=options.intensity)
     for line in found.describe():
         logger.info(line)
     for line in found.warnings():
         logger.warning(line)
-    return dataclasses.replace(options, intensity=found.intensity)
+    return dataclasses.replace(options, intensity=options.intensity or found.intensity)
 
 
 def header(source: str | io.BytesIO) -> tuple[int, int, str]:

@@ -13,7 +13,7 @@ from PIL import Image
 from dinov2_custom.data import decode, intensity
 from dinov2_custom.data.datasets import ExtendedVisionDataset, ImageDataset
 from dinov2_custom.data.depth import Reading
-from dinov2_custom.data.intensity import Looker, find_range, measure
+from dinov2_custom.data.intensity import Looker, measure, range_of, without_nodata
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.errors import DataError
 from dinov2_custom.reading import choose_reading
@@ -93,11 +93,19 @@ def test_one_pixel_does_not_change_its_image(tmp_path, hot):
     assert np.abs(levels(plain).mean((1, 2)) - levels(spoiled).mean((1, 2))).max() < 1.5
 
 
-def test_odd_values():
-    assert find_range(np.full(10, 7.0)) == (7, 8)
-    assert find_range(np.array([0.0, 1000.0] * 50)) == (0, 1000)
-    assert find_range(np.array([5.0])) == (5, 6)
-    assert find_range(np.concatenate([np.full(900, 3.0), np.full(100, 4.0)])) == (3, 4)
+@pytest.mark.parametrize("values, expected", [
+    (np.full(10, 7.0), (7, 8)), ([0.0, 1000.0] * 50, (0, 1000)), ([5.0], (5, 6)), ([3.0] * 900 + [4.0] * 100, (3, 4)),
+])  # fmt: skip
+def test_odd_values(values, expected):
+    assert range_of(without_nodata(np.array(values))) == expected
+
+
+def test_a_range_that_is_given_is_told_what_it_clips(tmp_path, caplog):
+    dataset = written(tmp_path / "images", scenes(100, 4095).astype(np.uint16))
+    caplog.set_level(logging.INFO, logger="dinov2")
+    assert choose_reading(dataset, Reading((0, 255))) == dataset.reading == Reading((0, 255))
+    said = [record.getMessage() for record in caplog.records]
+    assert "values from 0 to 255" in said[0] and any("lie outside 0..255: expected at most 2%" in text for text in said)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
