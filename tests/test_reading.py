@@ -10,8 +10,7 @@ from PIL import Image
 
 from dinov2_custom.embed.args import get_args_parser as embed_args
 from dinov2_custom.embed.main import main as embed
-from dinov2_custom.eval import knn
-from dinov2_custom.eval.datasets import open_pair
+from dinov2_custom.eval import knn, linear, log_regression
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.plots import look
 from dinov2_custom.plots.args import get_features_args_parser
@@ -72,19 +71,21 @@ def test_a_run_and_what_comes_after_it(tmp_path, monkeypatch):
     assert embed(embed_args().parse_args(arguments)) == 0
     assert json.loads((features / "embed.json").read_text())["intensity"] == [low, high]
 
-    seen = []
+    folder = f"LabelledFolder:root={images}"
+    flags = [f"--train-dataset={folder}", f"--val-dataset={folder}", "--crop-size=16"]
+    flags += [f"--pretrained-weights={next(out.glob('eval/*/teacher_checkpoint.pth'))}"]
+    for module, name in ((knn, "open_pair"), (log_regression, "open_pair"), (linear, "make_eval_data_loader")):
+        opened, original = [], getattr(module, name)
 
-    def spy(*args):
-        seen.extend(dataset.reading.intensity for dataset in open_pair(*args))
-        raise KeyboardInterrupt
+        def spy(*args, original=original, opened=opened, **options):
+            opened.append(original(*args, **options))
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(knn, "open_pair", spy)
-    flags = [f"--{kind}-dataset=LabelledFolder:root={images}" for kind in ("train", "val")]
-    weights = next(out.glob("eval/*/teacher_checkpoint.pth"))
-    with pytest.raises(KeyboardInterrupt):
-        arguments = [f"--pretrained-weights={weights}", *flags, f"--output-dir={tmp_path / 'knn'}"]
-        knn.main(knn.get_args_parser().parse_args(arguments))
-    assert seen == [(low, high)] * 2
+        monkeypatch.setattr(module, name, spy)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(module.get_args_parser().parse_args([*flags, f"--output-dir={tmp_path / module.__name__}"]))
+        datasets = opened[0] if name == "open_pair" else [opened[0].dataset]
+        assert [dataset.reading.intensity for dataset in datasets] == [(low, high)] * len(datasets)
 
     assert train(images, out, "optim.epochs=1", "--no-resume")[0] >= 30_000
     assert train(images, tmp_path / "own", "optim.epochs=1", "data.intensity=[0, 500.5]") == [0, 500.5]

@@ -172,9 +172,9 @@ def values_by_tifffile(data: bytes, page: int = 0) -> Deep:
             raise ValueError(f"expected grey or RGB, got {samples} channels {one.axes} of type {one.dtype}")
         try:
             values = one.asarray(maxworkers=1)
-        except ValueError as e:
+        except (ValueError, NotImplementedError) as e:  # of compressions, of packed integers
             if "imagecodecs" in str(e):
-                raise ValueError(f"its compression needs the package imagecodecs: {install('imagecodecs')}") from e
+                raise ValueError(f"decoding it needs the package imagecodecs: {install('imagecodecs')}") from e
             raise
         bits, tag = int(one.bitspersample), one.tags.get(NODATA)
     if values.ndim == 3:
