@@ -45,7 +45,7 @@ class Measured(NamedTuple):
     notes: Counter[str] = Counter()
 
     def describe(self) -> list[str]:
-        """Return what to tell, a fact a line, and warnings after :meth:`warnings`."""
+        """Return what was found, a fact a line."""
         lines = []
         if self.intensity is not None:
             low, high = self.intensity
@@ -86,8 +86,8 @@ def measure(
 ) -> Measured:
     """Measure the range on ``FILES`` images spread over a dataset of ``count``, drawn by a generator of ``seed``.
 
-    ``values_of_image(i)``: see :class:`Looker`; an image for which it raises DataError is passed over. ``intensity``:
-    measure everything but the range, which is this one.
+    ``values_of_image(i)``: see :class:`Looker`; an image for which it raises DataError or OSError is passed over.
+    ``intensity``: measure everything but the range, which is this one.
     """
     strata = min(FILES, count)
     rng = random_for(seed, "intensity", count)
@@ -98,7 +98,7 @@ def measure(
         index, draws = rng.randrange(first, end), rng.getrandbits(63)
         try:
             deep, note = values_of_image(index)
-        except DataError:
+        except (DataError, OSError):
             continue
         looked += 1
         notes.update([note] if note else [])
@@ -168,6 +168,8 @@ class Looker:
             DataError: it cannot be read.
         """
         data = (getattr(self.dataset, "read", None) or self.dataset.get_image_data)(i)
+        if not isinstance(data, bytes):  # of a dataset of one's own, with a decoder of its own
+            return None, ""
         with image_errors(data, self.dataset.name(i)):
             image = open_page(data, self.page)
             if isinstance(image, Deep):
