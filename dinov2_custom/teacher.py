@@ -21,6 +21,7 @@ from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.models import build_model
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.reading import Reading, reading_of
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
 
@@ -40,6 +41,7 @@ class Teacher(NamedTuple):
         normalize: ``{"mean": (3 floats), "std": (3 floats)}`` of images in 0..1.
         weights: the file they came from, or the URL.
         config_file: the configuration that describes it; empty when the shapes of the tensors had to.
+        reading: ``data.intensity`` and ``data.page`` of its training, see ``reading.py``.
     """
 
     backbone: DinoVisionTransformer
@@ -47,6 +49,7 @@ class Teacher(NamedTuple):
     normalize: dict[str, tuple[float, ...]]
     weights: str
     config_file: str = ""
+    reading: Reading = Reading()
 
     @property
     def described_by(self) -> str:
@@ -73,7 +76,7 @@ def load_teacher(
     if not config_file:
         backbone = backbone_like(state, weights)
         size = backbone.patch_embed.img_size[0]
-        normalize = dict(_IMAGENET)
+        normalize, reading = dict(_IMAGENET), Reading()
     else:
         cfg = load_run_config(
             config_file,
@@ -85,8 +88,9 @@ def load_teacher(
         size = _side_of(state) * cfg.student.patch_size or cfg.crops.global_crops_size  # an export may have another
         backbone, _ = build_model(cfg.student, only_teacher=True, img_size=size)
         normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
+        reading = reading_of(cfg)
     _load(backbone, state, weights)
-    return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file)
+    return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file, reading)
 
 
 def is_released(config_file: str) -> bool:

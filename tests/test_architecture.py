@@ -53,7 +53,8 @@ ALLOWED = {
     "data": BASE,
     "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
-    "teacher": BASE | {"configs", "distributed", "models", "utils.run_folder", "utils.weights"},
+    "reading": {"configs", "data", "distributed"},
+    "teacher": BASE | {"configs", "reading", "distributed", "models", "utils.run_folder", "utils.weights"},
     "train.args": {"commands", "configs"},  # command lines, which the launcher parses without torch
     "teacher_args": {"commands"},
     "eval.args": {"commands", "teacher_args"},

@@ -44,7 +44,8 @@ def _absolute(value: Any) -> Any:
     if not isinstance(value, str) or not value or _URL.match(value):
         return value
     path = Path(value).expanduser()
-    if path.exists() or (path.parent.is_dir() and any(mark in path.name for mark in "{*[")):
+    fixed = re.match(r"[^{*?[]*", str(path))[0]  # of a pattern, before what stands for several
+    if path.exists() or (fixed != str(path) and os.path.isdir(os.path.dirname(fixed) or ".")):
         return str(path.absolute())
     return _OPTION.sub(_absolute_option, value) if _DATASET.match(value) else value
 

@@ -144,6 +144,12 @@ def _hold_out(frac: float, places: str | list[str]) -> Problem:
     return "train.path_preserved to say of which images", "name folders, or a text file to keep a list of all images in"
 
 
+def _intensity(intensity: str | list[float]) -> Problem:
+    if intensity == "auto" or intensity[0] < intensity[1]:
+        return None
+    return "the smaller value first and the greater one second", "give the values that become black and white"
+
+
 def _rgb(channels: int) -> Problem:
     if channels == _RGB:
         return None
@@ -175,6 +181,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Problem]], ...] = (
     (("optim.warmup_epochs", "optim.epochs"), _warmup),
     (("train.max_steps", "train.max_hours"), _one_length),
     (("dino.loss_weight", "ibot.loss_weight"), _some_loss),
+    (("data.intensity",), _intensity),
     (("teacher.in_chans", "student.in_chans"), _like_the_students),
     (("teacher.channel_adaptive", "student.channel_adaptive"), _like_the_students),
     *(

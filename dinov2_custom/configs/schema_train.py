@@ -229,6 +229,16 @@ class Normalize:
 @dataclass
 class Data:
     normalize: Normalize = section(Normalize)
+    intensity: str | list[float] = option(
+        "auto",
+        "values that become 0 and 255 in images of more than 8 bits (16-bit, float), one range for all, such as "
+        "[100, 4095]; auto: measured on a sample at the first start, without nodata and outliers, and kept in the "
+        "run's config.yaml for resumes, features and evaluations",
+        choices=("auto",),
+        length=2,
+        increasing=True,
+    )
+    page: int = option(0, "page or frame that is read of files with several, from 0", within="[0, inf)")
     dct_scaling: bool = option(
         False,
         "decode a JPEG at 1/2, 1/4 or 1/8 of its size where every crop still has 1.5 times the pixels it needs; twice "

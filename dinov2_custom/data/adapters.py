@@ -19,6 +19,10 @@ class DatasetWithEnumeratedTargets(Dataset):
     def get_image_data(self, index: int) -> bytes:
         return self._dataset.get_image_data(index)
 
+    def name(self, index: int) -> str:
+        """Return the name of image ``index``."""
+        return self._dataset.name(index)
+
     def get_target(self, index: int) -> Any:
         return _enumerated(index, self._dataset.get_target(index))
 

@@ -4,20 +4,21 @@
 8-bit RGB, grey, 1-bit        as they are; grey and 1-bit in all three channels
 palette, CMYK, YCbCr, Lab     Pillow's conversion to RGB; an uncompressed YCbCr TIFF needs Pillow 13
 alpha (RGBA, LA, palette)     dropped, as upstream does (transparent pixels show their hidden colour)
-16-bit grey (I;16, I)         linear by bit depth: value / 257, rounded
-other integers (I)            outside 0..65535: least value -> 0, greatest -> 255
-float (F)                     in 0..1: value * 255, rounded; otherwise least -> 0, greatest -> 255 (NaN -> 0)
+more than 8 bits              linear: ``Reading.intensity``, one range for all images of a dataset, becomes 0..255
+the same without a range      16-bit and 12-bit grey by bit depth; integers in 0..65535 and floats in 0..1 likewise;
+                              other numbers least -> 0, greatest -> 255; of 16-bit RGB the high bytes
+NaN, GDAL's nodata            0
 signed 8-bit grey TIFF        value + 128
 white-is-zero TIFF            turned to black-is-zero first
-16-bit RGB                    the high bytes (Pillow's reader)
-several frames or pages       the first
+TIFF that Pillow cannot read  through tifffile and imagecodecs where they are installed (the extra ``slides``)
+several frames or pages       the one that ``Reading.page`` says, the first if nothing else
 EXIF orientation              ignored, as upstream does, unless ``exif=True``; of a TIFF applied by Pillow itself
 above Pillow's limit          DataError (179 million pixels: a decompression bomb, or a slide to be cut into tiles)
 ============================  ==========================================================================================
 
-The scaling of 16-bit and float images is said once a mode in the log. JPEG files go through simplejpeg where it is
+Scaling without a range is said once a kind in the log. JPEG files go through simplejpeg where it is
 installed (the extra ``fast``), with the same pixels; what it refuses is Pillow's. Not in here: reading files
-(``sources``). This is the only module that calls a decoder. Read :func:`decode_rgb` first.
+(``sources``), the values of deep images (``depth``). No other module calls a decoder. Read :func:`decode_rgb` first.
 """
 
 from __future__ import annotations
@@ -27,29 +28,48 @@ import importlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from dinov2_custom.errors import UnreadableImageError, shortage
 
-from .tiff_values import as_declared, signed_bytes
+from .depth import (
+    TIFF,
+    Deep,
+    Reading,
+    deep_values,
+    is_deep,
+    is_misread,
+    signed_bytes,
+    to_levels,
+    values_by_tifffile,
+    warn_once,
+)
+from .listing import HEIF_BRANDS
 
 logger = logging.getLogger("dinov2")
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 PNG_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf")
-HEIF = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
+READING = Reading()
 DCT_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")  # baseline, sequential, progressive; arithmetic coding
 # DHT, DAC, DQT, DRI, APP0 to APP15, COM
 BEFORE_FRAME = tuple(bytes([code]) for code in (0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGE, STRIP = 1 << 23, 1 << 20  # bytes
+DESCRIPTION, LONGEST = 270, 300  # of a TIFF's page; longer ones are XML about the whole file
+NOT_THE_SLIDE = re.compile(r"(?<![a-z])(label|macro|thumbnail)(?![a-z])", re.IGNORECASE)
+SEVERAL_PAGES = "files with several pages or frames, of which one is used (data.page)"
+OTHER_PAGE = "pages that call themselves label, macro or thumbnail (data.page chooses another)"
 Shrink = Callable[[int, int], int]
 
 
-def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False) -> Image.Image:
+def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False, reading: Reading = READING) -> Image.Image:
     """Decode the bytes of an image file into a PIL image of mode RGB, by the rules above.
 
     ``source`` names the image in errors. ``exif``: turn the image as its EXIF orientation says.
@@ -57,7 +77,7 @@ def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False) -> Ima
     Raises:
         DataError: empty, truncated, broken, not an image, or too large.
     """
-    return _decode_by_pillow(data, source, exif, None)
+    return _decode_by_pillow(data, source, exif, None, reading)
 
 
 def decode_array(
@@ -65,6 +85,7 @@ def decode_array(
     source: str = "image",
     *,
     exif: bool = False,
+    reading: Reading = READING,
     shrink: Shrink | None = None,
     scratch: Scratch | None = None,
 ) -> np.ndarray:
@@ -75,7 +96,7 @@ def decode_array(
     use.
     """
     pixels = None if exif else _decode_by_simplejpeg(data, shrink, scratch)
-    return _as_array(_decode_by_pillow(data, source, exif, shrink), scratch) if pixels is None else pixels
+    return _as_array(_decode_by_pillow(data, source, exif, shrink, reading), scratch) if pixels is None else pixels
 
 
 class Scratch:
@@ -108,25 +129,75 @@ def _as_array(image: Image.Image, scratch: Scratch | None) -> np.ndarray:
     return pixels
 
 
-def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | None) -> Image.Image:
-    if not data:
-        raise UnreadableImageError(f"expected an image, got an empty file: {source}")
-    try:
-        image = open_image(data)
+def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | None, reading: Reading) -> Image.Image:
+    with image_errors(data, source):
+        image = open_page(data, reading.page)
+        if isinstance(image, Deep):
+            return as_image(image, reading)
         if shrink is not None and image.format == "JPEG" and not exif and has_dct(data):
             width, height = image.size
             fraction = shrink(width, height)
             image.draft(None, (width // fraction, height // fraction))
-        image = loaded(image, data)
+        rgb = to_rgb(image, data, reading)
         if exif and image.format != "TIFF":  # which Pillow has turned already
-            image = ImageOps.exif_transpose(image)
-        return to_rgb(image)
+            rgb.getexif().update(image.getexif())
+            rgb = ImageOps.exif_transpose(rgb)
+        return rgb
+
+
+@contextmanager
+def image_errors(data: bytes, source: str) -> Iterator[None]:
+    """Turn what is raised while ``data`` are decoded into errors that name ``source``."""
+    if not data:
+        raise UnreadableImageError(f"expected an image, got an empty file: {source}")
+    try:
+        yield
     except Image.DecompressionBombError as e:
         raise UnreadableImageError(f"expected fewer pixels: {source} ({e}); shrink it or cut it into tiles") from e
     except MemoryError as e:
         raise shortage(e, source) from e
     except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
         raise UnreadableImageError(f"expected an image, got {describe(data)}: {source} ({_reason(e)})") from e
+
+
+def open_page(data: bytes, page: int = 0) -> Image.Image | Deep:
+    """Open page ``page`` of the bytes of an image file; the values of a TIFF that is not for Pillow.
+
+    A file of a single page has only that one, whatever ``page`` is.
+
+    Raises:
+        Image.DecompressionBombError: too many pixels.
+        Exception: not an image, or fewer pages.
+    """
+    try:
+        image = open_image(data)
+    except (Image.DecompressionBombError, MemoryError):
+        raise
+    except Exception:
+        if data[:4] not in TIFF:
+            raise
+        return values_by_tifffile(data, page)
+    if is_misread(image):
+        return values_by_tifffile(data, page)
+    if page and (pages := getattr(image, "n_frames", 1)) > 1:
+        if page >= pages:
+            raise ValueError(f"data.page={page}, expected at most {pages - 1}, its last one")
+        image.seek(page)
+    return image
+
+
+def page_note(image: Image.Image) -> str:
+    """Return what to know about the page of an open image that is read, or ""."""
+    # of a JPEG, further pictures are previews and depth maps of a phone
+    pages = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
+    return note_of_page(getattr(image, "tag_v2", {}).get(DESCRIPTION, ""), pages)
+
+
+def note_of_page(description: Any, pages: int) -> str:
+    """Return what to know about a page that is described so, of a file with so many, or ""."""
+    if isinstance(description, str) and len(description) < LONGEST and NOT_THE_SLIDE.search(description):
+        return OTHER_PAGE
+    return SEVERAL_PAGES if pages > 1 else ""
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -243,72 +314,55 @@ def fast_jpeg() -> ModuleType | None:
         return None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded PIL image of any mode to RGB, by the rules above.
+def to_rgb(image: Image.Image, data: bytes, reading: Reading = READING) -> Image.Image:
+    """Convert an open PIL image of any mode, loaded or not, to RGB, by the rules above. ``data``: its file.
 
     Raises:
-        ValueError: a float image without one finite value, or a TIFF that Pillow reads wrongly.
+        ValueError: a float image without one finite value and without a range.
+        Exception: whatever Pillow raises for broken files.
     """
+    if is_deep(image) and (reading.intensity is not None or image.mode not in ("RGB", "RGBA")):
+        return as_image(values_of(image, data, reading.page), reading)
+    image = loaded(image, data)
     if image.mode == "RGB":
         return image
     if (signed := signed_bytes(image)) is not None:
-        warn_once("L (signed 8-bit)", "128 is added to the values")
+        warn_once("signed 8 bits", "128 is added to the values")
         return _from_levels(signed.astype(np.int16) + 128)
-    if image.mode.startswith("I;16"):
-        warn_once(image.mode, "16-bit values are divided by 257")
-        return _from_levels((as_declared(image).astype(np.uint32) + 128) // 257)
-    if image.mode == "I":
-        return _from_levels(_scale_integers(as_declared(image)))
-    if image.mode == "F":
-        return _from_levels(_scale_floats(as_declared(image)))
     if image.mode == "P":
         image.info.pop("transparency", None)
     return image.convert("RGB")
+
+
+def values_of(image: Image.Image, data: bytes, page: int) -> Deep:
+    """Return the values of an image of more than 8 bits that is open; raises as :func:`to_rgb`."""
+    try:
+        return deep_values(image, lambda: open_page(data, page))
+    except ValueError:
+        if image.format != "PNG":
+            raise
+        data = without_metadata(data)  # as in loaded()
+        return deep_values(open_page(data), lambda: open_page(data))
+
+
+def as_image(deep: Deep, reading: Reading) -> Image.Image:
+    """Return values of more than 8 bits as an RGB image; raises as :func:`to_rgb`."""
+    return _from_levels(to_levels(deep, reading.intensity))
 
 
 def _from_levels(levels: np.ndarray) -> Image.Image:
     return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
 
 
-def _scale_integers(values: np.ndarray) -> np.ndarray:
-    if 0 <= values.min() and values.max() <= 65535:
-        warn_once("I", "values in 0..65535 are divided by 257")
-        return (values.astype(np.uint32) + 128) // 257
-    warn_once("I (beyond 16 bits)", "the least value becomes 0, the greatest 255, image by image")
-    return _stretch(values.astype(np.float64))
-
-
-def _scale_floats(values: np.ndarray) -> np.ndarray:
-    finite = np.isfinite(values)
-    if not finite.any():
-        raise ValueError("no finite value")
-    values = values.astype(np.float64)
-    if values[finite].min() >= 0 and values[finite].max() <= 1:
-        warn_once("F", "float values in 0..1 are multiplied by 255")
-        return np.round(np.where(finite, values, 0) * 255)
-    warn_once("F (beyond 0..1)", "the least value becomes 0, the greatest 255, image by image")
-    low = values[finite].min()
-    return _stretch(np.where(finite, values, low))
-
-
-def _stretch(values: np.ndarray) -> np.ndarray:
-    low, high = values.min(), values.max()
-    return np.round((values - low) * (255 / (high - low))) if high > low else np.zeros_like(values)
-
-
-@functools.cache
-def warn_once(mode: str, rule: str) -> None:
-    """Log ``rule`` for ``mode``, the first time in this process."""
-    logger.warning(f"images of mode {mode} found: {rule}")
-
-
 def describe(data: bytes) -> str:
     """Say in a few words what ``data`` looks like, for an error message."""
     start = data[:64]
-    if start[4:12] in HEIF:
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
         return f"HEIC of {len(data):,} bytes, which needs the package pillow-heif (pip install pillow-heif)"
     if start[:3] == b"\xff\xd8\xff" or start[:8] == PNG:
         return f"a truncated or broken {'JPEG' if start[:1] == bytes([0xFF]) else 'PNG'} of {len(data):,} bytes"
+    if start[:4] in TIFF:
+        return f"a TIFF of {len(data):,} bytes that cannot be read"
     kind = "text" if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in start) else "data"
     return f"{len(data):,} bytes of {kind}"
 

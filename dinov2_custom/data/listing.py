@@ -6,6 +6,7 @@ Read :func:`list_chunks` first.
 
 from __future__ import annotations
 
+import glob
 import itertools
 import logging
 import os
@@ -24,12 +25,14 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".j2k", ".j2c", ".jpx", ".avif", ".heic", ".heif",
 )  # fmt: skip
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # what "ftyp" says a HEIC file is
 # what files of these formats begin with; those whose beginning says little (BMP, PPM) need a name that says it
 BEGINNING = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|II\*\0|MM\0\*|RIFF....WEBP|\0\0\0\x0cjP  \r\n\x87\n"
-    rb"|....ftyp(avif|heic|heix|mif1)",
+    rb"|....ftyp(avif|" + b"|".join(HEIF_BRANDS) + rb")",
     re.DOTALL,
 )
+PATTERN = re.compile(r"[*?[]")
 ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}
 LISTS = (".txt", ".lst", ".csv", ".tsv", ".jsonl", ".ndjson")
 ADVICE_FILE = {**ADVICE, **dict.fromkeys(LISTS, "ImageList:path={}")}
@@ -83,6 +86,23 @@ class Listing:
             elif piece in scans:
                 pending += reversed(_pieces(piece, scans.pop(piece)))
 
+    def matches(self, pattern: str) -> Iterator[list[str]]:
+        """Yield the image files that match a pattern with ``*``, ``?``, ``[..]`` or ``**``, and those below folders.
+
+        All at once, sorted, each once.
+        """
+        found: set[str] = set()
+        for path in sorted(glob.iglob(pattern, recursive=True)):
+            if os.path.isdir(path):
+                found.update(itertools.chain.from_iterable(self.chunks(path)))
+                continue
+            extension = os.path.splitext(path)[1].lower()
+            if extension in self.extensions or (not extension and _begins_as_image(path, self.extensions)):
+                found.add(path)
+            else:
+                self.others[extension or "files without extension"] += 1
+        yield sorted(found)
+
     def _scan_all(self, root: str) -> dict[str, Scan]:
         """Scan level after level; a folder that a link leads back to is entered once."""
         scans: dict[str, Scan] = {}
@@ -127,7 +147,7 @@ class Listing:
                         continue
                     dot = name.rfind(".")
                     extension = name[dot:].lower() if dot > 0 else ""
-                    image = extension in extensions if extension else _begins_as_image(entry, extensions)
+                    image = extension in extensions if extension else _begins_as_image(entry.path, extensions)
                     if entry.is_dir(follow_symlinks=False) or (not image and entry.is_symlink() and entry.is_dir()):
                         folders.append(name)
                     elif image:
@@ -179,7 +199,7 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
     Raises:
         DataError: as :func:`list_images`.
     """
-    missing = [root for root in roots if not os.path.isdir(root)]
+    missing = [root for root in roots if not (os.path.isdir(root) or is_pattern(root))]
     if missing or not roots:
         got = "; ".join(f"{root} ({_what_it_is(root)})" for root in missing)
         raise DataError(f"expected folders of images, got {got or 'no folder'}; {CHECK_PATH}")
@@ -192,10 +212,12 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
             yield chunk
 
     for root in roots:
-        yield counted(listing.chunks(root))
+        yield counted(listing.matches(root) if is_pattern(root) else listing.chunks(root))
     listing.progress.end(f"{found} images")
     if not found:
         inside = ", ".join(f"{count} {kind}" for kind, count in listing.others.most_common(5)) or "no files"
+        if any(map(is_pattern, roots)):
+            inside += " (quote a pattern on the command line, and use ** for folders of any depth)"
         advice = [f"give {ADVICE[kind].format(roots[0])}" for kind in ADVICE if kind in listing.others]
         raise DataError(
             f"expected images ({' '.join(sorted(listing.extensions))}), got {inside} in {', '.join(roots)}; "
@@ -203,15 +225,20 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
         )
 
 
-def _begins_as_image(entry: os.DirEntry, extensions: Collection[str]) -> bool:
+def is_pattern(place: str) -> bool:
+    """Return whether a place stands for several: it has ``*``, ``?`` or ``[``, and nothing is called so."""
+    return PATTERN.search(place) is not None and not os.path.exists(place)
+
+
+def _begins_as_image(path: str, extensions: Collection[str]) -> bool:
     """Return whether a file whose name has no extension is an image by its first bytes.
 
     Not where only some extensions are asked for.
     """
-    if not extensions >= set(EXTENSIONS) or not entry.is_file():
+    if not extensions >= set(EXTENSIONS) or not os.path.isfile(path):
         return False
     try:
-        with open(entry.path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file:
             return BEGINNING.match(file.read(16)) is not None
     except OSError:
         return False

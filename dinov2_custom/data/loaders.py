@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
@@ -19,10 +20,10 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from .augmentations import DataAugmentationDINO
 from .build import build
 from .datasets import ImageNet, ImageNet22k
+from .depth import Reading
 from .finish import Finisher
 from .holdout import split_off
 from .masking import MaskingGenerator
-from .mixture import left_out
 from .samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
 from .spec import parse_dataset
 from .step_masks import Masks
@@ -60,7 +61,7 @@ def make_dataset(
     """
     make, options = _parse_dataset_str(dataset_str)
     dataset = make(transform=transform, target_transform=target_transform, **options)
-    if others := left_out(dataset):
+    if others := getattr(dataset, "left_out", Counter)():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(MAX_KINDS))
         logger.info(f"left out, not images by their names: {kinds}")
     return dataset
@@ -140,6 +141,7 @@ def make_train_loader(
     world_size: int,
     start_iteration: int = 0,
     cores: int | None = None,
+    dataset: Any = None,
     on_bad_image: Callable[[str, str], Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TrainLoader:
@@ -148,13 +150,17 @@ def make_train_loader(
     Every sample is a pure function of (``cfg.train.seed``, draw number): iteration i of the job has the draws
     [i*b*W, (i+1)*b*W), of which this rank takes its block of b; a dataset smaller than that repeats. Starting at
     ``start_iteration`` goes on exactly there. ``on_bad_image(path, reason)`` is called once for every unreadable image.
+    ``dataset``: None: as ``cfg`` says; where it has no range, images of more than 8 bits are scaled by their depth.
     ``cores``: this rank's share of the machine's, for ``train.num_workers`` "auto"; None: all that it may use.
 
     Raises:
         ConfigError: a dataset string that cannot be understood, or a hold-out that is only half described.
         DataError: folders that are missing or empty, or no readable image in them.
     """
-    dataset = make_dataset(dataset_str=cfg.train.dataset_path)
+    if dataset is None:
+        dataset = make_dataset(dataset_str=cfg.train.dataset_path)
+        intensity = _get(cfg, "data.intensity", "auto")
+        dataset.reading = Reading(None if intensity == "auto" else tuple(intensity), _get(cfg, "data.page", 0))
     dataset = split_off(
         dataset,
         _get(cfg, "train.path_preserved", ""),

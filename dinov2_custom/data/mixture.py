@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.utils.rng import seed_for
 
+from .depth import Reading
 from .samplers import permuted_index
 from .train_samples import read_pixels
 
@@ -74,16 +75,6 @@ def _bound(node: Node | int, error: float = 0.0) -> float:
 
 def _rounded(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
-
-
-def left_out(dataset: Any) -> Counter[str]:
-    """Return how many files of which extension a dataset that can say so found beside its images."""
-    return dataset.left_out() if hasattr(dataset, "left_out") else Counter()
-
-
-def unreadable_folders(dataset: Any) -> list[str]:
-    """Return the folders that could not be listed of a dataset that can say so."""
-    return dataset.unreadable_folders() if hasattr(dataset, "unreadable_folders") else []
 
 
 class Mixture(Dataset):
@@ -157,13 +148,27 @@ class Mixture(Dataset):
             return first + permuted_index(attempt - 1, size, seed_for(seed, "replace", own))
         return first + permuted_index(own, size, seed)
 
+    @property
+    def reading(self) -> Reading:
+        """How files become pixels, the same for all datasets."""
+        return self.datasets[0].reading
+
+    @reading.setter
+    def reading(self, reading: Reading) -> None:
+        for dataset in self.datasets:
+            dataset.reading = reading
+
+    def digest(self) -> str:
+        """Return the hashes of all datasets."""
+        return " ".join(dataset.digest() for dataset in self.datasets)
+
     def left_out(self) -> Counter[str]:
         """Return how many files of which extension were found beside the images of all datasets."""
-        return sum(map(left_out, self.datasets), Counter())
+        return sum((dataset.left_out() for dataset in self.datasets), Counter())
 
     def unreadable_folders(self) -> list[str]:
         """Return the folders of all datasets that could not be listed."""
-        return [folder for dataset in self.datasets for folder in unreadable_folders(dataset)]
+        return [folder for dataset in self.datasets for folder in dataset.unreadable_folders()]
 
     def shares(self) -> list[Share]:
         """Return (name, number of images, share of the draws) of every dataset."""

@@ -30,6 +30,8 @@ TASKS_A_WORKER = 2
 MAX_DEATHS, DEATH_WINDOW = 5, 100
 NOTHING = -1
 PARENT_CHECK_S = 2.0
+LOOK_S = 5.0
+SLOW_S = 60.0  # without anything from any process, before one is named
 
 
 class Built(NamedTuple):
@@ -71,6 +73,8 @@ class Ring:
     being worked on, ``name(i)`` and ``give_up(i, reason)``; picklable where processes are spawned. ``max_workers``:
     for :meth:`grow`. So many processes are started at once, and those beyond ``num_workers`` wait: a fork after the
     first collective can harm memory that nccl has registered with the network (EFA, InfiniBand on old kernels).
+    ``stop``: number of the batch after the last; None: endless. ``hang_s``: seconds without a batch after which that is
+    an error; None: a warning, again and again.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class Ring:
         first_iteration: int,
         *,
         max_workers: int | None = None,
+        stop: int | None = None,
+        hang_s: float | None = None,
         start_method: str | None = None,
     ):
         self.builder = builder
@@ -89,6 +95,9 @@ class Ring:
         self.slots.words[:] = NOTHING
         self.free = deque(range(self.slots.number))
         self.next_to_give = self.next_to_deliver = first_iteration
+        self.stop, self.hang_s = stop, hang_s
+        self.waited_s = 0.0  # for the next thing to happen
+        self.next_warning_s = SLOW_S
         self.done: dict[int, tuple[int, Any, float]] = {}
         self.deaths_at: Counter[int] = Counter()
         self.given_up: dict[int, str] = {}
@@ -105,7 +114,7 @@ class Ring:
         """Return the next batch in order; its slot is not used again before :meth:`release`.
 
         Raises:
-            DataError: the processes die again and again.
+            DataError: the processes die again and again, or one hangs for ``hang_s``.
         """
         while self.next_to_deliver not in self.done:
             self._wait()
@@ -146,7 +155,7 @@ class Ring:
 
     def _give(self) -> None:
         """Give tasks, in order, to the processes that have the fewest."""
-        while self.free:
+        while self.free and self.next_to_give != self.stop:
             worker = min(self.workers, key=lambda one: len(one.tasks))
             if len(worker.tasks) >= TASKS_A_WORKER:
                 return
@@ -163,7 +172,15 @@ class Ring:
 
     def _wait(self) -> None:
         """Wait for a finished batch or the death of a process, and deal with it."""
-        ready = connection.wait([one.pipe for one in self.workers] + [one.process.sentinel for one in self.workers])
+        things = [one.pipe for one in self.workers] + [one.process.sentinel for one in self.workers]
+        start = time.monotonic()
+        ready = connection.wait(things, timeout=LOOK_S)
+        if not ready:
+            # time in which all processes were stopped does not count
+            self.waited_s += min(time.monotonic() - start, 2 * LOOK_S)
+            self._look_for_hanging()
+            return
+        self.waited_s, self.next_warning_s = 0.0, SLOW_S
         for worker in list(self.workers):
             if worker.pipe in ready and self._receive(worker):
                 continue
@@ -171,6 +188,22 @@ class Ring:
                 while self._receive(worker):
                     pass
                 self._replace(worker)
+
+    def _look_for_hanging(self) -> None:
+        """Name the processes that have work and have not done any for long, less and less often."""
+        gives_up = self.hang_s is not None and self.waited_s >= self.hang_s
+        if not gives_up and self.waited_s < self.next_warning_s:
+            return
+        self.next_warning_s *= 2
+        places = [f"process {one.process.pid} {self._place(one)}" for one in self.workers if one.tasks]
+        story = f"no batch for {self.waited_s:.0f} s: data-loading {', '.join(places)}"
+        if gives_up:
+            raise DataError(f"{story}; look whether its file system answers, or leave the image out")
+        logger.warning(story)
+
+    def _place(self, worker: Worker) -> str:
+        index = int(self.slots.words[worker.word])
+        return "is between two images" if index == NOTHING else f"reads {self.builder.name(index)}"
 
     def _receive(self, worker: Worker) -> bool:
         """Take one message of ``worker``; return whether there was one."""

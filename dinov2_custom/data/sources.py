@@ -7,9 +7,11 @@ files of their own. Not in here: finding the files (``listing``), decoding (``de
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import stat
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +23,7 @@ import numpy as np
 from dinov2_custom.errors import DINOv2Error, UnreadableImageError, shortage
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
-from .listing import EXTENSIONS, Listing, list_chunks, list_images
+from .listing import EXTENSIONS, Listing, is_pattern, list_chunks, list_images
 
 __all__ = [
     "EXTENSIONS",
@@ -61,6 +63,15 @@ class Source:
         """Return (name, number of images) of the folders or files the source consists of, in their order."""
         raise NotImplementedError
 
+    def digest(self) -> str:
+        """Return a hash of what is known of the images without reading them: names and, in tars, places and sizes."""
+        digest = hashlib.blake2b(repr(self.parts()).encode("utf-8", "surrogateescape"), digest_size=8)
+        index = getattr(self, "index", None)
+        for name, array in sorted(index.arrays.items()) if index is not None else ():
+            if not name.startswith(("stamp", "other")):  # of folders, whose times change by themselves
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
     def left_out(self) -> Counter[str]:
         """Return how many files of which extension, or other things, were found beside the images."""
         return Counter()
@@ -81,6 +92,8 @@ class FolderSource(Source):
         self, root: Root | Sequence[Root], extensions: Sequence[str] = EXTENSIONS, *, cache_from: int = CACHE_FROM
     ):
         self.roots = as_roots(root)
+        if any(map(is_pattern, self.roots)):
+            cache_from = sys.maxsize  # no time stamp tells what else would match
         places = [place for one in self.roots for place in (one, real(one))]
         key = ["folders, others counted", *sorted(set(extensions)), *places]
         self.index = cached(key, lambda on_count: index_folders(self.roots, extensions, on_count), cache_from)

@@ -9,6 +9,7 @@ Source of the format: POSIX.1-2001 pax / ustar interchange formats, and GNU tar'
 
 from __future__ import annotations
 
+import glob
 import itertools
 import logging
 import math
@@ -24,7 +25,7 @@ import numpy as np
 from dinov2_custom.errors import DataError
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
-from .listing import CHECK_PATH, EXTENSIONS, Listing, PatientMap, Progress
+from .listing import CHECK_PATH, EXTENSIONS, Listing, PatientMap, Progress, is_pattern
 from .sources import OpenFiles, Root, Source, as_roots, real, unreadable
 
 logger = logging.getLogger("dinov2")
@@ -291,7 +292,7 @@ def _refuse_compressed(start: bytes, path: str) -> None:
 
 
 def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> list[str]:
-    """Return the files that paths, folders and brace patterns stand for; a folder's in sorted order, at any depth.
+    """Return the files that paths, folders and patterns (braces, ``*``) stand for; a folder's sorted, at any depth.
 
     Raises:
         DataError: all that are missing, or folders without such files.
@@ -299,7 +300,11 @@ def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> lis
     found: list[str] = []
     wrong: list[str] = []
     for place in itertools.chain.from_iterable([one] if os.path.exists(one) else expand_braces(one) for one in places):
-        if os.path.isdir(place):
+        if is_pattern(place):
+            matching = [path for path in sorted(glob.iglob(place, recursive=True)) if os.path.isfile(path)]
+            found += matching
+            wrong += [] if matching else [f"{place} (matches no file)"]
+        elif os.path.isdir(place):
             inside = [path for chunk in Listing(suffixes, outputs=True).chunks(place) for path in chunk]
             found += inside
             wrong += [] if inside else [f"{place} (a folder with none)"]

@@ -59,6 +59,7 @@ class TrainLoader:
         self.colours = colours
         self.start_iteration = start_iteration
         self.num_images = len(builder.samples.dataset)
+        self.found: dict[str, Any] = {}  # what a checkpoint keeps of the data
         self.draws = start_iteration * builder.batch_size * builder.world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -113,15 +114,20 @@ class TrainLoader:
             ring = PinnedRing if device.type == "cuda" else Ring
             return ring(builder, auto.first, start_iteration, max_workers=auto.most), auto
         num_workers = at_most_cores(self.num_workers)
-        if num_workers == 0:
-            return InProcess(builder, start_iteration), None
-        return (PinnedRing if device.type == "cuda" else Ring)(builder, num_workers, start_iteration), None
+        return open_ring(builder, num_workers, start_iteration, pinned=device.type == "cuda"), None
+
+
+def open_ring(builder: Any, num_workers: int, first: int, *, pinned: bool = False, **options: Any) -> Any:
+    """Return what builds batches from ``first`` on: a ring of processes, or with 0 of them this one."""
+    if num_workers == 0:
+        return InProcess(builder, first)
+    return (PinnedRing if pinned else Ring)(builder, num_workers, first, **options)
 
 
 class InProcess:
     """What :class:`Ring` does, in this process, when the batch is asked for."""
 
-    def __init__(self, builder: TrainBatches, first_iteration: int):
+    def __init__(self, builder: Any, first_iteration: int):
         self.builder = builder
         self.iterations = itertools.count(first_iteration)
         self.arrays = allocate(builder.fields)

@@ -147,7 +147,8 @@ def read_pixels(dataset: Any, index: int, shrink: Callable[[int, int], int] | No
         return dataset.get_pixels(index, shrink=shrink, scratch=scratch)
     if _is_plain(dataset):
         data = dataset.get_image_data(index)
-        return decode_array(data, dataset.name(index), exif=dataset.exif, shrink=shrink, scratch=scratch)
+        options = {"exif": dataset.exif, "reading": dataset.reading, "shrink": shrink, "scratch": scratch}
+        return decode_array(data, dataset.name(index), **options)
     return dataset[index][0]
 
 

@@ -73,7 +73,7 @@ def at_most_cores(num_workers: int) -> int:
     """Return ``num_workers``, lowered to the number of cores this process may use (more only cost memory)."""
     cores = num_cores()
     if num_workers > cores:
-        logger.info(f"data-loading processes: {cores}, not train.num_workers={num_workers}: there are {cores} cores")
+        logger.info(f"data-loading processes: {cores}, not {num_workers}: there are {cores} cores")
     return min(num_workers, cores)
 
 

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.output_dir import check_output_dir
+from dinov2_custom.data.image_batches import ImageBatches, batches
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.data.workers import workers_of_choice
-from dinov2_custom.embed.images import batches
 from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.extras import optional
 from dinov2_custom.logging.progress import ProgressBar
+from dinov2_custom.reading import choose_reading, describe
 from dinov2_custom.teacher import RELEASED_CROP_SIZE, Teacher, device_of_choice, is_released, load_teacher
 from dinov2_custom.utils.dtype import has_bf16
 from dinov2_custom.utils.run_folder import default_output
@@ -55,6 +56,8 @@ def _run(args: argparse.Namespace) -> int:
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("embed", args.checkpoint)
     check_output_dir(folder, "--output-dir")
     dataset = make_dataset(dataset_str=args.dataset)
+    for line in describe(choose_reading(dataset, teacher.reading)):
+        _say(line)
     device = device_of_choice(args.device)
     if args.precision == "auto":
         args.precision = "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
@@ -94,6 +97,8 @@ def _embed(teacher: Teacher, dataset: Any, size: int, folder: Path, device: torc
         "image_size": size,
         "mean": list(teacher.normalize["mean"]),
         "std": list(teacher.normalize["std"]),
+        "intensity": list(dataset.reading.intensity or []),
+        "page": dataset.reading.page,
         "features": args.features,
         "l2": args.l2,
         "precision": args.precision,
@@ -128,12 +133,13 @@ def _make_parts(store: Store, parts, teacher: Teacher, dataset, size: int, devic
     )
     step = args.batch_size
     groups = [part[start : start + step] for _, part in parts for start in range(0, len(part), step)]
-    stream = batches(dataset, transform, groups, args.num_workers)
+    builder = ImageBatches(dataset, groups.__getitem__, step, (3, size, size), transform=transform, skip_bad=True)
+    stream = batches(builder, args.num_workers, stop=len(groups))
     for number, part in parts:
         features, indices, bad = [], [], {}
         for _ in range(0, len(part), step):
-            images, good, unreadable = next(stream)
-            if images is not None:
+            images, _, good, unreadable = next(stream)
+            if good:
                 images = to_device(images, device)
                 features.append(compute(teacher.backbone, images, args.features, args.l2, args.precision))
             indices += good

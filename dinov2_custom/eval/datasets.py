@@ -6,24 +6,24 @@ Not the reading of images (``data/``). Read :func:`open_pair` first.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, default_collate
 
 from dinov2_custom import distributed
 from dinov2_custom.data.datasets.extended import ExtendedVisionDataset
+from dinov2_custom.data.depth import Reading
+from dinov2_custom.data.image_batches import ImageLoader, of_list
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.samplers import permuted_index
 from dinov2_custom.data.spec import KEY
 from dinov2_custom.data.transforms import RandomTransform
-from dinov2_custom.data.workers import set_up_worker
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.reading import choose_reading
 from dinov2_custom.utils.rng import random_for
 
 logger = logging.getLogger("dinov2")
@@ -51,8 +51,10 @@ class Relabelled(Dataset):
         return len(self.dataset)
 
 
-def open_labelled(flag: str, dataset_str: str, transform: Callable | None = None) -> Any:
-    """Open the dataset that the command-line flag ``flag`` gives.
+def open_labelled(
+    flag: str, dataset_str: str, transform: Callable | None = None, reading: Reading | None = None
+) -> Any:
+    """Open the dataset that the command-line flag ``flag`` gives; without a range in ``reading`` one is measured.
 
     Raises:
         ConfigError: a dataset without labels.
@@ -66,17 +68,23 @@ def open_labelled(flag: str, dataset_str: str, transform: Callable | None = None
         raise ConfigError(
             f"{flag}: expected images with labels, got {dataset_str}; write LabelledFolder:root=<a folder a class>"
         )
+    choose_reading(dataset, reading)
     return dataset
 
 
-def open_pair(train: tuple[str, str, Callable | None], other: tuple[str, str, Callable | None]) -> tuple[Any, Any]:
+def open_pair(
+    train: tuple[str, str, Callable | None], other: tuple[str, str, Callable | None], reading: Reading | None = None
+) -> tuple[Any, Any]:
     """Open two datasets, each given as (flag, dataset string, transform); the second has the first one's class indices.
+
+    And its range, where ``reading`` has none.
 
     Raises:
         ConfigError: a dataset without labels.
         DataError: nothing found, or a class folder of the second that the first one lacks.
     """
-    train_dataset, other_dataset = open_labelled(*train), open_labelled(*other)
+    train_dataset = open_labelled(*train, reading)
+    other_dataset = open_labelled(*other, train_dataset.reading)
     return train_dataset, match_classes(train_dataset, other_dataset, train[0], other[0])
 
 
@@ -153,41 +161,40 @@ class Draws(Dataset):
             return self.transform(image, random_for(self.seed, "classification", draw)), target
         return self.transform(image), target
 
-
-class _DrawNumbers(Sampler[int]):
-    """Global batch i has the draws [i*b*W, (i+1)*b*W), of which rank r takes the r-th block of b = ``batch_size``."""
-
-    def __init__(self, batch_size: int, start_iteration: int) -> None:
-        self.batch_size, self.start_iteration = batch_size, start_iteration
-
-    def __iter__(self) -> Iterator[int]:
-        rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
-        for iteration in itertools.count(self.start_iteration):
-            first = (iteration * world_size + rank) * self.batch_size
-            yield from range(first, first + self.batch_size)
+    def name(self, draw: int) -> str:
+        """Return the name of the image of a draw."""
+        return self.dataset.name(permuted_index(draw, len(self.dataset), self.seed))
 
 
 def draws_for_training(
     dataset: Any, transform: Callable, seed: int, batch_size: int, *, num_workers: int, start_iteration: int = 0
-) -> DataLoader:
+) -> ImageLoader:
     """Return an endless loader of batches of :class:`Draws`, each rank its block of every global batch.
+
+    Global batch i has the draws [i*b*W, (i+1)*b*W), of which rank r takes the r-th block of b = ``batch_size``.
 
     Args:
         start_iteration: batches that were taken before.
     """
-    return _loader(
-        Draws(dataset, transform, seed), batch_size, num_workers, sampler=_DrawNumbers(batch_size, start_iteration)
-    )
+    rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
+    indices = functools.partial(_block, batch_size, rank, world_size)
+    draws = Draws(dataset, transform, seed)
+    return ImageLoader(draws, indices, batch_size, num_workers=num_workers, start=start_iteration)
 
 
-def every_image_once(dataset: Any, batch_size: int, num_workers: int, collate_fn: Callable | None = None) -> DataLoader:
-    """Return a loader in which all ranks together see every image exactly once, in the dataset's order."""
+def _block(batch_size: int, rank: int, world_size: int, iteration: int) -> range:
+    first = (iteration * world_size + rank) * batch_size
+    return range(first, first + batch_size)
+
+
+def every_image_once(
+    dataset: Any, batch_size: int, num_workers: int, collate: Callable[[list[Any]], Any] = default_collate
+) -> ImageLoader:
+    """Return a loader in which all ranks together see every image exactly once, in the dataset's order.
+
+    Args:
+        collate: of a batch's targets.
+    """
     own = range(distributed.get_global_rank(), len(dataset), distributed.get_global_size())
-    return _loader(dataset, batch_size, num_workers, sampler=own, collate_fn=collate_fn)
-
-
-def _loader(dataset: Any, batch_size: int, num_workers: int, **options: Any) -> DataLoader:
-    pinned = torch.cuda.is_available()
-    return DataLoader(
-        dataset, batch_size, num_workers=num_workers, pin_memory=pinned, worker_init_fn=set_up_worker, **options
-    )
+    indices, number = of_list(own, batch_size)
+    return ImageLoader(dataset, indices, batch_size, num_workers=num_workers, stop=number, collate=collate)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dinov2_custom import distributed, entry
+from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import DataError
 from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
@@ -278,18 +279,21 @@ def eval_knn_with_model(
     num_workers: int = 5,
     n_per_class_list: Sequence[int] = (-1,),
     n_tries: int = 1,
+    *,
+    reading: Reading | None = None,
 ) -> dict[str, float]:
     """Evaluate ``model`` and append the accuracies, in percent, to ``results_eval_knn.json`` in ``output_dir``.
 
     Args:
         transform: of an RGB image to a tensor; default: shorter side 256, central 224 pixels, ImageNet's normalisation.
+        reading: of images of more than 8 bits, as in the model's training; None: measured.
 
     Returns:
         ``{"('full', 10) Top 1": percent, ...}``, also what the file gets, one pair a line.
     """
     transform = transform or make_classification_eval_transform()
     train_dataset, val_dataset = open_pair(
-        ("--train-dataset", train_dataset_str, transform), ("--val-dataset", val_dataset_str, transform)
+        ("--train-dataset", train_dataset_str, transform), ("--val-dataset", val_dataset_str, transform), reading
     )
     open_log("dinov2")
     model = ModelWithNormalize(model, autocast_dtype)
@@ -331,6 +335,7 @@ def main(args: argparse.Namespace) -> int:
         num_workers=args.num_workers,
         n_per_class_list=args.n_per_class_list,
         n_tries=args.n_tries,
+        reading=args.reading,
     )
     return 0
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from dinov2_custom import entry
+from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.transforms import make_classification_eval_transform, make_classification_train_transform
 from dinov2_custom.eval.args import get_linear_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import draws_for_training, num_classes_of, open_labelled
@@ -76,8 +76,8 @@ def eval_linear(
     *,
     feature_model: nn.Module,
     linear_classifiers: nn.Module,
-    train_data_loader: DataLoader,
-    val_data_loader: DataLoader,
+    train_data_loader: Iterable,
+    val_data_loader: Iterable,
     metrics_file_path: str | Path,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
@@ -158,6 +158,7 @@ def run_eval_linear(
     *,
     train_transform: Callable | None = None,
     eval_transform: Callable | None = None,
+    reading: Reading | None = None,
 ) -> dict[str, Any]:
     """Train and score linear classifiers on ``model``; everything goes to ``output_dir``.
 
@@ -167,6 +168,7 @@ def run_eval_linear(
         test_dataset_strs: where the best classifier on ``val_dataset_str`` is scored too, each with its entry of
             ``test_metric_types`` and ``test_class_mapping_fpaths``.
         train_transform, eval_transform: None: upstream's, 224 pixels with ImageNet's normalisation.
+        reading: of images of more than 8 bits, as in the model's training; None: measured.
 
     Returns:
         ``{"best_classifier": name, "<dataset string>_accuracy": percent, ...}``.
@@ -178,10 +180,11 @@ def run_eval_linear(
         val_dataset_str, test_dataset_strs, val_metric_type, test_metric_types, test_class_mapping_fpaths
     )
     val_mapping = read_class_mapping("--val-class-mapping-fpath", val_class_mapping_fpath)
-    train_dataset = open_labelled("--train-dataset", train_dataset_str)
+    train_dataset = open_labelled("--train-dataset", train_dataset_str, reading=reading)
     num_classes = num_classes_of(train_dataset)
     logger.info(f"dataset: {train_dataset_str} images={len(train_dataset)} classes={num_classes}")
     shared = {"transform": eval_transform, "train_dataset": train_dataset, "has_mapping": val_mapping is not None}
+    shared["reading"] = train_dataset.reading
     val_loader = make_eval_data_loader(val_dataset_str, batch_size, num_workers, val_metric_type, **shared)
     open_log("dinov2")
 
@@ -234,6 +237,7 @@ def run_eval_linear(
             mappings,
             transform=eval_transform,
             train_dataset=train_dataset,
+            reading=train_dataset.reading,
         )
     results |= {"best_classifier": best["name"], f"{val_dataset_str}_accuracy": 100.0 * best["accuracy"]}
     logger.info("linear evaluation: " + " ".join(f"{key}={value}" for key, value in results.items()))
@@ -275,6 +279,7 @@ def main(args: argparse.Namespace) -> int:
         eval_transform=make_classification_eval_transform(
             resize_size=args.resize_size, crop_size=args.crop_size, **args.normalize
         ),
+        reading=args.reading,
     )
     return 0
 

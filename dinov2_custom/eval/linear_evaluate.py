@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 
+from dinov2_custom.data.depth import Reading
+from dinov2_custom.data.image_batches import ImageLoader
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval.datasets import every_image_once, match_classes, open_labelled, warn_of_same_files
@@ -30,7 +32,7 @@ logger = logging.getLogger("dinov2")
 def evaluate_linear_classifiers(
     feature_model: nn.Module,
     linear_classifiers: nn.Module,
-    data_loader: DataLoader,
+    data_loader: Iterable[tuple[Tensor, Any]],
     metric_type: MetricType,
     metrics_file_path: str | Path,
     training_num_classes: int,
@@ -79,34 +81,36 @@ def make_eval_data_loader(
     train_dataset: Any = None,
     has_mapping: bool = False,
     flag: str = "--val-dataset",
-) -> DataLoader:
+    reading: Reading | None = None,
+) -> ImageLoader:
     """Return a loader of every image once, over all ranks together.
 
     Args:
         transform: None: shorter side 256, central 224 pixels, ImageNet's normalisation.
         train_dataset: its class folders' numbers count, where both have a folder a class, unless ``has_mapping``.
         flag: what gave ``test_dataset_str``, for errors.
+        reading: of images of more than 8 bits; None: measured.
 
     Raises:
         ConfigError: no labels.
         DataError: nothing found, or a class folder that ``train_dataset`` lacks.
     """
-    dataset = open_labelled(flag, test_dataset_str, transform or make_classification_eval_transform())
+    dataset = open_labelled(flag, test_dataset_str, transform or make_classification_eval_transform(), reading)
     if train_dataset is not None:
         warn_of_same_files(train_dataset, dataset, "--train-dataset", flag)
     if train_dataset is not None and not has_mapping:
         dataset = match_classes(train_dataset, dataset, "--train-dataset", flag)
-    collate = _pad_and_collate if metric_type is MetricType.IMAGENET_REAL_ACCURACY else None
+    collate = _pad if metric_type is MetricType.IMAGENET_REAL_ACCURACY else default_collate
     return every_image_once(dataset, batch_size, num_workers, collate)
 
 
-def _pad_and_collate(batch: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
-    """Stack images, and their several true labels (or one) as int64 (B, most labels), padded with -1."""
-    labels = [np.atleast_1d(np.asarray(target, dtype=np.int64)) for _, target in batch]
-    padded = np.full((len(batch), max(1, *map(len, labels))), -1)
+def _pad(targets: Sequence[Any]) -> Tensor:
+    """Return several true labels (or one) of each image as int64 (B, most labels), padded with -1."""
+    labels = [np.atleast_1d(np.asarray(target, dtype=np.int64)) for target in targets]
+    padded = np.full((len(labels), max(1, *map(len, labels))), -1)
     for row, own in zip(padded, labels, strict=True):
         row[: len(own)] = own
-    return torch.stack([image for image, _ in batch]), torch.from_numpy(padded)
+    return torch.from_numpy(padded)
 
 
 def test_on_datasets(
@@ -125,12 +129,13 @@ def test_on_datasets(
     *,
     transform: Callable | None = None,
     train_dataset: Any = None,
+    reading: Reading | None = None,
 ) -> dict[str, float]:
     """Score one classifier on each dataset; return ``{"<dataset string>_accuracy": percent}``."""
     results = {}
     for text, mapping, metric_type in zip(test_dataset_strs, test_class_mappings, test_metric_types, strict=True):
         logger.info(f"test dataset: {text}")
-        shared = {"train_dataset": train_dataset, "has_mapping": mapping is not None}
+        shared = {"train_dataset": train_dataset, "has_mapping": mapping is not None, "reading": reading}
         options = {"transform": transform, "flag": "--test-datasets", **shared}
         loader = make_eval_data_loader(text, batch_size, num_workers, metric_type, **options)
         best = evaluate_linear_classifiers(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_custom import entry
+from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval.args import get_log_regression_args_parser as get_args_parser
@@ -150,21 +151,23 @@ def eval_log_regression_with_model(
     batch_size: int = 256,
     num_workers: int = 5,
     solver: str = "torch",
+    reading: Reading | None = None,
 ) -> dict[str, Any]:
     """Run :func:`eval_log_regression` on datasets by their strings.
 
     Args:
         transform: None: shorter side and centre 224 pixels, ImageNet's normalisation.
+        reading: of images of more than 8 bits, as in the model's training; None: measured.
     """
     transform = transform or make_classification_eval_transform(resize_size=224)
     train_dataset, val_dataset = open_pair(
-        ("--train-dataset", train_dataset_str, transform), ("--val-dataset", val_dataset_str, transform)
+        ("--train-dataset", train_dataset_str, transform), ("--val-dataset", val_dataset_str, transform), reading
     )
     warn_of_same_files(train_dataset, val_dataset, "--train-dataset", "--val-dataset")
     finetune_dataset = None
     if finetune_dataset_str:
         flag = "--finetune-dataset-str"
-        finetune_dataset = open_labelled(flag, finetune_dataset_str, transform)
+        finetune_dataset = open_labelled(flag, finetune_dataset_str, transform, train_dataset.reading)
         finetune_dataset = match_classes(train_dataset, finetune_dataset, "--train-dataset", flag)
     open_log("dinov2")
     return eval_log_regression(
@@ -229,6 +232,7 @@ def main(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         solver=args.solver,
+        reading=args.reading,
     )
     lines = (json.dumps({key: value}) for key, value in results.items())
     append_lines(Path(args.output_dir) / RESULTS_FILE, lines)

@@ -23,6 +23,7 @@ from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_args_parser
 from dinov2_custom.logging import open_log, setup_logging
 from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.reading import reading_of
 from dinov2_custom.teacher import RELEASED_CROP_SIZE, is_released, load_teacher_backbone
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
@@ -45,7 +46,8 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
     """Return (teacher backbone on its device in evaluation mode, number type to compute in).
 
     Starts the ranks and the logs, makes the output directory and sets ``args.output_dir`` to it; ``args.normalize``
-    becomes the ``{"mean": ..., "std": ...}`` that the model was trained with, ``args.training_crop_size`` the pixels.
+    becomes the ``{"mean": ..., "std": ...}`` that the model was trained with, ``args.training_crop_size`` the pixels,
+    ``args.reading`` how it read images of more than 8 bits.
 
     Args:
         args: what :func:`get_args_parser` parses; flags that upstream does not have may be missing.
@@ -74,6 +76,7 @@ def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -
     )
     args.normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
     args.training_crop_size = RELEASED_CROP_SIZE if is_released(config_file) else cfg.crops.global_crops_size
+    args.reading = reading_of(cfg)
     args.output_dir = distributed.broadcast_object(cfg.train.output_dir)
     check_not_a_run(args.output_dir)
     check_output_dir(args.output_dir)

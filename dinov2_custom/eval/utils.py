@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dinov2_custom import distributed
 from dinov2_custom.data.adapters import DatasetWithEnumeratedTargets
-from dinov2_custom.data.loaders import SamplerType, make_data_loader
+from dinov2_custom.data.image_batches import ImageLoader, of_list
 from dinov2_custom.errors import DataError
 from dinov2_custom.utils.transfer import HostCopy, to_device, to_host
 
@@ -131,14 +131,11 @@ def extract_features(
     """
     if not len(dataset):
         raise DataError("dataset: expected labelled images, got none")
-    loader = make_data_loader(
-        dataset=DatasetWithEnumeratedTargets(dataset),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        sampler_type=SamplerType.DISTRIBUTED,
-        drop_last=False,
-        shuffle=False,
-    )
+    rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
+    share = -(-len(dataset) // world_size)  # of equal size, since features of all ranks are gathered step by step
+    indices, number = of_list([(i * world_size + rank) % len(dataset) for i in range(share)], batch_size)
+    enumerated = DatasetWithEnumeratedTargets(dataset)
+    loader = ImageLoader(enumerated, indices, batch_size, num_workers=num_workers, stop=number)
     return extract_features_with_dataloader(model, loader, len(dataset), gather_on_cpu)
 
 

@@ -24,6 +24,7 @@ from dinov2_custom.plots.args import get_features_args_parser
 from dinov2_custom.plots.attention import class_attention, overlay
 from dinov2_custom.plots.features import pca_colours, plot_rows
 from dinov2_custom.plots.scatter import folder_labels, plot_scatter
+from dinov2_custom.reading import choose_reading
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
 from dinov2_custom.utils.run_folder import default_output
 
@@ -50,6 +51,7 @@ def main(args: argparse.Namespace) -> int:
     folder = Path(args.output_dir).expanduser() if args.output_dir else default_output("features", args.checkpoint)
     check_output_dir(folder, "--output-dir")
     dataset = make_dataset(dataset_str=args.dataset)
+    choose_reading(dataset, teacher.reading)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_pictures(teacher, dataset, folder, args.num_images, args.image_size, args.heads)
     if args.num_points:

@@ -60,6 +60,15 @@ def get_args_parser(parents: Sequence[argparse.ArgumentParser] = (), add_help: b
         metavar="SIZE",
         help="bytes of a tar file, such as 500MB; 0: a plain folder of files (1GB)",
     )
+    add(
+        "--intensity",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become 0 and 255 where images of more than 8 bits are changed, as data.intensity of training "
+        "(default: measured on a sample of the dataset, and kept for the rest of the run)",
+    )
+    add("--page", type=page, default=0, metavar="N", help="page that is read of images with several, from 0 (0)")
     add("--workers", type=whole, default=0, metavar="N", help="processes (default: one for each core)")
     return parser
 
@@ -67,6 +76,11 @@ def get_args_parser(parents: Sequence[argparse.ArgumentParser] = (), add_help: b
 def whole(text: str) -> int:
     """Parse a whole number above 0."""
     return _number(text, 1, 1 << 30)
+
+
+def page(text: str) -> int:
+    """Parse the number of a page."""
+    return _number(text, 0, 1 << 30)
 
 
 def quality(text: str) -> int:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dinov2_custom.data.decode import loaded, open_image, to_rgb
+from dinov2_custom.data.decode import as_image, open_page, to_rgb
+from dinov2_custom.data.depth import Deep, Reading
 from dinov2_custom.verify.check import Checked, check_image
 
 SUFFIXES = {
@@ -35,13 +36,22 @@ ORIENTATION = 0x0112
 
 @dataclass(frozen=True)
 class Options:
-    """What to change; 0 means not at all. ``tile_above`` in megapixels, the rest in pixels."""
+    """What to change; 0 means not at all. ``tile_above`` in megapixels, the rest in pixels.
+
+    ``intensity`` and ``page``: see ``data.depth.Reading``.
+    """
 
     short_side: int = 0
     format: str = "keep"
     quality: int = 90
     tile: int = 0
     tile_above: float = 50.0
+    intensity: tuple[float, float] | None = None
+    page: int = 0
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.intensity, self.page)
 
 
 class Output(NamedTuple):
@@ -80,7 +90,7 @@ def prepare_image(data: bytes, name: str, options: Options, simplejpeg: ModuleTy
         return Prepared("kept", (output,), num_bytes=len(data))
     target = target_format(found.format, options, changed=True)
     try:
-        changed = encode(*_pixels(data, found, (width, height)), target, options.quality)
+        changed = encode(*_pixels(data, found, (width, height), options.reading), target, options.quality)
     except MemoryError:
         raise
     except Exception as e:  # whatever Pillow's codecs raise; the image is the cause, not the run
@@ -113,15 +123,18 @@ def with_suffix(name: str, format: str) -> str:
     return (stem if known else name) + allowed[0]
 
 
-def _pixels(data: bytes, found: Checked, size: tuple[int, int]) -> tuple[Image.Image, int]:
+def _pixels(data: bytes, found: Checked, size: tuple[int, int], reading: Reading) -> tuple[Image.Image, int]:
     """Return (image of that size, mode RGB or L; EXIF orientation)."""
-    image = open_image(data)
-    orientation = _orientation(image)
-    if found.format == "JPEG" and size != image.size:
-        image.draft(None, (DRAFT * size[0], DRAFT * size[1]))
-    image = loaded(image, data)
-    grey = image.mode in ("L", "1")
-    image = to_rgb(image).getchannel(0) if grey else to_rgb(image)
+    image = open_page(data, reading.page)
+    if isinstance(image, Deep):
+        image, orientation, grey = as_image(image, reading), 1, image.values.ndim == 2
+    else:
+        orientation = _orientation(image)
+        if found.format == "JPEG" and size != image.size:
+            image.draft(None, (DRAFT * size[0], DRAFT * size[1]))
+        grey = image.mode in ("L", "1", "I", "F") or image.mode.startswith("I;16")
+        image = to_rgb(image, data, reading)
+    image = image.getchannel(0) if grey else image
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     return image, orientation

@@ -28,6 +28,8 @@ from typing import Any
 from PIL import Image
 
 from dinov2_custom.data.decode import formats
+from dinov2_custom.data.depth import Deep, Reading
+from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import missing
@@ -88,7 +90,7 @@ class Preparer:
         if not self.options.tile:
             return Prepared("bad", reason=f"too large: {num_bytes:,} bytes; give --tile", num_bytes=num_bytes)
         try:
-            return self._write(i, name, TiffBands(name, name), num_bytes)
+            return self._write(i, name, TiffBands(name, name, self.options.reading), num_bytes)
         except DataError as e:
             return Prepared("bad", reason=_reason(e), num_bytes=num_bytes)
 
@@ -96,11 +98,11 @@ class Preparer:
         """Tile a huge image: within Pillow's limit checked as any other and decoded whole, above it part by part."""
         try:
             if _too_large(seen):
-                return self._write(i, name, TiffBands(io.BytesIO(data), name), len(data))
+                return self._write(i, name, TiffBands(io.BytesIO(data), name, self.options.reading), len(data))
             found = check_image(data, self._simplejpeg)
             if found.reason:
                 return Prepared("bad", reason=found.reason, num_bytes=len(data))
-            return self._write(i, name, DecodedBands(data, name, found.format), len(data))
+            return self._write(i, name, DecodedBands(data, name, found.format, self.options.reading), len(data))
         except DataError as e:
             return Prepared("bad", reason=_reason(e), num_bytes=len(data))
 
@@ -111,6 +113,36 @@ class Preparer:
         finally:
             bands.close()
         return Prepared("tiled", num_bytes=num_bytes, spool=str(spool))
+
+
+class TileLooker(Looker):
+    """A :class:`Looker` that also looks at images above Pillow's limit."""
+
+    def __call__(self, i: int) -> tuple[Deep | None, str]:
+        name = self.dataset.name(i)
+        file: str | io.BytesIO = name if os.path.isfile(name) else io.BytesIO(read_image(self.dataset, i))
+        if not _too_large(header(file)):
+            return super().__call__(i)
+        bands = TiffBands(file, name, Reading(None, self.page))
+        try:
+            deep = bands.sample()
+            return deep if deep.values.dtype.itemsize > 1 else None, bands.note
+        finally:
+            bands.close()
+
+
+def with_range(options: Options, dataset: Any, folder: Path) -> Options:
+    """Return ``options`` with a range: their own, that of the run which was begun in ``folder``, or a measured one."""
+    text = (folder / MARKER).read_text()
+    if text.strip():
+        intensity = options.intensity or json.loads(text).get("intensity")
+        return dataclasses.replace(options, intensity=intensity and tuple(intensity))
+    found = measure(len(dataset), TileLooker(dataset, options.page), intensity=options.intensity)
+    for line in found.describe():
+        logger.info(line)
+    for line in found.warnings():
+        logger.warning(line)
+    return dataclasses.replace(options, intensity=options.intensity or found.intensity)
 
 
 def header(source: str | io.BytesIO) -> tuple[int, int, str]:
@@ -207,7 +239,7 @@ def task_of(dataset: Any, options: Options) -> dict[str, Any]:
 
 
 def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
-    text = (folder / MARKER).read_text()
+    text, task = (folder / MARKER).read_text(), json.loads(json.dumps(task))
     if text.strip():
         before = json.loads(text)
         other = [f"{key}: {before.get(key)}, now {task[key]}" for key in task if before.get(key) != task[key]]
@@ -268,11 +300,15 @@ def as_text(summary: dict[str, Any], folder: Path) -> str:
 def main(args: argparse.Namespace) -> int:
     """Run what ``args.get_args_parser`` parsed; return the exit code."""
     setup_logging(name="dinov2", level=logging.INFO)
-    options = Options(args.short_side, args.format, args.quality, args.tile, args.tile_above)
+    if args.intensity and args.intensity[0] >= args.intensity[1]:
+        raise ConfigError(f"--intensity: expected the smaller value first, got {args.intensity}")
+    intensity = tuple(args.intensity) if args.intensity else None
+    options = Options(args.short_side, args.format, args.quality, args.tile, args.tile_above, intensity, args.page)
     try:
         dataset = open_dataset(args.dataset)
         with own_folder(args.output_dir, MARKER) as folder:
             setup_logging(folder, name="dinov2", level=logging.INFO)
+            options = with_range(options, dataset, folder)
             summary = prepare(dataset, folder, options, shard_size=args.shard_size, workers=args.workers)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

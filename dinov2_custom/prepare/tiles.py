@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from PIL import Image
 
-from dinov2_custom.data.decode import decode_rgb
+from dinov2_custom.data.decode import READING, decode_rgb, note_of_page
+from dinov2_custom.data.depth import NODATA, Deep, Reading, declared, to_levels
 from dinov2_custom.errors import DataError
 from dinov2_custom.extras import missing
 
@@ -52,8 +53,8 @@ def find_tifffile() -> ModuleType | None:
 class DecodedBands:
     """Rows of an image that Pillow can decode whole."""
 
-    def __init__(self, data: bytes, name: str, format: str):
-        self._pixels = np.asarray(decode_rgb(data, name))
+    def __init__(self, data: bytes, name: str, format: str, reading: Reading = READING):
+        self._pixels = np.asarray(decode_rgb(data, name, reading=reading))
         self.height, self.width = self._pixels.shape[:2]
         self.format = format
 
@@ -65,7 +66,7 @@ class DecodedBands:
 
 
 class TiffBands:
-    """Rows of the first page of a TIFF of any size, decoded strip by strip or tile by tile.
+    """Rows of one page of a TIFF of any size, decoded strip by strip or tile by tile.
 
     Raises:
         DataError: tifffile is missing, or a kind of TIFF that this cannot read; the message says what to do.
@@ -73,19 +74,20 @@ class TiffBands:
 
     format = "TIFF"
 
-    def __init__(self, file: str | BinaryIO, name: str):
+    def __init__(self, file: str | BinaryIO, name: str, reading: Reading = READING):
         tifffile = find_tifffile()
         if tifffile is None:
             raise DataError(missing("tifffile", f"a huge TIFF, {name}"))
         try:
             self._tiff: Any = tifffile.TiffFile(file)
-            self._page: Any = self._tiff.pages[0]
+            self._page: Any = self._tiff.pages[reading.page if len(self._tiff.pages) > 1 else 0]
         except Exception as e:  # tifffile raises its own, struct.error, ValueError, ...
             raise DataError(
                 f"expected a TIFF, the only format that can be read in parts: {name} ({type(e).__name__}: {e}); "
                 "convert it to a tiled TIFF"
             ) from e
-        self.name = name
+        self.name, self.intensity = name, reading.intensity
+        self.note = note_of_page(self._page.description, len(self._tiff.pages))
         page = self._page
         self.width, self.height = int(page.imagewidth), int(page.imagelength)
         self._samples = int(page.samplesperpixel)
@@ -95,11 +97,11 @@ class TiffBands:
         wrong = self._unsupported(tifffile)
         if wrong:
             self.close()
-            raise DataError(f"expected a TIFF of 8- or 16-bit grey or RGB: {name} ({wrong}); convert it")
+            raise DataError(f"expected a TIFF of grey or RGB: {name} ({wrong}); convert it")
 
     def _unsupported(self, tifffile: ModuleType) -> str:
         page = self._page
-        if page.dtype is None or page.dtype.name not in ("uint8", "uint16"):
+        if page.dtype is None or page.dtype.kind not in "uif" or page.dtype == "int8":
             return f"values of type {page.dtype}"
         if self._samples not in (1, 3, 4) or (self._samples > 1 and int(page.planarconfig) != 1):
             return f"{self._samples} channels, planar configuration {int(page.planarconfig)}"
@@ -112,6 +114,14 @@ class TiffBands:
         return ""
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
+        values = self.values(top, bottom)
+        if self.intensity is None and values.top is None:
+            raise DataError(f"expected the range of {values.values.dtype}: {self.name}; give --intensity LOW HIGH")
+        levels = to_levels(values, self.intensity)
+        return np.repeat(levels[..., None], 3, axis=2) if levels.ndim == 2 else levels
+
+    def values(self, top: int, bottom: int) -> Deep:
+        """Return the values of rows, (bottom - top, width) or (bottom - top, width, 3)."""
         page = self._page
         band = np.zeros((bottom - top, self.width, self._samples), page.dtype)
         for row in range(top // self._step, -(-bottom // self._step)):
@@ -123,7 +133,20 @@ class TiffBands:
                 first, last = max(top, y), min(bottom, y + piece.shape[0])
                 right = min(self.width, x + piece.shape[1])
                 band[first - top : last - top, x:right] = piece[first - y : last - y, : right - x]
-        return self._to_rgb(band)
+        tag = page.tags.get(NODATA)
+        return declared(
+            band[..., 0] if self._samples == 1 else band[..., :3],
+            int(page.bitspersample),
+            None if tag is None else tag.value,
+            white_is_zero=int(page.photometric) == MINISWHITE,
+        )
+
+    def sample(self, bands: int = 8) -> Deep:
+        """Return the values of some rows, spread over the page."""
+        height = min(self._step, self.height, 64)
+        tops = sorted({k * (self.height - height) // max(bands - 1, 1) for k in range(bands)})
+        parts = [self.values(top, top + height) for top in tops]
+        return Deep(np.concatenate([part.valid() for part in parts]))
 
     def _piece(self, number: int) -> np.ndarray | None:
         """Decode one strip or tile to (rows, columns, samples); None: it was never written."""
@@ -143,13 +166,6 @@ class TiffBands:
                 raise DataError(missing("imagecodecs", f"the compression of {self.name}")) from e
             raise DataError(f"damaged TIFF: part {number}: {type(e).__name__}: {e}: {self.name}") from e
         return None if decoded is None else decoded[0]
-
-    def _to_rgb(self, band: np.ndarray) -> np.ndarray:
-        if band.dtype == np.uint16:
-            band = ((band.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        if int(self._page.photometric) == MINISWHITE:
-            band = 255 - band
-        return np.repeat(band, 3, axis=2) if self._samples == 1 else band[:, :, :3]
 
     def close(self) -> None:
         self._tiff.close()

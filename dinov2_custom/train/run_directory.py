@@ -100,6 +100,15 @@ def changed_batch(before: Mapping[str, Any], cfg: DictConfig, world_size: int) -
     return [f"global batch: {old} ({how_old}) -> {new} ({how_new})", lr]
 
 
+def changed_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
+    """Return "images: before -> now" where the data are not those of the checkpoint; each has images and digest."""
+    if not before or not now or before == now:
+        return []
+    if before["images"] != now["images"]:
+        return [f"images found: {before['images']:,} -> {now['images']:,}, so that other ones come"]
+    return ["images found: as many, but other ones"] if before["digest"] and now["digest"] else []
+
+
 def _global_batch(cfg: DictConfig, world_size: int) -> tuple[int, str]:
     """Return images a step, and what they are the product of."""
     batch, accumulated = cfg.train.batch_size_per_gpu, OmegaConf.select(cfg, "optim.accumulation_steps", default=1)

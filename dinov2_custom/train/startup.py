@@ -12,6 +12,7 @@ import torch
 
 from dinov2_custom import __version__
 from dinov2_custom.commands import command
+from dinov2_custom.reading import describe, reading_of
 from dinov2_custom.teacher import RELEASED_CROP_SIZE
 from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype
@@ -38,6 +39,7 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
         f"prototypes: {model.num_prototypes:,} (ln = {math.log(model.num_prototypes):.3f}), "
         f"{num_images / model.num_prototypes:.3g} images each",
         f"images: {num_images:,} found in {cfg.train.dataset_path}",
+        *describe(reading_of(cfg)),
         f"batch: {cfg.train.batch_size_per_gpu} a process x {world_size} processes x {cfg.optim.accumulation_steps} "
         f"accumulated = {length.global_batch}, lr={cfg.optim.lr:.3g}",
         f"length: {course.describe(num_images)}",

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.configs.upstream import with_defaults
-from dinov2_custom.data.loaders import make_train_loader
+from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.exit_codes import DONE, stopped_by
 from dinov2_custom.logging import (
@@ -31,6 +31,7 @@ from dinov2_custom.logging import (
     truncate_after,
 )
 from dinov2_custom.parallel import parallelize
+from dinov2_custom.reading import choose_for_training
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
@@ -49,7 +50,7 @@ from dinov2_custom.train.optimization import (
 )
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.ranks import describe_lost
-from dinov2_custom.train.run_directory import changed_batch, changed_keys, is_refusal, made_and_locked
+from dinov2_custom.train.run_directory import changed_batch, changed_data, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_doubts, describe_end, describe_run
 from dinov2_custom.train.step_guard import StepGuard, Word
@@ -93,7 +94,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     cfg = with_defaults(cfg)
     out, rank, world_size = Path(cfg.train.output_dir), distributed.get_global_rank(), distributed.get_global_size()
     if loader is None:
-        loader = make_train_loader(cfg, rank=rank, world_size=world_size, cores=distributed.share_of_cores())
+        cfg, loader = open_data(cfg, resume)
     length = run_length(cfg, loader.num_images, world_size)
     schedules = build_schedulers(cfg, length)
     resume = resume and has_checkpoints(out)
@@ -114,6 +115,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         logger.info(f"nothing to do: {course.how_to_extend()}")
         return DONE
     changes = [] if resumed is None else changed_batch(kept, cfg, world_size) + changed_keys(kept, out, cfg)
+    changes += changed_data(kept.get("data"), loader.found)
     if changes:
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")
     write_config(cfg, str(out))
@@ -202,6 +204,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             if last or word.stop_signal or (iteration + 1) % save_period == 0:
                 leaving = bool(word.stop_signal)
                 extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()
+                extra["data"] = loader.found
                 extra["has_row_of_stop"] = int(leaving and not last and not model.diagnose)  # the run has it not
                 checkpoint_path = checkpointer.save(
                     iteration, final=last, wait=leaving, draws=loader.draws, extra=extra
@@ -223,6 +226,18 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     return DONE
 
 
+def open_data(cfg, resume: bool, on_bad_image=None):
+    """Return ``cfg`` with the range of the images' values in it, and the loader of :func:`make_train_loader`."""
+    dataset = make_dataset(dataset_str=cfg.train.dataset_path)
+    out = Path(cfg.train.output_dir)
+    cfg = choose_for_training(cfg, dataset, out if resume and has_checkpoints(out) else None)
+    place = {"rank": distributed.get_global_rank(), "world_size": distributed.get_global_size()}
+    cores = distributed.share_of_cores()
+    loader = make_train_loader(cfg, **place, cores=cores, dataset=dataset, on_bad_image=on_bad_image)
+    loader.found = {"images": len(dataset), "digest": getattr(dataset, "digest", str)()}
+    return cfg, loader
+
+
 def main(args) -> int:
     """Run one training or, with ``--eval-only``, write the newest checkpoint's teacher; return the exit code.
 
@@ -235,10 +250,10 @@ def main(args) -> int:
     hang_s = load_cfg_from_args(args, warn=lambda text: None).train.hang_timeout
     # ``Watch`` names who hangs; the time-out of collectives is for where it cannot, and allows for what it allows
     with distributed.enabled(overwrite=True, timeout_s=max(4 * hang_s, MIN_COLLECTIVE_S) if hang_s else 0):
-        return _run(args, distributed.get_global_rank(), distributed.get_global_size())
+        return _run(args, distributed.get_global_rank())
 
 
-def _run(args, rank: int, world_size: int) -> int:
+def _run(args, rank: int) -> int:
     notes: list[str] = []
     cfg = get_cfg_from_args(args, warn=notes.append)
     split_over_memory(cfg)
@@ -246,8 +261,7 @@ def _run(args, rank: int, world_size: int) -> int:
     check_output_dir(cfg.train.output_dir)
     setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)
     bad_images = BadImageLog(Path(cfg.train.output_dir) / BAD_IMAGES_FILE)
-    cores = distributed.share_of_cores()
-    loader = make_train_loader(cfg, rank=rank, world_size=world_size, cores=cores, on_bad_image=bad_images)
+    cfg, loader = open_data(cfg, not args.no_resume, on_bad_image=bad_images)
 
     out = Path(cfg.train.output_dir)
     try:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from dinov2_custom.commands import command
-from dinov2_custom.data.decode import describe, loaded, open_image, to_rgb
+from dinov2_custom.data.decode import describe, loaded, open_image, open_page, page_note, to_rgb
+from dinov2_custom.data.depth import Deep, is_deep
 
 from .structure import ZERO_RUN, fault
 from .tiff import read_coefficients, tiff_fault
@@ -27,7 +28,10 @@ ABOUT_METADATA = ("EXIF", "Metadata", "Palette images with Transparency", "APNG 
 
 
 class Checked(NamedTuple):
-    """What was found in one image file. ``reason`` is "class: details", or "" for a sound one."""
+    """What was found in one image file.
+
+    ``reason`` is "class: details", or "" for a sound one; ``note``: see ``decode.page_note``.
+    """
 
     reason: str = ""
     format: str = ""
@@ -36,6 +40,7 @@ class Checked(NamedTuple):
     height: int = 0
     frames: int = 1
     by: str = "pillow"
+    note: str = ""
 
 
 def find_simplejpeg() -> ModuleType | None:
@@ -60,18 +65,29 @@ def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         try:
-            image = open_image(data)
+            image = open_page(data)
         except Image.DecompressionBombError as e:
             return Checked(too_large(str(e)))
         except MemoryError:
             raise
         except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
             return Checked(f"not an image: {describe(data)} ({_text(e)})")
+        if isinstance(image, Deep):  # and whole, as all its values were read
+            height, width, *colours = image.values.shape
+            mode = f"{image.values.dtype}{' RGB' * len(colours)}"
+            return Checked("", "TIFF", mode, width, height, by="tifffile")
         seen = Checked("", image.format or "", image.mode, *image.size)
         seen = seen._replace(format="JPEG" if seen.format == "MPO" else seen.format)
+        if is_deep(image) and image.mode in ("RGB", "RGBA"):  # which Pillow makes of them
+            seen = seen._replace(mode=f"{image.mode};16")
         if seen.format == "JPEG" and simplejpeg is not None:
             return _check_jpeg(data, seen, simplejpeg)
         return _check_with_pillow(image, data, seen, raised, simplejpeg)
+
+
+def has_deep_mode(mode: str) -> bool:
+    """Return whether images of ``Checked.mode`` have more than 8 bits a channel."""
+    return ";16" in mode or mode in ("I", "F") or (mode.startswith(("uint", "int", "float")) and "uint8" not in mode)
 
 
 def _check_with_pillow(
@@ -82,6 +98,7 @@ def _check_with_pillow(
         return seen._replace(reason=f"damaged {seen.format}: {found}")
     frame, frames = 0, 1
     try:
+        seen = seen._replace(note=page_note(image))
         frames = 1 if seen.format == "JPEG" else getattr(image, "n_frames", 1)
         for frame in range(frames):
             if frame:
@@ -89,7 +106,7 @@ def _check_with_pillow(
             image = loaded(image, data)
             found = found or tiff_fault(data, image, simplejpeg)
             if frame == 0 and image.mode not in PLAIN_MODES:
-                to_rgb(image)  # of a mode that is converted without changing the image
+                to_rgb(image, data)  # of a mode that is converted without changing the image
     except MemoryError:
         raise
     except Exception as e:

@@ -17,20 +17,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import yaml
 
+from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.data.mixture import left_out, unreadable_folders
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import install
 from dinov2_custom.logging import setup_logging, track
 
-from .check import Checked, check_image, find_simplejpeg, too_large
+from .check import Checked, check_image, find_simplejpeg, has_deep_mode, too_large
 from .folder import default_folder, own_folder
 from .pool import Death, num_cores, run_pool
 from .report import as_text, write_report
-from .results import Results, Stamp, stamp_of
+from .results import SOUND, Results, Stamp, stamp_of
 
 logger = logging.getLogger("dinov2")
 MARKER = "verify_results.jsonl"
@@ -121,7 +122,10 @@ def verify(
         seconds = time.monotonic() - started
         if len(todo):
             logger.info(f"verify: done in {seconds:.1f} s, {len(todo) / max(seconds, 1e-9):.0f} images/s")
-        return write_report(results, folder, label, unreadable_folders(dataset), left_out(dataset))
+        kinds = [k for k, kind in enumerate(results.kinds) if has_deep_mode(kind[1])]
+        deep, look = np.flatnonzero((results.status == SOUND) & np.isin(results.kind, kinds)), Looker(dataset)
+        measured = measure(len(deep), lambda k: look(int(deep[k])))
+        return write_report(results, folder, label, dataset.unreadable_folders(), dataset.left_out(), measured)
 
 
 def _of_death(death: Death) -> Checked:

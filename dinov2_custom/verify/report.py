@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dinov2_custom.data.intensity import Measured
 from dinov2_custom.extras import install
 
 from .folder import written_whole
@@ -26,11 +27,13 @@ def write_report(
     dataset: str,
     unreadable_folders: Sequence[str] = (),
     left_out: Mapping[str, int] | None = None,
+    measured: Measured | None = None,
 ) -> dict[str, Any]:
     """Write the three files into ``folder`` and return the summary. The same results give the same bytes.
 
     ``unreadable_folders``: folders of the dataset that could not be listed, so that their images were not checked.
-    ``left_out``: how many files of which extension were found beside the images.
+    ``left_out``: how many files of which extension were found beside the images. ``measured``: the range of values in
+    images of more than 8 bits.
     """
     with written_whole(folder / "bad_images.jsonl") as file:
         for i in np.flatnonzero(results.status == BAD).tolist():
@@ -46,6 +49,10 @@ def write_report(
     summary = summarize(results, dataset) | {"sound_but_not_listable": unlisted}
     summary["left_out"] = dict(left_out or {})
     summary["unreadable_folders"] = sorted(map(absolute, unreadable_folders))
+    if measured is not None and measured.intensity is not None:
+        keys = ("intensity", "deep", "clipped", "levels", "levels_an_image")
+        found = {key: getattr(measured, key) for key in keys} | {"intensity": list(measured.intensity)}
+        summary["intensity"] = found | {"text": measured.describe()[0], "warnings": measured.warnings()}
     with written_whole(folder / "summary.json") as file:
         file.write(json.dumps(summary, indent=1) + "\n")
     return summary
@@ -62,12 +69,13 @@ def summarize(results: Results, dataset: str) -> dict[str, Any]:
     """Return counts and histograms; formats, modes and sizes are those of the sound images."""
     sound = results.status == SOUND
     kinds = np.bincount(results.kind[sound], minlength=len(results.kinds)).tolist()
-    formats, modes, checkers = Counter[str](), Counter[str](), Counter[str]()
-    for (format, mode, by), count in zip(results.kinds, kinds, strict=True):
+    formats, modes, checkers, notes = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    for (format, mode, by, note), count in zip(results.kinds, kinds, strict=True):
         if count:
             formats[format] += count
             modes[mode] += count
             checkers[by] += count if format == "JPEG" else 0
+            notes[note] += count if note else 0
     sizes = results.sizes[sound]
     exact, counts = np.unique(sizes, axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:TOP]
@@ -80,6 +88,7 @@ def summarize(results: Results, dataset: str) -> dict[str, Any]:
         "worst_folders": dict(_bad_folders(results).most_common(TOP)),
         "formats": _sorted(formats),
         "modes": _sorted(modes),
+        "pages": _sorted(+notes),
         "jpeg_checked_by": _sorted(+checkers),
         "short_side": _histogram(sizes.min(axis=1) if len(sizes) else np.empty(0)),
         "sizes": {f"{exact[k][0]}x{exact[k][1]}": int(counts[k]) for k in order.tolist()},
@@ -111,9 +120,12 @@ def as_text(summary: dict[str, Any]) -> str:
         more = f" and {len(folders) - TOP} more" if len(folders) > TOP else ""
         lines.append(f"folders that cannot be read, whose images were not checked: {', '.join(folders[:TOP])}{more}")
     for title, key in (("reasons", "reasons"), ("bad images by folder", "worst_folders"), ("formats", "formats"),
-                       ("modes", "modes"), ("left out, not images by their names", "left_out")):  # fmt: skip
+                       ("modes", "modes"), ("pages", "pages"),
+                       ("left out, not images by their names", "left_out")):  # fmt: skip
         if summary[key]:
             lines.append(f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in summary[key].items()))
+    if "intensity" in summary:
+        lines += [summary["intensity"]["text"], *(f"warning: {text}" for text in summary["intensity"]["warnings"])]
     if summary["short_side"]:
         lines.append("shorter side, pixels:")
         most = max(summary["short_side"].values())

@@ -50,7 +50,7 @@ class Results:
         self.status = np.zeros(count, np.uint8)
         self.sizes = np.zeros((count, 2), np.int32)
         self.kind = np.zeros(count, np.uint16)
-        self.kinds: list[tuple[str, str, str]] = [("", "", "")]
+        self.kinds: list[tuple[str, str, str, str]] = [("", "", "", "")]
         self.reasons: dict[int, str] = {}
         self._kind_of = {self.kinds[0]: 0}
         self._file: Any = None
@@ -71,7 +71,7 @@ class Results:
 
     def set(self, i: int, found: Checked) -> None:
         """Note the result of image ``i`` in memory."""
-        kind = (found.format, found.mode, found.by)
+        kind = (found.format, found.mode, found.by, found.note)
         if kind not in self._kind_of:
             self._kind_of[kind] = len(self.kinds)
             self.kinds.append(kind)

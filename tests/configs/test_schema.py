@@ -42,6 +42,8 @@ OURS = {
     "data.normalize.mean": [0.485, 0.456, 0.406],
     "data.normalize.std": [0.229, 0.224, 0.225],
     "data.dct_scaling": False,
+    "data.intensity": "auto",
+    "data.page": 0,
     "augmentation.brightness": 0.4,
     "augmentation.contrast": 0.4,
     "augmentation.saturation": 0.2,

@@ -93,6 +93,14 @@ class Unpicklable(Numbers):
         raise Local("cannot travel")
 
 
+class Hanging(Numbers):
+    """Image 7 takes for ever."""
+
+    def accident(self, image):
+        if image == 7:
+            time.sleep(3600)
+
+
 class Slow(Numbers):
     def accident(self, image):
         time.sleep(0.05)

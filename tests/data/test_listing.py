@@ -11,7 +11,8 @@ import pytest
 from dinov2_custom.data import listing
 from dinov2_custom.data.listing import Listing, PatientMap, Progress, list_images
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.data.mixture import left_out
+from dinov2_custom.data.sources import FolderSource
+from dinov2_custom.data.spec import DatasetSpec, parse_dataset
 from dinov2_custom.data.tar_shards import find_files
 from dinov2_custom.errors import DataError
 from tests.data.pictures import encode, picture
@@ -253,6 +254,41 @@ def test_what_is_not_taken_for_an_image_is_counted_and_said(tmp_path, caplog):
     assert len(dataset) == 2 * len(files)
     assert all(dataset[i][0].size == (8, 6) for i in range(len(dataset)))
     assert "4 .txt, 3 files without extension, 2 .xml" in caplog.text
-    assert left_out(dataset) == {".txt": 4, "files without extension": 3, ".xml": 2}
+    assert dataset.left_out() == {".txt": 4, "files without extension": 3, ".xml": 2}
     parts = make_dataset(dataset_str=[{"path": str(tmp_path / one), "weight": 1} for one in "ab"])
-    assert left_out(parts) == left_out(dataset)
+    assert parts.left_out() == dataset.left_out()
+
+
+def test_patterns(tmp_path):
+    for name in ("a/1.png", "a/b/2.PNG", "a/b/3.jpg", "c/4.png", "c/notes.txt", "[odd]/5.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+
+    def found(pattern):
+        return [os.path.relpath(path, tmp_path) for path in FolderSource(str(tmp_path / pattern)).paths]
+
+    assert found("**/*.png") == ["[odd]/5.png", "a/1.png", "c/4.png"]
+    assert found("a/**") == ["a/1.png", "a/b/2.PNG", "a/b/3.jpg"]  # each once, though folders match too
+    assert found("[ac]") == found("?") == ["a/1.png", "a/b/2.PNG", "a/b/3.jpg", "c/4.png"]
+    assert found("[odd]") == ["[odd]/5.png"]  # what exists is no pattern
+    assert FolderSource(str(tmp_path / "c" / "*")).left_out() == {".txt": 1}
+    several = FolderSource([str(tmp_path / "c"), str(tmp_path / "a" / "*.png")])
+    assert several.parts() == [(str(tmp_path / "c"), 1), (str(tmp_path / "a" / "*.png"), 1)]
+    with pytest.raises(DataError, match=r"got 1 .txt \(quote a pattern on the command line.* in .*\*.txt"):
+        FolderSource(str(tmp_path / "c" / "*.txt"))
+    with pytest.raises(DataError, match=r"got no files \(quote a pattern .* in .*nothing\*"):
+        FolderSource(str(tmp_path / "nothing*"))
+
+
+def test_patterns_are_looked_up_at_every_start_and_in_strings(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"x")
+    pattern = str(tmp_path / "*.png")
+    assert len(FolderSource(pattern, cache_from=1)) == 1
+    (tmp_path / "2.png").write_bytes(b"x")
+    assert len(FolderSource(pattern, cache_from=1)) == 2
+    assert parse_dataset(pattern) == DatasetSpec("ImageDataset", (pattern,))
+    for name in ("x-0.tar", "x-1.tar"):
+        (tmp_path / name).write_bytes(b"")
+    assert find_files([str(tmp_path / "x-*.tar")], [".tar"], "tars") == [str(tmp_path / f"x-{i}.tar") for i in (0, 1)]
+    with pytest.raises(DataError, match="matches no file"):
+        find_files([str(tmp_path / "y-*.tar")], [".tar"], "tars")

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from dinov2_custom.data import ring as ring_module
 from dinov2_custom.data.ring import MAX_DEATHS, Ring, describe_exit
 from dinov2_custom.errors import DataError
 from tests.data import ring_builders as builders
@@ -223,3 +224,21 @@ def test_how_a_process_ended():
     assert describe_exit(3) == "ended with exit code 3"
     assert describe_exit(-signal.SIGSEGV) == "was killed by SIGSEGV"
     assert describe_exit(-200) == "was killed by signal 200"
+
+
+def test_a_ring_with_an_end_builds_no_more(start):
+    ring = start(builders.Numbers(), 2, stop=3)
+    assert take(ring, 3) == expected(3)
+    assert ring.next_to_give == 3 and len(ring.free) == ring.slots.number
+
+
+def test_who_hangs_at_what_is_said_again_and_again(start, monkeypatch, caplog):
+    monkeypatch.setattr(ring_module, "LOOK_S", 0.1)
+    monkeypatch.setattr(ring_module, "SLOW_S", 0.2)
+    ring = start(builders.Hanging(), 1, hang_s=1.5)
+    pid = ring.workers[0].process.pid
+    assert take(ring, 2) == expected(2)
+    with pytest.raises(DataError, match=rf"no batch for \d s: data-loading process {pid} reads image-7.jpg; look"):
+        ring.next_batch()
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) >= 2 and all(f"process {pid} reads image-7.jpg" in text for text in warned)

@@ -15,7 +15,7 @@ from dinov2_custom.eval.args import get_linear_args_parser
 from dinov2_custom.eval.datasets import draws_for_training, open_labelled
 from dinov2_custom.eval.linear import main
 from dinov2_custom.eval.linear_classifiers import LinearClassifier
-from dinov2_custom.eval.linear_evaluate import _pad_and_collate
+from dinov2_custom.eval.linear_evaluate import _pad
 from dinov2_custom.eval.setup import build_model_for_eval
 from dinov2_custom.eval.utils import ModelWithIntermediateLayers
 from dinov2_custom.logging import remove_logging
@@ -186,6 +186,4 @@ def test_mistakes_are_told_before_training(run, tmp_path):
 
 
 def test_several_true_labels_are_padded():
-    images, labels = _pad_and_collate([(torch.zeros(1), [3, 5]), (torch.ones(1), 7), (torch.ones(1), [])])
-    assert images.shape == (3, 1)
-    assert labels.tolist() == [[3, 5], [7, -1], [-1, -1]]
+    assert _pad([[3, 5], 7, []]).tolist() == [[3, 5], [7, -1], [-1, -1]]

@@ -274,3 +274,60 @@ def test_usage_errors(arguments):
     with pytest.raises(SystemExit) as stop:
         get_args_parser().parse_args([*arguments, *(["--output-dir", "o"] if len(arguments) > 2 else [])])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("limit", [None, 10_000], ids=["by Pillow", "above Pillow's limit"])
+def test_tiles_of_deep_images_keep_their_levels(tmp_path, monkeypatch, limit):
+    """By bit depth all of these would be black; the range is measured once, and a run that goes on keeps it."""
+    tifffile = pytest.importorskip("tifffile")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        rows = np.linspace(100, 400, 200).astype(np.uint16)[:, None] + rng.integers(0, 3, (200, 180), dtype=np.uint16)
+        tifffile.imwrite(tmp_path / "images" / f"{i}.tif", rows, rowsperstrip=16)
+    arguments = [str(tmp_path / "images"), "--tile", "64", "--tile-above", "0.01", "--shard-size", "0"]
+
+    def tiles(out, *more):
+        assert main(get_args_parser().parse_args([*arguments, "--output-dir", str(tmp_path / out), *more])) == 0
+        found = sorted((tmp_path / out / "images").rglob("*.png"))
+        assert len(found) == 3 * 4 * 3
+        remove_logging("dinov2")
+        return np.stack([np.asarray(Image.open(path).convert("L")) for path in found])
+
+    seen = tiles("out")
+    low, high = json.loads((tmp_path / "out" / MARKER).read_text())["intensity"]
+    assert 100 <= low < 104 and 398 < high < 403
+    assert len(np.unique(seen)) > 240
+    for part in (tmp_path / "out").glob("shard-*"):
+        part.unlink()  # as a run that was killed at once
+    tifffile.imwrite(tmp_path / "images" / "0.tif", np.full((200, 180), 60_000, np.uint16))
+    assert tiles("out")[:12].min() == 255
+    assert json.loads((tmp_path / "out" / MARKER).read_text())["intensity"] == [low, high]
+    assert tiles("given", "--intensity", "0", "1000").max() == 255
+    with pytest.raises(ConfigError, match="--intensity: expected the smaller value first"):
+        tiles("wrong", "--intensity", "9", "3")
+
+
+def test_float_height_models_become_tiles(tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 17_000)
+    heights = np.random.default_rng(0).uniform(300, 900, (200, 180)).astype(np.float32)
+    heights[:60] = -9999
+    (tmp_path / "images").mkdir()
+    tifffile.imwrite(tmp_path / "images" / "dem.tif", heights, rowsperstrip=16)
+    arguments = [str(tmp_path / "images"), "--tile", "120", "--shard-size", "0", "--output-dir", str(tmp_path / "out")]
+    assert main(get_args_parser().parse_args([*arguments, "--tile-above", "0.01"])) == 0
+    remove_logging("dinov2")
+    tile = np.asarray(Image.open(next((tmp_path / "out" / "images").glob("*y000000*"))).convert("L"))
+    assert not tile[:60].any() and len(np.unique(tile[60:])) > 250
+
+
+def test_shrunk_deep_images_stay_grey_and_visible(tmp_path):
+    ramp = np.arange(100, 400, dtype=np.uint16).reshape(20, 15)
+    write_files(tmp_path / "images", {"a.png": encode(Image.fromarray(ramp))})
+    arguments = [str(tmp_path / "images"), "--short-side", "8", "--shard-size", "0"]
+    assert main(get_args_parser().parse_args([*arguments, "--output-dir", str(tmp_path / "out")])) == 0
+    remove_logging("dinov2")
+    small = Image.open(tmp_path / "out" / "images" / "a.png")
+    assert small.mode == "L" and np.ptp(np.asarray(small)) > 200

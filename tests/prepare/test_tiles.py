@@ -96,12 +96,16 @@ def test_kinds_of_tiff(tifffile, tmp_path, pixels, kind):
 def test_what_cannot_be_read_is_said(tifffile, tmp_path):
     five = {"photometric": "minisblack", "planarconfig": "contig"}
     for values, options, text in (
-        (np.zeros((9, 9), np.float32), {"photometric": "minisblack"}, "float32"),
+        (np.zeros((9, 9), np.complex64), {"photometric": "minisblack"}, "complex64"),
         (np.zeros((9, 9, 5), np.uint8), five, "5 channels"),
         (np.zeros((9, 9, 3), np.uint8), {"photometric": "ycbcr", "compression": "zlib"}, "YCbCr"),
     ):
         with pytest.raises(DataError, match=text):
             TiffBands(written(tifffile, tmp_path, values, **options), "x")
+    bands = TiffBands(written(tifffile, tmp_path, np.zeros((9, 9), np.float32), photometric="minisblack"), "x")
+    with pytest.raises(DataError, match="the range of float32: x; give --intensity"):
+        bands.rows(0, 9)
+    bands.close()
     with pytest.raises(DataError, match="expected a TIFF, .*: x .*convert it"):
         TiffBands(io.BytesIO(b"no tiff"), "x")
 

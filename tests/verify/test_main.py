@@ -5,13 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from dinov2_custom.data.decode import SEVERAL_PAGES
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.verify.args import get_args_parser
 from dinov2_custom.verify.main import MARKER, main, open_dataset, verify
+from dinov2_custom.verify.report import as_text
+from tests.data.pictures import encode
 from tests.processes import REPOSITORY
 from tests.verify.files import Listed, bad_files, jpeg, overwritten, sound_files, write_files
 from tests.verify.killed import kill_when, wait_for_end_of
@@ -98,6 +103,8 @@ def test_unreadable_files(tmp_path):
 KILLED = """
 from pathlib import Path
 from dinov2_custom.verify.main import MARKER, verify
+from dinov2_custom.verify.report import as_text
+from tests.data.pictures import encode
 from tests.verify.files import Listed
 folder = Path({folder!r})
 folder.mkdir()
@@ -237,3 +244,23 @@ def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         get_args_parser().parse_args(arguments)
     assert stop.value.code == 2
+
+
+def test_the_range_the_levels_and_the_pages_are_said(tmp_path):
+    rng = np.random.default_rng(0)
+    dim, bright = (encode(Image.fromarray(rng.integers(100, top, (40, 40), dtype=np.uint16))) for top in (400, 60_000))
+    stack = [Image.fromarray(rng.integers(0, 255, (9, 9), dtype=np.uint8)) for _ in range(3)]
+    files = {f"{i}.png": dim for i in range(4)} | {"bright.png": bright, "broken.png": bright[:200]}
+    files["stack.tif"] = encode(stack[0], "TIFF", save_all=True, append_images=stack[1:])
+    write_files(tmp_path / "images", files)
+    summary = run(make_dataset(dataset_str=str(tmp_path / "images")), tmp_path / "out", workers=1)
+    found = summary["intensity"]
+    assert found["intensity"][1] > 50_000 and found["deep"] == 5
+    assert found["levels"] > 200 > 64 > found["levels_an_image"]
+    assert summary["pages"] == {SEVERAL_PAGES: 1}
+    text = as_text(summary)
+    for said in ("warning: the median image", "become 0..255", "clipped", SEVERAL_PAGES):
+        assert said in text
+    (tmp_path / "images" / "bright.png").unlink()
+    again = run(make_dataset(dataset_str=str(tmp_path / "images")), tmp_path / "again", workers=1)
+    assert again["intensity"]["intensity"][1] <= 400 and "warning" not in as_text(again)

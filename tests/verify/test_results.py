@@ -29,7 +29,7 @@ def test_what_was_found_is_found_again(tmp_path, files):
     assert again.status.tolist() == [SOUND, UNKNOWN, BAD]
     assert again.todo().tolist() == [1]
     assert again.sizes.tolist() == [[40, 30], [0, 0], [5, 6]]
-    assert again.kinds[again.kind[0]] == ("JPEG", "RGB", "simplejpeg")
+    assert again.kinds[again.kind[0]] == ("JPEG", "RGB", "simplejpeg", "")
     assert again.reasons == {2: "damaged JPEG: x"}
 
 

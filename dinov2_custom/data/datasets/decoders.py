@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from dinov2_custom.data.decode import decode_rgb
+from dinov2_custom.data.depth import Reading
 
 
 class Decoder:
@@ -20,13 +21,16 @@ class Decoder:
 class ImageDataDecoder(Decoder):
     """Decodes the bytes of an image file into a PIL image of mode RGB; ``source`` names it in errors."""
 
-    def __init__(self, image_data: bytes, source: str = "image", exif: bool = False):
+    def __init__(
+        self, image_data: bytes, source: str = "image", exif: bool = False, reading: Reading | None = None
+    ):
         self._image_data = image_data
         self._source = source
         self._exif = exif
+        self._reading = reading or Reading()
 
     def decode(self) -> Image.Image:
-        return decode_rgb(self._image_data, self._source, exif=self._exif)
+        return decode_rgb(self._image_data, self._source, exif=self._exif, reading=self._reading)
 
 
 class DecoderType(Enum):

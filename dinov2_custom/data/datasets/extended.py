@@ -6,11 +6,13 @@ errors and the list of bad images readable. Read :meth:`ExtendedVisionDataset.__
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from dinov2_custom.data.depth import Reading
 from dinov2_custom.errors import DataError, UnreadableImageError
 from dinov2_custom.extras import class_of_torchvision
 
@@ -35,7 +37,10 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
     Either ``transforms`` (a callable of image and target) or ``transform`` and ``target_transform``; without any the
     image is PIL, mode RGB. ``exif``: turn images as their EXIF orientation says. ``image_decoder_type``: what decodes
     the bytes, a :class:`DecoderType` or a subclass of :class:`Decoder`; it also gets ``image_decoder_params``.
+    ``reading``, an attribute: which values become black and white in images of more than 8 bits, which page is read.
     """
+
+    reading = Reading()
 
     def __init__(
         self,
@@ -75,11 +80,23 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
         """Return (name, number of images, share of the draws) of the parts the dataset consists of, here one."""
         return [(f"{type(self).__name__} {self.root or ''}".strip(), len(self), 1.0)]
 
+    def digest(self) -> str:
+        """Return a hash of which images there are, "" where only their number is known."""
+        return ""
+
+    def left_out(self) -> Counter[str]:
+        """Return how many files of which extension were found beside the images."""
+        return Counter()
+
+    def unreadable_folders(self) -> list[str]:
+        """Return the folders that could not be listed."""
+        return []
+
     def get_sample_decoder(self, index: int) -> Decoder:
         """Return the decoder of image ``index``."""
         params = self.image_decoder_params
         if self.image_decoder_class is ImageDataDecoder:
-            params = {"source": self.name(index), "exif": self.exif} | params
+            params = {"source": self.name(index), "exif": self.exif, "reading": self.reading} | params
         return self.image_decoder_class(self.get_image_data(index), **params)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:

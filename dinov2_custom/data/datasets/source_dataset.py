@@ -46,6 +46,10 @@ class SourceDataset(ExtendedVisionDataset):
     def get_target(self, index: int) -> tuple[()]:
         return ()
 
+    def digest(self) -> str:
+        """Return a hash of which images there are."""
+        return self.source.digest()
+
     def left_out(self) -> Counter[str]:
         """Return how many files of which extension were found beside the images."""
         return self.source.left_out()

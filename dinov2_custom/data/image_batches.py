@@ -1,0 +1,156 @@
+"""Batches of transformed images for a frozen model, through the same processes and memory as training's.
+
+Nothing of it lies in ``/dev/shm``, which has 64 MB in a container. Read :class:`ImageLoader` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from dinov2_custom.errors import DataError, UnreadableImageError, shortage
+
+from .slots import Field
+from .train_loader import open_ring
+from .workers import at_most_cores
+
+HANG_S = 600.0  # without a batch, after which a process hangs
+
+
+class Batch(NamedTuple):
+    """images (n, C, H, W) and the targets of those that could be read, their indices, reasons of the others."""
+
+    images: Tensor
+    targets: list[Any]
+    indices: list[int]
+    bad: dict[int, str]
+
+
+class ImageBatches:
+    """What the ring needs to build batch i: the images ``indices(i)`` of ``dataset``, which gives (image, target).
+
+    Args:
+        transform: of images that are no tensors (C, H, W) yet.
+        shape: (C, H, W) of all of them.
+        skip_bad: name unreadable images instead of raising.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        indices: Callable[[int], Sequence[int]],
+        batch_size: int,
+        shape: Sequence[int],
+        *,
+        transform: Callable | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        self.dataset, self.indices, self.transform, self.skip_bad = dataset, indices, transform, skip_bad
+        self.fields = {"images": Field((batch_size, *shape), np.float32)}
+        self._given_up: dict[int, str] = {}
+
+    def name(self, index: int) -> str:
+        """Return what to call image ``index``."""
+        return self.dataset.name(index) if hasattr(self.dataset, "name") else f"image {index}"
+
+    def give_up(self, index: int, reason: str) -> None:
+        """Count image ``index`` as one that cannot be read."""
+        self._given_up[index] = reason
+
+    def build(
+        self, iteration: int, arrays: dict[str, np.ndarray], note: Callable[[int], Any] = lambda index: None
+    ) -> tuple[list[Any], list[int], dict[int, str]]:
+        """Fill the first of ``arrays["images"]``; return targets and indices of these, and the unreadable ones.
+
+        Raises:
+            UnreadableImageError: without ``skip_bad``.
+        """
+        targets, good, bad = [], [], {}
+        for index in self.indices(iteration):
+            note(index)
+            try:
+                if index in self._given_up:
+                    raise UnreadableImageError(f"{self.name(index)}: {self._given_up[index]}")
+                image, target = self.dataset[index]
+            except (DataError, OSError) as e:
+                if error := shortage(e, self.name(index)):
+                    raise error from e
+                if not self.skip_bad:
+                    raise
+                bad[index] = str(e)
+                continue
+            arrays["images"][len(good)] = image if self.transform is None else self.transform(image)
+            targets.append(target)
+            good.append(index)
+        return targets, good, bad
+
+
+class ImageLoader:
+    """(images, targets) of batch ``start``, ``start`` + 1, ..., as often as it is iterated over.
+
+    Args:
+        dataset: gives (float tensor (C, H, W), target).
+        indices: of the images of batch i, at most ``batch_size``.
+        stop: number of the batch after the last; None: endless.
+        collate: list of targets -> what is given; default: torch's.
+
+    Raises:
+        DataError: an image cannot be read, or a process hangs; names it.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        indices: Callable[[int], Sequence[int]],
+        batch_size: int,
+        *,
+        num_workers: int,
+        start: int = 0,
+        stop: int | None = None,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ) -> None:
+        self.dataset, self.indices, self.batch_size, self.num_workers = dataset, indices, batch_size, num_workers
+        self.start, self.stop, self.collate = start, stop, collate
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
+        if self.start == self.stop:
+            return
+        image = self.dataset[self.indices(self.start)[0]][0]
+        builder = ImageBatches(self.dataset, self.indices, self.batch_size, image.shape)
+        for batch in batches(builder, self.num_workers, self.start, self.stop):
+            yield batch.images, self.collate(batch.targets)
+
+
+def of_list(indices: Sequence[int], batch_size: int) -> tuple[Callable[[int], Sequence[int]], int]:
+    """Return the images of batch i of a list of images, and the number of batches."""
+    return partial(_part, indices, batch_size), -(-len(indices) // batch_size)
+
+
+def _part(indices: Sequence[int], batch_size: int, i: int) -> Sequence[int]:
+    return indices[i * batch_size : (i + 1) * batch_size]
+
+
+def batches(builder: ImageBatches, num_workers: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    """Yield the batches ``start``..``stop`` of ``builder``, built by ``num_workers`` processes, 0: this one.
+
+    Images are copied once, on a machine with a GPU into pinned memory. For raised errors see :class:`ImageLoader`.
+    """
+    ring = open_ring(builder, at_most_cores(num_workers), start, stop=stop, hang_s=HANG_S)
+    pinned = torch.cuda.is_available()
+    try:
+        while stop is None or start < stop:
+            built = ring.next_batch()
+            targets, good, bad = built.result
+            images = torch.from_numpy(built.arrays["images"][: len(good)])
+            images = images.pin_memory() if pinned and good else images.clone()
+            ring.release(built.slot)
+            yield Batch(images, targets, good, bad)
+            start += 1
+    finally:
+        ring.close()

@@ -1,0 +1,178 @@
+"""One range of values for all images of more than 8 bits of a dataset, measured on a sample of them.
+
+Not in here: the values of one image (``depth``). Read :func:`measure` first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dinov2_custom.errors import DataError
+from dinov2_custom.utils.rng import random_for
+
+from .decode import image_errors, open_page, page_note, values_of
+from .depth import Deep, is_deep, scaled
+
+logger = logging.getLogger("dinov2")
+FILES = 64  # of the sample
+VALUES = 1 << 14  # of one image
+PERCENTILES = (0.1, 99.9)
+FEW_LEVELS, MUCH_CLIPPED = 64, 0.02
+LEAST_OTHERS = 8  # different values that are left when one is taken for nodata
+MOST_LEFT_OUT = 16
+ADVICE = "data.intensity=[low, high]"
+
+
+class Measured(NamedTuple):
+    """What was found in the sample.
+
+    intensity: values that become 0 and 255; None: no image of more than 8 bits. clipped: share of their values outside.
+    levels, levels_an_image: of the 256, used by all of them and by the median one. notes: how many have which
+    peculiarity of their page.
+    """
+
+    intensity: tuple[float, float] | None
+    images: int
+    deep: int
+    clipped: float = 0.0
+    levels: int = 0
+    levels_an_image: int = 0
+    notes: Counter[str] = Counter()
+
+    def describe(self) -> list[str]:
+        """Return what was found, a fact a line."""
+        lines = []
+        if self.intensity is not None:
+            low, high = self.intensity
+            lines.append(
+                f"intensity: values from {low:g} to {high:g} become 0..255 in images of more than 8 bits "
+                f"({ADVICE} sets it): {self.deep} of {self.images} looked at, {self.clipped:.2%} of their values "
+                f"clipped, {self.levels} levels used, {self.levels_an_image} in the median image"
+            )
+        return lines + [f"{what}: {count} of {self.images} images looked at" for what, count in self.notes.items()]
+
+    def warnings(self) -> list[str]:
+        """Return what will hardly give good features."""
+        if self.intensity is None:
+            return []
+        low, high = self.intensity
+        found = []
+        if self.clipped > MUCH_CLIPPED:
+            found.append(
+                f"{self.clipped:.1%} of the values in images of more than 8 bits lie outside {low:g}..{high:g}: "
+                f"expected at most {MUCH_CLIPPED:.0%}; set {ADVICE}, unless the model was trained so"
+            )
+        if self.levels_an_image >= FEW_LEVELS:
+            return found
+        return [
+            *found,
+            f"the median image of more than 8 bits uses {self.levels_an_image} of 256 levels: expected {FEW_LEVELS}; "
+            f"its own values span less than {low:g}..{high:g}, which hold for all images: narrow them with {ADVICE}, "
+            "or train on images of like brightness",
+        ]
+
+
+def measure(
+    count: int,
+    values_of_image: Callable[[int], tuple[Deep | None, str]],
+    seed: int = 0,
+    *,
+    intensity: tuple[float, float] | None = None,
+) -> Measured:
+    """Measure the range on ``FILES`` images spread over a dataset of ``count``, drawn by a generator of ``seed``.
+
+    ``values_of_image(i)``: see :class:`Looker`; an image for which it raises DataError or OSError is passed over.
+    ``intensity``: measure everything but the range, which is this one.
+    """
+    strata = min(FILES, count)
+    rng = random_for(seed, "intensity", count)
+    parts: list[np.ndarray] = []
+    looked, notes = 0, Counter[str]()
+    for stratum in range(strata):
+        first, end = stratum * count // strata, (stratum + 1) * count // strata
+        index, draws = rng.randrange(first, end), rng.getrandbits(63)
+        try:
+            deep, note = values_of_image(index)
+        except (DataError, OSError):
+            continue
+        looked += 1
+        notes.update([note] if note else [])
+        values = None if deep is None else deep.valid()
+        if values is not None and len(values):
+            if len(values) > VALUES:
+                values = values[np.random.default_rng(draws).integers(len(values), size=VALUES)]
+            parts.append(values.astype(np.float64))
+    if not parts:
+        return Measured(None, looked, 0, notes=notes)
+    pooled = without_nodata(np.concatenate(parts))
+    intensity = intensity or range_of(pooled)
+    levels = [np.unique(scaled(part, *intensity)) for part in parts]
+    return Measured(
+        intensity,
+        looked,
+        len(parts),
+        float(((pooled < intensity[0]) | (pooled > intensity[1])).mean()),
+        len(np.unique(np.concatenate(levels))),
+        int(np.median([len(own) for own in levels])),
+        notes,
+    )
+
+
+def without_nodata(values: np.ndarray) -> np.ndarray:
+    """Return finite ``values`` sorted, without what must stand for no value.
+
+    A value at an end counts as such (-9999, -3.4e38, zeros around a picture) when it is further from the next one than
+    the rest is wide.
+    """
+    values = np.sort(values)
+    for _ in range(MOST_LEFT_OUT):
+        above, below = values[values > values[0]], values[values < values[-1]]
+        if len(above) and _is_apart(above, above[0] - values[0]):
+            values = above
+        elif len(below) and _is_apart(below, values[-1] - below[-1]):
+            values = below
+        else:
+            break
+    return values
+
+
+def range_of(values: np.ndarray) -> tuple[float, float]:
+    """Return the percentiles of sorted ``values``, the lower one below the higher one."""
+    low, high = np.percentile(values, PERCENTILES)
+    if low == high:  # fewer different values than the percentiles leave out, or only one
+        low, high = values[0], values[-1]
+    return (float(low), float(high)) if high > low else (float(low), float(low) + 1)
+
+
+def _is_apart(rest: np.ndarray, gap: float) -> bool:
+    """Return whether a value ``gap`` away from the sorted values ``rest`` is none like them."""
+    low, high = np.percentile(rest, PERCENTILES)
+    return gap > high - low and len(np.unique(rest)) >= LEAST_OTHERS
+
+
+class Looker:
+    """Gives the values of image i of ``dataset``; None: it has 8 bits. And what to know of its page, or ""."""
+
+    def __init__(self, dataset: Any, page: int = 0):
+        self.dataset, self.page = dataset, page
+
+    def __call__(self, i: int) -> tuple[Deep | None, str]:
+        """Look at image ``i``.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        data = (getattr(self.dataset, "read", None) or self.dataset.get_image_data)(i)
+        if not isinstance(data, bytes):  # of a dataset of one's own, with a decoder of its own
+            return None, ""
+        with image_errors(data, self.dataset.name(i)):
+            image = open_page(data, self.page)
+            if isinstance(image, Deep):
+                return image if image.values.dtype.itemsize > 1 else None, ""
+            note = page_note(image)
+            return values_of(image, data, self.page) if is_deep(image) else None, note

@@ -1,0 +1,83 @@
+"""Which values of a dataset's deep images become black and white, and which page is read: the same in all processes.
+
+From a run's configuration where it says so, else measured. Not in here: measuring (``data/intensity``). Read
+:func:`choose_reading` first.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from dinov2_custom import distributed
+from dinov2_custom.configs.sources import read_yaml
+from dinov2_custom.data.datasets import ExtendedVisionDataset
+from dinov2_custom.data.depth import Reading
+from dinov2_custom.data.intensity import Looker, Measured, measure
+
+logger = logging.getLogger("dinov2")
+AUTO = "auto"
+KEY = "data.intensity"
+
+
+def choose_reading(dataset: Any, given: Reading | None = None, seed: int = 0) -> Reading:
+    """Set ``dataset.reading`` and return it: ``given``, with a range measured on ``dataset`` where it has none.
+
+    The main process looks at a sample, and logs what the range, also a given one, does to it. All must call it.
+    """
+    given = given or Reading()
+    found = distributed.broadcast_object(_measured(dataset, given, seed) if distributed.is_main_process() else None)
+    dataset.reading = given if given.intensity else given._replace(intensity=found.intensity)
+    return dataset.reading
+
+
+def reading_of(cfg: DictConfig) -> Reading:
+    """Return what a configuration says; a range that was not measured yet is None."""
+    return Reading(as_range(cfg.data.intensity), cfg.data.page)
+
+
+def as_range(intensity: Any) -> tuple[float, float] | None:
+    """Return ``data.intensity`` as numbers; None for "auto"."""
+    return None if intensity == AUTO else (float(intensity[0]), float(intensity[1]))
+
+
+def describe(reading: Reading) -> list[str]:
+    """Return what differs from the ordinary, a fact a line."""
+    lines = [f"page: {reading.page} of images with several (data.page)"] if reading.page else []
+    if reading.intensity is not None:
+        low, high = reading.intensity
+        lines.append(f"intensity: {low:g} to {high:g} become 0 to 255 in images of more than 8 bits ({KEY})")
+    return lines
+
+
+def _measured(dataset: Any, given: Reading, seed: int) -> Measured:
+    own = getattr(type(dataset), "get_image_data", None)
+    if own in (None, ExtendedVisionDataset.get_image_data):  # a user's own class that gives no bytes
+        return Measured(None, 0, 0)
+    found = measure(len(dataset), Looker(dataset, given.page), seed, intensity=given.intensity)
+    for line in found.describe():
+        logger.info(line)
+    for line in found.warnings():
+        logger.warning(line)
+    return found
+
+
+def choose_for_training(cfg: DictConfig, dataset: Any, resumed: Path | None) -> DictConfig:
+    """Set ``dataset.reading`` and return ``cfg`` with the range in ``data.intensity``.
+
+    Args:
+        resumed: directory of the run that goes on, whose range holds, if it has one; it is never measured anew.
+    """
+    if resumed is None:
+        reading = choose_reading(dataset, reading_of(cfg), cfg.train.seed)
+    else:
+        path = resumed / "config.yaml"
+        earlier = OmegaConf.select(read_yaml(path), KEY) if cfg.data.intensity == AUTO and path.exists() else None
+        reading = dataset.reading = reading_of(cfg) if earlier is None else Reading(as_range(earlier), cfg.data.page)
+    cfg = cfg.copy()
+    with read_write(cfg):
+        cfg.data.intensity = AUTO if reading.intensity is None else list(reading.intensity)
+    return cfg
