@@ -16,7 +16,7 @@ from dinov2_custom.errors import ConfigError
 from dinov2_custom.run.args import CLUSTER_OPTIONS, Option
 
 USER_FILE = "cluster.yaml"
-INTERPRETERS = ("conda_env", "venv", "python")
+INTERPRETERS = ("conda_env", "venv", "python", "container")
 _NOTHING = ("", "null", "~")
 
 
@@ -104,7 +104,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _names() -> list[str]:
-    return [flag.lstrip("-") for option in CLUSTER_OPTIONS.values() for flag in option.flags]
+    return [flag[2:] for option in CLUSTER_OPTIONS.values() for flag in option.flags if flag.startswith("--")]
 
 
 def _dest(key: str) -> str | None:

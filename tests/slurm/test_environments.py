@@ -1,5 +1,6 @@
 """The interpreter that runs in a real job is the one that was asked for; if not, the job says so and ends."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +25,15 @@ def other_python() -> str | None:
             if subprocess.run([path, "-c", "import venv, json"], capture_output=True).returncode == 0:
                 return str(path)
     return None
+
+
+def add_submitit(prefix: Path) -> None:
+    """Have the environment ``prefix`` what a job needs beside Python: submitit, which is the same for all versions."""
+    site = next(prefix.glob("lib/python3*/site-packages"))
+    for name in ("submitit", "cloudpickle", "typing_extensions"):
+        module = Path(importlib.util.find_spec(name).origin)
+        source = module.parent if module.name == "__init__.py" else module
+        (site / source.name).symlink_to(source)
 
 
 def submit(cluster, out: Path, *flags: object, check: bool = True):
@@ -58,6 +68,8 @@ def two_venvs(tmp_path_factory):
             [other, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True
         )
         found["other"] = (folder / "other", [int(part) for part in version.stdout.split()])
+    for prefix, _ in found.values():
+        add_submitit(prefix)
     return found
 
 
@@ -84,6 +96,7 @@ def test_a_setup_line_that_activates_an_environment_means_it(cluster, tmp_path, 
 
 def test_a_real_conda_prefix(cluster, tmp_path):
     prefix = make_conda_prefix(tmp_path / "envs" / "lab", hook="export HOOK=ran\n")
+    add_submitit(prefix)
     facts = who(cluster, tmp_path / "out", "--conda-env", prefix)
     assert (facts["prefix"], facts["CONDA_PREFIX"], facts["HOOK"]) == (str(prefix), str(prefix), "ran")
 
@@ -110,6 +123,7 @@ def test_real_modules(cluster, tmp_path, two_venvs):
 
 def test_an_environment_that_is_gone_when_the_job_starts(cluster, tmp_path):
     venv.create(tmp_path / "v", symlinks=True)
+    add_submitit(tmp_path / "v")
     job = submit(cluster, tmp_path / "out", "--venv", tmp_path / "v", "--slurm", "hold").stdout.split()[1]
     shutil.rmtree(tmp_path / "v")
     cluster.run("scontrol", "release", job)
@@ -127,6 +141,7 @@ def test_an_interpreter_that_is_gone_when_the_job_starts(cluster, tmp_path):
 
 def test_another_interpreter_than_asked_for(cluster, tmp_path):
     venv.create(tmp_path / "v", symlinks=True)
+    add_submitit(tmp_path / "v")
     job = submit(cluster, tmp_path / "out", "--venv", tmp_path / "v", "--slurm", "hold").stdout.split()[1]
     (tmp_path / "v" / "bin" / "python").unlink()
     (tmp_path / "v" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
