@@ -105,11 +105,13 @@ def by_cause(failures: Iterable[Any]) -> list[Any]:
     """Return torchrun's failures with the one first that the others followed from.
 
     A process that lost another, or that torchrun stopped, may be noticed before the one whose end it felt: torchrun
-    looks at its processes now and then.
+    looks at its processes now and then. One that was killed makes others crash.
     """
 
-    def order(failure: Any) -> tuple[bool, bool, float]:
-        return failure.exitcode in exit_codes.CONSEQUENCES, failure.exitcode >= 0, failure.timestamp
+    def order(failure: Any) -> tuple[int, float]:
+        code = failure.exitcode
+        consequence = exit_codes.CONSEQUENCES.index(code) + 2 if code in exit_codes.CONSEQUENCES else 0
+        return consequence or code >= 0, failure.timestamp
 
     return sorted(failures, key=order)
 

@@ -187,7 +187,7 @@ def test_the_processes_meet_on_loopback_alone_and_not_where_the_shell_says(impor
         ([-9, 75], -9),
         ([1, -9], -9),
         ([-15, 75, 1], 1),
-        ([-15, 75], -15),
+        ([-15, 75], 75),
         ([75, -15], 75),
         ([143, -15], 143),
     ],
