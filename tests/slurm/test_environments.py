@@ -74,8 +74,24 @@ def two_venvs(tmp_path_factory):
 
 
 def test_the_submitting_interpreter(cluster, tmp_path):
-    facts = who(cluster, tmp_path / "out")
+    foreign = {"RANK": "7", "MASTER_PORT": "1", "OMPI_COMM_WORLD_RANK": "3", "PMI_RANK": "3", "SLURM_PROCID": "5"}
+    other = type(cluster)(cluster.folder)
+    other.environment = cluster.environment | foreign
+    facts = who(other, tmp_path / "out", "--slurm", "export=ALL,RANK=8,PMI_SIZE=2")
     assert (facts["executable"], facts["prefix"]) == (sys.executable, sys.prefix)
+    assert facts["foreign"] == {}, "of the shell that submits"
+
+
+def test_a_container(cluster, tmp_path):
+    """A stand-in: it shows its words and runs what follows the image."""
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "apptainer").write_text(
+        '#!/bin/bash\nwhile [ "$1" != lab.sif ]; do shift; done\nHOOK=$1 exec "${@:2}"\n'
+    )
+    for name in ("python3", "apptainer"):
+        (tmp_path / name).chmod(0o755)
+    facts = who(cluster, tmp_path / "out", "--container", "lab.sif", "--setup", f"PATH={tmp_path}:$PATH")
+    assert (facts["executable"], facts["HOOK"]) == (sys.executable, "lab.sif")
 
 
 @pytest.mark.parametrize("name", ["this", "other"])
@@ -133,7 +149,15 @@ def test_an_environment_that_is_gone_when_the_job_starts(cluster, tmp_path):
 
 def test_an_interpreter_that_is_gone_when_the_job_starts(cluster, tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
-    job = submit(cluster, tmp_path / "out", "--python", tmp_path / "python", "--slurm", "hold").stdout.split()[1]
+    flags = [
+        "--python",
+        tmp_path / "python",
+        "--setup",
+        "export A=1",
+        "--slurm",
+        "hold",
+    ]  # not run where it is submitted
+    job = submit(cluster, tmp_path / "out", *flags).stdout.split()[1]
     (tmp_path / "python").unlink()
     cluster.run("scontrol", "release", job)
     assert f"there is no interpreter {tmp_path / 'python'}" in refused(cluster, tmp_path / "out", job)
