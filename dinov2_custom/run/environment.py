@@ -151,7 +151,10 @@ def _module_lines(names: list[str]) -> list[tuple[str, str]]:
         f"type module >/dev/null 2>&1 || for init in {_MODULE_INIT}; do\n"
         '  if [ -r "$init" ]; then source "$init"; break; fi\ndone'
     )
-    lines = [("finding the command `module`", find), ("finding the command `module`", "type module >/dev/null")]
+    lines = [
+        ("--modules: finding the command `module`", find),
+        ("--modules: finding the command `module`", "type module >/dev/null"),
+    ]
     lines.append((load, load))
     for name in names:  # old versions of module return 0 whatever happens
         lines.append((load, f'[[ ":$LOADEDMODULES:" == *:{shlex.quote(name)}[:/]* ]]'))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -188,8 +189,7 @@ def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
 
 
 def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
-    cluster_file.fill_in(args)
-    _settle_gpus(args)
+    _fill_in(args)
     warnings: list[str] = []
     runs = [_run(args, overrides) for overrides in product(*map(_choices, args.sweep))]
     configs = [_prepare(task_class, run, warnings.append) for run in runs]
@@ -237,21 +237,27 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     return exit_codes.DONE
 
 
-def _settle_gpus(args: argparse.Namespace) -> None:
-    """Have as many processes a node as GPUs, and neither with ``--cpu`` ask for any.
+def _fill_in(args: argparse.Namespace) -> None:
+    """Add the cluster's values; have as many processes a node as GPUs, and neither with ``--cpu`` ask for any.
 
     Raises:
         LaunchError: ``--ngpus`` and ``--gres`` disagree.
     """
+    given = bool(args.ngpus), bool(args.gres)
+    cluster_file.fill_in(args)
     asked = count_gpus(args.gres or "")
     if args.cpu and asked:
-        args.gres = ",".join(part for part in args.gres.split(",") if not count_gpus(part))
-        asked = 0
+        args.gres, asked = ",".join(part for part in args.gres.split(",") if not count_gpus(part)), 0
     if asked and args.ngpus and args.ngpus != asked:
-        raise LaunchError(
-            f"--ngpus, --gres: expected as many processes a node as GPUs, got {args.ngpus} and {args.gres}; leave out "
-            "--ngpus"
-        )
+        if given == (True, False):
+            args.gres = re.sub(r"\b(gpu(?::[^:,\d][^:,]*)?)(?::\d+)?(?=,|$)", rf"\1:{args.ngpus}", args.gres)
+        elif given == (False, True):
+            args.ngpus = asked
+        else:
+            raise LaunchError(
+                f"--ngpus, --gres: expected as many processes a node as GPUs, got {args.ngpus} and {args.gres}; leave "
+                "out --ngpus"
+            )
     args.ngpus = args.ngpus or asked or DEFAULT_NGPUS
 
 
