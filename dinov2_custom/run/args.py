@@ -79,12 +79,13 @@ def pair(text: str) -> str:
     return text
 
 
-def sweep(text: str) -> str:
-    """Read ``key=value,value,...``, at least two."""
+def sweep(text: str) -> list[str]:
+    """Read ``key=value,value,...``, at least two, as overrides; commas in brackets do not part values."""
     key, _, values = text.partition("=")
-    if not key or len(list(filter(None, values.split(",")))) < 2 or "" in values.split(","):
+    found = re.split(r",(?![^\[]*\])", values)
+    if not key or len(found) < 2 or "" in found:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE,VALUE,... with two values or more, got {text!r}")
-    return text
+    return [f"{key}={value}" for value in found]
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def describe_job(text: str, now: float) -> Job:
 def main(arguments: Sequence[str]) -> int:
     """Print the causes and the decision; return ``AGAIN`` or the job's exit code."""
     folder, job_files, before, checked, code, shown = arguments
-    job_id, num_ranks = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_NTASKS"])
+    job_id, num_ranks = Path(job_files).name, int(os.environ["SLURM_NTASKS"])
     marker = Path(folder) / "last_checkpoint"
     progressed = marker.exists() and marker.read_text(encoding="utf-8").strip() != before.strip()
     results = read(job_files)

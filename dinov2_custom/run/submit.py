@@ -191,7 +191,7 @@ def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
 def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     _fill_in(args)
     warnings: list[str] = []
-    runs = [_run(args, overrides) for overrides in product(*map(_choices, args.sweep))]
+    runs = [_run(args, overrides) for overrides in product(*args.sweep)]
     configs = [_prepare(task_class, run, warnings.append) for run in runs]
     args.output_dir = resolve_output_dir(args.output_dir or runs[0].output_dir, None)
     for number, run in enumerate(runs):
@@ -261,11 +261,6 @@ def _fill_in(args: argparse.Namespace) -> None:
     args.ngpus = args.ngpus or asked or DEFAULT_NGPUS
 
 
-def _choices(text: str) -> list[str]:
-    key, _, values = text.partition("=")
-    return [f"{key}={value}" for value in values.split(",")]
-
-
 def _run(args: argparse.Namespace, overrides: Sequence[str]) -> argparse.Namespace:
     """Return the arguments of one run of a sweep; of the only one without."""
     run = argparse.Namespace(**vars(args))
@@ -296,7 +291,7 @@ def _requeue_for_submitit(code: int) -> None:
 
     Not for a job that SLURM ends itself, as after scancel.
     """
-    job = os.environ["SLURM_JOB_ID"]
+    job = submitit.JobEnvironment().job_id  # SLURM_JOB_ID may stand for all tasks of an array
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
     if describe_job(shown, time.time()).state != "RUNNING":
         return

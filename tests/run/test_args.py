@@ -60,6 +60,14 @@ def test_modules_end_where_overrides_begin():
     assert (args.modules, args.opts, args.nodes) == (["cuda/12", "gcc", "python"], ["a=1", "b=2", "c=3"], 2)
 
 
+def test_values_of_a_sweep():
+    args = parse("--sweep", "optim.base_lr=1e-3,2e-3", "--sweep", "crops.local_crops_scale=[0.1,0.2],[0.1,0.3]", "a=1")
+    assert args.sweep == [
+        ["optim.base_lr=1e-3", "optim.base_lr=2e-3"],
+        ["crops.local_crops_scale=[0.1,0.2]", "crops.local_crops_scale=[0.1,0.3]"],
+    ]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -107,7 +107,6 @@ def test_results_are_read_where_nobody_else_can_have_written_them(tmp_path):
 def test_the_batch_script_is_told_by_the_exit_code(
     tmp_path, monkeypatch, capsys, checked, code, code_of_all, marker, says
 ):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", "1")
     (tmp_path / "last_checkpoint").write_text("now\n")
     if checked == "0":

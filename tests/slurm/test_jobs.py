@@ -185,7 +185,10 @@ def test_a_signal_before_the_first_step_is_no_failure_in_a_job_array_too(cluster
     job = done.stdout.split()[1]
     assert f"\n{tmp_path}/out/0: a=1\n{tmp_path}/out/1: a=2\n" in done.stdout
     wait_until(lambda: len(list(tmp_path.glob("out/?/waiting*"))) == 4, "two processes of two jobs")
-    cluster.run("scancel", "--signal=TERM", job)
+    for task, of_the_other in enumerate(("0", "1")):  # to SLURM the number of one is that of all
+        cluster.run("scancel", "--signal=TERM", f"{job}_{task}")
+        wait_until(lambda t=task: cluster.facts(f"{job}_{t}")["Restarts"] == "1", "a restart")
+        assert cluster.facts(f"{job}_{1 - task}")["Restarts"] == of_the_other
     for task in range(2):
         assert cluster.wait(f"{job}_{task}")["Restarts"] == "1"
         assert "requeued: stopped by a signal" in (tmp_path / "out" / f"{job}_{task}_log.out").read_text()
