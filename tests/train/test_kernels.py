@@ -1,5 +1,6 @@
 """The attention kernel of a run: on student and teacher, and the same in all processes."""
 
+
 import pytest
 import torch
 
