@@ -67,11 +67,11 @@ def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Proc
             refused = f"the job could never start: {shown}"
     except (submitit_utils.FailedJobError, submitit_utils.FailedSubmissionError) as e:
         refused = str(e)
-    new = [path for path in folder.glob("*") if path.name not in before]
-    links = [path for path in new if _LEFT.fullmatch(path.name)]
-    for path in links:
-        path.unlink()
     files = Path(output_dir.replace(JOB, job_id))
+    left = [path for path in folder.glob("*") if _LEFT.fullmatch(path.name) and path.name not in before]
+    for path in left:  # links after a submission; another one may be under way
+        if refused or (path.is_symlink() and path.readlink() == files / f"{job_id}_submission.sh"):
+            path.unlink(missing_ok=True)
     if refused:
         for path in files.glob(f"{job_id}_*") if job_id else ():
             path.unlink()

@@ -113,7 +113,9 @@ def test_a_setup_line_that_activates_an_environment_means_it(cluster, tmp_path, 
 def test_a_real_conda_prefix(cluster, tmp_path):
     prefix = make_conda_prefix(tmp_path / "envs" / "lab", hook="export HOOK=ran\n")
     add_submitit(prefix)
-    facts = who(cluster, tmp_path / "out", "--conda-env", prefix)
+    other = type(cluster)(cluster.folder)
+    other.environment = cluster.environment | {"CONDA_ENVS_PATH": str(tmp_path / "envs")}
+    facts = who(other, tmp_path / "out", "--conda-env", "lab")
     assert (facts["prefix"], facts["CONDA_PREFIX"], facts["HOOK"]) == (str(prefix), str(prefix), "ran")
 
 
