@@ -47,6 +47,12 @@ def count(text: str | int) -> int:
     return int(text)
 
 
+def count_gpus(gres: str) -> int:
+    """Return the GPUs of ``gpu``, ``gpu:2``, ``gpu:a100:2`` or a list of such, 0 if there are none."""
+    parts = [part.split(":") for part in re.sub("gres:", "", gres).split(",")]
+    return sum(int(part[-1]) if part[-1].isdecimal() else 1 for part in parts if part[0] == "gpu")
+
+
 # what --slurm cannot say, because the job's files, signals or processes hang on it: what can
 _OURS = dict.fromkeys(("output", "error"), "; --output-dir chooses the folder")
 _GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")

@@ -17,9 +17,8 @@ from submitit.slurm import slurm as submitit_slurm
 
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import environment_check
-from dinov2_custom.run.args import RESOURCES
+from dinov2_custom.run.args import RESOURCES, count_gpus
 from dinov2_custom.run.environment import Environment
-from dinov2_custom.run.refusal import count_gpus
 from dinov2_custom.run.requeue import AGAIN
 from dinov2_custom.world import TORCHRUN_VARIABLES
 

@@ -91,6 +91,7 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
     wanted = {"--signals-to-handle": _SIGNALS, "--shutdown-timeout": "1800"}  # the second is newer than torch 2.10
     flags = [f"{flag}={value}" for flag, value in wanted.items() if flag in known]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the exit code and one sentence say it
+    handlers = {signum: signal.getsignal(signum) for signum in map(signal.Signals.__getitem__, _SIGNALS.split(","))}
     try:
         torchrun([*flags, *arguments])
     except ChildFailedError as e:
@@ -98,6 +99,9 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
         return exit_codes.as_a_shell_has_it(failures[0].exitcode), failures
     except SignalException as e:
         return exit_codes.stopped_by(int(e.sigval)), []
+    finally:  # torch leaves its own
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     return exit_codes.DONE, []
 
 

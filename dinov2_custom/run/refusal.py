@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from dinov2_custom.run.args import minutes
+from dinov2_custom.run.args import count_gpus, minutes
 
 QUERY_TIMEOUT_S = 30
 # what sbatch says in small letters -> flag, option of sbatch, what was expected, how to see it
@@ -110,12 +110,6 @@ def too_much(script: str, environment: Mapping[str, str]) -> list[str]:
     if sum(kind.count for kind in nodes) < int(asked.get("nodes", 1)):
         found.append(f"--nodes {asked['nodes']}")
     return found
-
-
-def count_gpus(gres: str) -> int:
-    """Return the GPUs of ``gpu``, ``gpu:2``, ``gpu:a100:2`` or a list of such, 0 if there are none."""
-    parts = [part.split(":") for part in re.sub("gres:", "", gres).split(",")]
-    return sum(int(part[-1]) if part[-1].isdecimal() else 1 for part in parts if part[0] == "gpu")
 
 
 def _megabytes(text: str) -> int:

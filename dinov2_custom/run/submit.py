@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -29,12 +28,10 @@ from dinov2_custom.run import cluster_file, environment, executor, local, slurm
 from dinov2_custom.run.args import CLUSTER_OPTIONS, SLURM_DESTS, get_args_parser
 from dinov2_custom.run.gpus import check_gpus
 from dinov2_custom.run.process import Process
-from dinov2_custom.run.refusal import count_gpus, cpus_per_task
+from dinov2_custom.run.refusal import cpus_per_task
 from dinov2_custom.run.requeue import describe_job
 from dinov2_custom.utils.cluster import get_user_checkpoint_path
 from dinov2_custom.world import TORCHRUN_VARIABLES, World, world_from_environment
-
-DEFAULT_NGPUS = 8  # processes a node of a SLURM job, as upstream's
 
 __all__ = ["Task", "get_args_parser", "get_shared_folder", "submit_jobs"]
 
@@ -189,7 +186,7 @@ def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
 
 
 def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
-    _fill_in(args)
+    cluster_file.resolve(args)
     warnings: list[str] = []
     runs = [_run(args, overrides) for overrides in product(*args.sweep)]
     configs = [_prepare(task_class, run, warnings.append) for run in runs]
@@ -235,30 +232,6 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
         print(*(f"{run.output_dir}: {' '.join(run.opts[-len(args.sweep) :])}" for run in runs), sep="\n")
     print(f"follow: tail -F {shlex.join(map(str, logs))}\nstop: scancel {job_id}")
     return exit_codes.DONE
-
-
-def _fill_in(args: argparse.Namespace) -> None:
-    """Add the cluster's values; have as many processes a node as GPUs, and neither with ``--cpu`` ask for any.
-
-    Raises:
-        LaunchError: ``--ngpus`` and ``--gres`` disagree.
-    """
-    given = bool(args.ngpus), bool(args.gres)
-    cluster_file.fill_in(args)
-    asked = count_gpus(args.gres or "")
-    if args.cpu and asked:
-        args.gres, asked = ",".join(part for part in args.gres.split(",") if not count_gpus(part)), 0
-    if asked and args.ngpus and args.ngpus != asked:
-        if given == (True, False):
-            args.gres = re.sub(r"\b(gpu(?::[^:,\d][^:,]*)?)(?::\d+)?(?=,|$)", rf"\1:{args.ngpus}", args.gres)
-        elif given == (False, True):
-            args.ngpus = asked
-        else:
-            raise LaunchError(
-                f"--ngpus, --gres: expected as many processes a node as GPUs, got {args.ngpus} and {args.gres}; leave "
-                "out --ngpus"
-            )
-    args.ngpus = args.ngpus or asked or DEFAULT_NGPUS
 
 
 def _run(args: argparse.Namespace, overrides: Sequence[str]) -> argparse.Namespace:

@@ -131,7 +131,9 @@ def importable(monkeypatch):
 
 
 def test_every_rank_knows_its_place(importable, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
     assert launch("0", tmp_path / "out", wait=False) == 0
+    assert signal.getsignal(signal.SIGINT) is handler
     assert [(tmp_path / "out" / f"rank{r}").read_text() for r in range(3)] == ["3 0", "3 1", "3 2"]
     assert (tmp_path / "out" / "local_2_log.out").read_text() == "hello from rank 2\n"
 
