@@ -132,6 +132,7 @@ def tool(tmp_path, monkeypatch):
     """A stand-in of a container's tool: shows its arguments and runs the command in them."""
     folder = tmp_path / "tools"
     folder.mkdir()
+    (folder / "python3").symlink_to(sys.executable)
 
     def make(name):
         (folder / name).write_text('#!/bin/bash\necho "$(basename "$0") $*" >&2\nexec "${@: -3}"\n')
@@ -164,7 +165,7 @@ def test_no_container_tool(tmp_path):
 
 
 def test_a_command_line_as_interpreter(tmp_path):
-    found = resolve(asked(python="env A='two words' python3"), {})
+    found = resolve(asked(python=f"env A='two words' {sys.executable}"), {})
     code = f'python=({found.python}); "${{python[@]}}" -c "import os; print(os.environ[\'A\'])"'
     assert subprocess.run(["bash", "-c", code], capture_output=True, text=True).stdout == "two words\n"
     (tmp_path / "my python").symlink_to(sys.executable)
