@@ -21,7 +21,6 @@ OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings 
     "simplejpeg": ("simplejpeg", "fast"),
     "skimage": ("scikit-image", "quickstart"),
     "sklearn": ("scikit-learn", "eval"),
-    "submitit": ("submitit", "submitit"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "tifffile": ("tifffile", "slides"),
     "wandb": ("wandb", "wandb"),

@@ -15,6 +15,7 @@ from dinov2_custom.errors import LaunchError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 TORCHRUN_VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI's and MPICH's mpirun
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM numbers its interactive, batch and extern steps from here on
 
 
@@ -58,7 +59,7 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
     them for everybody.
 
     Raises:
-        LaunchError: some, but not all, of torchrun's variables are set.
+        LaunchError: some, but not all, of torchrun's variables are set, or those of mpirun alone.
     """
     missing = [name for name in TORCHRUN_VARIABLES if not environment.get(name)]
     if not missing:
@@ -74,6 +75,12 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
             f"expected all of {', '.join(TORCHRUN_VARIABLES)} in the environment or none, got {', '.join(found)} "
             f"without {', '.join(missing)}. Start with `torchrun`, which sets them all, or unset {', '.join(found)}."
         )
+    for name in _OF_MPI:
+        if environment.get(name, "1") != "1":
+            raise LaunchError(
+                f"expected torchrun or srun to start several processes, got mpirun ({name}={environment[name]}); start "
+                "with `torchrun --nproc-per-node N run/train/train.py ...`, or with --ngpus N and no mpirun"
+            )
     return World()
 
 

@@ -17,7 +17,7 @@ else
 fi
 
 read -ra overrides <<<"${OVERRIDES:-}"
-exec "${VENV:-$HOME/dinov2-venv}/bin/python" sky/torchrun.py \
+exec "${VENV:-$HOME/dinov2-venv}/bin/python" -m dinov2_custom.run.local \
   --nnodes "$SKYPILOT_NUM_NODES" --node_rank "$SKYPILOT_NODE_RANK" \
   --nproc_per_node $((SKYPILOT_NUM_GPUS_PER_NODE > 0 ? SKYPILOT_NUM_GPUS_PER_NODE : 1)) \
   --master_addr "$(head -n 1 <<<"$SKYPILOT_NODE_IPS")" --master_port "${MASTER_PORT:-29500}" \

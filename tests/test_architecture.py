@@ -83,7 +83,7 @@ TORCH_FREE = [
     "utils.cluster",
     "utils.run_folder",
     "run.submit",
-    "run.task",
+    "run.process",
     "run.requeue",
     "run.train.train",
     "run.eval.knn",

@@ -105,6 +105,13 @@ def test_stale_rank_variable_beside_a_slurm_task_is_ignored():
     assert world_from_environment(SLURM | {"WORLD_SIZE": "3"}).size == 5
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_mpirun_is_pointed_to_torchrun(name):
+    with pytest.raises(LaunchError, match=rf"got mpirun \({name}=4\); start with `torchrun"):
+        world_from_environment({name: "4"})
+    assert world_from_environment({name: "1"}).size == 1
+
+
 def test_submitit_local_task():
     environment = {
         "SUBMITIT_EXECUTOR": "local",

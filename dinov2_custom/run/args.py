@@ -17,17 +17,27 @@ from dinov2_custom.train.args import OverridesParser
 LAUNCHERS = ("slurm", "local", "inline")
 
 
+_DURATIONS = (
+    r"(?P<mins>\d+)(?::(?P<secs>\d\d))?",
+    r"(?P<hours>\d+):(?P<mins>\d\d):(?P<secs>\d\d)",
+    r"(?P<days>\d+)-(?P<hours>\d{1,2})(?::(?P<mins>\d\d)(?::(?P<secs>\d\d))?)?",
+)
+
+
 def minutes(text: str | int) -> int:
-    """Read a duration: ``2800`` (minutes), ``47:30:00`` or ``2-12:00:00``; seconds are rounded up to minutes."""
-    if re.fullmatch(r"\d+", str(text)) and int(text) > 0:
-        return int(text)
-    match = re.fullmatch(r"(?:(\d+)-(\d{1,2})(?::(\d\d)(?::(\d\d))?)?|()(\d+):(\d\d):(\d\d))", str(text))
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected minutes, HH:MM:SS or D-HH:MM:SS, got {text!r}")
-    days, hours, mins, seconds = (int(part or 0) for part in match.groups()[:4])
-    if match.group(6) is not None:
-        hours, mins, seconds = (int(part) for part in match.groups()[5:])
-    return max(1, (days * 24 + hours) * 60 + mins + (seconds > 0))
+    """Read a duration as sbatch does: ``2800`` (minutes), ``90:00``, ``47:30:00``, ``2-12`` or ``2-12:30:00``.
+
+    Seconds are rounded up to minutes.
+    """
+    for form in _DURATIONS:
+        if match := re.fullmatch(form, str(text)):
+            parts = {name: int(part or 0) for name, part in match.groupdict().items()}
+            hours = parts.get("days", 0) * 24 + parts.get("hours", 0)
+            if whole := hours * 60 + parts.get("mins", 0) + (parts.get("secs", 0) > 0):
+                return whole
+    raise argparse.ArgumentTypeError(
+        f"expected minutes, MM:SS, HH:MM:SS or D-HH:MM:SS, at least a minute, got {text!r}"
+    )
 
 
 def count(text: str | int) -> int:
@@ -37,26 +47,51 @@ def count(text: str | int) -> int:
     return int(text)
 
 
-_OURS = {  # what --slurm cannot say, because the job's files, signals or processes hang on it: what can
-    "output": "; --output-dir chooses the folder",
-    "error": "; --output-dir chooses the folder",
-    "open-mode": "",
-    "signal": "; take --signal-delay",
-    "array": "; submit each run with its own --output-dir",
-    "wrap": "",
-}
+def count_gpus(gres: str) -> int:
+    """Return the GPUs of ``gpu``, ``gpu:2``, ``gpu:a100:2`` or a list of such, 0 if there are none."""
+    parts = [part.split(":") for part in re.sub("gres:", "", gres).split(",")]
+    return sum(int(part[-1]) if part[-1].isdecimal() else 1 for part in parts if part[0] == "gpu")
+
+
+# what --slurm cannot say, because the job's files, signals or processes hang on it: what can
+_OURS = dict.fromkeys(("output", "error"), "; --output-dir chooses the folder")
+_GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")
+_OURS |= dict.fromkeys(_GPUS, "; take --ngpus or --gres gpu:TYPE:N")
+_TASKS = ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket")
+_OURS |= dict.fromkeys(_TASKS, "; take --ngpus, the processes of a node, and --nodes")
+_OURS |= {name: f"; take --{name}" for name in ("nodes", "cpus-per-task")}
+_OURS |= {"time": "; take --timeout", "signal": "; take --signal-delay", "array": "; take --sweep KEY=VALUE,VALUE"}
+_OURS |= {"open-mode": "", "wrap": "", "test-only": "; take --dry-run", "parsable": "", "wait": ""}
+# other options of sbatch, for whom they come to mind first
+_SBATCH = (
+    "array begin bb burst-buffer chdir clusters container-image core-spec contiguous cores-per-socket cpu-freq "
+    "cpus-per-gpu deadline delay-boot dependency distribution error export gpu-bind gpu-freq gres-flags hint hold "
+    "licenses mail-type mail-user mem-bind mem-per-cpu mincpus network nice no-kill nodefile nodelist ntasks "
+    "ntasks-per-node ntasks-per-gpu output overcommit oversubscribe priority profile propagate reboot signal "
+    "spread-job switches thread-spec threads-per-core time-min tmp use-min-nodes verbose wait wckey"
+).split()
+_BARE = ("contiguous", "hold", "overcommit", "reboot", "spread-job", "use-min-nodes", "verbose")
 
 
 def pair(text: str) -> str:
     """Read ``key=value``, or ``key`` alone, of an sbatch option without its dashes."""
     if not re.fullmatch(r"[A-Za-z][\w-]*(=.*)?", text):
         raise argparse.ArgumentTypeError(f"expected an sbatch option as key=value without dashes, got {text!r}")
-    key = text.partition("=")[0]
+    key = text.partition("=")[0].replace("_", "-")
     if key in _OURS:
         raise argparse.ArgumentTypeError(
             f"expected an option that the job script does not set itself, got {key}{_OURS[key]}"
         )
     return text
+
+
+def sweep(text: str) -> list[str]:
+    """Read ``key=value,value,...``, at least two, as overrides; commas in brackets do not part values."""
+    key, _, values = text.partition("=")
+    found = re.split(r",(?![^\[]*\])", values)
+    if not key or len(found) < 2 or "" in found:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE,VALUE,... with two values or more, got {text!r}")
+    return [f"{key}={value}" for value in found]
 
 
 @dataclass(frozen=True)
@@ -83,23 +118,32 @@ class Option:
 
 
 RESOURCES = (
-    Option(("--nodes", "--nnodes"), "number of nodes (default: 1)", count, default=1, metavar="N"),
-    Option(("--timeout",), "time limit in minutes or as HH:MM:SS (default: 2800)", minutes, default=2800),
-    Option(("--partition",), "partition (default: the cluster's)", sbatch="partition"),
-    Option(("--account",), "account that pays", sbatch="account"),
-    Option(("--qos",), "quality of service", sbatch="qos"),
+    Option(("--nodes", "--nnodes", "-N"), "number of nodes (default: 1)", count, default=1, metavar="N"),
+    Option(("--timeout", "--time", "-t"), "time limit: minutes, HH:MM:SS, ... (default: 2800)", minutes, default=2800),
+    Option(("--partition", "-p"), "partition (default: the cluster's)", sbatch="partition"),
+    Option(("--account", "-A"), "account that pays", sbatch="account"),
+    Option(("--qos", "-q"), "quality of service", sbatch="qos"),
     Option(("--constraint",), "features that the nodes must have", sbatch="constraint"),
     Option(("--use-volta32",), "ask for nodes with the feature volta32gb", many="flag"),
     Option(("--mem",), "memory a node, such as 64G; 0: all of it", sbatch="mem"),
     Option(("--mem-per-gpu",), "memory a GPU, such as 30G", sbatch="mem-per-gpu"),
-    Option(("--cpus-per-task",), "CPU cores a process (default: 10)", count, default=10, metavar="N"),
-    Option(("--gres",), "generic resources instead of --gpus-per-node, such as gpu:a100:4", sbatch="gres"),
+    Option(("--cpus-per-task",), "CPU cores a process (default: 10, or what the nodes have)", count, metavar="N"),
+    Option(("--gres",), "generic resources such as gpu:a100:4, which also sets --ngpus", sbatch="gres"),
     Option(("--reservation",), "reservation", sbatch="reservation"),
     Option(("--exclusive",), "whole nodes, shared with nobody", many="flag"),
     Option(("--exclude",), "nodes to leave out", sbatch="exclude"),
+    Option(("--job-name", "-J"), "name of the job", sbatch="job-name"),
     Option(("--comment",), "note for the scheduler and its users", sbatch="comment"),
     Option(
         ("--slurm",), "any other option of sbatch, without dashes; may be repeated", pair, "append", metavar="KEY=VALUE"
+    ),
+    Option(("--srun-arg",), "argument of the processes' srun; may be repeated", many="append", metavar="ARG"),
+    Option(
+        ("--sweep",),
+        "submit a job array: a run for each value, in <output-dir>/<number>; repeated: for each combination",
+        sweep,
+        "append",
+        metavar="KEY=VALUE,VALUE",
     ),
     Option(
         ("--signal-delay",), "seconds before the time limit at which the run saves (default: 120)", count, default=120
@@ -108,15 +152,15 @@ RESOURCES = (
 ENVIRONMENT = (
     Option(("--conda-env",), "conda environment to run in, by name or prefix", metavar="NAME|PREFIX"),
     Option(("--venv",), "virtual environment to run in", metavar="DIR"),
-    Option(("--python",), "interpreter to run with: a path, or a name looked up after --modules and --setup"),
+    Option(("--python",), "interpreter: a path, a name looked up after --modules and --setup, or a command line"),
+    Option(("--container",), "image to run in, by apptainer, singularity or enroot", metavar="IMAGE"),
     Option(("--modules",), "environment modules to load first", many="+", metavar="NAME"),
     Option(("--setup",), "line of bash to run before; may be repeated", many="append", metavar="LINE"),
 )
 PROCESSES = Option(
     ("--ngpus", "--gpus", "--gpus-per-node"),
-    "processes a node, one a GPU (default: 8 with SLURM, else all GPUs of this machine)",
+    "processes a node, one a GPU (default: those of --gres, 8 with SLURM, else all GPUs of this machine)",
     count,
-    default=8,
     metavar="N",
 )
 CPU = Option(("--cpu",), "use no GPU, ask SLURM for none: --ngpus is the number of CPU processes", many="flag")
@@ -127,6 +171,16 @@ SLURM_DESTS = tuple(option.dest for option in (*RESOURCES, *ENVIRONMENT)) + ("cl
 
 class LaunchParser(OverridesParser):
     """An OverridesParser in which ``--modules a b key=value`` ends before the override."""
+
+    def _explain_flag(self, text: str) -> str:
+        flag, _, value = text.partition("=")
+        name = flag.lstrip("-")
+        if name.replace("_", "-") == "local-rank":
+            return f"{text}: unknown flag -> start with torchrun, which says it in the environment (LOCAL_RANK)"
+        if name in _SBATCH:
+            advice = _OURS.get(name, f"; take --slurm {name}" + ("" if name in _BARE else f"={value or '...'}"))
+            return f"{text}: not a flag of the launcher -> {advice.removeprefix('; ') or 'the job script sets it'}"
+        return super()._explain_flag(text)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

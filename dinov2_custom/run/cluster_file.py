@@ -1,7 +1,7 @@
 """Defaults of a cluster from a YAML file: the launcher's flags without their dashes.
 
 Without ``--cluster`` the user's own ``~/.config/dinov2_custom/cluster.yaml`` is read for SLURM jobs, if there is one. A
-flag wins over the file. Torch-free. Read :func:`fill_in` first.
+flag wins over the file. Torch-free. Read :func:`resolve` first.
 """
 
 from __future__ import annotations
@@ -9,15 +9,41 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from dinov2_custom.errors import ConfigError
-from dinov2_custom.run.args import CLUSTER_OPTIONS, Option
+from dinov2_custom.errors import ConfigError, LaunchError
+from dinov2_custom.run.args import CLUSTER_OPTIONS, Option, count_gpus
 
 USER_FILE = "cluster.yaml"
-INTERPRETERS = ("conda_env", "venv", "python")
+DEFAULT_NGPUS = 8  # as upstream
+INTERPRETERS = ("conda_env", "venv", "python", "container")
 _NOTHING = ("", "null", "~")
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Do :func:`fill_in`, and have as many processes a node as GPUs, and neither with ``--cpu`` ask for any.
+
+    Raises:
+        LaunchError: ``--ngpus`` and ``--gres`` disagree.
+    """
+    given = bool(args.ngpus), bool(args.gres)
+    fill_in(args)
+    asked = count_gpus(args.gres or "")
+    if args.cpu and asked:
+        args.gres, asked = ",".join(part for part in args.gres.split(",") if not count_gpus(part)), 0
+    if asked and args.ngpus and args.ngpus != asked:
+        if given == (True, False):
+            args.gres = re.sub(r"\b(gpu(?::[^:,\d][^:,]*)?)(?::\d+)?(?=,|$)", rf"\1:{args.ngpus}", args.gres)
+        elif given == (False, True):
+            args.ngpus = asked
+        else:
+            raise LaunchError(
+                f"--ngpus, --gres: expected as many processes a node as GPUs, got {args.ngpus} and {args.gres}; leave "
+                "out --ngpus"
+            )
+    args.ngpus = args.ngpus or asked or DEFAULT_NGPUS
 
 
 def fill_in(args: argparse.Namespace, home: Path | None = None) -> None:
@@ -104,7 +130,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _names() -> list[str]:
-    return [flag.lstrip("-") for option in CLUSTER_OPTIONS.values() for flag in option.flags]
+    return [flag[2:] for option in CLUSTER_OPTIONS.values() for flag in option.flags if flag.startswith("--")]
 
 
 def _dest(key: str) -> str | None:

@@ -21,10 +21,15 @@ from pathlib import Path
 from dinov2_custom.entry import REQUIREMENTS
 from dinov2_custom.errors import LaunchError
 
-_IMPORT = (
-    "import importlib.util, dinov2_custom.run.task\nfrom dinov2_custom.entry import REQUIREMENTS\n"
-    "print(*[name for name in REQUIREMENTS if importlib.util.find_spec(name) is None])"
-)
+# read by any Python 3: what is too old says so, not what it stumbles over
+_IMPORT = """
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("Python %d.%d, which is too old: 3.10 or later" % sys.version_info[:2])
+import importlib.util
+from dinov2_custom.entry import REQUIREMENTS
+print(*[name for name in REQUIREMENTS if importlib.util.find_spec(name) is None])
+"""
 _MODULE_INIT = (
     '"$MODULESHOME/init/bash" "$LMOD_PKG/init/bash" /etc/profile.d/modules.sh /etc/profile.d/lmod.sh '
     "/etc/profile.d/z00_lmod.sh /usr/share/lmod/lmod/init/bash /usr/share/modules/init/bash"
@@ -33,7 +38,7 @@ _MODULE_INIT = (
 
 @dataclass(frozen=True)
 class Environment:
-    """``lines`` of bash, each with a description of the step; ``python`` to run, as bash source; what to expect of it.
+    """``lines`` of bash, each with a description of the step; ``python`` to run, words as bash source; what to expect.
 
     Args:
         prefix: sys.prefix that the interpreter must have; "" for any.
@@ -54,9 +59,10 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
     Raises:
         LaunchError: two environments at once, one that is not there, or one without this package.
     """
-    chosen = [f"--{name.replace('_', '-')}" for name in ("conda_env", "venv", "python") if getattr(args, name)]
+    names = ("conda_env", "venv", "python", "container")
+    chosen = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
     if len(chosen) > 1:
-        raise LaunchError(f"expected one of {' and '.join(chosen)}, got both; leave one out")
+        raise LaunchError(f"expected one of {', '.join(chosen)}, got {len(chosen)} of them; leave the others out")
     lines = _module_lines(args.modules or []) + [(f"--setup {line}", line) for line in args.setup or []]
     if args.conda_env:
         prefix = conda_prefix(args.conda_env, environment)
@@ -69,6 +75,13 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
         activate = f"source {shlex.quote(str(prefix / 'bin' / 'activate'))}"
         lines += [(f"activating {prefix}", activate)]
         return Environment(tuple(lines), shlex.quote(str(prefix / "bin" / "python")), str(prefix), missing=missing)
+    if args.container:
+        return Environment((*lines, *_container_lines(args.container, args.output_dir)), '"${container[@]}" python3')
+    if args.python and " " in args.python and not Path(args.python).expanduser().exists():
+        try:
+            return Environment(tuple(lines), shlex.join(shlex.split(args.python)))
+        except ValueError as e:
+            raise LaunchError(f"--python: expected a path or a command line, got {args.python!r}: {e}") from e
     if args.python and os.sep in args.python:
         python = Path(args.python).expanduser().absolute()
         if not os.access(python, os.X_OK):
@@ -138,11 +151,32 @@ def _module_lines(names: list[str]) -> list[tuple[str, str]]:
         f"type module >/dev/null 2>&1 || for init in {_MODULE_INIT}; do\n"
         '  if [ -r "$init" ]; then source "$init"; break; fi\ndone'
     )
-    lines = [("finding the command `module`", find), ("finding the command `module`", "type module >/dev/null")]
+    lines = [
+        ("--modules: finding the command `module`", find),
+        ("--modules: finding the command `module`", "type module >/dev/null"),
+    ]
     lines.append((load, load))
     for name in names:  # old versions of module return 0 whatever happens
         lines.append((load, f'[[ ":$LOADEDMODULES:" == *:{shlex.quote(name)}[:/]* ]]'))
     return lines
+
+
+def _container_lines(image: str, output_dir: str) -> list[tuple[str, str]]:
+    """Set ``container`` to the words that run a command in ``image``, where this package and the run directory are."""
+    package = str(Path(__file__).resolve().parents[2])
+    before, job, _ = output_dir.partition("%j")
+    folders = dict.fromkeys((package, before.rpartition(os.sep)[0] if job else before))
+    binds = " ".join(f"--bind {shlex.quote(folder)}" for folder in folders)
+    mounts = " ".join(f"--mount {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
+    quoted, nothing = shlex.quote(image), "no apptainer, singularity or enroot is on PATH"
+    find = (
+        "if tool=$(command -v apptainer || command -v singularity); then\n"
+        f'  container=("$tool" exec --nv {binds} --env PYTHONPATH={shlex.quote(package)} {quoted})\n'
+        "elif tool=$(command -v enroot); then\n"
+        f'  container=("$tool" start {mounts} --env PYTHONPATH={shlex.quote(package)} {quoted})\n'
+        f"else step={shlex.quote(nothing)}; false; fi"
+    )
+    return [(f"--container {image}", find)]
 
 
 def _check_here(flag: str, prefix: Path, run: bool) -> tuple[str, ...]:
@@ -160,6 +194,9 @@ def _check_package(flag: str, python: Path, run: bool) -> tuple[str, ...]:
     tried = subprocess.run([python, "-c", _IMPORT], capture_output=True, text=True, env=clean)
     if tried.returncode:
         reason = (tried.stderr.strip().splitlines() or ["no output"])[-1]
+        if "too old" in reason:
+            version = reason.partition(",")[0]
+            raise LaunchError(f"{flag}: expected Python 3.10 or later, got {python}: {version} is too old")
         raise LaunchError(
             f"{flag}: expected an environment with dinov2_custom, got from {python}: {reason}; install it with "
             f"`{python} -m pip install -e {Path(__file__).resolve().parents[2]}`"

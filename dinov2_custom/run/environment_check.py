@@ -1,6 +1,6 @@
 """Is this the interpreter that was asked for, and can it run us?  Runs on every node before the training starts.
 
-``sbatch.py`` copies this file's text into the job script, because the interpreter may not have this package: only the
+``executor.py`` copies this file's text into the job script, because the interpreter may not have this package: only the
 standard library, and a syntax that Python 3.6 reads. Arguments: node, expected sys.prefix or "", expected executable
 or "". Prints one line and returns 0, or one sentence that starts with "error:" and returns 1.
 """
@@ -23,7 +23,7 @@ def main(arguments):
         return f"{here} is too old, expected Python 3.10 or later; choose one with --conda-env, --venv or --python"
     try:
         package = importlib.import_module("dinov2_custom")
-        importlib.import_module("dinov2_custom.run.task")
+        importlib.import_module("dinov2_custom.run.process")
     except Exception as e:  # whatever stands in the way is what the user has to know
         return f"{here} cannot import dinov2_custom: {type(e).__name__}: {e}; install it in this environment"
     print(f"environment: {here} prefix={sys.prefix} dinov2_custom={package.__version__} from {package.__path__[0]}")

@@ -1,30 +1,32 @@
-"""After the processes of a SLURM job have ended: requeue the job if there is more to do.
+"""After the processes of a SLURM job have ended: decide whether the batch script requeues the job.
 
-``python -m dinov2_custom.run.requeue RUN_DIRECTORY MARKER CODE``, the last line of the batch script. MARKER is what
-``last_checkpoint`` held before, CODE what the job ended with if it did not come to start the run, else "". There is no
-limit on the number of attempts, but each has to get somewhere: one that ended by itself, or at the time limit, without
-a new checkpoint is the last. Torch-free. Read :func:`decide` first.
+``python -m dinov2_custom.run.requeue FOLDER JOB_FILES MARKER CHECKED CODE SHOWN`` ends with ``AGAIN`` or the job's exit
+code. MARKER is what ``last_checkpoint`` of the run directory FOLDER held before this attempt, CHECKED what the check of
+the environment ended with, not 0 if a signal came before there were processes, CODE what those ended with, SHOWN what
+``scontrol show job`` printed; JOB_FILES is the path that ``_<rank>_result.pkl`` is added to. There is no limit on
+attempts, but each has to get somewhere: one that ended by itself, or at the time limit, without a new checkpoint is the
+last. Torch-free. Read :func:`decide` first.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import re
-import shutil
-import signal
-import subprocess
+import stat
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dinov2_custom.exit_codes import stopped_by
-from dinov2_custom.run import outcome
-from dinov2_custom.run.outcome import Outcome
+from dinov2_custom.exit_codes import ERROR, LOST_PROCESS
 
+AGAIN = 200  # no process ends with it
 _LIMIT_SLACK_S = 90  # SLURM signals up to a minute before the time it was asked for
-_WAIT_S = 60
+_BY_HAND = 130  # SIGINT
+Result = tuple[str, Any]  # ("success", exit code), or ("error", sentence or traceback)
 
 
 @dataclass(frozen=True)
@@ -36,56 +38,86 @@ class Job:
     signal_delay: int = 120
 
 
-def decide(outcomes: Sequence[Outcome], num_ranks: int, progressed: bool, job: Job) -> tuple[bool, str]:
+def decide(results: Mapping[int, Result], num_ranks: int, progressed: bool, job: Job) -> tuple[bool, str]:
     """Return whether to requeue, and the reason in words.
 
     Args:
-        outcomes: of those of the ``num_ranks`` processes that lived to write one.
+        results: by rank, of those of the ``num_ranks`` processes that lived to leave one.
         progressed: whether there is a newer checkpoint than at the start of this attempt.
     """
-    kinds = {ended.kind for ended in outcomes}
-    codes = {ended.code for ended in outcomes if ended.kind == "stopped"}
+    codes = {value for kind, value in results.values() if kind == "success"}
+    errors = [text for kind, text in results.values() if kind == "error"]
+    crashed = [text for text in errors if _is_traceback(text)]
     if job.state != "RUNNING":
         state = job.state.lower()
         return False, f"SLURM says {state}; it starts again if SLURM requeued it, after scancel it does not"
-    if "refused" in kinds:
+    if len(crashed) < len(errors) or any(0 < code < 128 and code != LOST_PROCESS for code in codes):
         return False, "it ended with an error that another attempt would meet again"
-    if "done" in kinds:
+    if 0 in codes:
         return False, "the run is complete"
-    if stopped_by(signal.SIGINT) in codes:
+    if _BY_HAND in codes:
         return False, "it was interrupted by hand"
     if progressed:
         # after a death srun sends SIGTERM to the others, which then may call themselves stopped without having saved
-        saved = kinds == {"stopped"} and len(outcomes) == num_ranks
+        saved = len(results) == num_ranks and not errors and LOST_PROCESS not in codes
         return True, "stopped after a save" if saved else "it died, and goes on from its last checkpoint"
-    if "crashed" in kinds:
+    if crashed:
         return False, "it crashed before it wrote a checkpoint; see the error above or in logs/log.txt"
     if job.seconds_left < job.signal_delay + _LIMIT_SLACK_S:
         return False, "the time limit is too short to reach a checkpoint; raise --timeout or lower checkpointing.period"
-    if len(outcomes) == num_ranks:  # else srun sent the signal, after one of them had died of something else
+    if len(results) == num_ranks and LOST_PROCESS not in codes:
         return True, "stopped by a signal"
     return False, "a process was killed before there was a checkpoint"
 
 
-def causes(outcomes: Sequence[Outcome], num_ranks: int, output: str) -> list[str]:
-    """Return why the processes ended before the run did, a line for each different reason.
-
-    Args:
-        output: path that ``_<rank>_log.err`` is added to.
-    """
-    said = [f"error: {ended.message}" for ended in outcomes if ended.kind == "refused" and ended.message]
-    for ended in outcomes:
-        if ended.kind == "crashed":
-            last = (ended.message.rstrip().splitlines() or ["no message"])[-1]
-            said.append(f"error: rank {ended.rank}: {last}; the traceback: {output}_{ended.rank}_log.err")
-    silent = sorted(set(range(num_ranks)) - {ended.rank for ended in outcomes})
+def causes(results: Mapping[int, Result], num_ranks: int, job_files: str) -> list[str]:
+    """Return why the processes ended before the run did, a line for each different reason."""
+    said = []
+    for rank, (kind, text) in sorted(results.items()):
+        if kind == "error" and _is_traceback(text):
+            last = text.rstrip().splitlines()[-1]
+            said.append(f"error: rank {rank}: {last}; the traceback: {job_files}_{rank}_log.err")
+        elif kind == "error":
+            said.append(f"error: {text}")
+    silent = sorted(set(range(num_ranks)) - set(results))
     if silent and not said:
         ranks = ", ".join(map(str, silent))
         said = [
             f"error: killed without a last word, as for lack of memory (--mem): rank {ranks}; what was printed: "
-            f"{output}_{silent[0]}_log.err"
+            f"{job_files}_{silent[0]}_log.err"
         ]
     return list(dict.fromkeys(said))
+
+
+def _is_traceback(text: str) -> bool:
+    return text.startswith("Traceback ")
+
+
+class _Plain(pickle.Unpickler):
+    """Text and numbers alone: nothing in a pickle can make this call anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} in a result")
+
+
+def read(job_files: str) -> dict[int, Result]:
+    """Return the results by rank.
+
+    Those that are torn, of another owner or writable by others count as none.
+    """
+    results = {}
+    prefix = Path(job_files)
+    for path in prefix.parent.glob(f"{prefix.name}_*_result.pkl"):
+        try:
+            with open(path, "rb") as file:
+                facts = os.fstat(file.fileno())
+                if facts.st_uid == os.geteuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    kind, value = _Plain(file).load()
+                    rank = int(path.name.removeprefix(f"{prefix.name}_").partition("_")[0])
+                    results[rank] = str(kind), int(value) if kind == "success" else str(value)
+        except (OSError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+            continue
+    return results
 
 
 def describe_job(text: str, now: float) -> Job:
@@ -95,40 +127,27 @@ def describe_job(text: str, now: float) -> Job:
     left = float("inf")
     if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", end):
         left = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) - now
-    return Job(fields.get("JobState", "UNKNOWN"), left)
-
-
-def requeue(job_id: str) -> str:
-    """Ask SLURM to run the job again; return what it said against it, or "" after having waited for the end."""
-    asked = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
-    if asked.returncode:
-        return " ".join((asked.stderr or asked.stdout).split())
-    time.sleep(_WAIT_S)  # SLURM ends this process, which must not end first: the job would count as finished
-    return ""
+    return Job(fields.get("JobState", "UNKNOWN"), left, int(os.environ.get("DINOV2_SIGNAL_DELAY", "120")))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Decide and act; return the job's exit code, which only matters where it is not requeued."""
-    folder, before, code = Path(arguments[0]), arguments[1], arguments[2]
-    job_id = os.environ["SLURM_JOB_ID"]
-    marker = folder / "last_checkpoint"
+    """Print the causes and the decision; return ``AGAIN`` or the job's exit code."""
+    folder, job_files, before, checked, code, shown = arguments
+    job_id, num_ranks = Path(job_files).name, int(os.environ["SLURM_NTASKS"])
+    marker = Path(folder) / "last_checkpoint"
     progressed = marker.exists() and marker.read_text(encoding="utf-8").strip() != before.strip()
-    num_ranks = int(os.environ["SLURM_NTASKS"])
-    outcomes = outcome.read(Path(os.environ[outcome.FOLDER_VARIABLE]))
-    if code:
-        outcomes = [Outcome(rank, "stopped", int(code)) for rank in range(num_ranks)]
-    shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True)
-    job = describe_job(shown.stdout, time.time())
-    again, why = decide(outcomes, num_ranks, progressed, job)
+    results = read(job_files)
+    if int(checked):
+        results = {rank: ("success", int(checked)) for rank in range(num_ranks)}
+    job = describe_job(shown, time.time())
+    again, why = decide(results, num_ranks, progressed, job)
     if job.state == "RUNNING":  # else SLURM itself has killed them
-        print("".join(f"{line}\n" for line in causes(outcomes, num_ranks, f"{folder}/{job_id}")), end="")
-    shutil.rmtree(os.environ[outcome.FOLDER_VARIABLE], ignore_errors=True)
+        print("".join(f"{line}\n" for line in causes(results, num_ranks, job_files)), end="")
     verdict = "requeued" if again else "not requeued" if job.state == "RUNNING" else "ended from outside"
     print(f"job {job_id}: {verdict}: {why}", flush=True)
-    refusal = requeue(job_id) if again else ""
-    if refusal:
-        print(f"error: job {job_id} could not be requeued: {refusal}; submit it again, it goes on from its checkpoint")
-    return max((ended.code for ended in outcomes), default=0)
+    if again:
+        return AGAIN
+    return max([int(code), *(value if kind == "success" else ERROR for kind, value in results.values())])
 
 
 if __name__ == "__main__":

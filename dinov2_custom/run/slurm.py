@@ -1,21 +1,29 @@
-"""Submit a batch script, and say in one sentence why SLURM refused it.
+"""Submit a job through submitit, and say in one sentence why SLURM refused it.
 
-Not the script (``sbatch.py``), not the sentence (``refusal.py``). Torch-free. Read :func:`submit` first.
+Not the script (``executor.py``), not the sentence (``refusal.py``). Torch-free. Read :func:`submit` first.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core import utils as submitit_utils
 
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
-from dinov2_custom.run.refusal import QUERY_TIMEOUT_S, ask, explain
-from dinov2_custom.run.sbatch import JOB
+from dinov2_custom.run.executor import JOB, PYTHON, script
+from dinov2_custom.run.process import Process
+from dinov2_custom.run.refusal import QUERY_TIMEOUT_S, ask, explain, is_silence, too_much
+from dinov2_custom.world import TORCHRUN_VARIABLES
 
 # reasons of a pending job that waiting does not change
 _HOPELESS = (
@@ -29,38 +37,61 @@ _HOPELESS = (
     "can't use this partition",
     "not permitted to use this partition",
 )
+# what submitit leaves of a submission that failed
+_LEFT = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh")
 
 
-def submit(script: str, output_dir: str, environment: Mapping[str, str]) -> tuple[str, Path, str]:
-    """Submit ``script``, write it into the run directory, and return (job number, run directory, state in words).
+def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Process]) -> tuple[str, Path, str]:
+    """Submit ``processes``, more than one as a job array; return (job number, folder of its files, state in words).
 
     Args:
+        parameters: of submitit's SlurmExecutor.
         output_dir: absolute; ``%j`` becomes the job's number.
-        environment: what the job inherits, but for the variables of a job this process may be in.
 
     Raises:
         LaunchError: SLURM refuses the job or will never start it; nothing is left behind then.
     """
-    inherited = _inherited(environment, script)
-    made = [] if JOB in output_dir else _make(Path(output_dir))
+    text = script(parameters, output_dir, len(processes))
+    folder = submitit_utils.JobPaths.get_first_id_independent_folder(output_dir)
+    made, before = missing_folders(folder), {path.name for path in folder.glob("*")}
+    executor = submitit.SlurmExecutor(output_dir, python=PYTHON)
+    executor.update_parameters(**parameters)
+    job_id, refused = "", ""
     try:
-        asked = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, env=inherited)
-        if asked.returncode:
-            raise LaunchError(explain(asked.stderr, script, inherited))
-        job_id = asked.stdout.strip().splitlines()[-1].split(";")[0]
-        shown = state(job_id)
+        # submitit prints what sbatch complains of, beside raising it
+        with _environment(_inherited(os.environ, text)), redirect_stderr(io.StringIO()):
+            jobs = executor.submit_array(processes)
+        job_id, shown = jobs[0].job_id.partition("_")[0], state(jobs[0].job_id.partition("_")[0])
         if any(reason in shown for reason in _HOPELESS):
             subprocess.run(["scancel", job_id], check=False)
-            raise LaunchError(explain(f"the job could never start: {shown}", script, inherited))
-    except BaseException:
-        remove_empty(made)
-        raise
-    run_directory = Path(output_dir.replace(JOB, job_id))
-    run_directory.mkdir(parents=True, exist_ok=True)
-    path = run_directory / f"{job_id}_submission.sh"
-    path.write_text(script, encoding="utf-8")
-    path.chmod(0o755)
-    return job_id, run_directory, shown
+            refused = f"the job could never start: {shown}"
+    except (submitit_utils.FailedJobError, submitit_utils.FailedSubmissionError) as e:
+        refused = str(e)
+    files = Path(output_dir.replace(JOB, job_id))
+    left = [path for path in folder.glob("*") if _LEFT.fullmatch(path.name) and path.name not in before]
+    for path in left:  # links after a submission; another one may be under way
+        if refused or (path.is_symlink() and path.readlink() == files / f"{job_id}_submission.sh"):
+            path.unlink(missing_ok=True)
+    if refused:
+        for path in files.glob(f"{job_id}_*") if job_id else ():
+            path.unlink()
+        remove_empty([files, *made])
+        raise LaunchError(explain(refused, text, _inherited(os.environ, text)))
+    for path in files.glob(f"{job_id}_*submitted.pkl"):
+        path.chmod(0o600)  # the job calls what is in it
+    return job_id, files, shown
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def others_in(output_dir: Path) -> list[str]:
@@ -69,18 +100,19 @@ def others_in(output_dir: Path) -> list[str]:
     if not known:
         return []
     listed = ask(["squeue", "--me", "--noheader", "--format", "%i %T"], os.environ).splitlines()
-    return [line for line in listed if line.partition(" ")[0] in known]
+    return [line for line in listed if re.split("[_ ]", line)[0] in known]
 
 
-def _inherited(environment: Mapping[str, str], script: str) -> dict[str, str]:
-    """Leave out the variables of a job this process may be in, and those that would win over the script's options."""
+def _inherited(environment: Mapping[str, str], text: str) -> dict[str, str]:
+    """Leave out the variables of a job or launcher this process may be in, and those that win over the script."""
     special = {"TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE"}
-    options = [name.upper().replace("-", "_") for name in re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE)]
-    stronger = {f"SBATCH_{special.get(name, name)}" for name in options}
+    options = [name.upper().replace("-", "_") for name in re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)]
+    foreign = {f"SBATCH_{special.get(name, name)}" for name in options} | set(TORCHRUN_VARIABLES)
+    others = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "OMPI_", "PMI_", "PMIX_", "TORCHELASTIC_")
     return {
         name: value
         for name, value in environment.items()
-        if name not in stronger and (not name.startswith("SLURM_") or name == "SLURM_CONF")
+        if name not in foreign and (not name.startswith(others) or name == "SLURM_CONF")
     }
 
 
@@ -98,13 +130,13 @@ def check_installed() -> None:
         )
 
 
-def check_syntax(script: str) -> None:
+def check_syntax(text: str) -> None:
     """Let bash read the script without running it.
 
     Raises:
         LaunchError: a ``--setup`` line that is no bash.
     """
-    read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    read = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     if read.returncode:
         reason = read.stderr.strip().splitlines()[0]
         raise LaunchError(
@@ -112,35 +144,30 @@ def check_syntax(script: str) -> None:
         )
 
 
-def foretell(script: str, environment: Mapping[str, str]) -> str:
-    """Return in a sentence what SLURM would do with ``script``: when it could start, or why it would be refused."""
-    inherited = _inherited(environment, script)
+def foretell(text: str, environment: Mapping[str, str]) -> tuple[bool, str]:
+    """Return whether SLURM would refuse the script ``text``, and why or when it could start, in a sentence."""
+    inherited = _inherited(environment, text)
     command = ["sbatch", "--test-only"]
     try:
         asked = subprocess.run(
-            command, input=script, capture_output=True, text=True, env=inherited, timeout=QUERY_TIMEOUT_S
+            command, input=text, capture_output=True, text=True, env=inherited, timeout=QUERY_TIMEOUT_S
         )
     except FileNotFoundError:
-        return "SLURM was not asked: no sbatch on PATH"
+        return False, "SLURM was not asked: no sbatch on PATH"
     except (OSError, subprocess.TimeoutExpired) as e:
-        return f"SLURM was not asked: {e}"
-    if asked.returncode:
-        return f"SLURM would refuse this job: {explain(asked.stderr, script, inherited)}"
+        return False, f"SLURM was not asked: {e}"
+    said = asked.stderr if asked.returncode else ""
+    if is_silence(said):
+        return False, f"SLURM was not asked: {explain(said, text, inherited)}"
+    if not said and any(one.startswith("--timeout") for one in too_much(text, inherited)):
+        said = "the job could never start: PartitionTimeLimit"  # which the test does not look at
+    if said:
+        return True, f"SLURM would refuse this job: {explain(said, text, inherited)}"
     lines = [re.sub(r"^sbatch: ", "", line) for line in asked.stderr.splitlines() if " to start at " in line]
-    return f"SLURM would accept this job: {lines[-1] if lines else asked.stderr.strip()}"
+    return False, f"SLURM would accept this job: {lines[-1] if lines else asked.stderr.strip()}"
 
 
 def state(job_id: str) -> str:
     """Return ``PENDING (Priority)`` or the like; "" if SLURM does not answer."""
-    return (
-        ask(["squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)"], os.environ)
-        .strip()
-        .replace(" (None)", "")
-    )
-
-
-def _make(folder: Path) -> list[Path]:
-    """Make ``folder`` and return the folders that were not there, innermost first."""
-    missing = missing_folders(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
+    shown = ask(["squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)"], os.environ).strip()
+    return shown.partition("\n")[0].replace(" (None)", "")

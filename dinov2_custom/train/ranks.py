@@ -1,7 +1,7 @@
 """What the processes of a job know of each other without a word between them: small files in ``<run>/logs/ranks``.
 
 ``rank<n>`` says who process n is, how far, and what it died of; ``end_<token>`` which process is about to say in the
-log why the job ends, ``told_<token>`` that it is said; a launcher on this machine reads both (``run/local.py``). The
+log why the job ends, ``told_<token>`` that it is said. The
 token is the job's own: files of an earlier start do not count. Nothing of it needs a collective or a GPU. Not here:
 when a job has to end (``watch.py``). Read :class:`Ranks` first.
 """

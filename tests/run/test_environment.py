@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from dinov2_custom.errors import LaunchError
+from dinov2_custom.run import environment_check
 from dinov2_custom.run.environment import conda_prefix, resolve
 
 
 def asked(**given):
-    names = ("conda_env", "venv", "python", "modules", "setup")
+    names = ("conda_env", "venv", "python", "container", "modules", "setup", "output_dir")
     return argparse.Namespace(**{name: given.get(name) for name in names})
 
 
@@ -84,7 +85,8 @@ def only_installed(monkeypatch):
         ({"venv": "/nope"}, "--venv: expected an environment with bin/python, got none at /nope"),
         ({"conda_env": "/nope"}, "--conda-env: expected an environment"),
         ({"python": "/nope/python"}, "--python: expected an interpreter"),
-        ({"venv": "a", "conda_env": "b"}, "expected one of --conda-env and --venv, got both"),
+        ({"python": "exec 'x"}, "--python: expected a path or a command line"),
+        ({"venv": "a", "conda_env": "b"}, "expected one of --conda-env, --venv, got 2 of them"),
     ],
 )
 def test_mistakes(given, message):
@@ -101,6 +103,74 @@ def test_an_interpreter_without_this_package(tmp_path, monkeypatch):
     with pytest.raises(LaunchError, match="--python: expected an environment with dinov2_custom, got from .*No module"):
         resolve(asked(python=python), {})
     assert resolve(asked(python=python, setup=["export A=1"]), {}).executable == python
+
+
+def old_pythons():
+    return sorted(Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python3")) + sorted(
+        Path("/usr/bin").glob("python3.[6-9]")
+    )
+
+
+@pytest.mark.parametrize("flag", ["--python", "--venv"])
+def test_an_old_interpreter_is_said_to_be_old(tmp_path, flag):
+    if not (found := old_pythons()):
+        pytest.skip("needs a Python of 3.6 to 3.9")
+    python = found[0]
+    if flag == "--venv":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "python").symlink_to(python)
+    given = {"python": str(python)} if flag == "--python" else {"venv": str(tmp_path)}
+    with pytest.raises(LaunchError, match=rf"{flag}: expected Python 3.10 or later, got .*: Python 3.\d is too old$"):
+        resolve(asked(**given), {})
+    check = Path(environment_check.__file__).read_text()
+    done = subprocess.run([python, "-c", check, "n1", "", ""], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.startswith("error: node n1") and "is too old" in done.stdout
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """A stand-in of a container's tool: shows its arguments and runs the command in them."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    (folder / "python3").symlink_to(sys.executable)
+
+    def make(name):
+        (folder / name).write_text('#!/bin/bash\necho "$(basename "$0") $*" >&2\nexec "${@: -3}"\n')
+        (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    return make
+
+
+@pytest.mark.parametrize("name, words", [("apptainer", "exec --nv"), ("singularity", "exec --nv"), ("enroot", "start")])
+def test_a_container_by_what_is_there(tool, tmp_path, name, words):
+    tool(name)
+    found = resolve(asked(container="my image.sif", output_dir="/runs/a b/%j"), {})
+    lines = "\n".join(line for _, line in found.lines)
+    done = subprocess.run(
+        ["bash", "-c", f'set -e; {lines}\npython=({found.python})\n"${{python[@]}}" -c "print(40 + 2)"'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "42\n" and done.stderr.startswith(f"{name} {words} "), done.stderr
+    assert "my image.sif python3 -c" in done.stderr and "/runs/a b" in done.stderr and "%j" not in done.stderr
+
+
+def test_no_container_tool(tmp_path):
+    found = resolve(asked(container="image.sif", output_dir="/runs"), {})
+    lines = "\n".join(line for _, line in found.lines)
+    code = f"trap 'echo \"$step\"' EXIT; set -e; PATH={tmp_path}; {lines}"
+    done = subprocess.run(["/bin/bash", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "no apptainer, singularity or enroot is on PATH\n"
+
+
+def test_a_command_line_as_interpreter(tmp_path):
+    found = resolve(asked(python=f"env A='two words' {sys.executable}"), {})
+    code = f'python=({found.python}); "${{python[@]}}" -c "import os; print(os.environ[\'A\'])"'
+    assert subprocess.run(["bash", "-c", code], capture_output=True, text=True).stdout == "two words\n"
+    (tmp_path / "my python").symlink_to(sys.executable)
+    alone = resolve(asked(python=str(tmp_path / "my python"), setup=["export A=1"]), {})
+    assert alone.executable == str(tmp_path / "my python")
 
 
 def test_setup_lines_that_bring_another_python_mean_that_one(tmp_path):

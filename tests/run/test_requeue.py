@@ -1,53 +1,57 @@
 """When a job is worth another attempt. The real requeues are in tests/slurm."""
 
+import os
+import pickle
+
 import pytest
 
-from dinov2_custom.run import outcome
-from dinov2_custom.run.outcome import Outcome
-from dinov2_custom.run.requeue import Job, causes, decide, describe_job
+from dinov2_custom.run.requeue import AGAIN, Job, causes, decide, describe_job, main, read
 
 SHOWN = "JobId=7 JobName=dinov2:train\n   JobState=RUNNING Reason=None\n   StartTime=Unknown EndTime={} Deadline=N/A\n"
 
 
-def ended(*kinds_and_codes):
-    return [Outcome(rank, kind, code) for rank, (kind, code) in enumerate(kinds_and_codes)]
+def ended(*values):
+    """Results by rank: an exit code, or the text of an error."""
+    return {rank: ("error" if isinstance(value, str) else "success", value) for rank, value in enumerate(values)}
 
 
 LATE = Job(seconds_left=100)
+CRASH = "Traceback (most recent call last):\n  line\nRuntimeError: no such kernel\n"
+REFUSED = "expected images, got none"
 
 
 @pytest.mark.parametrize(
-    "outcomes, progressed, job, again, why",
+    "results, progressed, job, again, why",
     [
-        (ended(("done", 0), ("done", 0)), True, Job(), False, "complete"),
-        (ended(("stopped", 143), ("stopped", 143)), True, Job(), True, "after a save"),
-        (ended(("stopped", 140)), True, LATE, True, "after a save"),
-        (ended(("stopped", 140)), False, LATE, False, "too short"),
-        (ended(("stopped", 140)), False, Job(), True, "signal"),
-        (ended(("stopped", 143)), True, Job("CANCELLED"), False, "cancelled"),
-        (ended(("stopped", 143)), True, Job("TIMEOUT"), False, "timeout"),
-        (ended(("stopped", 143)), True, Job("COMPLETING"), False, "completing"),
-        (ended(("stopped", 130)), True, Job(), False, "by hand"),
-        (ended(("refused", 1)), True, Job(), False, "meet again"),
-        (ended(("crashed", 1)), True, Job(), True, "goes on from"),
-        (ended(("crashed", 1)), False, Job(), False, "crashed before"),
-        (ended(("lost", 75)), True, Job(), True, "goes on from"),
-        ([], True, Job(), True, "goes on from"),
-        ([], False, Job(), False, "killed before"),
-        (ended(("crashed", 1), ("refused", 1)), True, Job(), False, "meet again"),
+        (ended(0, 0), True, Job(), False, "complete"),
+        (ended(143, 143), True, Job(), True, "after a save"),
+        (ended(140), True, LATE, True, "after a save"),
+        (ended(140), False, LATE, False, "too short"),
+        (ended(140), False, Job(), True, "signal"),
+        (ended(143), True, Job("CANCELLED"), False, "cancelled"),
+        (ended(143), True, Job("TIMEOUT"), False, "timeout"),
+        (ended(143), True, Job("COMPLETING"), False, "completing"),
+        (ended(130), True, Job(), False, "by hand"),
+        (ended(REFUSED), True, Job(), False, "meet again"),
+        (ended(1), True, Job(), False, "meet again"),
+        (ended(CRASH), True, Job(), True, "it died, and goes on from"),
+        (ended(CRASH, 143), True, Job(), True, "it died, and goes on from"),
+        (ended(CRASH), False, Job(), False, "crashed before"),
+        (ended(75), True, Job(), True, "it died, and goes on from"),
+        (ended(75, 143), True, Job(), True, "it died, and goes on from"),
+        ({}, True, Job(), True, "it died, and goes on from"),
+        ({}, False, Job(), False, "killed before"),
+        (ended(CRASH, REFUSED), True, Job(), False, "meet again"),
     ],
 )
-def test_decisions(outcomes, progressed, job, again, why):
-    decided, reason = decide(outcomes, max(len(outcomes), 1), progressed, job)
+def test_decisions(results, progressed, job, again, why):
+    decided, reason = decide(results, max(len(results), 1), progressed, job)
     assert decided is again and why in reason
 
 
 def test_stopped_by_srun_because_another_one_died_is_no_stop():
-    assert decide(ended(("stopped", 143)), 2, False, Job()) == (
-        False,
-        "a process was killed before there was a checkpoint",
-    )
-    assert decide(ended(("stopped", 143)), 2, True, Job()) == (True, "it died, and goes on from its last checkpoint")
+    assert decide(ended(143), 2, False, Job()) == (False, "a process was killed before there was a checkpoint")
+    assert decide(ended(143), 2, True, Job()) == (True, "it died, and goes on from its last checkpoint")
 
 
 def test_reading_what_slurm_says():
@@ -59,20 +63,65 @@ def test_reading_what_slurm_says():
     assert describe_job("", now).state == "UNKNOWN"
 
 
-def test_outcomes_on_disk(tmp_path):
-    for one in (Outcome(1, "crashed", 1, "text\n'\""), Outcome(0, "done", 0)):
-        outcome.write(one, tmp_path)
-    (tmp_path / "rank2.json").write_text('{"rank": 2, "ki')
-    assert outcome.read(tmp_path) == [Outcome(0, "done", 0), Outcome(1, "crashed", 1, "text\n'\"")]
+class Touch:
+    """Calls ``os.mkdir(path)`` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def write(folder, rank, value, mode=0o600):
+    path = folder / f"7_{rank}_result.pkl"
+    path.write_bytes(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+    path.chmod(mode)
+
+
+def test_results_are_read_where_nobody_else_can_have_written_them(tmp_path):
+    job_files = str(tmp_path / "7")
+    write(tmp_path, 0, ("success", 140))
+    write(tmp_path, 11, ("error", "text\n'"), mode=0o644)
+    write(tmp_path, 2, ("success", 0), mode=0o602)
+    write(tmp_path, 3, ("success", 0), mode=0o620)
+    write(tmp_path, 4, ("success", Touch(tmp_path / "called")))
+    write(tmp_path, 5, Touch(tmp_path / "called"))
+    (tmp_path / "7_6_result.pkl").write_bytes(b"\x80\x05torn")
+    (tmp_path / "7_7_result.pkl.save_tmp").touch()
+    assert read(job_files) == {0: ("success", 140), 11: ("error", "text\n'")}
+    assert not (tmp_path / "called").exists()
+    if not os.getuid():
+        os.chown(tmp_path / "7_0_result.pkl", 12345, -1)
+        assert 0 not in read(job_files)
+
+
+@pytest.mark.parametrize(
+    "checked, code, code_of_all, marker, says",
+    [
+        ("0", "0", AGAIN, "before", "requeued: stopped after a save"),
+        ("0", "0", AGAIN, "now", "requeued: stopped by a signal"),
+        ("143", "143", AGAIN, "now", "requeued: stopped by a signal"),  # in the check of the environment
+    ],
+)
+def test_the_batch_script_is_told_by_the_exit_code(
+    tmp_path, monkeypatch, capsys, checked, code, code_of_all, marker, says
+):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    (tmp_path / "last_checkpoint").write_text("now\n")
+    if checked == "0":
+        write(tmp_path, 0, ("success", 140))
+    arguments = [str(tmp_path), str(tmp_path / "7"), marker, checked, code, SHOWN.format("Unknown")]
+    assert main(arguments) == code_of_all and says in capsys.readouterr().out
+    arguments[-1] = arguments[-1].replace("RUNNING", "CANCELLED")
+    assert main(arguments) != AGAIN and "ended from outside: SLURM says cancelled" in capsys.readouterr().out
 
 
 def test_the_job_log_names_each_cause_once():
-    refused = [Outcome(rank, "refused", 1, "expected images, got none") for rank in range(2)]
-    assert causes(refused, 2, "run/7") == ["error: expected images, got none"]
-    crashed = [Outcome(0, "lost", 75), Outcome(1, "crashed", 1, "Traceback\n  line\nRuntimeError: no such kernel\n")]
-    assert causes(crashed, 2, "run/7") == [
+    assert causes(ended(REFUSED, REFUSED), 2, "run/7") == [f"error: {REFUSED}"]
+    assert causes(ended(75, CRASH), 2, "run/7") == [
         "error: rank 1: RuntimeError: no such kernel; the traceback: run/7_1_log.err"
     ]
-    (killed,) = causes([Outcome(1, "stopped", 143)], 3, "run/7")
+    (killed,) = causes({1: ("success", 143)}, 3, "run/7")
     assert "rank 0, 2; what was printed: run/7_0_log.err" in killed
-    assert causes(ended(("done", 0), ("stopped", 143)), 2, "run/7") == []
+    assert causes(ended(0, 143), 2, "run/7") == []

@@ -2,7 +2,9 @@
 
 import argparse
 import inspect
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2_custom.errors import ConfigError, LaunchError
+from dinov2_custom.errors import ConfigError, DINOv2Error, LaunchError
 from dinov2_custom.run.submit import Task, choose_launcher, get_args_parser, get_shared_folder, submit_jobs
 from dinov2_custom.run.train.train import main as train_main
 from tests.train.batches import TINY
@@ -46,6 +48,9 @@ def train(*arguments, cwd, environment=None):
         ([], {"TORCHELASTIC_RUN_ID": "x"}, "inline"),
         (["--launcher", "local"], {"SLURM_JOB_ID": "3", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "local"),
         (["--launcher", "inline"], {}, "inline"),
+        (["--launcher", "local"], TORCHRUN, "local"),  # left in a shell
+        (["--partition", "p"], {"RANK": "0", "WORLD_SIZE": "2"}, "slurm"),
+        (["--launcher", "local"], {"RANK": "0", "WORLD_SIZE": "2"}, "local"),
     ],
 )
 def test_choice_of_the_launcher(flags, environment, launcher):
@@ -139,6 +144,141 @@ def test_cpu_hides_the_gpus_under_torchrun_too(monkeypatch, environment, flags, 
     assert submit_jobs(SeenGpus, parse(*flags), name="x") == seen
 
 
+class Plain:
+    """No class of ours: its launch loads no configuration."""
+
+    def __init__(self, args):
+        self.args = args
+
+
+def script_of(capsys, *flags, task=Plain):
+    """Return the batch script of these flags, made in this process."""
+    parser = get_args_parser()
+    parser.add_argument("--output-dir", default="/tmp/out")
+    parser.add_argument("opts", nargs="*", default=[])
+    assert submit_jobs(task, parser.parse_args(["--launcher", "slurm", "--dry-run", *flags]), name="x") == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def only_commands(tmp_path, monkeypatch):
+    """PATH of what a batch script needs, without SLURM: srun and the others do nothing."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "cat", "date", "hostname", "mkdir", "rm", "touch"):
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    for name in ("srun", "scontrol", "module", "apptainer"):
+        (folder / name).write_text("#!/bin/bash\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+
+
+def flags_with_a_value():
+    actions = [*get_args_parser()._actions, get_args_parser().add_argument("--output-dir")]
+    return [action.option_strings[0] for action in actions if action.option_strings and action.nargs != 0]
+
+
+HOSTILE = "x\" ; touch PWNED; `touch PWNED` $(touch PWNED) && touch PWNED '; touch PWNED; ' # %j ${IFS}"
+
+
+@pytest.mark.parametrize(
+    "hostile, in_file", [(HOSTILE, False), ("x\ntouch PWNED\n", False), ("x\ntouch PWNED\n", True)]
+)
+@pytest.mark.parametrize("flag", [flag for flag in flags_with_a_value() if flag != "--setup"])  # which is bash
+def test_no_value_becomes_a_command_of_the_job(capsys, tmp_path, monkeypatch, only_commands, flag, hostile, in_file):
+    value = f"comment={hostile}" if flag == "--slurm" else f"a={hostile},{hostile}" if flag == "--sweep" else hostile
+    given = [f"{flag}={value}" if flag != "--modules" else flag] + ([value] if flag == "--modules" else [])
+    if in_file:
+        (tmp_path / "c.yaml").write_text(f"{flag[2:]}: {json.dumps(value)}\n")
+        given = ["--cluster", str(tmp_path / "c.yaml")]
+    given += [] if flag == "--output-dir" else ["--output-dir", str(tmp_path / "out")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    try:
+        script = script_of(capsys, *given)
+    except (SystemExit, DINOv2Error):
+        return  # refused
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, timeout=600)
+    assert not (tmp_path / "PWNED").exists(), script
+    sbatch = [line for line in script.splitlines() if "PWNED" in line and line.startswith("#SBATCH")]
+    assert all(shlex.split(line, comments=False)[1].startswith("--") for line in sbatch)
+
+
+def test_a_line_break_is_refused_by_its_flag(capsys):
+    for flag in ("--comment", "--account", "--partition", "--job-name"):
+        with pytest.raises(LaunchError, match=f"{flag}: expected one line"):
+            script_of(capsys, f"{flag}=a\nb")
+    with pytest.raises(LaunchError, match="--output-dir: expected no % but in %j"):
+        script_of(capsys, "--output-dir", "/tmp/100%")
+
+
+@pytest.mark.parametrize(
+    "flags, there, absent",
+    [
+        (["--gres", "gpu:a100:2"], ["ntasks-per-node=2", "gres=gpu:a100:2"], ["gpus-per-node"]),
+        (["--gres", "gpu"], ["ntasks-per-node=1", "gres=gpu"], ["gpus-per-node"]),
+        (["--gres", "tmpdisk:10"], ["ntasks-per-node=8", "gres=tmpdisk:10", "gpus-per-node=8"], []),
+        (["--gres", "gpu:2,tmpdisk:10", "--cpu"], ["ntasks-per-node=8", "gres=tmpdisk:10"], ["gpu"]),
+        (["--gres", "gpu:2", "--cpu", "--ngpus", "3"], ["ntasks-per-node=3"], ["gpu"]),
+        (["--ngpus", "3"], ["ntasks-per-node=3", "gpus-per-node=3"], []),
+        (["-J", "mine"], ["job-name=mine"], ["job-name=x"]),
+        (["--slurm", "mail_type=END", "--slurm", "hold"], ["mail-type=END", "hold"], []),
+    ],
+)
+def test_what_is_asked_for(capsys, flags, there, absent):
+    options = [line for line in script_of(capsys, *flags).splitlines() if line.startswith("#SBATCH")]
+    assert all(f"#SBATCH --{one}" in options for one in there), options
+    assert not any(word in line for line in options for word in absent)
+
+
+def test_processes_and_gpus_that_disagree(capsys):
+    with pytest.raises(
+        LaunchError, match="--ngpus, --gres: expected as many processes a node as GPUs, got 4 and gpu:2"
+    ):
+        script_of(capsys, "--gres", "gpu:2", "--ngpus", "4")
+
+
+@pytest.mark.parametrize(
+    "file, flags, there",
+    [
+        ("gres: gpu:a100:4", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:a100:2"]),
+        ("gres: gpu:4,tmpdisk:10", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:2,tmpdisk:10"]),
+        ("gres: gpu", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:2"]),
+        ("ngpus: 4", ["--gres", "gpu:2"], ["ntasks-per-node=2", "gres=gpu:2"]),
+        ("gres: gpu:4", ["--cpu"], ["ntasks-per-node=8"]),
+    ],
+)
+def test_a_flag_wins_over_the_gpus_of_the_file(capsys, tmp_path, file, flags, there):
+    (tmp_path / "c.yaml").write_text(file)
+    options = script_of(capsys, "--cluster", str(tmp_path / "c.yaml"), *flags)
+    assert all(f"#SBATCH --{one}\n" in options for one in there), options
+
+
+def test_arguments_of_srun_are_words(capsys):
+    script = script_of(capsys, "--srun-arg=--container-image=a b", "--srun-arg=--mpi=none")
+    (line,) = [line for line in script.splitlines() if line.startswith("srun --unbuffered")]
+    assert " '--container-image=a b' --mpi=none " in line
+
+
+def test_a_sweep_is_a_job_array(capsys, tmp_path):
+    flags = ["--sweep", "a=1,2", "--sweep", "b=x,y,z", "--output-dir", str(tmp_path)]
+    script = script_of(capsys, *flags)
+    assert "#SBATCH --array=0-5%6\n" in script and f"#SBATCH --output={tmp_path}/%A_%a_log.out\n" in script
+    assert f"base={tmp_path}\nfolder=$base/$SLURM_ARRAY_TASK_ID\n" in script
+    with pytest.raises(LaunchError, match="expected no %j with --sweep"):
+        script_of(capsys, "--sweep", "a=1,2", "--output-dir", "/tmp/%j")
+
+
+def test_a_sweep_checks_every_run(tmp_path):
+    flags = ["--partition", "p", "--output-dir", str(tmp_path), *TINY, f"train.dataset_path={tmp_path}"]
+    with pytest.raises(ConfigError, match="optim.base_lr"):
+        train_main([*flags, "--dry-run", "--sweep", "optim.base_lr=1e-3,much"])
+
+
 def test_a_job_without_gpus_sees_none(tmp_path):
     images = write_images(tmp_path / "images", 2)
     flags = ["--dry-run", "--partition", "p", "--output-dir", "o", *TINY, f"train.dataset_path={images}"]
@@ -167,9 +307,11 @@ def test_dry_run_prints_script_and_configuration_and_leaves_nothing(tmp_path):
     ):
         assert f"#SBATCH --{option}\n" in done.stdout
     assert "#SBATCH --exclusive\n" in done.stdout and "#SBATCH --gres=gpu:h100:2\n" in done.stdout
-    assert "#SBATCH --constraint=a&volta32gb\n" in done.stdout and "gpus-per-node" not in done.stdout
+    assert "#SBATCH --constraint='a&volta32gb'\n" in done.stdout and "gpus-per-node" not in done.stdout
     assert f"dataset_path: {images}\n" in done.stdout and "  arch: vit_nano\n" in done.stdout
-    assert "run_directory='" in done.stdout
+    script, _, configuration = done.stdout.partition("\n# configuration\n")
+    assert "arch: vit_nano" in configuration and "arch: vit_nano" not in script, "the configuration comes last"
+    assert "# submitted by: cd " in script and "--dry-run" not in script
     assert done.stderr.splitlines()[-1].startswith("# SLURM w")  # was not asked, or would refuse it
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     assert sorted(tmp_path.iterdir()) == before
@@ -266,7 +408,7 @@ def test_submitting_imports_no_torch():
     code = (
         "import sys\nfrom dinov2_custom.run.train.train import main\n"
         "main(['--partition', 'p', '--dry-run', 'train.dataset_path=x'])\n"
-        "assert not {'torch', 'numpy', 'submitit'} & set(sys.modules)"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env, stdout=subprocess.DEVNULL)
@@ -285,7 +427,7 @@ def test_the_evaluations_share_the_launcher(tmp_path, name, job):
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0].startswith("warning: --val-dataset: nothing is at /nowhere on this machine")
-    assert f"#SBATCH --job-name=dinov2:{job}\n" in done.stdout and f"run.eval.{name}:Evaluator" in done.stdout
+    assert f"#SBATCH --job-name=dinov2:{job}\n" in done.stdout
     flags[5] = "absent.pth"
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --pretrained-weights: expected a weight file")

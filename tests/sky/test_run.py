@@ -200,12 +200,12 @@ def test_the_key_is_not_on_a_command_line(images, tmp_path):
     fake = tmp_path / "venv" / "bin" / "python"
     fake.parent.mkdir(parents=True)
     real = f'exec {sys.executable} "$@"'
-    fake.write_text(f'#!/bin/sh\ncase "$1" in */torchrun.py) printf "%s\\n" "$@" >{seen};; *) {real};; esac\n')
+    fake.write_text(f'#!/bin/sh\ncase "$1$2" in *run.local) printf "%s\\n" "$@" >{seen};; *) {real};; esac\n')
     fake.chmod(0o755)
     launch = Launch(tmp_path, images, 1, VENV=str(tmp_path / "venv"), WANDB_API_KEY=WANDB_KEY, OVERRIDES="a=1 b=[2,3]")
     assert launch.wait() == [0], launch.log()
     arguments = seen.read_text().split("\n")[:-1]
-    assert arguments[0] == "sky/torchrun.py"
+    assert arguments[:2] == ["-m", "dinov2_custom.run.local"]
     assert {"wandb.mode=online", "wandb.name=run-1", "a=1", "b=[2,3]"} <= set(arguments)
     assert WANDB_KEY not in seen.read_text() + launch.log()
     assert arguments.count("optim.global_batch=8") == 1

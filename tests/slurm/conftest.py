@@ -81,7 +81,7 @@ class Cluster:
             if variables.get("SLURM_JOB_ID") == job and variables.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
                 parent = (path.parent / "stat").read_text().rpartition(")")[2].split()[1]
                 started_by = Path(f"/proc/{parent}/comm")
-                if "dinov2_custom.run.task" in command and started_by.exists():
+                if "submitit.core._submit" in command and started_by.exists():
                     if started_by.read_text().strip() == "slurmstepd":  # not a data-loading process of a rank
                         found[int(variables["SLURM_PROCID"])] = int(path.parent.name)
         return found

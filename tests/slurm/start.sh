@@ -5,7 +5,7 @@
 #
 # With PID it stops by itself when that process is gone, however it ended.
 # Needs root and the packages slurm-wlm and munge (tests/slurm/install.sh). Partitions: low (default; its jobs are
-# requeued when the partition high wants the nodes, after GRACE seconds), high, and hidden (nobody may use it).
+# requeued when the partition hard wants the nodes, after GRACE seconds), hard, and hidden (nobody may use it).
 set -euo pipefail
 dir=$(realpath -m "$1"); grace=${GRACE:-25}
 [ ! -e "$dir" ] || { echo "$dir exists" >&2; exit 1; }
@@ -80,7 +80,7 @@ CONF
     echo "NodeName=$prefix$n NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[$n]} CPUs=8 RealMemory=4000 Gres=gpu:2"
   done
   echo "PartitionName=low Nodes=ALL Default=YES MaxTime=1:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=$grace"
-  echo "PartitionName=high Nodes=ALL MaxTime=1:00:00 PriorityTier=10 PreemptMode=OFF"
+  echo "PartitionName=hard Nodes=ALL MaxTime=2-00:00:00 PriorityTier=10 PreemptMode=OFF"
   echo "PartitionName=hidden Nodes=ALL AllowAccounts=nobody"
 } >"$dir/slurm.conf"
 echo "export SLURM_CONF=$dir/slurm.conf" >"$dir/env.sh"

@@ -1,5 +1,6 @@
 """The interpreter that runs in a real job is the one that was asked for; if not, the job says so and ends."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +25,15 @@ def other_python() -> str | None:
             if subprocess.run([path, "-c", "import venv, json"], capture_output=True).returncode == 0:
                 return str(path)
     return None
+
+
+def add_submitit(prefix: Path) -> None:
+    """Have the environment ``prefix`` what a job needs beside Python: submitit, which is the same for all versions."""
+    site = next(prefix.glob("lib/python3*/site-packages"))
+    for name in ("submitit", "cloudpickle", "typing_extensions"):
+        module = Path(importlib.util.find_spec(name).origin)
+        source = module.parent if module.name == "__init__.py" else module
+        (site / source.name).symlink_to(source)
 
 
 def submit(cluster, out: Path, *flags: object, check: bool = True):
@@ -58,12 +68,30 @@ def two_venvs(tmp_path_factory):
             [other, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True
         )
         found["other"] = (folder / "other", [int(part) for part in version.stdout.split()])
+    for prefix, _ in found.values():
+        add_submitit(prefix)
     return found
 
 
 def test_the_submitting_interpreter(cluster, tmp_path):
-    facts = who(cluster, tmp_path / "out")
+    foreign = {"RANK": "7", "MASTER_PORT": "1", "OMPI_COMM_WORLD_RANK": "3", "PMI_RANK": "3", "SLURM_PROCID": "5"}
+    other = type(cluster)(cluster.folder)
+    other.environment = cluster.environment | foreign
+    facts = who(other, tmp_path / "out", "--slurm", "export=ALL,RANK=8,PMI_SIZE=2")
     assert (facts["executable"], facts["prefix"]) == (sys.executable, sys.prefix)
+    assert facts["foreign"] == {}, "of the shell that submits"
+
+
+def test_a_container(cluster, tmp_path):
+    """A stand-in: it shows its words and runs what follows the image."""
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "apptainer").write_text(
+        '#!/bin/bash\nwhile [ "$1" != lab.sif ]; do shift; done\nHOOK=$1 exec "${@:2}"\n'
+    )
+    for name in ("python3", "apptainer"):
+        (tmp_path / name).chmod(0o755)
+    facts = who(cluster, tmp_path / "out", "--container", "lab.sif", "--setup", f"PATH={tmp_path}:$PATH")
+    assert (facts["executable"], facts["HOOK"]) == (sys.executable, "lab.sif")
 
 
 @pytest.mark.parametrize("name", ["this", "other"])
@@ -84,7 +112,10 @@ def test_a_setup_line_that_activates_an_environment_means_it(cluster, tmp_path, 
 
 def test_a_real_conda_prefix(cluster, tmp_path):
     prefix = make_conda_prefix(tmp_path / "envs" / "lab", hook="export HOOK=ran\n")
-    facts = who(cluster, tmp_path / "out", "--conda-env", prefix)
+    add_submitit(prefix)
+    other = type(cluster)(cluster.folder)
+    other.environment = cluster.environment | {"CONDA_ENVS_PATH": str(tmp_path / "envs")}
+    facts = who(other, tmp_path / "out", "--conda-env", "lab")
     assert (facts["prefix"], facts["CONDA_PREFIX"], facts["HOOK"]) == (str(prefix), str(prefix), "ran")
 
 
@@ -110,6 +141,7 @@ def test_real_modules(cluster, tmp_path, two_venvs):
 
 def test_an_environment_that_is_gone_when_the_job_starts(cluster, tmp_path):
     venv.create(tmp_path / "v", symlinks=True)
+    add_submitit(tmp_path / "v")
     job = submit(cluster, tmp_path / "out", "--venv", tmp_path / "v", "--slurm", "hold").stdout.split()[1]
     shutil.rmtree(tmp_path / "v")
     cluster.run("scontrol", "release", job)
@@ -119,7 +151,15 @@ def test_an_environment_that_is_gone_when_the_job_starts(cluster, tmp_path):
 
 def test_an_interpreter_that_is_gone_when_the_job_starts(cluster, tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
-    job = submit(cluster, tmp_path / "out", "--python", tmp_path / "python", "--slurm", "hold").stdout.split()[1]
+    flags = [
+        "--python",
+        tmp_path / "python",
+        "--setup",
+        "export A=1",
+        "--slurm",
+        "hold",
+    ]  # not run where it is submitted
+    job = submit(cluster, tmp_path / "out", *flags).stdout.split()[1]
     (tmp_path / "python").unlink()
     cluster.run("scontrol", "release", job)
     assert f"there is no interpreter {tmp_path / 'python'}" in refused(cluster, tmp_path / "out", job)
@@ -127,6 +167,7 @@ def test_an_interpreter_that_is_gone_when_the_job_starts(cluster, tmp_path):
 
 def test_another_interpreter_than_asked_for(cluster, tmp_path):
     venv.create(tmp_path / "v", symlinks=True)
+    add_submitit(tmp_path / "v")
     job = submit(cluster, tmp_path / "out", "--venv", tmp_path / "v", "--slurm", "hold").stdout.split()[1]
     (tmp_path / "v" / "bin" / "python").unlink()
     (tmp_path / "v" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

@@ -11,13 +11,17 @@ from tests.slurm.test_jobs import arguments
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--partition", "nope"], "--partition: expected one of low, high, hidden, got 'nope'"),
+        (["--partition", "nope"], "--partition: expected one of low, hard, hidden, got 'nope'"),
         (["--partition", "hidden"], "expected a combination you may use, got partition=hidden"),
         (["--ngpus", 3], "expected what there is (low: 3 nodes, 8 CPUs, 4000 MB, gpu:2, 1:00:00), got"),
         (["--nodes", 4], "; too much: --nodes 4"),
-        (["--cpus-per-task", 5], "; too much: 2 processes (--ngpus) x 5 CPUs (--cpus-per-task) on a node"),
-        (["--timeout", "2:00:00"], "; too much: --timeout of 120 minutes"),
-        (["--mem", "64G"], "mem=64G"),
+        (["--cpus-per-task", 5], "x 5 CPUs (--cpus-per-task) on a node, where one has at most 8"),
+        (["--timeout", "2:00:00"], "; too much: --timeout of 120 minutes, where the limit is 60"),
+        (["--mem", "64G"], "65536 MB of memory (--mem, --mem-per-gpu) on a node, where one has at most 4000"),
+        (
+            ["--gres", "gpu:3", "--ngpus", 3, "--cpus-per-task", 1],
+            "3 GPUs (--ngpus) on a node, where one has at most 2",
+        ),
         (["--mem", "lots"], "--mem, --mem-per-gpu: expected a size such as 64G, got lots"),
         (["--constraint", "a100"], "--constraint: expected features that nodes have, got a100"),
         (["--exclude", "nope"], "--exclude: expected names of nodes, got nope"),
@@ -56,9 +60,26 @@ def test_a_dry_run_asks_slurm(cluster, tmp_path):
         done.stderr
     )
     assert done.stdout.startswith("#!/bin/bash\n")
-    done = cluster.train(*[a for a in arguments(tmp_path, tmp_path / "out", "--ngpus", 3, *flags) if a != "--cpu"])
-    assert "# SLURM would refuse this job: --ngpus, --cpus-per-task" in done.stderr.splitlines()[-1]
+    for more, reason in (("--ngpus=3", "3 GPUs (--ngpus) on a node"), ("--timeout=2800", "--timeout of 2800 minutes")):
+        given = [a for a in arguments(tmp_path, tmp_path / "out", *flags, more) if a != "--cpu"]
+        done = cluster.train(*given, check=False)
+        said = done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and said.startswith("# SLURM would refuse this job: --ngpus,") and reason in said
     assert list(tmp_path.iterdir()) == [] and cluster.queue() == before
+
+
+def test_a_value_is_what_was_given_whatever_it_holds(cluster, tmp_path):
+    comment = 'it\'s "a" # $HOME $(touch PWNED); `touch PWNED` --nodes=3'
+    job = cluster.submit(
+        *arguments(tmp_path, tmp_path / "o u't", "--comment", comment, "--slurm", "hold"), cwd=tmp_path
+    )
+    shown = cluster.run("scontrol", "show", "job", job).stdout
+    assert (
+        f"Comment={comment}" in shown and "NumNodes=1-1" in shown and f"StdOut={tmp_path}/o u't/{job}_log.out" in shown
+    )
+    assert (tmp_path / "o u't" / f"{job}_submitted.pkl").stat().st_mode & 0o077 == 0
+    cluster.run("scancel", job)
+    assert not list(tmp_path.glob("PWNED"))
 
 
 def test_a_controller_that_does_not_answer(cluster, tmp_path):

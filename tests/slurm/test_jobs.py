@@ -1,6 +1,7 @@
 """Real jobs: what a submitted training leaves, and that interruptions of every kind change nothing."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tests.processes import wait_until
 from tests.train.batches import TINY
@@ -67,7 +69,7 @@ def preempt(cluster, job: str, out: Path) -> None:
     ranks = frozen_after_a_checkpoint(cluster, job, out)
     nodes = f"--nodelist={cluster.facts(job)['NodeList']}"
     other = cluster.run(
-        "sbatch", "--parsable", "--partition=high", nodes, "--exclusive", "--wrap=true", "--output=/dev/null"
+        "sbatch", "--parsable", "--partition=hard", nodes, "--exclusive", "--wrap=true", "--output=/dev/null"
     )
     wait_until(lambda: cluster.facts(job)["PreemptTime"] != "None", "the preemption")
     wake(ranks)
@@ -121,12 +123,26 @@ def test_everything_is_in_the_run_directory(two_by_two):
     assert {f"log.txt.rank{rank}" for rank in (1, 2, 3)} <= {path.name for path in (two_by_two / "logs").iterdir()}
 
 
-def test_a_job_whose_torch_has_no_gpus_says_so(cluster, images, tmp_path):
-    """It got two that are none: with --cpu, as all others here, it does not look for them."""
-    job = cluster.submit(*[a for a in arguments(images, tmp_path / "out") if a != "--cpu"])
-    assert cluster.wait(job, states=["FAILED"])["Restarts"] == "0"
-    log = (tmp_path / "out" / f"{job}_log.out").read_text()
+def test_the_shortest_command_gets_its_gpus_and_as_many_cores_as_there_are(cluster, images, tmp_path):
+    """The GPUs are none, which the job says: with --cpu, as all others here, it does not look for them."""
+    values = dict(text.split("=", 1) for text in arguments(images, "") if "=" in str(text))
+    (tmp_path / "configs").mkdir()
+    OmegaConf.save(OmegaConf.from_dotlist([f"{k}={v}" for k, v in values.items()]), tmp_path / "configs/vitl.yaml")
+    (tmp_path / "run").symlink_to(Path(__file__).parents[2] / "run")
+    ordered = "run/train/train.py --config-file configs/vitl.yaml --ngpus 2 --partition hard"
+    done = cluster.run(sys.executable, *ordered.split(), cwd=tmp_path)
+    job = done.stdout.split()[1]
+    facts = cluster.wait(job, states=["FAILED"])
+    assert (facts["Restarts"], facts["Partition"], facts["CPUs/Task"]) == ("0", "hard", "4"), "nodes have 8 cores"
+    (out,) = (tmp_path / "outputs").iterdir()
+    log = (out / f"{job}_log.out").read_text()
     assert "error: expected to use the GPUs that CUDA_VISIBLE_DEVICES=0,1 names, got none: torch" in log
+    assert not list(out.parent.parent.glob(".submission*")) and not list(out.glob(".submission*"))
+
+    again = cluster.run("sbatch", "--parsable", out / f"{job}_submission.sh", cwd=tmp_path).stdout.strip()
+    cluster.wait(again, states=["FAILED"])
+    (line,) = [line for line in (out / f"{again}_log.out").read_text().splitlines() if line.startswith("error: ")]
+    assert "this script alone starts nothing, give the command again: cd " in line and line.endswith(ordered)
 
 
 def test_a_complete_run_is_not_done_again(cluster, images, two_by_two):
@@ -163,24 +179,20 @@ def test_without_resume_only_the_first_attempt_starts_anew(cluster, images, tmp_
     assert "resumed from=" in (out / "logs/log.txt").read_text()
 
 
-def test_a_signal_before_the_first_step_is_no_failure(cluster, tmp_path):
-    small = [
-        "--ngpus",
-        2,
-        "--cpus-per-task",
-        1,
-        "--timeout",
-        5,
-        "--output-dir",
-        tmp_path / "out",
-        "--wait-in-attempt",
-        0,
-    ]
-    job = cluster.run(sys.executable, "-m", "tests.slurm.who", *small, cwd=tmp_path).stdout.split()[1]
-    wait_until(lambda: len(list(tmp_path.glob("out/waiting*"))) == 2, "two processes")
-    cluster.run("scancel", "--signal=TERM", job)
-    assert cluster.wait(job)["Restarts"] == "1"
-    assert "requeued: stopped by a signal" in (tmp_path / "out" / f"{job}_log.out").read_text()
+def test_a_signal_before_the_first_step_is_no_failure_in_a_job_array_too(cluster, tmp_path):
+    flags = "--ngpus 2 --cpus-per-task 1 --timeout 5 --wait-in-attempt 0 --sweep a=1,2 --output-dir".split()
+    done = cluster.run(sys.executable, "-m", "tests.slurm.who", *flags, tmp_path / "out", cwd=tmp_path)
+    job = done.stdout.split()[1]
+    assert f"\n{tmp_path}/out/0: a=1\n{tmp_path}/out/1: a=2\n" in done.stdout
+    wait_until(lambda: len(list(tmp_path.glob("out/?/waiting*"))) == 4, "two processes of two jobs")
+    for task, of_the_other in enumerate(("0", "1")):  # to SLURM the number of one is that of all
+        cluster.run("scancel", "--signal=TERM", f"{job}_{task}")
+        wait_until(lambda t=task: cluster.facts(f"{job}_{t}")["Restarts"] == "1", "a restart")
+        assert cluster.facts(f"{job}_{1 - task}")["Restarts"] == of_the_other
+    for task in range(2):
+        assert cluster.wait(f"{job}_{task}")["Restarts"] == "1"
+        assert "requeued: stopped by a signal" in (tmp_path / "out" / f"{job}_{task}_log.out").read_text()
+        assert json.loads((tmp_path / "out" / str(task) / "who.json").read_text())["opts"] == [f"a={task + 1}"]
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, images, tmp_path):

@@ -1,4 +1,4 @@
-"""Our task in submitit's executors: ranks, and a time-out that saves after the step instead of inside a handler."""
+"""Our task in submitit's executors, as in a notebook: ranks, time-outs that save after the step, arrays, scancel."""
 
 import sys
 from pathlib import Path
@@ -17,10 +17,13 @@ from dinov2_custom.train.args import get_args_parser
 args = get_args_parser().parse_args(sys.argv[3:])
 executor = submitit.AutoExecutor(folder=sys.argv[1], cluster=sys.argv[2])
 executor.update_parameters(nodes=1, tasks_per_node=2, cpus_per_task=2, timeout_min=10, name="submitit")
-job = executor.submit(Trainer(args))
-print(job.job_id, flush=True)
 if sys.argv[2] == "local":
-    print(job.results())
+    print(executor.submit(Trainer(args)).results())
+else:
+    def train(folder):
+        args.output_dir = folder
+        return Trainer(args)()
+    print(executor.map_array(train, [args.output_dir, args.output_dir + "_2"])[0].job_id)
 """
 
 
@@ -31,16 +34,21 @@ def submit(cluster, folder: Path, where: str, images: Path, out: Path) -> str:
     return cluster.run(sys.executable, folder / "submit.py", folder / "submitit", where, *given, cwd=folder).stdout
 
 
-def test_the_local_executor_gives_two_ranks_and_slurm_a_requeue(cluster, images, tmp_path):
+def test_the_local_executor_gives_two_ranks_and_slurm_a_requeue_but_not_after_scancel(cluster, images, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert submit(cluster, tmp_path, "local", images, whole).splitlines()[-1] == "[0, 0]"
     assert "world_size=2" in (whole / "logs/log.txt").read_text()
 
     job = submit(cluster, tmp_path, "slurm", images, out).strip()
+    other, cancelled = job.replace("_0", "_1"), tmp_path / "out_2"
     wait_until(lambda: last_checkpoint(out), "a checkpoint")
     cluster.run("scancel", "--signal=USR2", job)  # what submitit asks SLURM to send before the time limit
+    wait_until(lambda: last_checkpoint(cancelled), "a checkpoint")
+    cluster.run("scancel", other)
     wait_until(lambda: cluster.facts(job)["Restarts"] == "1", "a restart")
     cluster.wait(job)
+    assert cluster.wait(other, states=["CANCELLED"])["Restarts"] == "0"  # by now it would have started again
+    assert "SIGTERM received" in (cancelled / "logs/log.txt").read_text()
     log = (out / "logs/log.txt").read_text()
     assert "SIGUSR2 received" in log and "resumed from=" in log
     expected, got = weights(whole), weights(out)

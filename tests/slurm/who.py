@@ -15,11 +15,15 @@ class Who:
 
     def __call__(self):
         out = Path(self.args.output_dir)
+        out.mkdir(exist_ok=True)
         if os.environ.get("SLURM_RESTART_COUNT", "0") == self.args.wait_in_attempt:
             (out / f"waiting{os.environ['SLURM_PROCID']}").touch()
             time.sleep(1000)
         names = ("CONDA_PREFIX", "VIRTUAL_ENV", "HOOK", "LOADEDMODULES", "FROM_LINE")
         facts = {"prefix": sys.prefix, "version": list(sys.version_info[:2]), "executable": sys.executable}
+        foreign = ("RANK", "MASTER_PORT", "OMPI_COMM_WORLD_RANK")
+        facts["foreign"] = {name: os.environ[name] for name in foreign if name in os.environ}
+        facts["opts"] = getattr(self.args, "opts", None)
         facts |= {name: os.environ.get(name) for name in names}
         (out / "who.json").write_text(json.dumps(facts))
         return 0
