@@ -94,6 +94,7 @@ class Checkpointer:
                 or it is the last one; the one before is intact.
         """
         self.wait()
+        self._check_there()
         for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
             loss.apply_center_update()
         aside = self.async_save and not (final or wait)
@@ -142,6 +143,7 @@ class Checkpointer:
     def save_teacher(self, name: str, *, final: bool = False) -> Path:
         """Write the teacher as :func:`save_teacher` does, with the errors and the waiting of :meth:`save`."""
         self.wait()  # the thread and this one may not talk to the other processes at once
+        self._check_there()
         path, teacher = teacher_path(self.folder, name), teacher_weights(self.model)
         _, trouble = self._on_main(lambda: save_atomically(teacher, path))
         self._report(path, trouble, required=final)
@@ -174,6 +176,11 @@ class Checkpointer:
                 "start afresh with --no-resume"
             )
         return None
+
+    def _check_there(self) -> None:
+        lost, _ = self._on_main(self.store.describe_loss)
+        if lost:  # whatever ``on_error`` says: all that follows would be written to nowhere, or somewhere else
+            raise CheckpointError(lost)
 
     def newest(self) -> str:
         """Return the name of the newest complete checkpoint, or "none"."""

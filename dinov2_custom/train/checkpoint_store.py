@@ -19,9 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dinov2_custom.configs.output_dir import numbered
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.checkpoint_folder import flush_folder, write_marker
-from dinov2_custom.utils.run_folder import MARKER, is_complete
+from dinov2_custom.utils.run_folder import LOCK, MARKER, is_complete
 from dinov2_custom.utils.tensor_file import Written
 
 logger = logging.getLogger("dinov2")
@@ -41,6 +42,21 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
         self.renames = True
+        self._lock = self.folder / LOCK
+        self._is_locked = self._lock.exists()
+
+    def describe_loss(self) -> str:
+        """Return a sentence where somebody renamed, removed or emptied the run directory meanwhile, else "".
+
+        The lock that the run holds there is looked for: other parts of the run may make the directory again.
+        """
+        if not self._is_locked or self._lock.exists():
+            return ""
+        return (
+            f"expected the run directory {self.folder}, which is not there any more, or without this run's files: it was "
+            "renamed, removed or emptied during the run; put it back, then the same command goes on from its newest "
+            "checkpoint"
+        )
 
     def complete(self) -> list[Path]:
         """Return the checkpoints that look complete, newest first, as counted when they were written."""
@@ -149,11 +165,14 @@ class CheckpointStore:
 
 
 def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
-    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, None if there were none."""
+    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, None if there were none.
+
+    Where that exists, of another start in the same second, it is ``previous_<clock()>_2`` and so on.
+    """
     old = [p for p in folder.iterdir() if p.name in _RUN_FILES or _NAME.fullmatch(p.name)] if folder.is_dir() else []
     if not old:
         return None
-    target = folder / f"previous_{clock()}"
+    target = numbered(folder / f"previous_{clock()}")
     target.mkdir()
     for path in old:
         os.replace(path, target / path.name)

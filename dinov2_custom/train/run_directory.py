@@ -15,6 +15,7 @@ from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.configs.schema import all_options
 from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
+from dinov2_custom.utils.run_folder import LOCK
 
 OF_THE_BATCH = ("train.batch_size_per_gpu", "optim.accumulation_steps", "optim.lr")
 
@@ -26,7 +27,7 @@ def made_and_locked(folder: Path) -> Iterator[None]:
     Raises:
         LaunchError: another process holds it.
     """
-    missing, lock = missing_folders(folder), folder / ".lock"
+    missing, lock = missing_folders(folder), folder / LOCK
     ours = not lock.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -53,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(files.locked(folder / ".lock"))
+            stack.enter_context(files.locked(folder / LOCK))
         except files.LockedError as e:
             raise LaunchError(
                 f"--output-dir: expected a directory without an active run, got {folder}, which another process is "

@@ -12,6 +12,7 @@ from pathlib import Path
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.paths import path_of_file_url
 
+LOCK = ".lock"  # held by the process that writes into a run directory
 MARKER = "checkpoint.json"  # the last file of a training checkpoint
 _NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
 

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import threading
 
@@ -10,6 +11,7 @@ import torch
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.train import checkpoint as ckpt
+from dinov2_custom.train.run_directory import made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.train import build_optimizer
 from tests.train.batches import random_batch, tiny_config
@@ -377,6 +379,22 @@ def test_teacher_file_has_upstreams_layout(tmp_path):
     assert {key.split(".")[0] for key in state["teacher"]} == {"backbone", "dino_head"}
 
 
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
+@pytest.mark.parametrize("what", ["save", "save_teacher"])
+def test_a_run_directory_that_is_gone_is_noticed_at_the_next_save(tmp_path, how, what):
+    run = tmp_path / "run"
+    with made_and_locked(run):
+        saver = make(run, on_error="warn")[2]
+        saver.save(0)
+        saver.save_teacher("training_0")
+        run.rename(tmp_path / "elsewhere") if how != "removed" else shutil.rmtree(run)
+        if how == "replaced":
+            (run / "logs").mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=f"expected the run directory {run}, .*renamed"):
+            saver.save(1) if what == "save" else saver.save_teacher("training_1")
+    assert not list(run.rglob("model*")) and not list(run.rglob("teacher*"))
+
+
 def test_set_aside_keeps_everything(tmp_path):
     saver = make(tmp_path)[2]
     saver.save(3)
@@ -386,3 +404,6 @@ def test_set_aside_keeps_everything(tmp_path):
     assert sorted(p.name for p in aside.iterdir()) == ["config.yaml", "last_checkpoint", "model_0000003"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "previous_then"]
     assert ckpt.set_aside(tmp_path, lambda: "later") is None
+    saver.save(4)
+    assert names(ckpt.set_aside(tmp_path, lambda: "then")) == ["last_checkpoint", "model_0000004"]  # the same second
+    assert names(tmp_path) == ["notes.txt", "previous_then", "previous_then_2"]
