@@ -1,7 +1,8 @@
 """The place of a process among all processes of a run (rank, world size), read from environment variables. Torch-free.
 
 A complete torchrun environment wins, then a task of a multi-task SLURM step, then a task of submitit's local executor;
-else the process is alone, which ``WORLD_SIZE=1`` by itself says too. Not here: process groups (``distributed.py``). Read :func:`world_from_environment` first.
+else the process is alone, which ``WORLD_SIZE=1`` by itself says too. Not here: process groups (``distributed.py``).
+Read :func:`world_from_environment` first.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ of this. Not here: what is in a checkpoint. Read :meth:`CheckpointStore.begin` a
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
@@ -21,7 +20,7 @@ from typing import Any
 
 from dinov2_custom.configs.output_dir import numbered
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.utils.checkpoint_folder import flush_folder, write_marker
+from dinov2_custom.utils.checkpoint_folder import flush_folder, read_marker, write_marker
 from dinov2_custom.utils.run_folder import LOCK, MARKER, is_complete
 from dinov2_custom.utils.tensor_file import Written
 
@@ -53,9 +52,9 @@ class CheckpointStore:
         if not self._is_locked or self._lock.exists():
             return ""
         return (
-            f"expected the run directory {self.folder}, which is not there any more, or without this run's files: it was "
-            "renamed, removed or emptied during the run; put it back, then the same command goes on from its newest "
-            "checkpoint"
+            f"expected the run directory {self.folder}, which is not there any more, or without this run's files: it "
+            "was renamed, removed or emptied during the run; put it back, then the same command goes on from its "
+            "newest checkpoint"
         )
 
     def complete(self) -> list[Path]:
@@ -185,8 +184,8 @@ def _number(path: Path) -> int | None:
     if not path.is_dir():
         return 0
     try:
-        return int(json.loads((path / MARKER).read_text())["number"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_marker(path).get("number")
+    except CheckpointError:
         return None
 
 
