@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dinov2_custom.files import parse_json_object
+
 logger = logging.getLogger("dinov2")
 
 
@@ -54,7 +56,7 @@ def truncate_after(path: str | os.PathLike, iteration: int) -> int:
 
 def _is_before(line: bytes, iteration: int) -> bool:
     try:
-        row = json.loads(line)
+        row = parse_json_object(line, finite=False)
         return line.endswith(b"\n") and row["iteration"] < iteration
     except (ValueError, KeyError, TypeError):
         return False

@@ -21,11 +21,11 @@ from typing import Any
 from dinov2_custom.configs.output_dir import numbered
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.checkpoint_folder import flush_folder, read_marker, write_marker
-from dinov2_custom.utils.run_folder import LOCK, MARKER, is_complete
+from dinov2_custom.utils.run_folder import LAST, LOCK, MARKER, is_complete, last_checkpoint
 from dinov2_custom.utils.tensor_file import Written
 
 logger = logging.getLogger("dinov2")
-FINAL, LAST = "model_final", "last_checkpoint"
+FINAL = "model_final"
 _NAME = re.compile(r"model_(\d{7,}|final)(\.pth)?")  # the former format was one file
 _UNFINISHED = re.compile(r"model_(\d{7,}|final)(\.pth)?\.tmp")
 _RUN_FILES = (LAST, "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
@@ -75,10 +75,7 @@ class CheckpointStore:
 
     def last(self) -> str:
         """Return what ``last_checkpoint`` says, or nothing."""
-        try:
-            return (self.folder / LAST).read_text().strip()
-        except (FileNotFoundError, UnicodeDecodeError):
-            return ""
+        return last_checkpoint(self.folder)
 
     def begin(self, iteration: int, final: bool) -> Path:
         """Clear away what earlier attempts left, and return the empty folder to write to."""

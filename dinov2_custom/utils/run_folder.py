@@ -14,6 +14,8 @@ from dinov2_custom.utils.paths import path_of_file_url
 
 LOCK = ".lock"  # held by the process that writes into a run directory
 MARKER = "checkpoint.json"  # the last file of a training checkpoint
+LAST = "last_checkpoint"
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,250}", re.ASCII)  # one file's, in this folder
 _NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
 
 
@@ -36,13 +38,21 @@ def find_weights(source: str) -> str:
     found = [(int(match[1]) if (match := _NUMBERED.search(t.parent.name)) else -1, t) for t in teachers if t.is_file()]
     if found:
         return str(max(found)[1])
-    pointer = path / "last_checkpoint"
-    if pointer.is_file() and (path / pointer.read_text().strip()).exists():
-        return str(path / pointer.read_text().strip())
+    if (last := last_checkpoint(path)) and (path / last).exists():
+        return str(path / last)
     raise CheckpointError(
         f"expected a weight file or a run directory, got {path} without eval/*/teacher_checkpoint.pth or "
         "last_checkpoint; give the file"
     )
+
+
+def last_checkpoint(folder: Path) -> str:
+    """Return the name in ``folder`` that its file ``last_checkpoint`` holds, "" where it holds none."""
+    try:
+        name = (folder / LAST).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return ""
+    return name if _FILE_NAME.fullmatch(name) else ""
 
 
 def is_complete(folder: Path) -> bool:
