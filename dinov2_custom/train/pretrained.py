@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.models.pos_embed import resample_pos_embed
 from dinov2_custom.utils.run_folder import find_weights
-from dinov2_custom.utils.weights import fit_state, flat_heads, flat_state, read_weights
+from dinov2_custom.utils.weights import fit_state, flat_heads, flat_state, load_state, misfit, read_weights
 
 logger = logging.getLogger("dinov2")
 # Released weights before registers lack them, and some converted files the mask token, which starts at 0.
@@ -58,7 +58,7 @@ def start_from_weights(cfg, model: nn.Module) -> None:
     _load_heads(model.teacher, flat_heads(_part(whole, "teacher.")), source)
     for name in ("dino_loss", "ibot_patch_loss"):
         center = whole.get(f"{name}.center")
-        if center is not None and center.shape == getattr(model, name).center.shape:
+        if center is not None and not misfit(getattr(model, name).center, center):
             getattr(model, name).center.copy_(center)
 
 
@@ -77,16 +77,16 @@ def load_pretrained_backbone(
     state = flat_state(read_weights(path) if file is None else file)
     if "pos_embed" in state and state["pos_embed"].shape[1] != backbone.pos_embed.shape[1]:
         state["pos_embed"] = _fit_pos_embed(backbone, state["pos_embed"], path)
-    fit = fit_state(backbone, state)
-    missing = [name for name in fit.missing if name not in _OPTIONAL]
-    if missing or fit.misshapen:
-        shown = "\n  ".join(fit._replace(missing=missing).examples())
-        raise CheckpointError(
-            f"{key}: expected weights of this architecture, got {len(fit.misshapen)} tensors of another shape, "
-            f"{len(missing)} missing, {len(fit.unexpected)} unexpected in {path}:\n  {shown}\n"
-            "check student.arch, student.ffn_layer (released S, B and L use mlp, g swiglufused) and student.patch_size"
-        )
-    backbone.load_state_dict(fit.found, strict=False)
+    fit = load_state(
+        backbone,
+        state,
+        path,
+        expected=f"{key}: expected weights of this architecture",
+        advice="check student.arch, student.ffn_layer (released S, B and L use mlp, g swiglufused) and "
+        "student.patch_size",
+        optional=_OPTIONAL,
+        allow_unexpected=True,
+    )
     logger.info(
         f"pretrained backbone from={path} matched={len(fit.found)} missing={len(fit.missing)} "
         f"unexpected={len(fit.unexpected)}" + (f" ({', '.join(fit.unexpected[:3])})" if fit.unexpected else "")
@@ -102,8 +102,8 @@ def _load_heads(network: nn.ModuleDict, heads: dict[str, dict[str, Tensor]], sou
             logger.info(f"{name}: not in {source}, starts at random")
             continue
         fit = fit_state(head, heads[name])
-        if fit.missing or fit.unexpected or fit.misshapen:
-            logger.warning(f"{name}: of another shape in {source}, starts at random: {'; '.join(fit.examples(1))}")
+        if fit.missing or fit.unexpected or fit.misfits:
+            logger.warning(f"{name}: does not fit in {source}, starts at random: {'; '.join(fit.examples(1))}")
             continue
         head.load_state_dict(fit.found)
         logger.info(f"pretrained {name} from={source} matched={len(fit.found)} missing=0 unexpected=0")
