@@ -47,8 +47,8 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
         os.replace(temporary, target)
     except (OSError, ValueError, http.client.HTTPException) as e:
         raise CheckpointError(
-            f"{shown}: expected to download {target.name} into {target.parent}, got {type(e).__name__}: {e}; put the "
-            "file there by other means, or give its path instead"
+            f"{shown}: expected to download {target.name} into {target.parent}, got {type(e).__name__}: "
+            f"{' '.join(str(e).split())}; put the file there by other means, or give its path instead"
         ) from e
     finally:
         temporary.unlink(missing_ok=True)
