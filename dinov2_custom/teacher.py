@@ -22,6 +22,7 @@ from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.files import parse_json_object
 from dinov2_custom.models import build_model
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import flat_state, load_state, read_weights
 
@@ -120,7 +121,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     num_wanted = len(model.state_dict())
     expected = f"--pretrained-weights: expected the {num_wanted} tensors of the configured backbone"
     load_state(model, state, source, expected=expected, advice="use the config.yaml of the run that wrote the weights")
-    logger.info(f"weights: {source} tensors={num_wanted}")
+    logger.info(f"weights: {without_credentials(source)} tensors={num_wanted}")
 
 
 def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransformer:

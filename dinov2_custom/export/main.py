@@ -18,6 +18,7 @@ from dinov2_custom.export.portable import portable
 from dinov2_custom.export.timm_folder import write_timm
 from dinov2_custom.export.write import make_room, remove, write_safetensors, write_torch
 from dinov2_custom.teacher import load_teacher
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import default_output
 
 __all__ = ["export", "main"]
@@ -41,7 +42,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--normalize: expected --to onnx, whose graph it becomes a part of, got --to {args.to}")
     path = Path(args.output).expanduser() if args.output else _default_path(args.source, args.to)
     teacher = load_teacher(args.source, args.config_file, args.opts, args.allow_unknown_keys)
-    print(f"weights: {teacher.weights} (architecture from {teacher.described_by})", file=sys.stderr)
+    shown = without_credentials(teacher.weights)
+    print(f"weights: {shown} (architecture from {teacher.described_by})", file=sys.stderr)
     model = portable(teacher, args.image_size)._replace(normalizes=args.normalize)
     print(export(model, args.to, path, args.overwrite), file=sys.stderr)
     print(path)

@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.paths import without_credentials
 
 _CHUNK = 1 << 20
 _TIMEOUT_S = 60
@@ -53,14 +54,6 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
     finally:
         temporary.unlink(missing_ok=True)
     return target
-
-
-def without_credentials(source: str) -> str:
-    """Return ``source``, where it is a URL without user, password and query, which may hold secrets; for messages."""
-    parts = urllib.parse.urlsplit(source)
-    if not parts.netloc:
-        return source
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def describe_start(path: Path) -> str:

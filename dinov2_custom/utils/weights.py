@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.hugging_face import from_hugging_face, is_hugging_face
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.weight_file import RELEASED_URL, check_sha256, is_url, read_weights, to_local
 
 __all__ = [
@@ -205,7 +206,8 @@ def load_state(
     trouble = fit._replace(missing=[name for name in fit.missing if name not in optional])
     if trouble.missing or trouble.misfits or (trouble.unexpected and not allow_unexpected):
         examples = "\n  ".join(trouble.examples())
-        raise CheckpointError(f"{expected}, got {trouble.describe()} in {source}:\n  {examples}\n{advice}")
+        where = without_credentials(source)
+        raise CheckpointError(f"{expected}, got {trouble.describe()} in {where}:\n  {examples}\n{advice}")
     tensors = {name: value.float() for name, value in fit.found.items()} if assign else fit.found
     model.load_state_dict(tensors, strict=False, assign=assign)
     return fit
