@@ -35,10 +35,11 @@ ALLOWED = {
     "utils.download": {"errors", "utils.paths"},
     "utils.hugging_face": {"errors"},
     "utils.paths": {"errors", "extras"},
-    "utils.weight_file": {"utils.paths", "errors", "files", "utils.checkpoint_folder", "utils.download"},
+    "utils.weight_file": {"utils.paths", "utils.run_folder", "errors", "files"}
+    | {"utils.checkpoint_folder", "utils.download"},
     "utils.weights": {"utils.hugging_face", "utils.paths", "errors", "utils.weight_file"},
     "utils.tensor_file": {"errors", "files"},
-    "utils.run_folder": {"errors", "utils.paths"},
+    "utils.run_folder": {"commands", "errors", "utils.paths"},
     "utils.checkpoint_folder": {"errors", "files", "utils.run_folder", "utils.tensor_file"},
     "utils.utils": BASE | {"utils.weights"},
     "world": {"errors"},

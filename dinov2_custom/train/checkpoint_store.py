@@ -27,6 +27,7 @@ from dinov2_custom.utils.tensor_file import Written
 logger = logging.getLogger("dinov2")
 FINAL = "model_final"
 _NAME = re.compile(r"model_(\d{7,}|final)(\.pth)?")  # the former format was one file
+_OF_UPSTREAM = re.compile(r"(model_(\d{7,}|final)|last_checkpoint)\.rank_\d+(\.pth)?")
 _UNFINISHED = re.compile(r"model_(\d{7,}|final)(\.pth)?\.tmp")
 _RUN_FILES = (LAST, "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
 
@@ -165,7 +166,8 @@ def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
 
     Where that exists, of another start in the same second, it is ``previous_<clock()>_2`` and so on.
     """
-    old = [p for p in folder.iterdir() if p.name in _RUN_FILES or _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    paths = folder.iterdir() if folder.is_dir() else ()
+    old = [p for p in paths if p.name in _RUN_FILES or _NAME.fullmatch(p.name) or _OF_UPSTREAM.fullmatch(p.name)]
     if not old:
         return None
     target = numbered(folder / f"previous_{clock()}")

@@ -23,6 +23,7 @@ from dinov2_custom.files import parse_json_object
 from dinov2_custom.utils.checkpoint_folder import read_folder
 from dinov2_custom.utils.download import describe_start, fetch
 from dinov2_custom.utils.paths import local_path
+from dinov2_custom.utils.run_folder import how_to_gather, upstream_shards
 
 logger = logging.getLogger("dinov2")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
@@ -41,6 +42,11 @@ def read_weights(source: str | os.PathLike) -> Any:
         CheckpointError: missing, torn, or holding anything but tensors and plain values.
     """
     path = to_local(source)
+    if path in (shards := upstream_shards(path.parent)):
+        raise CheckpointError(
+            f"expected a weight file, got {path}, what one process of {len(shards)} of facebookresearch/dinov2 wrote; "
+            f"{how_to_gather(path.parent)}"
+        )
     if (path / _INDEX).is_file():
         path = path / _INDEX
     if path.name.endswith(".index.json"):
@@ -68,8 +74,8 @@ def _reason(error: Exception, path: Path) -> str:
     """Say why a file cannot be read. torch's own words are many lines, and advise to read it without the safeguard."""
     if found := re.search(r"\bGLOBAL (\S+)", str(error)):
         return (
-            f"beside tensors and plain values it holds {found[1]}, for which code of the file would have to run; where "
-            "you trust its origin, read it with torch.load(..., weights_only=False) and torch.save its state dict alone"
+            f"it holds more than tensors and plain values: {found[1]}, for which code of the file would have to run; "
+            "where you trust its origin, torch.load it with weights_only=False, then torch.save its state dict alone"
         )
     if what := describe_start(path):
         return what

@@ -46,10 +46,10 @@ def deep():
         (lambda: {"a": {"b": WEIGHT.to("meta")}}, r"a meta tensor at a\.b"),
         (lambda: {"a": torch.nested.nested_tensor([WEIGHT, WEIGHT[:1]])}, "a nested tensor at a|RuntimeError"),
         (lambda: WEIGHT.to("meta"), "a meta tensor at its top"),
-        (lambda: {"model": {}, "args": argparse.Namespace(a=1)}, "holds argparse.Namespace, .*state dict alone"),
-        (lambda: {"model": {}, "loss": np.float64(1)}, r"holds numpy\.\S+scalar"),
-        (lambda: {"model": collections.defaultdict(int)}, "holds collections.defaultdict"),
-        (lambda: torch.nn.Linear(1, 1), "holds torch.nn.modules.linear.Linear"),
+        (lambda: {"model": {}, "args": argparse.Namespace(a=1)}, "more than tensors and plain values: argparse.Names"),
+        (lambda: {"model": {}, "loss": np.float64(1)}, r"values: numpy\.\S+scalar"),
+        (lambda: {"model": collections.defaultdict(int)}, "values: collections.defaultdict"),
+        (lambda: torch.nn.Linear(1, 1), "values: torch.nn.modules.linear.Linear"),
     ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
