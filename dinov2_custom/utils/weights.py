@@ -161,7 +161,7 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> Fit:
     names = {flat_name(name): name for name in own}
     found = {names[name]: value for name, value in state.items() if name in names}
     misfits = [f"{name}: {why}" for name, value in found.items() if (why := misfit(own[name], value))]
-    unexpected = [name for name, value in state.items() if name not in names and not _does_nothing(name, value)]
+    unexpected = [name for name, value in state.items() if name not in names and not _does_nothing(name, value, names)]
     return Fit(found, [n for n in own if n not in found], unexpected, misfits)
 
 
@@ -177,8 +177,10 @@ def misfit(own: Tensor, value: Tensor) -> str:
     return ""
 
 
-def _does_nothing(name: str, value: Tensor) -> bool:
-    return bool((name.endswith(".gamma") and (value == 1).all()) or (name.endswith(".bias") and not value.any()))
+def _does_nothing(name: str, value: Tensor, own: Mapping[str, str]) -> bool:
+    if name.endswith(".bias"):
+        return f"{name.removesuffix('bias')}weight" in own and not value.any()
+    return name.endswith(".gamma") and bool((value == 1).all())
 
 
 def load_state(
