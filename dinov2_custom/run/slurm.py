@@ -58,7 +58,7 @@ def submit(script: str, output_dir: str, environment: Mapping[str, str]) -> tupl
     run_directory = Path(output_dir.replace(JOB, job_id))
     run_directory.mkdir(parents=True, exist_ok=True)
     path = run_directory / f"{job_id}_submission.sh"
-    with open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o777)) as file:  # less umask
+    with open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o777)) as file:
         file.write(script)
     return job_id, run_directory, shown
 
