@@ -1,14 +1,16 @@
-"""Files that outlive a process or are shared by several: the lock of a folder, and the cache."""
+"""Files that outlive a process or are shared by several: JSON in them, the lock of a folder, and the cache."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
+import math
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl
@@ -20,6 +22,46 @@ _held: set[IO[str]] = set()
 
 class LockedError(Exception):
     """Another process, or another thread of this one, holds the lock."""
+
+
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
+    """Return what ``text`` says: the one reader of JSON that a start of this or another process depends on.
+
+    Args:
+        finite: refuse NaN and infinities, which JSON does not have and Python's writer writes all the same.
+
+    Raises:
+        ValueError: no JSON, a name twice in an object, a number of thousands of digits, or nested too deeply.
+    """
+    try:
+        numbers = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
+        return json.loads(text, object_pairs_hook=_without_duplicates, **numbers)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_json_object(text: str | bytes, *, finite: bool = True) -> dict[str, Any]:
+    """Do as :func:`parse_json`, for a JSON object alone."""
+    found = parse_json(text, finite=finite)
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, got a {type(found).__name__}")
+    return found
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r:.100} is there twice")
+        found[name] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.100} is no finite number")
+    return number
 
 
 def cache_folder() -> Path:

@@ -6,6 +6,7 @@ Read :func:`load_teacher` first.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,13 @@ from dinov2_custom import distributed
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.models import build_model
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
 from dinov2_custom.reading import Reading, reading_of
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
-from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
+from dinov2_custom.utils.weights import flat_state, load_state, read_weights
 
 logger = logging.getLogger("dinov2")
 _HEAD_DIM = 64  # of every architecture here and upstream
@@ -76,7 +79,7 @@ def load_teacher(
     if not config_file:
         backbone = backbone_like(state, weights)
         size = backbone.patch_embed.img_size[0]
-        normalize, reading = dict(_IMAGENET), Reading()
+        normalize, reading = _normalization_beside(weights), Reading()
     else:
         cfg = load_run_config(
             config_file,
@@ -98,6 +101,17 @@ def is_released(config_file: str) -> bool:
     return not config_file or not {"train", "optim"} & set(read_yaml(Path(config_file).expanduser()))
 
 
+def _normalization_beside(weights: str) -> dict[str, tuple[float, ...]]:
+    """Return what an export for timm or transformers says of its images, else ImageNet's mean and deviation."""
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    for name, section, prefix in (("config.json", "pretrained_cfg", ""), ("preprocessor_config.json", "", "image_")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = parse_json_object((folder / name).read_bytes())
+            found = found[section] if section else found
+            return {key: tuple(float(number) for number in found[prefix + key]) for key in ("mean", "std")}
+    return dict(_IMAGENET)
+
+
 def load_teacher_backbone(model: nn.Module, source: str) -> None:
     """Copy every tensor of the backbone from ``source``, a path or URL; none may be missing, over or of another shape.
 
@@ -117,17 +131,10 @@ def _side_of(state: Mapping[str, Tensor]) -> int:
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    fit, num_wanted = fit_state(model, state), len(model.state_dict())
-    if fit.missing or fit.unexpected or fit.misshapen:
-        raise CheckpointError(
-            f"--pretrained-weights: expected the {num_wanted} tensors of the configured backbone, got "
-            f"{len(fit.missing)} missing, {len(fit.unexpected)} unexpected and {len(fit.misshapen)} of another shape "
-            f"in {source}:\n  "
-            + "\n  ".join(fit.examples())
-            + "\nuse the config.yaml of the run that wrote the weights"
-        )
-    model.load_state_dict(fit.found, strict=True)
-    logger.info(f"weights: {source} tensors={num_wanted}")
+    num_wanted = len(model.state_dict())
+    expected = f"--pretrained-weights: expected the {num_wanted} tensors of the configured backbone"
+    load_state(model, state, source, expected=expected, advice="use the config.yaml of the run that wrote the weights")
+    logger.info(f"weights: {without_credentials(source)} tensors={num_wanted}")
 
 
 def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransformer:

@@ -1,7 +1,8 @@
 """The place of a process among all processes of a run (rank, world size), read from environment variables. Torch-free.
 
 A complete torchrun environment wins, then a task of a multi-task SLURM step, then a task of submitit's local executor;
-else the process is alone. Not here: process groups (``distributed.py``). Read :func:`world_from_environment` first.
+else the process is alone, which ``WORLD_SIZE=1`` by itself says too. Not here: process groups (``distributed.py``).
+Read :func:`world_from_environment` first.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
     if world is not None:
         return world
     found = [name for name in RANK_VARIABLES if environment.get(name)]
+    if "WORLD_SIZE" in found and _integer(environment, "WORLD_SIZE") == 1:  # containers and notebooks export it
+        given = dict(zip(("rank", "size", "local_rank", "local_size"), RANK_VARIABLES, strict=True))
+        return World(**{key: _integer(environment, name) for key, name in given.items() if name in found})
     if found:
         raise LaunchError(
             f"expected all of {', '.join(TORCHRUN_VARIABLES)} in the environment or none, got {', '.join(found)} "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dinov2_custom.files import LockedError, cache_folder, locked, ours
+from dinov2_custom.files import LockedError, cache_folder, locked, ours, parse_json, parse_json_object
 
 FORK = multiprocessing.get_context("fork")
 
@@ -121,3 +121,21 @@ def test_without_a_home_there_is_no_cache(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda uid: (_ for _ in ()).throw(KeyError(uid)))
     with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
         cache_folder()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[" * 100_000, '{"a":' * 100_000, '{"a": 1, "a": 1}', '{"b": [{"a": 1, "a": 2}]}', "NaN", "[-Infinity]"]
+    + ["1e999", "9" * 5000, b"\xff\xfe", b"\x80"],
+    ids=range(12),
+)
+def test_what_is_no_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_objects_and_numbers():
+    assert parse_json('{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
+    assert parse_json('{"a": Infinity}', finite=False) == {"a": float("inf")}
+    with pytest.raises(ValueError, match="expected a JSON object, got a list"):
+        parse_json_object("[]")

@@ -104,6 +104,8 @@ def test_tiles_are_grey_and_cut_once(tmp_path, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in files}
     assert cut_photos(tmp_path, SMALL) == counts
     assert {file: file.stat().st_mtime_ns for file in files} == before
+    (tmp_path / photos.DONE).write_text("{")  # torn
+    assert cut_photos(tmp_path, SMALL) == counts
     assert cut_photos(tmp_path, SMALL._replace(train=2))["train"] == dict.fromkeys(FEW, 2)
     assert len(list(tmp_path.rglob("*.png"))) == 18
 

@@ -59,14 +59,14 @@ def test_other_tensors_are_refused(tmp_path):
         load_teacher(str(tmp_path / "resnet.pth"))
     (tmp_path / "torn.safetensors").write_bytes(b"0" * 64)
     pytest.importorskip("safetensors")
-    with pytest.raises(CheckpointError, match="expected a safetensors file at"):
+    with pytest.raises(CheckpointError, match="torn.safetensors, could not read it: a file that begins with"):
         load_teacher(str(tmp_path / "torn.safetensors"))
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"", b"# a README\n\nwith text\n"])
 def test_a_file_of_something_else_is_no_weight_file(tmp_path, content):
     (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match="a.pth, could not read it: no weight file, or one that holds more"):
+    with pytest.raises(CheckpointError, match="a.pth, could not read it: (a file that begins with|an empty file)"):
         load_teacher(str(tmp_path / "a.pth"))
 
 

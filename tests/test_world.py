@@ -46,6 +46,18 @@ def test_partial_torchrun_environment_names_what_is_missing(missing):
         world_from_environment(environment)
 
 
+@pytest.mark.parametrize("more", [{}, {"RANK": "0"}, {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}])
+def test_a_world_size_of_one_is_a_single_process_whatever_else_is_missing(more):
+    world = world_from_environment({"WORLD_SIZE": "1"} | more)
+    assert world == World() and world.source == "single process"
+
+
+@pytest.mark.parametrize("more", [{"RANK": "1"}, {"LOCAL_RANK": "2"}, {"LOCAL_WORLD_SIZE": "4"}])
+def test_a_world_size_of_one_that_the_others_contradict_is_refused(more):
+    with pytest.raises(LaunchError, match="expected 0 <= rank < world size"):
+        world_from_environment({"WORLD_SIZE": "1"} | more)
+
+
 def test_master_address_alone_means_nothing():
     assert world_from_environment({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "23456"}).size == 1
 

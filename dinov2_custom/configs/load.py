@@ -7,6 +7,8 @@ import contextlib
 import difflib
 import logging
 import math
+import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +29,8 @@ from dinov2_custom.configs.values import coerce, expected, is_text
 
 __all__ = ["check_output_dir", "load_run_config", "resolve_output_dir", "scaled_lr"]
 
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}\s]+)\s*\}")  # without a default
 _logger = logging.getLogger(__name__)
 
 
@@ -65,7 +69,7 @@ def load_run_config(
     unknown = [setting for setting in settings if setting.key not in options]
     notes = _check_unknown(unknown, options, allow_unknown_keys, mistakes)
 
-    values = _read_values(given, unknown, options, mistakes)
+    values = _read_values(given, unknown, options, mistakes, training)
 
     def where(key: str) -> str:
         return given[key].where if key in given else "default"
@@ -79,7 +83,7 @@ def load_run_config(
 
     given_lr, values["optim.lr"] = values["optim.lr"], scaled_lr(values, world_size)
     values["train.output_dir"] = resolve_output_dir(output_dir, values["train.output_dir"])
-    values = with_absolute_paths(values)
+    values = with_absolute_paths(values) | _unresolved(given, unknown, options)
     from_a_run = where("optim.lr") != "override" and _is_scaled_lr(given_lr, values)
     if given_lr != 0 and not from_a_run and training:
         computed = values["optim.lr"]
@@ -134,9 +138,15 @@ def _check_unknown(unknown: list[Setting], options: dict[str, Option], allowed: 
 
 
 def _read_values(
-    given: dict[str, Setting], unknown: list[Setting], options: dict[str, Option], mistakes: Mistakes
+    given: dict[str, Setting], unknown: list[Setting], options: dict[str, Option], mistakes: Mistakes, training: bool
 ) -> dict[str, Any]:
-    """Return the value of each key; a bad one is reported and stands as its default."""
+    """Return the value of each key; a bad one is reported and stands as its default.
+
+    What a finished run read from an environment variable may be gone when only its model is wanted.
+    """
+    if not training:
+        gone = [key for key in _unresolved(given, unknown, options) if _names_unset(given[key].value)]
+        given = {key: setting for key, setting in given.items() if key not in gone}
     values = {key: option.default for key, option in options.items()}
     raw = None
     for key, setting in given.items():
@@ -153,6 +163,33 @@ def _read_values(
         except ValueError as error:
             mistakes.add(f"{key} ({setting.where})", str(error), _show(value), _hint(options[key], value), key=key)
     return values
+
+
+def _unresolved(given: dict[str, Setting], unknown: list[Setting], options: dict[str, Option]) -> dict[str, Any]:
+    """Return the texts that are read from environment variables, as they were given: they may be secrets, and every
+    file that a run writes has its configuration. OmegaConf resolves them at each access.
+    """
+    written = {setting.key: setting.value for setting in [*given.values(), *unknown]}
+
+    def reads_environment(value: Any, seen: tuple[str, ...] = ()) -> bool:
+        text = repr(value)
+        referred = [key for key in _REFERENCE.findall(text) if key not in seen]
+        return "${oc.env:" in text or any(
+            reads_environment(inner, (*seen, key))
+            for key in referred
+            for name, inner in written.items()
+            if key == name or key.startswith(f"{name}.")
+        )
+
+    return {
+        key: setting.value
+        for key, setting in given.items()
+        if is_text(options[key]) and key != "train.output_dir" and reads_environment(setting.value)
+    }
+
+
+def _names_unset(value: Any) -> bool:
+    return any(name not in os.environ for name in _VARIABLE.findall(repr(value)))
 
 
 def _parsable(values: dict[str, Any], settings: Iterable[Setting]) -> DictConfig:

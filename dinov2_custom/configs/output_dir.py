@@ -21,10 +21,14 @@ def resolve_output_dir(argument: str | None, configured: str | None, now: dateti
     """
     chosen = argument or configured
     if not chosen:
-        dated = f"outputs/{now or datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"
-        names = itertools.chain([dated], (f"{dated}_{number}" for number in itertools.count(2)))
-        chosen = next(name for name in names if not Path(name).exists())
+        chosen = numbered(Path(f"outputs/{now or datetime.datetime.now():%Y-%m-%d_%H-%M-%S}"))
     return str(Path(chosen).expanduser().absolute())
+
+
+def numbered(path: Path) -> Path:
+    """Return ``path``, or the first of ``path_2``, ``path_3``, ... that is not there."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def missing_folders(folder: Path) -> list[Path]:

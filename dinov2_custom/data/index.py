@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.errors import DataError
-from dinov2_custom.files import cache_folder, ours
+from dinov2_custom.files import cache_folder, ours, parse_json_object
 
 from .listing import PatientMap
 
@@ -222,7 +222,7 @@ def load(file: str) -> Index | None:
             text = source.read(length) if magic == MAGIC else b""
         if zlib.crc32(text) != checksum or len(text) != length:
             raise ValueError("its header is damaged or of another version")
-        content = json.loads(text)
+        content = parse_json_object(text)
         start = HEADER.size + length
         if os.path.getsize(file) != start + content["size"]:
             raise ValueError("its size is wrong")
@@ -231,7 +231,7 @@ def load(file: str) -> Index | None:
         whole = np.memmap(file, np.uint8, "r").view(np.ndarray)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, struct.error) as e:
+    except (OSError, ValueError, KeyError, MemoryError, OverflowError, struct.error) as e:
         logger.warning(f"index: {file} is not used, it will be made again ({e})")
         return None
     arrays = {}

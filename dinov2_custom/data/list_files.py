@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import logging
 import os
 import re
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 from dinov2_custom.errors import DataError
+from dinov2_custom.files import parse_json
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
 from .list_members import MemberReader, Wanted, find_members, split_member
@@ -114,7 +114,7 @@ class ListSource(Source):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as e:
                 raise DataError(f"expected a JSON object per line: {self.path} line {number} ({e})") from e
             if number == 1 and isinstance(row, dict):

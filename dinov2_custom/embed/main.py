@@ -28,8 +28,10 @@ from dinov2_custom.logging.progress import ProgressBar
 from dinov2_custom.reading import choose_reading, describe
 from dinov2_custom.teacher import RELEASED_CROP_SIZE, Teacher, device_of_choice, is_released, load_teacher
 from dinov2_custom.utils.dtype import has_bf16
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import default_output
 from dinov2_custom.utils.transfer import to_device
+from dinov2_custom.utils.weights import is_url
 
 logger = logging.getLogger("dinov2")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,8 +90,9 @@ def image_sizes(teacher: Teacher, given: list[int]) -> list[int]:
 
 
 def _embed(teacher: Teacher, dataset: Any, size: int, folder: Path, device: torch.device, args) -> None:
+    shown = without_credentials(teacher.weights)
     description = {
-        "weights": str(Path(teacher.weights).absolute()),
+        "weights": shown if is_url(teacher.weights) else str(Path(teacher.weights).absolute()),
         "weights_sha256": _digest(teacher.backbone),
         "dataset": args.dataset,
         "images": len(dataset),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.files import parse_json_object
 
 PART_BATCHES = 32
 DESCRIPTION, ROWS, BAD = "embed.json", "rows.jsonl", "bad_images.jsonl"
@@ -48,7 +49,12 @@ class Store:
             for name in (*files, DESCRIPTION):
                 (folder / name).unlink(missing_ok=True)
         if path.is_file():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                earlier = parse_json_object(path.read_text(encoding="utf-8"))
+            except ValueError as e:
+                raise ConfigError(
+                    f"--output-dir: expected to read {path}, got {e}; choose another folder, or --overwrite"
+                ) from e
             other = [
                 f"{k}: {earlier.get(k)!r}, now {v!r}"
                 for k, v in description.items()

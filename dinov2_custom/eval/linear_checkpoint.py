@@ -16,6 +16,8 @@ from torch import nn
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError, remedy
 from dinov2_custom.train.checkpoint import save_atomically
+from dinov2_custom.utils.checkpoint_folder import check_whole
+from dinov2_custom.utils.run_folder import last_checkpoint
 from dinov2_custom.utils.weights import read_weights
 
 logger = logging.getLogger("dinov2")
@@ -56,20 +58,27 @@ class LinearCheckpointer:
         Raises:
             CheckpointError: a file that cannot be read, or of other classifiers.
         """
-        last = self.folder / "last_checkpoint"
-        resume = resume and last.is_file()
-        source = self.folder / last.read_text().strip() if resume else path
+        last = last_checkpoint(self.folder) if resume else ""
+        resume = bool(last)
+        source = self.folder / last if last else path
         if not source:
             return -1
         state = read_weights(source)
         if not isinstance(state, Mapping) or "model" not in state or (resume and "scheduler" not in state):
             raise CheckpointError(f"expected a checkpoint of linear classifiers, got something else: {source}")
-        self._check(state["model"], source)
-        self.model.load_state_dict(state["model"])
-        if resume:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-        iteration = int(state.get("iteration", -1))
+        try:
+            self._check(state["model"], source)
+            self.model.load_state_dict(state["model"])
+            if resume:
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.scheduler.load_state_dict(state["scheduler"])
+            if (iteration := state.get("iteration", -1)) != -1:
+                check_whole(state, "iteration", 0, 2**63)
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+            raise CheckpointError(
+                f"expected a checkpoint of linear classifiers at {source}, got one with {type(e).__name__}: {e}; begin "
+                "again with --no-resume"
+            ) from e
         logger.info(f"classifiers from={source} iteration={iteration}")
         return iteration
 

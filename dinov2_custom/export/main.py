@@ -10,15 +10,19 @@ import runpy
 import sys
 from pathlib import Path
 
+import torch
+
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.compare import check
 from dinov2_custom.export.hugging_face import write_hugging_face
 from dinov2_custom.export.onnx_file import write_onnx
 from dinov2_custom.export.portable import portable
 from dinov2_custom.export.timm_folder import write_timm
+from dinov2_custom.export.upstream_shards import gather
 from dinov2_custom.export.write import make_room, remove, write_safetensors, write_torch
 from dinov2_custom.teacher import load_teacher
-from dinov2_custom.utils.run_folder import default_output
+from dinov2_custom.utils.paths import without_credentials
+from dinov2_custom.utils.run_folder import default_output, upstream_shards
 
 __all__ = ["export", "main"]
 _WRITERS = {
@@ -40,8 +44,22 @@ def main(args: argparse.Namespace) -> int:
     if args.normalize and args.to != "onnx":
         raise ConfigError(f"--normalize: expected --to onnx, whose graph it becomes a part of, got --to {args.to}")
     path = Path(args.output).expanduser() if args.output else _default_path(args.source, args.to)
+    if args.to == "torch" and (shards := upstream_shards(Path(args.source).expanduser())):
+        teacher = gather(shards, args.config_file, args.opts, args.allow_unknown_keys)
+        partial = make_room(path, args.overwrite)
+        try:
+            torch.save(teacher, partial / path.name)
+            remove(path)
+            (partial / path.name).rename(path)
+        finally:
+            remove(partial)
+        heads = ", ".join(sorted({name.partition(".")[0] for name in teacher["teacher"]}))
+        print(f"weights: {shards[0].name} to {shards[-1].name} in {args.source}: {heads}", file=sys.stderr)
+        print(path)
+        return 0
     teacher = load_teacher(args.source, args.config_file, args.opts, args.allow_unknown_keys)
-    print(f"weights: {teacher.weights} (architecture from {teacher.described_by})", file=sys.stderr)
+    shown = without_credentials(teacher.weights)
+    print(f"weights: {shown} (architecture from {teacher.described_by})", file=sys.stderr)
     model = portable(teacher, args.image_size)._replace(normalizes=args.normalize)
     print(export(model, args.to, path, args.overwrite), file=sys.stderr)
     print(path)
@@ -77,7 +95,8 @@ def export(model, form: str, path: Path, overwrite: bool = False) -> str:
 
 def _default_path(source: str, form: str) -> Path:
     """Return ./outputs/export/<run or file>_<format> with the format's suffix."""
-    folder = default_output("export", source)
+    given = Path(source).expanduser()
+    folder = Path("outputs/export") / given.name if upstream_shards(given) else default_output("export", source)
     return folder.with_name(f"{folder.name}_{form}{_WRITERS[form][1]}")
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.hub.utils import released_file
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
-from dinov2_custom.utils.weights import check_sha256, fit_state, flat_state, read_weights, to_local
+from dinov2_custom.utils.weights import check_sha256, flat_state, load_state, read_weights, to_local
 
 _OF_THE_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # which the name says
 _IN_NO_SHAPE = ("interpolate_antialias", "interpolate_offset", "channel_adaptive")
@@ -129,7 +129,9 @@ def _loaded(
 ) -> DinoVisionTransformer:
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
         model = factory(**options)
-    _load(model, state, file, name)
+    expected = f"weights: expected the {len(model.state_dict())} tensors of {name}"
+    advice = "load it under the name of its own architecture; a torn download is mended by deleting the file"
+    load_state(model, state, file, expected=expected, advice=advice, assign=True)
     return model.to(torch.get_default_device())
 
 
@@ -173,18 +175,6 @@ def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[st
     student = read_yaml(Path(config)).get("student", {}) if config else {}
     found = {name: options[name] for name in options if name not in _OF_THE_ARCHITECTURE}
     return found | {name: student[name] for name in _IN_NO_SHAPE if name in student}
-
-
-def _load(model: nn.Module, state: Mapping[str, Tensor], file: str | os.PathLike, name: str) -> None:
-    fit = fit_state(model, {name: tensor.float() for name, tensor in state.items()})
-    if fit.missing or fit.unexpected or fit.misshapen:
-        raise CheckpointError(
-            f"weights: expected the {len(model.state_dict())} tensors of {name}, got {len(fit.missing)} missing, "
-            f"{len(fit.unexpected)} unexpected and {len(fit.misshapen)} of another shape in {file}:\n  "
-            + "\n  ".join(fit.examples())
-            + "\nload it under the name of its own architecture; a torn download is mended by deleting the file"
-        )
-    model.load_state_dict(fit.found, assign=True)
 
 
 def dinov2_vits14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dinov2_custom.files import parse_json_object
+
 logger = logging.getLogger("dinov2")
 
 
@@ -61,7 +63,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def _is_before(line: bytes, iteration: int) -> bool:
     try:
-        row = json.loads(line)
+        row = parse_json_object(line, finite=False)
         return line.endswith(b"\n") and row["iteration"] < iteration
     except (ValueError, KeyError, TypeError):
         return False

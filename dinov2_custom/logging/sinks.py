@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from omegaconf import OmegaConf
+
 from dinov2_custom import distributed
 from dinov2_custom.extras import missing
 from dinov2_custom.logging.rows import append_row
@@ -175,5 +177,7 @@ def open_sinks(
             logger.warning(f"{words}; training goes on without it")
         except Exception as e:
             logger.warning(f"train.tensorboard: cannot write to {folder}, {e}; training goes on without it")
-    wandb = open_wandb(config["wandb"], out / "logs", config, out.resolve().name, stored_run_id)
+    # what is recorded keeps ``${oc.env:...}``, which may stand for a secret; only here it is needed
+    options = OmegaConf.to_container(OmegaConf.create(dict(config)).wandb, resolve=True)
+    wandb = open_wandb(options, out / "logs", config, out.resolve().name, stored_run_id)
     return Sinks([*sinks, wandb] if wandb else sinks)

@@ -65,6 +65,8 @@ def open_wandb(
         config: recorded with the run.
         default_name: of the run, when ``options`` has none.
     """
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # empty is unset: ``WANDB_MODE=`` is a value that W&B refuses
     mode = _mode(options["mode"])
     if mode == "disabled":
         return None

@@ -5,7 +5,6 @@ Read :func:`read_run` first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dinov2_custom.errors import DataError
+from dinov2_custom.files import parse_json_object
 
 METRICS_FILE = "training_metrics.json"
 
@@ -45,9 +45,9 @@ def read_metrics(path: str | Path) -> list[dict]:
         raise DataError(f"expected a run's {METRICS_FILE}, got {e.strerror} at {path}") from e
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json_object(line, finite=False)
             rows[int(row["iteration"])] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: int() of an infinity
             continue
     if not rows:
         raise DataError(f"expected rows of metrics, got none in {path}; the run ended before its first report")

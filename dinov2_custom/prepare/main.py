@@ -33,6 +33,7 @@ from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import missing
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image, find_simplejpeg
 from dinov2_custom.verify.folder import own_folder, written_whole
@@ -241,7 +242,10 @@ def task_of(dataset: Any, options: Options) -> dict[str, Any]:
 def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
     text, task = (folder / MARKER).read_text(), json.loads(json.dumps(task))
     if text.strip():
-        before = json.loads(text)
+        try:
+            before = parse_json_object(text)
+        except ValueError as e:
+            raise ConfigError(f"expected to read {folder / MARKER}, got {e}; choose an empty folder") from e
         other = [f"{key}: {before.get(key)}, now {task[key]}" for key in task if before.get(key) != task[key]]
         if other:
             raise ConfigError(

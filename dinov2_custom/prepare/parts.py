@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dinov2_custom.errors import DataError
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.verify.folder import written_whole
 
 from .change import Output
@@ -39,13 +41,19 @@ class PartWriter:
         for temporary in folder.glob("shard-*.tmp"):
             temporary.unlink()
         while self._mark(self.number).exists():
-            self.position = tuple(next(_lines(self._mark(self.number)))["next"])
+            self.position = self._position(self._mark(self.number))
             self.number += 1
         self.taken = Taken(row["name"] for row in self.rows() if "name" in row)
         self._tar: tarfile.TarFile | None = None
         self._rows: list[dict[str, Any]] = []
         self._size = 0
         self._next = self.position
+
+    def _position(self, mark: Path) -> tuple[int, int]:
+        match next(_lines(mark), {}).get("next"):
+            case [int(image), int(output)] if min(image, output) >= 0:
+                return image, output
+        raise DataError(f"expected the list of a finished part, got none in {mark}; choose an empty folder")
 
     def _mark(self, number: int) -> Path:
         return self.folder / f"shard-{number:06d}.jsonl"
@@ -112,7 +120,10 @@ class PartWriter:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
+        try:
+            yield from map(parse_json_object, file)
+        except ValueError as e:
+            raise DataError(f"expected the list of a finished part, got {e} in {path}; choose an empty folder") from e
 
 
 def _write_file(path: Path, data: bytes) -> None:

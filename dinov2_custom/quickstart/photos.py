@@ -6,6 +6,7 @@ blocks, so the two sets share no pixel. Not the training. Read :func:`cut_photos
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -17,6 +18,7 @@ from PIL import Image
 
 from dinov2_custom.errors import DataError
 from dinov2_custom.extras import missing
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.utils.rng import seed_for
 
 PHOTOS = {
@@ -90,8 +92,10 @@ def cut_photos(folder: str | Path, tiling: Tiling | None = None, seed: int = 0) 
     folder = Path(folder)
     design = {"photos": PHOTOS, "tiling": tiling._asdict(), "seed": seed}
     done = folder / DONE
-    if done.is_file() and (known := json.loads(done.read_text()))["design"] == design:
-        return known["counts"]
+    with contextlib.suppress(OSError, ValueError):  # not there, or torn: cut anew
+        known = parse_json_object(done.read_text())
+        if known.get("design") == design:
+            return known["counts"]
     counts: dict[str, dict[str, int]] = {"train": {}, "held_out": {}}
     for part in counts:
         shutil.rmtree(folder / part, ignore_errors=True)

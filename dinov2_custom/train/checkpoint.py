@@ -26,6 +26,7 @@ from dinov2_custom.train.checkpoint_store import CheckpointStore, folder_name, s
 from dinov2_custom.train.teacher_file import save_atomically, save_teacher, teacher_path, teacher_weights
 from dinov2_custom.train.training_state import PlainState, own_pieces, restore
 from dinov2_custom.utils.checkpoint_folder import StoredState, file_of_rank
+from dinov2_custom.utils.run_folder import how_to_gather, upstream_shards
 from dinov2_custom.utils.tensor_file import Written, write_pieces
 from dinov2_custom.utils.weights import read_weights
 
@@ -94,6 +95,7 @@ class Checkpointer:
                 or it is the last one; the one before is intact.
         """
         self.wait()
+        self._check_there()
         for loss in (self.model.dino_loss, self.model.ibot_patch_loss):
             loss.apply_center_update()
         aside = self.async_save and not (final or wait)
@@ -142,6 +144,7 @@ class Checkpointer:
     def save_teacher(self, name: str, *, final: bool = False) -> Path:
         """Write the teacher as :func:`save_teacher` does, with the errors and the waiting of :meth:`save`."""
         self.wait()  # the thread and this one may not talk to the other processes at once
+        self._check_there()
         path, teacher = teacher_path(self.folder, name), teacher_weights(self.model)
         _, trouble = self._on_main(lambda: save_atomically(teacher, path))
         self._report(path, trouble, required=final)
@@ -174,6 +177,11 @@ class Checkpointer:
                 "start afresh with --no-resume"
             )
         return None
+
+    def _check_there(self) -> None:
+        lost, _ = self._on_main(self.store.describe_loss)
+        if lost:  # whatever ``on_error`` says: all that follows would be written to nowhere, or somewhere else
+            raise CheckpointError(lost)
 
     def newest(self) -> str:
         """Return the name of the newest complete checkpoint, or "none"."""
@@ -268,8 +276,19 @@ class Checkpointer:
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Return whether there is one to go on from, readable or not; all processes get the main one's answer."""
-    return distributed.broadcast_object(bool(CheckpointStore(folder, 1, 0).complete()))
+    """Return whether there is one to go on from, readable or not; all processes get the main one's answer.
+
+    Raises:
+        CheckpointError: only ones of facebookresearch/dinov2: a run of this package would begin at 0 beside them.
+    """
+    found = bool(CheckpointStore(folder, 1, 0).complete())
+    found, foreign = distributed.broadcast_object((found, [] if found else upstream_shards(folder)))
+    if foreign:
+        raise CheckpointError(
+            f"--output-dir: expected an empty directory or a run of dinov2_custom, got {folder} with a run of "
+            f"facebookresearch/dinov2 ({foreign[-1].name}); {how_to_gather(folder)}; or start afresh with --no-resume"
+        )
+    return found
 
 
 def _try(action: Callable[[], Any]) -> tuple[Any, str | None]:

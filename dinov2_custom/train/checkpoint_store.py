@@ -9,7 +9,6 @@ of this. Not here: what is in a checkpoint. Read :meth:`CheckpointStore.begin` a
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
@@ -19,14 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dinov2_custom.configs.output_dir import numbered
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.utils.checkpoint_folder import flush_folder, write_marker
-from dinov2_custom.utils.run_folder import MARKER, is_complete
+from dinov2_custom.utils.checkpoint_folder import flush_folder, read_marker, write_marker
+from dinov2_custom.utils.run_folder import LAST, LOCK, MARKER, is_complete, last_checkpoint
 from dinov2_custom.utils.tensor_file import Written
 
 logger = logging.getLogger("dinov2")
-FINAL, LAST = "model_final", "last_checkpoint"
+FINAL = "model_final"
 _NAME = re.compile(r"model_(\d{7,}|final)(\.pth)?")  # the former format was one file
+_OF_UPSTREAM = re.compile(r"(model_(\d{7,}|final)|last_checkpoint)\.rank_\d+(\.pth)?")
 _UNFINISHED = re.compile(r"model_(\d{7,}|final)(\.pth)?\.tmp")
 _RUN_FILES = (LAST, "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
 
@@ -41,6 +42,21 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
         self.renames = True
+        self._lock = self.folder / LOCK
+        self._is_locked = self._lock.exists()
+
+    def describe_loss(self) -> str:
+        """Return a sentence where somebody renamed, removed or emptied the run directory meanwhile, else "".
+
+        The lock that the run holds there is looked for: other parts of the run may make the directory again.
+        """
+        if not self._is_locked or self._lock.exists():
+            return ""
+        return (
+            f"expected the run directory {self.folder}, which is not there any more, or without this run's files: it "
+            "was renamed, removed or emptied during the run; put it back, then the same command goes on from its "
+            "newest checkpoint"
+        )
 
     def complete(self) -> list[Path]:
         """Return the checkpoints that look complete, newest first, as counted when they were written."""
@@ -60,10 +76,7 @@ class CheckpointStore:
 
     def last(self) -> str:
         """Return what ``last_checkpoint`` says, or nothing."""
-        try:
-            return (self.folder / LAST).read_text().strip()
-        except (FileNotFoundError, UnicodeDecodeError):
-            return ""
+        return last_checkpoint(self.folder)
 
     def begin(self, iteration: int, final: bool) -> Path:
         """Clear away what earlier attempts left, and return the empty folder to write to."""
@@ -149,11 +162,15 @@ class CheckpointStore:
 
 
 def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
-    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, None if there were none."""
-    old = [p for p in folder.iterdir() if p.name in _RUN_FILES or _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, None if there were none.
+
+    Where that exists, of another start in the same second, it is ``previous_<clock()>_2`` and so on.
+    """
+    paths = folder.iterdir() if folder.is_dir() else ()
+    old = [p for p in paths if p.name in _RUN_FILES or _NAME.fullmatch(p.name) or _OF_UPSTREAM.fullmatch(p.name)]
     if not old:
         return None
-    target = folder / f"previous_{clock()}"
+    target = numbered(folder / f"previous_{clock()}")
     target.mkdir()
     for path in old:
         os.replace(path, target / path.name)
@@ -166,8 +183,8 @@ def _number(path: Path) -> int | None:
     if not path.is_dir():
         return 0
     try:
-        return int(json.loads((path / MARKER).read_text())["number"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_marker(path).get("number")
+    except CheckpointError:
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.data.train_samples import with_path
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.logging import append_row
 from dinov2_custom.train.terms import num_crop_pairs
 
@@ -182,7 +182,7 @@ class BadImageLog:
     def __call__(self, name: str, reason: str) -> None:
         if self.seen is None:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            self.seen = {row["path"] for line in lines if (row := _parse(line))}
+            self.seen = {row["path"] for line in lines if isinstance((row := _parse(line)).get("path"), str)}
         if name in self.seen:
             return
         self.seen.add(name)
@@ -191,8 +191,8 @@ class BadImageLog:
         logger.warning(f"unreadable image skipped total={len(self.seen)}: {with_path(name, reason)}")
 
 
-def _parse(line: str) -> dict | None:
+def _parse(line: str) -> dict:
     try:
-        return json.loads(line)
+        return parse_json_object(line)
     except ValueError:  # torn by a kill
-        return None
+        return {}

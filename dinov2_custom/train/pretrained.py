@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.models.pos_embed import resample_pos_embed
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights
-from dinov2_custom.utils.weights import fit_state, flat_heads, flat_state, read_weights
+from dinov2_custom.utils.weights import fit_state, flat_heads, flat_state, load_state, misfit, read_weights
 
 logger = logging.getLogger("dinov2")
 # Released weights before registers lack them, and some converted files the mask token, which starts at 0.
@@ -58,7 +59,7 @@ def start_from_weights(cfg, model: nn.Module) -> None:
     _load_heads(model.teacher, flat_heads(_part(whole, "teacher.")), source)
     for name in ("dino_loss", "ibot_patch_loss"):
         center = whole.get(f"{name}.center")
-        if center is not None and center.shape == getattr(model, name).center.shape:
+        if center is not None and not misfit(getattr(model, name).center, center):
             getattr(model, name).center.copy_(center)
 
 
@@ -77,36 +78,37 @@ def load_pretrained_backbone(
     state = flat_state(read_weights(path) if file is None else file)
     if "pos_embed" in state and state["pos_embed"].shape[1] != backbone.pos_embed.shape[1]:
         state["pos_embed"] = _fit_pos_embed(backbone, state["pos_embed"], path)
-    fit = fit_state(backbone, state)
-    missing = [name for name in fit.missing if name not in _OPTIONAL]
-    if missing or fit.misshapen:
-        shown = "\n  ".join(fit._replace(missing=missing).examples())
-        raise CheckpointError(
-            f"{key}: expected weights of this architecture, got {len(fit.misshapen)} tensors of another shape, "
-            f"{len(missing)} missing, {len(fit.unexpected)} unexpected in {path}:\n  {shown}\n"
-            "check student.arch, student.ffn_layer (released S, B and L use mlp, g swiglufused) and student.patch_size"
-        )
-    backbone.load_state_dict(fit.found, strict=False)
+    fit = load_state(
+        backbone,
+        state,
+        path,
+        expected=f"{key}: expected weights of this architecture",
+        advice="check student.arch, student.ffn_layer (released S, B and L use mlp, g swiglufused) and "
+        "student.patch_size",
+        optional=_OPTIONAL,
+        allow_unexpected=True,
+    )
     logger.info(
-        f"pretrained backbone from={path} matched={len(fit.found)} missing={len(fit.missing)} "
+        f"pretrained backbone from={without_credentials(path)} matched={len(fit.found)} missing={len(fit.missing)} "
         f"unexpected={len(fit.unexpected)}" + (f" ({', '.join(fit.unexpected[:3])})" if fit.unexpected else "")
     )
 
 
 def _load_heads(network: nn.ModuleDict, heads: dict[str, dict[str, Tensor]], source: str | Path) -> None:
     """Load the heads that the file has, each as a whole or not at all, and say which."""
+    shown = without_credentials(source)
     for name, head in network.items():
         if name == "backbone":
             continue
         if name not in heads:
-            logger.info(f"{name}: not in {source}, starts at random")
+            logger.info(f"{name}: not in {shown}, starts at random")
             continue
         fit = fit_state(head, heads[name])
-        if fit.missing or fit.unexpected or fit.misshapen:
-            logger.warning(f"{name}: of another shape in {source}, starts at random: {'; '.join(fit.examples(1))}")
+        if fit.missing or fit.unexpected or fit.misfits:
+            logger.warning(f"{name}: does not fit in {shown}, starts at random: {'; '.join(fit.examples(1))}")
             continue
         head.load_state_dict(fit.found)
-        logger.info(f"pretrained {name} from={source} matched={len(fit.found)} missing=0 unexpected=0")
+        logger.info(f"pretrained {name} from={shown} matched={len(fit.found)} missing=0 unexpected=0")
 
 
 def _training_state(file: Any) -> dict[str, Tensor] | None:
@@ -125,7 +127,8 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _fit_pos_embed(backbone: nn.Module, pos_embed: Tensor, path: str | Path) -> Tensor:
     grid = backbone.patch_embed.patches_resolution
-    logger.info(f"resampled pos_embed positions={pos_embed.shape[1] - 1} to={grid[0]}x{grid[1]} from={path}")
+    shown = without_credentials(path)
+    logger.info(f"resampled pos_embed positions={pos_embed.shape[1] - 1} to={grid[0]}x{grid[1]} from={shown}")
     with torch.no_grad():
         return resample_pos_embed(
             pos_embed, grid, antialias=backbone.interpolate_antialias, offset=backbone.interpolate_offset

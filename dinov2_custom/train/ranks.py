@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.train.faults import append_to_main_log
 
 FOLDER = Path("logs") / "ranks"
@@ -155,7 +156,7 @@ def _is_own(state: dict[str, Any]) -> bool:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        return parse_json_object(file.read_text())
     except (OSError, ValueError):
         return {}
 

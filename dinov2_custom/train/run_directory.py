@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_custom import files
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.configs.schema import all_options
 from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
+from dinov2_custom.utils.run_folder import LOCK
 
 OF_THE_BATCH = ("optim.global_batch", "train.batch_size_per_gpu", "optim.accumulation_steps", "optim.lr")
 
@@ -26,7 +29,7 @@ def made_and_locked(folder: Path) -> Iterator[None]:
     Raises:
         LaunchError: another process holds it.
     """
-    missing, lock = missing_folders(folder), folder / ".lock"
+    missing, lock = missing_folders(folder), folder / LOCK
     ours = not lock.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -53,7 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(files.locked(folder / ".lock"))
+            stack.enter_context(files.locked(folder / LOCK))
         except files.LockedError as e:
             raise LaunchError(
                 f"--output-dir: expected a directory without an active run, got {folder}, which another process is "
@@ -71,13 +74,10 @@ def changed_keys(before: Mapping[str, Any], folder: Path, cfg: DictConfig) -> li
         before: values of the checkpoint. One of the former format has no configuration; ``folder``'s config.yaml, which
             is that of the last start, then counts.
     """
-    path = folder / "config.yaml"
-    if not before.get("config") and not path.exists():
-        return []
-    earlier = OmegaConf.create(before["config"]) if before.get("config") else read_yaml(path)
+    earlier, now = before.get("config") or _read_config(folder / "config.yaml"), OmegaConf.to_container(cfg)
     changes = []
     for key, option in all_options().items():
-        old, new = OmegaConf.select(earlier, key), OmegaConf.select(cfg, key)
+        old, new = _value(earlier, key), _value(now, key)
         if option.changes_results and old is not None and old != new and key not in OF_THE_BATCH:
             changes.append(f"{key}: {old} -> {new}")
     return changes
@@ -91,12 +91,11 @@ def changed_batch(before: Mapping[str, Any], cfg: DictConfig, world_size: int) -
     """
     if not before.get("world_size") or not before.get("config"):
         return []
-    earlier = OmegaConf.create(before["config"])
-    old, how_old = _global_batch(earlier, before["world_size"])
-    new, how_new = _global_batch(cfg, world_size)
-    if old == new:
+    old, how_old = _global_batch(before["config"], before["world_size"])
+    new, how_new = _global_batch(OmegaConf.to_container(cfg), world_size)
+    if old == new or not old:
         return []
-    lr = f"optim.lr, by its square root: {earlier.optim.lr:.3g} -> {cfg.optim.lr:.3g}"
+    lr = f"optim.lr, by its square root: {_value(before['config'], 'optim.lr'):.3g} -> {cfg.optim.lr:.3g}"
     return [f"global batch: {old} ({how_old}) -> {new} ({how_new})", lr]
 
 
@@ -109,8 +108,27 @@ def changed_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> li
     return ["images found: as many, but other ones"] if before["digest"] and now["digest"] else []
 
 
-def _global_batch(cfg: DictConfig, world_size: int) -> tuple[int, str]:
-    """Return images a step, and what they are the product of."""
-    batch, accumulated = cfg.train.batch_size_per_gpu, OmegaConf.select(cfg, "optim.accumulation_steps", default=1)
+def _global_batch(config: Mapping[str, Any], world_size: int) -> tuple[int, str]:
+    """Return images a step, and what they are the product of; 0 where ``config`` does not say."""
+    batch, accumulated = _value(config, "train.batch_size_per_gpu"), _value(config, "optim.accumulation_steps") or 1
+    numbers = (batch, accumulated, _value(config, "optim.lr"))
+    if not all(isinstance(number, int | float) for number in numbers):
+        return 0, ""
     how = f"{batch} a process x {world_size} processes" + (f" x {accumulated} accumulated" if accumulated > 1 else "")
     return batch * world_size * accumulated, how
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """Return what ``config`` has under the dotted ``key``, as it was written: no reference is resolved."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = OmegaConf.to_container(read_yaml(path))
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from dinov2_custom import __version__
 from dinov2_custom.commands import command
@@ -28,7 +29,7 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     dtype = str(resolve_dtype(cfg.compute_precision.student.backbone.mixed_precision.param_dtype, device))
     millions = sum(p.numel() for p in model.student.parameters()) / 1e6
-    length = course.length
+    length, dataset = course.length, OmegaConf.to_container(cfg.train)["dataset_path"]  # not what ${oc.env:...} gives
     return [
         f"command: {shlex.join(sys.argv)}",
         f"versions: dinov2_custom={__version__} torch={torch.__version__} python={platform.python_version()} "
@@ -38,7 +39,7 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
         f"model: {cfg.student.arch} patch={cfg.student.patch_size} student_parameters={millions:.2f}M",
         f"prototypes: {model.num_prototypes:,} (ln = {math.log(model.num_prototypes):.3f}), "
         f"{num_images / model.num_prototypes:.3g} images each",
-        f"images: {num_images:,} found in {cfg.train.dataset_path}",
+        f"images: {num_images:,} found in {dataset}",
         *describe(reading_of(cfg)),
         f"batch: {cfg.train.batch_size_per_gpu} a process x {world_size} processes x {cfg.optim.accumulation_steps} "
         f"accumulated = {length.global_batch}, lr={cfg.optim.lr:.3g}",

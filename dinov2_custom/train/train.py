@@ -292,9 +292,9 @@ def _train_or_write(args, cfg, loader) -> int:
 def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
     """Write the newest checkpoint's teacher under upstream's name for it, ``manual_<next iteration>``."""
     optimizer = build_optimizer(cfg, model.get_params_groups())
-    done = Checkpointer(Path(cfg.train.output_dir), model, optimizer).load_latest()
+    out = Path(cfg.train.output_dir)
+    done = Checkpointer(out, model, optimizer).load_latest() if has_checkpoints(out) else None
     if done is None:
-        out = cfg.train.output_dir
         raise CheckpointError(f"--eval-only: expected a run with a checkpoint, got none in {out}; check --output-dir")
     open_log("dinov2")
     logger.info(f"teacher weights: {do_test(cfg, model, f'manual_{done.iteration + 1}')}")

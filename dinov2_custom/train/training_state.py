@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.parallel import first_row, is_sharded, own_share
+from dinov2_custom.utils.checkpoint_folder import check_values
 from dinov2_custom.utils.tensor_file import Piece
 
 
@@ -97,16 +98,21 @@ class PlainState:
         CheckpointError: no training checkpoint.
     """
 
-    def __init__(self, file: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-        if missing := [key for key in ("iteration", "model", "optimizer") if key not in file]:
-            raise CheckpointError(f"resume: expected a training checkpoint, got no {', '.join(missing)} in {path}")
-        self.values = {key: value for key, value in file.items() if key not in ("model", "optimizer")}
-        self.tensors = dict(file["model"])
+    def __init__(self, file: Any, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
         names = {id(parameter): name for name, parameter in _trained(model).items()}
         ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        for position, state in file["optimizer"]["state"].items():
-            if position < len(ordered):  # else it is of another architecture, which restore() will tell
-                self.tensors |= {f"optimizer.{key}.{ordered[position]}": value for key, value in state.items()}
+        try:
+            self.values = {key: value for key, value in file.items() if key not in ("model", "optimizer")}
+            check_values(self.values)
+            self.tensors = dict(file["model"])
+            for position, state in file["optimizer"]["state"].items():
+                if position < len(ordered):  # else it is of another architecture, which restore() will tell
+                    self.tensors |= {f"optimizer.{key}.{ordered[position]}": value for key, value in state.items()}
+            if odd := next((name for name, value in self.tensors.items() if not isinstance(value, Tensor)), None):
+                raise ValueError(f"{odd!r:.100}, which is no tensor")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            reason = f"no {e}" if isinstance(e, KeyError) else str(e)
+            raise CheckpointError(f"resume: expected a training checkpoint at {path}, got {reason}") from e
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

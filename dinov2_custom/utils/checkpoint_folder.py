@@ -8,8 +8,11 @@ the newest, writing (``train.checkpoint``). Read :class:`StoredState` first.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,15 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.utils.run_folder import MARKER
 from dinov2_custom.utils.tensor_file import TensorFile, Written, checksum, flush
 
-FORMAT = 2
+FORMAT = 3
+_WITHOUT_CHECKSUM = 2  # written before markers had a checksum of their own
+_CHECKSUM = re.compile(r',\n "crc32": (\d{1,10})\n}\s*\Z')
+_INT64 = 2**63
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch.amp.GradScaler
 _FILE = re.compile(r"rank_\d{5}\.safetensors")
 
 
@@ -29,14 +37,17 @@ def file_of_rank(rank: int) -> str:
 
 
 def write_marker(folder: Path, files: dict[str, Written], values: dict[str, Any]) -> None:
-    """Declare ``folder`` complete. A torn marker is no JSON, so it is written in place and never renamed.
+    """Declare ``folder`` complete. A torn marker lacks its checksum, so it is written in place and never renamed.
+
+    The last entry, ``crc32``, is the checksum of the file's text without it.
 
     Raises:
         OSError: it cannot be written.
     """
     marker = {"format": FORMAT, **values, "files": {name: written._asdict() for name, written in files.items()}}
+    text = json.dumps(marker, indent=1)
     with open(folder / MARKER, "w") as file:
-        file.write(json.dumps(marker, indent=1))
+        file.write(text.removesuffix("\n}") + f',\n "crc32": {zlib.crc32(text.encode())}\n}}')
         file.flush()
         flush(file.fileno())
     flush_folder(folder)
@@ -54,6 +65,75 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_marker(folder: Path) -> dict[str, Any]:
+    """Return what the marker in ``folder`` holds.
+
+    Raises:
+        CheckpointError: none, or one that is not as it was written: another checksum, or values that cannot be.
+    """
+    path = folder / MARKER
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = parse_json_object(text, finite=False)  # a run may keep numbers that are not; those below have to be
+        written = values.pop("crc32", None)
+        if values.get("format") not in (FORMAT, _WITHOUT_CHECKSUM):
+            raise CheckpointError(
+                f"expected a checkpoint of format {FORMAT} at {folder}, got {values.get('format')!r:.50}; read it with "
+                "the version that wrote it"
+            )
+        if written is not None or values["format"] != _WITHOUT_CHECKSUM:
+            found = _CHECKSUM.search(text)
+            if found is None or zlib.crc32(f"{text[: found.start()]}\n}}".encode()) != int(found[1]):
+                raise ValueError("another checksum than when it was written")
+        check_values(values)
+        if not isinstance(files := values.get("files"), dict) or not files:
+            raise ValueError(f"the files {files!r:.100}")
+        for name, fields in files.items():
+            if not _FILE.fullmatch(name) or not isinstance(fields, dict) or set(fields) != set(Written._fields):
+                raise ValueError(f"the file {name!r:.100} with {fields!r:.100}")
+            check_whole(fields, "num_bytes", 0, _INT64)
+            check_whole(fields, "crc32", 0, 2**32)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"expected a complete checkpoint, got a folder without {MARKER}: {folder}") from e
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"expected a readable {MARKER}, could not read {path}: {e}") from e
+    return values
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Look at the values of a checkpoint that a run goes on from; keys that are not known here may hold anything.
+
+    Raises:
+        ValueError: one of a type or outside a range that no run writes.
+    """
+    check_whole(values, "iteration", 0, _INT64)
+    for name, least in (("number", 1), ("world_size", 1), ("draws", 0)):
+        if values.get(name) is not None:
+            check_whole(values, name, least, _INT64)
+    for name in ("scaler", "config", "course", "versions"):
+        if not isinstance(values.get(name), Mapping | None):
+            raise ValueError(f"expected names and values as {name}, got {values[name]!r:.100}")
+    if values.get("scaler") and set(values["scaler"]) != _SCALER:
+        raise ValueError(f"expected {', '.join(sorted(_SCALER))} in scaler, got {list(values['scaler'])!r:.200}")
+    for name in ("scaler", "course"):
+        for key, value in (values.get(name) or {}).items():
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"expected a number from 0 on as {name}.{key}, got {value!r:.100}")
+    if not isinstance(values.get("wandb_run_id"), str | None):
+        raise ValueError(f"expected text as wandb_run_id, got {values['wandb_run_id']!r:.100}")
+
+
+def check_whole(values: Mapping[str, Any], name: str, least: int, below: int) -> None:
+    """Check that ``values[name]`` is a whole number of [least, below).
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = values.get(name)
+    if type(value) is not int or not least <= value < below:
+        raise ValueError(f"expected a whole number from {least} on as {name}, got {value!r:.100}")
+
+
 class StoredState:
     """Read the checkpoint in ``folder``.
 
@@ -65,7 +145,7 @@ class StoredState:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.values = self._read_marker()
+        self.values = read_marker(self.folder)
         self.written = {name: Written(**fields) for name, fields in self.values.pop("files").items()}
         self.files = [self._open(name) for name in self.written]
         pieces: dict[str, list[tuple[int, TensorFile]]] = {}
@@ -77,26 +157,6 @@ class StoredState:
         self.dtypes: dict[str, torch.dtype] = {}
         for name in self._pieces:
             self._add(name)
-
-    def _read_marker(self) -> dict[str, Any]:
-        path = self.folder / MARKER
-        try:
-            values = json.loads(path.read_text())
-            if values["format"] != FORMAT:
-                raise CheckpointError(
-                    f"expected a checkpoint of format {FORMAT} at {self.folder}, got {values['format']}; read it with "
-                    "the version that wrote it"
-                )
-            for name, fields in values["files"].items():
-                if not _FILE.fullmatch(name) or set(fields) != set(Written._fields):
-                    raise ValueError(f"the file {name!r} with {fields}")
-        except FileNotFoundError as e:
-            raise CheckpointError(
-                f"expected a complete checkpoint, got a folder without {MARKER}: {self.folder}"
-            ) from e
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise CheckpointError(f"expected a readable {MARKER}, could not read {path}: {e}") from e
-        return values
 
     def _open(self, name: str) -> TensorFile:
         path, expected = self.folder / name, self.written[name].num_bytes

@@ -5,17 +5,19 @@ Not the reading of it (``weights.py``). Read :func:`fetch` first.
 
 from __future__ import annotations
 
+import http.client
 import os
-import tempfile
-import urllib.error
+import secrets
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.paths import without_credentials
 
 _CHUNK = 1 << 20
 _TIMEOUT_S = 60
+_STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 
 
 def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path:
@@ -25,34 +27,52 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
         progress: show a bar on stderr.
 
     Raises:
-        CheckpointError: no answer, fewer bytes than the server announced, or a full disk; nothing is left behind then.
+        CheckpointError: no answer, a cut or garbled one, no weight file, or a full disk; nothing is left behind then.
     """
     target = Path(folder).expanduser() / Path(urllib.parse.urlparse(url).path).name
     if target.is_file():
         return target
-    temporary = None
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
+    shown = without_credentials(url)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(temporary, "xb") as file:
             announced = int(answer.headers.get("Content-Length") or 0)
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f"{target.name}.", delete=False) as file:
-                temporary = Path(file.name)
-                received = _copy(answer, file, announced, target.name if progress else None)
+            received = _copy(answer, file, announced, target.name if progress else None)
         if announced and received != announced:
             raise CheckpointError(
-                f"{url}: expected {announced:,} bytes, got {received:,}; the connection broke, try again"
+                f"{shown}: expected {announced:,} bytes, got {received:,}; the connection broke, try again"
             )
-        temporary.chmod(0o644)
+        if what := describe_start(temporary):
+            raise CheckpointError(f"{shown}: expected a weight file, got {what}; check the address, nothing was kept")
         os.replace(temporary, target)
-    except (OSError, urllib.error.URLError) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise CheckpointError(
-            f"{url}: expected to download {target.name} into {target.parent}, got {e}; put the file there by other "
-            "means, or give its path instead"
+            f"{shown}: expected to download {target.name} into {target.parent}, got {type(e).__name__}: "
+            f"{' '.join(str(e).split())}; put the file there by other means, or give its path instead"
         ) from e
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return target
+
+
+def describe_start(path: Path) -> str:
+    """Return "" for a file that begins as weight files do (torch's zip and pickle, safetensors), else what it is."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200)
+    except OSError:
+        return ""
+    text = start.lstrip().lower()
+    if start.startswith(_STARTS) or (len(start) > 8 and start[8:9] == b"{" and start[5:8] == bytes(3)):
+        return ""
+    if text.startswith(b"<"):
+        return "an HTML or XML page, of a login or an error perhaps"
+    if text.startswith(b"version https://git-lfs"):
+        return "the pointer of a file in Git LFS (git lfs pull gets the file)"
+    if not text:
+        return "an empty file"
+    return f"a file that begins with {start[:20]!r}, as no weight file does"
 
 
 def _copy(answer, file, announced: int, name: str | None) -> int:

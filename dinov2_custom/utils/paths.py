@@ -40,6 +40,14 @@ def path_of_file_url(source: str) -> str:
     return urllib.parse.unquote(urllib.parse.urlparse(source).path) if source.startswith("file://") else source
 
 
+def without_credentials(source: str | os.PathLike) -> str:
+    """Return ``source``, where it is a URL without user, password and query, which may hold secrets; for messages."""
+    if not _SCHEME.match(str(source)):
+        return str(source)
+    parts = urllib.parse.urlsplit(str(source))
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
 def _manager_for(text: str, file_io):
     """Return the path manager that has a handler for ``text``."""
     registered = file_io.g_pathmgr

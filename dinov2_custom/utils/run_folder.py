@@ -7,12 +7,18 @@ Not the reading of weights (``utils/weights``). Without torch, so that command l
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+from dinov2_custom.commands import command
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.paths import path_of_file_url
 
+LOCK = ".lock"  # held by the process that writes into a run directory
 MARKER = "checkpoint.json"  # the last file of a training checkpoint
+LAST = "last_checkpoint"
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,250}", re.ASCII)  # one file's, in this folder
+_SHARD = re.compile(r"(model_(?:\d{7,}|final))\.rank_(\d+)\.pth")  # of upstream
 _NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
 
 
@@ -35,13 +41,45 @@ def find_weights(source: str) -> str:
     found = [(int(match[1]) if (match := _NUMBERED.search(t.parent.name)) else -1, t) for t in teachers if t.is_file()]
     if found:
         return str(max(found)[1])
-    pointer = path / "last_checkpoint"
-    if pointer.is_file() and (path / pointer.read_text().strip()).exists():
-        return str(path / pointer.read_text().strip())
+    if (last := last_checkpoint(path)) and (path / last).exists():
+        return str(path / last)
+    if shards := upstream_shards(path):
+        raise CheckpointError(
+            f"expected a weight file or a run directory of dinov2_custom, got {path} of facebookresearch/dinov2, with "
+            f"a file for each process ({shards[0].name}); {how_to_gather(path)}"
+        )
     raise CheckpointError(
         f"expected a weight file or a run directory, got {path} without eval/*/teacher_checkpoint.pth or "
         "last_checkpoint; give the file"
     )
+
+
+def last_checkpoint(folder: Path) -> str:
+    """Return the name in ``folder`` that its file ``last_checkpoint`` holds, "" where it holds none."""
+    try:
+        name = (folder / LAST).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        return ""
+    return name if _FILE_NAME.fullmatch(name) else ""
+
+
+def upstream_shards(folder: Path) -> list[Path]:
+    """Return the files of the newest checkpoint that facebookresearch/dinov2 wrote into ``folder``, by rank.
+
+    Each of its processes writes ``model_<iteration>.rank_<r>.pth``, and names it in ``last_checkpoint.rank_<r>``.
+    """
+    found: dict[str, dict[int, Path]] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _SHARD.fullmatch(path.name):
+            found.setdefault(match[1], {})[int(match[2])] = path
+    newest = max(found, key=lambda name: (name == "model_final", name), default="")
+    return [path for _, path in sorted(found.get(newest, {}).items())]
+
+
+def how_to_gather(folder: Path) -> str:
+    """Return what to do with the files of :func:`upstream_shards`."""
+    gather = f"{command('run/export/export.py')} {shlex.quote(str(folder))} --to torch --output teacher.pth"
+    return f"gather its teacher with `{gather}`, then start elsewhere with student.pretrained_weights=teacher.pth"
 
 
 def is_complete(folder: Path) -> bool:

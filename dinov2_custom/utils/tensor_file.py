@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.files import parse_json_object
 
 CHUNK = 2**24
 _MAX_HEADER = 10**8
@@ -129,10 +130,10 @@ class TensorFile:
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= min(_MAX_HEADER, size - 8):
                     raise ValueError(f"a header of {length} bytes in a file of {size}")
-                header = json.loads(file.read(length))
-            rows = json.loads(header.pop("__metadata__", {}).get("rows", "{}"))
+                header = parse_json_object(file.read(length))
+            rows = parse_json_object(header.pop("__metadata__", {}).get("rows", "{}"))
             self.entries = {name: _entry(fields, rows.get(name), 8 + length, size) for name, fields in header.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"expected a file of tensors at {path}, could not read it: {e}") from e
 
     def read_into(self, out: Tensor, name: str, first: int) -> None:

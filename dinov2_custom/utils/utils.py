@@ -48,10 +48,10 @@ def load_pretrained_weights(
             f"other names: {_some(state)} instead of {_some(model.state_dict())}. Check that the file fits the "
             "configuration."
         )
-    if fit.misshapen:
+    if fit.misfits:
         raise CheckpointError(
-            f"expected tensors of the model's shapes in {pretrained_weights}, got {len(fit.misshapen)} of other "
-            f"shapes: {_some(fit.misshapen)}. Use the arch, patch size and crop size they were trained with."
+            f"expected finite tensors of the model's shapes in {pretrained_weights}, got {len(fit.misfits)} others: "
+            f"{_some(fit.misfits)}. Use the arch, patch size and crop size they were trained with."
         )
     model.load_state_dict(fit.found, strict=False)
     logger.info(

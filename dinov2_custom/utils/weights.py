@@ -1,122 +1,48 @@
-"""Weight files in, flat tensors out: any wrapper, prefix and block chunking; never any code from the file.
+"""Weight files in, flat tensors out: any wrapper, prefix and block chunking; and from there into a model.
 
-Not here: what a caller does about tensors that do not fit. Read :func:`flat_state` first.
+Every start from weights goes through :func:`read_weights` (``weight_file``), :func:`flat_state` and :func:`load_state`.
+Read these first.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.utils.checkpoint_folder import read_folder
-from dinov2_custom.utils.download import fetch
 from dinov2_custom.utils.hugging_face import from_hugging_face, is_hugging_face
-from dinov2_custom.utils.paths import local_path
+from dinov2_custom.utils.paths import without_credentials
+from dinov2_custom.utils.weight_file import RELEASED_URL, check_sha256, is_url, read_weights, to_local
 
-logger = logging.getLogger("dinov2")
-RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
+__all__ = [
+    "RELEASED_URL",
+    "Fit",
+    "check_sha256",
+    "fit_state",
+    "flat_heads",
+    "flat_name",
+    "flat_state",
+    "from_timm",
+    "is_url",
+    "load_state",
+    "misfit",
+    "read_weights",
+    "to_local",
+]
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
-_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module)\.")
+_PREFIXES = re.compile(
+    r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_CLS_TOKEN = re.compile(r"(|.*\.)(?:embeddings\.)?cls_token")
+_ADAPTER = re.compile(r"(?:^|\.)(?:base_layer|modules_to_save|(?:lora|hada|lokr|ia3|oft|vera)_\w+)(?:\.|$)")  # PEFT's
 _CHUNKED = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
 _HEADS = ("dino_head.", "ibot_head.")
-_DIGEST = re.compile(r"-([a-f0-9]{8,64})\.")  # as torch.hub reads it
 _TIMM = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"}  # and no mask token
-
-
-def read_weights(source: str | os.PathLike) -> Any:
-    """Read a file of tensors and plain values: a path, an http(s) URL, or what one of iopath's handlers serves.
-
-    A folder stands for the ``model.safetensors`` in it, whole or in parts, as Hugging Face writes it, or is
-    a training checkpoint.
-
-    Raises:
-        CheckpointError: missing, torn, or holding anything but tensors and plain values.
-    """
-    path = to_local(source)
-    if (path / "model.safetensors.index.json").is_file():
-        return _read_parts(path)
-    if (path / "model.safetensors").is_file():
-        path = path / "model.safetensors"
-    if path.is_dir():
-        return read_folder(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
-    except Exception as e:  # torch raises many kinds on torn files
-        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-        # torch's own words advise to load it without the safeguard; other kinds come from files of text, or of nothing
-        if isinstance(e, pickle.UnpicklingError | LookupError | EOFError):
-            reason = "no weight file, or one that holds more than tensors and plain values"
-        raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
-
-
-def to_local(source: str | os.PathLike) -> Path:
-    """Return the file or folder of ``source``, downloaded where it is an http(s) URL or of one of iopath's handlers."""
-    return _local_copy(str(source)) if is_url(source) else local_path(source)
-
-
-def check_sha256(path: Path, start: str = "") -> None:
-    """Compare a file's SHA-256 with the ``start`` of it, else with what its name has: ``<name>-<start>.pth``.
-
-    Raises:
-        CheckpointError: another digest.
-    """
-    named = _DIGEST.search(path.name)
-    start = named[1] if named else start
-    if not start:
-        logger.warning(f"check_hash: nothing to compare with for {path}, whose name ends in no -<SHA-256>")
-        return
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(start):
-        raise CheckpointError(
-            f"check_hash: expected a SHA-256 that starts with {start}, got {digest.hexdigest()} of {path}; "
-            "delete the file and get it again"
-        )
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
-    except Exception as e:  # a class of its own, which the library does not document
-        raise CheckpointError(f"expected a safetensors file at {path}, could not read it: {e}") from e
-
-
-def _read_parts(folder: Path) -> dict[str, Tensor]:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    names = {Path(name).name for name in index["weight_map"].values()}  # never a file outside the folder
-    return {key: value for name in sorted(names) for key, value in _read_safetensors(folder / name).items()}
-
-
-def is_url(source: str | os.PathLike) -> bool:
-    return str(source).startswith(("http://", "https://"))
-
-
-def _local_copy(url: str) -> Path:
-    """Return the file of ``url`` in torch.hub's folder; only released files have names that are nobody else's."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    return fetch(
-        url, folder if url.startswith(RELEASED_URL) else folder / hashlib.sha256(url.encode()).hexdigest()[:16]
-    )
 
 
 def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor]:
@@ -149,13 +75,33 @@ def _unwrapped(file: Any, checkpoint_key: str | None) -> dict[str, Tensor]:
     while key := next((k for k in (checkpoint_key, *_WRAPPERS) if k and isinstance(file.get(k), Mapping)), None):
         file = file[key]
     state = {name: value for name, value in file.items() if isinstance(value, Tensor)}
-    for part in ("teacher.", "student."):
-        if any(name.startswith(part) for name in state):
-            state = {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+    if odd := [name for name in state if not isinstance(name, str)]:
+        raise CheckpointError(
+            f"expected tensors by name, got {odd[0]!r:.80} as a name: a list, or an optimizer's state; give the file "
+            "with the model's state dict"
+        )
+    if adapter := next((name for name in state if _ADAPTER.search(name)), None):
+        raise CheckpointError(
+            f"expected a model's own weights, got an adapter of PEFT beside or without them ({adapter}); merge it with "
+            "model.merge_and_unload() and save the state dict of what that returns"
+        )
+    state = _of_one_model({flat_name(name): value for name, value in state.items()}, checkpoint_key)
     if is_hugging_face(state):
         return from_hugging_face(state)
-    state = {flat_name(name): value for name, value in state.items()}
     return from_timm(state) if _TIMM <= set(state) and "mask_token" not in state else state
+
+
+def _of_one_model(state: dict[str, Tensor], checkpoint_key: str | None) -> dict[str, Tensor]:
+    """Return a backbone's tensors and those beside it without the prefix that all of them have.
+
+    The prefix is what stands before ``cls_token``. Of several, as of a student and a teacher, ``checkpoint_key``'s is
+    taken, else the teacher's.
+    """
+    prefixes = [match[1] for name in state if (match := _CLS_TOKEN.fullmatch(name))]
+    if not prefixes or "" in prefixes:
+        return state
+    prefix = min(prefixes, key=lambda p: (checkpoint_key not in p.split("."), "teacher" not in p, "student" in p))
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,28 +130,86 @@ def flat_name(name: str) -> str:
 
 class Fit(NamedTuple):
     """How tensors fit a model: ``found`` by the model's own names; names that are ``missing`` from the file,
-    ``unexpected`` in it, and ``misshapen`` as "name: expected shape, got shape".
+    ``unexpected`` in it, and ``misfits`` as "name: expected shape, got shape", or another kind of number, or NaN.
     """
 
     found: dict[str, Tensor]
     missing: list[str]
     unexpected: list[str]
-    misshapen: list[str]
+    misfits: list[str]
 
     def examples(self, count: int = 3) -> list[str]:
         """Return up to ``count`` lines of each kind of trouble."""
         missing = [f"{name}: missing" for name in self.missing[:count]]
-        return [*self.misshapen[:count], *missing, *(f"{name}: unexpected" for name in self.unexpected[:count])]
+        return [*self.misfits[:count], *missing, *(f"{name}: unexpected" for name in self.unexpected[:count])]
+
+    def describe(self) -> str:
+        """Return how many of each kind there are."""
+        return (
+            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected and {len(self.misfits)} of another shape "
+            "or without finite numbers"
+        )
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> Fit:
-    """Compare :func:`flat_state`'s names and shapes with ``model``'s, chunked or not; nothing is changed."""
+    """Compare :func:`flat_state`'s tensors with ``model``'s, chunked or not; nothing is changed.
+
+    What a model without LayerScale or biases may have and not notice, ones and zeros, is not unexpected: exports for
+    libraries that always have them write it.
+    """
     own = model.state_dict()
     names = {flat_name(name): name for name in own}
     found = {names[name]: value for name, value in state.items() if name in names}
-    misshapen = [
-        f"{name}: expected {tuple(own[name].shape)}, got {tuple(value.shape)}"
-        for name, value in found.items()
-        if own[name].shape != value.shape
-    ]
-    return Fit(found, [n for n in own if n not in found], [n for n in state if n not in names], misshapen)
+    misfits = [f"{name}: {why}" for name, value in found.items() if (why := misfit(own[name], value))]
+    unexpected = [name for name, value in state.items() if name not in names and not _does_nothing(name, value, names)]
+    return Fit(found, [n for n in own if n not in found], unexpected, misfits)
+
+
+def misfit(own: Tensor, value: Tensor) -> str:
+    """Return why ``value`` cannot take the place of ``own``, "" where it can."""
+    if own.shape != value.shape:
+        return f"expected {tuple(own.shape)}, got {tuple(value.shape)}"
+    if own.is_floating_point() and not value.is_floating_point():
+        return f"expected floating-point numbers, got {str(value.dtype).removeprefix('torch.')}"
+    finite = torch.isfinite(value if value.element_size() > 1 else value.float())  # not known for 8 bits
+    if not finite.all():
+        return f"expected finite numbers, got {int((~finite).sum())} of {value.numel()} NaN or infinite"
+    return ""
+
+
+def _does_nothing(name: str, value: Tensor, own: Mapping[str, str]) -> bool:
+    if name.endswith(".bias"):
+        return f"{name.removesuffix('bias')}weight" in own and not value.any()
+    return name.endswith(".gamma") and bool((value == 1).all())
+
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str | os.PathLike,
+    *,
+    expected: str,
+    advice: str,
+    optional: tuple[str, ...] = (),
+    allow_unexpected: bool = False,
+    assign: bool = False,
+) -> Fit:
+    """Copy :func:`flat_state`'s tensors into ``model``, all of them or none, and return how they fit.
+
+    Args:
+        source: the file, for the error, which begins with ``expected`` and ends with ``advice``.
+        optional: tensors of the model that the file may lack.
+        assign: make the tensors, in float32, the model's own instead.
+
+    Raises:
+        CheckpointError: tensors that are missing, unexpected, of another shape or not finite; nothing is changed then.
+    """
+    fit = fit_state(model, state)
+    trouble = fit._replace(missing=[name for name in fit.missing if name not in optional])
+    if trouble.missing or trouble.misfits or (trouble.unexpected and not allow_unexpected):
+        examples = "\n  ".join(trouble.examples())
+        where = without_credentials(source)
+        raise CheckpointError(f"{expected}, got {trouble.describe()} in {where}:\n  {examples}\n{advice}")
+    tensors = {name: value.float() for name, value in fit.found.items()} if assign else fit.found
+    model.load_state_dict(tensors, strict=False, assign=assign)
+    return fit

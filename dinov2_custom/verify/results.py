@@ -17,11 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from dinov2_custom.files import parse_json_object
+
 from .check import Checked
 
 UNKNOWN, SOUND, BAD = 0, 1, 2
 FLUSH_EVERY_S = 0.5
 PASSING = ("unreadable", "decoder died", "too slow")  # classes of reasons that may be gone the next time
+
+_ROW = {"i": 0, "path": "", **Checked()._asdict()}  # the types of what a line has to have
 
 Stamp = list[int] | None
 
@@ -122,11 +126,11 @@ class Results:
         with open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    row = json.loads(line)
-                    if {"i", "path", "stamp", *Checked._fields} <= row.keys() and isinstance(row["i"], int):
-                        yield row
-                except (ValueError, AttributeError):  # torn
+                    row = parse_json_object(line)
+                except ValueError:  # torn
                     continue
+                if all(type(row.get(key)) is type(value) for key, value in _ROW.items()) and "stamp" in row:
+                    yield row
 
 
 def _is_torn(path: Path) -> bool:

@@ -8,6 +8,7 @@ from omegaconf.errors import ConfigAttributeError, ReadonlyConfigError
 
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.configs.schema import default_values
+from dinov2_custom.configs.sources import to_yaml
 from dinov2_custom.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,30 @@ def test_values_that_must_work(override, section, key, value, monkeypatch):
     monkeypatch.setenv("A_SEED", "7")
     got = OmegaConf.to_container(load(override, notes=[]))[section][key]
     assert got == value and type(got) is type(value)
+
+
+def test_what_comes_from_the_environment_is_resolved_at_use_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    monkeypatch.setenv("A_SEED", "7")
+    path = write(
+        tmp_path,
+        "train: {dataset_path: '${oc.env:A_SECRET}/images', seed: '${oc.env:A_SEED}'}\n"
+        "wandb: {entity: '${mine.token}', project: '${oc.decode:${oc.env:A_SECRET}}', tags: [a, '${oc.env:A_SECRET}']}"
+        "\nmine: {token: '${oc.env:A_SECRET}'}",
+    )
+    cfg = load_run_config(path, allow_unknown_keys=True)
+    assert (cfg.train.dataset_path, cfg.wandb.entity, cfg.wandb.tags[1]) == ("hunter2/images", "hunter2", "hunter2")
+    assert cfg.train.seed == 7
+    assert "hunter2" not in to_yaml(cfg) and "hunter2" not in repr(OmegaConf.to_container(cfg))
+    (tmp_path / "again.yaml").write_text(to_yaml(cfg))
+    assert load_run_config(str(tmp_path / "again.yaml"), allow_unknown_keys=True) == cfg
+
+
+def test_a_variable_that_is_gone_matters_only_where_it_is_used(tmp_path, monkeypatch):
+    path = write(tmp_path, "train: {dataset_path: '${oc.env:NO_SUCH_VARIABLE}/images'}\nstudent: {arch: vit_small}")
+    with pytest.raises(ConfigError, match="NO_SUCH_VARIABLE"):
+        load_run_config(path)
+    assert load_run_config(path, require_dataset=False, training=False).student.arch == "vit_small"
 
 
 @pytest.mark.parametrize("text", ["${nope}", "${x", "${oc.env:NO_SUCH_VARIABLE}", "${oc.env:A_LIST}"])

@@ -151,6 +151,9 @@ def test_other_features_are_refused(weights, images, tmp_path):
         run(*options)
     run(*options, "--overwrite")
     assert len(np.load(tmp_path / "out" / "features.npy")) == 7
+    (tmp_path / "out" / "embed.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="expected to read .*embed.json.*--overwrite"):
+        run(*options)
     (tmp_path / "out" / "embed.json").unlink()
     with pytest.raises(ConfigError, match="features.npy of unknown origin"):
         run(*options)

@@ -1,4 +1,4 @@
-"""A local web server for a folder, and one that breaks off in the middle of a file."""
+"""A local web server for a folder, and one that answers with whatever a broken one might."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-class _BreaksOff(_Quiet):
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Length", "1000")
-        self.end_headers()
-        self.wfile.write(b"x" * 300)
-
-
 @contextlib.contextmanager
-def serve(folder, breaks_off=False):
-    """Yield (URL, list of the paths asked for)."""
+def serve(folder, answer=None):
+    """Yield (URL, list of the paths asked for).
+
+    Args:
+        answer: bytes, status line included, to send in place of any file before the connection is closed.
+    """
     asked = []
-    handler = type("Handler", (_BreaksOff if breaks_off else _Quiet,), {"asked": asked})
+
+    def do_GET(self):
+        asked.append(self.path)
+        self.wfile.write(answer)
+        self.close_connection = True
+
+    handler = type("Handler", (_Quiet,), {"asked": asked} | ({} if answer is None else {"do_GET": do_GET}))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", asked

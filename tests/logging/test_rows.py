@@ -44,6 +44,8 @@ def test_truncate_leaves_a_good_file_untouched(path):
 
 @pytest.mark.parametrize(
     "torn", [b'{"iteration": 4, "lo', b'{"iteration": 4, "loss": 2}', b"\xff\xfe", b"[1]\n", b"{}\n"]
+    + [b"[" * 100_000 + b"\n", b'{"iteration": 1, "iteration": 2}\n'],
+    ids=range(7),
 )
 def test_torn_last_line(path, torn):
     path.write_bytes(path.read_bytes() + torn)

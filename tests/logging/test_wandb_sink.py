@@ -105,6 +105,14 @@ def test_no_server_is_one_warning_and_an_offline_run_of_the_same_id(tmp_path, mo
     assert [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()] == []
 
 
+def test_empty_variables_are_unset_ones(tmp_path, monkeypatch, caplog):
+    for name in ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_ENTITY"):
+        monkeypatch.setenv(name, "")
+    with start(tmp_path / "run") as sinks:
+        sinks.log(0, {"iteration": 0, "total_loss": 1.0})
+    assert len(offline_runs(tmp_path / "run")) == 1 and warnings_of(caplog) == []
+
+
 def test_malformed_key_and_id_are_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "short")
     with start(tmp_path, mode="online", id="a/b:c") as sinks:

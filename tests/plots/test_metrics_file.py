@@ -15,7 +15,10 @@ def write_run(folder: Path, rows=({"iteration": 0, "total_loss": 1.0},), config=
 
 
 @pytest.mark.parametrize(
-    "line", ['{"iteration": 9, "lo', "3", "[]", '{"loss": 1.0}', '{"iteration": null}', "\x00\x00"]
+    "line",
+    ['{"iteration": 9, "lo', "3", "[]", '{"loss": 1.0}', '{"iteration": null}', "\x00\x00", '{"iteration": Infinity}']
+    + ["[" * 100_000],
+    ids=range(8),
 )
 def test_lines_that_are_no_rows_are_left_out(tmp_path, line):
     file = write_run(tmp_path / "run") / "training_metrics.json"

@@ -237,6 +237,15 @@ def test_another_task_is_refused(mixed, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("file", ["prepare.json", "shard-000000.jsonl"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"next": [0]}', '{"next": [0, -1]}', "{"], ids=range(5))
+def test_lists_that_this_does_not_write_are_refused(mixed, tmp_path, file, text):
+    run(mixed, tmp_path / "out")
+    (tmp_path / "out" / file).write_text(text)
+    with pytest.raises((ConfigError, DataError), match="choose an empty folder"):
+        run(mixed, tmp_path / "out")
+
+
 @pytest.fixture
 def quiet():
     yield

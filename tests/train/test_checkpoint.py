@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import threading
 
@@ -10,8 +11,11 @@ import torch
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.train import checkpoint as ckpt
+from dinov2_custom.train.run_directory import made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.train import build_optimizer
+from dinov2_custom.utils import checkpoint_folder as folder
+from dinov2_custom.utils.tensor_file import Written
 from tests.train.batches import random_batch, tiny_config
 
 
@@ -117,6 +121,107 @@ def test_unreadable_newest_falls_back_with_a_warning(tmp_path, caplog, damage):
     file.unlink() if damage == "gone" else file.write_bytes(damaged[damage])
     assert make(tmp_path)[2].load_latest().iteration == 1
     assert "falling back" in caplog.text and newest.name in caplog.text
+
+
+def rewritten(marker, change, *, with_checksum):
+    """Change the marker's values, with its own checksum made anew or left as it was."""
+    values = json.loads(marker.read_text())
+    change(values)
+    if with_checksum:
+        files = {name: Written(**fields) for name, fields in values.pop("files").items()}
+        del values["crc32"]
+        folder.write_marker(marker.parent, files, values)
+    else:
+        marker.write_text(json.dumps(values, indent=1))
+
+
+@pytest.mark.parametrize("key", ["iteration", "draws", "number", "seed", "world_size", "config", "saved_at", "format"])
+def test_a_marker_with_any_value_altered_is_not_believed(tmp_path, caplog, key):
+    saver = make(tmp_path)[2]
+    saver.save(1, draws=7)
+    marker = saver.save(2, draws=9) / "checkpoint.json"
+
+    def alter(values):
+        if key == "config":
+            values["config"]["train"]["seed"] += 1
+        else:
+            values[key] += 1 if key != "format" else -1
+
+    rewritten(marker, alter, with_checksum=False)
+    assert make(tmp_path)[2].load_latest().iteration == 1
+    assert "falling back" in caplog.text and "model_0000002" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("iteration", -1), ("iteration", 1.0), ("iteration", True), ("iteration", None), ("iteration", "2"),
+        ("iteration", float("inf")), ("iteration", float("nan")), ("iteration", 2**63), ("iteration", 10**4000),
+        ("draws", -1), ("draws", "many"), ("draws", float("inf")), ("number", 0), ("number", []), ("world_size", 0),
+        ("scaler", {"scale": 1.0}), ("scaler", 3), ("config", []), ("course", {"elapsed_s": float("nan")}),
+        ("course", {"elapsed_s": "long"}), ("wandb_run_id", 7), ("files", {}),
+    ],
+)  # fmt: skip
+def test_values_that_no_run_writes_are_not_believed_though_the_checksum_fits(tmp_path, caplog, key, value):
+    saver = make(tmp_path)[2]
+    saver.save(1)
+    marker = saver.save(2) / "checkpoint.json"
+    rewritten(marker, lambda values: values.update({key: value}), with_checksum=True)
+    assert make(tmp_path)[2].load_latest().iteration == 1
+    assert "falling back" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000, b'{"a":' * 100_000, b"[]", b"null", b'"x"', b"\xff\xfe\x00", b'{"format": 3}',
+        b'{"format": 3, "iteration": 2, "iteration": 3, "files": {}}', b'{"iteration": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_whatever_stands_in_a_marker_the_one_before_is_used_or_one_error_raised(tmp_path, caplog, text):
+    saver = make(tmp_path)[2]
+    first = saver.save(1)
+    (saver.save(2) / "checkpoint.json").write_bytes(text)
+    assert make(tmp_path)[2].load_latest().iteration == 1
+    (first / "checkpoint.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match="expected a readable checkpoint, got 2 unreadable ones.*--no-resume"):
+        make(tmp_path)[2].load_latest()
+    make(tmp_path)[2].save(3)  # and a run that is begun anew there is not hindered
+    assert make(tmp_path)[2].load_latest().iteration == 3
+
+
+def test_a_marker_from_before_checksums_is_read(tmp_path):
+    marker = make(tmp_path)[2].save(2, draws=9) / "checkpoint.json"
+    values = json.loads(marker.read_text())
+    del values["crc32"]
+    marker.write_text(json.dumps(values | {"format": 2}))
+    assert make(tmp_path)[2].load_latest().draws == 9
+    marker.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="--no-resume"):
+        make(tmp_path)[2].load_latest()
+
+
+def test_numbers_that_are_not_finite_may_be_kept_beside(tmp_path):
+    make(tmp_path)[2].save(2, extra={"window": [float("nan"), float("inf"), 1.0]})
+    assert make(tmp_path)[2].load_latest().values["window"][1:] == [float("inf"), 1.0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"iteration": "two"}, {"iteration": -1}, {"model": 3}, {"model": {"a": 1}}, {"optimizer": []}, {"optimizer": {}}]
+    + [{"optimizer": {"state": {"x": {}}}}, {"optimizer": {"state": {0: 3}}}, {"scaler": []}],
+)
+def test_the_former_format_is_looked_at_too(tmp_path, caplog, change):
+    cfg, model, saver = make(tmp_path)
+    saver.save(1)
+    (tmp_path / "model_0000001" / "checkpoint.json").rename(tmp_path / "kept.json")
+    state = {"iteration": 2, "model": model.state_dict(), "optimizer": saver.optimizer.state_dict(), "scaler": None}
+    torch.save(state | change, tmp_path / "model_0000002.pth")
+    with pytest.raises(CheckpointError, match="--no-resume"):
+        make(tmp_path)[2].load_latest()
+    (tmp_path / "kept.json").rename(tmp_path / "model_0000001" / "checkpoint.json")
+    assert make(tmp_path)[2].load_latest().iteration == 1
 
 
 def test_missing_newest_falls_back_with_a_warning(tmp_path, caplog):
@@ -377,6 +482,22 @@ def test_teacher_file_has_upstreams_layout(tmp_path):
     assert {key.split(".")[0] for key in state["teacher"]} == {"backbone", "dino_head"}
 
 
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
+@pytest.mark.parametrize("what", ["save", "save_teacher"])
+def test_a_run_directory_that_is_gone_is_noticed_at_the_next_save(tmp_path, how, what):
+    run = tmp_path / "run"
+    with made_and_locked(run):
+        saver = make(run, on_error="warn")[2]
+        saver.save(0)
+        saver.save_teacher("training_0")
+        run.rename(tmp_path / "elsewhere") if how != "removed" else shutil.rmtree(run)
+        if how == "replaced":
+            (run / "logs").mkdir(parents=True)
+        with pytest.raises(CheckpointError, match=f"expected the run directory {run}, .*renamed"):
+            saver.save(1) if what == "save" else saver.save_teacher("training_1")
+    assert not list(run.rglob("model*")) and not list(run.rglob("teacher*"))
+
+
 def test_set_aside_keeps_everything(tmp_path):
     saver = make(tmp_path)[2]
     saver.save(3)
@@ -386,3 +507,6 @@ def test_set_aside_keeps_everything(tmp_path):
     assert sorted(p.name for p in aside.iterdir()) == ["config.yaml", "last_checkpoint", "model_0000003"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "previous_then"]
     assert ckpt.set_aside(tmp_path, lambda: "later") is None
+    saver.save(4)
+    assert names(ckpt.set_aside(tmp_path, lambda: "then")) == ["last_checkpoint", "model_0000004"]  # the same second
+    assert names(tmp_path) == ["notes.txt", "previous_then", "previous_then_2"]

@@ -178,11 +178,11 @@ def test_bad_images_are_logged_once_also_after_a_restart(tmp_path):
     log("a.png", "truncated")
     log("a.png", "truncated")
     with open(path, "a") as file:
-        file.write('{"path": "torn')
+        file.write('[]\n{"path": []}\n{"path": "torn')  # by others, and torn
     again = BadImageLog(path)
     again("a.png", "truncated")
     again("b.png", "empty")
     lines = path.read_text().splitlines()
     assert json.loads(lines[0]) == {"path": "a.png", "reason": "truncated"}
     assert json.loads(lines[-1]) == {"path": "b.png", "reason": "empty"}
-    assert len(lines) == 3 and again.seen == {"a.png", "b.png"}
+    assert len(lines) == 5 and again.seen == {"a.png", "b.png"}

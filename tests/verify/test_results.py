@@ -1,3 +1,4 @@
+import json
 import os
 
 import pytest
@@ -45,6 +46,18 @@ def test_a_torn_line_counts_for_nothing(tmp_path, files):
             assert results.take_over(True) == 2
             results.add(2, GOOD, stamp_of(files[2]))
         assert results_of(tmp_path, files).take_over(True) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"i": "0"}, {"path": []}, {"reason": 3}, {"width": "wide"}, {"width": None}, {"format": {}}, {"frames": 0.5}],
+)
+def test_a_line_of_other_types_counts_for_nothing(tmp_path, files, change):
+    with results_of(tmp_path, files) as results:
+        results.add(0, GOOD, stamp_of(files[0]))
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n" + "[" * 100_000 + "\n[]\n")
+    assert results_of(tmp_path, files).take_over(True) == 0
 
 
 def test_changed_and_renamed_files_are_told_apart(tmp_path, files):

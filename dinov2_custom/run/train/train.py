@@ -34,7 +34,7 @@ class Trainer(Task):
             warn=warn,
         )
         args.output_dir = cfg.train.output_dir
-        plain = OmegaConf.to_container(cfg)
+        plain = OmegaConf.to_container(cfg, resolve=True)
         warn_of_absent("train.dataset_path", plain["train"]["dataset_path"], warn)
         warn_of_absent("student.pretrained_weights", plain["student"]["pretrained_weights"], warn)
         return to_yaml(cfg)

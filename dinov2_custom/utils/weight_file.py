@@ -1,0 +1,185 @@
+"""Reading a weight file, from a disk, a URL or an iopath handler; never any code from it.
+
+Not here: names, wrappers and models (``weights``). Read :func:`read_weights` first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dinov2_custom.errors import CheckpointError
+from dinov2_custom.files import parse_json_object
+from dinov2_custom.utils.checkpoint_folder import read_folder
+from dinov2_custom.utils.download import describe_start, fetch
+from dinov2_custom.utils.paths import local_path
+from dinov2_custom.utils.run_folder import how_to_gather, upstream_shards
+
+logger = logging.getLogger("dinov2")
+RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
+_INDEX = "model.safetensors.index.json"
+_MAX_DEPTH = 100
+_DIGEST = re.compile(r"-([a-f0-9]{8,64})\.")  # as torch.hub reads it
+
+
+def read_weights(source: str | os.PathLike) -> Any:
+    """Read a file of tensors and plain values: a path, an http(s) URL, or what one of iopath's handlers serves.
+
+    A folder stands for the ``model.safetensors`` in it, whole or in parts, as Hugging Face writes it, or is
+    a training checkpoint.
+
+    Raises:
+        CheckpointError: missing, torn, or holding anything but tensors and plain values.
+    """
+    path = to_local(source)
+    if path in (shards := upstream_shards(path.parent)):
+        raise CheckpointError(
+            f"expected a weight file, got {path}, what one process of {len(shards)} of facebookresearch/dinov2 wrote; "
+            f"{how_to_gather(path.parent)}"
+        )
+    if (path / _INDEX).is_file():
+        path = path / _INDEX
+    if path.name.endswith(".index.json"):
+        return _checked(_read_parts(path), path)
+    if (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
+    if path.is_dir():
+        return _checked(read_folder(path), path)
+    return _checked(_read_file(path), path)
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
+    except Exception as e:  # torch raises many kinds on torn files, safetensors one of its own
+        reason = _reason(e, path)
+        raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Say why a file cannot be read. torch's own words are many lines, and advise to read it without the safeguard."""
+    if found := re.search(r"\bGLOBAL (\S+)", str(error)):
+        return (
+            f"it holds more than tensors and plain values: {found[1]}, for which code of the file would have to run; "
+            "where you trust its origin, torch.load it with weights_only=False, then torch.save its state dict alone"
+        )
+    if what := describe_start(path):
+        return what
+    if isinstance(error, pickle.UnpicklingError | LookupError | EOFError):
+        return "it is torn, or holds more than tensors and plain values"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _checked(file: Any, path: Path) -> Any:
+    """Return ``file`` when every tensor in it has its numbers in memory and nothing holds itself.
+
+    Raises:
+        CheckpointError: one that does not; names where it is.
+    """
+    found: dict[int, bool] = {}  # containers by identity: whether all of it has been seen
+
+    def look(value: Any, where: str, depth: int = 0) -> None:
+        if isinstance(value, Tensor):
+            if kind := _unusual(value):
+                raise CheckpointError(
+                    f"expected plain dense tensors in {path}, got {kind} at {where or 'its top'}; save it as one with "
+                    "its numbers (.to_dense(), .dequantize(), or the model's state dict once it has been loaded)"
+                )
+        elif isinstance(value, Mapping | list | tuple):
+            if found.get(id(value)) is False or depth > _MAX_DEPTH:
+                what = "something that holds itself" if depth <= _MAX_DEPTH else f"{_MAX_DEPTH} levels of it"
+                raise CheckpointError(
+                    f"expected a dict of tensors in {path}, got {what} at {where[:200]}; save its state dict alone"
+                )
+            if id(value) not in found:
+                found[id(value)] = False
+                for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+                    look(inner, f"{where}.{key!s:.80}".lstrip("."), depth + 1)
+                found[id(value)] = True
+
+    look(file, "")
+    return file
+
+
+def _unusual(tensor: Tensor) -> str:
+    kinds = {
+        "a meta tensor": tensor.is_meta,
+        "a quantized tensor": tensor.is_quantized,
+        "a nested tensor": tensor.is_nested,
+        "a sparse tensor": tensor.layout != torch.strided,
+    }
+    return next((kind for kind, is_so in kinds.items() if is_so), "")
+
+
+def to_local(source: str | os.PathLike) -> Path:
+    """Return the file or folder of ``source``, downloaded where it is an http(s) URL or of one of iopath's handlers."""
+    return _local_copy(str(source)) if is_url(source) else local_path(source)
+
+
+def check_sha256(path: Path, start: str = "") -> None:
+    """Compare a file's SHA-256 with the ``start`` of it, else with what its name has: ``<name>-<start>.pth``.
+
+    Raises:
+        CheckpointError: another digest.
+    """
+    named = _DIGEST.search(path.name)
+    start = named[1] if named else start
+    if not start:
+        logger.warning(f"check_hash: nothing to compare with for {path}, whose name ends in no -<SHA-256>")
+        return
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if not digest.hexdigest().startswith(start):
+        raise CheckpointError(
+            f"check_hash: expected a SHA-256 that starts with {start}, got {digest.hexdigest()} of {path}; "
+            "delete the file and get it again"
+        )
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    try:
+        names = parse_json_object(index.read_bytes())["weight_map"]
+        if not names or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("no names of files in it")
+        files = sorted({Path(name).name for name in names.values()})  # never a file outside the folder
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        reason = "no weight_map" if isinstance(e, KeyError | AttributeError) else e
+        raise CheckpointError(
+            f"expected the list of a weight file's parts at {index}, got {reason}; get it again"
+        ) from e
+    parts = [_read_file(index.with_name(name)) for name in files]
+    state = {key: value for part in parts if isinstance(part, Mapping) for key, value in part.items()}
+    if missing := [key for key in names if key not in state]:
+        raise CheckpointError(
+            f"expected the {len(names)} tensors that {index} lists, got no {', '.join(missing[:3])} in "
+            f"{', '.join(files[:3])}; get the parts again"
+        )
+    return state
+
+
+def is_url(source: str | os.PathLike) -> bool:
+    return str(source).startswith(("http://", "https://"))
+
+
+def _local_copy(url: str) -> Path:
+    """Return the file of ``url`` in torch.hub's folder; only released files have names that are nobody else's."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    return fetch(
+        url, folder if url.startswith(RELEASED_URL) else folder / hashlib.sha256(url.encode()).hexdigest()[:16]
+    )
