@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Job:
             assert wait([process.sentinel for process in running], CEILING_S), f"still running after {CEILING_S} s"
         for process in self._running():
             process.terminate()
-            if Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            if state(process.pid) == "T":
                 process.kill()  # stopped: it will not see the other signal
         for process in self.processes:
             process.join(GRACE_S)
@@ -168,6 +168,23 @@ def launch_source(folder: Path, source: str, *arguments: str) -> subprocess.Comp
     script = folder / "two.py"
     script.write_text(source + LEAVE)
     return launch(2, str(script), *arguments)
+
+
+def state(pid: int) -> str:
+    """Return the letter that Linux has for the state of a process, or "" where it has ended.
+
+    One that nobody has waited for yet has ended, too: a container's first process may take its time.
+    """
+    try:
+        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if found in "ZX" else found
+
+
+def running(pids: Iterable[int]) -> list[int]:
+    """Return those of ``pids`` that have not ended."""
+    return [pid for pid in pids if state(pid)]
 
 
 def wait_until(condition: Callable[[], Any], what: str, of: Sequence[subprocess.Popen | Job] = ()) -> Any:

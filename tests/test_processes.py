@@ -1,11 +1,10 @@
 """Forked commands are what ``python <command>`` starts; names of tests are short, their groups right."""
 
-import os
 import signal
 
 import pytest
 
-from tests.processes import Job, launch_source, run
+from tests.processes import Job, launch_source, run, running
 
 
 def test_a_source_has_its_own_arguments_environment_folder_and_output(tmp_path):
@@ -49,7 +48,7 @@ def test_the_first_to_fail_ends_the_others(state):
         -signal.SIGTERM if state == "runs" else -signal.SIGKILL,
         7,
     ]
-    assert not any(os.path.exists(f"/proc/{process.pid}") for process in job.processes)
+    assert not running(process.pid for process in job.processes)
 
 
 def test_names_of_tests_are_short_and_who_shares_a_files_fixture_shares_a_process(request):

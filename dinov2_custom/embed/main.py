@@ -81,7 +81,9 @@ def image_sizes(teacher: Teacher, given: list[int]) -> list[int]:
     """
     patch = teacher.backbone.patch_size
     if not given:
-        size = RELEASED_CROP_SIZE if is_released(teacher.config_file) else teacher.image_size
+        # released weights have positions for 518 pixels, but are used at 224; an export has those of its run
+        released = is_released(teacher.config_file) and teacher.image_size > RELEASED_CROP_SIZE
+        size = RELEASED_CROP_SIZE if released else teacher.image_size
         return [max(size // patch, 1) * patch]
     wrong = [str(size) for size in given if size < patch or size % patch]
     if wrong:

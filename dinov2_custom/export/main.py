@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     path = Path(args.output).expanduser() if args.output else _default_path(args.source, args.to)
     if args.to == "torch" and (shards := upstream_shards(Path(args.source).expanduser())):
         teacher = gather(shards, args.config_file, args.opts, args.allow_unknown_keys)
-        partial = make_room(path, args.overwrite)
+        partial = make_room(path, args.overwrite, folder=False)
         try:
             torch.save(teacher, partial / path.name)
             remove(path)

@@ -14,7 +14,7 @@ from dinov2_custom.data.ring import MAX_DEATHS, Ring, describe_exit
 from dinov2_custom.errors import DataError
 from tests.data import ring_builders as builders
 from tests.data.ring_builders import IMAGES
-from tests.processes import ENVIRONMENT, wait_until
+from tests.processes import ENVIRONMENT, running, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 
@@ -189,35 +189,24 @@ def run(tmp_path, *args) -> tuple[subprocess.CompletedProcess, list[int]]:
     return done, [int(pid) for pid in done.stdout.splitlines()[0].split()]
 
 
-def alive(pids: list[int]) -> list[int]:
-    found = []
-    for pid in pids:
-        try:
-            os.kill(pid, 0)
-            found.append(pid)
-        except ProcessLookupError:
-            pass
-    return found
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_signals_to_the_group_leave_the_processes_at_work_and_nothing_is_left(tmp_path, method):
     done, pids = run(tmp_path, method, "go on")
     assert (done.returncode, done.stderr) == (0, "") and "went on" in done.stdout
-    assert len(pids) == 2 and not alive(pids)
+    assert len(pids) == 2 and not running(pids)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_program_that_ends_without_closing_leaves_nothing(tmp_path, method):
     done, pids = run(tmp_path, method, "exit")
-    assert (done.returncode, done.stderr) == (0, "") and not alive(pids)
+    assert (done.returncode, done.stderr) == (0, "") and not running(pids)
 
 
 @pytest.mark.parametrize(("method", "when"), [("fork", "die"), ("fork", "die at once"), ("spawn", "die")])
 def test_processes_end_when_the_main_one_was_killed(tmp_path, method, when):
     done, pids = run(tmp_path, method, when)
     assert done.returncode == -signal.SIGKILL
-    wait_until(lambda: not alive(pids), "the end of the processes")
+    wait_until(lambda: not running(pids), "the end of the processes")
 
 
 def test_how_a_process_ended():

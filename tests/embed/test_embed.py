@@ -97,6 +97,7 @@ def test_released_weights_are_seen_at_224_with_and_without_their_configuration(t
     released = REPOSITORY / "dinov2_custom" / "configs" / "eval" / "vits14_pretrain.yaml"  # positions for 518
     for config_file in ("", str(released)):
         assert image_sizes(Teacher(backbone, 518, {}, "weights.pth", config_file), []) == [224]
+    assert image_sizes(Teacher(backbone, 70, {}, "an_export"), []) == [70]
     recipe = str(REPOSITORY / "configs" / "vits.yaml")
     assert image_sizes(Teacher(backbone, 98, {}, "weights.pth", recipe), []) == [98]
 

@@ -15,7 +15,7 @@ import torch
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.exit_codes import is_worth_a_restart
 from dinov2_custom.run import local
-from tests.processes import ENVIRONMENT, REPOSITORY, wait_until
+from tests.processes import ENVIRONMENT, REPOSITORY, running, wait_until
 from tests.run.tasks import Listen, Misbehave
 from tests.train.batches import TINY
 from tests.train.test_train import weights, write_images
@@ -248,16 +248,8 @@ def test_processes_without_their_launcher_save_and_end(images, tmp_path):
     process.kill()
     process.wait()
     try:
-        wait_until(lambda: not any(map(_runs, ranks)), "the end of the ranks")
+        wait_until(lambda: not running(ranks), "the end of the ranks")
     finally:
-        for pid in [pid for pid in ranks if _runs(pid)]:
+        for pid in running(ranks):
             os.kill(pid, signal.SIGKILL)
     assert "stopped after iteration=" in (tmp_path / "o" / "logs" / "log.txt").read_text()
-
-
-def _runs(pid: int) -> bool:
-    """Whether process ``pid`` lives; one that nobody waits for counts as ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

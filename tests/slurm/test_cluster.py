@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from tests.processes import wait_until
+from tests.processes import running, wait_until
 
 HERE = Path(__file__).parent
 
@@ -22,6 +22,6 @@ def test_it_ends_with_the_process_it_was_started_for(cluster, tmp_path):
         process.kill()
         process.wait()
     wait_until(lambda: not (tmp_path / "c").exists(), "the end of the cluster")
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not running(pids)
     assert names not in Path("/etc/hosts").read_text()
     assert cluster.run("sinfo").returncode == 0, "the other one is up"

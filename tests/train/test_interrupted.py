@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dinov2_custom.utils.weights import read_weights
-from tests.processes import ENVIRONMENT, REPOSITORY, Job, run, torchrun, wait_until
+from tests.processes import ENVIRONMENT, REPOSITORY, Job, run, running, torchrun, wait_until
 from tests.train.batches import TINY
 from tests.train.test_train import rows, weights, write_images
 
@@ -169,7 +169,7 @@ def test_a_killed_run_leaves_no_process_and_no_lock(images, tmp_path):
     try:
         newest = (out / "last_checkpoint").read_text()
         wait_until(lambda: (out / "last_checkpoint").read_text() != newest, "a checkpoint of the second run", [again])
-        assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+        assert not running(workers)
     finally:
         again.kill()
         again.wait()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
-from tests.processes import Job, wait_until
+from tests.processes import Job, running, wait_until
 
 
 def kill_when(code: str, enough: Callable[[], bool]) -> None:
@@ -19,14 +18,6 @@ def kill_when(code: str, enough: Callable[[], bool]) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-def is_running(pid: int) -> bool:
-    """Return whether a process runs; one that nobody has waited for yet does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 def wait_for_end_of(processes: set[int]) -> None:
     """Wait until none of the processes runs, which the death of their parent has to bring about."""
-    wait_until(lambda: not any(map(is_running, processes)), "the end of the decoder processes")
+    wait_until(lambda: not running(processes), "the end of the decoder processes")
