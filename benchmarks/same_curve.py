@@ -1,6 +1,6 @@
 """Train 300 steps on real photographs with all, all compiled, and none of what makes the step lean: the same curve.
 
-The photographs are the quickstart's tiles (scikit-image ships them), the recipe is ``configs/quickstart.yaml`` with
+The photographs are the quickstart's tiles (scikit-image ships them), the recipe is ``configs/small.yaml`` with
 drop path .1. ``python -m benchmarks.same_curve --write`` writes results/same_curve.md and docs/images/same_curve.png.
 Needs the extra ``quickstart``. Read :func:`main` first.
 """
@@ -38,7 +38,7 @@ def train(images: Path, out: Path, args, options: str, precision: str) -> list[d
         sys.executable,
         "run/train/train.py",
         "--config-file",
-        "configs/quickstart.yaml",
+        "configs/small.yaml",
         "--output-dir",
         str(out),
     ]
@@ -95,7 +95,7 @@ def report(curves: dict[tuple[str, str], list[dict]], seconds: dict[tuple[str, s
     page = (
         "# The same loss curve with all optimisations and with none\n\n"
         f"{describe('benchmarks.same_curve')}\n"
-        f"{args.steps} steps of {args.batch_size} images with `configs/quickstart.yaml`, tiles of photographs, "
+        f"{args.steps} steps of {args.batch_size} images with `configs/small.yaml`, tiles of photographs, "
         f"drop path .1. *all*: `{ALL}`. "
         "*compiled*: the same with `train.compile=on`, which also makes shapes constant. "
         f"*none*: `{NONE}`. Medians over 20 steps, as in `training_metrics.json`. In bf16 they round differently, "

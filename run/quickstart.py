@@ -9,7 +9,7 @@ except ModuleNotFoundError:
     sys.exit(f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`")
 from dinov2_custom.quickstart.args import get_args_parser
 
-RECIPE = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "small.yaml"
 
 if __name__ == "__main__":
     sys.exit(

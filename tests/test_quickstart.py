@@ -180,9 +180,19 @@ def test_a_uniform_teacher_raises_the_alarm(tmp_path, monkeypatch, capsys):
 
 def test_script_help_is_quick_to_import():
     command = [sys.executable, "-X", "importtime", "run/quickstart.py", "--help"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)})
+    env = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "999"}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "--seeds" in done.stdout
+    assert f"recipe (default: {REPOSITORY / 'configs' / 'small.yaml'})" in done.stdout
     assert "torch" not in done.stderr.replace("dinov2", "")
+
+
+def test_the_last_line_trains_the_same_recipe_on_ones_own_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    recipe = REPOSITORY / "configs" / "small.yaml"
+    *_, last = quickstart.describe_files(tmp_path, 0, str(recipe))
+    assert "run/train/train.py --config-file configs/small.yaml --output-dir out train.dataset_path=" in last
+    assert "--config-file" not in quickstart.describe_files(tmp_path, 0, "")[-1]
 
 
 def test_a_forks_recipe_can_be_tried(tmp_path):

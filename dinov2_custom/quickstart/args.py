@@ -5,7 +5,7 @@ from __future__ import annotations
 from dinov2_custom.train.args import OverridesParser
 
 
-def get_args_parser(config_file: str = "configs/quickstart.yaml") -> OverridesParser:
+def get_args_parser(config_file: str = "configs/small.yaml") -> OverridesParser:
     """Return the parser; ``config_file`` is the recipe that is trained by default."""
     parser = OverridesParser(
         description="Train DINOv2 for a few minutes on tiles of real photographs and show what it has learned."

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from dinov2_custom.commands import command, small_recipe
+from dinov2_custom.commands import command
 from dinov2_custom.configs.load import check_output_dir, load_run_config
 from dinov2_custom.data.transforms import MaybeToTensor, Normalize
 from dinov2_custom.plots import (
@@ -68,7 +70,8 @@ def main(args: argparse.Namespace, tiling: Tiling = DEFAULT_TILING) -> int:
             draw_features(run, tiling.size, untrained, trained, out / "pca.png")
 
     (out / "quickstart.json").write_text(json.dumps({seed: r._asdict() for seed, r in results.items()}, indent=1))
-    for line in [*describe(results, held_out_count, len(counts["train"])), *describe_files(out, args.seeds[0])]:
+    report = describe(results, held_out_count, len(counts["train"]))
+    for line in [*report, *describe_files(out, args.seeds[0], args.config_file)]:
         print(line)
     return int(any(result.collapse for result in results.values()))
 
@@ -110,13 +113,14 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     return text
 
 
-def describe_files(out: Path, seed: int) -> list[str]:
-    """Return where to look, and how to go on."""
+def describe_files(out: Path, seed: int, config_file: str) -> list[str]:
+    """Return where to look, and how to train with the same recipe, ``config_file``, on one's own images."""
+    recipe = f"--config-file {shlex.quote(os.path.relpath(config_file))} " if config_file else ""
     return [
         f"loss curve: {out / 'loss_curve.png'}",
         f"patch features: {out / 'pca.png'} (their first three principal components as red, green, blue)",
         f"training run: {out / f'seed_{seed}'}",
-        f"next: your own images: {command('run/train/train.py')} {small_recipe()} --output-dir out "
+        f"next: your own images: {command('run/train/train.py')} {recipe}--output-dir out "
         "train.dataset_path=/my/images",
     ]
 

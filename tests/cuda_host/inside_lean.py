@@ -108,7 +108,7 @@ def test_the_host_sleeps_while_it_waits_for_an_event(builder, tmp_path, monkeypa
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.chdir(REPOSITORY)
-    options = ["--config-file", "configs/quickstart.yaml", "--output-dir", str(tmp_path / "run"), "train.max_steps=4"]
+    options = ["--config-file", "configs/small.yaml", "--output-dir", str(tmp_path / "run"), "train.max_steps=4"]
     options += [f"train.dataset_path=ImageFolder:root={tmp_path / 'images'}", "train.batch_size_per_gpu=4"]
     options += ["train.max_nonfinite_steps=99", "train.num_workers=1"]
     assert train_module.main(train_module.get_args_parser().parse_args(options)) == 0

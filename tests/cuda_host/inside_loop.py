@@ -17,7 +17,7 @@ from tests.data.pictures import make_folder
 
 LOG_EVERY, STEPS = 5, 16
 RUN = [
-    *("--config-file", "configs/quickstart.yaml", f"train.max_steps={STEPS}", f"train.log_every={LOG_EVERY}"),
+    *("--config-file", "configs/small.yaml", f"train.max_steps={STEPS}", f"train.log_every={LOG_EVERY}"),
     *("train.batch_size_per_gpu=4", "train.max_nonfinite_steps=1000"),
 ]
 

@@ -50,7 +50,7 @@ def dataset(tmp_path, preloaded):
 
 def train(dataset, folder, *options, steps=3):
     return [
-        *("run/train/train.py", "--config-file", "configs/quickstart.yaml", "--output-dir", folder, dataset),
+        *("run/train/train.py", "--config-file", "configs/small.yaml", "--output-dir", folder, dataset),
         *("train.log_every=1", f"train.max_steps={steps}", "train.batch_size_per_gpu=4", "train.num_workers=0"),
         *("optim.warmup_epochs=0", *in_precision("fp32"), *options),
     ]

@@ -17,7 +17,7 @@ from tests.train.batches import random_batch
 from tests.train.test_step_guard import Trainer
 
 pytestmark = [*NEEDS_GPU, pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")]
-QUICKSTART = ("--config-file", "configs/quickstart.yaml", "train.log_every=1")
+QUICKSTART = ("--config-file", "configs/small.yaml", "train.log_every=1")
 
 
 @pytest.fixture
