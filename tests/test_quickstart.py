@@ -161,7 +161,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     for r in results.values():
         assert 0 <= min(r["raw_pixels"], r["untrained"], r["trained"]) and r["num_prototypes"] == 16
         assert 0 <= r["teacher_entropy"] <= r["prototype_entropy"] + 1e-4 <= math.log(16) + 2e-4
-    assert results["3"]["untrained"] != results["4"]["untrained"] or results["3"]["trained"] != results["4"]["trained"]
+    assert results["3"]["final_dino_loss"] != results["4"]["final_dino_loss"]  # of 12 tiles, accuracies can be equal
 
     weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
     run(out, "--seeds", "3,4")  # finished runs are measured again, not trained
