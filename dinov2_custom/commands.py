@@ -49,9 +49,8 @@ def command(script: str) -> str:
     return f"python {script}" if Path(script).is_file() else f"python -m dinov2_custom.{MODULES[script]}"
 
 
-def small_recipe() -> str:
-    """Return the argument that chooses a ViT-S: the recipe where the current directory has it, else the key."""
-    recipe = "configs/vits.yaml"
+def small_recipe(recipe: str = "configs/vits.yaml") -> str:
+    """Return the argument that chooses ``recipe`` where the current directory has it, else the key for a ViT-S."""
     return f"--config-file {recipe}" if Path(recipe).is_file() else "student.arch=vit_small"
 
 

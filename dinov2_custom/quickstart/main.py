@@ -116,7 +116,7 @@ def describe_files(out: Path, seed: int) -> list[str]:
         f"loss curve: {out / 'loss_curve.png'}",
         f"patch features: {out / 'pca.png'} (their first three principal components as red, green, blue)",
         f"training run: {out / f'seed_{seed}'}",
-        f"next: your own images: {command('run/train/train.py')} {small_recipe()} --output-dir out "
+        f"next: your own images: {command('run/train/train.py')} {small_recipe('configs/small.yaml')} --output-dir out "
         "train.dataset_path=/my/images",
     ]
 

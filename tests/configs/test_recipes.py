@@ -1,5 +1,7 @@
 """The recipes in configs/ at the root load, fit together and say in their header what a user wants to know."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -7,9 +9,13 @@ import pytest
 import torch
 
 from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.logging import remove_logging
 from dinov2_custom.models import build_model_from_cfg
+from dinov2_custom.teacher import load_teacher
+from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.train.flops import flops_per_image, peak_flops
 from dinov2_custom.train.memory import measure_step
+from tests.data.textures import make_textures
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 OURS = ["dino_classic", "vitb", "vitg", "vitl", "vits"]
@@ -24,7 +30,7 @@ def load(name, *overrides):
 
 
 def test_all_recipes_are_there():
-    assert {*OURS, *CONTINUED} <= {path.stem for path in RECIPES}
+    assert {*OURS, *CONTINUED, "small"} <= {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -104,3 +110,29 @@ def test_classic_dino_has_no_masks_no_koleo_and_the_papers_blur():
     assert (cfg.ibot.loss_weight, cfg.ibot.mask_sample_probability, cfg.dino.koleo_loss_weight) == (0, 0, 0)
     assert cfg.train.centering == "centering" and cfg.augmentation.blur_p == [1.0, 0.1, 0.5]
     assert cfg.optim.lr == pytest.approx(5e-4 * 64 / 256)
+
+
+def test_small_is_for_runs_of_minutes_on_few_images():
+    cfg = load("small")
+    assert cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH <= 1000
+    assert cfg.student.layerscale == 1 and cfg.dino.head_n_prototypes <= 1024 and cfg.teacher.momentum_teacher < 0.99
+    assert cfg.optim.warmup_epochs < cfg.optim.epochs / 4
+    assert cfg.teacher.warmup_teacher_temp_epochs < cfg.optim.epochs
+
+
+def test_small_trains_on_a_handful_of_images(tmp_path):
+    make_textures(tmp_path / "images", per_family=1, size=64)
+    recipe = next(path for path in RECIPES if path.stem == "small")
+    arguments = ["--config-file", str(recipe), "--output-dir", str(tmp_path / "run")]
+    arguments += [f"train.dataset_path={tmp_path / 'images'}", "train.max_steps=3", "train.log_every=1"]
+    try:
+        assert main(get_args_parser().parse_args([*arguments, "train.num_workers=0"])) == 0
+    finally:
+        remove_logging("dinov2")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "training_metrics.json").read_text().splitlines()]
+    assert len(rows) == 3 and all(math.isfinite(row["total_loss"]) for row in rows)
+    cfg = load_run_config(str(tmp_path / "run" / "config.yaml"))
+    teacher = load_teacher(str(tmp_path / "run"))
+    size = cfg.crops.global_crops_size
+    assert teacher.image_size == size
+    assert teacher.backbone(torch.zeros(1, 3, size, size)).isfinite().all()
