@@ -21,7 +21,8 @@ def pytest_configure():
 
 def pytest_make_parametrize_id(val, argname):
     """Name long values by their argument: every process keeps and sends all names, and values have had 73 MB."""
-    return argname if isinstance(val, str | bytes) and len(val) > 100 else None
+    is_long = len(val) > 100 if isinstance(val, str | bytes) else isinstance(val, int) and abs(val) >= 10**100
+    return argname if is_long else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the markers
