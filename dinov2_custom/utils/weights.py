@@ -38,7 +38,7 @@ _WRAPPERS = ("teacher", "model", "state_dict", "student")
 _PREFIXES = re.compile(
     r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-_CLS_TOKEN = re.compile(r"(|.*\.)(?:embeddings\.)?cls_token")
+_CLS_TOKEN = re.compile(r"(|.*?\.)(?:embeddings\.)?cls_token")
 _ADAPTER = re.compile(r"(?:^|\.)(?:base_layer|modules_to_save|(?:lora|hada|lokr|ia3|oft|vera)_\w+)(?:\.|$)")  # PEFT's
 _CHUNKED = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
 _HEADS = ("dino_head.", "ibot_head.")
