@@ -147,7 +147,7 @@ def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransfor
     """
     try:
         return DinoVisionTransformer(**arguments_of(state))
-    except (KeyError, ValueError) as e:
+    except (LookupError, ValueError) as e:
         raise CheckpointError(
             f"expected the weights of a DINOv2 backbone at {where}, could not tell its architecture: {e}; give the "
             "configuration that it was trained with"
@@ -158,11 +158,14 @@ def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of ``DinoVisionTransformer`` that a backbone's flat state dict was built with.
 
     Raises:
-        KeyError, ValueError: not a DINOv2 backbone's.
+        LookupError, ValueError: not a DINOv2 backbone's.
     """
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    if dim % _HEAD_DIM or side * side != state["pos_embed"].shape[1] - 1:
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    if depth > len(state):  # each has tensors; before it is built, which would fill the memory
+        raise ValueError(f"tensors of block {depth - 1}, and {len(state)} tensors in all")
+    if not dim or dim % _HEAD_DIM or side * side != state["pos_embed"].shape[1] - 1:
         raise ValueError(f"width {dim} is no multiple of {_HEAD_DIM}, or the positions form no square")
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     swiglu = "blocks.0.mlp.w12.weight" in state
@@ -175,7 +178,7 @@ def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch,
         "in_chans": in_chans,
         "embed_dim": dim,
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "depth": depth,
         "num_heads": dim // _HEAD_DIM,
         "mlp_ratio": hidden / dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,

@@ -7,6 +7,7 @@ Read :func:`start_from_weights` first. Not here: reading files of any layout (``
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def load_pretrained_backbone(
         CheckpointError: unreadable, or its tensors do not fit (another width, depth or FFN); nothing is changed then.
     """
     state = flat_state(read_weights(path) if file is None else file)
-    if "pos_embed" in state and state["pos_embed"].shape[1] != backbone.pos_embed.shape[1]:
+    if _can_be_resampled(state.get("pos_embed"), backbone.pos_embed):
         state["pos_embed"] = _fit_pos_embed(backbone, state["pos_embed"], path)
     fit = load_state(
         backbone,
@@ -123,6 +124,13 @@ def _training_state(file: Any) -> dict[str, Tensor] | None:
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _can_be_resampled(given: Tensor | None, own: Tensor) -> bool:
+    """Return whether ``given`` differs from ``own`` in nothing but its number of patches, which form a square."""
+    if given is None or given.shape[1] == own.shape[1] or not given.is_floating_point():
+        return False
+    return math.isqrt(given.shape[1] - 1) ** 2 == given.shape[1] - 1 and given[:, 0].shape == own[:, 0].shape
 
 
 def _fit_pos_embed(backbone: nn.Module, pos_embed: Tensor, path: str | Path) -> Tensor:

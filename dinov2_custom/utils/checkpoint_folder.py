@@ -107,10 +107,10 @@ def check_values(values: Mapping[str, Any]) -> None:
         ValueError: one of a type or outside a range that no run writes.
     """
     check_whole(values, "iteration", 0, _INT64)
-    for name, least in (("number", 1), ("world_size", 1), ("draws", 0)):
+    for name, least in (("number", 1), ("world_size", 1), ("draws", 0), ("skipped_steps", 0), ("has_row_of_stop", 0)):
         if values.get(name) is not None:
-            check_whole(values, name, least, _INT64)
-    for name in ("scaler", "config", "course", "versions"):
+            check_whole(values, name, least, 2 if name == "has_row_of_stop" else _INT64)
+    for name in ("scaler", "config", "course", "versions", "windows", "data"):
         if not isinstance(values.get(name), Mapping | None):
             raise ValueError(f"expected names and values as {name}, got {values[name]!r:.100}")
     if values.get("scaler") and set(values["scaler"]) != _SCALER:
@@ -119,8 +119,20 @@ def check_values(values: Mapping[str, Any]) -> None:
         for key, value in (values.get(name) or {}).items():
             if type(value) not in (int, float) or not 0 <= value < math.inf:
                 raise ValueError(f"expected a number from 0 on as {name}.{key}, got {value!r:.100}")
+    for name, window in (values.get("windows") or {}).items():
+        if not isinstance(window, list) or not all(_is_number(number) for number in window):
+            raise ValueError(f"expected numbers as windows.{name:.80}, got {window!r:.100}")
+    if data := values.get("data"):
+        check_whole(data, "images", 0, _INT64)
+        if not isinstance(data.get("digest"), str):
+            raise ValueError(f"expected text as data.digest, got {data.get('digest')!r:.100}")
     if not isinstance(values.get("wandb_run_id"), str | None):
         raise ValueError(f"expected text as wandb_run_id, got {values['wandb_run_id']!r:.100}")
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether ``value`` is what a window of a series has: a number, or the text of one that is not finite."""
+    return type(value) is float or (type(value) is int and abs(value) < _INT64) or value in ("nan", "inf", "-inf")
 
 
 def check_whole(values: Mapping[str, Any], name: str, least: int, below: int) -> None:

@@ -59,8 +59,10 @@ def read_weights(source: str | os.PathLike) -> Any:
 
 
 def _read_file(path: Path) -> Any:
+    if path.exists() and not path.is_file():  # opening a pipe waits for ever, a device has no end
+        raise CheckpointError(f"expected a weight file at {path}, got no regular file; copy its content to one")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _start(path)[8:] == b"{":  # an export goes to a file of any name
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
@@ -68,6 +70,11 @@ def _read_file(path: Path) -> Any:
     except Exception as e:  # torch raises many kinds on torn files, safetensors one of its own
         reason = _reason(e, path)
         raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(9)  # of safetensors: 8 bytes of a length, then JSON
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -53,9 +53,12 @@ def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor
     and the names of Hugging Face's and timm's models the released ones.
 
     Raises:
-        CheckpointError: no dict of tensors.
+        CheckpointError: no dict of tensors, or positions, which set a model's size, of a shape that none have.
     """
     state = _unwrapped(file, checkpoint_key)
+    if "pos_embed" in state and (state["pos_embed"].ndim != 3 or state["pos_embed"].shape[1] < 2):
+        shape = tuple(state["pos_embed"].shape)
+        raise CheckpointError(f"pos_embed: expected (1, 1 + patches, width), got {shape}; take the weights anew")
     return {name: value for name, value in state.items() if not name.startswith(_HEADS)}
 
 
@@ -86,9 +89,15 @@ def _unwrapped(file: Any, checkpoint_key: str | None) -> dict[str, Tensor]:
             "model.merge_and_unload() and save the state dict of what that returns"
         )
     state = _of_one_model({flat_name(name): value for name, value in state.items()}, checkpoint_key)
-    if is_hugging_face(state):
-        return from_hugging_face(state)
-    return from_timm(state) if _TIMM <= set(state) and "mask_token" not in state else state
+    try:
+        if is_hugging_face(state):
+            return from_hugging_face(state)
+        return from_timm(state) if _TIMM <= set(state) and "mask_token" not in state else state
+    except (LookupError, RuntimeError) as e:  # tensors that are missing, or do not go together
+        reason = str(e).partition("\n")[0]
+        raise CheckpointError(
+            f"expected the tensors of a DINOv2 of timm or transformers, could not rename them: {reason}"
+        ) from e
 
 
 def _of_one_model(state: dict[str, Tensor], checkpoint_key: str | None) -> dict[str, Tensor]:

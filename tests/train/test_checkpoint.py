@@ -160,6 +160,9 @@ def test_a_marker_with_any_value_altered_is_not_believed(tmp_path, caplog, key):
         ("draws", -1), ("draws", "many"), ("draws", float("inf")), ("number", 0), ("number", []), ("world_size", 0),
         ("scaler", {"scale": 1.0}), ("scaler", 3), ("config", []), ("course", {"elapsed_s": float("nan")}),
         ("course", {"elapsed_s": "long"}), ("wandb_run_id", 7), ("files", {}),
+        ("windows", [1.0]), ("windows", {"lr": 1.0}), ("windows", {"lr": ["one"]}), ("windows", {"lr": [10**4000]}),
+        ("data", 16), ("data", {"images": 16}), ("data", {"images": "16", "digest": ""}), ("has_row_of_stop", "yes"),
+        ("has_row_of_stop", 2), ("skipped_steps", "no"),
     ],
 )  # fmt: skip
 def test_values_that_no_run_writes_are_not_believed_though_the_checksum_fits(tmp_path, caplog, key, value):

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import os
 
 import numpy as np
 import pytest
@@ -85,6 +86,20 @@ def test_what_is_there_several_times_is_read(tmp_path):
 def test_what_is_no_weight_file_is_said(tmp_path, content, message, suffix):
     (tmp_path / f"w{suffix}").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
+        read_weights(tmp_path / f"w{suffix}")
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w", "w.pth", "w.bin"])
+def test_safetensors_are_read_whatever_their_name(tmp_path, name):
+    save_file({"a": WEIGHT}, tmp_path / name)
+    assert torch.equal(read_weights(tmp_path / name)["a"], WEIGHT)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_refused_unopened(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"w{suffix}")
+    with pytest.raises(CheckpointError, match="no regular file"):
         read_weights(tmp_path / f"w{suffix}")
 
 

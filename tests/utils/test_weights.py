@@ -51,6 +51,35 @@ def test_weights_that_are_not_finite_are_said_by_every_loader(tmp_path, loader, 
 
 
 @pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (1, 1, 64), (1, 12, 64), (1, 65, 7), (1, 17, 64, 1)])
+def test_positions_of_another_shape_are_said_by_every_loader(tmp_path, loader, shape):
+    torch.save(backbone().state_dict() | {"pos_embed": torch.zeros(shape)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="pos_embed: expected|the positions form no square"):
+        LOADERS[loader](tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("register_tokens", torch.zeros(3)), ("blocks.99999999.norm1.weight", torch.ones(64)), ("pos_embed", None)],
+)
+def test_an_architecture_that_shapes_do_not_tell_is_said(tmp_path, name, value):
+    state = backbone().state_dict() | {name: value}
+    torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="could not tell its architecture|register_tokens: expected"):
+        load_teacher(str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"cls_token": torch.tensor(1.0)}, {"reg_token": torch.zeros(4, 64), "pos_embed": None}]
+)
+def test_timms_tensors_that_cannot_be_renamed_are_said(change):
+    state = {name: value for name, value in backbone().state_dict().items() if name != "mask_token"} | change
+    state["pos_embed"] = torch.zeros(16, 64) if state["pos_embed"] is None else state["pos_embed"]
+    with pytest.raises(CheckpointError, match="of timm or transformers, could not rename them"):
+        flat_state(state)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_numbers_of_another_kind_are_said_by_every_loader(tmp_path, loader, dtype):
     state = backbone().state_dict()
