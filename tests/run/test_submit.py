@@ -130,6 +130,22 @@ def test_inline_passes_the_arguments_and_the_code():
     assert submit_jobs(Echo, parse("--launcher", "inline", "--nodes", "1"), name="x") == 41
 
 
+def test_a_job_around_the_command_is_not_requeued(monkeypatch, tmp_path):
+    (tmp_path / "stopped_by_sigterm.py").write_text("def main(args): return 143\n")
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho JobState=RUNNING\necho $* >>{tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in dict(SUBMITIT_EXECUTOR="slurm", SLURM_JOB_ID="7").items():  # a notebook that submitit started
+        monkeypatch.setenv(name, value)
+
+    class Stopped(Task):
+        module = "stopped_by_sigterm"
+
+    assert submit_jobs(Stopped, parse("--launcher", "inline"), name="x") == 143
+    assert not (tmp_path / "asked").exists()
+
+
 class SeenGpus(Task):
     def __call__(self):
         return len(os.environ["CUDA_VISIBLE_DEVICES"])
