@@ -108,7 +108,7 @@ def _setup(args: argparse.Namespace, environment: Environment, command: str, del
         '"$(scontrol show job "$job")" || code=$?',
         f'  [ "$code" = {AGAIN} ] || exit "$code"',
         "  # SLURM ends this script, which must not end first: the job would count as finished",
-        '  scontrol requeue "$job" && sleep 60',
+        '  scontrol requeue "$job" && { sleep 60 || exit 1; }  # ended by SLURM: it is requeued',
         '  fail "it could not be requeued; submit it again, it goes on from its checkpoint"',
         "}",
         f'[[ "$(scontrol show job "$job")" != *Command=*_submission.sh* ]] || fail {again}',

@@ -277,6 +277,22 @@ def test_variables_of_the_shell_change_no_job(capsys):
     assert list(kept) == ["SBATCH_QOS"]  # nobody has said anything else
 
 
+@pytest.mark.parametrize(
+    "slurm_does, said",
+    [
+        ("scontrol() { :; }; sleep() { return 143; }", ""),  # SIGTERM to everything, as it requeues the job
+        ("scontrol() { :; }; sleep() { :; }", "it could not be requeued"),
+        ("scontrol() { return 1; }; sleep() { return 143; }", "it could not be requeued"),
+    ],
+)
+def test_a_requeue_that_failed_is_said_and_no_other(capsys, slurm_does, said):
+    script = script_of(capsys)
+    functions = script[script.index("fail() {") : script.index("[[ ")]
+    code = f"{functions}\npython=(bash -c 'exit 200')\n{slurm_does}\nfinish 0"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and (said in done.stdout if said else not done.stdout), done
+
+
 def test_processes_and_gpus_that_disagree(capsys):
     with pytest.raises(
         LaunchError, match="--ngpus, --gres: expected as many processes a node as GPUs, got 4 and gpu:2"
