@@ -10,7 +10,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from dinov2_custom.train.args import OverridesParser
 
@@ -47,6 +47,13 @@ def count(text: str | int) -> int:
     return int(text)
 
 
+def text(given: str) -> str:
+    """Read text that is not empty, as an unset variable of the shell is: ``--partition "$PARTITION"``."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError(f"expected a value, got {given!r}; leave the flag out, or set the variable")
+    return given
+
+
 def count_gpus(gres: str) -> int:
     """Return the GPUs of ``gpu``, ``gpu:2``, ``gpu:a100:2`` or a list of such, 0 if there are none."""
     parts = [part.split(":") for part in re.sub("gres:", "", gres).split(",")]
@@ -54,14 +61,14 @@ def count_gpus(gres: str) -> int:
 
 
 # what --slurm cannot say, because the job's files, signals or processes hang on it: what can
-_OURS = dict.fromkeys(("output", "error"), "; --output-dir chooses the folder")
+RESERVED = dict.fromkeys(("output", "error"), "; --output-dir chooses the folder")
 _GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")
-_OURS |= dict.fromkeys(_GPUS, "; take --ngpus or --gres gpu:TYPE:N")
+RESERVED |= dict.fromkeys(_GPUS, "; take --ngpus or --gres gpu:TYPE:N")
 _TASKS = ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket")
-_OURS |= dict.fromkeys(_TASKS, "; take --ngpus, the processes of a node, and --nodes")
-_OURS |= {name: f"; take --{name}" for name in ("nodes", "cpus-per-task")}
-_OURS |= {"time": "; take --timeout", "signal": "; take --signal-delay", "array": "; take --sweep KEY=VALUE,VALUE"}
-_OURS |= {"open-mode": "", "wrap": "", "test-only": "; take --dry-run", "parsable": "", "wait": ""}
+RESERVED |= dict.fromkeys(_TASKS, "; take --ngpus, the processes of a node, and --nodes")
+RESERVED |= {name: f"; take --{name}" for name in ("nodes", "cpus-per-task")}
+RESERVED |= {"time": "; take --timeout", "signal": "; take --signal-delay", "array": "; take --sweep KEY=VALUE,VALUE"}
+RESERVED |= {"open-mode": "", "wrap": "", "test-only": "; take --dry-run", "parsable": "", "wait": ""}
 # other options of sbatch, for whom they come to mind first
 _SBATCH = (
     "array begin bb burst-buffer chdir clusters container-image core-spec contiguous cores-per-socket cpu-freq "
@@ -78,9 +85,9 @@ def pair(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z][\w-]*(=.*)?", text):
         raise argparse.ArgumentTypeError(f"expected an sbatch option as key=value without dashes, got {text!r}")
     key = text.partition("=")[0].replace("_", "-")
-    if key in _OURS:
+    if key in RESERVED:
         raise argparse.ArgumentTypeError(
-            f"expected an option that the job script does not set itself, got {key}{_OURS[key]}"
+            f"expected an option that the job script does not set itself, got {key}{RESERVED[key]}"
         )
     return text
 
@@ -106,7 +113,7 @@ class Option:
 
     flags: tuple[str, ...]
     help: str
-    type: Callable[[Any], Any] = str
+    type: Callable[[Any], Any] = text
     many: str = ""
     sbatch: str = ""
     default: Any = None
@@ -172,13 +179,18 @@ SLURM_DESTS = tuple(option.dest for option in (*RESOURCES, *ENVIRONMENT)) + ("cl
 class LaunchParser(OverridesParser):
     """An OverridesParser in which ``--modules a b key=value`` ends before the override."""
 
+    def error(self, message: str) -> NoReturn:
+        """Say how a value that begins with a dash is given, as those of ``--srun-arg`` do."""
+        flag = re.fullmatch(r"argument (--[\w-]+)\S*: expected one argument", message)
+        super().error(f"{message}; one that begins with a dash: {flag[1]}=--..." if flag else message)
+
     def _explain_flag(self, text: str) -> str:
         flag, _, value = text.partition("=")
         name = flag.lstrip("-")
         if name.replace("_", "-") == "local-rank":
             return f"{text}: unknown flag -> start with torchrun, which says it in the environment (LOCAL_RANK)"
         if name in _SBATCH:
-            advice = _OURS.get(name, f"; take --slurm {name}" + ("" if name in _BARE else f"={value or '...'}"))
+            advice = RESERVED.get(name, f"; take --slurm {name}" + ("" if name in _BARE else f"={value or '...'}"))
             return f"{text}: not a flag of the launcher -> {advice.removeprefix('; ') or 'the job script sets it'}"
         return super()._explain_flag(text)
 
@@ -242,6 +254,7 @@ def get_args_parser(
     slurm = parser.add_argument_group("SLURM")
     slurm.add_argument(
         "--cluster",
+        type=text,
         metavar="NAME|FILE",
         help="defaults of these flags: a YAML file, or its name in configs/cluster or ~/.config/dinov2_custom/cluster",
     )

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,18 @@ def _value(option: Option, value: Any) -> Any:
             raise ValueError(f"expected true or false, got {value!r}")
         return value.lower() == "true"
     if option.dest == "slurm" and isinstance(value, dict):
-        value = [name if given == "true" else f"{name}={given}" for name, given in value.items()]
-    if option.many:
-        return [option.type(item) for item in (value if isinstance(value, list) else [value])]
+        value = [_sbatch(name, given) for name, given in value.items() if given not in _NOTHING]
+    if option.many and isinstance(value, list):
+        return [_value(replace(option, many=""), item) for item in value]
     if isinstance(value, (dict, list)):
         raise ValueError(f"expected one value, got {value!r}")
-    return option.type(value)
+    return [option.type(value)] if option.many else option.type(value)
+
+
+def _sbatch(name: str, given: Any) -> str:
+    """Return the option as ``--slurm`` takes it; a list has commas there."""
+    if isinstance(given, list) and all(isinstance(item, str) for item in given):
+        given = ",".join(given)
+    if not isinstance(given, str) or given == "false":
+        raise ValueError(f"expected a value or true for {name}, got {given!r}; leave out what sbatch should not get")
+    return name if given == "true" else f"{name}={given}"

@@ -35,6 +35,12 @@ _MODULE_INIT = (
     "/etc/profile.d/z00_lmod.sh /usr/share/lmod/lmod/init/bash /usr/share/modules/init/bash"
 )
 
+# enroot passes a variable on only where it is named; where this machine has its programs is wrong in an image
+_ENROOT = (
+    'for name in $(compgen -e); do case $name in *PATH | PYTHON* | HOME | SHELL | *PWD | _) ;; *) set -- --env "$name" '
+    '"$@" ;; esac; done; exec "$0" start "$@"'
+)
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -168,12 +174,13 @@ def _container_lines(image: str, output_dir: str) -> list[tuple[str, str]]:
     folders = dict.fromkeys((package, before.rpartition(os.sep)[0] if job else before))
     binds = " ".join(f"--bind {shlex.quote(folder)}" for folder in folders)
     mounts = " ".join(f"--mount {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
-    quoted, nothing = shlex.quote(image), "no apptainer, singularity or enroot is on PATH"
+    quoted, nothing = shlex.quote(os.path.expanduser(image)), "no apptainer, singularity or enroot is on PATH"
     find = (
         "if tool=$(command -v apptainer || command -v singularity); then\n"
         f'  container=("$tool" exec --nv {binds} --env PYTHONPATH={shlex.quote(package)} {quoted})\n'
         "elif tool=$(command -v enroot); then\n"
-        f'  container=("$tool" start {mounts} --env PYTHONPATH={shlex.quote(package)} {quoted})\n'
+        f"  container=(bash -c {shlex.quote(_ENROOT)} "
+        f'"$tool" {mounts} --env PYTHONPATH={shlex.quote(package)} {quoted})\n'
         f"else step={shlex.quote(nothing)}; false; fi"
     )
     return [(f"--container {image}", find)]

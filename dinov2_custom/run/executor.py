@@ -37,6 +37,7 @@ def parameters(args: argparse.Namespace, name: str, environment: Environment, co
     Raises:
         LaunchError: a value that would not stay on its line of the script.
     """
+    delay = min(args.signal_delay, args.timeout * 30)
     wanted: dict[str, Any] = {
         "job_name": name,
         "nodes": args.nodes,
@@ -44,14 +45,14 @@ def parameters(args: argparse.Namespace, name: str, environment: Environment, co
         "cpus_per_task": args.cpus_per_task,
         "gpus_per_node": None if args.cpu or count_gpus(args.gres or "") else args.ngpus,
         "time": args.timeout,
-        "signal_delay_s": min(args.signal_delay, args.timeout * 30),
+        "signal_delay_s": delay,
         "wckey": None,  # clusters that check them refuse submitit's own
-        "setup": _setup(args, environment, command),
+        "setup": _setup(args, environment, command, delay),
         "srun_args": ["--kill-on-bad-exit=1", "--wait=1800", f"--cpus-per-task={args.cpus_per_task}", *args.srun_arg],
         "teardown": ['finish "$?"'],
         "additional_parameters": _options(args),
     }
-    for option, value in {**wanted, **wanted["additional_parameters"], "output_dir": args.output_dir}.items():
+    for option, value in {"output_dir": args.output_dir, **wanted, **wanted["additional_parameters"]}.items():
         if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f\\]", value):
             raise LaunchError(
                 f"--{option.replace('_', '-')}: expected one line without backslashes, got {value!r}; take them out"
@@ -83,10 +84,12 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     for text in args.slurm:
         key, _, value = text.partition("=")
         chosen[key.replace("-", "_")] = value or True
+    if "no_requeue" in chosen:  # sbatch takes the last of the two, in the order of the alphabet
+        del chosen["requeue"]
     return chosen
 
 
-def _setup(args: argparse.Namespace, environment: Environment, command: str) -> list[str]:
+def _setup(args: argparse.Namespace, environment: Environment, command: str, delay: int) -> list[str]:
     base = '"$SLURM_JOB_ID"'.join(shlex.quote(part) if part else "" for part in args.output_dir.split(JOB))
     again = shlex.quote(f"this script alone starts nothing, give the command again: {command}")
     return [
@@ -105,7 +108,7 @@ def _setup(args: argparse.Namespace, environment: Environment, command: str) -> 
         '"$(scontrol show job "$job")" || code=$?',
         f'  [ "$code" = {AGAIN} ] || exit "$code"',
         "  # SLURM ends this script, which must not end first: the job would count as finished",
-        '  scontrol requeue "$job" && sleep 60',
+        '  scontrol requeue "$job" && { sleep 60 || exit 1; }  # ended by SLURM: it is requeued',
         '  fail "it could not be requeued; submit it again, it goes on from its checkpoint"',
         "}",
         f'[[ "$(scontrol show job "$job")" != *Command=*_submission.sh* ]] || fail {again}',
@@ -121,7 +124,7 @@ def _setup(args: argparse.Namespace, environment: Environment, command: str) -> 
         '[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! "$folder/last_checkpoint" -nt "$submission" ] || '
         "export DINOV2_RESUME=1",
         'rm -f "$job_files"_*_result.pkl*',
-        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{args.cpus_per_task}}} DINOV2_SIGNAL_DELAY={args.signal_delay}",
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{args.cpus_per_task}}} DINOV2_SIGNAL_DELAY={delay}",
         *(["export CUDA_VISIBLE_DEVICES=  # --cpu, also where SLURM does not hide GPUs"] if args.cpu else []),
         "set +e",
         '[ "$checked" = 0 ] || finish "$checked"',

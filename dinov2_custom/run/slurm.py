@@ -20,6 +20,7 @@ from submitit.core import utils as submitit_utils
 
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
+from dinov2_custom.run.args import RESERVED
 from dinov2_custom.run.executor import JOB, PYTHON, script
 from dinov2_custom.run.process import Process
 from dinov2_custom.run.refusal import QUERY_TIMEOUT_S, ask, explain, is_silence, too_much
@@ -105,8 +106,9 @@ def others_in(output_dir: Path) -> list[str]:
 
 def _inherited(environment: Mapping[str, str], text: str) -> dict[str, str]:
     """Leave out the variables of a job or launcher this process may be in, and those that win over the script."""
-    special = {"TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE"}
-    options = [name.upper().replace("-", "_") for name in re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE)]
+    special = {"TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE", "ARRAY": "ARRAY_INX"}
+    chosen = [*re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE), *RESERVED, "requeue", "no-requeue"]
+    options = [name.upper().replace("-", "_") for name in chosen]
     foreign = {f"SBATCH_{special.get(name, name)}" for name in options} | set(TORCHRUN_VARIABLES)
     others = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "OMPI_", "PMI_", "PMIX_", "TORCHELASTIC_")
     return {

@@ -99,6 +99,8 @@ def submit_jobs(task_class: type, args: argparse.Namespace, name: str) -> int:
     launcher = choose_launcher(args, os.environ)
     if launcher != "slurm":
         args.output_dir = (args.output_dir or "").replace(executor.JOB, os.environ.get("SLURM_JOB_ID", "local"))
+        # of a job around this command, such as a notebook that submitit started: not ours to requeue
+        os.environ.pop("SUBMITIT_EXECUTOR", None)
     if launcher == "local":
         for variable in TORCHRUN_VARIABLES:  # left in the shell by something else
             os.environ.pop(variable, None)

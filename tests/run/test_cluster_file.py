@@ -47,6 +47,16 @@ def test_repeatable_flags_add_to_the_file(tmp_path):
     assert args.setup == ["export A=1", "export B=2"]
 
 
+def test_options_of_sbatch_as_yaml_has_them(tmp_path):
+    path = write(tmp_path / "c.yaml", "slurm: {mail-type: [END, FAIL], comment: null, hint: , hold: true}\n")
+    assert filled("--cluster", path).slurm == ["mail-type=END,FAIL", "hold"]
+    for text in ("slurm: {hold: false}", "slurm: {comment: {a: b}}", "slurm: {a: [[b]]}"):
+        with pytest.raises(ConfigError, match="slurm: expected a value or true for"):
+            filled("--cluster", write(tmp_path / "c.yaml", text))
+    with pytest.raises(ConfigError, match=r"modules: expected one value, got \['a'\]"):
+        filled("--cluster", write(tmp_path / "c.yaml", "modules: [[a], b]"))
+
+
 def test_another_environment_than_the_files(tmp_path):
     path = write(tmp_path / "c.yaml", "conda-env: lab\nmodules: cuda\n")
     assert (filled("--cluster", path).conda_env, filled("--cluster", path).modules) == ("lab", ["cuda"])

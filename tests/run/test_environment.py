@@ -135,7 +135,11 @@ def tool(tmp_path, monkeypatch):
     (folder / "python3").symlink_to(sys.executable)
 
     def make(name):
-        (folder / name).write_text('#!/bin/bash\necho "$(basename "$0") $*" >&2\nexec "${@: -3}"\n')
+        code = '#!/bin/bash\necho "$(basename "$0") $*" >&2\n'
+        if name == "enroot":  # which passes on what --env names alone
+            code += 'for word; do [ "$before" != --env ] || kept+=("${word%%=*}=${!word-}"); before=$word; done\n'
+            code += 'exec env -i PATH="$PATH" "${kept[@]}" "${@: -3}"\n'
+        (folder / name).write_text(code + 'exec "${@: -3}"\n')
         (folder / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
@@ -145,15 +149,20 @@ def tool(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, words", [("apptainer", "exec --nv"), ("singularity", "exec --nv"), ("enroot", "start")])
 def test_a_container_by_what_is_there(tool, tmp_path, name, words):
     tool(name)
-    found = resolve(asked(container="my image.sif", output_dir="/runs/a b/%j"), {})
+    found = resolve(asked(container="~/my image.sif", output_dir="/runs/a b/%j"), {})
     lines = "\n".join(line for _, line in found.lines)
+    show = "import os; print(os.environ['SLURM_PROCID'])"
     done = subprocess.run(
-        ["bash", "-c", f'set -e; {lines}\npython=({found.python})\n"${{python[@]}}" -c "print(40 + 2)"'],
+        ["bash", "-c", f'set -e; {lines}\npython=({found.python})\nSLURM_PROCID="4 2" "${{python[@]}}" -c "{show}"'],
         capture_output=True,
         text=True,
     )
-    assert done.stdout == "42\n" and done.stderr.startswith(f"{name} {words} "), done.stderr
-    assert "my image.sif python3 -c" in done.stderr and "/runs/a b" in done.stderr and "%j" not in done.stderr
+    assert done.stdout == "4 2\n" and done.stderr.startswith(f"{name} {words} "), done.stderr
+    assert (
+        f"{Path.home()}/my image.sif python3 -c" in done.stderr
+        and "/runs/a b" in done.stderr
+        and "%j" not in done.stderr
+    )
 
 
 def test_no_container_tool(tmp_path):

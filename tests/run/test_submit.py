@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dinov2_custom.errors import ConfigError, DINOv2Error, LaunchError
+from dinov2_custom.run import slurm
 from dinov2_custom.run.submit import Task, choose_launcher, get_args_parser, get_shared_folder, submit_jobs
 from dinov2_custom.run.train.train import main as train_main
 from tests.train.batches import TINY
@@ -129,6 +130,22 @@ def test_inline_passes_the_arguments_and_the_code():
     assert submit_jobs(Echo, parse("--launcher", "inline", "--nodes", "1"), name="x") == 41
 
 
+def test_a_job_around_the_command_is_not_requeued(monkeypatch, tmp_path):
+    (tmp_path / "stopped_by_sigterm.py").write_text("def main(args): return 143\n")
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho JobState=RUNNING\necho $* >>{tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name, value in dict(SUBMITIT_EXECUTOR="slurm", SLURM_JOB_ID="7").items():  # a notebook that submitit started
+        monkeypatch.setenv(name, value)
+
+    class Stopped(Task):
+        module = "stopped_by_sigterm"
+
+    assert submit_jobs(Stopped, parse("--launcher", "inline"), name="x") == 143
+    assert not (tmp_path / "asked").exists()
+
+
 class SeenGpus(Task):
     def __call__(self):
         return len(os.environ["CUDA_VISIBLE_DEVICES"])
@@ -209,7 +226,7 @@ def test_no_value_becomes_a_command_of_the_job(capsys, tmp_path, monkeypatch, on
 
 
 def test_a_line_break_is_refused_by_its_flag(capsys):
-    for flag in ("--comment", "--account", "--partition", "--job-name"):
+    for flag in ("--comment", "--account", "--partition", "--job-name", "--output-dir"):
         with pytest.raises(LaunchError, match=f"{flag}: expected one line"):
             script_of(capsys, f"{flag}=a\nb")
     with pytest.raises(LaunchError, match="--output-dir: expected no % but in %j"):
@@ -226,6 +243,7 @@ def test_a_line_break_is_refused_by_its_flag(capsys):
         (["--gres", "gpu:2", "--cpu", "--ngpus", "3"], ["ntasks-per-node=3"], ["gpu"]),
         (["--ngpus", "3"], ["ntasks-per-node=3", "gpus-per-node=3"], []),
         (["-J", "mine"], ["job-name=mine"], ["job-name=x"]),
+        (["--slurm", "no-requeue"], ["no-requeue"], ["--requeue"]),
         (["--slurm", "mail_type=END", "--slurm", "hold"], ["mail-type=END", "hold"], []),
     ],
 )
@@ -233,6 +251,46 @@ def test_what_is_asked_for(capsys, flags, there, absent):
     options = [line for line in script_of(capsys, *flags).splitlines() if line.startswith("#SBATCH")]
     assert all(f"#SBATCH --{one}" in options for one in there), options
     assert not any(word in line for line in options for word in absent)
+
+
+def test_the_time_before_the_limit_is_what_slurm_was_asked_for(capsys):
+    script = script_of(capsys, "--signal-delay", "900", "--time", "10:00")
+    assert "#SBATCH --signal=USR2@300\n" in script and "DINOV2_SIGNAL_DELAY=300\n" in script
+
+
+def test_variables_of_the_shell_change_no_job(capsys):
+    """sbatch's variables win over the script's lines."""
+    names = (
+        "NO_REQUEUE",
+        "ARRAY_INX",
+        "WAIT",
+        "GPUS",
+        "GPUS_PER_TASK",
+        "GRES",
+        "TIMELIMIT",
+        "OUTPUT",
+        "PARTITION",
+        "QOS",
+    )
+    shell = {f"SBATCH_{name}": "1" for name in names}
+    kept = slurm._inherited(shell, script_of(capsys, "--cpu", "--partition", "p"))
+    assert list(kept) == ["SBATCH_QOS"]  # nobody has said anything else
+
+
+@pytest.mark.parametrize(
+    "slurm_does, said",
+    [
+        ("scontrol() { :; }; sleep() { return 143; }", ""),  # SIGTERM to everything, as it requeues the job
+        ("scontrol() { :; }; sleep() { :; }", "it could not be requeued"),
+        ("scontrol() { return 1; }; sleep() { return 143; }", "it could not be requeued"),
+    ],
+)
+def test_a_requeue_that_failed_is_said_and_no_other(capsys, slurm_does, said):
+    script = script_of(capsys)
+    functions = script[script.index("fail() {") : script.index("[[ ")]
+    code = f"{functions}\npython=(bash -c 'exit 200')\n{slurm_does}\nfinish 0"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and (said in done.stdout if said else not done.stdout), done
 
 
 def test_processes_and_gpus_that_disagree(capsys):
