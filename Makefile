@@ -18,8 +18,9 @@ quickstart: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
+# Compiled modules are kept, whatever the shell says: the processes that tests start would compile the package again
 test: lint
-	DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15 $(TESTS)
+	PYTHONDONTWRITEBYTECODE= DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15 $(TESTS)
 
 # The host side of CUDA without a GPU, under the newest torch that pip offers and under an older one
 CUDA_TORCH ?= torch torch==2.11.0

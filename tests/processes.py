@@ -132,6 +132,8 @@ def _become(command: Sequence[str], environment: dict[str, str], cwd: str | Path
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, stream)
         os.close(opened)
+    # whole lines in one write, also under PYTHONUNBUFFERED: processes of a group share the file
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)
     sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     first, *arguments = command
     try:

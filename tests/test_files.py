@@ -78,8 +78,8 @@ def enter(path, number, barrier, entered):
 
 
 def test_a_lock_that_its_holder_deletes_lets_nobody_else_in_meanwhile(tmp_path):
-    inside = 0
-    for number in range(40):
+    inside, rounds = 0, 15  # a lock that lets others in does so in more than a third of them
+    for number in range(rounds):
         path, barrier, entered = tmp_path / f"{number}.lock", FORK.Barrier(4), FORK.Value("i", 0)
         processes = [FORK.Process(target=enter, args=(path, i, barrier, entered)) for i in range(4)]
         for process in processes:
@@ -89,7 +89,7 @@ def test_a_lock_that_its_holder_deletes_lets_nobody_else_in_meanwhile(tmp_path):
         codes = [process.exitcode for process in processes]
         assert set(codes) <= {0, 1} and 0 in codes, codes
         inside += codes.count(0)
-    assert inside >= 40
+    assert inside >= rounds
 
 
 def test_a_folder_that_is_not_there_is_the_callers_error(tmp_path):
