@@ -134,9 +134,9 @@ class TileLooker(Looker):
 
 def with_range(options: Options, dataset: Any, folder: Path) -> Options:
     """Return ``options`` with a range: their own, that of the run which was begun in ``folder``, or a measured one."""
-    text = (folder / MARKER).read_text()
-    if text.strip():
-        intensity = options.intensity or json.loads(text).get("intensity")
+    begun = _task_begun(folder)
+    if begun is not None:
+        intensity = options.intensity or begun.get("intensity")
         return dataclasses.replace(options, intensity=intensity and tuple(intensity))
     found = measure(len(dataset), TileLooker(dataset, options.page), intensity=options.intensity)
     for line in found.describe():
@@ -239,13 +239,18 @@ def task_of(dataset: Any, options: Options) -> dict[str, Any]:
     return {"images": len(dataset), "names": digest.hexdigest(), **dataclasses.asdict(options)}
 
 
+def _task_begun(folder: Path) -> dict[str, Any] | None:
+    """Return the task that ``folder`` was begun with; None: it is a new one."""
+    text = (folder / MARKER).read_text()
+    try:
+        return parse_json_object(text) if text.strip() else None
+    except ValueError as e:
+        raise ConfigError(f"expected to read {folder / MARKER}, got {e}; choose an empty folder") from e
+
+
 def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
-    text, task = (folder / MARKER).read_text(), json.loads(json.dumps(task))
-    if text.strip():
-        try:
-            before = parse_json_object(text)
-        except ValueError as e:
-            raise ConfigError(f"expected to read {folder / MARKER}, got {e}; choose an empty folder") from e
+    before, task = _task_begun(folder), json.loads(json.dumps(task))
+    if before is not None:
         other = [f"{key}: {before.get(key)}, now {task[key]}" for key in task if before.get(key) != task[key]]
         if other:
             raise ConfigError(
