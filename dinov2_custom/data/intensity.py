@@ -17,6 +17,7 @@ from dinov2_custom.utils.rng import random_for
 
 from .decode import image_errors, open_page, page_note, values_of
 from .depth import Deep, is_deep, scaled
+from .sources import read_image
 
 logger = logging.getLogger("dinov2")
 FILES = 64  # of the sample
@@ -167,7 +168,7 @@ class Looker:
         Raises:
             DataError: it cannot be read.
         """
-        data = (getattr(self.dataset, "read", None) or self.dataset.get_image_data)(i)
+        data = read_image(self.dataset, i)
         if not isinstance(data, bytes):  # of a dataset of one's own, with a decoder of its own
             return None, ""
         with image_errors(data, self.dataset.name(i)):

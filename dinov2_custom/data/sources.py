@@ -233,6 +233,15 @@ class OpenFiles:
         return {"limit": self.limit, "descriptors": {}}
 
 
+def read_image(dataset: Any, i: int) -> bytes:
+    """Return the bytes of image ``i`` of anything that ``make_dataset`` makes.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    return (getattr(dataset, "read", None) or dataset.get_image_data)(i)
+
+
 def as_roots(root: Root | Sequence[Root]) -> list[str]:
     """Return a list of folder paths, with ``~`` expanded and trailing separators removed."""
     roots = [root] if isinstance(root, str | os.PathLike) else list(root)
