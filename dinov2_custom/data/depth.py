@@ -197,8 +197,8 @@ def to_levels(deep: Deep, intensity: tuple[float, float] | None) -> np.ndarray:
         raise ValueError("no finite value")
     if deep.values.dtype == np.uint8 and deep.top == 255:
         return deep.values
-    is_deep = deep.values.dtype.itemsize > 1
-    levels = scaled(deep.values, *intensity) if is_deep and intensity is not None else by_depth(deep)
+    has_range = intensity is not None and deep.values.dtype.itemsize > 1  # ranges are for more than 8 bits
+    levels = scaled(deep.values, *intensity) if has_range else by_depth(deep)
     if deep.nodata is not None:
         levels[deep.nodata] = 0
     return levels
@@ -231,8 +231,10 @@ def by_depth(deep: Deep) -> np.ndarray:
         if deep.top > 255:
             warn_once(f"{deep.top.bit_length()} bits", "they are scaled by their depth")
         return scaled(values.astype(np.uint16), 0, deep.top)
-    finite = np.isfinite(values)
-    low, high = float(values[finite].min()), float(values[finite].max())
+    valid = deep.valid()
+    if not len(valid):
+        return np.zeros(values.shape, np.uint8)
+    low, high = float(valid.min()), float(valid.max())
     top = 1 if values.dtype.kind == "f" else 65535
     if low >= 0 and high <= top:
         warn_once(str(values.dtype), f"values in 0..{top} are scaled to 0..255")
@@ -241,7 +243,7 @@ def by_depth(deep: Deep) -> np.ndarray:
         warn_once(f"{values.dtype} beyond 0..{top}", "the least value becomes 0, the greatest 255, image by image")
     if low == high:
         return np.zeros(values.shape, np.uint8)
-    return _scaled(np.where(finite, values, low), low, high)
+    return _scaled(np.where(np.isfinite(values), values, low), low, high)
 
 
 @functools.cache
