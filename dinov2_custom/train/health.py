@@ -149,7 +149,7 @@ class LearningAlarm:
         )
 
 
-def flat_dino_loss(cfg, model) -> float | None:
+def flat_dino_loss(model) -> float | None:
     """Return the reported DINO loss of a network that spreads every image evenly; None: there is no such loss."""
     if not model.do_dino:
         return None

@@ -132,7 +132,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     make = {"teacher_entropy": seldom, "prototype_entropy": seldom, "rankme": partial(seldom, of=rankme)}
     metrics = MetricLogger(delimiter="  ", sinks=sinks, make=make)
     metrics.load_state(kept.get("windows", {}))
-    alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(cfg, model), course.expected_total)
+    alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(model), course.expected_total)
     alarm.read(read_rows(out / METRICS_FILE) if rank == 0 else [])
     sinks.add(alarm)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
