@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from dinov2_custom import __version__
 from dinov2_custom.commands import command
 from dinov2_custom.reading import describe, reading_of
-from dinov2_custom.teacher import RELEASED_CROP_SIZE
 from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.utils import get_sha
@@ -78,13 +77,11 @@ def describe_doubts(cfg, course: Course, num_images: int) -> str:
 
 def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
     """Return what was written and what to do next."""
-    out, side = Path(cfg.train.output_dir), cfg.crops.global_crops_size
-    crop_size = "" if side == RELEASED_CROP_SIZE else f" --crop-size {side}"
+    out = Path(cfg.train.output_dir)
     return [
         f"teacher weights: {teacher_path}",
         f"training state: {checkpoint_path} (the same command, made longer, goes on from it)",
         f"losses: {out / 'training_metrics.json'}",
         f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
-        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL"
-        f"{crop_size}",
+        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",
     ]
