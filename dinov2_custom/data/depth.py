@@ -162,9 +162,9 @@ def values_by_tifffile(data: bytes, page: int = 0) -> Deep:
     except ImportError as e:
         raise ValueError(f"a kind of TIFF that Pillow cannot read; tifffile may: {install('tifffile')}") from e
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        if page >= len(file.pages):
-            raise ValueError(f"data.page={page} of {len(file.pages)} pages")
-        one = file.pages[page]
+        if (pages := len(file.pages)) > 1 and page >= pages:
+            raise ValueError(f"data.page={page}, expected at most {pages - 1}, its last one")
+        one = file.pages[page if pages > 1 else 0]
         samples, kind = int(one.samplesperpixel), int(one.photometric)
         if one.imagewidth * one.imagelength > 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize):
             raise Image.DecompressionBombError(f"{one.imagewidth * one.imagelength:,} pixels")

@@ -225,6 +225,12 @@ def test_page_of_a_deep_stack():
     tifffile.imwrite(file, values, photometric="rgb", compression="zlib")
     got = decode.decode_rgb(file.getvalue(), reading=Reading((0, 4095), 1))
     np.testing.assert_array_equal(np.asarray(got), np.round(values[1] * (255 / 4095)))
+    with pytest.raises(DataError, match=r"data.page=3, expected at most 2"):
+        decode.decode_rgb(file.getvalue(), reading=Reading((0, 4095), 3))
+    single = io.BytesIO()  # has only that one, as with Pillow
+    tifffile.imwrite(single, values[0].astype(np.float32), photometric="rgb")
+    got = decode.decode_rgb(single.getvalue(), reading=Reading((0, 4095), 3))
+    np.testing.assert_array_equal(np.asarray(got), np.round(values[0] * (255 / 4095)))
 
 
 def test_a_dataset_of_ones_own_has_the_defaults(tmp_path):
