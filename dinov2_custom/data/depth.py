@@ -33,7 +33,7 @@ OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L
 
 
 class Reading(NamedTuple):
-    """What a dataset has to say about how its files become pixels.
+    """How the files of a dataset become pixels.
 
     intensity: the values that become 0 and 255 in images of more than 8 bits; None: by the rules of :func:`by_depth`.
     page: which page or frame of a file with several.
@@ -44,8 +44,11 @@ class Reading(NamedTuple):
 
 
 class Deep(NamedTuple):
-    """Values of more than 8 bits (H, W) or (H, W, 3); where there are none (H, W), or None; the greatest that an
-    unsigned depth allows, where it is 16 bits or fewer."""
+    """Pixels of one image as the file declares them.
+
+    values: (H, W) or (H, W, 3). nodata: (H, W), where there is no value; None: everywhere is one. top: the greatest
+    value of an unsigned depth of 16 bits or fewer; None: deeper, signed or float.
+    """
 
     values: np.ndarray
     nodata: np.ndarray | None = None
@@ -117,7 +120,7 @@ def _declared(values: np.ndarray, image: Image.Image, tags: Any) -> Deep:
 
 
 def declared(values: np.ndarray, bits: int, nodata: str | None, *, white_is_zero: bool) -> Deep:
-    """Return the values of a file with what it says about them; ``nodata``: what GDAL's tag holds."""
+    """Return the values of a file as its tags declare them; ``nodata``: the text of GDAL's tag."""
     mask = _nodata(values, nodata)
     top = (1 << bits) - 1 if values.dtype.kind == "u" and bits <= 16 else None
     return Deep(turned(values, top) if white_is_zero else values, mask, top)
@@ -139,7 +142,7 @@ def turned(values: np.ndarray, top: int | None) -> np.ndarray:
 
 
 def _nodata(values: np.ndarray, tag: str | None) -> np.ndarray | None:
-    """Return where ``values`` are what the tag says stands for no value."""
+    """Return where ``values`` equal the number in the tag; None: no such tag."""
     try:
         number = float(str(tag).strip("\0 "))
     except ValueError:  # no such tag
