@@ -133,7 +133,7 @@ class TileLooker(Looker):
 
 
 def with_range(options: Options, dataset: Any, folder: Path) -> Options:
-    """Return ``options`` with a range: their own, that of the run which was begun in ``folder``, or a measured one."""
+    """Return ``options`` with a range: their own, else that of the run begun in ``folder``, else a measured one."""
     begun = _task_begun(folder)
     if begun is not None:
         intensity = options.intensity or begun.get("intensity")

@@ -48,13 +48,13 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
 
 
 def describe_doubts(cfg, course: Course, num_images: int) -> str:
-    """Say which values of ``cfg`` are for longer runs or more images than these; "" where none is.
+    """Return a sentence on the values of ``cfg`` that are meant for longer runs or more images; "" where none is.
 
-    Weights that a run goes on from have their LayerScale, and features that need no long start.
+    Runs from pretrained weights are exempt: these bring their LayerScale, and features that need no long start.
     """
     if cfg.student.pretrained_weights:
         return ""
-    steps = math.inf if course.limit_s else course.length.total  # by the clock nobody knows yet
+    steps = math.inf if course.limit_s else course.length.total  # not known in advance where time ends the run
     is_short, layerscale, momentum = steps < SHORT_RUN, cfg.student.layerscale, cfg.teacher.momentum_teacher
     prototypes, smallest = cfg.dino.head_n_prototypes, cfg.crops.global_crops_scale[0]
     found = []
@@ -70,8 +70,8 @@ def describe_doubts(cfg, course: Course, num_images: int) -> str:
         return ""
     length = f"{num_images:,} images" if course.limit_s else f"{steps:,} iterations, {num_images:,} images"
     return (
-        f"{length}: these values are made for about 100,000 of both: {', '.join(found)}; --config-file "
-        "configs/small.yaml is made for few images and steps"
+        f"{length}: these values are meant for about 100,000 of each: {', '.join(found)}; --config-file "
+        "configs/small.yaml is meant for few images and steps"
     )
 
 
