@@ -92,7 +92,7 @@ def test_an_image_that_kills_two_processes_is_a_bad_one(images):
 
 def test_a_hang_names_the_process_and_the_image(images, monkeypatch):
     monkeypatch.setattr(ring, "LOOK_S", 0.1)
-    monkeypatch.setattr(image_batches, "HANG_S", 0.5)
+    monkeypatch.setattr(image_batches, "HANG_S", 2.0)
     dataset = Accident(str(images), TRANSFORM)
     dataset.kills = False
     indices, number = of_list(range(7), 3)
