@@ -43,9 +43,9 @@ def _absolute(value: Any) -> Any:
     if not isinstance(value, str) or not value or _URL.match(value):
         return value
     path = Path(value).expanduser()
-    if path.exists() or _is_pattern(str(path)):
-        return str(path.absolute())
-    return _OPTION.sub(_absolute_option, value) if _DATASET.match(value) else value
+    if not path.exists() and _DATASET.match(value):
+        return _OPTION.sub(_absolute_option, value)
+    return str(path.absolute()) if path.exists() or _is_pattern(str(path)) else value
 
 
 def _is_pattern(path: str) -> bool:

@@ -31,6 +31,8 @@ def load(key, value):
         ("list.csv", "{0}/list.csv"),
         ("shard-{0000..0127}.tar", "{0}/shard-{0000..0127}.tar"),
         ("images/*/?.jpg", "{0}/images/*/?.jpg"),
+        ("Tar:path=shard-{0000..0127}.tar", "Tar:path={0}/shard-{0000..0127}.tar"),
+        ("ImageDataset:root=i*", "ImageDataset:root={0}/i*"),
         ("ImageList:path=list.csv:column=i:root=images", "ImageList:path={0}/list.csv:column=i:root={0}/images"),
         ("ImageNet:split=TRAIN:root=images:extra='more'", "ImageNet:split=TRAIN:root={0}/images:extra='{0}/more'"),
         ("[{path: images, weight: 0.7}, {path: more, weight: 0.3}]",
