@@ -70,8 +70,8 @@ def alarms(series, prototypes, total, every=10):
     ("series", "prototypes", "total", "at", "reason"),
     [
         (ISSUE_1, 1024, 260, 90, "the features of all images are nearly the same"),
-        (ISSUE_2, 256, 600, 120, "the student cannot tell"),
-        (BLOOD_CELLS, 256, 300, 90, "the student cannot tell"),
+        (ISSUE_2, 256, 600, 120, "the student cannot predict"),
+        (BLOOD_CELLS, 256, 300, 90, "the student cannot predict"),
     ],
 )
 def test_a_run_that_does_not_learn_is_warned_of_once_and_at_the_end(series, prototypes, total, at, reason):
