@@ -6,7 +6,6 @@ Taken from a run's configuration where it has them, else measured. Not in here: 
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from dinov2_custom.data.datasets import ExtendedVisionDataset
 from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.intensity import Looker, Measured, measure
 
-logger = logging.getLogger("dinov2")
 AUTO = "auto"
 KEY = "data.intensity"
 
@@ -58,10 +56,7 @@ def _measured(dataset: Any, given: Reading, seed: int) -> Measured:
     if own in (None, ExtendedVisionDataset.get_image_data):  # a user's own class that gives no bytes
         return Measured(None, 0, 0)
     found = measure(len(dataset), Looker(dataset, given.page), seed, intensity=given.intensity)
-    for line in found.describe():
-        logger.info(line)
-    for line in found.warnings():
-        logger.warning(line)
+    found.log()
     return found
 
 

@@ -27,7 +27,6 @@ import functools
 import importlib
 import importlib.util
 import io
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,7 +52,6 @@ from .depth import (
 )
 from .listing import HEIF_BRANDS
 
-logger = logging.getLogger("dinov2")
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 PNG_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 READING = Reading()

@@ -73,9 +73,16 @@ class Measured(NamedTuple):
         return [
             *found,
             f"the median image of more than 8 bits uses {self.levels_an_image} of 256 levels: expected {FEW_LEVELS}; "
-            f"its own values span less than {low:g}..{high:g}, which hold for all images: narrow them with {ADVICE}, "
-            "or train on images of like brightness",
+            f"its own values span less than {low:g}..{high:g}, the range of all images: narrow that with {ADVICE}, "
+            "or train on images of similar brightness",
         ]
+
+    def log(self) -> None:
+        """Log all of it."""
+        for line in self.describe():
+            logger.info(line)
+        for line in self.warnings():
+            logger.warning(line)
 
 
 def measure(

@@ -139,10 +139,7 @@ def with_range(options: Options, dataset: Any, folder: Path) -> Options:
         intensity = options.intensity or begun.get("intensity")
         return dataclasses.replace(options, intensity=intensity and tuple(intensity))
     found = measure(len(dataset), TileLooker(dataset, options.page), intensity=options.intensity)
-    for line in found.describe():
-        logger.info(line)
-    for line in found.warnings():
-        logger.warning(line)
+    found.log()
     return dataclasses.replace(options, intensity=options.intensity or found.intensity)
 
 
