@@ -132,7 +132,7 @@ def spread(length: int, count: int) -> list[int]:
 
 
 def readable(dataset: Any, indices: list[int]) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (number, RGB image) of the images that can be read; the others are logged."""
+    """Yield (number, RGB image) of the images that can be read; print the others."""
     for index in indices:
         try:
             image, _ = dataset[index]

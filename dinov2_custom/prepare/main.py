@@ -208,7 +208,7 @@ def prepare(dataset: Any, folder: Path, options: Options, *, shard_size: int, wo
         _write(writer, i, dataset.name(i), prepared, skip if i == first else 0)
     writer.finish()
     shutil.rmtree(spool)
-    return _finish(writer, folder, options)
+    return _finish(writer, folder)
 
 
 def _write(writer: PartWriter, i: int, name: str, prepared: Prepared, skip: int) -> None:
@@ -258,7 +258,7 @@ def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
         file.write(json.dumps(task) + "\n")
 
 
-def _finish(writer: PartWriter, folder: Path, options: Options) -> dict[str, Any]:
+def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
     """Write index.jsonl, bad_images.jsonl and summary.json from the lists of all parts."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()

@@ -98,12 +98,12 @@ class TiffBands:
         self._step = int(page.tilelength if page.is_tiled else min(page.rowsperstrip or self.height, self.height))
         across = -(-self.width // int(page.tilewidth)) if page.is_tiled else 1
         self._across = across
-        wrong = self._unsupported(tifffile)
+        wrong = self._unsupported()
         if wrong:
             self.close()
             raise DataError(f"expected a TIFF of grey or RGB: {name} ({wrong}); convert it")
 
-    def _unsupported(self, tifffile: ModuleType) -> str:
+    def _unsupported(self) -> str:
         page = self._page
         if page.dtype is None or page.dtype.kind not in "uif" or page.dtype == "int8":
             return f"values of type {page.dtype}"
