@@ -253,6 +253,7 @@ def test_a_damaged_list_is_one_error_of_the_command_too(tmp_path):
     arguments = [str(tmp_path / "images"), "--output-dir", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match="expected to read .*prepare.json.*choose an empty folder"):
         main(get_args_parser().parse_args(arguments))
+    remove_logging("dinov2")
 
 
 @pytest.fixture
