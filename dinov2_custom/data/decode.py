@@ -177,7 +177,7 @@ def open_page(data: bytes, page: int = 0) -> Image.Image | Deep:
         return values_by_tifffile(data, page)
     if is_misread(image):
         return values_by_tifffile(data, page)
-    if page and (pages := getattr(image, "n_frames", 1)) > 1:
+    if page and (pages := num_pages(image)) > 1:
         if page >= pages:
             raise ValueError(f"data.page={page}, expected at most {pages - 1}, its last one")
         image.seek(page)
@@ -186,9 +186,12 @@ def open_page(data: bytes, page: int = 0) -> Image.Image | Deep:
 
 def page_note(image: Image.Image) -> str:
     """Return a note on the page of an open image, "" where there is nothing to note."""
-    # of a JPEG, further pictures are previews and depth maps of a phone
-    pages = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
-    return note_of_page(getattr(image, "tag_v2", {}).get(DESCRIPTION, ""), pages)
+    return note_of_page(getattr(image, "tag_v2", {}).get(DESCRIPTION, ""), num_pages(image))
+
+
+def num_pages(image: Image.Image) -> int:
+    """Return the number of pages of an open image; 1 for a JPEG, whose other pictures are a phone's previews."""
+    return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
 
 
 def note_of_page(description: Any, pages: int) -> str:

@@ -46,7 +46,7 @@ class Reading(NamedTuple):
 class Deep(NamedTuple):
     """Pixels of one image as the file declares them.
 
-    values: (H, W) or (H, W, 3). nodata: (H, W), where there is no value; None: everywhere is one. top: the greatest
+    values: (H, W) or (H, W, 3). nodata: (H, W), where there is no value; None: one everywhere. top: the greatest
     value of an unsigned depth of 16 bits or fewer; None: deeper, signed or float.
     """
 

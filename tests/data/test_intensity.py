@@ -219,6 +219,13 @@ def test_pages(tmp_path):
         dataset[2]
 
 
+def test_a_jpeg_has_one_page_with_any_decoder():
+    data = encode(picture(24, 18), "MPO", save_all=True, append_images=[picture(24, 18, 1)])
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    for decoded in (decode.decode_rgb, decode.decode_array):
+        np.testing.assert_array_equal(decoded(data, reading=Reading(page=1)), decoded(data))
+
+
 @pytest.mark.parametrize("kind", [np.uint16, np.float32], ids=["through Pillow", "through tifffile"])
 def test_page_of_a_deep_stack(kind):
     tifffile = pytest.importorskip("tifffile")
