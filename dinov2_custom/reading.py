@@ -1,12 +1,11 @@
-"""Which values of a dataset's deep images become black and white, and which page is read: the same in all processes.
+"""The range of values of a dataset's images of more than 8 bits, and the page that is read, for all processes.
 
-From a run's configuration where it says so, else measured. Not in here: measuring (``data/intensity``). Read
+Taken from a run's configuration where it has them, else measured. Not in here: measuring (``data/intensity``). Read
 :func:`choose_reading` first.
 """
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from dinov2_custom.data.datasets import ExtendedVisionDataset
 from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.intensity import Looker, Measured, measure
 
-logger = logging.getLogger("dinov2")
 AUTO = "auto"
 KEY = "data.intensity"
 
@@ -26,7 +24,7 @@ KEY = "data.intensity"
 def choose_reading(dataset: Any, given: Reading | None = None, seed: int = 0) -> Reading:
     """Set ``dataset.reading`` and return it: ``given``, with a range measured on ``dataset`` where it has none.
 
-    The main process looks at a sample, and logs what the range, also a given one, does to it. All must call it.
+    The main process reads a sample and logs what the range, also a given one, does to it. All processes must call it.
     """
     given = given or Reading()
     found = distributed.broadcast_object(_measured(dataset, given, seed) if distributed.is_main_process() else None)
@@ -45,7 +43,7 @@ def as_range(intensity: Any) -> tuple[float, float] | None:
 
 
 def describe(reading: Reading) -> list[str]:
-    """Return what differs from the ordinary, a fact a line."""
+    """Return the settings that are not the defaults, one a line."""
     lines = [f"page: {reading.page} of images with several (data.page)"] if reading.page else []
     if reading.intensity is not None:
         low, high = reading.intensity
@@ -58,10 +56,7 @@ def _measured(dataset: Any, given: Reading, seed: int) -> Measured:
     if own in (None, ExtendedVisionDataset.get_image_data):  # a user's own class that gives no bytes
         return Measured(None, 0, 0)
     found = measure(len(dataset), Looker(dataset, given.page), seed, intensity=given.intensity)
-    for line in found.describe():
-        logger.info(line)
-    for line in found.warnings():
-        logger.warning(line)
+    found.log()
     return found
 
 
@@ -69,7 +64,7 @@ def choose_for_training(cfg: DictConfig, dataset: Any, resumed: Path | None) -> 
     """Set ``dataset.reading`` and return ``cfg`` with the range in ``data.intensity``.
 
     Args:
-        resumed: directory of the run that goes on, whose range holds, if it has one; it is never measured anew.
+        resumed: directory of a run that is resumed: its range is kept, if it has one, and never measured again.
     """
     if resumed is None:
         reading = choose_reading(dataset, reading_of(cfg), cfg.train.seed)

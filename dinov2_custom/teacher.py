@@ -31,8 +31,6 @@ from dinov2_custom.utils.weights import flat_state, load_state, read_weights
 logger = logging.getLogger("dinov2")
 _HEAD_DIM = 64  # of every architecture here and upstream
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
 RELEASED_CROP_SIZE = 224  # of upstream's evaluations, whatever the size of the positions
 
 
@@ -163,7 +161,7 @@ def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    if depth > len(state):  # each has tensors; before it is built, which would fill the memory
+    if depth > len(state):  # each block has tensors; building so many could exhaust the memory
         raise ValueError(f"tensors of block {depth - 1}, and {len(state)} tensors in all")
     if not dim or dim % _HEAD_DIM or side * side != state["pos_embed"].shape[1] - 1:
         raise ValueError(f"width {dim} is no multiple of {_HEAD_DIM}, or the positions form no square")

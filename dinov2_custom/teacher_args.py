@@ -54,5 +54,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def number_or_auto(text: str) -> int | str:
-    """Return the value of a flag that takes a number or ``auto``."""
+    """Parse a whole number of at least 0, or ``auto``."""
+    if text != AUTO and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number or {AUTO}, got {text!r}")
     return text if text == AUTO else int(text)

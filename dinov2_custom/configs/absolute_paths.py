@@ -32,8 +32,7 @@ def absent(value: Any) -> list[str]:
         return []
     if _DATASET.match(value):
         return [path for _, text in _OPTION.findall(value) for path in absent(text.strip("\"'"))]
-    pattern = re.match(r"[^{*[]*(?=[{*[])", value)
-    return [] if pattern and os.path.isdir(os.path.dirname(pattern[0])) else [value]
+    return [] if _is_pattern(value) else [value]
 
 
 def _absolute(value: Any) -> Any:
@@ -44,10 +43,15 @@ def _absolute(value: Any) -> Any:
     if not isinstance(value, str) or not value or _URL.match(value):
         return value
     path = Path(value).expanduser()
-    fixed = re.match(r"[^{*?[]*", str(path))[0]  # of a pattern, before what stands for several
-    if path.exists() or (fixed != str(path) and os.path.isdir(os.path.dirname(fixed) or ".")):
-        return str(path.absolute())
-    return _OPTION.sub(_absolute_option, value) if _DATASET.match(value) else value
+    if not path.exists() and _DATASET.match(value):
+        return _OPTION.sub(_absolute_option, value)
+    return str(path.absolute()) if path.exists() or _is_pattern(str(path)) else value
+
+
+def _is_pattern(path: str) -> bool:
+    """Return whether ``path`` stands for several, below a folder that exists."""
+    fixed = re.match(r"[^{*?[]*", path)[0]
+    return fixed != path and os.path.isdir(os.path.dirname(fixed) or ".")
 
 
 def _absolute_option(option: re.Match) -> str:

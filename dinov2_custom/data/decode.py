@@ -16,7 +16,7 @@ EXIF orientation              ignored, as upstream does, unless ``exif=True``; o
 above Pillow's limit          DataError (179 million pixels: a decompression bomb, or a slide to be cut into tiles)
 ============================  ==========================================================================================
 
-Scaling without a range is said once a kind in the log. JPEG files go through simplejpeg where it is
+Scaling without a range is logged once for each kind. JPEG files go through simplejpeg where it is
 installed (the extra ``fast``), with the same pixels; what it refuses is Pillow's. Not in here: reading files
 (``sources``), the values of deep images (``depth``). No other module calls a decoder. Read :func:`decode_rgb` first.
 """
@@ -27,7 +27,6 @@ import functools
 import importlib
 import importlib.util
 import io
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,7 +52,6 @@ from .depth import (
 )
 from .listing import HEIF_BRANDS
 
-logger = logging.getLogger("dinov2")
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000")
 PNG_METADATA = (b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 READING = Reading()
@@ -65,7 +63,7 @@ LARGE, STRIP = 1 << 23, 1 << 20  # bytes
 DESCRIPTION, LONGEST = 270, 300  # of a TIFF's page; longer ones are XML about the whole file
 NOT_THE_SLIDE = re.compile(r"(?<![a-z])(label|macro|thumbnail)(?![a-z])", re.IGNORECASE)
 SEVERAL_PAGES = "files with several pages or frames, of which one is used (data.page)"
-OTHER_PAGE = "pages that call themselves label, macro or thumbnail (data.page chooses another)"
+OTHER_PAGE = "pages described as label, macro or thumbnail (data.page chooses another)"
 Shrink = Callable[[int, int], int]
 
 
@@ -161,9 +159,9 @@ def image_errors(data: bytes, source: str) -> Iterator[None]:
 
 
 def open_page(data: bytes, page: int = 0) -> Image.Image | Deep:
-    """Open page ``page`` of the bytes of an image file; the values of a TIFF that is not for Pillow.
+    """Open page ``page`` of the bytes of an image file; of a file of a single page that one, whatever ``page`` is.
 
-    A file of a single page has only that one, whatever ``page`` is.
+    Returns the values of a TIFF that Pillow cannot read or misreads.
 
     Raises:
         Image.DecompressionBombError: too many pixels.
@@ -179,7 +177,7 @@ def open_page(data: bytes, page: int = 0) -> Image.Image | Deep:
         return values_by_tifffile(data, page)
     if is_misread(image):
         return values_by_tifffile(data, page)
-    if page and (pages := getattr(image, "n_frames", 1)) > 1:
+    if page and (pages := num_pages(image)) > 1:
         if page >= pages:
             raise ValueError(f"data.page={page}, expected at most {pages - 1}, its last one")
         image.seek(page)
@@ -187,14 +185,17 @@ def open_page(data: bytes, page: int = 0) -> Image.Image | Deep:
 
 
 def page_note(image: Image.Image) -> str:
-    """Return what to know about the page of an open image that is read, or ""."""
-    # of a JPEG, further pictures are previews and depth maps of a phone
-    pages = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
-    return note_of_page(getattr(image, "tag_v2", {}).get(DESCRIPTION, ""), pages)
+    """Return a note on the page of an open image, "" where there is nothing to note."""
+    return note_of_page(getattr(image, "tag_v2", {}).get(DESCRIPTION, ""), num_pages(image))
+
+
+def num_pages(image: Image.Image) -> int:
+    """Return the number of pages of an open image; 1 for a JPEG, whose other pictures are a phone's previews."""
+    return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
 
 
 def note_of_page(description: Any, pages: int) -> str:
-    """Return what to know about a page that is described so, of a file with so many, or ""."""
+    """Return a note on a page with this description, of a file of ``pages``, "" where there is nothing to note."""
     if isinstance(description, str) and len(description) < LONGEST and NOT_THE_SLIDE.search(description):
         return OTHER_PAGE
     return SEVERAL_PAGES if pages > 1 else ""

@@ -33,7 +33,7 @@ OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L
 
 
 class Reading(NamedTuple):
-    """What a dataset has to say about how its files become pixels.
+    """How the files of a dataset become pixels.
 
     intensity: the values that become 0 and 255 in images of more than 8 bits; None: by the rules of :func:`by_depth`.
     page: which page or frame of a file with several.
@@ -44,8 +44,11 @@ class Reading(NamedTuple):
 
 
 class Deep(NamedTuple):
-    """Values of more than 8 bits (H, W) or (H, W, 3); where there are none (H, W), or None; the greatest that an
-    unsigned depth allows, where it is 16 bits or fewer."""
+    """Pixels of one image as the file declares them.
+
+    values: (H, W) or (H, W, 3). nodata: (H, W), where there is no value; None: one everywhere. top: the greatest
+    value of an unsigned depth of 16 bits or fewer; None: deeper, signed or float.
+    """
 
     values: np.ndarray
     nodata: np.ndarray | None = None
@@ -117,7 +120,7 @@ def _declared(values: np.ndarray, image: Image.Image, tags: Any) -> Deep:
 
 
 def declared(values: np.ndarray, bits: int, nodata: str | None, *, white_is_zero: bool) -> Deep:
-    """Return the values of a file with what it says about them; ``nodata``: what GDAL's tag holds."""
+    """Return the values of a file as its tags declare them; ``nodata``: the text of GDAL's tag."""
     mask = _nodata(values, nodata)
     top = (1 << bits) - 1 if values.dtype.kind == "u" and bits <= 16 else None
     return Deep(turned(values, top) if white_is_zero else values, mask, top)
@@ -139,7 +142,7 @@ def turned(values: np.ndarray, top: int | None) -> np.ndarray:
 
 
 def _nodata(values: np.ndarray, tag: str | None) -> np.ndarray | None:
-    """Return where ``values`` are what the tag says stands for no value."""
+    """Return where ``values`` equal the number in the tag; None: no such tag."""
     try:
         number = float(str(tag).strip("\0 "))
     except ValueError:  # no such tag
@@ -162,9 +165,9 @@ def values_by_tifffile(data: bytes, page: int = 0) -> Deep:
     except ImportError as e:
         raise ValueError(f"a kind of TIFF that Pillow cannot read; tifffile may: {install('tifffile')}") from e
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        if page >= len(file.pages):
-            raise ValueError(f"data.page={page} of {len(file.pages)} pages")
-        one = file.pages[page]
+        if (pages := len(file.pages)) > 1 and page >= pages:
+            raise ValueError(f"data.page={page}, expected at most {pages - 1}, its last one")
+        one = file.pages[page if pages > 1 else 0]
         samples, kind = int(one.samplesperpixel), int(one.photometric)
         if one.imagewidth * one.imagelength > 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize):
             raise Image.DecompressionBombError(f"{one.imagewidth * one.imagelength:,} pixels")
@@ -197,8 +200,8 @@ def to_levels(deep: Deep, intensity: tuple[float, float] | None) -> np.ndarray:
         raise ValueError("no finite value")
     if deep.values.dtype == np.uint8 and deep.top == 255:
         return deep.values
-    is_deep = deep.values.dtype.itemsize > 1
-    levels = scaled(deep.values, *intensity) if is_deep and intensity is not None else by_depth(deep)
+    has_range = intensity is not None and deep.values.dtype.itemsize > 1  # ranges are for more than 8 bits
+    levels = scaled(deep.values, *intensity) if has_range else by_depth(deep)
     if deep.nodata is not None:
         levels[deep.nodata] = 0
     return levels
@@ -231,8 +234,10 @@ def by_depth(deep: Deep) -> np.ndarray:
         if deep.top > 255:
             warn_once(f"{deep.top.bit_length()} bits", "they are scaled by their depth")
         return scaled(values.astype(np.uint16), 0, deep.top)
-    finite = np.isfinite(values)
-    low, high = float(values[finite].min()), float(values[finite].max())
+    valid = deep.valid()
+    if not len(valid):
+        return np.zeros(values.shape, np.uint8)
+    low, high = float(valid.min()), float(valid.max())
     top = 1 if values.dtype.kind == "f" else 65535
     if low >= 0 and high <= top:
         warn_once(str(values.dtype), f"values in 0..{top} are scaled to 0..255")
@@ -241,7 +246,7 @@ def by_depth(deep: Deep) -> np.ndarray:
         warn_once(f"{values.dtype} beyond 0..{top}", "the least value becomes 0, the greatest 255, image by image")
     if low == high:
         return np.zeros(values.shape, np.uint8)
-    return _scaled(np.where(finite, values, low), low, high)
+    return _scaled(np.where(np.isfinite(values), values, low), low, high)
 
 
 @functools.cache

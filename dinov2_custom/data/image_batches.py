@@ -1,6 +1,6 @@
 """Batches of transformed images for a frozen model, through the same processes and memory as training's.
 
-Nothing of it lies in ``/dev/shm``, which has 64 MB in a container. Read :class:`ImageLoader` first.
+They do not use ``/dev/shm``, which has 64 MB in a container. Read :class:`ImageLoader` first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HANG_S = 600.0  # without a batch, after which a process hangs
 
 
 class Batch(NamedTuple):
-    """images (n, C, H, W) and the targets of those that could be read, their indices, reasons of the others."""
+    """images (n, C, H, W), targets and indices of those that could be read; bad: index -> reason of the others."""
 
     images: Tensor
     targets: list[Any]
@@ -36,8 +36,8 @@ class ImageBatches:
     """What the ring needs to build batch i: the images ``indices(i)`` of ``dataset``, which gives (image, target).
 
     Args:
-        transform: of images that are no tensors (C, H, W) yet.
-        shape: (C, H, W) of all of them.
+        transform: from an image of ``dataset`` to a tensor; None: they are tensors.
+        shape: (C, H, W) of every tensor.
         skip_bad: name unreadable images instead of raising.
     """
 
@@ -98,7 +98,7 @@ class ImageLoader:
         dataset: gives (float tensor (C, H, W), target).
         indices: of the images of batch i, at most ``batch_size``.
         stop: number of the batch after the last; None: endless.
-        collate: list of targets -> what is given; default: torch's.
+        collate: makes a batch of a list of targets; default: torch's.
 
     Raises:
         DataError: an image cannot be read, or a process hangs; names it.

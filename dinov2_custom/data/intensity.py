@@ -17,6 +17,7 @@ from dinov2_custom.utils.rng import random_for
 
 from .decode import image_errors, open_page, page_note, values_of
 from .depth import Deep, is_deep, scaled
+from .sources import read_image
 
 logger = logging.getLogger("dinov2")
 FILES = 64  # of the sample
@@ -32,8 +33,8 @@ class Measured(NamedTuple):
     """What was found in the sample.
 
     intensity: values that become 0 and 255; None: no image of more than 8 bits. clipped: share of their values outside.
-    levels, levels_an_image: of the 256, used by all of them and by the median one. notes: how many have which
-    peculiarity of their page.
+    levels, levels_an_image: of the 256, used by all of them and by the median one. notes: number of images for each
+    note on their page.
     """
 
     intensity: tuple[float, float] | None
@@ -45,7 +46,7 @@ class Measured(NamedTuple):
     notes: Counter[str] = Counter()
 
     def describe(self) -> list[str]:
-        """Return what was found, a fact a line."""
+        """Return what was found, one line for each fact."""
         lines = []
         if self.intensity is not None:
             low, high = self.intensity
@@ -57,7 +58,7 @@ class Measured(NamedTuple):
         return lines + [f"{what}: {count} of {self.images} images looked at" for what, count in self.notes.items()]
 
     def warnings(self) -> list[str]:
-        """Return what will hardly give good features."""
+        """Return a warning for each property that is unlikely to give good features."""
         if self.intensity is None:
             return []
         low, high = self.intensity
@@ -72,9 +73,16 @@ class Measured(NamedTuple):
         return [
             *found,
             f"the median image of more than 8 bits uses {self.levels_an_image} of 256 levels: expected {FEW_LEVELS}; "
-            f"its own values span less than {low:g}..{high:g}, which hold for all images: narrow them with {ADVICE}, "
-            "or train on images of like brightness",
+            f"its own values span less than {low:g}..{high:g}, the range of all images: narrow that with {ADVICE}, "
+            "or train on images of similar brightness",
         ]
+
+    def log(self) -> None:
+        """Log all of it."""
+        for line in self.describe():
+            logger.info(line)
+        for line in self.warnings():
+            logger.warning(line)
 
 
 def measure(
@@ -86,7 +94,7 @@ def measure(
 ) -> Measured:
     """Measure the range on ``FILES`` images spread over a dataset of ``count``, drawn by a generator of ``seed``.
 
-    ``values_of_image(i)``: see :class:`Looker`; an image for which it raises DataError or OSError is passed over.
+    ``values_of_image(i)``: see :class:`Looker`; an image for which it raises DataError or OSError is skipped.
     ``intensity``: measure everything but the range, which is this one.
     """
     strata = min(FILES, count)
@@ -124,10 +132,10 @@ def measure(
 
 
 def without_nodata(values: np.ndarray) -> np.ndarray:
-    """Return finite ``values`` sorted, without what must stand for no value.
+    """Return finite ``values`` sorted, without those that mark missing data.
 
-    A value at an end counts as such (-9999, -3.4e38, zeros around a picture) when it is further from the next one than
-    the rest is wide.
+    The least or greatest value is taken for such a mark (-9999, -3.4e38, zeros around a picture) when its distance from
+    the next one exceeds the width of all others.
     """
     values = np.sort(values)
     for _ in range(MOST_LEFT_OUT):
@@ -150,13 +158,13 @@ def range_of(values: np.ndarray) -> tuple[float, float]:
 
 
 def _is_apart(rest: np.ndarray, gap: float) -> bool:
-    """Return whether a value ``gap`` away from the sorted values ``rest`` is none like them."""
+    """Return whether a value ``gap`` away from the sorted values ``rest`` is an outlier."""
     low, high = np.percentile(rest, PERCENTILES)
     return gap > high - low and len(np.unique(rest)) >= LEAST_OTHERS
 
 
 class Looker:
-    """Gives the values of image i of ``dataset``; None: it has 8 bits. And what to know of its page, or ""."""
+    """Return (values of image i of ``dataset``, or None if it has 8 bits; the note on its page, or "")."""
 
     def __init__(self, dataset: Any, page: int = 0):
         self.dataset, self.page = dataset, page
@@ -167,7 +175,7 @@ class Looker:
         Raises:
             DataError: it cannot be read.
         """
-        data = (getattr(self.dataset, "read", None) or self.dataset.get_image_data)(i)
+        data = read_image(self.dataset, i)
         if not isinstance(data, bytes):  # of a dataset of one's own, with a decoder of its own
             return None, ""
         with image_errors(data, self.dataset.name(i)):

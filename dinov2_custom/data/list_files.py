@@ -114,7 +114,7 @@ class ListSource(Source):
             if not line.strip():
                 continue
             try:
-                row = parse_json(line)
+                row = parse_json(line, finite=False)  # other columns may hold NaN, as Python writes it
             except ValueError as e:
                 raise DataError(f"expected a JSON object per line: {self.path} line {number} ({e})") from e
             if number == 1 and isinstance(row, dict):

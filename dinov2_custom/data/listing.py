@@ -226,7 +226,7 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
 
 
 def is_pattern(place: str) -> bool:
-    """Return whether a place stands for several: it has ``*``, ``?`` or ``[``, and nothing is called so."""
+    """Return whether a place is a pattern: it has ``*``, ``?`` or ``[``, and no file or folder has that name."""
     return PATTERN.search(place) is not None and not os.path.exists(place)
 
 

@@ -150,7 +150,8 @@ def make_train_loader(
     Every sample is a pure function of (``cfg.train.seed``, draw number): iteration i of the job has the draws
     [i*b*W, (i+1)*b*W), of which this rank takes its block of b; a dataset smaller than that repeats. Starting at
     ``start_iteration`` goes on exactly there. ``on_bad_image(path, reason)`` is called once for every unreadable image.
-    ``dataset``: None: as ``cfg`` says; where it has no range, images of more than 8 bits are scaled by their depth.
+    ``dataset``: None: made from ``train.dataset_path``; images of more than 8 bits are then scaled by their depth where
+    ``data.intensity`` is "auto".
     ``cores``: this rank's share of the machine's, for ``train.num_workers`` "auto"; None: all that it may use.
 
     Raises:

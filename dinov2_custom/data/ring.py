@@ -74,7 +74,7 @@ class Ring:
     for :meth:`grow`. So many processes are started at once, and those beyond ``num_workers`` wait: a fork after the
     first collective can harm memory that nccl has registered with the network (EFA, InfiniBand on old kernels).
     ``stop``: number of the batch after the last; None: endless. ``hang_s``: seconds without a batch after which that is
-    an error; None: a warning, again and again.
+    an error; None: only warnings, at growing intervals.
     """
 
     def __init__(
@@ -190,7 +190,11 @@ class Ring:
                 self._replace(worker)
 
     def _look_for_hanging(self) -> None:
-        """Name the processes that have work and have not done any for long, less and less often."""
+        """Warn of the processes that have had work for long, at growing intervals.
+
+        Raises:
+            DataError: nothing came for ``hang_s``.
+        """
         gives_up = self.hang_s is not None and self.waited_s >= self.hang_s
         if not gives_up and self.waited_s < self.next_warning_s:
             return

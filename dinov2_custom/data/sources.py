@@ -93,7 +93,7 @@ class FolderSource(Source):
     ):
         self.roots = as_roots(root)
         if any(map(is_pattern, self.roots)):
-            cache_from = sys.maxsize  # no time stamp tells what else would match
+            cache_from = sys.maxsize  # never: no time stamp shows what else would match now
         places = [place for one in self.roots for place in (one, real(one))]
         key = ["folders, others counted", *sorted(set(extensions)), *places]
         self.index = cached(key, lambda on_count: index_folders(self.roots, extensions, on_count), cache_from)
@@ -231,6 +231,15 @@ class OpenFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"limit": self.limit, "descriptors": {}}
+
+
+def read_image(dataset: Any, i: int) -> bytes:
+    """Return the bytes of image ``i`` of anything that ``make_dataset`` makes.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    return (getattr(dataset, "read", None) or dataset.get_image_data)(i)
 
 
 def as_roots(root: Root | Sequence[Root]) -> list[str]:

@@ -102,23 +102,22 @@ class TrainLoader:
                 source.close()
 
     def _source(self, start_iteration: int, device: torch.device, first_draw: int) -> tuple[Any, AutoWorkers | None]:
-        """Start what builds the batches; with it, for ``num_workers`` "auto", who chooses the number of processes."""
+        """Start what builds the batches; for ``num_workers`` "auto" also what chooses the number of processes."""
         builder = copy.copy(self.builder)
         builder.first_draw = first_draw
         builder.late_colours = self.colours == "device" or (self.colours == "auto" and device.type != "cpu")
         builder.kernel = fastest_kernel()  # one choice for all processes
         if not builder.late_colours:
             colour_changer()  # compile before the processes need it
+        pinned = device.type == "cuda"
         if self.num_workers == "auto":
             auto = AutoWorkers(builder.batch_size, self.cores)
-            ring = PinnedRing if device.type == "cuda" else Ring
-            return ring(builder, auto.first, start_iteration, max_workers=auto.most), auto
-        num_workers = at_most_cores(self.num_workers)
-        return open_ring(builder, num_workers, start_iteration, pinned=device.type == "cuda"), None
+            return open_ring(builder, auto.first, start_iteration, pinned=pinned, max_workers=auto.most), auto
+        return open_ring(builder, at_most_cores(self.num_workers), start_iteration, pinned=pinned), None
 
 
 def open_ring(builder: Any, num_workers: int, first: int, *, pinned: bool = False, **options: Any) -> Any:
-    """Return what builds batches from ``first`` on: a ring of processes, or with 0 of them this one."""
+    """Return what builds batches from number ``first`` on: a :class:`Ring` of processes, with 0 :class:`InProcess`."""
     if num_workers == 0:
         return InProcess(builder, first)
     return (PinnedRing if pinned else Ring)(builder, num_workers, first, **options)

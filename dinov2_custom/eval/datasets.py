@@ -110,7 +110,7 @@ def match_classes(train_dataset: Any, other_dataset: Any, train_flag: str, other
 def find_same_files(train_dataset: Any, other_dataset: Any) -> np.ndarray:
     """Return, for each image of ``other_dataset``, the index of the same file in ``train_dataset``; -1: not there.
 
-    int64 (len(other_dataset),). Links count as what they point to. Images that have no path are in no other dataset.
+    int64 (len(other_dataset),). Links are followed. Images that have no path are in no other dataset.
     """
     places = {path: index for index, path in enumerate(_paths_of(train_dataset))}
     found = [places.get(path, -1) for path in _paths_of(other_dataset)] if places else []

@@ -57,8 +57,8 @@ class KnnModule(nn.Module):
         T: temperature of the softmax over the max(nb_knn) similarities that weighs the votes.
         device: where to compute; None: where ``train_features`` are.
 
-    Features of an untrained network with a small LayerScale differ by less than float32 tells cosines apart. Of rows
-    that are nearly alike their distances from the mean are compared instead, which gives the same order and weights.
+    Features of an untrained network with a small LayerScale are so alike that their float32 cosines all round to 1. In
+    that case the mean is subtracted and distances are compared instead, which gives the same order and weights.
 
     Source: Wu et al. 2018 (instance discrimination), section 3.4; upstream ``eval/knn.py``.
     """
@@ -82,7 +82,7 @@ class KnnModule(nn.Module):
             self.half_squares = self.train_features.square().sum(dim=1) / 2
 
     def _similarity(self, features: Tensor) -> Tensor:
-        """Return cosines (B, N), or where ``mean`` is given what differs from them by a number of each row."""
+        """Return cosines (B, N); where the mean is subtracted, cosines minus a constant of each row."""
         features = features.to(self.train_features.device)
         if self.mean is None:
             return features @ self.train_features.T
@@ -104,7 +104,7 @@ class KnnModule(nn.Module):
             available -= 1
         nearest, indices = similarity.topk(min(max(self.nb_knn), available), dim=1)
         if self.mean is not None:
-            nearest = nearest.double()  # else the nearer one of two classes with as many votes is lost
+            nearest = nearest.double()  # float32 would lose which of two classes with equal votes is nearer
         weights = F.softmax(nearest / self.T, dim=1)
         labels = self.train_labels[indices]
         scores = {k: weights.new_zeros(len(features_rank), self.num_classes) for k in self.nb_knn}

@@ -75,9 +75,10 @@ class LinearCheckpointer:
             if (iteration := state.get("iteration", -1)) != -1:
                 check_whole(state, "iteration", 0, 2**63)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+            advice = "begin again with --no-resume" if resume else "give another --classifier-fpath"
             raise CheckpointError(
-                f"expected a checkpoint of linear classifiers at {source}, got one with {type(e).__name__}: {e}; begin "
-                "again with --no-resume"
+                f"expected a checkpoint of linear classifiers at {source}, got one with {type(e).__name__}: {e}; "
+                f"{advice}"
             ) from e
         logger.info(f"classifiers from={source} iteration={iteration}")
         return iteration

@@ -87,7 +87,7 @@ def make_eval_data_loader(
 
     Args:
         transform: None: shorter side 256, central 224 pixels, ImageNet's normalisation.
-        train_dataset: its class folders' numbers count, where both have a folder a class, unless ``has_mapping``.
+        train_dataset: its class indices are used where both have a folder for each class, unless ``has_mapping``.
         flag: what gave ``test_dataset_str``, for errors.
         reading: of images of more than 8 bits; None: measured.
 

@@ -32,7 +32,7 @@ class MetricLogger:
         delimiter: between the fields of a log line.
         output_file: JSON-lines file that rank 0 appends to; None: none.
         sinks: further places for rows; closing them is the caller's.
-        make: makes the series of a name, where a default one does not do.
+        make: name -> function that makes its series; others are a plain :class:`SmoothedValue`.
 
     Attributes:
         counts: numbers that rows give as they stand, after the series.
@@ -85,7 +85,7 @@ class MetricLogger:
         return self._windows | {name: meter.state() for name, meter in self.meters.items()}
 
     def load_state(self, windows: Mapping[str, Sequence[float | str]]) -> None:
-        """Go on with ``windows`` in series that get numbers, so that rows are as if there had been no stop between."""
+        """Start series from ``windows`` once they get a number: rows are then as without a stop in between."""
         self._windows = dict(windows)
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
@@ -177,7 +177,8 @@ class MetricLogger:
                 times = [f"time: {iter_time}", f"data: {data_time}"]
                 place = _place(iteration, n_iterations, iter_time.global_avg, left_s, limit_s)
                 fields = [header, *place, self._line(shown), *times, *_speed(rates, more)]
-                bar.show(" ".join(filter(None, (f"it={iteration}" * bool(limit_s), self._headline()))))
+                count = f"it={iteration}" if limit_s else ""
+                bar.show(" ".join(filter(None, (count, self._headline()))))
                 logger.info(self.delimiter.join(filter(None, fields)), extra={"shown_by_bar": bar.visible})
 
         place: dict[str, Any] = {"total": n_iterations, "initial": start_iteration}

@@ -19,7 +19,7 @@ from dinov2_custom import distributed
 
 logger = logging.getLogger("dinov2")
 
-# of a loop that ends at a time: percent and time left are the clock's, and iterations are in the text behind the bar
+# for a loop that time ends: percent and time left are of that time, and iterations stand in the text behind the bar
 BY_THE_CLOCK = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 _open_bars: list[ProgressBar] = []
 

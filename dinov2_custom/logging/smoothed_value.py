@@ -119,7 +119,8 @@ def read_pending(meters: Iterable[SmoothedValue]) -> None:
     there = {kind: iter(_to_host(group)) for kind, group in tensors.items()}
     for meter in meters:
         for value, num in meter.pending:
-            number = meter.of(next(there[value.device, value.dtype])) if isinstance(value, torch.Tensor) else value
+            is_tensor = isinstance(value, torch.Tensor)
+            number = float(meter.of(next(there[value.device, value.dtype])) if is_tensor else value)
             meter.deque.append(number)
             if math.isfinite(number):
                 meter.count += num

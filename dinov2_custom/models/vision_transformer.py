@@ -267,7 +267,7 @@ class DinoVisionTransformer(nn.Module):
             ValueError: a block index that does not exist, or is given twice.
         """
         tokens = self.prepare_tokens_with_masks(x)
-        blocks = self.all_blocks()  # those there now: people cut models, `model.blocks = model.blocks[:6]`
+        blocks = self.all_blocks()  # users shorten models: `model.blocks = model.blocks[:6]`
         wanted = range(len(blocks) - n, len(blocks)) if isinstance(n, int) else n
         outputs = []
         for index, block in enumerate(blocks):

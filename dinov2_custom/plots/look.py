@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,6 @@ from dinov2_custom.reading import choose_reading
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
 from dinov2_custom.utils.run_folder import default_output
 
-logger = logging.getLogger("dinov2")
 _BATCH = 32
 
 
@@ -134,7 +132,7 @@ def spread(length: int, count: int) -> list[int]:
 
 
 def readable(dataset: Any, indices: list[int]) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (number, RGB image) of the images that can be read; the others are logged."""
+    """Yield (number, RGB image) of the images that can be read; print the others."""
     for index in indices:
         try:
             image, _ = dataset[index]

@@ -84,12 +84,13 @@ def prepare_image(data: bytes, name: str, options: Options, simplejpeg: ModuleTy
     if found.reason:
         return Prepared("bad", reason=found.reason, num_bytes=len(data))
     target = target_format(found.format, options, changed=False)
-    width, height = shrunk_size(found.width, found.height, options.short_side)
-    if target == found.format and (width, height) == (found.width, found.height):
-        output = Output(with_suffix(name, found.format), data, width, height)
-        return Prepared("kept", (output,), num_bytes=len(data))
-    target = target_format(found.format, options, changed=True)
     try:
+        size = _size_of_page(data, found, options.page)
+        width, height = shrunk_size(*size, options.short_side)
+        if target == found.format and (width, height) == size:
+            output = Output(with_suffix(name, found.format), data, width, height)
+            return Prepared("kept", (output,), num_bytes=len(data))
+        target = target_format(found.format, options, changed=True)
         changed = encode(*_pixels(data, found, (width, height), options.reading), target, options.quality)
     except MemoryError:
         raise
@@ -121,6 +122,14 @@ def with_suffix(name: str, format: str) -> str:
         return name
     known = dot and any(f".{suffix.lower()}" in one for one in SUFFIXES.values())
     return (stem if known else name) + allowed[0]
+
+
+def _size_of_page(data: bytes, found: Checked, page: int) -> tuple[int, int]:
+    """Return (width, height) of the page that is read; ``found`` has those of the first."""
+    if not page:
+        return found.width, found.height
+    image = open_page(data, page)
+    return image.values.shape[1::-1] if isinstance(image, Deep) else image.size
 
 
 def _pixels(data: bytes, found: Checked, size: tuple[int, int], reading: Reading) -> tuple[Image.Image, int]:

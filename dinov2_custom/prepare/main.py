@@ -30,14 +30,14 @@ from PIL import Image
 from dinov2_custom.data.decode import formats
 from dinov2_custom.data.depth import Deep, Reading
 from dinov2_custom.data.intensity import Looker, measure
-from dinov2_custom.data.sources import MAX_IMAGE_BYTES
+from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import missing
 from dinov2_custom.files import parse_json_object
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image, find_simplejpeg
 from dinov2_custom.verify.folder import own_folder, written_whole
-from dinov2_custom.verify.main import TIME_LIMIT_S, open_dataset, read_image
+from dinov2_custom.verify.main import TIME_LIMIT_S, open_dataset
 from dinov2_custom.verify.pool import Death, num_cores, run_pool
 from dinov2_custom.verify.report import absolute
 
@@ -133,16 +133,13 @@ class TileLooker(Looker):
 
 
 def with_range(options: Options, dataset: Any, folder: Path) -> Options:
-    """Return ``options`` with a range: their own, that of the run which was begun in ``folder``, or a measured one."""
-    text = (folder / MARKER).read_text()
-    if text.strip():
-        intensity = options.intensity or json.loads(text).get("intensity")
+    """Return ``options`` with a range: their own, else that of the run begun in ``folder``, else a measured one."""
+    begun = _task_begun(folder)
+    if begun is not None:
+        intensity = options.intensity or begun.get("intensity")
         return dataclasses.replace(options, intensity=intensity and tuple(intensity))
     found = measure(len(dataset), TileLooker(dataset, options.page), intensity=options.intensity)
-    for line in found.describe():
-        logger.info(line)
-    for line in found.warnings():
-        logger.warning(line)
+    found.log()
     return dataclasses.replace(options, intensity=options.intensity or found.intensity)
 
 
@@ -211,7 +208,7 @@ def prepare(dataset: Any, folder: Path, options: Options, *, shard_size: int, wo
         _write(writer, i, dataset.name(i), prepared, skip if i == first else 0)
     writer.finish()
     shutil.rmtree(spool)
-    return _finish(writer, folder, options)
+    return _finish(writer, folder)
 
 
 def _write(writer: PartWriter, i: int, name: str, prepared: Prepared, skip: int) -> None:
@@ -239,13 +236,18 @@ def task_of(dataset: Any, options: Options) -> dict[str, Any]:
     return {"images": len(dataset), "names": digest.hexdigest(), **dataclasses.asdict(options)}
 
 
+def _task_begun(folder: Path) -> dict[str, Any] | None:
+    """Return the task that ``folder`` was begun with; None: it is a new one."""
+    text = (folder / MARKER).read_text()
+    try:
+        return parse_json_object(text) if text.strip() else None
+    except ValueError as e:
+        raise ConfigError(f"expected to read {folder / MARKER}, got {e}; choose an empty folder") from e
+
+
 def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
-    text, task = (folder / MARKER).read_text(), json.loads(json.dumps(task))
-    if text.strip():
-        try:
-            before = parse_json_object(text)
-        except ValueError as e:
-            raise ConfigError(f"expected to read {folder / MARKER}, got {e}; choose an empty folder") from e
+    before, task = _task_begun(folder), json.loads(json.dumps(task))
+    if before is not None:
         other = [f"{key}: {before.get(key)}, now {task[key]}" for key in task if before.get(key) != task[key]]
         if other:
             raise ConfigError(
@@ -256,7 +258,7 @@ def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
         file.write(json.dumps(task) + "\n")
 
 
-def _finish(writer: PartWriter, folder: Path, options: Options) -> dict[str, Any]:
+def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
     """Write index.jsonl, bad_images.jsonl and summary.json from the lists of all parts."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()

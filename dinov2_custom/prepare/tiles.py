@@ -80,26 +80,30 @@ class TiffBands:
             raise DataError(missing("tifffile", f"a huge TIFF, {name}"))
         try:
             self._tiff: Any = tifffile.TiffFile(file)
-            self._page: Any = self._tiff.pages[reading.page if len(self._tiff.pages) > 1 else 0]
+            pages = len(self._tiff.pages)
+            self._page: Any = self._tiff.pages[min(reading.page, pages - 1)]
         except Exception as e:  # tifffile raises its own, struct.error, ValueError, ...
             raise DataError(
                 f"expected a TIFF, the only format that can be read in parts: {name} ({type(e).__name__}: {e}); "
                 "convert it to a tiled TIFF"
             ) from e
+        if pages > 1 and reading.page >= pages:
+            self.close()
+            raise DataError(f"expected at most {pages - 1}, its last page, as --page, got {reading.page}: {name}")
         self.name, self.intensity = name, reading.intensity
-        self.note = note_of_page(self._page.description, len(self._tiff.pages))
+        self.note = note_of_page(self._page.description, pages)
         page = self._page
         self.width, self.height = int(page.imagewidth), int(page.imagelength)
         self._samples = int(page.samplesperpixel)
         self._step = int(page.tilelength if page.is_tiled else min(page.rowsperstrip or self.height, self.height))
         across = -(-self.width // int(page.tilewidth)) if page.is_tiled else 1
         self._across = across
-        wrong = self._unsupported(tifffile)
+        wrong = self._unsupported()
         if wrong:
             self.close()
             raise DataError(f"expected a TIFF of grey or RGB: {name} ({wrong}); convert it")
 
-    def _unsupported(self, tifffile: ModuleType) -> str:
+    def _unsupported(self) -> str:
         page = self._page
         if page.dtype is None or page.dtype.kind not in "uif" or page.dtype == "int8":
             return f"values of type {page.dtype}"

@@ -46,7 +46,7 @@ class CheckpointStore:
         self._is_locked = self._lock.exists()
 
     def describe_loss(self) -> str:
-        """Return a sentence where somebody renamed, removed or emptied the run directory meanwhile, else "".
+        """Return a sentence where the run directory was renamed, removed or emptied during the run, else "".
 
         The lock that the run holds there is looked for: other parts of the run may make the directory again.
         """

@@ -117,7 +117,7 @@ class Course:
         self.step_s, self.elapsed_s = fmean(self._steps), seconds
 
     def expected_total(self, iteration: int) -> float:
-        """Return how many iterations the run has in all; by the clock, at the mean speed until ``iteration``."""
+        """Return the number of iterations of the whole run; where time ends it, an estimate from its mean speed."""
         if not self.limit_s:
             return self.length.total
         return iteration * self.limit_s / self.elapsed_s if self.elapsed_s else math.inf

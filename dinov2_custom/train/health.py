@@ -30,13 +30,13 @@ MAX_RANKME_ROWS = 128  # images of a step: enough to tell 1 from 20, and a hundr
 class LearningAlarm:
     """Warn, once each, of a run that does not learn or has collapsed; a sink of rows (``logging/sinks.py``).
 
-    What it says follows from the rows alone, so that a resumed run only has to :meth:`read` those of before.
+    Warnings depend on the rows alone, so that a resumed run only has to :meth:`read` the earlier ones.
 
     Kinds, each over a stretch of rows (:data:`MIN_ROWS` at least):
 
-    * ``flat``: the DINO loss is what a network has that tells no images apart. An untrained one is there too, so until
-      the loss has been below ``LEARNED`` of that, the stretch has to be ``STRETCH`` of the run, and twice that while
-      the teacher's assignments become more decided.
+    * ``flat``: the DINO loss is that of a network whose output is the same for all images. An untrained network has it
+      too: until the loss has been below ``LEARNED`` of that, the stretch has to be ``STRETCH`` of the run, and twice as
+      long while the entropy of the teacher's assignments falls.
     * ``single``: one prototype takes every image.
     * ``rank``: the features fill less than a quarter of the dimensions (RankMe) that they once filled.
 
@@ -62,7 +62,7 @@ class LearningAlarm:
             logger.warning(f"{self.warned[kind]}; {WHAT_TO_DO}")
 
     def read(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Take in the rows of before a resume."""
+        """Take in the rows from before a resume."""
         for row in rows:
             self.check(row, self.total(rows[-1]["iteration"]))
 
@@ -93,7 +93,7 @@ class LearningAlarm:
         return new
 
     def verdict(self) -> list[str]:
-        """Return what has to be said again at the end: all that still holds, or did for most of the run."""
+        """Return the warnings to repeat at the end: those that still hold, or held for most of the run."""
         most = not self.has_learned or 2 * self.num_flat > self.num_rows
         words = []
         for kind, stretch in self.stretches.items():
@@ -125,7 +125,7 @@ class LearningAlarm:
 
     def _describe(self, kind: str, stretch: list[dict[str, float]]) -> str:
         first, last = stretch[0], stretch[-1]
-        flat = "the student cannot tell from a crop to which prototypes the teacher gives another crop of that image"
+        flat = "the student cannot predict from one crop the teacher's prototypes of another crop of the same image"
         if last["teacher_entropy"] >= (1 - COLLAPSE_MARGIN) * self.uniform_entropy:
             flat = "the teacher spreads every image evenly over all prototypes"
         if last.get("rankme", math.inf) < ALIKE:
@@ -149,7 +149,7 @@ class LearningAlarm:
         )
 
 
-def flat_dino_loss(cfg, model) -> float | None:
+def flat_dino_loss(model) -> float | None:
     """Return the reported DINO loss of a network that spreads every image evenly; None: there is no such loss."""
     if not model.do_dino:
         return None

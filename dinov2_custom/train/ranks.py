@@ -1,9 +1,9 @@
-"""What the processes of a job know of each other without a word between them: small files in ``<run>/logs/ranks``.
+"""Heartbeat files shared by the ranks of a job, in ``<run>/logs/ranks``.
 
-``rank<n>`` says who process n is, how far, and what it died of; ``end_<token>`` which process is about to say in the
-log why the job ends, ``told_<token>`` that it is said. The
-token is the job's own: files of an earlier start do not count. Nothing of it needs a collective or a GPU. Not here:
-when a job has to end (``watch.py``). Read :class:`Ranks` first.
+``rank<n>`` holds the identity, progress and error of process n; ``end_<token>`` names the process that is about to
+write into the log why the job ends, ``told_<token>`` exists once that is written. The token is the job's own: files of
+an earlier start do not count. No collective and no GPU is needed. Not here: when a job has to end (``watch.py``). Read
+:class:`Ranks` first.
 """
 
 from __future__ import annotations

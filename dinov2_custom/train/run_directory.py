@@ -104,8 +104,8 @@ def changed_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> li
     if not before or not now or before == now:
         return []
     if before["images"] != now["images"]:
-        return [f"images found: {before['images']:,} -> {now['images']:,}, so that other ones come"]
-    return ["images found: as many, but other ones"] if before["digest"] and now["digest"] else []
+        return [f"images found: {before['images']:,} -> {now['images']:,}, so that others are drawn"]
+    return ["images found: as many, but different ones"] if before["digest"] and now["digest"] else []
 
 
 def _global_batch(config: Mapping[str, Any], world_size: int) -> tuple[int, str]:

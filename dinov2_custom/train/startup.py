@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 from dinov2_custom import __version__
 from dinov2_custom.commands import command
 from dinov2_custom.reading import describe, reading_of
-from dinov2_custom.teacher import RELEASED_CROP_SIZE
 from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.utils import get_sha
@@ -49,13 +48,13 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
 
 
 def describe_doubts(cfg, course: Course, num_images: int) -> str:
-    """Say which values of ``cfg`` are for longer runs or more images than these; "" where none is.
+    """Return a sentence on the values of ``cfg`` that are meant for longer runs or more images; "" where none is.
 
-    Weights that a run goes on from have their LayerScale, and features that need no long start.
+    Runs from pretrained weights are exempt: these bring their LayerScale, and features that need no long start.
     """
     if cfg.student.pretrained_weights:
         return ""
-    steps = math.inf if course.limit_s else course.length.total  # by the clock nobody knows yet
+    steps = math.inf if course.limit_s else course.length.total  # not known in advance where time ends the run
     is_short, layerscale, momentum = steps < SHORT_RUN, cfg.student.layerscale, cfg.teacher.momentum_teacher
     prototypes, smallest = cfg.dino.head_n_prototypes, cfg.crops.global_crops_scale[0]
     found = []
@@ -71,20 +70,18 @@ def describe_doubts(cfg, course: Course, num_images: int) -> str:
         return ""
     length = f"{num_images:,} images" if course.limit_s else f"{steps:,} iterations, {num_images:,} images"
     return (
-        f"{length}: these values are made for about 100,000 of both: {', '.join(found)}; --config-file "
-        "configs/small.yaml is made for few images and steps"
+        f"{length}: these values are meant for about 100,000 of each: {', '.join(found)}; --config-file "
+        "configs/small.yaml is meant for few images and steps"
     )
 
 
 def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
     """Return what was written and what to do next."""
-    out, side = Path(cfg.train.output_dir), cfg.crops.global_crops_size
-    crop_size = "" if side == RELEASED_CROP_SIZE else f" --crop-size {side}"
+    out = Path(cfg.train.output_dir)
     return [
         f"teacher weights: {teacher_path}",
         f"training state: {checkpoint_path} (the same command, made longer, goes on from it)",
         f"losses: {out / 'training_metrics.json'}",
         f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
-        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL"
-        f"{crop_size}",
+        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",
     ]

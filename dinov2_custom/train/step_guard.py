@@ -97,7 +97,7 @@ class StepGuard:
         return heard if distributed.is_enabled() else self._own_word  # alone there is nobody to agree with
 
     def state(self) -> dict[str, int]:
-        """Return what a checkpoint has to hold: the steps left out, those included that the host has not heard of."""
+        """Return what a checkpoint has to hold: the steps left out, including those not yet read on the host."""
         waiting = sum(not all(report.facts.tolist()[: len(report.terms)]) for report in self._reports)
         return {"skipped_steps": self.skipped + waiting}
 

@@ -107,7 +107,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     keep = {name: cfg.checkpointing[name] for name in ("keep_last", "keep_every", "on_error", "async_save")}
     checkpointer = Checkpointer(out, model, optimizer, model.fp16_scaler, **keep)
     resumed = checkpointer.load_latest() if resume else None
-    open_log("dinov2")  # nothing that a user may have to mend comes after this
+    open_log("dinov2")  # the last user-fixable error is above this line
     iteration = 0 if resumed is None else resumed.iteration + 1
     kept = {} if resumed is None else resumed.values
     course = Course(length, kept.get("course"), late=int(distributed.is_enabled()))
@@ -132,7 +132,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     make = {"teacher_entropy": seldom, "prototype_entropy": seldom, "rankme": partial(seldom, of=rankme)}
     metrics = MetricLogger(delimiter="  ", sinks=sinks, make=make)
     metrics.load_state(kept.get("windows", {}))
-    alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(cfg, model), course.expected_total)
+    alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(model), course.expected_total)
     alarm.read(read_rows(out / METRICS_FILE) if rank == 0 else [])
     sinks.add(alarm)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
@@ -205,7 +205,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 leaving = bool(word.stop_signal)
                 extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()
                 extra["data"] = loader.found
-                extra["has_row_of_stop"] = int(leaving and not last and not model.diagnose)  # the run has it not
+                # a run without the stop does not have the row that the stop writes
+                extra["has_row_of_stop"] = int(leaving and not last and not model.diagnose)
                 checkpoint_path = checkpointer.save(
                     iteration, final=last, wait=leaving, draws=loader.draws, extra=extra
                 )
@@ -227,7 +228,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
 
 
 def open_data(cfg, resume: bool, on_bad_image=None):
-    """Return ``cfg`` with the range of the images' values in it, and the loader of :func:`make_train_loader`."""
+    """Return (``cfg`` with ``data.intensity`` as chosen, the loader of :func:`make_train_loader`)."""
     dataset = make_dataset(dataset_str=cfg.train.dataset_path)
     out = Path(cfg.train.output_dir)
     cfg = choose_for_training(cfg, dataset, out if resume and has_checkpoints(out) else None)

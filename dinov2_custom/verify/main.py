@@ -22,7 +22,7 @@ import yaml
 
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.data.sources import MAX_IMAGE_BYTES
+from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import install
 from dinov2_custom.logging import setup_logging, track
@@ -75,15 +75,6 @@ def open_dataset(words: Sequence[str]) -> Any:
     except yaml.YAMLError as e:
         raise ConfigError(f"dataset: expected a path, a dataset string or YAML, got {' '.join(words)} ({e})") from e
     return make_dataset(dataset_str=parts[0] if len(parts) == 1 else parts)
-
-
-def read_image(dataset: Any, i: int) -> bytes:
-    """Return the bytes of image ``i`` of anything that ``make_dataset`` makes.
-
-    Raises:
-        DataError: they cannot be read.
-    """
-    return (getattr(dataset, "read", None) or dataset.get_image_data)(i)
 
 
 def verify(

@@ -30,6 +30,9 @@ def load(key, value):
         ("[images, more]", ["{0}/images", "{0}/more"]),
         ("list.csv", "{0}/list.csv"),
         ("shard-{0000..0127}.tar", "{0}/shard-{0000..0127}.tar"),
+        ("images/*/?.jpg", "{0}/images/*/?.jpg"),
+        ("Tar:path=shard-{0000..0127}.tar", "Tar:path={0}/shard-{0000..0127}.tar"),
+        ("ImageDataset:root=i*", "ImageDataset:root={0}/i*"),
         ("ImageList:path=list.csv:column=i:root=images", "ImageList:path={0}/list.csv:column=i:root={0}/images"),
         ("ImageNet:split=TRAIN:root=images:extra='more'", "ImageNet:split=TRAIN:root={0}/images:extra='{0}/more'"),
         ("[{path: images, weight: 0.7}, {path: more, weight: 0.3}]",
@@ -53,7 +56,8 @@ def test_dataset_paths(folder, given, expected):
 
 
 def test_what_is_not_there(folder):
-    there = ["images", f"{folder}/shard-{{0000..0127}}.tar", "s3://a/b", "", None, f"Tar:path='{folder}/more'"]
+    patterns = [f"{folder}/{name}" for name in ("shard-{0000..0127}.tar", "image?/1.jpg", "images/**/?.jpg")]
+    there = ["images", *patterns, "s3://a/b", "", None, f"Tar:path='{folder}/more'"]
     assert absent(there) == []
     gone = ["/nowhere/a", {"kind": "ImageNet", "root": "/nowhere/b"}, 'ImageNet:root="/nowhere/c":extra=/nowhere/d']
     assert absent([*gone, "/nowhere/{0..3}.tar"]) == [*(f"/nowhere/{n}" for n in "abcd"), "/nowhere/{0..3}.tar"]

@@ -248,6 +248,19 @@ def test_tiffs_of_other_channels_say_so():
         decode_rgb(data, "odd.tif")
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_nodata_does_not_narrow_an_image_without_a_range(kind):
+    values = (RAMP * 1000 - 5000).astype(kind)
+    values[:2] = -99_999
+    data = encode(Image.fromarray(values), "TIFF", tiffinfo={42113: "-99999"})  # GDAL_NODATA
+    levels = grey_levels(decode_rgb(data))
+    seen = values[2:].astype(np.float64)
+    np.testing.assert_array_equal(levels[2:], np.round((seen - seen.min()) * (255 / (seen.max() - seen.min()))))
+    assert not levels[:2].any()
+    values[:] = -99_999
+    assert not grey_levels(decode_rgb(encode(Image.fromarray(values), "TIFF", tiffinfo={42113: "-99999"}))).any()
+
+
 def tiff(values: np.ndarray, **options) -> bytes:
     tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
     tifffile.imwrite(file, values, **options)

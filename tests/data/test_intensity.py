@@ -219,12 +219,26 @@ def test_pages(tmp_path):
         dataset[2]
 
 
-def test_page_of_a_deep_stack():
-    tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
-    values = np.random.default_rng(0).integers(0, 4096, (3, 8, 9, 3), dtype=np.uint16)
-    tifffile.imwrite(file, values, photometric="rgb", compression="zlib")
-    got = decode.decode_rgb(file.getvalue(), reading=Reading((0, 4095), 1))
+def test_a_jpeg_has_one_page_with_any_decoder():
+    data = encode(picture(24, 18), "MPO", save_all=True, append_images=[picture(24, 18, 1)])
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    for decoded in (decode.decode_rgb, decode.decode_array):
+        np.testing.assert_array_equal(decoded(data, reading=Reading(page=1)), decoded(data))
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32], ids=["through Pillow", "through tifffile"])
+def test_page_of_a_deep_stack(kind):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 4096, (3, 8, 9, 3)).astype(kind)
+    stack, single = io.BytesIO(), io.BytesIO()
+    tifffile.imwrite(stack, values, photometric="rgb", compression="zlib")
+    tifffile.imwrite(single, values[0], photometric="rgb", compression="zlib")
+    got = decode.decode_rgb(stack.getvalue(), reading=Reading((0, 4095), 1))
     np.testing.assert_array_equal(np.asarray(got), np.round(values[1] * (255 / 4095)))
+    with pytest.raises(DataError, match="data.page=3, expected at most 2"):
+        decode.decode_rgb(stack.getvalue(), reading=Reading((0, 4095), 3))
+    got = decode.decode_rgb(single.getvalue(), reading=Reading((0, 4095), 3))  # has only that one
+    np.testing.assert_array_equal(np.asarray(got), np.round(values[0] * (255 / 4095)))
 
 
 def test_a_dataset_of_ones_own_has_the_defaults(tmp_path):

@@ -218,7 +218,7 @@ def test_a_table_without_a_header_keeps_its_first_image(tmp_path):
 
 def test_a_json_object_per_line(tmp_path):
     file = tmp_path / "files.jsonl"
-    file.write_text('{"label": 3, "path": "a.jpg"}\n\n{"path": "b c.jpg"}\n')
+    file.write_text('{"label": 3, "path": "a.jpg"}\n\n{"path": "b c.jpg", "score": NaN}\n')
     assert names(make_dataset(dataset_str=str(file)).source) == [f"{tmp_path}/a.jpg", f"{tmp_path}/b c.jpg"]
     file.write_text('"a.jpg"\n"b.jpg"\n')
     assert names(ListSource(file)) == [f"{tmp_path}/a.jpg", f"{tmp_path}/b.jpg"]

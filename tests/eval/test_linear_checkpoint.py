@@ -47,8 +47,17 @@ def test_values_that_no_evaluation_writes_are_one_error(tmp_path, change):
     make(tmp_path).save("running", 3)
     assert make(tmp_path).resume_or_load(None, resume=True) == 3
     torch.save(torch.load(tmp_path / "running.pth", weights_only=True) | change, tmp_path / "running.pth")
-    with pytest.raises(CheckpointError, match="running.pth"):
+    with pytest.raises(CheckpointError, match="running.pth.*--no-resume"):
         make(tmp_path).resume_or_load(None, resume=True)
+
+
+def test_the_advice_on_given_classifiers_is_another_file(tmp_path):
+    (tmp_path / "first").mkdir()
+    make(tmp_path / "first").save("running", 3)
+    given = tmp_path / "first" / "running.pth"
+    torch.save(torch.load(given, weights_only=True) | {"iteration": -2}, given)
+    with pytest.raises(CheckpointError, match="running.pth.*--classifier-fpath"):
+        make(tmp_path / "second").resume_or_load(str(given), resume=True)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.pth", "/etc/passwd", "", "a\0b", "x" * 5000, "a/b"])

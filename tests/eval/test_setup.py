@@ -109,6 +109,15 @@ def test_images_are_seen_at_the_size_of_the_training_by_as_many_processes_as_cor
     assert f"images: shorter side {args.resize_size} px, central 28 px; data-loading processes: 3" in caplog.text
 
 
+@pytest.mark.parametrize("flag", ["--num-workers", "--crop-size", "--resize-size"])
+@pytest.mark.parametrize("value", ["-1", "many", "1.5"])
+def test_what_is_no_number_is_refused_by_the_command_line(flag, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        get_knn_args_parser().parse_args([f"{flag}={value}"])
+    said = capsys.readouterr().err
+    assert flag in said and f"expected a whole number or auto, got '{value}'" in said
+
+
 def test_sizes_that_are_given_count_and_released_weights_are_seen_at_224(caplog):
     model = SimpleNamespace(patch_size=14)
     released = REPOSITORY / "dinov2_custom" / "configs" / "eval" / "vitb14_pretrain.yaml"

@@ -80,6 +80,13 @@ def test_tensors_are_read_only_when_a_line_is_written(monkeypatch, tmp_path):
     assert logger.loss.global_avg == 6.0
 
 
+def test_tensors_of_whole_numbers_and_truth_values_become_numbers():
+    series = SmoothedValue()
+    for number in (torch.tensor(3), torch.tensor(True)):
+        series.update(number)
+    assert series.state() == [3.0, 1.0] and {type(number) for number in series.state()} == {float}
+
+
 def test_a_window_goes_on_after_a_resume_through_json():
     before, after = SmoothedValue(window_size=4), SmoothedValue(window_size=4)
     for number in (9.0, 0.1, math.nan, math.inf, 0.3):

@@ -119,3 +119,12 @@ def test_signed_grey_follows_the_rules_of_training_too():
     written = Image.open(io.BytesIO(only(prepare_image(file.getvalue(), "s.tif", Options(format="png"))).data))
     assert written.mode == "L"
     np.testing.assert_array_equal(np.asarray(written), values.astype(int) + 128)
+
+
+def test_another_page_keeps_its_own_shape():
+    first, second = picture(100, 50), picture(40, 80, 1)
+    data = encode(first, "TIFF", save_all=True, append_images=[second])
+    output = only(prepare_image(data, "a.tif", Options(short_side=20, page=1)))
+    assert (output.width, output.height) == Image.open(io.BytesIO(output.data)).size == (20, 40)
+    assert only(prepare_image(data, "a.tif", Options(short_side=40, page=1))).data == data
+    assert "data.page=2, expected at most 1" in prepare_image(data, "a.tif", Options(short_side=20, page=2)).reason

@@ -246,6 +246,16 @@ def test_lists_that_this_does_not_write_are_refused(mixed, tmp_path, file, text)
         run(mixed, tmp_path / "out")
 
 
+def test_a_damaged_list_is_one_error_of_the_command_too(tmp_path):
+    write_files(tmp_path / "images", {"0.png": encode(picture(50, 40))})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MARKER).write_text("{")
+    arguments = [str(tmp_path / "images"), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="expected to read .*prepare.json.*choose an empty folder"):
+        main(get_args_parser().parse_args(arguments))
+    remove_logging("dinov2")
+
+
 @pytest.fixture
 def quiet():
     yield

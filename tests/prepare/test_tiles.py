@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_custom.data.depth import Reading
 from dinov2_custom.errors import DataError
 from dinov2_custom.prepare.change import Options
 from dinov2_custom.prepare.tiles import DecodedBands, TiffBands, cut, read_tiles, starts, write_tiles
@@ -108,6 +109,9 @@ def test_what_cannot_be_read_is_said(tifffile, tmp_path):
     bands.close()
     with pytest.raises(DataError, match="expected a TIFF, .*: x .*convert it"):
         TiffBands(io.BytesIO(b"no tiff"), "x")
+    pages = written(tifffile, tmp_path, np.zeros((3, 9, 9), np.uint8), photometric="minisblack")
+    with pytest.raises(DataError, match="expected at most 2, its last page, as --page, got 3: x"):
+        TiffBands(pages, "x", Reading(page=3))
 
 
 def test_damage_is_said(tifffile, tmp_path, pixels):
