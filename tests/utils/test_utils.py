@@ -122,6 +122,20 @@ def test_urls_are_fetched(tmp_path, monkeypatch):
     assert _is_loaded(model)
 
 
+def test_what_may_be_secret_in_an_address_is_not_logged(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="dinov2")
+    state = _trained()
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "weights.pth")
+    torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with serve(tmp_path) as (url, _):
+        load_pretrained_weights(Net(), f"{url}/weights.pth?token=abc", "teacher")
+        with pytest.raises(CheckpointError, match="other names") as e:
+            load_pretrained_weights(Net(), f"{url}/other.pth?token=abc", "teacher")
+    assert f"{url}/weights.pth: " in caplog.text and "token" not in caplog.text + str(e.value)
+
+
 def test_file_urls_are_paths(tmp_path):
     path = tmp_path / "my 100%" / "weights.pth"
     path.parent.mkdir()
