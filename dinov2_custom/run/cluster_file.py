@@ -36,7 +36,7 @@ def resolve(args: argparse.Namespace) -> None:
         args.gres, asked = ",".join(part for part in args.gres.split(",") if not count_gpus(part)), 0
     if asked and args.ngpus and args.ngpus != asked:
         if given == (True, False):
-            args.gres = re.sub(r"\b(gpu(?::[^:,\d][^:,]*)?)(?::\d+)?(?=,|$)", rf"\1:{args.ngpus}", args.gres)
+            args.gres = re.sub(r"\b(gpu(?::[^:,]*[^:,\d][^:,]*)?)(?::\d+)?(?=,|$)", rf"\1:{args.ngpus}", args.gres)
         elif given == (False, True):
             args.ngpus = asked
         else:
@@ -136,10 +136,7 @@ def _names() -> list[str]:
 
 def _dest(key: str) -> str | None:
     wanted = key.replace("_", "-")
-    return next(
-        (dest for dest, option in CLUSTER_OPTIONS.items() if f"--{wanted}" in option.flags),
-        None,
-    )
+    return next((dest for dest, option in CLUSTER_OPTIONS.items() if f"--{wanted}" in option.flags), None)
 
 
 def _value(option: Option, value: Any) -> Any:

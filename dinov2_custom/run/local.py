@@ -108,8 +108,8 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
 def by_cause(failures: Iterable[Any]) -> list[Any]:
     """Return torchrun's failures with the one first that the others followed from.
 
-    A process that lost another, or that torchrun stopped, may be noticed before the one whose end it felt: torchrun
-    looks at its processes now and then. One that was killed makes others crash.
+    torchrun polls its processes, so it may see one that lost another, or that it stopped itself, before the one that
+    ended first. A process that was killed makes others crash.
     """
 
     def order(failure: Any) -> tuple[int, float]:

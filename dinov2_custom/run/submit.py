@@ -63,9 +63,8 @@ class Task:
         Raises:
             LaunchError: GPUs were given that torch does not see.
         """
-        os.environ.setdefault(
-            "OMP_WAIT_POLICY", "PASSIVE"
-        )  # spinning threads slow data loading on a CPU; read by torch
+        # spinning threads slow data loading on a CPU; torch reads this when it is imported
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         check_gpus(os.environ)
         code = int(entry.import_quietly(self.module).main(self.args) or 0)
         if is_worth_a_restart(code) and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":

@@ -305,6 +305,7 @@ def test_processes_and_gpus_that_disagree(capsys):
     [
         ("gres: gpu:a100:4", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:a100:2"]),
         ("gres: gpu:4,tmpdisk:10", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:2,tmpdisk:10"]),
+        ("gres: gpu:1g.10gb:4", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:1g.10gb:2"]),
         ("gres: gpu", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:2"]),
         ("ngpus: 4", ["--gres", "gpu:2"], ["ntasks-per-node=2", "gres=gpu:2"]),
         ("gres: gpu:4", ["--cpu"], ["ntasks-per-node=8"]),
