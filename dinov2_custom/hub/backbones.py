@@ -130,7 +130,7 @@ def _loaded(
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
         model = factory(**options)
     expected = f"weights: expected the {len(model.state_dict())} tensors of {name}"
-    advice = "load it under the name of its own architecture; a torn download is mended by deleting the file"
+    advice = "load it under the name of its own architecture; delete the file where its download was cut"
     load_state(model, state, file, expected=expected, advice=advice, assign=True)
     return model.to(torch.get_default_device())
 

@@ -108,9 +108,9 @@ def read(path: Path) -> dict[str, Any]:
     try:  # BaseLoader: all values are text, as on a command line; 47:30:00 is not a number of base 60
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: expected YAML, got {' '.join(str(e).split())}; mend the file") from e
+        raise ConfigError(f"{path}: expected YAML, got {' '.join(str(e).split())}; fix the file") from e
     if content and not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected `flag: value` lines, got {type(content).__name__}; mend the file")
+        raise ConfigError(f"{path}: expected `flag: value` lines, got {type(content).__name__}; fix the file")
     values: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in (content or {}).items():

@@ -96,7 +96,7 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
         torchrun([*flags, *arguments])
     except ChildFailedError as e:
         failures = by_cause(e.failures.values())
-        return exit_codes.as_a_shell_has_it(failures[0].exitcode), failures
+        return exit_codes.to_shell_code(failures[0].exitcode), failures
     except SignalException as e:
         return exit_codes.stopped_by(int(e.sigval)), []
     finally:  # torch leaves its own

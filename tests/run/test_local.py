@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dinov2_custom.errors import LaunchError
-from dinov2_custom.exit_codes import is_worth_a_restart
+from dinov2_custom.exit_codes import should_restart
 from dinov2_custom.run import local
 from tests.processes import ENVIRONMENT, REPOSITORY, running, wait_until
 from tests.run.tasks import Listen, Misbehave
@@ -163,7 +163,7 @@ def test_exit_codes_pass_through(importable, tmp_path, capfd, how, code):
 def test_a_job_that_ends_itself_is_worth_a_restart_whatever_the_hanging_process_was_killed_with(
     importable, tmp_path, capfd
 ):
-    assert is_worth_a_restart(launch("hang", tmp_path / "out", who=2))
+    assert should_restart(launch("hang", tmp_path / "out", who=2))
     assert "a rank hangs: it is stopped" in (tmp_path / "out" / "logs" / "log.txt").read_text()
     assert "; the same command goes on from the newest checkpoint" in capfd.readouterr().err
 
