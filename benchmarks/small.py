@@ -34,6 +34,7 @@ from dinov2_custom.eval.utils import extract_features
 from dinov2_custom.plots import dino_loss, read_metrics
 from dinov2_custom.quickstart.measure import describe_collapse, newest_teacher
 from dinov2_custom.quickstart.photos import cut_photos
+from dinov2_custom.train.health import rankme
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.weights import read_weights
 from tests.data.textures import make_textures
@@ -180,17 +181,7 @@ def accuracy_and_rank(model: nn.Module, one: LabelledSet, transform, centred: bo
         accuracy = float(scores["top-1"])
     else:
         accuracy = leave_one_out_accuracy(*scaled[0], k=NEIGHBOURS)
-    return accuracy, rankme(found[0][0].double())
-
-
-def rankme(features: Tensor) -> float:
-    """Return exp of the entropy of the singular values of ``features`` (N, D).
-
-    Source: Garrido et al. 2023 (RankMe), equation 1.
-    """
-    values = torch.linalg.svdvals(features)
-    shares = values / values.sum() + 1e-7
-    return float(torch.exp(-(shares * shares.log()).sum()))
+    return accuracy, rankme(found[0][0])
 
 
 def row(name: str, seed: int, plain: float, centred: float, result: dict) -> list[object]:
