@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dinov2_custom.commands import command
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.utils.paths import path_of_file_url
+from dinov2_custom.utils.paths import path_of_file_url, without_credentials
 
 LOCK = ".lock"  # held by the process that writes into a run directory
 MARKER = "checkpoint.json"  # the last file of a training checkpoint
@@ -103,4 +103,4 @@ def default_output(command: str, source: str) -> Path:
     """
     weights = find_weights(source)
     config = run_config_near(weights)
-    return Path("outputs") / command / (config.parent.name if config else Path(weights).stem)
+    return Path("outputs") / command / (config.parent.name if config else Path(without_credentials(weights)).stem)

@@ -2,6 +2,7 @@
 
 import random
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils import utils
-from dinov2_custom.utils.run_folder import find_weights
+from dinov2_custom.utils.run_folder import default_output, find_weights
 from dinov2_custom.utils.utils import fix_random_seeds, get_sha, has_batchnorms, load_pretrained_weights
 from tests.hub.served import serve
 from tests.oracle import preserved_rng
@@ -144,6 +145,7 @@ def test_file_urls_are_paths(tmp_path):
     load_pretrained_weights(model, path.as_uri(), "teacher")
     assert _is_loaded(model)
     assert find_weights(path.as_uri()) == str(path)
+    assert default_output("embed", "https://lab/w.pth?token=a.b") == Path("outputs/embed/w")
 
 
 def test_fix_random_seeds():
