@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.machine import add_write_option, describe, finish, table
+from benchmarks.machine import add_write_option, core_seconds, describe, finish, table
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.data.transforms import make_classification_eval_transform
@@ -130,12 +129,6 @@ def measured(one: LabelledSet, run: Path, seed: int, config_file: str, overrides
     result = {**seconds, **measure(one, run)}
     done.write_text(json.dumps(result, indent=1))
     return result
-
-
-def core_seconds() -> float:
-    """Return the processor time of all child processes that have ended: waiting is not in it."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def measure(one: LabelledSet, run: Path) -> dict:

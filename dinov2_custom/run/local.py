@@ -38,7 +38,8 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
     folder = Path(args.output_dir)
     before = missing_folders(folder)
     os.environ[process.LAUNCHER] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rendezvous_handler_registry.register("loopback", _loopback)
