@@ -12,6 +12,7 @@ KEYS = ("train.dataset_path", "train.path_preserved", "student.pretrained_weight
 _NAMES = ("root", "path", "extra")  # options of a dataset that are paths
 _OPTION = re.compile(r"""(:(?:root|path|extra)=)("[^"]*"|'[^']*'|[^:]*)""")
 _DATASET = re.compile(r"\w+:\w+=")
+_FIXED = re.compile(r"[^{*?[]*")  # of a pattern, before what stands for several
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
@@ -32,8 +33,8 @@ def absent(value: Any) -> list[str]:
         return []
     if _DATASET.match(value):
         return [path for _, text in _OPTION.findall(value) for path in absent(text.strip("\"'"))]
-    pattern = re.match(r"[^{*[]*(?=[{*[])", value)
-    return [] if pattern and os.path.isdir(os.path.dirname(pattern[0])) else [value]
+    fixed = _FIXED.match(value)[0]
+    return [] if fixed != value and os.path.isdir(os.path.dirname(fixed)) else [value]
 
 
 def _absolute(value: Any) -> Any:
@@ -44,7 +45,7 @@ def _absolute(value: Any) -> Any:
     if not isinstance(value, str) or not value or _URL.match(value):
         return value
     path = Path(value).expanduser()
-    fixed = re.match(r"[^{*?[]*", str(path))[0]  # of a pattern, before what stands for several
+    fixed = _FIXED.match(str(path))[0]
     if path.exists() or (fixed != str(path) and os.path.isdir(os.path.dirname(fixed) or ".")):
         return str(path.absolute())
     return _OPTION.sub(_absolute_option, value) if _DATASET.match(value) else value

@@ -54,7 +54,7 @@ def test_dataset_paths(folder, given, expected):
 
 def test_what_is_not_there(folder):
     there = ["images", f"{folder}/shard-{{0000..0127}}.tar", "s3://a/b", "", None, f"Tar:path='{folder}/more'"]
-    assert absent(there) == []
+    assert absent([*there, f"{folder}/more/img_?.png"]) == []
     gone = ["/nowhere/a", {"kind": "ImageNet", "root": "/nowhere/b"}, 'ImageNet:root="/nowhere/c":extra=/nowhere/d']
     assert absent([*gone, "/nowhere/{0..3}.tar"]) == [*(f"/nowhere/{n}" for n in "abcd"), "/nowhere/{0..3}.tar"]
 
