@@ -63,6 +63,11 @@ def last_checkpoint(folder: Path) -> str:
     return name if _FILE_NAME.fullmatch(name) else ""
 
 
+def is_upstream_shard(path: Path) -> bool:
+    """Return whether ``path`` has the name of a file of :func:`upstream_shards`, of any checkpoint."""
+    return _SHARD.fullmatch(path.name) is not None
+
+
 def upstream_shards(folder: Path) -> list[Path]:
     """Return the files of the newest checkpoint that facebookresearch/dinov2 wrote into ``folder``, by rank.
 
