@@ -47,7 +47,7 @@ def resolve(args: argparse.Namespace) -> None:
     args.ngpus = args.ngpus or asked or DEFAULT_NGPUS
 
 
-def fill_in(args: argparse.Namespace, home: Path | None = None) -> None:
+def fill_in(args: argparse.Namespace) -> None:
     """Set every launcher option of ``args`` that was not given: from the cluster file, else its default.
 
     ``slurm`` and ``setup`` of the file stand before those of the command line.
@@ -55,7 +55,7 @@ def fill_in(args: argparse.Namespace, home: Path | None = None) -> None:
     Raises:
         ConfigError: no such file, or every mistake in it at once.
     """
-    folder = _user_folder(home)
+    folder = _user_folder()
     path = find(args.cluster, folder) if args.cluster else folder / USER_FILE
     values = read(path) if path.is_file() else {}
     if any(getattr(args, name) for name in INTERPRETERS):  # another environment than the file's
@@ -68,11 +68,8 @@ def fill_in(args: argparse.Namespace, home: Path | None = None) -> None:
             setattr(args, dest, option.default if kept is None else kept)
 
 
-def _user_folder(home: Path | None) -> Path:
-    configured = os.environ.get("XDG_CONFIG_HOME")
-    if home is None and configured:
-        return Path(configured) / "dinov2_custom"
-    return (home or Path.home()) / ".config" / "dinov2_custom"
+def _user_folder() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dinov2_custom"
 
 
 def find(name: str, user_folder: Path) -> Path:
