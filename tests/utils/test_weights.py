@@ -57,7 +57,7 @@ def test_what_may_be_secret_in_an_address_is_said_by_no_loader(tmp_path, monkeyp
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with serve(tmp_path) as (url, _), pytest.raises(CheckpointError) as e:
         LOADERS[loader](f"{url}/w.pth?token=abc")
-    assert f"{url}/w.pth" in str(e.value) and "token" not in str(e.value)
+    assert f"{url}/w.pth" in str(e.value) and "token=" not in str(e.value)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
