@@ -1,4 +1,4 @@
-"""What a benchmark says of itself: machine, versions, command; and where its page goes."""
+"""What a benchmark says of itself: machine, versions, command; its processor time, and where its page goes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import resource
 import sys
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def describe(module: str, *more: str) -> str:
         f"* versions: {' '.join([*versions, *more])}\n"
         f"* command: `python -m {module} {' '.join(sys.argv[1:])}`\n"
     )
+
+
+def core_seconds() -> float:
+    """Return the processor time of all processes started so far that have ended: waiting is not in it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def table(header: list[str], rows: list[list[object]]) -> str:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.machine import add_write_option, describe, finish, table
+from benchmarks.machine import add_write_option, core_seconds, describe, finish, table
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.quickstart.photos import cut_photos
 
@@ -68,12 +67,6 @@ def main() -> None:
                 seconds[precision, name] = core_seconds() - before
                 print(f"{precision} {name}: {seconds[precision, name]:.0f} s of one core", flush=True)
     report(curves, seconds, args)
-
-
-def core_seconds() -> float:
-    """Return the processor time of all processes started so far that have ended: waiting is not in it."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def report(curves: dict[tuple[str, str], list[dict]], seconds: dict[tuple[str, str], float], args) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.machine import add_write_option, describe, finish, table
+from benchmarks.machine import add_write_option, core_seconds, describe, finish, table
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.data.transforms import make_classification_eval_transform
@@ -34,6 +33,7 @@ from dinov2_custom.eval.utils import extract_features
 from dinov2_custom.plots import dino_loss, read_metrics
 from dinov2_custom.quickstart.measure import describe_collapse, newest_teacher
 from dinov2_custom.quickstart.photos import cut_photos
+from dinov2_custom.train.health import rankme
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.weights import read_weights
 from tests.data.textures import make_textures
@@ -131,12 +131,6 @@ def measured(one: LabelledSet, run: Path, seed: int, config_file: str, overrides
     return result
 
 
-def core_seconds() -> float:
-    """Return the processor time of all child processes that have ended: waiting is not in it."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def measure(one: LabelledSet, run: Path) -> dict:
     """Compare the run's network before training and its newest teacher, at the size of a global crop."""
     cfg = load_run_config(str(run / "config.yaml"))
@@ -180,17 +174,7 @@ def accuracy_and_rank(model: nn.Module, one: LabelledSet, transform, centred: bo
         accuracy = float(scores["top-1"])
     else:
         accuracy = leave_one_out_accuracy(*scaled[0], k=NEIGHBOURS)
-    return accuracy, rankme(found[0][0].double())
-
-
-def rankme(features: Tensor) -> float:
-    """Return exp of the entropy of the singular values of ``features`` (N, D).
-
-    Source: Garrido et al. 2023 (RankMe), equation 1.
-    """
-    values = torch.linalg.svdvals(features)
-    shares = values / values.sum() + 1e-7
-    return float(torch.exp(-(shares * shares.log()).sum()))
+    return accuracy, rankme(found[0][0])
 
 
 def row(name: str, seed: int, plain: float, centred: float, result: dict) -> list[object]:

@@ -42,7 +42,7 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
 
     The same where a disk is full, over quota or read-only: any write may meet that. Any other error is raised, or in
     one of several processes, which Python must not take apart (see :func:`leave`), printed with its traceback.
-    When what reads standard output is gone, as in ``... | head -1``, it ends without a word: with 128 + SIGPIPE where
+    When what reads standard output is gone, as in ``... | head -1``, it ends silently: with 128 + SIGPIPE where
     that stopped ``main``.
     """
     try:
@@ -141,7 +141,7 @@ def missing_requirement(error: ModuleNotFoundError) -> str:
 def _end_workers() -> None:
     """Kill the data-loading processes that an error has left behind.
 
-    They are deaf to the SIGTERM that multiprocessing sends them when Python ends, which would then wait for ever.
+    They ignore the SIGTERM that multiprocessing sends them when Python ends, which would then wait for ever.
     """
     if "multiprocessing" not in sys.modules:
         return

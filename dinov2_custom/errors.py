@@ -11,7 +11,7 @@ from dinov2_custom.exit_codes import LOST_PROCESS
 
 
 class DINOv2Error(Exception):
-    """Base of all errors that the user, not the developer, can mend.
+    """Base of all errors that the user, not the developer, can fix.
 
     Attributes:
         exit_code: what a script ends with, see ``exit_codes``; None: as it does after any error.
@@ -92,12 +92,12 @@ _REMEDIES = {
     "have the file system mounted for writing, or choose another directory": (errno.EROFS,),
     "allow it (owner, permissions), or choose another directory": (errno.EACCES, errno.EPERM),
     "put the directory back": (errno.ENOENT, errno.ENOTDIR),
-    "have the file system mended (disk, network, mount)": (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+    "have the file system repaired (disk, network, mount)": (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
 }
 
 
 def remedy(reason: str) -> str:
     """Return what to do, as a command, about a file that could not be written for ``reason``, the system's words."""
     return next(
-        (what for what, codes in _REMEDIES.items() if any(os.strerror(c) in reason for c in codes)), "mend that"
+        (what for what, codes in _REMEDIES.items() if any(os.strerror(c) in reason for c in codes)), "fix that"
     )

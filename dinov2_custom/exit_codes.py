@@ -1,4 +1,4 @@
-"""What a process of ours ends with, for shells, launchers and schedulers. Read :func:`is_worth_a_restart`.
+"""What a process of ours ends with, for shells, launchers and schedulers. Read :func:`should_restart`.
 
 =========  ==================================================================================================
 0          done, or nothing to do
@@ -30,15 +30,15 @@ def stopped_by(signum: int) -> int:
     return 128 + signum
 
 
-def as_a_shell_has_it(code: int) -> int:
+def to_shell_code(code: int) -> int:
     """Return ``code``, where Python's for a child killed by a signal, which is negative, becomes 128 + signal."""
     return code if code >= 0 else stopped_by(-code)
 
 
-def is_worth_a_restart(code: int) -> bool:
+def should_restart(code: int) -> bool:
     """Return whether the same command, started again by a machine, has work to do and a chance to do it.
 
     So after a preemption, a kill and a lost process; not after the end, a mistake, or a person's Ctrl-C.
     """
-    code = as_a_shell_has_it(code)
+    code = to_shell_code(code)
     return code == LOST_PROCESS or (code > 128 and code != stopped_by(signal.SIGINT))

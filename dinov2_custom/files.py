@@ -82,7 +82,7 @@ def cache_folder() -> Path:
 def ours(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` belongs to this user and only this user may change it.
 
-    What a cache holds is believed, so anybody who can write to it decides what this process does.
+    What a cache holds is used as it is, so anybody who can write to it decides what this process does.
     """
     if not hasattr(os, "geteuid"):
         return True

@@ -75,7 +75,7 @@ def load_teacher(
     config_file = config_file or str(run_config_near(weights) or "")
     state = flat_state(read_weights(weights))
     if not config_file:
-        backbone = backbone_like(state, weights)
+        backbone = backbone_like(state, without_credentials(weights))
         size = backbone.patch_embed.img_size[0]
         normalize, reading = _normalization_beside(weights), Reading()
     else:

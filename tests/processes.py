@@ -184,6 +184,11 @@ def state(pid: int) -> str:
     return "" if found in "ZX" else found
 
 
+def children(process: subprocess.Popen | Job) -> list[int]:
+    """Return the ids of the processes that the main thread of ``process`` has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def running(pids: Iterable[int]) -> list[int]:
     """Return those of ``pids`` that have not ended."""
     return [pid for pid in pids if state(pid)]

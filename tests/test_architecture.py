@@ -41,7 +41,7 @@ ALLOWED = {
     "utils.tensor_file": {"errors", "files"},
     "utils.run_folder": {"commands", "errors", "utils.paths"},
     "utils.checkpoint_folder": {"errors", "files", "utils.run_folder", "utils.tensor_file"},
-    "utils.utils": BASE | {"utils.weights"},
+    "utils.utils": BASE | {"utils.paths", "utils.weights"},
     "world": {"errors"},
     "exit_codes": set(),
     "entry": {"errors", "exit_codes", "world"},

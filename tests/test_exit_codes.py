@@ -1,7 +1,7 @@
 import signal
 
 from dinov2_custom import exit_codes
-from dinov2_custom.exit_codes import is_worth_a_restart, stopped_by
+from dinov2_custom.exit_codes import should_restart, stopped_by
 
 
 def test_codes_are_those_that_shells_and_the_documentation_know():
@@ -10,5 +10,5 @@ def test_codes_are_those_that_shells_and_the_documentation_know():
 
 
 def test_what_a_machine_should_start_again():
-    assert all(is_worth_a_restart(code) for code in (75, 143, 138, 140, 137, -signal.SIGKILL, -signal.SIGTERM))
-    assert not any(is_worth_a_restart(code) for code in (0, 1, 2, 130, -signal.SIGINT))
+    assert all(should_restart(code) for code in (75, 143, 138, 140, 137, -signal.SIGKILL, -signal.SIGTERM))
+    assert not any(should_restart(code) for code in (0, 1, 2, 130, -signal.SIGINT))

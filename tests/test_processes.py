@@ -1,5 +1,6 @@
 """Forked commands are what ``python <command>`` starts; names of tests are short, their groups right."""
 
+import multiprocessing
 import signal
 
 import pytest
@@ -25,9 +26,7 @@ def test_what_python_does_at_its_end_is_done_and_an_error_is_1():
     assert (done.returncode, done.stdout) == (1, "bye\n") and "ZeroDivisionError" in done.stderr
 
 
-def test_the_start_method_of_processes_is_pythons(tmp_path):
-    import multiprocessing
-
+def test_the_start_method_of_processes_is_pythons():
     done = run("-c", "import multiprocessing; print(multiprocessing.get_start_method())")
     assert done.stdout.strip() == multiprocessing.get_context().get_start_method()
 

@@ -26,6 +26,7 @@ from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.reading import reading_of
 from dinov2_custom.teacher import RELEASED_CROP_SIZE, is_released, load_teacher_backbone
 from dinov2_custom.utils.dtype import resolve_dtype
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import is_url
 
@@ -121,8 +122,8 @@ def find_run_config(weights: str) -> Path:
             f"--pretrained-weights: expected a weight file at {weights}, found nothing; check the path"
         )
     raise ConfigError(
-        f"--config-file: expected the configuration of {weights}, got none, and there is no config.yaml in the three "
-        "folders above it; give the run's config.yaml with --config-file"
+        f"--config-file: expected the configuration of {without_credentials(weights)}, got none, and there is no "
+        "config.yaml in the three folders above it; give the run's config.yaml with --config-file"
     )
 
 

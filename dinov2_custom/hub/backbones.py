@@ -19,6 +19,7 @@ from dinov2_custom.errors import CheckpointError
 from dinov2_custom.hub.utils import released_file
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import check_sha256, flat_state, load_state, read_weights, to_local
 
@@ -130,7 +131,7 @@ def _loaded(
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
         model = factory(**options)
     expected = f"weights: expected the {len(model.state_dict())} tensors of {name}"
-    advice = "load it under the name of its own architecture; a torn download is mended by deleting the file"
+    advice = "load it under the name of its own architecture; delete the file where its download was cut"
     load_state(model, state, file, expected=expected, advice=advice, assign=True)
     return model.to(torch.get_default_device())
 
@@ -170,7 +171,8 @@ def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[st
     try:
         options = arguments_of(state)
     except (KeyError, ValueError) as e:
-        raise CheckpointError(f"weights: expected a backbone's tensors, got a file without: {file} ({e})") from e
+        shown = without_credentials(file)
+        raise CheckpointError(f"weights: expected a backbone's tensors, got a file without: {shown} ({e})") from e
     config = run_config_near(str(file))
     student = read_yaml(Path(config)).get("student", {}) if config else {}
     found = {name: options[name] for name in options if name not in _OF_THE_ARCHITECTURE}

@@ -17,6 +17,7 @@ from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.hub.backbones import Weights as BackboneWeights
 from dinov2_custom.hub.backbones import make_backbone
 from dinov2_custom.hub.utils import released_file
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.weights import read_weights
 
 
@@ -89,7 +90,7 @@ def _read_head(file: str | os.PathLike, width: int) -> nn.Linear:
     if set(shapes) != {"weight", "bias"} or len(shapes["weight"]) != 2 or shapes["weight"][1] != width:
         raise CheckpointError(
             f"weights: expected a linear layer's weight (classes, {width}) and bias, got {shapes or 'no tensors'} in "
-            f"{file}; check layers= and the architecture"
+            f"{without_credentials(file)}; check layers= and the architecture"
         )
     head = nn.Linear(width, shapes["weight"][0])
     head.load_state_dict(state)

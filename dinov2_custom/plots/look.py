@@ -25,6 +25,7 @@ from dinov2_custom.plots.features import pca_colours, plot_rows
 from dinov2_custom.plots.scatter import folder_labels, plot_scatter
 from dinov2_custom.reading import choose_reading
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import default_output
 
 _BATCH = 32
@@ -83,7 +84,8 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
             f"expected readable images, got none of {min(count, len(dataset))}; look with "
             f"{command('run/data/verify.py')}"
         )
-    title = f"{Path(teacher.weights).parent.name}/{Path(teacher.weights).name}"
+    file = Path(without_credentials(teacher.weights))
+    title = f"{file.parent.name}/{file.name}"
     parts = {"image": shown, "PCA of patches": pca_colours(maps)}
     views = {"mean of heads": [one.mean(axis=0) for one in attentions]}
     heads = min(heads, backbone.num_heads) if backbone.num_heads > 1 else 0  # one head is its own mean

@@ -15,8 +15,6 @@ from typing import Any, NoReturn
 from dinov2_custom.train.args import OverridesParser
 
 LAUNCHERS = ("slurm", "local", "inline")
-
-
 _DURATIONS = (
     r"(?P<mins>\d+)(?::(?P<secs>\d\d))?",
     r"(?P<hours>\d+):(?P<mins>\d\d):(?P<secs>\d\d)",
@@ -60,7 +58,7 @@ def count_gpus(gres: str) -> int:
     return sum(int(part[-1]) if part[-1].isdecimal() else 1 for part in parts if part[0] == "gpu")
 
 
-# what --slurm cannot say, because the job's files, signals or processes hang on it: what can
+# options of sbatch that --slurm refuses, since the job's files, signals or processes depend on them -> what to use
 RESERVED = dict.fromkeys(("output", "error"), "; --output-dir chooses the folder")
 _GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")
 RESERVED |= dict.fromkeys(_GPUS, "; take --ngpus or --gres gpu:TYPE:N")
@@ -69,7 +67,7 @@ RESERVED |= dict.fromkeys(_TASKS, "; take --ngpus, the processes of a node, and 
 RESERVED |= {name: f"; take --{name}" for name in ("nodes", "cpus-per-task")}
 RESERVED |= {"time": "; take --timeout", "signal": "; take --signal-delay", "array": "; take --sweep KEY=VALUE,VALUE"}
 RESERVED |= {"open-mode": "", "wrap": "", "test-only": "; take --dry-run", "parsable": "", "wait": ""}
-# other options of sbatch, for whom they come to mind first
+# options of sbatch that are no flags of the launcher: an error says how to give them
 _SBATCH = (
     "array begin bb burst-buffer chdir clusters container-image core-spec contiguous cores-per-socket cpu-freq "
     "cpus-per-gpu deadline delay-boot dependency distribution error export gpu-bind gpu-freq gres-flags hint hold "

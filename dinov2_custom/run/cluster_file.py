@@ -36,7 +36,7 @@ def resolve(args: argparse.Namespace) -> None:
         args.gres, asked = ",".join(part for part in args.gres.split(",") if not count_gpus(part)), 0
     if asked and args.ngpus and args.ngpus != asked:
         if given == (True, False):
-            args.gres = re.sub(r"\b(gpu(?::[^:,\d][^:,]*)?)(?::\d+)?(?=,|$)", rf"\1:{args.ngpus}", args.gres)
+            args.gres = re.sub(r"\b(gpu(?::[^:,]*[^:,\d][^:,]*)?)(?::\d+)?(?=,|$)", rf"\1:{args.ngpus}", args.gres)
         elif given == (False, True):
             args.ngpus = asked
         else:
@@ -47,7 +47,7 @@ def resolve(args: argparse.Namespace) -> None:
     args.ngpus = args.ngpus or asked or DEFAULT_NGPUS
 
 
-def fill_in(args: argparse.Namespace, home: Path | None = None) -> None:
+def fill_in(args: argparse.Namespace) -> None:
     """Set every launcher option of ``args`` that was not given: from the cluster file, else its default.
 
     ``slurm`` and ``setup`` of the file stand before those of the command line.
@@ -55,7 +55,7 @@ def fill_in(args: argparse.Namespace, home: Path | None = None) -> None:
     Raises:
         ConfigError: no such file, or every mistake in it at once.
     """
-    folder = _user_folder(home)
+    folder = _user_folder()
     path = find(args.cluster, folder) if args.cluster else folder / USER_FILE
     values = read(path) if path.is_file() else {}
     if any(getattr(args, name) for name in INTERPRETERS):  # another environment than the file's
@@ -68,11 +68,8 @@ def fill_in(args: argparse.Namespace, home: Path | None = None) -> None:
             setattr(args, dest, option.default if kept is None else kept)
 
 
-def _user_folder(home: Path | None) -> Path:
-    configured = os.environ.get("XDG_CONFIG_HOME")
-    if home is None and configured:
-        return Path(configured) / "dinov2_custom"
-    return (home or Path.home()) / ".config" / "dinov2_custom"
+def _user_folder() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dinov2_custom"
 
 
 def find(name: str, user_folder: Path) -> Path:
@@ -108,9 +105,9 @@ def read(path: Path) -> dict[str, Any]:
     try:  # BaseLoader: all values are text, as on a command line; 47:30:00 is not a number of base 60
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: expected YAML, got {' '.join(str(e).split())}; mend the file") from e
+        raise ConfigError(f"{path}: expected YAML, got {' '.join(str(e).split())}; fix the file") from e
     if content and not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected `flag: value` lines, got {type(content).__name__}; mend the file")
+        raise ConfigError(f"{path}: expected `flag: value` lines, got {type(content).__name__}; fix the file")
     values: dict[str, Any] = {}
     problems: list[str] = []
     for key, value in (content or {}).items():
@@ -136,10 +133,7 @@ def _names() -> list[str]:
 
 def _dest(key: str) -> str | None:
     wanted = key.replace("_", "-")
-    return next(
-        (dest for dest, option in CLUSTER_OPTIONS.items() if f"--{wanted}" in option.flags),
-        None,
-    )
+    return next((dest for dest, option in CLUSTER_OPTIONS.items() if f"--{wanted}" in option.flags), None)
 
 
 def _value(option: Option, value: Any) -> Any:

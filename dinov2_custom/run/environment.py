@@ -20,8 +20,9 @@ from pathlib import Path
 
 from dinov2_custom.entry import REQUIREMENTS
 from dinov2_custom.errors import LaunchError
+from dinov2_custom.run.cluster_file import INTERPRETERS
 
-# read by any Python 3: what is too old says so, not what it stumbles over
+# any Python 3 can parse this, so that an old one reports its version and not a syntax error
 _IMPORT = """
 import sys
 if sys.version_info < (3, 10):
@@ -35,7 +36,7 @@ _MODULE_INIT = (
     "/etc/profile.d/z00_lmod.sh /usr/share/lmod/lmod/init/bash /usr/share/modules/init/bash"
 )
 
-# enroot passes a variable on only where it is named; where this machine has its programs is wrong in an image
+# enroot passes only those variables on that are named; PATH and the like of this machine are wrong in an image
 _ENROOT = (
     'for name in $(compgen -e); do case $name in *PATH | PYTHON* | HOME | SHELL | *PWD | _) ;; *) set -- --env "$name" '
     '"$@" ;; esac; done; exec "$0" start "$@"'
@@ -65,8 +66,7 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
     Raises:
         LaunchError: two environments at once, one that is not there, or one without this package.
     """
-    names = ("conda_env", "venv", "python", "container")
-    chosen = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    chosen = [f"--{name.replace('_', '-')}" for name in INTERPRETERS if getattr(args, name)]
     if len(chosen) > 1:
         raise LaunchError(f"expected one of {', '.join(chosen)}, got {len(chosen)} of them; leave the others out")
     lines = _module_lines(args.modules or []) + [(f"--setup {line}", line) for line in args.setup or []]

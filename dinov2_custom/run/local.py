@@ -38,7 +38,8 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
     folder = Path(args.output_dir)
     before = missing_folders(folder)
     os.environ[process.LAUNCHER] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rendezvous_handler_registry.register("loopback", _loopback)
@@ -96,7 +97,7 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
         torchrun([*flags, *arguments])
     except ChildFailedError as e:
         failures = by_cause(e.failures.values())
-        return exit_codes.as_a_shell_has_it(failures[0].exitcode), failures
+        return exit_codes.to_shell_code(failures[0].exitcode), failures
     except SignalException as e:
         return exit_codes.stopped_by(int(e.sigval)), []
     finally:  # torch leaves its own
@@ -108,8 +109,8 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
 def by_cause(failures: Iterable[Any]) -> list[Any]:
     """Return torchrun's failures with the one first that the others followed from.
 
-    A process that lost another, or that torchrun stopped, may be noticed before the one whose end it felt: torchrun
-    looks at its processes now and then. One that was killed makes others crash.
+    torchrun polls its processes, so it may see one that lost another, or that it stopped itself, before the one that
+    ended first. A process that was killed makes others crash.
     """
 
     def order(failure: Any) -> tuple[int, float]:

@@ -101,7 +101,7 @@ def main(scratch: str, output_prefix: str) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what a user can mend in one sentence, "" for anything else."""
+    """Return one sentence for an error that a user can fix, "" for anything else."""
     if isinstance(error, DINOv2Error):
         return entry.words_of(error)
     if isinstance(error, OSError):

@@ -81,10 +81,10 @@ def _nodes(partition: str | None, environment: Mapping[str, str]) -> list[_Nodes
     return [_Nodes(r[0], int(r[1]), int(r[2].rstrip("+")), int(r[3].rstrip("+")), r[4], r[5]) for r in chosen]
 
 
-def cpus_per_task(tasks: int, partition: str | None, environment: Mapping[str, str], most: int = 10) -> int:
-    """Return how many CPUs each of ``tasks`` processes on a node of ``partition`` can have, at most ``most``."""
+def cpus_per_task(tasks: int, partition: str | None, environment: Mapping[str, str]) -> int:
+    """Return how many CPUs each of ``tasks`` processes on a node of ``partition`` can have, at most upstream's 10."""
     nodes = _nodes(partition or environment.get("SBATCH_PARTITION"), environment)
-    return max(1, min([most, *(kind.cpus // tasks for kind in nodes)]))
+    return max(1, min([10, *(kind.cpus // tasks for kind in nodes)]))
 
 
 def too_much(script: str, environment: Mapping[str, str]) -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_custom.exit_codes import ERROR, LOST_PROCESS
+from dinov2_custom.utils.run_folder import last_checkpoint
 
 AGAIN = 200  # no process ends with it
 _LIMIT_SLACK_S = 90  # SLURM signals up to a minute before the time it was asked for
@@ -83,7 +84,7 @@ def causes(results: Mapping[int, Result], num_ranks: int, job_files: str) -> lis
     if silent and not said:
         ranks = ", ".join(map(str, silent))
         said = [
-            f"error: killed without a last word, as for lack of memory (--mem): rank {ranks}; what was printed: "
+            f"error: killed without an error message, as for lack of memory (--mem): rank {ranks}; what was printed: "
             f"{job_files}_{silent[0]}_log.err"
         ]
     return list(dict.fromkeys(said))
@@ -134,8 +135,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print the causes and the decision; return ``AGAIN`` or the job's exit code."""
     folder, job_files, before, checked, code, shown = arguments
     job_id, num_ranks = Path(job_files).name, int(os.environ["SLURM_NTASKS"])
-    marker = Path(folder) / "last_checkpoint"
-    progressed = marker.exists() and marker.read_text(encoding="utf-8").strip() != before.strip()
+    progressed = last_checkpoint(Path(folder)) not in ("", before.strip())
     results = read(job_files)
     if int(checked):
         results = {rank: ("success", int(checked)) for rank in range(num_ranks)}

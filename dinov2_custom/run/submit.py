@@ -23,7 +23,7 @@ from dinov2_custom import entry, exit_codes
 from dinov2_custom.configs.absolute_paths import absent
 from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
 from dinov2_custom.errors import LaunchError
-from dinov2_custom.exit_codes import is_worth_a_restart
+from dinov2_custom.exit_codes import should_restart
 from dinov2_custom.run import cluster_file, environment, executor, local, slurm
 from dinov2_custom.run.args import CLUSTER_OPTIONS, SLURM_DESTS, get_args_parser
 from dinov2_custom.run.gpus import check_gpus
@@ -63,12 +63,11 @@ class Task:
         Raises:
             LaunchError: GPUs were given that torch does not see.
         """
-        os.environ.setdefault(
-            "OMP_WAIT_POLICY", "PASSIVE"
-        )  # spinning threads slow data loading on a CPU; read by torch
+        # spinning threads slow data loading on a CPU; torch reads this when it is imported
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         check_gpus(os.environ)
         code = int(entry.import_quietly(self.module).main(self.args) or 0)
-        if is_worth_a_restart(code) and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        if should_restart(code) and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             _requeue_for_submitit(code)
         return code
 
@@ -212,7 +211,7 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     parameters = executor.parameters(args, name, env, _command())
     script = executor.script(parameters, args.output_dir, len(runs))
     slurm.check_syntax(script)
-    if not args.dry_run:  # last: what a user can mend comes before what this machine lacks
+    if not args.dry_run:  # last: mistakes that a user can fix come before what this machine lacks
         slurm.check_installed()
     for text in dict.fromkeys(warnings):
         print(f"warning: {text}", file=sys.stderr)

@@ -5,6 +5,7 @@ Not the reading of it (``weights.py``). Read :func:`fetch` first.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import secrets
@@ -52,7 +53,8 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
             f"{' '.join(str(e).split())}; put the file there by other means, or give its path instead"
         ) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was never there
+            temporary.unlink()
     return target
 
 

@@ -26,13 +26,14 @@ def local_path(source: str | os.PathLike) -> Path:
         return Path(path_of_file_url(text))
     if not _SCHEME.match(text):
         return Path(source).expanduser()
-    file_io = optional("iopath.common.file_io", text, CheckpointError)
+    shown = without_credentials(text)
+    file_io = optional("iopath.common.file_io", shown, CheckpointError)
     try:
         return Path(_manager_for(text, file_io).get_local_path(text))
     except CheckpointError:
         raise
     except Exception as e:  # each handler has errors of its own
-        raise CheckpointError(f"expected to fetch {text}, got {type(e).__name__}: {e}; check path and access") from e
+        raise CheckpointError(f"expected to fetch {shown}, got {type(e).__name__}: {e}; check path and access") from e
 
 
 def path_of_file_url(source: str) -> str:
@@ -61,6 +62,6 @@ def _manager_for(text: str, file_io):
         return own
     known = ", ".join(registered._path_handlers) or "none"
     raise CheckpointError(
-        f"{text}: expected a path that an iopath handler serves, got none for it (registered: {known}, and s3://); "
-        "register one with iopath.common.file_io.g_pathmgr, or give a local file"
+        f"{without_credentials(text)}: expected a path that an iopath handler serves, got none for it (registered: "
+        f"{known}, and s3://); register one with iopath.common.file_io.g_pathmgr, or give a local file"
     )

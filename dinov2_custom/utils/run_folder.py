@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dinov2_custom.commands import command
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.utils.paths import path_of_file_url
+from dinov2_custom.utils.paths import path_of_file_url, without_credentials
 
 LOCK = ".lock"  # held by the process that writes into a run directory
 MARKER = "checkpoint.json"  # the last file of a training checkpoint
@@ -63,6 +63,11 @@ def last_checkpoint(folder: Path) -> str:
     return name if _FILE_NAME.fullmatch(name) else ""
 
 
+def is_upstream_shard(path: Path) -> bool:
+    """Return whether ``path`` has the name of a file of :func:`upstream_shards`, of any checkpoint."""
+    return _SHARD.fullmatch(path.name) is not None
+
+
 def upstream_shards(folder: Path) -> list[Path]:
     """Return the files of the newest checkpoint that facebookresearch/dinov2 wrote into ``folder``, by rank.
 
@@ -103,4 +108,4 @@ def default_output(command: str, source: str) -> Path:
     """
     weights = find_weights(source)
     config = run_config_near(weights)
-    return Path("outputs") / command / (config.parent.name if config else Path(weights).stem)
+    return Path("outputs") / command / (config.parent.name if config else Path(without_credentials(weights)).stem)

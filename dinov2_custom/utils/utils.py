@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.schedules import CosineScheduler
 from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
 
@@ -41,25 +42,26 @@ def load_pretrained_weights(
         CheckpointError: no such file, not a weight file, tensors of other shapes, or not one name that matches.
     """
     state = flat_state(read_weights(pretrained_weights), checkpoint_key)
+    shown = without_credentials(pretrained_weights)
     fit, num_wanted = fit_state(model, state), len(model.state_dict())
     if not fit.found:
         raise CheckpointError(
-            f"expected the weights of {type(model).__name__} in {pretrained_weights}, got {len(state)} tensors with "
+            f"expected the weights of {type(model).__name__} in {shown}, got {len(state)} tensors with "
             f"other names: {_some(state)} instead of {_some(model.state_dict())}. Check that the file fits the "
             "configuration."
         )
     if fit.misfits:
         raise CheckpointError(
-            f"expected finite tensors of the model's shapes in {pretrained_weights}, got {len(fit.misfits)} others: "
+            f"expected finite tensors of the model's shapes in {shown}, got {len(fit.misfits)} others: "
             f"{_some(fit.misfits)}. Use the arch, patch size and crop size they were trained with."
         )
     model.load_state_dict(fit.found, strict=False)
     logger.info(
-        f"{pretrained_weights}: {len(fit.found)} of {num_wanted} tensors matched "
+        f"{shown}: {len(fit.found)} of {num_wanted} tensors matched "
         f"({len(fit.found) / num_wanted:.0%}), {len(fit.missing)} missing, {len(fit.unexpected)} unused"
     )
     if fit.missing or fit.unexpected:
-        logger.warning(f"{pretrained_weights}: missing: {_some(fit.missing)}; unused: {_some(fit.unexpected)}")
+        logger.warning(f"{shown}: missing: {_some(fit.missing)}; unused: {_some(fit.unexpected)}")
 
 
 def _some(names: Any, count: int = 4) -> str:

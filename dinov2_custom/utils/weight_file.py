@@ -23,7 +23,7 @@ from dinov2_custom.files import parse_json_object
 from dinov2_custom.utils.checkpoint_folder import read_folder
 from dinov2_custom.utils.download import describe_start, fetch
 from dinov2_custom.utils.paths import local_path
-from dinov2_custom.utils.run_folder import how_to_gather, upstream_shards
+from dinov2_custom.utils.run_folder import how_to_gather, is_upstream_shard
 
 logger = logging.getLogger("dinov2")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
@@ -42,10 +42,10 @@ def read_weights(source: str | os.PathLike) -> Any:
         CheckpointError: missing, torn, or holding anything but tensors and plain values.
     """
     path = to_local(source)
-    if path in (shards := upstream_shards(path.parent)):
+    if is_upstream_shard(path) and path.is_file():
         raise CheckpointError(
-            f"expected a weight file, got {path}, what one process of {len(shards)} of facebookresearch/dinov2 wrote; "
-            f"{how_to_gather(path.parent)}"
+            f"expected a weight file, got {path}, which one of the processes of a run of facebookresearch/dinov2 "
+            f"wrote; {how_to_gather(path.parent)}"
         )
     if (path / _INDEX).is_file():
         path = path / _INDEX

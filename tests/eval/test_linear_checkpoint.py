@@ -24,7 +24,7 @@ def make(folder):
         (errno.ENOSPC, "make room, then the same command goes on"),
         (errno.EACCES, "allow it (owner, permissions), or choose another directory, then"),
         (errno.EROFS, "have the file system mounted for writing"),
-        (errno.EBADF, "mend that, then"),
+        (errno.EBADF, "fix that, then"),
     ],
 )
 def test_the_advice_is_that_of_the_error(tmp_path, monkeypatch, number, words):

@@ -270,3 +270,5 @@ def test_autocast_dtype(name, device, expected):
 def test_a_missing_weight_file_is_said_before_its_configuration(tmp_path):
     with pytest.raises(CheckpointError, match="expected a weight file at .*absent.pth, found nothing"):
         find_run_config(str(tmp_path / "absent.pth"))
+    with pytest.raises(ConfigError, match="the configuration of https://lab/w.pth, got none"):
+        find_run_config("https://user:password@lab/w.pth?token=abc")

@@ -95,6 +95,8 @@ def test_the_newest_checkpoint_counts(run):
     assert [path.name for path in upstream_shards(run)] == [f"model_0012499.rank_{rank}.pth" for rank in range(11)]
     (run / "model_final.rank_0.pth").touch()
     assert [path.name for path in upstream_shards(run)] == ["model_final.rank_0.pth"]
+    with pytest.raises(CheckpointError, match="--to torch"):  # of an older one, too
+        read_weights(run / "model_0003749.rank_1.pth")
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])

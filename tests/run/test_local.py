@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dinov2_custom.errors import LaunchError
-from dinov2_custom.exit_codes import is_worth_a_restart
+from dinov2_custom.exit_codes import should_restart
 from dinov2_custom.run import local
-from tests.processes import ENVIRONMENT, REPOSITORY, running, wait_until
+from tests.processes import ENVIRONMENT, REPOSITORY, children, running, wait_until
 from tests.run.tasks import Listen, Misbehave
 from tests.train.batches import TINY
 from tests.train.test_train import weights, write_images
@@ -52,10 +52,6 @@ def start(images: Path, out: Path, *flags: str) -> subprocess.Popen:
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
     wait_until(path.exists, str(path), [process])
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +126,14 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
 
 
+def test_the_cores_that_may_be_used_are_shared(importable, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(6), raising=False)  # as in an allocation
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert launch("0", tmp_path / "out", wait=False) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
 def test_every_rank_knows_its_place(importable, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     assert launch("0", tmp_path / "out", wait=False) == 0
@@ -163,7 +167,7 @@ def test_exit_codes_pass_through(importable, tmp_path, capfd, how, code):
 def test_a_job_that_ends_itself_is_worth_a_restart_whatever_the_hanging_process_was_killed_with(
     importable, tmp_path, capfd
 ):
-    assert is_worth_a_restart(launch("hang", tmp_path / "out", who=2))
+    assert should_restart(launch("hang", tmp_path / "out", who=2))
     assert "a rank hangs: it is stopped" in (tmp_path / "out" / "logs" / "log.txt").read_text()
     assert "; the same command goes on from the newest checkpoint" in capfd.readouterr().err
 

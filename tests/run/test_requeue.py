@@ -115,6 +115,9 @@ def test_the_batch_script_is_told_by_the_exit_code(
     assert main(arguments) == code_of_all and says in capsys.readouterr().out
     arguments[-1] = arguments[-1].replace("RUNNING", "CANCELLED")
     assert main(arguments) != AGAIN and "ended from outside: SLURM says cancelled" in capsys.readouterr().out
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff")  # torn: no new checkpoint
+    assert main([*arguments[:-1], SHOWN.format("Unknown")]) == AGAIN
+    assert "requeued: stopped by a signal" in capsys.readouterr().out
 
 
 def test_the_job_log_names_each_cause_once():

@@ -25,6 +25,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1")
 
 
+@pytest.fixture(autouse=True)
+def former_path(tmp_path_factory, monkeypatch):
+    """Hide a SLURM of this machine and the user's own cluster file: PATH has bash alone. Return what it was."""
+    former, folder = os.environ["PATH"], tmp_path_factory.mktemp("bin")
+    (folder / "bash").symlink_to(shutil.which("bash"))
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
+    return former
+
+
 def parse(*arguments):
     return get_args_parser().parse_args(list(arguments))
 
@@ -178,18 +188,17 @@ def script_of(capsys, *flags, task=Plain):
 
 
 @pytest.fixture
-def only_commands(tmp_path, monkeypatch):
+def only_commands(former_path, tmp_path, monkeypatch):
     """PATH of what a batch script needs, without SLURM: srun and the others do nothing."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("bash", "cat", "date", "hostname", "mkdir", "rm", "touch"):
-        if found := shutil.which(name):
+        if found := shutil.which(name, path=former_path):
             (folder / name).symlink_to(found)
     for name in ("srun", "scontrol", "module", "apptainer"):
         (folder / name).write_text("#!/bin/bash\n")
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
 
 
 def flags_with_a_value():
@@ -305,6 +314,7 @@ def test_processes_and_gpus_that_disagree(capsys):
     [
         ("gres: gpu:a100:4", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:a100:2"]),
         ("gres: gpu:4,tmpdisk:10", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:2,tmpdisk:10"]),
+        ("gres: gpu:1g.10gb:4", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:1g.10gb:2"]),
         ("gres: gpu", ["--ngpus", "2"], ["ntasks-per-node=2", "gres=gpu:2"]),
         ("ngpus: 4", ["--gres", "gpu:2"], ["ntasks-per-node=2", "gres=gpu:2"]),
         ("gres: gpu:4", ["--cpu"], ["ntasks-per-node=8"]),
@@ -370,7 +380,7 @@ def test_dry_run_prints_script_and_configuration_and_leaves_nothing(tmp_path):
     script, _, configuration = done.stdout.partition("\n# configuration\n")
     assert "arch: vit_nano" in configuration and "arch: vit_nano" not in script, "the configuration comes last"
     assert "# submitted by: cd " in script and "--dry-run" not in script
-    assert done.stderr.splitlines()[-1].startswith("# SLURM w")  # was not asked, or would refuse it
+    assert done.stderr.splitlines()[-1] == "# SLURM was not asked: no sbatch on PATH"
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
     assert sorted(tmp_path.iterdir()) == before
 
@@ -379,14 +389,6 @@ def test_local_dry_run(tmp_path):
     done = train("--dry-run", "--cpu", "--ngpus", "2", *TINY, "train.dataset_path=x", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("# local, 2 processes: ")
     assert "  arch: vit_nano\n" in done.stdout and not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def no_slurm(tmp_path_factory):
-    """Return a PATH with bash and nothing else."""
-    folder = tmp_path_factory.mktemp("bin")
-    (folder / "bash").symlink_to(shutil.which("bash"))
-    return {"PATH": str(folder)}
 
 
 GPU = "expected to use the GPUs that CUDA_VISIBLE_DEVICES=99 names"
@@ -402,12 +404,12 @@ LACKING = [
 
 
 @pytest.mark.parametrize("flags, lacking", LACKING, ids=[" ".join(flags) for flags, _ in LACKING])
-def test_a_bad_configuration_is_refused_before_what_the_machine_lacks(tmp_path, no_slurm, flags, lacking):
+def test_a_bad_configuration_is_refused_before_what_the_machine_lacks(tmp_path, flags, lacking):
     if "v" in flags:
         venv.create(tmp_path / "v", symlinks=True)
     (tmp_path / "images").mkdir()
     before = sorted(tmp_path.iterdir())
-    environment = no_slurm | {"CUDA_VISIBLE_DEVICES": "99"}
+    environment = {"CUDA_VISIBLE_DEVICES": "99"}
     arguments = [*flags, "--output-dir", "out", *TINY, "train.dataset_path=images"]
     done = train(*arguments, "optim.epoch=3", cwd=tmp_path, environment=environment)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "optim.epochs" in done.stderr
@@ -426,9 +428,9 @@ def test_too_many_gpus_are_refused_after_the_configuration(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("script", ["eval/knn", "eval/linear", "eval/log_regression", "embed"])
 @pytest.mark.parametrize("flags", [["--partition", "p"], ["--launcher", "inline"], ["--ngpus", "2"]], ids=" ".join)
-def test_weights_that_are_not_there_are_refused_first(tmp_path, no_slurm, script, flags):
+def test_weights_that_are_not_there_are_refused_first(tmp_path, script, flags):
     weights = ["absent.pth", "images"] if script == "embed" else ["--pretrained-weights", "absent.pth"]
-    environment = os.environ | no_slurm | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "99"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "99"}
     command = [sys.executable, str(REPOSITORY / f"run/{script}.py"), *weights, *flags]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and not list(tmp_path.iterdir())
@@ -455,8 +457,8 @@ def test_an_environment_without_torch_is_refused_before_the_queue(tmp_path):
     assert "--venv, --conda-env, --python: expected an environment with torch, numpy, PIL, omegaconf," in done.stderr
 
 
-def test_without_slurm(tmp_path, no_slurm):
-    done = train("--partition", "p", "train.dataset_path=x", cwd=tmp_path, environment=no_slurm)
+def test_without_slurm(tmp_path):
+    done = train("--partition", "p", "train.dataset_path=x", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: expected SLURM's commands on PATH, got no sbatch, srun, scontrol")
     assert not list(tmp_path.iterdir())

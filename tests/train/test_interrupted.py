@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dinov2_custom.utils.weights import read_weights
-from tests.processes import ENVIRONMENT, REPOSITORY, Job, run, running, torchrun, wait_until
+from tests.processes import ENVIRONMENT, REPOSITORY, Job, children, run, running, torchrun, wait_until
 from tests.train.batches import TINY
 from tests.train.test_train import rows, weights, write_images
 
@@ -148,10 +148,6 @@ def test_an_error_is_told_once_and_kept_in_the_log(images, uninterrupted):
     assert done.returncode == 1
     assert (done.stdout + done.stderr).count("another architecture") == 1
     assert "another architecture" in (uninterrupted / "logs" / "log.txt").read_text()
-
-
-def children(process: Job) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system ends children with their parent on Linux")

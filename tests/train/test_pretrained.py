@@ -183,8 +183,8 @@ def test_weights_from_a_handler_of_iopath(tmp_path):
 
     source, target = make().eval(), make().eval()
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="expected a path that an iopath handler serves"):
-        load_pretrained_backbone(target, "shelf://w.pth")
+    with pytest.raises(CheckpointError, match="^shelf://w.pth: expected a path that an iopath handler serves"):
+        load_pretrained_backbone(target, "shelf://user:password@w.pth?token=abc")
     file_io.g_pathmgr.register_handler(Shelf(), allow_override=True)
     try:
         load_pretrained_backbone(target, "shelf://w.pth")

@@ -1,10 +1,8 @@
 """What a training shows of itself: the same numbers in every sink, through a stop and a resume, and none of it changes
 the training."""
 
-import json
 import os
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.utils.weights import read_weights
 from tests.logging.wandb_file import read_offline_run
 from tests.train.batches import TINY
+from tests.train.test_train import rows
 
 RUN = (*TINY, "train.num_workers=0", "train.OFFICIAL_EPOCH_LENGTH=4", "optim.epochs=2", "optim.warmup_epochs=0.5")
 SEEN = ("wandb.mode=offline", "wandb.tags=[a,b]", "train.tensorboard=true", "train.log_every=1")
@@ -35,10 +34,6 @@ def images(tmp_path):
 def train(images, out, *arguments) -> int:
     opts = [f"train.dataset_path={images}", *RUN, "--output-dir", str(out), *arguments]
     return main(get_args_parser().parse_args(opts))
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "training_metrics.json").read_text().splitlines()]
 
 
 def test_rows_have_gradient_norms_and_rates(images, tmp_path):

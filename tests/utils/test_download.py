@@ -115,6 +115,13 @@ def test_nobody_answers_or_has_the_file(tmp_path):
     assert list((tmp_path / "there").iterdir()) == []
 
 
+def test_a_file_in_place_of_a_folder_of_the_cache_is_one_sentence(tmp_path):
+    (tmp_path / "cache").touch()
+    with serve(tmp_path) as (url, _):
+        with pytest.raises(CheckpointError, match="expected to download some.pth into .*cache/hub"):
+            fetch(f"{url}/some.pth", tmp_path / "cache" / "hub")
+
+
 def test_files_of_one_name_from_two_places_are_two(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     for number in (1, 2):

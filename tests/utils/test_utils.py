@@ -2,6 +2,7 @@
 
 import random
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils import utils
-from dinov2_custom.utils.run_folder import find_weights
+from dinov2_custom.utils.run_folder import default_output, find_weights
 from dinov2_custom.utils.utils import fix_random_seeds, get_sha, has_batchnorms, load_pretrained_weights
 from tests.hub.served import serve
 from tests.oracle import preserved_rng
@@ -122,6 +123,20 @@ def test_urls_are_fetched(tmp_path, monkeypatch):
     assert _is_loaded(model)
 
 
+def test_what_may_be_secret_in_an_address_is_not_logged(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="dinov2")
+    state = _trained()
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "weights.pth")
+    torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with serve(tmp_path) as (url, _):
+        load_pretrained_weights(Net(), f"{url}/weights.pth?token=abc", "teacher")
+        with pytest.raises(CheckpointError, match="other names") as e:
+            load_pretrained_weights(Net(), f"{url}/other.pth?token=abc", "teacher")
+    assert f"{url}/weights.pth: " in caplog.text and "token=" not in caplog.text + str(e.value)
+
+
 def test_file_urls_are_paths(tmp_path):
     path = tmp_path / "my 100%" / "weights.pth"
     path.parent.mkdir()
@@ -130,6 +145,7 @@ def test_file_urls_are_paths(tmp_path):
     load_pretrained_weights(model, path.as_uri(), "teacher")
     assert _is_loaded(model)
     assert find_weights(path.as_uri()) == str(path)
+    assert default_output("embed", "https://lab/w.pth?token=a.b") == Path("outputs/embed/w")
 
 
 def test_fix_random_seeds():

@@ -13,6 +13,7 @@ from dinov2_custom.train.pretrained import load_pretrained_backbone
 from dinov2_custom.utils.utils import load_pretrained_weights
 from dinov2_custom.utils.weights import flat_heads, flat_state
 from tests.export.backbones import KINDS, features_of, make_teacher, random_images
+from tests.hub.served import serve
 
 
 def backbone(seed=0):
@@ -48,6 +49,15 @@ def test_weights_that_are_not_finite_are_said_by_every_loader(tmp_path, loader, 
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=r"blocks\.1\.norm1\.weight: expected finite numbers, got 1 of 64"):
         LOADERS[loader](tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_may_be_secret_in_an_address_is_said_by_no_loader(tmp_path, monkeypatch, loader):
+    torch.save({"norm.weight": torch.ones(3)}, tmp_path / "w.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with serve(tmp_path) as (url, _), pytest.raises(CheckpointError) as e:
+        LOADERS[loader](f"{url}/w.pth?token=abc")
+    assert f"{url}/w.pth" in str(e.value) and "token=" not in str(e.value)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
