@@ -75,9 +75,12 @@ class KnnModule(nn.Module):
         super().__init__()
         self.train_features, self.train_labels = train_features.to(device), train_labels.to(device)
         self.nb_knn, self.T, self.num_classes = list(nb_knn), T, num_classes
-        mean = self.train_features.mean(dim=0)
+        number = len(self.train_features)
+        # a product, since mean(dim=0) allocates partial sums on CUDA: 2.6 MB for 5 MB of features
+        mean = self.train_features.new_full((number,), 1 / number) @ self.train_features
         self.mean, self.half_squares = None, None
-        if float(1 - mean.square().sum()) < _ALIKE:
+        length = torch.linalg.vector_norm(self.train_features) / number**0.5  # 1, unless a caller has not normalised
+        if float(1 - (mean / length).square().sum()) < _ALIKE:
             self.mean, self.train_features = mean, self.train_features - mean
             self.half_squares = self.train_features.square().sum(dim=1) / 2
 
