@@ -52,7 +52,7 @@ ALLOWED = {
     "layers": BASE,
     "models": BASE | {"layers", "utils.weights"},
     "loss": BASE | {"distributed", "layers"},
-    "data": BASE,
+    "data": BASE | {"world"},
     "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
     "reading": {"configs", "data", "distributed"},

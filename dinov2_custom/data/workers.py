@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-import os
 import signal
 import statistics
 import sys
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from dinov2_custom.world import num_cores
 
 logger = logging.getLogger("dinov2")
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -62,11 +63,6 @@ def stop_signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def at_most_cores(num_workers: int) -> int:

@@ -38,8 +38,9 @@ from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image, find_simplejpeg
 from dinov2_custom.verify.folder import own_folder, written_whole
 from dinov2_custom.verify.main import TIME_LIMIT_S, open_dataset
-from dinov2_custom.verify.pool import Death, num_cores, run_pool
+from dinov2_custom.verify.pool import Death, run_pool
 from dinov2_custom.verify.report import absolute
+from dinov2_custom.world import num_cores
 
 from .change import Options, Output, Prepared, prepare_image
 from .names import Names

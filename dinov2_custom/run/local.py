@@ -24,6 +24,7 @@ from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import process
 from dinov2_custom.run.process import Process
+from dinov2_custom.world import num_cores
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2"
 
@@ -38,8 +39,7 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
     folder = Path(args.output_dir)
     before = missing_folders(folder)
     os.environ[process.LAUNCHER] = str(os.getpid())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rendezvous_handler_registry.register("loopback", _loopback)

@@ -26,10 +26,11 @@ from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
 from dinov2_custom.errors import ConfigError, DataError, shortage
 from dinov2_custom.extras import install
 from dinov2_custom.logging import setup_logging, track
+from dinov2_custom.world import num_cores
 
 from .check import Checked, check_image, find_simplejpeg, has_deep_mode, too_large
 from .folder import default_folder, own_folder
-from .pool import Death, num_cores, run_pool
+from .pool import Death, run_pool
 from .report import as_text, write_report
 from .results import SOUND, Results, Stamp, stamp_of
 
