@@ -15,7 +15,7 @@ from torch import Tensor
 from dinov2_custom.layers.prototype_loss import PrototypeJob
 from dinov2_custom.loss.soft_targets import SoftTargets
 from dinov2_custom.train.targets import Features, Targets
-from dinov2_custom.train.view_groups import ViewGroup, Views
+from dinov2_custom.train.views import ViewGroup, Views
 
 if TYPE_CHECKING:
     from dinov2_custom.train.ssl_meta_arch import SSLMetaArch

@@ -7,7 +7,7 @@ from dinov2_custom.train.constant_shapes import pad_patches, padded_count
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.test_parallel import facts_of_two
 from tests.train.batches import random_batch, tiny_config
-from tests.train.test_view_groups import unsettled
+from tests.train.test_views import unsettled
 
 
 def test_few_different_counts():

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dinov2_custom.loss import soft_targets
 from dinov2_custom.train.memory import CATEGORIES, LiveBytes, as_on_a_gpu, least_checkpointing, measure_step
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.view_groups import cut_views
+from dinov2_custom.train.views import cut_views
 from tests.train.batches import random_batch, tiny_config
 
 WIDE = ("student.arch=vit_micro", "train.batch_size_per_gpu=32", "student.drop_path_rate=0.3")

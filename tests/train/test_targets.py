@@ -8,7 +8,7 @@ from dinov2_custom.loss import soft_targets
 from dinov2_custom.train.constant_shapes import pad_patches
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.train.batches import random_batch, tiny_config
-from tests.train.test_view_groups import unsettled
+from tests.train.test_views import unsettled
 
 
 def targets_of_two_batches(lean, padded, *overrides):

@@ -3,7 +3,7 @@ import torch
 
 from dinov2_custom.layers.drop_path import draw_kept
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.view_groups import cut_draws, cut_views, group_views
+from dinov2_custom.train.views import cut_draws, cut_views, group_views
 from tests.train.batches import random_batch, tiny_config
 
 NONE = range(0)
