@@ -25,13 +25,12 @@ from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import GradientReducer, own_share
 from dinov2_custom.train import compiling
-from dinov2_custom.train.constant_shapes import pad_patches
 from dinov2_custom.train.health import MAX_RANKME_ROWS
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.shortcuts import find_shortcuts, takes_options
 from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies, teacher_assignments
 from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
-from dinov2_custom.train.views import ViewGroup, Views, cut_draws, cut_views, group_views
+from dinov2_custom.train.views import ViewGroup, Views, cut_draws, cut_views, group_views, pad_patches
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2_custom.utils.rng import seed_for

@@ -5,8 +5,8 @@ import torch
 
 from dinov2_custom.layers import prototype_loss
 from dinov2_custom.loss import soft_targets
-from dinov2_custom.train.constant_shapes import pad_patches
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.views import pad_patches
 from tests.train.batches import random_batch, tiny_config
 from tests.train.test_views import unsettled
 
