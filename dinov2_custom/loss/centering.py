@@ -49,7 +49,7 @@ class CenteredLoss(nn.Module):
         self._start_update(sum_of_rows(rows, real_rows), len(rows), real_rows)
 
     @torch.no_grad()
-    def late_targets(
+    def lazy_targets(
         self, features: Tensor, weight: Tensor, teacher_temp: float, real_rows: Tensor | None = None, keep: bool = False
     ) -> SoftTargets:
         """Return :meth:`softmax_center_teacher`'s result for the logits features weight^T, which are never there all

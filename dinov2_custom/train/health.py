@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov2_custom.data.train_samples import with_path
 from dinov2_custom.files import parse_json_object
 from dinov2_custom.logging import append_row
-from dinov2_custom.train.terms import num_crop_pairs
+from dinov2_custom.train.views import num_crop_pairs
 
 logger = logging.getLogger("dinov2")
 BAD_IMAGES_FILE = "bad_images.jsonl"

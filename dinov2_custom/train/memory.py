@@ -227,7 +227,7 @@ def _label(model: SSLMetaArch, live: LiveBytes) -> None:
 
         return run
 
-    for name in ("run_heads", "losses", "assign"):
+    for name in ("run_heads", "compute_losses", "assign"):
         setattr(model, name, labelled(getattr(model, name)))
 
 

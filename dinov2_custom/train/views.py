@@ -30,6 +30,11 @@ class ViewGroup(NamedTuple):
     local_views: range
 
 
+def num_crop_pairs(num_local_crops: int) -> int:
+    """Return the number of crop pairs over which the DINO terms are averaged."""
+    return 2 + max(2 * num_local_crops, 1)
+
+
 def group_views(
     setting: int | str,
     num_local: int,

@@ -34,7 +34,7 @@ def kept_by_a_forward_pass(cfg, mode=None):
         own |= {id(t.untyped_storage()) for t in views if torch.is_tensor(t)}
         before = live.total
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            features = model.student_features(views, draws)
+            features = model.get_student_output(views, draws)
         after = live.total
         outputs = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in features if t is not None}
     sizes = {key: storage.nbytes() for key, storage in kept.items() if key not in own}
