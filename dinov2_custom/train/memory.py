@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -143,10 +142,9 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def as_on_a_gpu():
-    """Let attention keep what a fused kernel keeps, chunks of logits be a GPU's, and no process speak to others."""
+    """Let attention keep what a fused kernel keeps, and chunks of logits be a GPU's."""
     attention, chunks = kernels.attention, prototype_loss._CHUNK_LOGITS["cpu"]
     products = prototype_loss._PRODUCT_LOGITS.pop("cpu")
-    is_initialized, dist.is_initialized = dist.is_initialized, lambda: False
     kernels.attention = lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
     prototype_loss._CHUNK_LOGITS["cpu"] = prototype_loss._CHUNK_LOGITS["cuda"]
     try:
@@ -154,7 +152,6 @@ def as_on_a_gpu():
     finally:
         kernels.attention, prototype_loss._CHUNK_LOGITS["cpu"] = attention, chunks
         prototype_loss._PRODUCT_LOGITS["cpu"] = products
-        dist.is_initialized = is_initialized
 
 
 def memory_for_steps(model: SSLMetaArch) -> int:
@@ -259,6 +256,8 @@ def measure_step(
             )
         images["upperbound"] = batch["mask_indices_list"][0][0]
         model.constant_shapes = True
+        for loss in (model.dino_loss, model.ibot_patch_loss, model.koleo_loss):
+            loss.over_all_ranks = False  # fake tensors cannot be sent, and the other processes may not be counting
         model.precision = lambda *names: _bf16_unless_given(cfg, *names)
         model.plan_groups = lambda *_: groups
         model.masked_in_first = lambda images: batch["mask_indices_list"][0][0] // 2

@@ -310,7 +310,8 @@ class SSLMetaArch(nn.Module):
             if factors is None:
                 return None
             if self.cfg.train.centering == "sinkhorn_knopp":
-                return sinkhorn_targets(TeacherLogits.of_factors(*factors, keep=True), teacher_temp, **rows)
+                logits = TeacherLogits.of_factors(*factors, keep=True)
+                return sinkhorn_targets(logits, teacher_temp, over_all_ranks=loss.over_all_ranks, **rows)
             return loss.lazy_targets(*factors, teacher_temp, keep=keep, **rows)
 
         of_cls, of_patches = self._logit_factors(cls, patches)

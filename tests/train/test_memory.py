@@ -101,13 +101,19 @@ def test_auto_recomputes_as_little_as_fits():
     assert least_checkpointing(cfg, 1000) == "full"
 
 
-def test_one_process_of_several_counts_alone(tmp_path):
+@pytest.mark.parametrize("lean", ["true", "false"])
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_one_process_of_several_counts_alone(tmp_path, monkeypatch, centering, lean):
     """Fake tensors cannot travel, and the others may count at another time."""
-    cfg = tiny_config(*WIDE, "train.centering=sinkhorn_knopp")
-    alone = measure_step(cfg)
+    cfg = tiny_config(f"train.centering={centering}", f"train.lean={lean}", "dino.koleo_neighbours=all")
+    alone, sent = measure_step(cfg), []
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    for collective in ("all_reduce", "all_gather", "broadcast"):
+        monkeypatch.setattr(torch.distributed, collective, lambda *_, name=collective, **__: sent.append(name))
     try:
-        assert measure_step(cfg) == alone and torch.distributed.is_initialized()
+        assert measure_step(cfg) == alone and sent == []
+        SSLMetaArch(cfg).forward_backward(random_batch(cfg), 0.05)
+        assert {"all_reduce", "all_gather"} <= {*sent}  # which a step that is not counted does
     finally:
         torch.distributed.destroy_process_group()
 
