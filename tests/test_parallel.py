@@ -218,8 +218,8 @@ def test_however_a_batch_is_cut_losses_and_weights_are_the_same(
 COMPILED = """
 import functools, json, os, torch
 from dinov2_custom import entry
-from dinov2_custom.train import compiling, train
-compiling.compile_step = functools.partial(compiling.compile_step, backend="aot_eager")
+from dinov2_custom.train import fast_paths, train
+fast_paths.compile_step = functools.partial(fast_paths.compile_step, backend="aot_eager")
 rank = os.environ["RANK"]
 code = train.main(train.get_args_parser().parse_args())
 counters = torch._dynamo.utils.counters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dinov2_custom import distributed
 from dinov2_custom.layers.backend import fastest_attention
-from dinov2_custom.train.compiling import is_wanted
+from dinov2_custom.train.fast_paths import is_wanted
 
 
 def choose_attention(model) -> str:

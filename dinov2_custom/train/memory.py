@@ -29,7 +29,7 @@ from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
 from dinov2_custom.parallel import BYTES_A_PARAMETER, NO_SHARD, choose_strategies, strategies_on
-from dinov2_custom.train import compiling
+from dinov2_custom.train import fast_paths
 from dinov2_custom.train.args import get_memory_args_parser
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
@@ -225,7 +225,7 @@ def measure_step(
     cfg,
     checkpointing: str = "none",
     inside: AbstractContextManager = nullcontext(),  # noqa: B008 - does nothing
-    compiler: compiling.Compiler | None = None,
+    compiler: fast_paths.Compiler | None = None,
 ) -> StepMemory:
     """Run one step of ``cfg`` on fake tensors and return its peak; ``auto`` precisions count as bf16.
 
@@ -240,7 +240,7 @@ def measure_step(
         model = SSLMetaArch(cfg).train()
     model.set_checkpointing(checkpointing)
     if compiler is not None:
-        compiling.install(model, lambda function: live.as_one_operation(compiler(function)))
+        fast_paths.install(model, lambda function: live.as_one_operation(compiler(function)))
     crops = {name: torch.empty(shape, device="meta") for name, (shape, _) in batch.items() if "crops" in name}
     groups = model.plan_groups(crops, torch.Generator().manual_seed(0))  # draws need values
     with as_on_a_gpu(), mode, live:

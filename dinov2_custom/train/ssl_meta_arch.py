@@ -31,7 +31,7 @@ from dinov2_custom.loss.sinkhorn import sinkhorn_targets
 from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits
 from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import GradientReducer, own_share
-from dinov2_custom.train import compiling
+from dinov2_custom.train import fast_paths
 from dinov2_custom.train.health import MAX_RANKME_ROWS
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.shortcuts import find_shortcuts, takes_options
@@ -142,7 +142,7 @@ class SSLMetaArch(nn.Module):
         use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
         self.fp16_scaler = distributed.make_grad_scaler(self.device.type) if use_scaler else None
         self.set_checkpointing(self._choose_checkpointing())
-        compiled = compiling.is_wanted(self.cfg.train.compile) and compiling.compile_step(self)
+        compiled = fast_paths.is_wanted(self.cfg.train.compile) and fast_paths.compile_step(self)
         self.constant_shapes = compiled or self.device.type == "cuda"
 
     def _choose_checkpointing(self) -> str:
@@ -161,7 +161,7 @@ class SSLMetaArch(nn.Module):
         """Find what may be computed from weights in this step, and warn once of what keeps something from it."""
         self.shortcuts = find_shortcuts(self)
         if self.shortcuts.changes:
-            compiling.leave_out_changed(self)
+            fast_paths.leave_out_changed(self)
             warning = self.shortcuts.describe()
             if self.lean and warning not in self._warned:
                 logger.warning(warning)

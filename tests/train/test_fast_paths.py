@@ -6,7 +6,7 @@ import torch
 
 from dinov2_custom.layers import Block, SwiGLUFFNFused
 from dinov2_custom.layers.pieces import EAGER, Pieces
-from dinov2_custom.train import compiling
+from dinov2_custom.train import fast_paths
 from dinov2_custom.train.memory import measure_step
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.layers.both_ways import run
@@ -37,8 +37,8 @@ def block(lean, compiled, **options):
     torch.manual_seed(0)
     made = Block(32, num_heads=2, init_values=0.5, qkv_bias=True, drop_path=0.4, **options).train()
     if compiled and not lean:
-        compiling.compile_block(made, aot_eager)
-    return made, {"lean": lean, "pieces": compiling.compile_pieces(aot_eager) if compiled and lean else EAGER}
+        fast_paths.compile_block(made, aot_eager)
+    return made, {"lean": lean, "pieces": fast_paths.compile_pieces(aot_eager) if compiled and lean else EAGER}
 
 
 def results(made, options, num_sequences, dtype):
@@ -99,7 +99,7 @@ def test_the_step_uses_what_was_compiled(lean, monkeypatch):
     cfg = tiny_config(f"train.lean={str(lean).lower()}", "student.drop_path_rate=0.3")
     plain, compiled = SSLMetaArch(cfg).train(), SSLMetaArch(cfg).train()
     monkeypatch.setattr(torch, "compile", counting)
-    assert compiling.compile_step(compiled)
+    assert fast_paths.compile_step(compiled)
     calls.clear()  # of the trial
     (losses, gradients), (other_losses, other_gradients) = step(plain, cfg), step(compiled, cfg)
     pieces = {field.name for field in fields(Pieces)} - {"gated", "gated_backward", "cast_norm"} | {
@@ -119,7 +119,7 @@ def test_what_is_changed_is_called_as_it_is():
     first, second, *others = model.student["backbone"].all_blocks()
     seen = []
     first.attn.register_forward_hook(lambda *_: seen.append("first"))
-    compiling.install(model, lambda function: lambda *args: function(*args))
+    fast_paths.install(model, lambda function: lambda *args: function(*args))
     assert "ffn_residual" not in vars(first) and all("ffn_residual" in vars(block) for block in (second, *others))
     second.mlp.register_forward_hook(lambda *_: seen.append("second"))
     step(model, cfg)
@@ -131,15 +131,15 @@ def test_without_a_compiler_one_warning(caplog, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("No working C++ compiler found\nmore")
 
-    monkeypatch.setattr(compiling, "_probe", broken)
+    monkeypatch.setattr(fast_paths, "_probe", broken)
     cfg = tiny_config()
     model = SSLMetaArch(cfg).train()
     with caplog.at_level(logging.WARNING, logger="dinov2"):
-        assert not compiling.compile_step(model)
+        assert not fast_paths.compile_step(model)
     warned = [record.message for record in caplog.records if "train.compile" in record.message]
     assert len(warned) == 1 and "No working C++ compiler found" in warned[0]
     step(model, cfg)
 
 
 def test_auto_is_off():
-    assert [compiling.is_wanted(setting) for setting in ("auto", "on", "off")] == [False, True, False]
+    assert [fast_paths.is_wanted(setting) for setting in ("auto", "on", "off")] == [False, True, False]
