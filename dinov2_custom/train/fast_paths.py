@@ -1,24 +1,31 @@
-"""Let torch.compile fuse what the step does between its matrix products, where it can and is asked to.
+"""Faster ways through the step that give the same numbers: from weights instead of by calling modules
+(``train.lean``), compiled (``train.compile``), with the attention kernel that is faster for the run's shapes.
 
-Compiled are the pieces of lean blocks, which keep what they keep without, and the cross-entropy of a chunk of logits.
-Without ``train.lean`` the two branches of each block are compiled, which keep for the backward pass what the compiler
-chooses. Blocks whose modules somebody changed are called as they are. Read :func:`compile_step` first.
+Users hook, patch and replace modules at any time, so they are looked at in every step; blocks whose modules somebody
+changed are called as they are. Not here: what counts as a change (``layers/unmodified``), and the computations. Read
+:func:`find_shortcuts` and :func:`compile_step` first.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_custom import distributed
+from dinov2_custom.layers import DINOHead
+from dinov2_custom.layers.backend import fastest_attention
 from dinov2_custom.layers.pieces import EAGER, Pieces
 from dinov2_custom.layers.prototype_loss import fused_cross_entropy
+from dinov2_custom.layers.unmodified import find_change, find_change_of_all, methods_of, unmodified_blocks
+from dinov2_custom.loss import DINOLoss, iBOTPatchLoss
 
 if TYPE_CHECKING:
     from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
@@ -26,15 +33,88 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dinov2")
 Compiler = Callable[[Callable], Callable]
 _BRANCHES = ("attn_residual", "ffn_residual")
+_LOSSES = {cls: methods_of(cls) for cls in (DINOLoss, iBOTPatchLoss)}  # as they are defined; users may replace them
 
 
-def is_wanted(setting: str) -> bool:
+def takes_options(backbone: nn.Module) -> bool:
+    """Return whether the methods of ``backbone`` take ``draws`` and ``packed``; others' overrides have upstream's
+    parameters."""
+    methods = (getattr(backbone, name) for name in ("forward", "forward_features", "forward_features_list"))
+    return all(_takes_options(getattr(method, "__func__", method)) for method in methods)
+
+
+@functools.lru_cache(maxsize=64)  # looked at in every step, for a fifth of a millisecond
+def _takes_options(function: Callable) -> bool:
+    taken = inspect.signature(function).parameters
+    return "packed" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values())
+
+
+class Shortcuts(NamedTuple):
+    """What is as it was built.
+
+    Attributes:
+        student, teacher: blocks of the two backbones.
+        heads: whether all heads are, and the losses on them.
+        changes: of everything else, what is changed.
+    """
+
+    student: frozenset[nn.Module] = frozenset()
+    teacher: frozenset[nn.Module] = frozenset()
+    heads: bool = False
+    changes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Say what is changed and what that costs."""
+        others = f" and {len(self.changes) - 1} more" if len(self.changes) > 1 else ""
+        return (
+            f"train.lean: expected modules as they were built, got {self.changes[0]}{others}; the blocks, "
+            "heads or losses that contain it are called as modules, which keeps about twice as much for the backward "
+            "pass, and all logits of a head at once; the results are the same (docs/drop-in.md, Hooks, patches, "
+            "subclasses)"
+        )
+
+
+def find_shortcuts(model: SSLMetaArch) -> Shortcuts:
+    """Look at the modules of ``model`` as they are now."""
+    everywhere = find_change_of_all()
+    if everywhere is not None:
+        return Shortcuts(changes=(everywhere,))
+    blocks, changes, changed_heads = {}, [], []
+    for side in ("student", "teacher"):
+        for name, part in getattr(model, side).items():
+            if name == "backbone":
+                blocks[side], found = unmodified_blocks(part.blocks, f"{side}.{name}.blocks")
+                if not takes_options(part):
+                    blocks[side], found = frozenset(), [f"other parameters of {side}.{name}.forward_features"]
+                changes += found
+            else:
+                changed_heads.append(find_change(part, (DINOHead,), f"{side}.{name}", sharded_for="cross_entropy"))
+    changed_heads += [_find_changed_loss(getattr(model, name), name) for name in ("dino_loss", "ibot_patch_loss")]
+    changed_heads = [change for change in changed_heads if change is not None]
+    return Shortcuts(blocks["student"], blocks["teacher"], not changed_heads, (*changes, *changed_heads))
+
+
+def _find_changed_loss(loss: nn.Module, name: str) -> str | None:
+    change = find_change(loss, _LOSSES, name)
+    if change is not None:
+        return change
+    for method, function in _LOSSES[type(loss)].items():
+        if method in vars(loss) or getattr(type(loss), method) is not function:
+            return f"another {method} of {name}"
+    return None
+
+
+def should_compile(setting: str) -> bool:
     """Resolve ``train.compile``; ``auto`` is off, as no device has been measured yet on which it pays."""
     return setting == "on"
 
 
 def compile_step(model: SSLMetaArch, backend: str = "inductor") -> bool:
-    """Compile the blocks' branches and the heads' loss in place; return whether that was possible.
+    """Compile the blocks and the heads' loss in place; return whether that was possible.
+
+    Compiled are the pieces of lean blocks, which keep for the backward pass what they keep without, or without
+    ``train.lean`` the two branches of each block, which keep what the compiler chooses; and the cross-entropy of a
+    chunk of logits.
 
     Compilation itself happens in the first step, and again for a shape that is new in kind. Without a working compiler
     (a C++ compiler on CPUs, Triton on GPUs) one warning says so and nothing changes.
@@ -119,3 +199,30 @@ def _probe(device: torch.device, backend: str) -> None:
     """Compile and run something small, forward and backward."""
     x = torch.ones(8, device=device, requires_grad=True)
     torch.compile(lambda x: F.gelu(x).sum(), backend=backend)(x).backward()
+
+
+def choose_attention(model) -> str:
+    """Set the kernel of student and teacher, the main process's choice everywhere; return a line for the log.
+
+    All processes must call it, when the model (``SSLMetaArch``) is on its device.
+    """
+    cfg, backbone = model.cfg, model.student["backbone"]
+    if should_compile(cfg.train.compile):
+        return ""  # a compiled block may hold no kernel that the compiler cannot look into
+    batch, crops = cfg.train.batch_size_per_gpu, cfg.crops
+    segments = [
+        (number * batch, 1 + backbone.num_register_tokens + (size // backbone.patch_size) ** 2)
+        for number, size in ((2, crops.global_crops_size), (crops.local_crops_number, crops.local_crops_size))
+        if number
+    ]
+    found = None
+    if distributed.is_main_process():
+        head_dim = backbone.embed_dim // backbone.num_heads
+        dtype = model.precision("student", "backbone")
+        found = fastest_attention(segments, backbone.num_heads, head_dim, dtype, model.device)
+    backend, line = distributed.broadcast_object(found)
+    for part in (model.student, model.teacher):
+        for block in part["backbone"].all_blocks():
+            if hasattr(getattr(block, "attn", None), "backend"):  # one of ours, and not a user's own
+                block.attn.backend = backend
+    return line

@@ -1,19 +1,20 @@
-"""The optimizer, its schedules, and a step that a flag on the device can call off. Read :func:`step_unless` first.
+"""The optimizer, its schedules, a step's gradients, and an update that a flag on the device can cancel.
 
-Not here: how the flag is found (``step_guard.py``).
+Not here: how the flag is found (``step_guard.py``). Read :func:`step_unless` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from dinov2_custom.configs.upstream import with_defaults
-from dinov2_custom.parallel import own_share, whole_tensor
+from dinov2_custom.parallel import GradientReducer, own_share, whole_tensor
 from dinov2_custom.train.course import RunLength, run_length
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.schedules import CosineScheduler
 
 
@@ -74,6 +75,27 @@ def apply_optim_scheduler(
         group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
         if frozen_backbone and group["is_backbone"]:
             group["lr"] = 0.0
+
+
+def accumulate_gradients(
+    cfg,
+    model: SSLMetaArch,
+    reducer: GradientReducer,
+    batch: dict,
+    batches: Iterator[dict],
+    teacher_temp: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Run ``batch``, and the next ones of ``batches`` up to ``optim.accumulation_steps``; return their mean losses."""
+    count, sums = cfg.optim.accumulation_steps, {}
+    for index in range(count):
+        if index > 0:
+            batch = next(batches)
+        arm = reducer.arm if index == count - 1 else None
+        losses = model.forward_backward(batch, teacher_temp, generator, (index, count), on_last_backward=arm)
+        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+    reducer.finish()
+    return {name: value / count for name, value in sums.items()}
 
 
 def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:

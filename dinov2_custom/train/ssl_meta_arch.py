@@ -34,7 +34,6 @@ from dinov2_custom.parallel import GradientReducer, own_share
 from dinov2_custom.train import fast_paths
 from dinov2_custom.train.health import MAX_RANKME_ROWS
 from dinov2_custom.train.pretrained import start_from_weights
-from dinov2_custom.train.shortcuts import find_shortcuts, takes_options
 from dinov2_custom.train.views import (
     ViewGroup,
     Views,
@@ -113,7 +112,7 @@ class SSLMetaArch(nn.Module):
         self.patch_head = "ibot_head" if self.ibot_separate_head else "dino_head"
         self.recompute, self.pieces = "none", EAGER
         self.lean = cfg.train.lean
-        self.shortcuts = find_shortcuts(self)
+        self.shortcuts = fast_paths.find_shortcuts(self)
         self._warned: set[str] = set()
         self.fp16_scaler: torch.amp.GradScaler | None = None
         self.constant_shapes = False  # or True: each batch gets rows of padding, see ``pad_patches``
@@ -142,7 +141,7 @@ class SSLMetaArch(nn.Module):
         use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
         self.fp16_scaler = distributed.make_grad_scaler(self.device.type) if use_scaler else None
         self.set_checkpointing(self._choose_checkpointing())
-        compiled = fast_paths.is_wanted(self.cfg.train.compile) and fast_paths.compile_step(self)
+        compiled = fast_paths.should_compile(self.cfg.train.compile) and fast_paths.compile_step(self)
         self.constant_shapes = compiled or self.device.type == "cuda"
 
     def _choose_checkpointing(self) -> str:
@@ -159,7 +158,7 @@ class SSLMetaArch(nn.Module):
 
     def look_at_modules(self) -> None:
         """Find what may be computed from weights in this step, and warn once of what keeps something from it."""
-        self.shortcuts = find_shortcuts(self)
+        self.shortcuts = fast_paths.find_shortcuts(self)
         if self.shortcuts.changes:
             fast_paths.leave_out_changed(self)
             warning = self.shortcuts.describe()
@@ -269,7 +268,7 @@ class SSLMetaArch(nn.Module):
             return Targets(None, None)
         with self.autocast("teacher", "backbone"):
             crops, packed = images["collated_global_crops"], self._packed("teacher")
-            options = {"packed": packed} if takes_options(self.teacher["backbone"]) else {}
+            options = {"packed": packed} if fast_paths.takes_options(self.teacher["backbone"]) else {}
             features = self.teacher["backbone"](crops, is_training=True, **options)
         first, second = features["x_norm_clstoken"].chunk(2)
         cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
@@ -341,7 +340,7 @@ class SSLMetaArch(nn.Module):
         crops, masks = zip(*((crop, mask) for crop, mask in crops if crop is not None), strict=True)
         with self.autocast("student", "backbone"):
             options = {"draws": draws, "packed": self._packed("student")}
-            options = options if takes_options(self.student["backbone"]) else {}
+            options = options if fast_paths.takes_options(self.student["backbone"]) else {}
             features = self.student["backbone"](list(crops), masks=list(masks), is_training=True, **options)
         local, of_global = views.local_crops is not None, views.global_crops is not None
         return Features(

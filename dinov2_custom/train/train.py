@@ -35,11 +35,11 @@ from dinov2_custom.reading import choose_for_training
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
+from dinov2_custom.train.fast_paths import choose_attention
 from dinov2_custom.train.faults import reported
 from dinov2_custom.train.flops import speed_report
 from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, LearningAlarm, flat_dino_loss, rankme
-from dinov2_custom.train.kernels import choose_attention
 from dinov2_custom.train.memory import split_over_memory
 from dinov2_custom.train.optimization import (
     apply_optim_scheduler,
