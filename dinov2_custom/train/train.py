@@ -38,10 +38,10 @@ from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.fast_paths import choose_attention
 from dinov2_custom.train.faults import reported
 from dinov2_custom.train.flops import speed_report
-from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, LearningAlarm, flat_dino_loss, rankme
 from dinov2_custom.train.memory import split_over_memory
 from dinov2_custom.train.optimization import (
+    accumulate_gradients,
     apply_optim_scheduler,
     build_optimizer,
     build_schedulers,

@@ -219,7 +219,7 @@ import json, sys, torch
 from dinov2_custom import distributed, parallel
 from dinov2_custom.compat import fsdp
 from dinov2_custom.layers.block import BlockChunk
-from dinov2_custom.train.gradients import accumulate_gradients
+from dinov2_custom.train.optimization import accumulate_gradients
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.train.batches import random_batch, tiny_config
 from tests.train.test_fast_paths import looked_at

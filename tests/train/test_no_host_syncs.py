@@ -19,8 +19,7 @@ from dinov2_custom import parallel
 from dinov2_custom.logging import MetricLogger
 from dinov2_custom.parallel import GradientReducer, parallelize
 from dinov2_custom.train import step_guard
-from dinov2_custom.train.gradients import accumulate_gradients
-from dinov2_custom.train.optimization import build_optimizer, clip_gradients, step_unless
+from dinov2_custom.train.optimization import accumulate_gradients, build_optimizer, clip_gradients, step_unless
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.step_guard import StepGuard
 from dinov2_custom.utils import transfer

@@ -14,8 +14,13 @@ from dinov2_custom.logging import remove_logging
 from dinov2_custom.parallel import own_share, parallelize
 from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.train import train as train_module
-from dinov2_custom.train.gradients import accumulate_gradients
-from dinov2_custom.train.optimization import apply_optim_scheduler, build_optimizer, clip_gradients, step_unless
+from dinov2_custom.train.optimization import (
+    accumulate_gradients,
+    apply_optim_scheduler,
+    build_optimizer,
+    clip_gradients,
+    step_unless,
+)
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.step_guard import MAX_STEPS_SCALED, StepGuard, Word
 from tests.processes import launch_source
