@@ -59,12 +59,12 @@ def run_length(cfg, num_images: int, world_size: int) -> RunLength:
 class Course:
     """Where a run stands between its first and its last step, the same in all processes.
 
-    In a run by the clock the main process's seconds count; the others learn them with the reductions of a step
-    (:meth:`tell`, :meth:`hear`), one step late. Time between a stop and the resume does not count.
+    In a run by the clock the main process's seconds count; all processes get them with the reductions of a step
+    (:meth:`read_clock`, :meth:`update`), one step late. Time between a stop and the resume does not count.
 
     Args:
         state: of an earlier process's course, from a checkpoint.
-        late: how many steps after a :meth:`tell` its :meth:`hear` comes.
+        late: how many steps after a :meth:`read_clock` the :meth:`update` with it comes.
         clock: seconds, monotonic.
     """
 
@@ -82,7 +82,7 @@ class Course:
         self.ended_at_h = float((state or {}).get("ended_at_h", 0.0))
         self._began = clock() - self.elapsed_s
         self._steps: deque[float] = deque(maxlen=20)
-        self._heard = 0
+        self._updates = 0
 
     def position(self, iteration: int) -> int:
         """Return the index into the schedules for the step ``iteration``."""
@@ -102,16 +102,16 @@ class Course:
             return iteration >= self.length.total
         return self.ended_at_h >= self.length.max_hours
 
-    def tell(self) -> float:
+    def read_clock(self) -> float:
         """Return the seconds that this process's clock shows, of training in all."""
         return self._clock() - self._began if self.limit_s else 0.0
 
-    def hear(self, seconds: float) -> None:
-        """Take in what the main process told; how long a step takes is the mean of the newest 20."""
+    def update(self, seconds: float) -> None:
+        """Set the time to the main process's ``seconds``; the length of a step is the mean of the newest 20."""
         if not self.limit_s or seconds <= self.elapsed_s:
             return
-        self._heard += 1
-        if self._heard == 2:
+        self._updates += 1
+        if self._updates == 2:
             self._steps.clear()  # the first step also compiles, starts processes and fills caches
         self._steps.append(seconds - self.elapsed_s)
         self.step_s, self.elapsed_s = fmean(self._steps), seconds

@@ -92,7 +92,7 @@ class LearningAlarm:
                 new.append(kind)
         return new
 
-    def verdict(self) -> list[str]:
+    def final_warnings(self) -> list[str]:
         """Return the warnings to repeat at the end: those that still hold, or held for most of the run."""
         most = not self.has_learned or 2 * self.num_flat > self.num_rows
         words = []

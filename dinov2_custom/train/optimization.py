@@ -21,7 +21,7 @@ from dinov2_custom.utils.schedules import CosineScheduler
 def build_optimizer(cfg, params_groups: Iterable[dict]) -> torch.optim.AdamW:
     """Build AdamW over ``params_groups``; their lr and weight decay are set by :func:`apply_optim_scheduler`.
 
-    The fused kernels alone can be told by a flag on the device to change nothing; see :func:`step_unless`.
+    Only the fused kernels take a flag on the device that makes them change nothing; see :func:`step_unless`.
     """
     return torch.optim.AdamW(params_groups, betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2), fused=True)
 

@@ -53,7 +53,7 @@ from dinov2_custom.train.ranks import describe_lost
 from dinov2_custom.train.run_directory import changed_batch, changed_data, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_doubts, describe_end, describe_run
-from dinov2_custom.train.step_guard import StepGuard, Word
+from dinov2_custom.train.step_guard import Flags, StepGuard
 from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.train.watch import Watch
 from dinov2_custom.utils.allocator import keep_freed_memory
@@ -83,7 +83,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     """Train ``model`` and return the exit code, see ``exit_codes``.
 
     Args:
-        resume: go on from the newest checkpoint in the run directory, if there is one.
+        resume: continue from the newest checkpoint in the run directory, if there is one.
         loader: of :func:`make_train_loader`; None: as ``cfg`` says.
 
     Raises:
@@ -100,7 +100,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     resume = resume and has_checkpoints(out)
     if not resume:
         start_from_weights(cfg, model)
-        if rank == 0:  # of a start that failed, and since then its images may have been mended
+        if rank == 0:  # left by a start that failed; its images may have been repaired since
             (out / BAD_IMAGES_FILE).unlink(missing_ok=True)
     reducer = parallelize(cfg, model)
     optimizer = build_optimizer(cfg, model.get_params_groups())
@@ -171,10 +171,10 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
 
             # update, unless something is not finite
             grad_norms = clip_gradients(cfg, model, optimizer)
-            losses, skip = guard.judge(iteration, losses, grad_norms, Word(stop.signum, course.tell()))
+            losses, skip = guard.check(iteration, losses, grad_norms, Flags(stop.signum, course.read_clock()))
             step_unless(skip, model, optimizer, momentum)
-            word = guard.hear()
-            course.hear(word.seconds)
+            flags = guard.poll()
+            course.update(flags.seconds)
 
             # report
             metrics.update(
@@ -190,8 +190,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             if model.diagnose:
                 metrics.update(**model.diagnostics)
 
-            if last or word.stop_signal:
-                guard.hear_all()
+            if last or flags.stop_signal:
+                guard.drain()
                 reducer.check()
                 metrics.end_after_this()
             metrics.counts["skipped_steps"] = guard.skipped
@@ -201,8 +201,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             watch.mark(iteration, patience=3)
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
-            if last or word.stop_signal or (iteration + 1) % save_period == 0:
-                leaving = bool(word.stop_signal)
+            if last or flags.stop_signal or (iteration + 1) % save_period == 0:
+                leaving = bool(flags.stop_signal)
                 extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()
                 extra["data"] = loader.found
                 # a run without the stop does not have the row that the stop writes
@@ -213,16 +213,16 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             watch.mark(iteration)
             iteration += 1
         if not last:
-            sinks.close(stopped_by(word.stop_signal))
+            sinks.close(stopped_by(flags.stop_signal))
             distributed.barrier()  # a launcher ends the others when the first one leaves
-            for warning in alarm.verdict():
+            for warning in alarm.final_warnings():
                 logger.warning(warning)
             logger.warning(f"stopped after iteration={iteration - 1}; the same command goes on from {checkpoint_path}")
-            return stopped_by(word.stop_signal)
+            return stopped_by(flags.stop_signal)
 
     for line in describe_end(cfg, teacher_path, checkpoint_path):
         logger.info(line)
-    for warning in alarm.verdict():
+    for warning in alarm.final_warnings():
         logger.warning(warning)
     return DONE
 

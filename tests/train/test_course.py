@@ -58,8 +58,8 @@ def drive(course, now, seconds, until=10**6):
         last = course.is_last(iteration)
         positions.append(course.position(iteration))
         now[0] += seconds(iteration)
-        told.append(course.tell())
-        course.hear(told.pop(0))
+        told.append(course.read_clock())
+        course.update(told.pop(0))
         if last:
             break
     return positions
@@ -106,7 +106,7 @@ def test_short_times_are_not_shown_as_hours():
 
 def test_steps_know_nothing_of_the_clock():
     course = Course(length_of("train.max_steps=5"))
-    assert course.tell() == 0.0 and course.state() == {}
+    assert course.read_clock() == 0.0 and course.state() == {}
     assert [course.is_last(i) for i in range(6)] == [False] * 4 + [True] * 2
     assert [course.is_finished(i) for i in (4, 5)] == [False, True]
 

@@ -131,7 +131,7 @@ def test_waiting_for_the_device_is_waiting_for_the_others(tmp_path):
 
     guard = StepGuard(3, False, lambda: "none")
     guard._reports += [_Report(i, ["loss"], HostCopy(torch.ones(1), Event())) for i in range(2)]
-    thread = threading.Thread(target=guard.hear)
+    thread = threading.Thread(target=guard.poll)
     thread.start()
     there.wait(100)
     place, waits = watch_module._where(sys._current_frames()[thread.ident])

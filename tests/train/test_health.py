@@ -63,7 +63,7 @@ def alarms(series, prototypes, total, every=10):
     """Return {iteration: kinds that are warned of there}, and what is repeated at the end."""
     alarm = alarm_for(prototypes, total)
     found = {row["iteration"]: kinds for row in rows(series, every) if (kinds := alarm.check(row, total))}
-    return found, alarm.verdict()
+    return found, alarm.final_warnings()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_was_said_before_a_resume_is_not_said_again_but_at_the_end(caplog):
     alarm.read(rows(BLOOD_CELLS)[:20])
     for row in rows(BLOOD_CELLS)[20:]:
         alarm.log(row["iteration"], row)
-    assert caplog.records == [] and len(alarm.verdict()) == 1
+    assert caplog.records == [] and len(alarm.final_warnings()) == 1
     alarm = alarm_for(256, 300)
     alarm.read(rows(BLOOD_CELLS)[:5])
     for row in rows(BLOOD_CELLS)[5:]:

@@ -27,7 +27,7 @@ from tests.train.batches import random_batch, tiny_config
 
 # the only ways to the host in a step; what comes of them is read in the step after
 ALLOWED = {
-    "StepGuard.judge: finite flags and what processes tell each other": step_guard,
+    "StepGuard.check: finite flags and what processes tell each other": step_guard,
     "GradientReducer.finish: which parameters have gradients in how many processes": parallel,
 }
 
@@ -115,9 +115,9 @@ def test_a_whole_step_reads_nothing_from_the_device(as_a_gpu, centering, lean, g
             generator = torch.Generator().manual_seed(0)
             losses = accumulate_gradients(cfg, model, reducer, next(batches), batches, 0.05, generator)
             norms = clip_gradients(cfg, model, optimizer)
-            losses, skip = guard.judge(iteration, losses, norms)
+            losses, skip = guard.check(iteration, losses, norms)
             step_unless(skip, model, optimizer, 0.9)
-            guard.hear()
+            guard.poll()
             metrics.update(lr=0.1, total_loss=sum(losses.values()), **losses, **norms, **model.diagnostics)
     assert len(as_a_gpu) == 3
     assert {"dino_local_crops_loss", "koleo_loss", "ibot_loss"} <= set(losses)

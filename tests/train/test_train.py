@@ -264,12 +264,12 @@ def test_a_kill_right_after_a_save_leaves_no_gap_in_the_rows(images, tmp_path, m
 def test_rows_are_the_same_with_and_without_a_stop(images, tmp_path, monkeypatch):
     """Medians over 20 iterations, entropies and RankMe over as many, and the count of steps left out."""
     command = [f"train.dataset_path={images}", *RUN, "train.log_every=2", "checkpointing.period=4"]
-    judge, save, stop_at = StepGuard.judge, Checkpointer.save, None
+    check, save, stop_at = StepGuard.check, Checkpointer.save, None
 
-    def judge_with_a_bad_step(self, iteration, losses, *rest):
+    def check_with_a_bad_step(self, iteration, losses, *rest):
         if iteration == stop_at:  # seen by the next step, after which the run stops
             signal.raise_signal(signal.SIGTERM)
-        return judge(self, iteration, losses if iteration != 3 else {k: v * math.nan for k, v in losses.items()}, *rest)
+        return check(self, iteration, losses if iteration != 3 else {k: v * math.nan for k, v in losses.items()}, *rest)
 
     def save_and_die(self, iteration, **options):
         save(self, iteration, **options)
@@ -278,7 +278,7 @@ def test_rows_are_the_same_with_and_without_a_stop(images, tmp_path, monkeypatch
     def numbers(name):
         return [{key: row[key] for key in row.keys() - NOT_NUMBERS_OF_TRAINING} for row in rows(tmp_path / name)]
 
-    monkeypatch.setattr(StepGuard, "judge", judge_with_a_bad_step)
+    monkeypatch.setattr(StepGuard, "check", check_with_a_bad_step)
     assert train(*command, "--output-dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Checkpointer, "save", save_and_die)
