@@ -57,13 +57,13 @@ class CenteredLoss(nn.Module):
     def lazy_targets(
         self, features: Tensor, weight: Tensor, teacher_temp: float, real_rows: Tensor | None = None, keep: bool = False
     ) -> SoftTargets:
-        """Return :meth:`softmax_center_teacher`'s result for the logits features weight^T, which are never there all
+        """Return :meth:`softmax_center_teacher`'s result for the logits features weight^T, which never exist all
         at once, and start :meth:`update_center`.
 
         Args:
             features, weight: (R, D) and (K, D), in the precision to compute the product in.
             real_rows: as there; rows of padding become zeros.
-            keep: whether rows will be asked for more than once.
+            keep: whether rows will be read more than once.
         """
         if not self.hold_center:
             self.apply_center_update()
@@ -80,7 +80,7 @@ class CenteredLoss(nn.Module):
 
     @torch.no_grad()
     def cancel_center_update(self, where: Tensor) -> None:
-        """Forget the started updates where the 0-dim ``where`` is 1: the step that they belong to is left out."""
+        """Discard the started updates where the 0-dim ``where`` is 1: the step that they belong to is left out."""
         for sum_and_count in self._finished_updates():
             sum_and_count.masked_fill_(where > 0, 0.0)
 

@@ -53,7 +53,7 @@ def _spread_of_all_ranks(features: Tensor, eps: float) -> Tensor:
     """Return the loss of all ranks' features.
 
     Every rank computes the gradient for all of them and keeps its own rows' part, which includes what it is as
-    others' neighbour. So the backward pass has no reduction that could meet those of the parameters' gradients.
+    others' neighbour. So the backward pass has no reduction that could run among those of the parameters' gradients.
     """
     rank, size, rows = dist.get_rank(), dist.get_world_size(), len(features)
     gathered = [torch.empty_like(features) for _ in range(size)]

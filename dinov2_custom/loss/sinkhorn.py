@@ -30,8 +30,8 @@ def sinkhorn_targets(
 
     exp(logits / temp) is scaled alternately by prototype and by sample, ``n_iterations`` >= 1 times each. A sample's
     scale makes its row a softmax, so what is iterated is the centre: the prototypes' scales are exp(-center / temp),
-    first one over the columns' sums, then less by the sums of the softmaxes. Each logit is looked at ``n_iterations``
-    times, and again when its assignment is wanted.
+    first one over the columns' sums, then less by the sums of the softmaxes. Each logit is read ``n_iterations``
+    times, and again when its assignment is computed.
 
     Nothing overflows, as sums are taken relative to their largest term and kept as logarithms. Nothing underflows
     that counts: of a column, once scaled, one entry is at least 1 / R, and none of its row is above 1.

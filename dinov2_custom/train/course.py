@@ -1,4 +1,4 @@
-"""How long a run is and where it stands: in epochs, in steps, or by the clock. Read :class:`Course` first.
+"""The length of a run and its position in it: in epochs, in steps, or by the clock. Read :class:`Course` first.
 
 Not here: the schedules themselves (``optimization.py``).
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any, NamedTuple
 
-# Points of the schedules of a run by the clock, whose number of steps nobody knows beforehand.
+# Points of the schedules of a run by the clock, whose number of steps is not known beforehand.
 TICKS = 100_000
 
 
@@ -127,7 +127,7 @@ class Course:
         return max(0.0, self.limit_s - self.elapsed_s)
 
     def state(self, ended: bool = False) -> dict[str, Any]:
-        """Return what a checkpoint has to hold for the course to go on; ``ended``: after the last step."""
+        """Return what a checkpoint has to hold to continue the course; ``ended``: after the last step."""
         ended_at_h = self.length.max_hours if ended else 0.0
         state = {"elapsed_s": self.elapsed_s, "step_s": self.step_s, "ended_at_h": ended_at_h}
         return {"course": state} if self.limit_s else {}
@@ -144,7 +144,7 @@ class Course:
         return f"{epoch}, {whole} epochs = {length.total:,} iterations = {passes:.1f} passes over the data"
 
     def how_to_extend(self) -> str:
-        """Return what to change for a finished run to go on."""
+        """Return what to change to continue a finished run."""
         if self.limit_s:
             return f"all {in_words(self.limit_s)} of training are over; raise train.max_hours to go on"
         key = "train.max_steps" if self.length.stretched else "optim.epochs"

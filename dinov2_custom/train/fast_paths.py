@@ -1,7 +1,7 @@
 """Faster ways through the step that give the same numbers: from weights instead of by calling modules
 (``train.lean``), compiled (``train.compile``), with the attention kernel that is faster for the run's shapes.
 
-Users hook, patch and replace modules at any time, so they are looked at in every step; blocks whose modules somebody
+Users hook, patch and replace modules at any time, so they are checked in every step; blocks whose modules are
 changed are called as they are. Not here: what counts as a change (``layers/unmodified``), and the computations. Read
 :func:`find_shortcuts` and :func:`compile_step` first.
 """
@@ -64,7 +64,7 @@ class Shortcuts(NamedTuple):
     changes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Say what is changed and what that costs."""
+        """Describe what is changed and what that costs."""
         others = f" and {len(self.changes) - 1} more" if len(self.changes) > 1 else ""
         return (
             f"train.lean: expected modules as they were built, got {self.changes[0]}{others}; the blocks, "

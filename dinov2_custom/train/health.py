@@ -24,7 +24,7 @@ WHAT_TO_DO = (
     "--config-file configs/small.yaml"
 )
 ALIKE = 1.5  # RankMe of features that hardly differ
-MAX_RANKME_ROWS = 128  # images of a step: enough to tell 1 from 20, and a hundredth of a second or two
+MAX_RANKME_ROWS = 128  # images of a step: enough to distinguish 1 from 20, in a hundredth of a second or two
 
 
 class LearningAlarm:

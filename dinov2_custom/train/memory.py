@@ -46,7 +46,7 @@ class StepMemory(NamedTuple):
     """Bytes alive at the peak of a step: in all, and by category.
 
     parameters: of student and teacher. heads: logits, targets and gradients of the prototypes. batch: the images,
-    and the next ones, which travel ahead.
+    and the next ones, which are copied ahead.
     """
 
     peak: int
@@ -171,7 +171,7 @@ def memory_for_steps(model: SSLMetaArch) -> int:
 def least_checkpointing(cfg, available: int) -> str:
     """Return the least activation checkpointing that keeps a step below ``available`` bytes; ``full`` if nothing does.
 
-    ``SHARE_OF_TENSORS`` says how much is left to what the count does not know.
+    ``SHARE_OF_TENSORS`` leaves room for what the count does not know.
     """
     room = available * SHARE_OF_TENSORS
     return next((mode for mode in ("none", "selective") if measure_step(cfg, mode).peak < room), "full")

@@ -130,7 +130,7 @@ def step_unless(skip: Tensor, model, optimizer, momentum: float) -> None:
     Everything: weights, AdamW's two means and step counts, the teacher, the centres. A loss scale is lowered.
     The host does not wait for the flag.
 
-    Source: ``found_inf`` is how torch.amp.GradScaler tells fused optimizers of an overflow.
+    Source: ``found_inf`` is how torch.amp.GradScaler passes an overflow to fused optimizers.
     """
     optimizer.grad_scale, optimizer.found_inf = None, skip
     optimizer.step()

@@ -43,7 +43,7 @@ class _Report(NamedTuple):
 
 
 class StepGuard:
-    """Agree with all processes on each step: are its numbers finite, and was one of the processes asked to stop.
+    """Agree with all processes on each step: whether its numbers are finite, and whether one of them was asked to stop.
 
     Args:
         max_in_a_row: steps left out in a row that end the run; 40 at least for gradients while ``scaled``.

@@ -36,7 +36,7 @@ from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.fast_paths import choose_attention
-from dinov2_custom.train.faults import reported
+from dinov2_custom.train.faults import Watchdog, reported
 from dinov2_custom.train.flops import speed_report
 from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, LearningAlarm, flat_dino_loss, rankme
 from dinov2_custom.train.memory import split_over_memory
@@ -49,13 +49,11 @@ from dinov2_custom.train.optimization import (
     step_unless,
 )
 from dinov2_custom.train.pretrained import start_from_weights
-from dinov2_custom.train.ranks import describe_lost
 from dinov2_custom.train.run_directory import changed_batch, changed_data, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_doubts, describe_end, describe_run
 from dinov2_custom.train.step_guard import Flags, StepGuard
 from dinov2_custom.train.stopping import StopRequests
-from dinov2_custom.train.watch import Watch
 from dinov2_custom.utils.allocator import keep_freed_memory
 from dinov2_custom.utils.config import get_cfg_from_args, load_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
@@ -142,8 +140,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     guard.skipped = kept.get("skipped_steps", 0)
     model.train()
 
-    watching = Watch(out, cfg.train.hang_timeout)
-    with StopRequests() as stop, sinks, reported(cfg, out, describe_lost), watching as watch, closing(checkpointer):
+    watching = Watchdog(out, cfg.train.hang_timeout)
+    with StopRequests() as stop, sinks, reported(cfg, out), watching as watch, closing(checkpointer):
         first_draw = resumed.draws if resumed and resumed.draws is not None else iteration * length.global_batch
         batches = loader.batches(device=model.device, first_draw=first_draw)
         for batch in metrics.log_every(
@@ -249,7 +247,7 @@ def main(args) -> int:
         DINOv2Error: bad configuration, data or checkpoint; before any work is done where that is possible.
     """
     hang_s = load_cfg_from_args(args, warn=lambda text: None).train.hang_timeout
-    # ``Watch`` names who hangs; the time-out of collectives is for where it cannot, and allows for what it allows
+    # a hang is the watchdog's, which leaves stacks; the time-out of collectives has to allow for what it allows
     with distributed.enabled(overwrite=True, timeout_s=max(4 * hang_s, MIN_COLLECTIVE_S) if hang_s else 0):
         return _run(args, distributed.get_global_rank())
 
@@ -266,7 +264,7 @@ def _run(args, rank: int) -> int:
 
     out = Path(cfg.train.output_dir)
     try:
-        with made_and_locked(out) if rank == 0 else nullcontext(), reported(cfg, out, describe_lost):
+        with made_and_locked(out) if rank == 0 else nullcontext(), reported(cfg, out):
             if args.no_resume and rank == 0 and (aside := set_aside(out, lambda: time.strftime("%Y%m%d-%H%M%S"))):
                 notes.append(f"--no-resume: the former run's files are now in {aside}")
             for note in notes:
