@@ -128,11 +128,11 @@ class Watchdog:
 def _local_peers() -> dict[int, tuple[int, int]]:
     """Return, by rank, process number and handle of the other processes of this machine. All must call it."""
     place = None
-    if hasattr(os, "pidfd_open"):  # Linux; process numbers are unique in a host's boot and a container's namespace
+    with suppress(OSError):  # process numbers are unique in a host's boot and a container's namespace
         place = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid"))
     peers = {}
     for rank, (where, pid) in enumerate(distributed.gather_objects((place, os.getpid()))):
-        if place and where == place and pid != os.getpid():
+        if place and where == place and pid != os.getpid() and hasattr(os, "pidfd_open"):
             with suppress(OSError):  # it has ended already, so the first collective fails; or the kernel is too old
                 peers[rank] = (pid, os.pidfd_open(pid))
     return peers

@@ -121,7 +121,7 @@ def test_one_prototype_for_all_and_lost_dimensions():
     assert "centering" not in again[1] and "4 dimensions (RankMe), they filled 20" in again[1]
 
 
-def test_what_was_said_before_a_resume_is_not_said_again_but_at_the_end(caplog):
+def test_warnings_from_before_a_resume_are_repeated_only_at_the_end(caplog):
     alarm = alarm_for(256, 300)
     alarm.read(rows(BLOOD_CELLS)[:20])
     for row in rows(BLOOD_CELLS)[20:]:

@@ -228,7 +228,7 @@ def test_it_is_the_largest_divisor_that_fits():
     assert largest_batch(config(12), room_for(96), 1) == 12
 
 
-def test_several_processes_need_room_for_what_travels_and_less_where_weights_are_shared_out():
+def test_several_processes_need_room_for_buffers_and_less_for_sharded_weights():
     alone, optimizer = room_for(24), counted(24).categories["optimizer"]  # 8 bytes a parameter
     whole = alone + NCCL_BYTES + optimizer / 2
     assert largest_batch(config(48), whole, 2) == 24 and largest_batch(config(48), whole - 1e6, 2) < 24

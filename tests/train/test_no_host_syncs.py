@@ -27,7 +27,7 @@ from tests.train.batches import random_batch, tiny_config
 
 # the only ways to the host in a step; what comes of them is read in the step after
 ALLOWED = {
-    "StepGuard.check: finite flags and what processes tell each other": step_guard,
+    "StepGuard.check: finite flags and those that processes share": step_guard,
     "GradientReducer.finish: which parameters have gradients in how many processes": parallel,
 }
 

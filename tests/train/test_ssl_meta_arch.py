@@ -151,7 +151,7 @@ def test_drop_path_follows_the_generator_not_the_global_state():
     assert losses(1, 0) != losses(2, 0)
 
 
-def test_diagnostics_tell_uniform_from_decided():
+def test_diagnostics_distinguish_uniform_from_decided():
     cfg = tiny_config()
     model = SSLMetaArch(cfg).train()
     model.diagnose = True

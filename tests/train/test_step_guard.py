@@ -58,7 +58,7 @@ def test_the_third_in_a_row_ends_the_run_and_names_term_iteration_and_checkpoint
         guard.poll()
 
 
-def test_a_loss_scaler_may_look_for_its_scale():
+def test_a_loss_scaler_may_search_for_its_scale():
     guard = guard_of(scaled=True)
     for iteration in range(MAX_STEPS_SCALED - 1):
         check(guard, iteration, GOOD, BAD_NORM)
@@ -232,7 +232,7 @@ def run(images, out, *options):
         remove_logging("dinov2")
 
 
-def test_a_run_goes_over_bad_steps_counts_them_and_its_rows_stay_readable(tmp_path, monkeypatch):
+def test_a_run_skips_and_counts_bad_steps_and_its_rows_stay_readable(tmp_path, monkeypatch):
     images = write_images(tmp_path / "images", 12)
     poison_iterations(monkeypatch, {3, 4, 11})
     assert run(images, tmp_path / "out", "train.log_every=1") == 0
@@ -244,7 +244,7 @@ def test_a_run_goes_over_bad_steps_counts_them_and_its_rows_stay_readable(tmp_pa
     assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
 
 
-def test_a_run_that_cannot_go_on_names_the_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+def test_a_run_that_cannot_continue_names_the_checkpoint_to_continue_from(tmp_path, monkeypatch):
     images = write_images(tmp_path / "images", 12)
     poison_iterations(monkeypatch, {6, 7})
     with pytest.raises(NumericsError, match=r"iteration=7; .* checkpoint is model_0000005"):
