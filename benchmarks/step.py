@@ -84,9 +84,9 @@ def our_step(overrides: list[str], batch: dict | Iterator[dict], device: str = "
         optimizer.zero_grad(set_to_none=True)
         images = batch if isinstance(batch, dict) else next(batch)
         losses = model.forward_backward(images, temp, torch.Generator().manual_seed(index))
-        losses, skip = guard.judge(index, losses, clip_gradients(cfg, model, optimizer))
+        losses, skip = guard.check(index, losses, clip_gradients(cfg, model, optimizer))
         step_unless(skip, model, optimizer, momentum)
-        guard.hear()
+        guard.poll()
         return losses
 
     return step

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 MODULES = {
     "run/train/train.py": "run.train.train",
-    "run/train/memory.py": "train.fit",
+    "run/train/memory.py": "train.memory",
     "run/data/verify.py": "verify",
     "run/data/prepare.py": "prepare",
     "run/eval/knn.py": "run.eval.knn",

@@ -1,4 +1,4 @@
-"""Several processes: who holds which part of the networks, and how their gradients meet.
+"""Several processes: which part of the networks each holds, and how their gradients are averaged.
 
 A part (backbone, head) is either whole in every process, its gradients averaged in buckets while the backward pass
 still runs, or sharded (``sharding.py``). Parameters keep their names. Not here: ranks and groups (``distributed.py``).
@@ -38,7 +38,7 @@ def parallelize(cfg, model: nn.Module) -> GradientReducer:
             precision = cfg.compute_precision
             gathered = {"gather_dtype": precision.gather_dtype}
             shard_part(model.student[name], precision.student[name], reshard=strategy == FULL_SHARD, **gathered)
-            # let go of after the forward pass: no backward pass does it, and they change before the next one
+            # freed after the forward pass: no backward pass does it, and they change before the next one
             shard_part(model.teacher[name], precision.teacher[name], reshard=True, **gathered)
     sharded = {name: model.student[name] for name, strategy in strategies.items() if strategy != NO_SHARD}
     parts = {name: part for name, part in model.student.items() if name not in sharded}
@@ -52,7 +52,8 @@ def choose_strategies(cfg, model: nn.Module) -> dict[str, str]:
     """Return part -> strategy. ``auto`` is NO_SHARD while everything fits into a quarter of the smallest device, else
     SHARD_GRAD_OP; a single process, and ``auto`` on CPUs, never shard. All must call it.
     """
-    smallest = min(distributed.gather_objects(_device_bytes(model.device)))  # unlike choices would never meet
+    # of all processes: with different choices their collectives would not match
+    smallest = min(distributed.gather_objects(_device_bytes(model.device)))
     return strategies_on(cfg, model.student, smallest, distributed.get_global_size())
 
 
@@ -96,7 +97,7 @@ def _device_bytes(device: torch.device) -> float:
 
 
 class _Bucket:
-    """Parameters whose gradients travel together; ``flat`` holds them end to end, then for each how many have one."""
+    """Parameters whose gradients are reduced together; ``flat`` has these end to end, then for each how many exist."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters

@@ -19,13 +19,13 @@ from dinov2_custom.utils.dtype import as_torch_dtype, resolve_dtype
 def shard_part(part: nn.Module, precision, *, reshard: bool, gather_dtype: str = "fp32") -> None:
     """Shard a backbone or a head over all processes, by rows of its parameters, which must be equal everywhere.
 
-    Each block of a backbone is gathered and let go of on its own, and then what is left of it.
+    Each block of a backbone is gathered and freed on its own, and so is what is left of the backbone.
 
     Args:
         precision: the part's ``compute_precision`` section; gradients are summed in :func:`reduce_dtype`.
         gather_dtype: ``fp32``: weights are rounded to ``param_dtype`` where they are multiplied in it, as without
             sharding, so the results are the same; ``param_dtype``: all weights are before they are sent.
-        reshard: let go of gathered weights after the forward pass and gather them again in the backward pass.
+        reshard: free gathered weights after the forward pass and gather them again in the backward pass.
     """
     device = next(part.parameters()).device
     dtype = resolve_dtype(precision.mixed_precision.param_dtype, device)

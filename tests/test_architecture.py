@@ -1,4 +1,4 @@
-"""The rules of the code base that a machine can check: who may import whom, and no work at import.
+"""The rules of the code base that a machine can check: who may import whom, no work at import, no patched packages.
 
 Every check is a function over source text, tried on a bad example too. A new module has to be placed in ``ALLOWED`` or
 ``SATELLITES``.
@@ -115,6 +115,13 @@ WORK = {
     "warnings.filterwarnings", "warnings.simplefilter", "print", "open", "sys.path",
     "subprocess.run", "subprocess.check_output",
 }  # fmt: skip
+# attributes of other packages, and of Python, that these document as there to be set
+SETTINGS = {
+    "torch.backends.cudnn.allow_tf32",
+    "torch.backends.cuda.matmul.allow_tf32",
+    "PIL.Image.MAX_IMAGE_PIXELS",
+    "sys.argv",
+}
 
 
 def _name(file: Path) -> str:
@@ -207,6 +214,30 @@ def work_at_import(source: str) -> list[str]:
     return found
 
 
+def patched(source: str) -> list[str]:
+    """Return the attributes of other packages that ``source`` assigns or deletes, but for ``SETTINGS``."""
+    tree, others = ast.parse(source), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            others |= {one.asname or one.name.split(".")[0]: one.name if one.asname else None for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            others |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
+
+    def full_name(node: ast.AST) -> str:
+        first, dot, rest = ast.unparse(node).partition(".")
+        is_name = isinstance(node, (ast.Attribute, ast.Name)) and first in others
+        return f"{others[first] or first}{dot}{rest}" if is_name else PACKAGE
+
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            found.append((node.lineno, full_name(node)))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
+            found.append((node.lineno, f"{full_name(node.args[0])} by {ast.unparse(node.func)}"))
+    found = [(line, name) for line, name in found if not name.startswith(PACKAGE) and name not in SETTINGS]
+    return [f"line {line}: {name}" for line, name in sorted(found)]
+
+
 def _loaded_by(module: str, seen: set[str]) -> set[str]:
     """Return the third-party names that importing ``module`` imports, through our modules and their packages."""
     names: set[str] = set()
@@ -233,6 +264,11 @@ def test_imports_follow_the_table(file):
 @pytest.mark.parametrize("file", FILES, ids=_name)
 def test_no_work_at_import(file):
     assert work_at_import(file.read_text()) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
+def test_no_other_package_is_patched(file):
+    assert patched(file.read_text()) == []
 
 
 def test_only_the_backend_knows_xformers_and_nobody_torchvision():
@@ -289,6 +325,22 @@ def test_import_check_sees(module, source, bad):
 )
 def test_work_check_sees(source, bad):
     assert work_at_import(source) == bad
+
+
+@pytest.mark.parametrize(
+    "source, bad",
+    [
+        ("import torch.distributed as dist\na, dist.f = dist.f, 1", ["line 2: torch.distributed.f"]),
+        ("import torch\ndef f():\n    torch.nn.Linear.forward = 1", ["line 3: torch.nn.Linear.forward"]),
+        ("from PIL import Image\ndel Image.open", ["line 2: PIL.Image.open"]),
+        ("import warnings\nsetattr(warnings, name, 1)", ["line 2: warnings by setattr"]),
+        ("from PIL import Image\nImage.MAX_IMAGE_PIXELS = None", []),
+        ("from dinov2_custom.layers import backend\nbackend.attention = 1", []),
+        ("import torch\nx = torch.ones(1)\nx.grad = None\nself.torch.x = 1", []),
+    ],
+)
+def test_patching_check_sees(source, bad):
+    assert patched(source) == bad
 
 
 def test_torch_check_sees():

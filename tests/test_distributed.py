@@ -255,9 +255,9 @@ def raise_one(*args, **kwargs):
 
 if os.environ["RANK"] == "1":
     setattr(module, broken, raise_one)
-elif name.endswith("train"):  # where the watch ends it: with nccl, nobody sees a broken connection
-    from dinov2_custom.train import watch
-    watch.LOOK_S, watch.GRACE_S = 0.1, 1.0
+elif name.endswith("train"):  # where the watchdog ends it: with nccl, nobody sees a broken connection
+    from dinov2_custom.train import faults
+    faults.LOOK_S, faults.GRACE_S = 0.1, 1.0
     dist.all_reduce = lambda *_, **__: time.sleep(1000)
 package, _, function = parser.partition(":")
 args = getattr(importlib.import_module(package), function)().parse_args(arguments)

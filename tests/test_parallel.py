@@ -12,7 +12,7 @@ from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.parallel import GradientReducer, _grouped
 from dinov2_custom.sharding import reduce_dtype
 from dinov2_custom.train import train as train_module
-from dinov2_custom.train.gradients import accumulate_gradients
+from dinov2_custom.train.optimization import accumulate_gradients
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.processes import launch, launch_source
 from tests.train.batches import TINY, random_batch, tiny_config
@@ -218,8 +218,8 @@ def test_however_a_batch_is_cut_losses_and_weights_are_the_same(
 COMPILED = """
 import functools, json, os, torch
 from dinov2_custom import entry
-from dinov2_custom.train import compiling, train
-compiling.compile_step = functools.partial(compiling.compile_step, backend="aot_eager")
+from dinov2_custom.train import fast_paths, train
+fast_paths.compile_step = functools.partial(fast_paths.compile_step, backend="aot_eager")
 rank = os.environ["RANK"]
 code = train.main(train.get_args_parser().parse_args())
 counters = torch._dynamo.utils.counters
@@ -264,7 +264,7 @@ GATHERED = """
 import sys, torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from dinov2_custom import distributed, parallel
-from dinov2_custom.train.gradients import accumulate_gradients
+from dinov2_custom.train.optimization import accumulate_gradients
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.train.batches import random_batch, tiny_config
 class Gathered(TorchDispatchMode):

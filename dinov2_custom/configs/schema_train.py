@@ -111,8 +111,8 @@ class Train:
     )
     hang_timeout: int | float = option(
         480,
-        "without a step for so long, three times that for the first step and for saves, a run says which process hangs "
-        "and ends; a collective gives up after four times that, at least 30 minutes; 0: neither ever",
+        "without a step for so long, three times that for the first step and for saves, each process writes its stacks "
+        "into its log and ends; a collective gives up after four times that, at least 30 minutes; 0: neither ever",
         unit="s",
         changes_results=False,
         within="[0, inf)",

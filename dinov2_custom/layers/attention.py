@@ -67,7 +67,7 @@ class MemEffAttention(Attention):
     """Upstream's name for the attention that may use a fused kernel; here every :class:`Attention` does."""
 
     def forward(self, x: Tensor, attn_bias=None) -> Tensor:
-        """Map (B, N, D) to (B, N, D), or (1, T, D) whose sequences ``attn_bias`` (``nested.PackedSequences``) tells."""
+        """Map (B, N, D) to (B, N, D), or (1, T, D) with sequences as in ``attn_bias`` (``nested.PackedSequences``)."""
         if attn_bias is None:
             return super().forward(x)
         attended = [self._attend(qkv).flatten(0, 1) for qkv in attn_bias.split(self.qkv(x))]

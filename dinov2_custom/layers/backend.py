@@ -124,7 +124,7 @@ def attention(
         (batch, heads, length, head_dim).
 
     Raises:
-        ValueError: unknown backend, or xformers asked for and not importable.
+        ValueError: unknown backend, or xformers requested and not importable.
     """
     if is_causal:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)

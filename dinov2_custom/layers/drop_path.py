@@ -58,7 +58,7 @@ Draw = list[Kept] | None
 
 
 class Subset(NamedTuple):
-    """A draw, told in rows of the packed tensor.
+    """A draw, as rows of the packed tensor.
 
     Attributes:
         rows: (T_kept,) indices of the kept token rows, or None for all.

@@ -68,7 +68,7 @@ def _forward(
 ) -> Tensor:
     attention, ffn = subsets
     options = compute_dtype(x_TD), pieces
-    # between the two branches nobody else sees x, nor its gradient
+    # between the two branches nothing else reads x, nor its gradient
     first = Owned(owned.x, ffn.rows is not None)
     x_TD = add_residual_subset(x_TD, partial(_attention_branch, block, pieces), attention, first, *options)
     last = Owned(attention.rows is not None, owned.gradient)

@@ -101,7 +101,7 @@ def _split(rows: Tensor | None, jobs: Sequence[PrototypeJob]) -> Sequence[Tensor
 
 
 def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight, chunk_loss) -> Tensor:
-    """Return a job's loss, write its gradient into ``of_rows_JnD`` and add that of the prototypes, if wanted."""
+    """Return a job's loss, write its gradient into ``of_rows_JnD`` and add that of the prototypes, if needed."""
     loss = weight.new_zeros((), dtype=_ACCUMULATE)
     at_a_time = chunk_size(len(weight), weight.device) // job.num_views
     for rows in row_chunks(job.num_rows, at_a_time):

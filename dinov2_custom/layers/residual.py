@@ -1,9 +1,8 @@
 """Add a branch to the residual stream for some of its rows only, which is how stochastic depth skips samples.
 
-The stream is overwritten where nobody else can see it, which is half of what adding rows costs: :class:`Owned` says
-where. Autograd is not told, so that hooks on the stream (FSDP2's) stay where they are; that nobody kept for a backward
-pass what is overwritten, it still checks. Not here: what a branch computes (``packed``). Read
-:func:`add_residual_subset` first.
+Rows are added in place where the buffer is not aliased (:class:`Owned`), which saves half of the cost. Autograd does
+not see it, so that hooks on the stream (FSDP2's) stay where they are; it still checks that nothing that is overwritten
+was kept for a backward pass. Not here: what a branch computes (``packed``). Read :func:`add_residual_subset` first.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Owned(NamedTuple):
     """What may be overwritten.
 
     Attributes:
-        x: the input, as nobody else reads it.
+        x: the input, which nothing else reads.
         gradient: that of the result, as it comes from another residual branch, and from nothing else.
     """
 

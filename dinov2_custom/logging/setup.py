@@ -48,7 +48,7 @@ def setup_logging(
     logger = logging.getLogger(name)
     handlers: list[logging.Handler] = []
     if output:
-        handlers.append(file := _LogFileHandler(_log_path(Path(output))))
+        handlers.append(file := _LogFileHandler(log_path(Path(output))))
         if not hold:
             file.open_file()
     if distributed.is_main_process():
@@ -91,7 +91,8 @@ def remove_logging(name: str | None = None) -> None:
     logging.captureWarnings(False)
 
 
-def _log_path(output: Path) -> Path:
+def log_path(output: Path) -> Path:
+    """Return the log file of this process for a run directory, or for the main process's log file itself."""
     path = output if output.suffix in (".txt", ".log") else output / "logs" / "log.txt"
     rank = distributed.get_global_rank()
     return path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_custom import distributed
 from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits, sum_of_logits, sum_of_rows
 
 
@@ -17,6 +18,10 @@ class CenteredLoss(nn.Module):
         center_shape: (1, K) or (1, 1, K).
         student_temp: temperature of the student's softmax.
         center_momentum: weight of the old centre.
+
+    Attributes:
+        hold_center: while set, updates are collected and the centre stays: for the later micro-batches of one step.
+        over_all_ranks: False: centre and Sinkhorn-Knopp take this rank's rows alone, as if there were no others.
     """
 
     def __init__(self, center_shape: tuple[int, ...], student_temp: float, center_momentum: float) -> None:
@@ -24,8 +29,8 @@ class CenteredLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(center_shape))
-        # While set, updates are collected and the centre stays: for the later micro-batches of one step.
         self.hold_center = False
+        self.over_all_ranks = True
         self._pending: list[tuple[Tensor, dist.Work | None]] = []
 
     @torch.no_grad()
@@ -49,16 +54,16 @@ class CenteredLoss(nn.Module):
         self._start_update(sum_of_rows(rows, real_rows), len(rows), real_rows)
 
     @torch.no_grad()
-    def late_targets(
+    def lazy_targets(
         self, features: Tensor, weight: Tensor, teacher_temp: float, real_rows: Tensor | None = None, keep: bool = False
     ) -> SoftTargets:
-        """Return :meth:`softmax_center_teacher`'s result for the logits features weight^T, which are never there all
+        """Return :meth:`softmax_center_teacher`'s result for the logits features weight^T, which never exist all
         at once, and start :meth:`update_center`.
 
         Args:
             features, weight: (R, D) and (K, D), in the precision to compute the product in.
             real_rows: as there; rows of padding become zeros.
-            keep: whether rows will be asked for more than once.
+            keep: whether rows will be read more than once.
         """
         if not self.hold_center:
             self.apply_center_update()
@@ -69,13 +74,13 @@ class CenteredLoss(nn.Module):
     def _start_update(self, sums: Tensor, num_rows: int, real_rows: Tensor | None) -> None:
         count = sums.new_full((1,), num_rows) if real_rows is None else real_rows.sum().view(1)
         sum_and_count = torch.cat((sums, count))
-        parallel = dist.is_available() and dist.is_initialized()
+        parallel = self.over_all_ranks and distributed.is_enabled()
         handle = dist.all_reduce(sum_and_count, async_op=True) if parallel else None
         self._pending.append((sum_and_count, handle))
 
     @torch.no_grad()
     def cancel_center_update(self, where: Tensor) -> None:
-        """Forget the started updates where the 0-dim ``where`` is 1: the step that they belong to is left out."""
+        """Discard the started updates where the 0-dim ``where`` is 1: the step that they belong to is left out."""
         for sum_and_count in self._finished_updates():
             sum_and_count.masked_fill_(where > 0, 0.0)
 

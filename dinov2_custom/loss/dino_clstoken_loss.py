@@ -21,7 +21,7 @@ class DINOLoss(CenteredLoss):
     @torch.no_grad()
     def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
         """Return assignments (B, K) balanced over the rows of all ranks."""
-        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, over_all_ranks=self.over_all_ranks)
 
     def forward(
         self, student_output_list: Sequence[Tensor], teacher_out_softmaxed_centered_list: Sequence[Tensor]

@@ -31,7 +31,7 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
             n_masked_patches_tensor: not used, as the number of rows cancels; upstream's argument.
             real_rows: (M,) 1, or 0 for rows of padding, which become zeros; None: all are real.
         """
-        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, real_rows)
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, real_rows, self.over_all_ranks)
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:
         """Return the mean over crops of the mean loss of each crop's masked patches.

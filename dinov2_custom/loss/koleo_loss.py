@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_custom import distributed
+
 # Two identical features lie eps * sqrt(D) < 1e-6 apart and have no direction to be pushed in, only a huge gradient.
 _DUPLICATE_DISTANCE = 1e-6
 
@@ -32,7 +34,7 @@ class KoLeoLoss(nn.Module):
         """Return the loss of features (B, D); 0 of a single one, and without gradient for exact duplicates."""
         with torch.autocast(student_output.device.type, enabled=False):
             features = F.normalize(student_output.float(), p=2.0, dim=-1, eps=eps)
-            if self.over_all_ranks and dist.is_available() and dist.is_initialized():
+            if self.over_all_ranks and distributed.is_enabled():
                 return _spread_of_all_ranks(features, eps)
             return _spread(features, eps)
 
@@ -51,7 +53,7 @@ def _spread_of_all_ranks(features: Tensor, eps: float) -> Tensor:
     """Return the loss of all ranks' features.
 
     Every rank computes the gradient for all of them and keeps its own rows' part, which includes what it is as
-    others' neighbour. So the backward pass has no reduction that could meet those of the parameters' gradients.
+    others' neighbour. So the backward pass has no reduction that could run among those of the parameters' gradients.
     """
     rank, size, rows = dist.get_rank(), dist.get_world_size(), len(features)
     gathered = [torch.empty_like(features) for _ in range(size)]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov2_custom import distributed
 from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits
 
 # What stands for a maximum and for a sum where there is no row: finite, so that rows of padding are too.
@@ -17,41 +18,45 @@ _LOWEST = -1e30
 _LEAST_SUM = 1e-30
 
 
-def all_reduce(tensor: Tensor, op=None) -> Tensor:
-    """Sum ``tensor`` over all ranks in place (or ``op``); do nothing when there is one process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
-    return tensor
-
-
 @torch.no_grad()
 def sinkhorn_targets(
-    logits: TeacherLogits, teacher_temp: float, n_iterations: int = 3, real_rows: Tensor | None = None
+    logits: TeacherLogits,
+    teacher_temp: float,
+    n_iterations: int = 3,
+    real_rows: Tensor | None = None,
+    over_all_ranks: bool = True,
 ) -> SoftTargets:
     """Return Sinkhorn-Knopp's assignments of ``logits`` (R, K), R >= 0, balanced over the rows of all ranks.
 
     exp(logits / temp) is scaled alternately by prototype and by sample, ``n_iterations`` >= 1 times each. A sample's
     scale makes its row a softmax, so what is iterated is the centre: the prototypes' scales are exp(-center / temp),
-    first one over the columns' sums, then less by the sums of the softmaxes. Each logit is looked at ``n_iterations``
-    times, and again when its assignment is wanted.
+    first one over the columns' sums, then less by the sums of the softmaxes. Each logit is read ``n_iterations``
+    times, and again when its assignment is computed.
 
     Nothing overflows, as sums are taken relative to their largest term and kept as logarithms. Nothing underflows
     that counts: of a column, once scaled, one entry is at least 1 / R, and none of its row is above 1.
 
     Args:
         real_rows: (R,) 1, or 0 for rows of padding, which become zeros and change nothing else; None: all are real.
+        over_all_ranks: False: over the rows of this rank.
 
     Source: Cuturi 2013, algorithm 1; SwAV (Caron et al. 2020), section 3.1; three iterations as in DINOv2.
     """
-    center = teacher_temp * _log_sums_of_columns(logits, 1.0 / teacher_temp, real_rows)
+    parallel = over_all_ranks and distributed.is_enabled()
+    center = teacher_temp * _log_sums_of_columns(logits, 1.0 / teacher_temp, real_rows, parallel)
     for _ in range(n_iterations - 1):
-        sums = all_reduce(SoftTargets(logits, center, teacher_temp, real_rows).sum())
+        sums = SoftTargets(logits, center, teacher_temp, real_rows).sum()
+        if parallel:
+            dist.all_reduce(sums)
         center = center + teacher_temp * sums.clamp_min(_LEAST_SUM).log()
     return SoftTargets(logits, center, teacher_temp, real_rows)
 
 
-def _log_sums_of_columns(logits: TeacherLogits, scale: float, real_rows: Tensor | None) -> Tensor:
-    """Return log sum exp(scale * logits) over the real rows of all ranks, (K,) float32; finite if there are none."""
+def _log_sums_of_columns(logits: TeacherLogits, scale: float, real_rows: Tensor | None, parallel: bool) -> Tensor:
+    """Return log sum exp(scale * logits) over the real rows, (K,) float32; finite if there are none.
+
+    ``parallel``: of all ranks.
+    """
     sums = torch.zeros(logits.num_prototypes, dtype=torch.float32, device=logits.device)
     largest = torch.full_like(sums, _LOWEST)
     for rows in logits.chunks():
@@ -61,17 +66,24 @@ def _log_sums_of_columns(logits: TeacherLogits, scale: float, real_rows: Tensor 
         before, largest = largest, torch.maximum(largest, chunk.amax(dim=0))
         sums.mul_((before - largest).exp_()).add_(chunk.sub_(largest).exp_().sum(dim=0))
     own = largest
-    if dist.is_available() and dist.is_initialized():
-        largest = all_reduce(own.clone(), dist.ReduceOp.MAX)
-    sums = all_reduce(sums.mul_((own - largest).exp_()))
+    if parallel:
+        largest = own.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    sums.mul_((own - largest).exp_())
+    if parallel:
+        dist.all_reduce(sums)
     return largest + sums.clamp_min(_LEAST_SUM).log()
 
 
 def sinkhorn_knopp(
-    logits_BK: Tensor, teacher_temp: float, n_iterations: int = 3, real_rows: Tensor | None = None
+    logits_BK: Tensor,
+    teacher_temp: float,
+    n_iterations: int = 3,
+    real_rows: Tensor | None = None,
+    over_all_ranks: bool = True,
 ) -> Tensor:
     """Return :func:`sinkhorn_targets` of logits (B, K) as float32 probabilities (B, K)."""
-    targets = sinkhorn_targets(TeacherLogits(logits_BK), teacher_temp, n_iterations, real_rows)
+    targets = sinkhorn_targets(TeacherLogits(logits_BK), teacher_temp, n_iterations, real_rows, over_all_ranks)
     probabilities = torch.empty(logits_BK.shape, dtype=torch.float32, device=logits_BK.device)
     for rows in targets.logits.chunks():
         probabilities[rows] = targets.rows(rows.start, rows.stop)

@@ -1,4 +1,4 @@
-"""Teacher assignments that are computed when they are wanted, so that what is kept does not grow with the batch.
+"""Teacher assignments that are computed when they are used, so that what is kept does not grow with the batch.
 
 A centre turns logits into assignments, softmax((logits - centre) / temperature): the running mean (``centering``) or
 the one that uses all prototypes equally (``sinkhorn``). Neither is in here, nor are the formulas' definitions for users
@@ -15,13 +15,13 @@ from torch import Tensor
 from dinov2_custom.layers.prototype_loss import chunk_size
 from dinov2_custom.layers.weight_norm import row_chunks
 
-# Of logits that are wanted several times as many are kept, 128 MiB in 16 bits: 1,024 rows of 65,536 prototypes, what
-# ViT-S/14 has at batch 13. To compute one again takes a product over the bottleneck, and no memory.
+# Of logits that are used several times so many elements are kept, 128 MiB in 16 bits: 1,024 rows of 65,536 prototypes,
+# what ViT-S/14 has at batch 13. To compute one again takes a product over the bottleneck, and no memory.
 _KEPT_LOGITS = 2**26
 
 
 class TeacherLogits:
-    """Logits of R rows over K prototypes, had some rows at a time.
+    """Logits of R rows over K prototypes, computed some rows at a time.
 
     Args:
         kept: (R0, K), those of the first rows.
@@ -35,7 +35,7 @@ class TeacherLogits:
 
     @classmethod
     def of_factors(cls, features: Tensor, weight: Tensor, keep: bool) -> TeacherLogits:
-        """Return the logits features weight^T; ``keep`` them, as far as there is room, if each is wanted repeatedly."""
+        """Return the logits features weight^T; ``keep`` them, while there is room, if each is used several times."""
         kept = _product(features[: _KEPT_LOGITS // len(weight) if keep else 0], weight)
         return cls(kept) if len(kept) == len(features) else cls(kept, features, weight)
 
@@ -63,7 +63,7 @@ class SoftTargets:
     """Probabilities softmax((logits - center) / temp) of R rows over K prototypes; padding is 0.
 
     Attributes:
-        center: (K,) float32, which must not change as long as rows are asked for.
+        center: (K,) float32, which must not change while rows are computed.
         real_rows: (R,) 1, or 0 for rows of padding; None: all are real.
 
     Source: Caron et al. 2021, section 3.1.

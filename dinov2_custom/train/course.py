@@ -1,4 +1,4 @@
-"""How long a run is and where it stands: in epochs, in steps, or by the clock. Read :class:`Course` first.
+"""The length of a run and its position in it: in epochs, in steps, or by the clock. Read :class:`Course` first.
 
 Not here: the schedules themselves (``optimization.py``).
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any, NamedTuple
 
-# Points of the schedules of a run by the clock, whose number of steps nobody knows beforehand.
+# Points of the schedules of a run by the clock, whose number of steps is not known beforehand.
 TICKS = 100_000
 
 
@@ -59,12 +59,12 @@ def run_length(cfg, num_images: int, world_size: int) -> RunLength:
 class Course:
     """Where a run stands between its first and its last step, the same in all processes.
 
-    In a run by the clock the main process's seconds count; the others learn them with the reductions of a step
-    (:meth:`tell`, :meth:`hear`), one step late. Time between a stop and the resume does not count.
+    In a run by the clock the main process's seconds count; all processes get them with the reductions of a step
+    (:meth:`read_clock`, :meth:`update`), one step late. Time between a stop and the resume does not count.
 
     Args:
         state: of an earlier process's course, from a checkpoint.
-        late: how many steps after a :meth:`tell` its :meth:`hear` comes.
+        late: how many steps after a :meth:`read_clock` the :meth:`update` with it comes.
         clock: seconds, monotonic.
     """
 
@@ -82,7 +82,7 @@ class Course:
         self.ended_at_h = float((state or {}).get("ended_at_h", 0.0))
         self._began = clock() - self.elapsed_s
         self._steps: deque[float] = deque(maxlen=20)
-        self._heard = 0
+        self._updates = 0
 
     def position(self, iteration: int) -> int:
         """Return the index into the schedules for the step ``iteration``."""
@@ -102,16 +102,16 @@ class Course:
             return iteration >= self.length.total
         return self.ended_at_h >= self.length.max_hours
 
-    def tell(self) -> float:
+    def read_clock(self) -> float:
         """Return the seconds that this process's clock shows, of training in all."""
         return self._clock() - self._began if self.limit_s else 0.0
 
-    def hear(self, seconds: float) -> None:
-        """Take in what the main process told; how long a step takes is the mean of the newest 20."""
+    def update(self, seconds: float) -> None:
+        """Set the time to the main process's ``seconds``; the length of a step is the mean of the newest 20."""
         if not self.limit_s or seconds <= self.elapsed_s:
             return
-        self._heard += 1
-        if self._heard == 2:
+        self._updates += 1
+        if self._updates == 2:
             self._steps.clear()  # the first step also compiles, starts processes and fills caches
         self._steps.append(seconds - self.elapsed_s)
         self.step_s, self.elapsed_s = fmean(self._steps), seconds
@@ -127,7 +127,7 @@ class Course:
         return max(0.0, self.limit_s - self.elapsed_s)
 
     def state(self, ended: bool = False) -> dict[str, Any]:
-        """Return what a checkpoint has to hold for the course to go on; ``ended``: after the last step."""
+        """Return what a checkpoint has to hold to continue the course; ``ended``: after the last step."""
         ended_at_h = self.length.max_hours if ended else 0.0
         state = {"elapsed_s": self.elapsed_s, "step_s": self.step_s, "ended_at_h": ended_at_h}
         return {"course": state} if self.limit_s else {}
@@ -144,7 +144,7 @@ class Course:
         return f"{epoch}, {whole} epochs = {length.total:,} iterations = {passes:.1f} passes over the data"
 
     def how_to_extend(self) -> str:
-        """Return what to change for a finished run to go on."""
+        """Return what to change to continue a finished run."""
         if self.limit_s:
             return f"all {in_words(self.limit_s)} of training are over; raise train.max_hours to go on"
         key = "train.max_steps" if self.length.stretched else "optim.epochs"

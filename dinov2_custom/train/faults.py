@@ -1,15 +1,21 @@
-"""What ended a process, said where a person looks: one line for what they can mend, a traceback in the main log else.
+"""What ends a process of a run, reported where a person looks: an error, a lost process, a step that never ends.
 
-Not here: processes that end without an exception, or not at all (``watch.py``). Read :func:`translate` first.
+An error that the user can fix is one line in the main log, any other its traceback. Read :func:`translate` and
+:class:`Watchdog` first.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
+import select
+import signal
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,11 +24,124 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import DINOv2Error, LostProcessError, ResourceError, reason_of
+from dinov2_custom.exit_codes import LOST_PROCESS
+from dinov2_custom.logging.setup import log_path
 
 logger = logging.getLogger("dinov2")
+LOOK_S = 2.0  # between looks at the other processes of this machine
+GRACE_S = 10.0  # for the main thread to raise an error that says more; for all processes to write their stacks
+LEAVE_S = 2.0  # for the last lines to be written
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket Timeout")
 _LOST += ("ncclRemoteError",)
+
+
+class Watchdog:
+    """While entered, end this process with ``LOST_PROCESS`` when the run cannot continue.
+
+    That is when its main thread makes no step for too long, or when another process of the run on this machine is gone.
+    The stacks of all threads are in the process's log by then. A step that finishes within ``GRACE_S`` after that was
+    slow, and the run continues. All of it happens in a thread that needs no collective, no GPU and no main thread. Time
+    in which the system holds the whole process does not count, so a job may be suspended and resumed.
+
+    All processes must make it and, unless they end with an error, leave it.
+
+    Args:
+        run: the run directory.
+        hang_s: seconds without a step, three times that for the first one and for saves, after which the process hangs;
+            0: never.
+    """
+
+    def __init__(self, run: Path, hang_s: float) -> None:
+        self.run, self.hang_s = Path(run), hang_s
+        self.iteration: int | None = None
+        self._allowed_s, self._marks = 3 * hang_s, 0
+        self._peers = _local_peers()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            distributed.barrier()  # a process that is done early is not lost
+        self._ended.set()
+        self._thread.join()
+        for _, handle in self._peers.values():
+            os.close(handle)
+
+    def mark(self, iteration: int, patience: int = 1) -> None:
+        """Note that the main thread works on ``iteration``, which may take ``patience`` times the usual seconds."""
+        if self.iteration is not None:
+            self._allowed_s = patience * self.hang_s
+        self.iteration = iteration
+        self._marks += 1
+
+    def _watch(self) -> None:
+        tick_s = min(LOOK_S, self.hang_s / 16) if self.hang_s else LOOK_S
+        marks, still_s, lost_s, reported, last = self._marks, 0.0, 0.0, False, time.monotonic()
+        while not self._ended.wait(tick_s):
+            now = time.monotonic()
+            passed_s, last = min(now - last, 4 * tick_s), now  # more passes only while the system holds the process
+            lost = [f"rank {rank} (pid {pid})" for rank, (pid, handle) in self._peers.items() if _has_ended(handle)]
+            lost_s = lost_s + passed_s if lost else 0.0
+            still_s += passed_s
+            if self._marks != marks:
+                marks, still_s, reported = self._marks, 0.0, False
+            if lost_s > GRACE_S:
+                what = f"{', '.join(lost)} has ended, killed from outside perhaps (out of memory: see dmesg)"
+                is_over = lost_s > GRACE_S + LEAVE_S
+            elif self.hang_s and still_s > self._allowed_s:
+                what = f"no step for {self._allowed_s:g} s (train.hang_timeout)"
+                is_over = still_s > self._allowed_s + GRACE_S
+            else:
+                continue
+            if is_over:
+                self._leave()
+            elif not reported:
+                reported = True
+                # in a thread of its own: another may hold the terminal's lock, the file system may not answer
+                threading.Thread(target=self._report, args=(what,), daemon=True).start()
+
+    def _report(self, what: str) -> None:
+        """Write the stacks of all threads into this process's log, and a line on the terminal and in the main log."""
+        log = log_path(self.run)
+        text = f"{what} at iteration={self.iteration}; the stacks of all threads are in {log}"
+        text += "; the same command goes on from the newest checkpoint"
+        print(f"error: rank {distributed.get_global_rank()}: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a full disk
+            append_to_main_log(self.run, text)
+            with open(log, "ab", buffering=0) as file:
+                faulthandler.dump_traceback(file)
+
+    def _leave(self) -> None:
+        for pid, handle in self._peers.values():
+            with suppress(OSError):
+                # no launcher's SIGTERM would end a process that is stopped (SIGSTOP, a debugger)
+                if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt":
+                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+        os._exit(LOST_PROCESS)
+
+
+def _local_peers() -> dict[int, tuple[int, int]]:
+    """Return, by rank, process number and handle of the other processes of this machine. All must call it."""
+    place = None
+    with suppress(OSError):  # process numbers are unique in a host's boot and a container's namespace
+        place = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid"))
+    peers = {}
+    for rank, (where, pid) in enumerate(distributed.gather_objects((place, os.getpid()))):
+        if place and where == place and pid != os.getpid() and hasattr(os, "pidfd_open"):
+            with suppress(OSError):  # it has ended already, so the first collective fails; or the kernel is too old
+                peers[rank] = (pid, os.pidfd_open(pid))
+    return peers
+
+
+def _has_ended(handle: int) -> bool:
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def append_to_main_log(run: Path, text: str) -> None:
@@ -37,46 +156,37 @@ def append_to_main_log(run: Path, text: str) -> None:
 
 
 @contextmanager
-def reported(cfg, run: Path, lost: Callable[[Path], str | None]) -> Iterator[None]:
-    """Say what ends the body, once however these are nested, and raise what :func:`translate` makes of it."""
+def reported(cfg, run: Path) -> Iterator[None]:
+    """Log what ends the body, once however these are nested, and raise what :func:`translate` returns."""
     try:
         yield
     except Exception as e:
         if getattr(e, "is_reported", False):
             raise
-        told = translate(e, cfg, run, lost)
-        told.is_reported = True
-        if told is e:
+        translated = translate(e, cfg, run)
+        translated.is_reported = True
+        if translated is e:
             raise
-        raise told from e
+        raise translated from e
 
 
-def translate(
-    error: Exception, cfg, run: Path, lost: Callable[[Path], str | None], patience_s: float = 10.0
-) -> Exception:
+def translate(error: Exception, cfg, run: Path) -> Exception:
     """Log ``error`` and return what to raise in its place, itself where there is nothing better.
 
-    Out of memory becomes a ResourceError, a broken connection to another process a LostProcessError that names it. A
-    traceback goes to this process's log, and to the main one.
-
-    Args:
-        lost: says who is gone, "" if nobody is yet, None if it cannot know; asked for up to ``patience_s``.
+    Out of memory becomes a ResourceError, a broken connection to another process a LostProcessError. A traceback goes
+    to this process's log, and to the main one.
     """
-    refused = isinstance(error, DINOv2Error)  # before it began, nothing is left of it: see run_directory
+    refused = isinstance(error, DINOv2Error)  # before the run began, nothing of it is kept: see run_directory
     if is_out_of_memory(error):
         error = ResourceError(describe_memory(cfg, error))
     if distributed.is_enabled() and not isinstance(error, DINOv2Error) and any(text in str(error) for text in _LOST):
-        deadline = time.monotonic() + patience_s
-        while (who := lost(run)) == "" and time.monotonic() < deadline:
-            time.sleep(0.2)
-        unknown = "to a process on another machine" if who == "" else "to another process"
         error = LostProcessError(
-            f"expected all {distributed.get_global_size()} processes, got a broken connection: "
-            f"{who or unknown} ({reason_of(error)}); the same command goes on from the newest "
-            "checkpoint"
+            f"expected all {distributed.get_global_size()} processes, got a broken connection to one that has ended "
+            f"({reason_of(error)}); its log in {Path(run) / 'logs'} or the launcher's may say why; the same command "
+            "goes on from the newest checkpoint"
         )
     if isinstance(error, DINOv2Error):
-        logger.error(str(error), extra={"file_only": True})  # the caller tells the user
+        logger.error(str(error), extra={"file_only": True})  # the caller prints it
         text = str(error)
     else:
         text = "".join(traceback.format_exception(error)).rstrip()
@@ -96,7 +206,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_memory(cfg, error: BaseException) -> str:
-    """Return the one sentence that says how much was asked for and what to change."""
+    """Return one sentence on how much memory was requested and what to change."""
     batch, crops, locals_ = cfg.train.batch_size_per_gpu, cfg.crops, cfg.crops.local_crops_number
     images = batch * (2 + locals_)
     sentences = str(error).partition("\n")[0].split(". ")

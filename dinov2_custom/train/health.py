@@ -14,7 +14,7 @@ from torch import Tensor
 from dinov2_custom.data.train_samples import with_path
 from dinov2_custom.files import parse_json_object
 from dinov2_custom.logging import append_row
-from dinov2_custom.train.terms import num_crop_pairs
+from dinov2_custom.train.views import num_crop_pairs
 
 logger = logging.getLogger("dinov2")
 BAD_IMAGES_FILE = "bad_images.jsonl"
@@ -24,7 +24,7 @@ WHAT_TO_DO = (
     "--config-file configs/small.yaml"
 )
 ALIKE = 1.5  # RankMe of features that hardly differ
-MAX_RANKME_ROWS = 128  # images of a step: enough to tell 1 from 20, and a hundredth of a second or two
+MAX_RANKME_ROWS = 128  # images of a step: enough to distinguish 1 from 20, in a hundredth of a second or two
 
 
 class LearningAlarm:
@@ -92,7 +92,7 @@ class LearningAlarm:
                 new.append(kind)
         return new
 
-    def verdict(self) -> list[str]:
+    def final_warnings(self) -> list[str]:
         """Return the warnings to repeat at the end: those that still hold, or held for most of the run."""
         most = not self.has_learned or 2 * self.num_flat > self.num_rows
         words = []

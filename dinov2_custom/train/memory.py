@@ -2,29 +2,35 @@
 
 The step runs on tensors without data (torch's fake tensors) and every allocation and release is counted, so the count
 is exact for tensors; what an allocator loses between them, a CUDA context (about 0.5 GB) and libraries' workspaces are
-not in it. The optimizer is counted as AdamW's two moments. Read :func:`measure_step` first.
+not in it. The optimizer is counted as AdamW's two moments. Read :func:`measure_step` first; :func:`main` is the script
+``run/train/memory.py``, which prints the count and the largest batch that fits on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinov2_custom import distributed
+from dinov2_custom import distributed, entry
+from dinov2_custom.configs.global_batch import divisors_of
+from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
-from dinov2_custom.parallel import NO_SHARD, choose_strategies
-from dinov2_custom.train import compiling
+from dinov2_custom.parallel import BYTES_A_PARAMETER, NO_SHARD, choose_strategies, strategies_on
+from dinov2_custom.train import fast_paths
+from dinov2_custom.train.args import get_memory_args_parser
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
 
@@ -32,13 +38,15 @@ from dinov2_custom.utils.dtype import as_torch_dtype
 NCCL_BYTES = 10**9
 SHARE_OF_TENSORS = 7 / 8  # of a device's memory; the rest is for what the count does not know
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "heads", "batch")
+MODES = ("none", "selective", "full")  # of train.activation_checkpointing
+LARGEST_BATCH = 1024  # that the search for one that fits considers
 
 
 class StepMemory(NamedTuple):
     """Bytes alive at the peak of a step: in all, and by category.
 
     parameters: of student and teacher. heads: logits, targets and gradients of the prototypes. batch: the images,
-    and the next ones, which travel ahead.
+    and the next ones, which are copied ahead.
     """
 
     peak: int
@@ -134,10 +142,9 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def as_on_a_gpu():
-    """Let attention keep what a fused kernel keeps, chunks of logits be a GPU's, and no process speak to others."""
+    """Let attention keep what a fused kernel keeps, and chunks of logits be a GPU's."""
     attention, chunks = kernels.attention, prototype_loss._CHUNK_LOGITS["cpu"]
     products = prototype_loss._PRODUCT_LOGITS.pop("cpu")
-    is_initialized, dist.is_initialized = dist.is_initialized, lambda: False
     kernels.attention = lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
     prototype_loss._CHUNK_LOGITS["cpu"] = prototype_loss._CHUNK_LOGITS["cuda"]
     try:
@@ -145,7 +152,6 @@ def as_on_a_gpu():
     finally:
         kernels.attention, prototype_loss._CHUNK_LOGITS["cpu"] = attention, chunks
         prototype_loss._PRODUCT_LOGITS["cpu"] = products
-        dist.is_initialized = is_initialized
 
 
 def memory_for_steps(model: SSLMetaArch) -> int:
@@ -165,17 +171,61 @@ def memory_for_steps(model: SSLMetaArch) -> int:
 def least_checkpointing(cfg, available: int) -> str:
     """Return the least activation checkpointing that keeps a step below ``available`` bytes; ``full`` if nothing does.
 
-    ``SHARE_OF_TENSORS`` says how much is left to what the count does not know.
+    ``SHARE_OF_TENSORS`` leaves room for what the count does not know.
     """
     room = available * SHARE_OF_TENSORS
     return next((mode for mode in ("none", "selective") if measure_step(cfg, mode).peak < room), "full")
+
+
+def split_over_memory(cfg) -> None:
+    """With ``optim.global_batch``, lower the batch of a process to what fits on its GPU, and accumulate the rest.
+
+    How large the smallest GPU is decides, not what is free on it: started again, a run has the same batches. All
+    processes must call it.
+    """
+    device = distributed.get_device()
+    if not cfg.optim.global_batch or device.type != "cuda":
+        return
+    smallest = min(distributed.gather_objects(torch.cuda.mem_get_info(device)[1]))
+    world_size = distributed.get_global_size()
+    batch = largest_batch(cfg, smallest, world_size) if distributed.is_main_process() else 0
+    batch = distributed.broadcast_object(batch)
+    cfg.optim.accumulation_steps *= cfg.train.batch_size_per_gpu // batch
+    cfg.train.batch_size_per_gpu = batch
+
+
+def largest_batch(cfg, device_bytes: float, world_size: int) -> int:
+    """Return the largest divisor of ``train.batch_size_per_gpu`` whose step fits on a GPU of so many bytes, else 1.
+
+    With ``train.activation_checkpointing: auto`` without computing anything again: accumulating costs less than that.
+    """
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    mode = {"auto": "none"}.get(cfg.train.activation_checkpointing, cfg.train.activation_checkpointing)
+    with torch.device("meta"):
+        student = SSLMetaArch(cfg).student
+    strategies = strategies_on(cfg, student, device_bytes, world_size)
+    numel = {name: sum(p.numel() for p in part.parameters()) for name, part in student.items()}
+    whole = sum(count for name, count in numel.items() if strategies[name] == NO_SHARD)
+    elsewhere = BYTES_A_PARAMETER * (sum(numel.values()) - whole) * (world_size - 1) / world_size
+    buckets = NCCL_BYTES + 4 * whole if world_size > 1 else 0
+    room = (device_bytes - buckets) * SHARE_OF_TENSORS + elsewhere
+    divisors = divisors_of(cfg.train.batch_size_per_gpu)
+    while divisors[0] > 1:
+        cfg.train.batch_size_per_gpu = divisors[0]
+        memory = measure_step(cfg, mode)
+        if memory.peak <= room:
+            break
+        state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
+        guess = divisors[0] * (room - state) / (memory.peak - state)  # on a straight line, which it nearly is
+        divisors = [n for n in divisors[1:] if n <= guess] or [1]
+    return divisors[0]
 
 
 def measure_step(
     cfg,
     checkpointing: str = "none",
     inside: AbstractContextManager = nullcontext(),  # noqa: B008 - does nothing
-    compiler: compiling.Compiler | None = None,
+    compiler: fast_paths.Compiler | None = None,
 ) -> StepMemory:
     """Run one step of ``cfg`` on fake tensors and return its peak; ``auto`` precisions count as bf16.
 
@@ -190,7 +240,7 @@ def measure_step(
         model = SSLMetaArch(cfg).train()
     model.set_checkpointing(checkpointing)
     if compiler is not None:
-        compiling.install(model, lambda function: live.as_one_operation(compiler(function)))
+        fast_paths.install(model, lambda function: live.as_one_operation(compiler(function)))
     crops = {name: torch.empty(shape, device="meta") for name, (shape, _) in batch.items() if "crops" in name}
     groups = model.plan_groups(crops, torch.Generator().manual_seed(0))  # draws need values
     with as_on_a_gpu(), mode, live:
@@ -206,6 +256,8 @@ def measure_step(
             )
         images["upperbound"] = batch["mask_indices_list"][0][0]
         model.constant_shapes = True
+        for loss in (model.dino_loss, model.ibot_patch_loss, model.koleo_loss):
+            loss.over_all_ranks = False  # fake tensors cannot be sent, and the other processes may not be counting
         model.precision = lambda *names: _bf16_unless_given(cfg, *names)
         model.plan_groups = lambda *_: groups
         model.masked_in_first = lambda images: batch["mask_indices_list"][0][0] // 2
@@ -227,7 +279,7 @@ def _label(model: SSLMetaArch, live: LiveBytes) -> None:
 
         return run
 
-    for name in ("run_heads", "losses", "assign"):
+    for name in ("run_heads", "compute_losses", "assign"):
         setattr(model, name, labelled(getattr(model, name)))
 
 
@@ -251,3 +303,128 @@ def _batch(cfg) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "masks_weight": ((masked,), torch.float32),
         "n_masked_patches": ((1,), torch.long),
     }
+
+
+def main(args) -> int:
+    """Print the table, and with ``--fits`` the largest batches; return 0.
+
+    Args:
+        args: what ``args.get_memory_args_parser`` parses.
+
+    Raises:
+        ConfigError: a configuration that training would refuse too.
+    """
+    notes: list[str] = []
+    cfg = load_run_config(
+        args.config_file,
+        args.opts,
+        output_dir="unused",
+        allow_unknown_keys=args.allow_unknown_keys,
+        require_dataset=False,
+        world_size=max(args.ngpus, 1),
+        warn=notes.append,
+    )
+    count = functools.cache(functools.partial(measure_step, cfg))
+    for line in itertools.chain((f"note: {note}" for note in notes), report(cfg, count, args.ngpus)):
+        print(line, flush=True)
+    if args.fits:
+        print()
+        for line in fits(cfg, args.fits, count):
+            print(line, flush=True)
+        if cfg.optim.global_batch:
+            print(split_on(cfg, args.fits, max(args.ngpus, 1)))
+    return 0
+
+
+def report(cfg, count: Callable[[str], StepMemory], ngpus: int = 1) -> Iterable[str]:
+    """Yield the lines of the table: each activation checkpointing, in all and by category, in GB (10^9 bytes).
+
+    ``count``: activation checkpointing -> what a step of ``cfg`` needs.
+    """
+    crops, batch_size = cfg.crops, cfg.train.batch_size_per_gpu
+    yield (
+        f"{cfg.student.arch}/{cfg.student.patch_size}, 2 x {crops.global_crops_size} + {crops.local_crops_number} x "
+        f"{crops.local_crops_size} px, {cfg.dino.head_n_prototypes:,} prototypes, "
+        f"train.batch_size_per_gpu={batch_size}: GB at the peak of a step"
+    )
+    header = ("train.activation_checkpointing", "all", *CATEGORIES)
+    header += (f"sharded over {ngpus}",) if ngpus > 1 else ()
+    widths = [max(len(name), 6) for name in header]
+    yield "  ".join(name.rjust(width) for name, width in zip(header, widths, strict=True))
+    for mode in MODES:
+        memory = count(mode)
+        sizes = [memory.peak, *memory.categories.values(), *([sharded(memory, ngpus)] if ngpus > 1 else [])]
+        cells = [mode, *(f"{size / 1e9:.2f}" for size in sizes)]
+        yield "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    yield "Counted on tensors in bf16 where the precision is auto. A CUDA context (about 0.5 GB) and gaps come on top."
+
+
+def sharded(memory: StepMemory, gpus: int) -> int:
+    """Estimate the peak with weights, gradients and optimizer state shared out; no gathered block is in it."""
+    state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
+    return memory.peak - state * (gpus - 1) // gpus
+
+
+def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterable[str]:
+    """Yield, for each activation checkpointing, the largest batch whose step leaves enough of ``gigabytes`` free.
+
+    ``count``: activation checkpointing -> what a step of ``cfg``, with its own batch, needs; default: it is counted.
+    """
+    own, count = cfg.train.batch_size_per_gpu, count or functools.partial(measure_step, cfg)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    room = f"{gigabytes:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free"
+    for mode in MODES:
+
+        def peak(batch_size: int, mode: str = mode) -> int:
+            cfg.train.batch_size_per_gpu = batch_size
+            return measure_step(cfg, mode).peak
+
+        memory = count(mode)
+        state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
+        largest = largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
+        if largest:
+            most = " or more" if largest == LARGEST_BATCH else ""
+            yield f"{mode}: train.batch_size_per_gpu={largest}{most} fits into {room}"
+        else:
+            yield f"{mode}: not even one image fits into {room}"
+
+
+def split_on(cfg, gigabytes: float, ngpus: int) -> str:
+    """Return the line that says how ``optim.global_batch`` is divided on GPUs of ``gigabytes``."""
+    share = cfg.train.batch_size_per_gpu
+    batch = largest_batch(cfg, gigabytes * 1e9, ngpus)
+    return (
+        f"optim.global_batch={cfg.optim.global_batch}: {batch} a process x {ngpus} processes x "
+        f"{cfg.optim.accumulation_steps * share // batch} accumulated"
+    )
+
+
+def largest_below(
+    size: Callable[[int], int], limit: float, first: tuple[float, float], second: tuple[float, float]
+) -> int:
+    """Return an n up to ``LARGEST_BATCH`` with size(n) <= limit, within an eighth of the largest; 0: not even 1.
+
+    ``size`` must not fall. It is slow, and nearly a straight line, so that a guess or two on it are mostly enough.
+
+    Args:
+        first, second: (n, about size(n)) of two n, to begin the line with.
+    """
+    fitting, too_large = 0, LARGEST_BATCH + 1
+    while too_large - fitting > 1:
+        slope = max((second[1] - first[1]) / (second[0] - first[0]), 1e-9)
+        guess = min(max(int(second[0] + (limit - second[1]) / slope), fitting + 1), too_large - 1)
+        found = (guess, size(guess))
+        if found[1] <= limit:
+            fitting = guess
+            if guess == LARGEST_BATCH or limit - found[1] < slope * max(1, guess / 8) / 2:
+                break  # a straight line would end within the half of an eighth
+        else:
+            too_large = guess
+            if fitting and too_large - fitting <= max(1, fitting // 8):
+                break
+        first, second = (second, found) if second[0] != guess else (first, found)
+    return fitting
+
+
+if __name__ == "__main__":
+    raise SystemExit(entry.run("dinov2_custom.train.memory", get_memory_args_parser().parse_args()))

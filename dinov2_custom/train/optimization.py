@@ -1,26 +1,27 @@
-"""The optimizer, its schedules, and a step that a flag on the device can call off. Read :func:`step_unless` first.
+"""The optimizer, its schedules, a step's gradients, and an update that a flag on the device can cancel.
 
-Not here: how the flag is found (``step_guard.py``).
+Not here: how the flag is found (``step_guard.py``). Read :func:`step_unless` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from dinov2_custom.configs.upstream import with_defaults
-from dinov2_custom.parallel import own_share, whole_tensor
+from dinov2_custom.parallel import GradientReducer, own_share, whole_tensor
 from dinov2_custom.train.course import RunLength, run_length
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.schedules import CosineScheduler
 
 
 def build_optimizer(cfg, params_groups: Iterable[dict]) -> torch.optim.AdamW:
     """Build AdamW over ``params_groups``; their lr and weight decay are set by :func:`apply_optim_scheduler`.
 
-    The fused kernels alone can be told by a flag on the device to change nothing; see :func:`step_unless`.
+    Only the fused kernels take a flag on the device that makes them change nothing; see :func:`step_unless`.
     """
     return torch.optim.AdamW(params_groups, betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2), fused=True)
 
@@ -76,6 +77,27 @@ def apply_optim_scheduler(
             group["lr"] = 0.0
 
 
+def accumulate_gradients(
+    cfg,
+    model: SSLMetaArch,
+    reducer: GradientReducer,
+    batch: dict,
+    batches: Iterator[dict],
+    teacher_temp: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Run ``batch``, and the next ones of ``batches`` up to ``optim.accumulation_steps``; return their mean losses."""
+    count, sums = cfg.optim.accumulation_steps, {}
+    for index in range(count):
+        if index > 0:
+            batch = next(batches)
+        arm = reducer.arm if index == count - 1 else None
+        losses = model.forward_backward(batch, teacher_temp, generator, (index, count), on_last_backward=arm)
+        sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+    reducer.finish()
+    return {name: value / count for name, value in sums.items()}
+
+
 def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:
     """Undo the loss scale, clip each part's gradient to ``optim.clip_grad`` and return its norm before that."""
     if model.fp16_scaler is not None:
@@ -108,7 +130,7 @@ def step_unless(skip: Tensor, model, optimizer, momentum: float) -> None:
     Everything: weights, AdamW's two means and step counts, the teacher, the centres. A loss scale is lowered.
     The host does not wait for the flag.
 
-    Source: ``found_inf`` is how torch.amp.GradScaler tells fused optimizers of an overflow.
+    Source: ``found_inf`` is how torch.amp.GradScaler passes an overflow to fused optimizers.
     """
     optimizer.grad_scale, optimizer.found_inf = None, skip
     optimizer.step()

@@ -43,7 +43,7 @@ def made_and_locked(folder: Path) -> Iterator[None]:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether ``error`` is the user's to mend, or the user: no fault of ours and no lost process."""
+    """Return whether ``error`` is one that the user can fix, or the user's Ctrl-C; not a bug or a lost process."""
     return isinstance(error, (DINOv2Error, KeyboardInterrupt)) and not isinstance(error, LostProcessError)
 
 

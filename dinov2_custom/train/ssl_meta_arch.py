@@ -1,8 +1,11 @@
 """Student, teacher and losses of DINOv2: one training step as named stages.
 
-``forward_backward`` = ``teacher_targets``, then for each group of views ``student_features`` -> ``losses`` ->
-``backprop_loss``. Not in here: the optimizer, schedules, data, checkpoints. Parameters are float32; each part computes
-in the precision that its ``compute_precision`` section names, losses in float32.
+``forward_backward`` = ``get_teacher_output``, then for each group of views ``get_student_output`` -> ``compute_losses``
+-> ``backprop_loss``. Not in here: the optimizer, schedules, data, checkpoints. Parameters are float32; each part
+computes in the precision that its ``compute_precision`` section names, losses in float32.
+
+Heads and their losses are computed in two ways that give the same numbers: from all logits at once, through the public
+loss classes, or a chunk of logits at a time (``train.lean``).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +25,24 @@ from dinov2_custom.layers.backend import without_plans
 from dinov2_custom.layers.drop_path import Draw
 from dinov2_custom.layers.packed import Packed
 from dinov2_custom.layers.pieces import EAGER
+from dinov2_custom.layers.prototype_loss import PrototypeJob
 from dinov2_custom.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2_custom.loss.sinkhorn import sinkhorn_targets
+from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits
 from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import GradientReducer, own_share
-from dinov2_custom.train import compiling
-from dinov2_custom.train.constant_shapes import pad_patches
+from dinov2_custom.train import fast_paths
 from dinov2_custom.train.health import MAX_RANKME_ROWS
 from dinov2_custom.train.pretrained import start_from_weights
-from dinov2_custom.train.shortcuts import find_shortcuts, takes_options
-from dinov2_custom.train.targets import LOSS_NAMES, Features, Targets, assignment_entropies, teacher_assignments
-from dinov2_custom.train.terms import Terms, chunked_terms, dense_terms
-from dinov2_custom.train.view_groups import ViewGroup, Views, cut_draws, cut_views, group_views
+from dinov2_custom.train.views import (
+    ViewGroup,
+    Views,
+    cut_draws,
+    cut_views,
+    group_views,
+    num_crop_pairs,
+    pad_patches,
+)
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.param_groups import fuse_params_groups, get_params_groups_with_decay
 from dinov2_custom.utils.rng import seed_for
@@ -40,6 +51,33 @@ from dinov2_custom.utils.transfer import to_device
 logger = logging.getLogger("dinov2")
 
 __all__ = ["Features", "SSLMetaArch", "Targets", "assignment_entropies"]
+
+LOSS_NAMES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
+Terms = tuple[Tensor, dict[str, Tensor]]  # (the loss to train on, the terms as upstream reports them)
+
+
+class Targets(NamedTuple):
+    """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: not trained."""
+
+    cls: Tensor | SoftTargets | None
+    patches: Tensor | SoftTargets | None
+
+
+class Features(NamedTuple):
+    """A group's student features ``local_cls`` (L*b, D), ``global_cls`` (G*b, D) and ``patches`` (M, D), the masked
+    ones; None: not in the group, or not trained."""
+
+    local_cls: Tensor | None
+    global_cls: Tensor | None
+    patches: Tensor | None
+
+
+class _HeadWork(NamedTuple):
+    """What one head has to do: features and jobs in the same order, and the reported name and factor of each job."""
+
+    features: list[Tensor]
+    jobs: list[PrototypeJob]
+    names: list[tuple[str, float]]
 
 
 class SSLMetaArch(nn.Module):
@@ -74,7 +112,7 @@ class SSLMetaArch(nn.Module):
         self.patch_head = "ibot_head" if self.ibot_separate_head else "dino_head"
         self.recompute, self.pieces = "none", EAGER
         self.lean = cfg.train.lean
-        self.shortcuts = find_shortcuts(self)
+        self.shortcuts = fast_paths.find_shortcuts(self)
         self._warned: set[str] = set()
         self.fp16_scaler: torch.amp.GradScaler | None = None
         self.constant_shapes = False  # or True: each batch gets rows of padding, see ``pad_patches``
@@ -103,7 +141,7 @@ class SSLMetaArch(nn.Module):
         use_scaler = self.cfg.compute_precision.grad_scaler and dtype == torch.float16
         self.fp16_scaler = distributed.make_grad_scaler(self.device.type) if use_scaler else None
         self.set_checkpointing(self._choose_checkpointing())
-        compiled = compiling.is_wanted(self.cfg.train.compile) and compiling.compile_step(self)
+        compiled = fast_paths.should_compile(self.cfg.train.compile) and fast_paths.compile_step(self)
         self.constant_shapes = compiled or self.device.type == "cuda"
 
     def _choose_checkpointing(self) -> str:
@@ -120,9 +158,9 @@ class SSLMetaArch(nn.Module):
 
     def look_at_modules(self) -> None:
         """Find what may be computed from weights in this step, and warn once of what keeps something from it."""
-        self.shortcuts = find_shortcuts(self)
+        self.shortcuts = fast_paths.find_shortcuts(self)
         if self.shortcuts.changes:
-            compiling.leave_out_changed(self)
+            fast_paths.leave_out_changed(self)
             warning = self.shortcuts.describe()
             if self.lean and warning not in self._warned:
                 logger.warning(warning)
@@ -130,7 +168,7 @@ class SSLMetaArch(nn.Module):
 
     @property
     def lean_heads(self) -> bool:
-        """Whether no logits of heads are kept, see ``terms`` and ``targets``."""
+        """Whether heads and their losses are computed a chunk of logits at a time."""
         weights = [self.dino_loss_weight] * self.do_dino + [self.ibot_loss_weight] * self.do_ibot
         return self.lean and self.shortcuts.heads and all(weights)  # the reported terms are divided by them
 
@@ -184,15 +222,15 @@ class SSLMetaArch(nn.Module):
             on_last_backward = self._reducer.arm
         index, count = micro_batch
         self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
-        targets = self.teacher_targets(images, teacher_temp)
+        targets = self.get_teacher_output(images, teacher_temp)
         reported: dict[str, Tensor] = {}
         # of a cut tensor, drop path keeps another number of sequences in each branch of each step
         shapes_vary = len(groups) > 2 and any(draw is not None for _, draws in groups for draw in draws)
         with without_plans() if shapes_vary else nullcontext():
             for group, draws in groups:
                 views = cut_views(images, group, masked_in_first)
-                features = self.student_features(views, draws)
-                total, terms = self.losses(features, targets, group, views)
+                features = self.get_student_output(views, draws)
+                total, terms = self.compute_losses(features, targets, group, views)
                 if group is groups[-1][0] and on_last_backward is not None:
                     on_last_backward()
                 self.backprop_loss(total / count)
@@ -224,13 +262,13 @@ class SSLMetaArch(nn.Module):
         return [(group, cut_draws(draws, group, batch_size)) for group in groups]
 
     @torch.no_grad()
-    def teacher_targets(self, images: dict, teacher_temp: float) -> Targets:
+    def get_teacher_output(self, images: dict, teacher_temp: float) -> Targets:
         """Turn the unmasked global crops into target probabilities."""
         if not (self.do_dino or self.do_ibot):
             return Targets(None, None)
         with self.autocast("teacher", "backbone"):
             crops, packed = images["collated_global_crops"], self._packed("teacher")
-            options = {"packed": packed} if takes_options(self.teacher["backbone"]) else {}
+            options = {"packed": packed} if fast_paths.takes_options(self.teacher["backbone"]) else {}
             features = self.teacher["backbone"](crops, is_training=True, **options)
         first, second = features["x_norm_clstoken"].chunk(2)
         cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
@@ -241,16 +279,68 @@ class SSLMetaArch(nn.Module):
         return targets
 
     def assign(self, cls: Tensor | None, patches: Tensor | None, images: dict, teacher_temp: float) -> Targets:
-        """Turn the teacher's features into targets by the configured centering."""
-        return teacher_assignments(self, cls, patches, images, teacher_temp)
+        """Turn the teacher's features of class tokens and masked patches into targets by the configured centering."""
+        rows = {"real_rows": (images["masks_weight"] > 0).float()} if self.constant_shapes else {}
+        if self.lean_heads:
+            return self._assign_lazily(cls, patches, teacher_temp, rows)
+        cls_logits, patch_logits = self.run_heads("teacher", [] if cls is None else [cls], patches)
+        of_cls = None if cls is None else self._assign_logits(self.dino_loss, cls_logits[0], teacher_temp)
+        if patch_logits is None:
+            return Targets(of_cls, None)
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            rows["n_masked_patches_tensor"] = images["n_masked_patches"]
+        return Targets(of_cls, self._assign_logits(self.ibot_patch_loss, patch_logits, teacher_temp, **rows))
 
-    def student_features(self, views: Views, draws: list[Draw]) -> Features:
+    def _assign_logits(self, loss: nn.Module, logits: Tensor, teacher_temp: float, **rows: Tensor) -> Tensor:
+        """``rows``: what is known of rows of patches."""
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            return loss.sinkhorn_knopp_teacher(logits, teacher_temp, **rows)
+        targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
+        loss.update_center(logits, **rows)
+        targets = targets.view_as(logits)  # the centre of patches has one dimension more
+        return targets * rows["real_rows"][:, None] if rows else targets
+
+    def _assign_lazily(
+        self, cls: Tensor | None, patches: Tensor | None, teacher_temp: float, rows: dict[str, Tensor]
+    ) -> Targets:
+        """Return targets whose rows are computed when they are needed, so that all logits never exist at once."""
+
+        def assign(loss: nn.Module, factors: tuple[Tensor, Tensor] | None, keep: bool, **rows: Tensor):
+            if factors is None:
+                return None
+            if self.cfg.train.centering == "sinkhorn_knopp":
+                logits = TeacherLogits.of_factors(*factors, keep=True)
+                return sinkhorn_targets(logits, teacher_temp, over_all_ranks=loss.over_all_ranks, **rows)
+            return loss.lazy_targets(*factors, teacher_temp, keep=keep, **rows)
+
+        of_cls, of_patches = self._logit_factors(cls, patches)
+        return Targets(  # several groups of views use a class token's targets, one those of a patch
+            assign(self.dino_loss, of_cls, keep=True), assign(self.ibot_patch_loss, of_patches, keep=False, **rows)
+        )
+
+    def _logit_factors(self, cls: Tensor | None, patches: Tensor | None) -> list[tuple[Tensor, Tensor] | None]:
+        """Return the teacher's bottleneck features and prototypes for class tokens and for patches (None where there
+        are none), in one pass where they share the head."""
+        shared = cls is not None and patches is not None and not self.ibot_separate_head
+        parts = [("dino_head", cls), (self.patch_head, patches)]
+        if shared:
+            parts = [("dino_head", torch.cat((cls, patches)))]
+        factors: list[tuple[Tensor, Tensor] | None] = []
+        for head, rows in parts:
+            with self.autocast("teacher", head):
+                factors.append(None if rows is None else self.teacher[head].factors(rows))
+        if not shared:
+            return factors
+        features, weight = factors[0]
+        return [(part, weight) for part in features.split((len(cls), len(patches)))]
+
+    def get_student_output(self, views: Views, draws: list[Draw]) -> Features:
         """Run a group's masked global crops and local crops through the student in one pass."""
         crops = [(views.global_crops, views.masks), (views.local_crops, None)]
         crops, masks = zip(*((crop, mask) for crop, mask in crops if crop is not None), strict=True)
         with self.autocast("student", "backbone"):
             options = {"draws": draws, "packed": self._packed("student")}
-            options = options if takes_options(self.student["backbone"]) else {}
+            options = options if fast_paths.takes_options(self.student["backbone"]) else {}
             features = self.student["backbone"](list(crops), masks=list(masks), is_training=True, **options)
         local, of_global = views.local_crops is not None, views.global_crops is not None
         return Features(
@@ -259,16 +349,92 @@ class SSLMetaArch(nn.Module):
             patches=self._masked_patches(features[0], views.patches) if of_global else None,
         )
 
-    def losses(self, features: Features, targets: Targets, group: ViewGroup, views: Views) -> Terms:
+    def compute_losses(self, features: Features, targets: Targets, group: ViewGroup, views: Views) -> Terms:
         """Return a group's part of the loss to train on, and of the terms as upstream reports them."""
-        terms = chunked_terms if self.lean_heads else dense_terms
-        total, reported = terms(self, features, targets, group, views)
+        head_terms = self._chunked_terms if self.lean_heads else self._dense_terms
+        total, reported = head_terms(features, targets, group, views)
         if self.do_koleo and features.global_cls is not None:
             halves = features.global_cls.chunk(len(group.global_views))
             koleo = self.cfg.dino.koleo_loss_weight * sum(self.koleo_loss(half) for half in halves)
             reported["koleo_loss"] = koleo / 2
             total = total + koleo
         return total, reported
+
+    def _dense_terms(self, features: Features, targets: Targets, group: ViewGroup, views: Views) -> Terms:
+        """Return a group's part of the DINO and iBOT terms from all its logits.
+
+        Source: upstream ``train/ssl_meta_arch.py``; the DINO terms are averaged over 2 + max(2 L, 1) crop pairs.
+        """
+        total, reported = torch.zeros((), device=self.device), {}
+        pairs, share = num_crop_pairs(self.num_local_crops), len(group.global_views) / 2
+        cls = [one for one in (features.local_cls, features.global_cls) if one is not None]
+        cls_logits, patch_logits = self.run_heads("student", cls if self.do_dino else [], features.patches)
+        if self.do_dino and features.local_cls is not None:
+            local = self.dino_loss(cls_logits[0].chunk(len(group.local_views)), targets.cls.chunk(2)) / pairs
+            reported["dino_local_crops_loss"] = local
+            total = total + self.dino_loss_weight * local
+        if self.do_dino and features.global_cls is not None:
+            start, stop = (edge * views.batch_size for edge in (group.global_views.start, group.global_views.stop))
+            of_global = self.dino_loss([cls_logits[-1]], [targets.cls[start:stop]]) * 2 * share / pairs
+            reported["dino_global_crops_loss"] = of_global
+            total = total + self.dino_loss_weight * of_global
+        if patch_logits is not None:
+            ibot = share * self.ibot_patch_loss.forward_masked(
+                patch_logits,
+                targets.patches[views.patch_rows.start : views.patch_rows.stop],
+                student_masks_flat=views.masks,
+                masks_weight=views.patch_weights,
+            )
+            reported["ibot_loss"] = ibot / 2
+            total = total + self.ibot_loss_weight * ibot
+        return total, reported
+
+    def _chunked_terms(self, features: Features, targets: Targets, group: ViewGroup, views: Views) -> Terms:
+        """Return what :meth:`_dense_terms` does, a chunk of logits at a time."""
+        work = {"dino_head": _HeadWork([], [], []), "ibot_head": _HeadWork([], [], [])}
+        if self.do_dino:
+            self._add_class_tokens(work["dino_head"], features, targets.cls, group, views.batch_size)
+        if features.patches is not None:
+            self._add_patches(work[self.patch_head], features.patches, targets.patches, views)
+        total, reported = torch.zeros((), device=self.device), {}
+        for name, (parts, jobs, names) in work.items():
+            if jobs:
+                with self.autocast("student", name):
+                    loss, losses = self.student[name].cross_entropy(torch.cat(parts), jobs)
+                total = total + loss
+                reported |= {term: value * factor for (term, factor), value in zip(names, losses, strict=True)}
+        return total, reported
+
+    def _add_class_tokens(
+        self, work: _HeadWork, features: Features, targets: SoftTargets, group: ViewGroup, batch_size: int
+    ) -> None:
+        weight = self.dino_loss_weight
+        each = weight / (batch_size * num_crop_pairs(self.num_local_crops))
+        if features.local_cls is not None:
+
+            def of_both_crops(start: int, stop: int) -> Tensor:
+                return targets.rows(start, stop).add_(targets.rows(batch_size + start, batch_size + stop))
+
+            weights = torch.full((batch_size,), each, device=self.device)
+            options = {"num_views": len(group.local_views), "mass": 2.0, "temperature": self.dino_loss.student_temp}
+            work.features.append(features.local_cls)
+            work.jobs.append(PrototypeJob(of_both_crops, batch_size, weights, **options))
+            work.names.append(("dino_local_crops_loss", 1 / weight))
+        if features.global_cls is not None:
+            rows, first = len(features.global_cls), group.global_views.start * batch_size
+            weights = torch.full((rows,), each, device=self.device)
+            temperature = self.dino_loss.student_temp
+            work.features.append(features.global_cls)
+            work.jobs.append(PrototypeJob(_rows_from(targets, first), rows, weights, temperature=temperature))
+            work.names.append(("dino_global_crops_loss", 1 / weight))
+
+    def _add_patches(self, work: _HeadWork, patches: Tensor, targets: SoftTargets, views: Views) -> None:
+        weight, temperature = self.ibot_loss_weight, self.ibot_patch_loss.student_temp
+        weights = views.patch_weights.float() * (weight / (2 * views.batch_size))
+        rows = _rows_from(targets, views.patch_rows.start)
+        work.features.append(patches)
+        work.jobs.append(PrototypeJob(rows, len(patches), weights, temperature=temperature))
+        work.names.append(("ibot_loss", 1 / (2 * weight)))
 
     def backprop_loss(self, loss: Tensor) -> None:
         if self.fp16_scaler is not None:
@@ -352,3 +518,23 @@ class SSLMetaArch(nn.Module):
             return logits[:-1], logits[-1]
         with self.autocast(model, "ibot_head"):
             return logits, heads["ibot_head"](patches)
+
+
+def _rows_from(targets: SoftTargets, first: int) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: targets.rows(first + start, first + stop)
+
+
+def assignment_entropies(targets: Targets) -> dict[str, Tensor]:
+    """Return, in nats, how undecided the teacher is: ``teacher_entropy`` the mean entropy of a row, and
+    ``prototype_entropy`` that of the mean row. Both at ln K: uniform collapse. The second near 0: one prototype won.
+    """
+    assignments = targets.cls if targets.cls is not None else targets.patches
+    chunks = [assignments] if isinstance(assignments, Tensor) else assignments.chunks()
+    of_rows, mean = torch.zeros(()), torch.zeros(())
+    for probabilities in chunks:
+        of_rows = of_rows - torch.xlogy(probabilities, probabilities).sum()
+        mean = mean + probabilities.sum(dim=0)
+    num_rows = mean.sum().round().clamp_min(1)  # each row sums to 1, padding to 0
+    mean = mean / num_rows
+    # not torch.special.entr, which on a GPU is compiled when it is first used
+    return {"teacher_entropy": of_rows / num_rows, "prototype_entropy": -torch.xlogy(mean, mean).sum()}

@@ -1,4 +1,4 @@
-"""What a run says of itself before the first step, and after the last one."""
+"""What a run logs about itself before the first step and after the last one."""
 
 from __future__ import annotations
 

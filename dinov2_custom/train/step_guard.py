@@ -1,6 +1,6 @@
-"""Finite numbers or no step: decided on the device, heard of by the host one step later, so that it never waits.
+"""Skip steps with non-finite numbers: decided on the device, read by the host one step later, so that it never waits.
 
-Not here: how a step is left out (``optimization.py``). Read :meth:`StepGuard.judge` first.
+Not here: how a step is left out (``optimization.py``). Read :meth:`StepGuard.check` first.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ MAX_STEPS_SCALED = 40
 _NUM_SIGNALS = 64
 
 
-class Word(NamedTuple):
-    """What a process has to tell the others: the signal that asks it to stop, or 0; the main one its training time."""
+class Flags(NamedTuple):
+    """What a process shares with the others in each step: the signal that asks it to stop, or 0; the main process its
+    training time."""
 
     stop_signal: int = 0
     seconds: float = 0.0
 
 
-_NOTHING = Word()
+_NO_FLAGS = Flags()
 
 
 class _Report(NamedTuple):
-    """What the host will read of a step: ``facts`` has a finite flag for each of ``terms``, then what was told."""
+    """What the host will read of a step: ``facts`` has a finite flag for each of ``terms``, then the sum of flags."""
 
     iteration: int
     terms: list[str]
@@ -42,7 +43,7 @@ class _Report(NamedTuple):
 
 
 class StepGuard:
-    """Agree with all processes on each step: are its numbers finite, and was one of the processes asked to stop.
+    """Agree with all processes on each step: whether its numbers are finite, and whether one of them was asked to stop.
 
     Args:
         max_in_a_row: steps left out in a row that end the run; 40 at least for gradients while ``scaled``.
@@ -50,18 +51,18 @@ class StepGuard:
         last_good: names the newest checkpoint.
 
     Attributes:
-        skipped: steps left out so far, as far as the host has heard.
+        skipped: steps left out so far, as far as the host has read.
     """
 
     def __init__(self, max_in_a_row: int, scaled: bool, last_good: Callable[[], str]) -> None:
         self.max_in_a_row, self.scaled, self.last_good = max_in_a_row, scaled, last_good
         self.in_a_row = self.skipped = 0
-        self._own_word = _NOTHING
+        self._own_flags = _NO_FLAGS
         self._reports: deque[_Report] = deque()
 
     @torch.no_grad()
-    def judge(
-        self, iteration: int, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], word: Word = _NOTHING
+    def check(
+        self, iteration: int, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], flags: Flags = _NO_FLAGS
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the losses averaged over all processes, and 0-dim 1.0 if the step has to be left out, else 0.0.
 
@@ -70,43 +71,43 @@ class StepGuard:
         Args:
             losses: 0-dim, this process's.
             grad_norms: 0-dim, of the averaged gradients, so the same everywhere.
-            word: what the others should know.
+            flags: this process's.
         """
-        self._own_word = word
+        self._own_flags = flags
         values = torch.stack(list(losses.values())).float()
-        told = values.new_empty(0)
+        shared = values.new_empty(0)
         if distributed.is_enabled():
-            both = torch.cat((values, to_device(_encode(word), values.device)))
+            both = torch.cat((values, to_device(_encode(flags), values.device)))
             both = distributed.all_reduce(both)
-            values, told = both[: len(values)] / distributed.get_global_size(), both[len(values) :]
+            values, shared = both[: len(values)] / distributed.get_global_size(), both[len(values) :]
         norms = torch.stack([norm.float() for norm in grad_norms.values()])
         finite = torch.cat((values, norms)).isfinite()
-        facts = torch.cat((finite.float(), told))
+        facts = torch.cat((finite.float(), shared))
         self._reports.append(_Report(iteration, [*losses, *grad_norms], to_host(facts)))
         return dict(zip(losses, values, strict=True)), 1.0 - finite.all().float()
 
-    def hear(self) -> Word:
-        """Take in the report of the step before the one judged last; return what was agreed on with it.
+    def poll(self) -> Flags:
+        """Read the report of the step before the one checked last; return the flags shared in it.
 
         Raises:
             NumericsError: too many steps in a row were left out; names the terms.
         """
-        heard = _NOTHING
+        flags = _NO_FLAGS
         while len(self._reports) > 1:
-            heard = self._read(self._reports.popleft())
-        return heard if distributed.is_enabled() else self._own_word  # alone there is nobody to agree with
+            flags = self._read(self._reports.popleft())
+        return flags if distributed.is_enabled() else self._own_flags  # nothing to wait for in a single process
 
     def state(self) -> dict[str, int]:
         """Return what a checkpoint has to hold: the steps left out, including those not yet read on the host."""
         waiting = sum(not all(report.facts.tolist()[: len(report.terms)]) for report in self._reports)
         return {"skipped_steps": self.skipped + waiting}
 
-    def hear_all(self) -> None:
-        """Take in every report, waiting for the device. Raises as :meth:`hear`."""
+    def drain(self) -> None:
+        """Read every report, waiting for the device. Raises as :meth:`poll`."""
         while self._reports:
             self._read(self._reports.popleft())
 
-    def _read(self, report: _Report) -> Word:
+    def _read(self, report: _Report) -> Flags:
         facts = report.facts.tolist()
         bad = [term for term, is_finite in zip(report.terms, facts, strict=False) if not is_finite]
         self._count(bad, report.iteration)
@@ -130,15 +131,15 @@ class StepGuard:
             )
 
 
-def _encode(word: Word) -> Tensor:
-    """Return a vector whose sum over all processes :func:`_decode` understands."""
-    told = torch.zeros(1 + _NUM_SIGNALS)
-    told[0] = word.seconds if distributed.is_main_process() else 0.0
-    if word.stop_signal:
-        told[1 + word.stop_signal] = 1.0
-    return told
+def _encode(flags: Flags) -> Tensor:
+    """Return a vector whose sum over all processes :func:`_decode` reads."""
+    encoded = torch.zeros(1 + _NUM_SIGNALS)
+    encoded[0] = flags.seconds if distributed.is_main_process() else 0.0
+    if flags.stop_signal:
+        encoded[1 + flags.stop_signal] = 1.0
+    return encoded
 
 
-def _decode(told: list[float]) -> Word:
-    asked = [signum for signum, count in enumerate(told[1:]) if count]
-    return Word(asked[0] if asked else 0, told[0] if told else 0.0)
+def _decode(summed: list[float]) -> Flags:
+    asked = [signum for signum, count in enumerate(summed[1:]) if count]
+    return Flags(asked[0] if asked else 0, summed[0] if summed else 0.0)

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals become a flag that the loop reads after a step. Nothing is saved in a handler."""
+"""Stop requests: signals set a flag that the loop reads after a step. Nothing is saved in a handler."""
 
 from __future__ import annotations
 

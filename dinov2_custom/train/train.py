@@ -35,13 +35,13 @@ from dinov2_custom.reading import choose_for_training
 from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
-from dinov2_custom.train.faults import reported
+from dinov2_custom.train.fast_paths import choose_attention
+from dinov2_custom.train.faults import Watchdog, reported
 from dinov2_custom.train.flops import speed_report
-from dinov2_custom.train.global_batch import split_over_memory
-from dinov2_custom.train.gradients import accumulate_gradients
 from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, LearningAlarm, flat_dino_loss, rankme
-from dinov2_custom.train.kernels import choose_attention
+from dinov2_custom.train.memory import split_over_memory
 from dinov2_custom.train.optimization import (
+    accumulate_gradients,
     apply_optim_scheduler,
     build_optimizer,
     build_schedulers,
@@ -49,13 +49,11 @@ from dinov2_custom.train.optimization import (
     step_unless,
 )
 from dinov2_custom.train.pretrained import start_from_weights
-from dinov2_custom.train.ranks import describe_lost
 from dinov2_custom.train.run_directory import changed_batch, changed_data, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.startup import describe_doubts, describe_end, describe_run
-from dinov2_custom.train.step_guard import StepGuard, Word
+from dinov2_custom.train.step_guard import Flags, StepGuard
 from dinov2_custom.train.stopping import StopRequests
-from dinov2_custom.train.watch import Watch
 from dinov2_custom.utils.allocator import keep_freed_memory
 from dinov2_custom.utils.config import get_cfg_from_args, load_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
@@ -83,7 +81,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     """Train ``model`` and return the exit code, see ``exit_codes``.
 
     Args:
-        resume: go on from the newest checkpoint in the run directory, if there is one.
+        resume: continue from the newest checkpoint in the run directory, if there is one.
         loader: of :func:`make_train_loader`; None: as ``cfg`` says.
 
     Raises:
@@ -100,7 +98,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     resume = resume and has_checkpoints(out)
     if not resume:
         start_from_weights(cfg, model)
-        if rank == 0:  # of a start that failed, and since then its images may have been mended
+        if rank == 0:  # left by a start that failed; its images may have been repaired since
             (out / BAD_IMAGES_FILE).unlink(missing_ok=True)
     reducer = parallelize(cfg, model)
     optimizer = build_optimizer(cfg, model.get_params_groups())
@@ -142,8 +140,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     guard.skipped = kept.get("skipped_steps", 0)
     model.train()
 
-    watching = Watch(out, cfg.train.hang_timeout)
-    with StopRequests() as stop, sinks, reported(cfg, out, describe_lost), watching as watch, closing(checkpointer):
+    watching = Watchdog(out, cfg.train.hang_timeout)
+    with StopRequests() as stop, sinks, reported(cfg, out), watching as watch, closing(checkpointer):
         first_draw = resumed.draws if resumed and resumed.draws is not None else iteration * length.global_batch
         batches = loader.batches(device=model.device, first_draw=first_draw)
         for batch in metrics.log_every(
@@ -171,10 +169,10 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
 
             # update, unless something is not finite
             grad_norms = clip_gradients(cfg, model, optimizer)
-            losses, skip = guard.judge(iteration, losses, grad_norms, Word(stop.signum, course.tell()))
+            losses, skip = guard.check(iteration, losses, grad_norms, Flags(stop.signum, course.read_clock()))
             step_unless(skip, model, optimizer, momentum)
-            word = guard.hear()
-            course.hear(word.seconds)
+            flags = guard.poll()
+            course.update(flags.seconds)
 
             # report
             metrics.update(
@@ -190,8 +188,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             if model.diagnose:
                 metrics.update(**model.diagnostics)
 
-            if last or word.stop_signal:
-                guard.hear_all()
+            if last or flags.stop_signal:
+                guard.drain()
                 reducer.check()
                 metrics.end_after_this()
             metrics.counts["skipped_steps"] = guard.skipped
@@ -201,8 +199,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             watch.mark(iteration, patience=3)
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
-            if last or word.stop_signal or (iteration + 1) % save_period == 0:
-                leaving = bool(word.stop_signal)
+            if last or flags.stop_signal or (iteration + 1) % save_period == 0:
+                leaving = bool(flags.stop_signal)
                 extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()
                 extra["data"] = loader.found
                 # a run without the stop does not have the row that the stop writes
@@ -213,16 +211,16 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             watch.mark(iteration)
             iteration += 1
         if not last:
-            sinks.close(stopped_by(word.stop_signal))
+            sinks.close(stopped_by(flags.stop_signal))
             distributed.barrier()  # a launcher ends the others when the first one leaves
-            for warning in alarm.verdict():
+            for warning in alarm.final_warnings():
                 logger.warning(warning)
             logger.warning(f"stopped after iteration={iteration - 1}; the same command goes on from {checkpoint_path}")
-            return stopped_by(word.stop_signal)
+            return stopped_by(flags.stop_signal)
 
     for line in describe_end(cfg, teacher_path, checkpoint_path):
         logger.info(line)
-    for warning in alarm.verdict():
+    for warning in alarm.final_warnings():
         logger.warning(warning)
     return DONE
 
@@ -249,7 +247,7 @@ def main(args) -> int:
         DINOv2Error: bad configuration, data or checkpoint; before any work is done where that is possible.
     """
     hang_s = load_cfg_from_args(args, warn=lambda text: None).train.hang_timeout
-    # ``Watch`` names who hangs; the time-out of collectives is for where it cannot, and allows for what it allows
+    # a hang is the watchdog's, which leaves stacks; the time-out of collectives has to allow for what it allows
     with distributed.enabled(overwrite=True, timeout_s=max(4 * hang_s, MIN_COLLECTIVE_S) if hang_s else 0):
         return _run(args, distributed.get_global_rank())
 
@@ -266,7 +264,7 @@ def _run(args, rank: int) -> int:
 
     out = Path(cfg.train.output_dir)
     try:
-        with made_and_locked(out) if rank == 0 else nullcontext(), reported(cfg, out, describe_lost):
+        with made_and_locked(out) if rank == 0 else nullcontext(), reported(cfg, out):
             if args.no_resume and rank == 0 and (aside := set_aside(out, lambda: time.strftime("%Y%m%d-%H%M%S"))):
                 notes.append(f"--no-resume: the former run's files are now in {aside}")
             for note in notes:

@@ -11,4 +11,4 @@ except ModuleNotFoundError:
 from dinov2_custom.train.args import get_memory_args_parser
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.train.fit", get_memory_args_parser().parse_args()))
+    sys.exit(entry.run("dinov2_custom.train.memory", get_memory_args_parser().parse_args()))

@@ -31,13 +31,13 @@ def dataset(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_step_waits_for_what_is_there_and_a_log_line_once(workers, dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    seen, judge = [], StepGuard.judge
+    seen, check = [], StepGuard.check
 
     def counting(self, *args, **kwargs):
         seen.append(counts())
-        return judge(self, *args, **kwargs)
+        return check(self, *args, **kwargs)
 
-    monkeypatch.setattr(StepGuard, "judge", counting)
+    monkeypatch.setattr(StepGuard, "check", counting)
     options = [*RUN, dataset, "--output-dir", str(tmp_path / "run"), f"train.num_workers={workers}"]
     assert train_module.main(train_module.get_args_parser().parse_args(options)) == 0
     steps = [after - before for before, after in zip(seen, seen[1:], strict=False)]

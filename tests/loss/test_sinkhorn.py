@@ -59,7 +59,7 @@ def test_it_is_the_algorithm_as_written(shape, iterations):
     torch.testing.assert_close(got, reference(logits, 0.07, iterations), rtol=1e-5, atol=1e-7)
 
 
-def test_logits_computed_again_and_again_are_as_good_as_kept_ones(rows_kept):
+def test_recomputed_logits_equal_kept_ones(rows_kept):
     features, weight = factors()
     expected = reference(features @ weight.T, 0.07)
     with torch.autocast("cpu", torch.bfloat16):  # the student's region, in which rows are asked for
@@ -114,7 +114,7 @@ def test_no_rows_or_none_but_padding():
     assert not sinkhorn_knopp(draws(3, 5), 0.07, real_rows=torch.zeros(3)).any()
 
 
-def test_its_input_is_left_alone():
+def test_its_input_is_not_changed():
     logits = draws(4, 3)
     before = logits.clone()
     sinkhorn_knopp(logits, 1.0)

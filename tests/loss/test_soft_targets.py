@@ -46,7 +46,7 @@ def test_logits_are_the_product_wherever_they_come_from(rows_kept, keep, dtype):
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("real_rows", [None, PADDED], ids=["all", "padded"])
 @pytest.mark.parametrize(("cls", "shape"), [(DINOLoss, (1, K)), (iBOTPatchLoss, (1, 1, K))])
-def test_late_targets_are_those_of_the_logits(rows_kept, real_rows, keep, cls, shape):
+def test_lazy_targets_are_those_of_the_logits(rows_kept, real_rows, keep, cls, shape):
     (features, weight), late, plain = factors(), cls(K), cls(K)
     for loss in (late, plain):
         loss.center.copy_(draws(*shape, seed=2))
@@ -55,7 +55,7 @@ def test_late_targets_are_those_of_the_logits(rows_kept, real_rows, keep, cls, s
     expected = expected if real_rows is None else expected * real_rows[:, None]
     plain.update_center(logits, real_rows)
     with torch.autocast("cpu", torch.bfloat16):  # the student's region, in which rows are asked for
-        targets = late.late_targets(features, weight, 0.05, real_rows, keep)
+        targets = late.lazy_targets(features, weight, 0.05, real_rows, keep)
         got = torch.cat([targets.rows(0, 5), targets.rows(5, 12)])
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.cat(list(targets.chunks())), expected)

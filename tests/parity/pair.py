@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.models import vision_transformer
-from dinov2_custom.train import compiling
+from dinov2_custom.train import fast_paths
 from dinov2_custom.train import train as our_train
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.oracle import OracleTrainer, make_batch, preserved_rng, reduced_depth
@@ -70,7 +70,7 @@ class OurTrainer:
         with preserved_rng(0), reduced_depth(vision_transformer, depth):
             self.model = SSLMetaArch(self.cfg)
         self.model.prepare_for_distributed_training()
-        assert means.compiler is None or compiling.compile_step(self.model, means.compiler)
+        assert means.compiler is None or fast_paths.compile_step(self.model, means.compiler)
         self.model.constant_shapes = means.padded
         self.model.train()
         self.optimizer = our_train.build_optimizer(self.cfg, self.model.get_params_groups())

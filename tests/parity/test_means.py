@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from dinov2_custom.train.constant_shapes import pad_patches
+from dinov2_custom.train.views import pad_patches
 from tests.oracle import OracleTrainer, make_batch
 from tests.parity.cases import MEANS_CASES, MEANS_RUN_CASES, ONE_BLOCK
 from tests.parity.pair import (

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dinov2_custom.errors import DataError
 from dinov2_custom.run.submit import Task
-from dinov2_custom.train.ranks import Ranks
 
 
 class Misbehave(Task):
@@ -27,27 +26,11 @@ class Misbehave(Task):
                 raise DataError("no such images")
             if self.args.how == "no torch":
                 raise ModuleNotFoundError("No module named 'torch'", name="torch")
-            if self.args.how == "hang":
-                (out / "pid").write_text(str(os.getpid()))
-                os.kill(os.getpid(), signal.SIGSTOP)
             if self.args.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             return int(self.args.how)
-        if self.args.how == "hang" and rank == (self.args.who + 1) % int(size):
-            end_hanging_job(out, rank)
         time.sleep(1000 if self.args.wait else 0)
         return 0
-
-
-def end_hanging_job(out: Path, rank: int) -> None:
-    """Do what the watch of a training does once it knows that a process is stopped."""
-    while not (out / "pid").exists() or not (out / "pid").read_text():
-        time.sleep(0.01)
-    (out / "logs" / "ranks").mkdir()
-    Ranks(out, rank, "job").tell_once("a rank hangs: it is stopped")
-    os.kill(int((out / "pid").read_text()), signal.SIGKILL)
-    time.sleep(1)  # the launcher sees that first
-    os._exit(75)
 
 
 class Listen(Task):

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from dinov2_custom.errors import LaunchError
-from dinov2_custom.exit_codes import should_restart
 from dinov2_custom.run import local
 from tests.processes import ENVIRONMENT, REPOSITORY, children, running, wait_until
 from tests.run.tasks import Listen, Misbehave
@@ -162,14 +161,6 @@ def test_a_refusal_of_another_rank_is_told(importable, tmp_path, capfd, how, tol
 def test_exit_codes_pass_through(importable, tmp_path, capfd, how, code):
     assert launch(how, tmp_path / "out", who=0, wait=code != 140) == code
     assert ("was killed by SIGKILL" in capfd.readouterr().err) == (how == "kill")
-
-
-def test_a_job_that_ends_itself_is_worth_a_restart_whatever_the_hanging_process_was_killed_with(
-    importable, tmp_path, capfd
-):
-    assert should_restart(launch("hang", tmp_path / "out", who=2))
-    assert "a rank hangs: it is stopped" in (tmp_path / "out" / "logs" / "log.txt").read_text()
-    assert "; the same command goes on from the newest checkpoint" in capfd.readouterr().err
 
 
 def test_the_processes_meet_on_loopback_alone_and_not_where_the_shell_says(importable, monkeypatch, tmp_path):

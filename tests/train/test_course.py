@@ -33,7 +33,7 @@ def test_steps_stretch_what_is_given_in_epochs():
     assert [length.iterations(x) for x in (0, 0.5, 3, 7, "10%")] == [0, 25, 150, 350, 20]
 
 
-def test_the_same_run_said_in_epochs_and_in_steps():
+def test_the_same_run_given_in_epochs_and_in_steps():
     in_epochs = build_schedulers(tiny_config("train.OFFICIAL_EPOCH_LENGTH=10", "optim.epochs=40"))
     in_steps = build_schedulers(
         tiny_config(
@@ -58,8 +58,8 @@ def drive(course, now, seconds, until=10**6):
         last = course.is_last(iteration)
         positions.append(course.position(iteration))
         now[0] += seconds(iteration)
-        told.append(course.tell())
-        course.hear(told.pop(0))
+        told.append(course.read_clock())
+        course.update(told.pop(0))
         if last:
             break
     return positions
@@ -78,7 +78,7 @@ def test_by_the_clock_a_run_ends_before_its_time_is_over_with_schedules_at_their
     assert clocked(1.0, at_end)[0].is_finished(99) and not clocked(1.5, at_end)[0].is_finished(99)
 
 
-def test_a_resumed_run_has_the_time_that_is_left_however_long_it_lay():
+def test_a_resumed_run_has_the_remaining_time():
     course, now = clocked(hours=1.0)
     first = drive(course, now, lambda i: 60.0, until=20)
     kept = json.loads(json.dumps(course.state()))["course"]
@@ -104,9 +104,9 @@ def test_short_times_are_not_shown_as_hours():
     assert course.describe(100).endswith("8 h of training, 1.5 min of it done")
 
 
-def test_steps_know_nothing_of_the_clock():
+def test_a_run_in_steps_ignores_the_clock():
     course = Course(length_of("train.max_steps=5"))
-    assert course.tell() == 0.0 and course.state() == {}
+    assert course.read_clock() == 0.0 and course.state() == {}
     assert [course.is_last(i) for i in range(6)] == [False] * 4 + [True] * 2
     assert [course.is_finished(i) for i in (4, 5)] == [False, True]
 

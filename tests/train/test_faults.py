@@ -1,9 +1,9 @@
-"""Processes that die, hang or run out of memory: real ones, found in the run's log with their rank."""
+"""Processes that die, hang or run out of memory: real ones, which leave their stacks or traceback in the logs."""
 
 import os
 import signal
+import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
@@ -11,25 +11,21 @@ import pytest
 import torch
 
 from dinov2_custom.errors import LostProcessError, ResourceError
+from dinov2_custom.train import faults
 from dinov2_custom.train import train as train_module
-from dinov2_custom.train import watch as watch_module
-from dinov2_custom.train.faults import describe_memory, is_out_of_memory, translate
-from dinov2_custom.train.ranks import Ranks, describe_lost
-from dinov2_custom.train.step_guard import StepGuard, _Report
-from dinov2_custom.train.watch import Watch
-from dinov2_custom.utils.transfer import HostCopy
-from tests.processes import Job, wait_until
+from dinov2_custom.train.faults import Watchdog, describe_memory, is_out_of_memory, translate
+from tests.processes import Job, state, wait_until
 from tests.processes import run as run_script
 from tests.train.batches import TINY, tiny_config
 from tests.train.test_step_guard import run
 from tests.train.test_train import write_images
 
 SCRIPT = """
-import contextlib, ctypes, os, signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from dinov2_custom import entry
-from dinov2_custom.train import train, watch
-watch.LOOK_S, watch.GRACE_S = 0.03, 5.0  # many looks a beat, as with a time-out of minutes
+from dinov2_custom.train import faults, train
+faults.GRACE_S = 3.0
 make, fault, faulty_rank = train.make_train_loader, sys.argv.pop(1), int(sys.argv.pop(1))
 
 def make_faulty(*args, rank=0, **kwargs):
@@ -44,14 +40,10 @@ def make_faulty(*args, rank=0, **kwargs):
                 if fault == "sleep":
                     time.sleep(1000)
                 if fault == "mount":
-                    folder = Path(sys.argv[-1]) / "logs" / "ranks"
-                    while not (folder / f".rank0.{os.getpid()}").is_fifo():
-                        with contextlib.suppress(FileExistsError):  # the watching thread is about to rename it
-                            os.mkfifo(folder / f".rank0.{os.getpid()}")
-                    os.mkfifo(folder / "slow")
-                    open(folder / "slow", "w")  # opened for reading by nobody
-                if fault == "hold":
-                    ctypes.PyDLL(None).sleep(1000)  # keeps the interpreter to itself
+                    log = Path(sys.argv[-1]) / "logs" / "log.txt"
+                    log.rename(log.with_name("former"))
+                    os.mkfifo(log)
+                    open(log, "w")  # opened for reading by nobody
                 os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
             yield batch
 
@@ -69,35 +61,26 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "expected"),
+    ("fault", "rank", "code", "expected"),
     [
-        ("raise", 1, ["rank 1] Traceback (most recent call last)", "RuntimeError: boom in the loader"]),
-        ("kill", 1, ["rank 1 (pid ", "is gone without a word"]),
-        ("sleep", 1, ["no step for 3 s", "rank 1 hangs in ", "rank 0 waits for the others in "]),
-        (
-            "stop",
-            0,
-            ["rank 1] no step for 3 s", "rank 0 hangs: it is stopped (SIGSTOP", "rank 1 waits for "],
-        ),
-        (
-            "hold",
-            1,
-            ["rank 0] no step for 3 s", "rank 1 hangs: it does not even beat any more", "rank 0 waits for "],
-        ),
+        ("raise", 1, 1, {"log.txt": ["rank 1] Traceback (most recent call last)", "RuntimeError: boom in the loader"]}),
+        ("kill", 1, -9, {"log.txt": ["expected all 2 processes, got a broken connection"]}),
+        ("sleep", 1, 75, {"log.txt": ["rank 1] no step for 3 s"], "log.txt.rank1": ["thread 0x", "with_fault"]}),
+        ("stop", 0, -9, {"log.txt": ["rank 1] no step for 3 s"], "log.txt.rank1": ["thread 0x", "parallel.py"]}),
     ],
 )
-def test_a_lost_or_hanging_process_ends_the_job_and_is_named_in_the_log(images, tmp_path, fault, rank, expected):
+def test_a_lost_or_hanging_process_ends_the_job_and_leaves_its_reason(images, tmp_path, fault, rank, code, expected):
     (tmp_path / "faulty.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=3"]
     arguments += ["train.max_steps=1000", "--output-dir", str(tmp_path / "out")]
     job = Job(str(tmp_path / "faulty.py"), fault, str(rank), *arguments, processes=2)
     assert job.wait() != 0
-    log = (tmp_path / "out" / "logs" / "log.txt").read_text()
-    for text in expected:
-        assert text in log, log
-    if fault in ("sleep", "stop", "hold"):
+    for name, texts in expected.items():
+        log = (tmp_path / "out" / "logs" / name).read_text()
+        assert all(text in log for text in texts), log
+    assert job.processes[rank].exitcode == code
+    if fault in ("sleep", "stop"):
         assert 75 in [process.exitcode for process in job.processes]
-        assert log.count("no step for") - log.count("broken connection: no step for") == 1  # said once, first
 
 
 def alone(images, tmp_path, fault):
@@ -108,75 +91,100 @@ def alone(images, tmp_path, fault):
     return done.stderr
 
 
-def test_a_process_alone_says_where_it_hangs(images, tmp_path):
-    alone(images, tmp_path, "sleep")
-    assert "rank 0 hangs in " in (tmp_path / "o" / "logs" / "log.txt").read_text()
+def test_a_single_process_leaves_its_stacks(images, tmp_path):
+    said = alone(images, tmp_path, "sleep")
+    log = tmp_path / "o" / "logs" / "log.txt"
+    assert "error: rank 0: no step for 2 s (train.hang_timeout) at iteration=2" in said and str(log) in said
+    assert "most recent call first" in log.read_text() and "with_fault" in log.read_text()
 
 
 def test_a_file_system_that_does_not_answer_ends_the_job_too(images, tmp_path):
-    """Both threads wait in an open() that the system never ends, as on a mount whose server is gone."""
+    """The training and the report wait in an open() that the system never ends, as on a mount whose server is gone."""
     said = alone(images, tmp_path, "mount")
-    assert said.count("\n") == 1 and "error: no step for 2 s (train.hang_timeout): rank 0 hangs in " in said
-    assert "at iteration=2 (pid" in said and f"the file system of {tmp_path / 'o'} does not answer" in said
+    assert said.count("\n") == 1 and "error: rank 0: no step for 2 s (train.hang_timeout) at iteration=2" in said
 
 
-def test_waiting_for_the_device_is_waiting_for_the_others(tmp_path):
-    """With nccl it is the device that waits for the others; the process waits for it where it reads a report."""
-    ended, there = threading.Event(), threading.Event()
-
-    class Event:  # of CUDA, behind a collective
-        def synchronize(self):
-            there.set()
-            ended.wait(100)
-
-    guard = StepGuard(3, False, lambda: "none")
-    guard._reports += [_Report(i, ["loss"], HostCopy(torch.ones(1), Event())) for i in range(2)]
-    thread = threading.Thread(target=guard.hear)
-    thread.start()
-    there.wait(100)
-    place, waits = watch_module._where(sys._current_frames()[thread.ident])
-    ended.set()
-    thread.join()
-    assert "transfer.py" in place and waits
+@pytest.fixture
+def ended(monkeypatch):
+    """Record what the process would end with."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    return codes
 
 
-def test_a_watched_run_that_goes_on_is_left_alone(tmp_path):
-    with Watch(tmp_path, hang_s=1.0) as watch:
+def test_a_run_that_goes_on_is_left_alone(tmp_path, ended):
+    with Watchdog(tmp_path, hang_s=1.0) as watchdog:
         for iteration in range(40):
-            watch.mark(iteration)
+            watchdog.mark(iteration)
             time.sleep(0.05)
-        assert describe_lost(tmp_path) == ""
-    assert list((tmp_path / "logs" / "ranks").iterdir()) == []
+    assert not ended and not (tmp_path / "logs").exists()
 
 
-def test_a_slow_step_that_ends_is_no_hang(tmp_path, monkeypatch):
-    monkeypatch.setattr(Watch, "_states", lambda self, states=Watch._states: go_on(self, states))
-    ended, suspected = [], []
-    monkeypatch.setattr(os, "_exit", ended.append)
+def test_a_step_that_ends_after_the_report_was_slow(tmp_path, ended, monkeypatch):
+    reports = []
+    monkeypatch.setattr(faults, "GRACE_S", 1000.0)
 
-    def go_on(watch, states):  # the step ends just when the thread looks around
-        suspected.append(watch.iteration)
-        watch.mark(watch.iteration + 1)
-        return states(watch)
+    def report(watchdog, what):  # the step ends while the thread waits for the others' reports
+        reports.append((watchdog.iteration, what))
+        watchdog.mark(watchdog.iteration + 1)
 
-    with Watch(tmp_path, hang_s=0.2) as watch:
-        watch.mark(0)
-        watch.mark(1)
-        while len(suspected) < 3:
-            time.sleep(0.05)
-    assert suspected[:3] == [1, 2, 3] and not ended and not (tmp_path / "logs" / "log.txt").exists()
+    monkeypatch.setattr(Watchdog, "_report", report)
+    with Watchdog(tmp_path, hang_s=0.2) as watchdog:
+        watchdog.mark(0)
+        watchdog.mark(1)
+        wait_until(lambda: len(reports) >= 3, "three slow steps")
+    assert [iteration for iteration, _ in reports[:3]] == [1, 2, 3] and not ended
 
 
-def test_time_in_which_the_system_holds_the_process_does_not_count(tmp_path, monkeypatch):
-    ahead_s, ended = [0.0], []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(watch_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s[0]))
-    with Watch(tmp_path, hang_s=3) as watch:
-        watch.mark(0)
-        watch.mark(1)
+def test_time_in_which_the_system_holds_the_process_does_not_count(tmp_path, ended, monkeypatch):
+    ahead_s = [0.0]
+    monkeypatch.setattr(faults, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s[0]))
+    with Watchdog(tmp_path, hang_s=3) as watchdog:
+        watchdog.mark(0)
+        watchdog.mark(1)
         ahead_s[0] = 1000.0
         time.sleep(1.2)  # the rest of the step: several looks
-    assert not ended and not (tmp_path / "logs" / "log.txt").exists()
+    assert not ended and not (tmp_path / "logs").exists()
+
+
+@pytest.fixture
+def peer():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def with_peer(monkeypatch, tmp_path, process, hang_s=0):
+    """Return the watchdog of rank 0, for which ``process`` is rank 1, on this machine."""
+    monkeypatch.setattr(faults.distributed, "gather_objects", lambda mine: [mine, (mine[0], process.pid)])
+    monkeypatch.setattr(faults, "LOOK_S", 0.02)
+    monkeypatch.setattr(faults, "GRACE_S", 0.2)
+    return Watchdog(tmp_path, hang_s)
+
+
+def test_a_process_of_this_machine_that_is_gone_ends_the_others_without_a_time_out(
+    monkeypatch, tmp_path, peer, ended, capsys
+):
+    """Without a broken connection, as where nccl waits for it."""
+    with with_peer(monkeypatch, tmp_path, peer) as watchdog:
+        watchdog.mark(7)
+        time.sleep(0.5)
+        assert not ended
+        peer.kill()
+        wait_until(lambda: ended, "the end")
+    said = f"rank 1 (pid {peer.pid}) has ended, killed from outside perhaps (out of memory: see dmesg) at iteration=7"
+    assert ended[0] == 75 and said in capsys.readouterr().err
+    assert said in (tmp_path / "logs" / "log.txt").read_text()
+
+
+def test_a_stopped_process_is_killed(monkeypatch, tmp_path, peer, ended):
+    """No launcher's SIGTERM would end it."""
+    peer.send_signal(signal.SIGSTOP)
+    wait_until(lambda: state(peer.pid) == "T", "the stop")
+    with with_peer(monkeypatch, tmp_path, peer, hang_s=0.2):
+        wait_until(lambda: ended, "the end")
+    assert ended[0] == 75 and peer.wait() == -signal.SIGKILL
 
 
 def test_a_suspended_job_goes_on(images, tmp_path):
@@ -201,17 +209,12 @@ def test_a_broken_connection_is_a_lost_process(tmp_path, monkeypatch):
         "[/__w/pytorch/third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1. This is "
         "typically caused by a remote worker crashing. GLHF!"
     )
-    told = translate(broken, tiny_config(), tmp_path, lambda run: "rank 2 is gone")
-    assert isinstance(told, LostProcessError) and told.exit_code == 75 and "rank 2 is gone" in str(told)
-    assert str(told).endswith(
-        " (Connection closed by peer [127.0.0.1]:1); the same command goes on from the newest checkpoint"
-    )
+    lost = translate(broken, tiny_config(), tmp_path)
+    assert isinstance(lost, LostProcessError) and lost.exit_code == 75
+    assert "(Connection closed by peer [127.0.0.1]:1)" in str(lost) and str(tmp_path / "logs") in str(lost)
     assert "rank 1] expected all 3 processes" in (tmp_path / "logs" / "log.txt").read_text()
-    assert "to another process (" in str(translate(broken, tiny_config(), tmp_path, lambda run: None))
-    elsewhere = translate(broken, tiny_config(), tmp_path, lambda run: "", patience_s=0)
-    assert "to a process on another machine (" in str(elsewhere)
     other = ValueError("boom")
-    assert translate(other, tiny_config(), tmp_path, lambda run: "") is other
+    assert translate(other, tiny_config(), tmp_path) is other
 
 
 @pytest.mark.parametrize(
@@ -247,18 +250,10 @@ def test_out_of_memory_is_one_sentence(images, tmp_path, monkeypatch):
     assert f"got none ({space});" in describe_memory(tiny_config(), full)
 
 
-def test_a_full_disk_hides_neither_the_error_that_ends_a_run_nor_a_hang(tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    watch = Watch(tmp_path, hang_s=0)
-    with pytest.raises(KeyError, match="the real one"), watch:
-        monkeypatch.setattr(Ranks, "write", full)
-        raise KeyError("the real one")
-    ended = []
-    monkeypatch.setattr("dinov2_custom.train.ranks.append_to_main_log", full)
-    monkeypatch.setattr(os, "_exit", ended.append)
-    watch._ended.clear()
-    watch._end("rank 0 hangs")
-    assert ended == [75]
-    assert capsys.readouterr().err == "error: rank 0 hangs (not in the log: No space left on device)\n"
+def test_a_full_disk_keeps_no_hanging_process_alive(tmp_path, monkeypatch, ended, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "log.txt").symlink_to("/dev/full")
+    monkeypatch.setattr(faults, "GRACE_S", 0.2)
+    with Watchdog(tmp_path, hang_s=0.2):
+        wait_until(lambda: ended, "the end")
+    assert ended[0] == 75 and "error: rank 0: no step for 0.6 s" in capsys.readouterr().err

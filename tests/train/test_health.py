@@ -63,7 +63,7 @@ def alarms(series, prototypes, total, every=10):
     """Return {iteration: kinds that are warned of there}, and what is repeated at the end."""
     alarm = alarm_for(prototypes, total)
     found = {row["iteration"]: kinds for row in rows(series, every) if (kinds := alarm.check(row, total))}
-    return found, alarm.verdict()
+    return found, alarm.final_warnings()
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,12 @@ def test_one_prototype_for_all_and_lost_dimensions():
     assert "centering" not in again[1] and "4 dimensions (RankMe), they filled 20" in again[1]
 
 
-def test_what_was_said_before_a_resume_is_not_said_again_but_at_the_end(caplog):
+def test_warnings_from_before_a_resume_are_repeated_only_at_the_end(caplog):
     alarm = alarm_for(256, 300)
     alarm.read(rows(BLOOD_CELLS)[:20])
     for row in rows(BLOOD_CELLS)[20:]:
         alarm.log(row["iteration"], row)
-    assert caplog.records == [] and len(alarm.verdict()) == 1
+    assert caplog.records == [] and len(alarm.final_warnings()) == 1
     alarm = alarm_for(256, 300)
     alarm.read(rows(BLOOD_CELLS)[:5])
     for row in rows(BLOOD_CELLS)[5:]:

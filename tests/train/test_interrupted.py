@@ -141,7 +141,7 @@ def test_the_command_prints_one_line_of_error_and_no_traceback(tmp_path):
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
-def test_an_error_is_told_once_and_kept_in_the_log(images, uninterrupted):
+def test_an_error_is_printed_once_and_kept_in_the_log(images, uninterrupted):
     other = [*command(images, uninterrupted), "student.arch=vit_micro", "optim.epochs=2"]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(other, env=env, capture_output=True, text=True, timeout=600)

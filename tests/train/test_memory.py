@@ -1,14 +1,35 @@
+"""The count is what a real step keeps; run/train/memory.py prints it and finds the largest batch that fits."""
+
+import functools
+import re
 from contextlib import nullcontext
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dinov2_custom import distributed
 from dinov2_custom.loss import soft_targets
-from dinov2_custom.train.memory import CATEGORIES, LiveBytes, as_on_a_gpu, least_checkpointing, measure_step
+from dinov2_custom.train.memory import (
+    CATEGORIES,
+    LARGEST_BATCH,
+    NCCL_BYTES,
+    SHARE_OF_TENSORS,
+    LiveBytes,
+    as_on_a_gpu,
+    fits,
+    largest_batch,
+    largest_below,
+    least_checkpointing,
+    measure_step,
+    split_on,
+    split_over_memory,
+)
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.view_groups import cut_views
-from tests.train.batches import random_batch, tiny_config
+from dinov2_custom.train.views import cut_views
+from tests.processes import run
+from tests.train.batches import TINY, random_batch, tiny_config
 
 WIDE = ("student.arch=vit_micro", "train.batch_size_per_gpu=32", "student.drop_path_rate=0.3")
 
@@ -34,7 +55,7 @@ def kept_by_a_forward_pass(cfg, mode=None):
         own |= {id(t.untyped_storage()) for t in views if torch.is_tensor(t)}
         before = live.total
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            features = model.student_features(views, draws)
+            features = model.get_student_output(views, draws)
         after = live.total
         outputs = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in features if t is not None}
     sizes = {key: storage.nbytes() for key, storage in kept.items() if key not in own}
@@ -80,13 +101,19 @@ def test_auto_recomputes_as_little_as_fits():
     assert least_checkpointing(cfg, 1000) == "full"
 
 
-def test_one_process_of_several_counts_alone(tmp_path):
+@pytest.mark.parametrize("lean", ["true", "false"])
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_one_process_of_several_counts_alone(tmp_path, monkeypatch, centering, lean):
     """Fake tensors cannot travel, and the others may count at another time."""
-    cfg = tiny_config(*WIDE, "train.centering=sinkhorn_knopp")
-    alone = measure_step(cfg)
+    cfg = tiny_config(f"train.centering={centering}", f"train.lean={lean}", "dino.koleo_neighbours=all")
+    alone, sent = measure_step(cfg), []
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    for collective in ("all_reduce", "all_gather", "broadcast"):
+        monkeypatch.setattr(torch.distributed, collective, lambda *_, name=collective, **__: sent.append(name))
     try:
-        assert measure_step(cfg) == alone and torch.distributed.is_initialized()
+        assert measure_step(cfg) == alone and sent == []
+        SSLMetaArch(cfg).forward_backward(random_batch(cfg), 0.05)
+        assert {"all_reduce", "all_gather"} <= {*sent}  # which a step that is not counted does
     finally:
         torch.distributed.destroy_process_group()
 
@@ -116,3 +143,111 @@ def test_what_is_kept_of_the_logits_has_a_bound():
 
     many, more = heads(1024), heads(2048)
     assert many > 2 * 4 * 2**26 and more - many < 0.02 * many  # class tokens' and patches', in float32
+
+
+def memory(*arguments):
+    return run("run/train/memory.py", *arguments)
+
+
+def test_the_script_prints_the_count_of_each_mode():
+    done = memory("--config-file", "configs/vits.yaml", "--ngpus", "4", "train.batch_size_per_gpu=16")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: [float(cell) for cell in line.split()[1:]] for line in done.stdout.splitlines()[2:5]}
+    assert list(rows) == ["none", "selective", "full"]
+    for total, *parts in rows.values():
+        *categories, shared = parts
+        assert total == pytest.approx(sum(categories), abs=0.03) and shared < total
+    assert "train.batch_size_per_gpu=16" in done.stdout
+
+
+def test_a_mistake_is_one_error():
+    done = memory("train.batch_sise_per_gpu=16")
+    assert done.returncode == 1 and "train.batch_size_per_gpu" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_forks_keys_can_be_kept():
+    tiny = (*TINY, "daino.loss_weight=1")
+    assert memory(*tiny).returncode == 1
+    done = memory(*tiny, "--allow-unknown-keys")
+    assert done.returncode == 0 and "note: " in done.stdout and "daino.loss_weight" in done.stdout, done.stderr
+
+
+def test_the_batch_found_fits_and_the_next_does_not():
+    cfg = tiny_config("dino.head_n_prototypes=65536")
+    limit = measure_step(cfg, "none").peak / SHARE_OF_TENSORS / 1e9 * 1.5
+    none, selective, full = fits(cfg, limit)
+    assert [line.split(":")[0] for line in (none, selective, full)] == ["none", "selective", "full"]
+    found = int(re.search(r"batch_size_per_gpu=(\d+)", none).group(1))
+    for batch_size, is_below in ((found, True), (found + max(1, found // 8) + 1, False)):
+        larger = tiny_config("dino.head_n_prototypes=65536", f"train.batch_size_per_gpu={batch_size}")
+        assert (measure_step(larger).peak <= limit * 1e9 * SHARE_OF_TENSORS) == is_below
+    assert next(iter(fits(cfg, 0.01))) == "none: not even one image fits into 0.01 GB, 12.5% of it left free"
+
+
+def test_how_a_global_batch_is_divided_is_what_training_does():
+    cfg = tiny_config("optim.global_batch=48", "train.batch_size_per_gpu=48")
+    room = 1.01 * measure_step(tiny_config("train.batch_size_per_gpu=12")).peak / SHARE_OF_TENSORS / 1e9
+    assert split_on(cfg, room, 1) == "optim.global_batch=48: 12 a process x 1 processes x 4 accumulated"
+
+
+@pytest.mark.parametrize("limit", [0.5, 1, 2, 3, 7, 8, 9, 100, 1000, 1023, 1024, 5000])
+@pytest.mark.parametrize("start", [0.0, 7.0])
+def test_largest_below(limit, start):
+    sizes = {n: start + n + (n / 100) ** 2 for n in range(1, LARGEST_BATCH + 1)}
+    largest = max((n for n, size in sizes.items() if size <= limit), default=0)
+    asked = []
+
+    def size(n):
+        asked.append(n)
+        return sizes[n]
+
+    got = largest_below(size, limit, (0, start), (64, sizes[64]))
+    assert largest - max(1, got // 8) <= got <= largest and (got > 0) == (largest > 0)
+    assert len(asked) <= 4, asked
+
+
+@functools.cache
+def counted(batch: int):
+    return measure_step(tiny_config(f"train.batch_size_per_gpu={batch}"))
+
+
+def room_for(batch: int) -> float:
+    """Return how many bytes a GPU has to have for a step of ``batch`` images in a single process."""
+    return 1.001 * counted(batch).peak / SHARE_OF_TENSORS
+
+
+def config(batch: int, *overrides: str):
+    return tiny_config("optim.global_batch=96", f"train.batch_size_per_gpu={batch}", *overrides)
+
+
+def test_it_is_the_largest_divisor_that_fits():
+    assert largest_batch(config(96), room_for(96), 1) == 96
+    assert largest_batch(config(96), room_for(24), 1) == 24
+    assert largest_batch(config(96), 0.998 * room_for(24), 1) == 16
+    assert largest_batch(config(96), 1000, 1) == 1
+    assert largest_batch(config(12), room_for(96), 1) == 12
+
+
+def test_several_processes_need_room_for_buffers_and_less_for_sharded_weights():
+    alone, optimizer = room_for(24), counted(24).categories["optimizer"]  # 8 bytes a parameter
+    whole = alone + NCCL_BYTES + optimizer / 2
+    assert largest_batch(config(48), whole, 2) == 24 and largest_batch(config(48), whole - 1e6, 2) < 24
+    sharded = [
+        f"compute_precision.{model}.{part}.sharding_strategy=FULL_SHARD"
+        for model in ("student", "teacher")
+        for part in ("backbone", "dino_head")
+    ]
+    elsewhere = 20 / 8 * optimizer * 3 / 4 / SHARE_OF_TENSORS  # in the three others of four
+    assert largest_batch(config(48, *sharded), alone + NCCL_BYTES - elsewhere, 4) == 24
+
+
+def test_what_does_not_fit_at_once_is_accumulated(monkeypatch):
+    cfg = config(96, "optim.accumulation_steps=2")
+    OmegaConf.set_readonly(cfg, False)
+    assert (cfg.train.batch_size_per_gpu, cfg.optim.accumulation_steps) == (48, 2)
+    split_over_memory(cfg)  # on a CPU
+    assert (cfg.train.batch_size_per_gpu, cfg.optim.accumulation_steps) == (48, 2)
+    monkeypatch.setattr(distributed, "get_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, int(room_for(24))))  # nothing is free
+    split_over_memory(cfg)
+    assert (cfg.train.batch_size_per_gpu, cfg.optim.accumulation_steps) == (24, 4)

@@ -19,8 +19,7 @@ from dinov2_custom import parallel
 from dinov2_custom.logging import MetricLogger
 from dinov2_custom.parallel import GradientReducer, parallelize
 from dinov2_custom.train import step_guard
-from dinov2_custom.train.gradients import accumulate_gradients
-from dinov2_custom.train.optimization import build_optimizer, clip_gradients, step_unless
+from dinov2_custom.train.optimization import accumulate_gradients, build_optimizer, clip_gradients, step_unless
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.step_guard import StepGuard
 from dinov2_custom.utils import transfer
@@ -28,7 +27,7 @@ from tests.train.batches import random_batch, tiny_config
 
 # the only ways to the host in a step; what comes of them is read in the step after
 ALLOWED = {
-    "StepGuard.judge: finite flags and what processes tell each other": step_guard,
+    "StepGuard.check: finite flags and those that processes share": step_guard,
     "GradientReducer.finish: which parameters have gradients in how many processes": parallel,
 }
 
@@ -116,9 +115,9 @@ def test_a_whole_step_reads_nothing_from_the_device(as_a_gpu, centering, lean, g
             generator = torch.Generator().manual_seed(0)
             losses = accumulate_gradients(cfg, model, reducer, next(batches), batches, 0.05, generator)
             norms = clip_gradients(cfg, model, optimizer)
-            losses, skip = guard.judge(iteration, losses, norms)
+            losses, skip = guard.check(iteration, losses, norms)
             step_unless(skip, model, optimizer, 0.9)
-            guard.hear()
+            guard.poll()
             metrics.update(lr=0.1, total_loss=sum(losses.values()), **losses, **norms, **model.diagnostics)
     assert len(as_a_gpu) == 3
     assert {"dino_local_crops_loss", "koleo_loss", "ibot_loss"} <= set(losses)

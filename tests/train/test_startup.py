@@ -39,7 +39,7 @@ def test_values_of_long_runs_are_not_in_one_on_many_images(length):
     assert doubts(100_000, *LONG, length) == ""
 
 
-def test_each_value_is_judged_by_what_it_depends_on():
+def test_each_value_is_checked_against_what_it_depends_on():
     assert doubts(818, *LONG, "train.max_steps=100000").count("(") == 1  # prototypes: there are no more images
     assert "head_n_prototypes" not in doubts(100_000, *LONG, "train.max_steps=260")
     assert "layerscale" not in doubts(818, *LONG, "student.layerscale=null", "train.max_steps=260")

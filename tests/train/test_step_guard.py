@@ -14,10 +14,15 @@ from dinov2_custom.logging import remove_logging
 from dinov2_custom.parallel import own_share, parallelize
 from dinov2_custom.train import get_args_parser, main
 from dinov2_custom.train import train as train_module
-from dinov2_custom.train.gradients import accumulate_gradients
-from dinov2_custom.train.optimization import apply_optim_scheduler, build_optimizer, clip_gradients, step_unless
+from dinov2_custom.train.optimization import (
+    accumulate_gradients,
+    apply_optim_scheduler,
+    build_optimizer,
+    clip_gradients,
+    step_unless,
+)
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.step_guard import MAX_STEPS_SCALED, StepGuard, Word
+from dinov2_custom.train.step_guard import MAX_STEPS_SCALED, Flags, StepGuard
 from tests.processes import launch_source
 from tests.train.batches import TINY, random_batch, tiny_config
 from tests.train.test_train import rows, weights, write_images
@@ -31,42 +36,42 @@ def guard_of(*, scaled=False):
     return StepGuard(3, scaled, lambda: "model_0000004")
 
 
-def judge(guard, iteration, losses, norms=NORM, word=Word()):  # noqa: B008
-    return float(guard.judge(iteration, losses, norms, word)[1])
+def check(guard, iteration, losses, norms=NORM, flags=Flags()):  # noqa: B008
+    return float(guard.check(iteration, losses, norms, flags)[1])
 
 
 def test_a_step_is_left_out_for_a_loss_or_a_gradient():
     guard = guard_of()
-    assert [judge(guard, 0, GOOD), judge(guard, 1, BAD), judge(guard, 2, GOOD, BAD_NORM)] == [0.0, 1.0, 1.0]
-    guard.hear_all()
+    assert [check(guard, 0, GOOD), check(guard, 1, BAD), check(guard, 2, GOOD, BAD_NORM)] == [0.0, 1.0, 1.0]
+    guard.drain()
     assert guard.skipped == guard.in_a_row == 2
 
 
 def test_the_third_in_a_row_ends_the_run_and_names_term_iteration_and_checkpoint():
     guard = guard_of()
     for iteration, losses in enumerate([BAD, BAD, GOOD, BAD, BAD, BAD]):
-        judge(guard, iteration, losses)
-        guard.hear()
+        check(guard, iteration, losses)
+        guard.poll()
     assert (guard.skipped, guard.in_a_row) == (4, 2)  # one step late
-    judge(guard, 6, GOOD)
+    check(guard, 6, GOOD)
     with pytest.raises(NumericsError, match=r"non-finite b in 3 .* iteration=5;.* model_0000004"):
-        guard.hear()
+        guard.poll()
 
 
-def test_a_loss_scaler_may_look_for_its_scale():
+def test_a_loss_scaler_may_search_for_its_scale():
     guard = guard_of(scaled=True)
     for iteration in range(MAX_STEPS_SCALED - 1):
-        judge(guard, iteration, GOOD, BAD_NORM)
-    guard.hear_all()
-    judge(guard, 99, GOOD, BAD_NORM)
+        check(guard, iteration, GOOD, BAD_NORM)
+    guard.drain()
+    check(guard, 99, GOOD, BAD_NORM)
     with pytest.raises(NumericsError, match="gradient of backbone"):
-        guard.hear_all()
+        guard.drain()
 
 
-def test_alone_a_stop_is_heard_at_once():
+def test_alone_a_stop_is_read_at_once():
     guard = guard_of()
-    judge(guard, 0, GOOD, word=Word(15, 2.5))
-    assert guard.hear() == (15, 2.5)
+    check(guard, 0, GOOD, flags=Flags(15, 2.5))
+    assert guard.poll() == (15, 2.5)
 
 
 class Trainer:
@@ -87,9 +92,9 @@ class Trainer:
         first, *rest = batches
         losses = accumulate_gradients(self.cfg, self.model, self.reducer, first, iter(rest), 0.04, None)
         norms = clip_gradients(self.cfg, self.model, self.optimizer)
-        losses, skip = self.guard.judge(iteration, losses, norms)
+        losses, skip = self.guard.check(iteration, losses, norms)
         step_unless(skip, self.model, self.optimizer, 0.9)
-        self.guard.hear()
+        self.guard.poll()
         return losses | norms
 
     def state(self):
@@ -227,7 +232,7 @@ def run(images, out, *options):
         remove_logging("dinov2")
 
 
-def test_a_run_goes_over_bad_steps_counts_them_and_its_rows_stay_readable(tmp_path, monkeypatch):
+def test_a_run_skips_and_counts_bad_steps_and_its_rows_stay_readable(tmp_path, monkeypatch):
     images = write_images(tmp_path / "images", 12)
     poison_iterations(monkeypatch, {3, 4, 11})
     assert run(images, tmp_path / "out", "train.log_every=1") == 0
@@ -239,7 +244,7 @@ def test_a_run_goes_over_bad_steps_counts_them_and_its_rows_stay_readable(tmp_pa
     assert all(value.isfinite().all() for value in weights(tmp_path / "out").values())
 
 
-def test_a_run_that_cannot_go_on_names_the_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+def test_a_run_that_cannot_continue_names_the_checkpoint_to_continue_from(tmp_path, monkeypatch):
     images = write_images(tmp_path / "images", 12)
     poison_iterations(monkeypatch, {6, 7})
     with pytest.raises(NumericsError, match=r"iteration=7; .* checkpoint is model_0000005"):
@@ -251,7 +256,7 @@ def test_two_processes_leave_out_the_same_step(tmp_path):
 import json, sys, torch
 from dinov2_custom import distributed
 from dinov2_custom.parallel import whole_tensor
-from tests.train.test_step_guard import Trainer, Word, poisoned, random_batch, same
+from tests.train.test_step_guard import Trainer, Flags, poisoned, random_batch, same
 distributed.enable()
 rank = distributed.get_global_rank()
 results = []
@@ -268,20 +273,20 @@ for options in (["train.centering=centering"], ["train.centering=sinkhorn_knopp"
     losses = trainer.step(1, poisoned(batches[1]) if rank == 1 else batches[1])
     unchanged = same(trainer.state(), before)
     trainer.step(2, batches[2])
-    trainer.guard.hear_all()
+    trainer.guard.drain()
     results.append([unchanged, trainer.guard.skipped, not same(trainer.state(), before)])
     weights = whole_tensor(trainer.model.student["backbone"].pos_embed.detach()).clone()
     results[-1].append(torch.equal(distributed.all_reduce(weights.clone()) / 2, weights))
 one = {"a": torch.ones(())}
-trainer.guard.judge(3, one, one, Word(12, 7.0) if rank == 1 else Word(0, 4.5))
-heard = [trainer.guard.hear()]
-trainer.guard.judge(4, one, one)
-heard.append(trainer.guard.hear())
-json.dump([results, heard], open(f"{sys.argv[1]}{rank}", "w"))
+trainer.guard.check(3, one, one, Flags(12, 7.0) if rank == 1 else Flags(0, 4.5))
+flags = [trainer.guard.poll()]
+trainer.guard.check(4, one, one)
+flags.append(trainer.guard.poll())
+json.dump([results, flags], open(f"{sys.argv[1]}{rank}", "w"))
 distributed.disable()
 """
     launch_source(tmp_path, source, str(tmp_path / "rank"))
     for rank in (0, 1):
-        results, heard = json.loads((tmp_path / f"rank{rank}").read_text())
+        results, flags = json.loads((tmp_path / f"rank{rank}").read_text())
         assert results == [[True, 1, True, True]] * 3
-        assert heard == [[0, 0.0], [12, 4.5]]  # agreed on, one step late; the main process's clock
+        assert flags == [[0, 0.0], [12, 4.5]]  # agreed on, one step late; the main process's clock

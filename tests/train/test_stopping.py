@@ -14,7 +14,7 @@ class Clock:
         return self.now
 
 
-def test_the_first_signal_is_remembered_its_echo_too_and_a_later_one_acts():
+def test_a_signal_is_remembered_with_its_echo_and_a_later_one_acts():
     clock = Clock()
     with pytest.raises(KeyboardInterrupt):
         with StopRequests(clock) as stop:
@@ -39,7 +39,7 @@ def test_a_schedulers_warnings_may_come_again(signum):
     assert signal.getsignal(signum) is signal.SIG_DFL
 
 
-def test_handlers_that_were_there_before_wait_and_come_back():
+def test_earlier_handlers_are_restored():
     calls = []
     signal.signal(signal.SIGUSR2, lambda *a: calls.append("launcher"))
     try:
@@ -52,7 +52,7 @@ def test_handlers_that_were_there_before_wait_and_come_back():
         signal.signal(signal.SIGUSR2, signal.SIG_DFL)
 
 
-def test_outside_the_main_thread_it_does_without():
+def test_outside_the_main_thread_no_handler_is_installed():
     def body():
         with StopRequests() as stop:
             seen.append(stop.signum)

@@ -164,7 +164,7 @@ def test_two_runs_cannot_share_a_directory(images, tmp_path):
     assert train(f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path) == 0
 
 
-def test_a_resume_with_other_settings_says_which(images, tmp_path, capsys):
+def test_a_resume_with_other_settings_names_them(images, tmp_path, capsys):
     command = [f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out"]
     train(*command)
     train(*command, "optim.epochs=3", "train.num_workers=1", "train.seed=7")
@@ -177,7 +177,7 @@ def fail(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_first_step_without_memory_costs_a_directory_nothing(images, tmp_path, monkeypatch, capsys):
+def test_a_first_step_without_memory_leaves_the_directory_unchanged(images, tmp_path, monkeypatch, capsys):
     command = [f"train.dataset_path={images}", *RUN, "--output-dir"]
     with monkeypatch.context() as short_of_memory:
         short_of_memory.setattr("dinov2_custom.train.train.accumulate_gradients", fail)
@@ -220,7 +220,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, capsys):
         train(*arguments, "--no-resume", "train.max_bad_fraction=0.05", "optim.epochs=40")
 
 
-def test_what_a_failed_start_listed_as_bad_is_not_listed_again_once_it_is_mended(tmp_path):
+def test_bad_images_of_a_failed_start_are_not_listed_once_repaired(tmp_path):
     images = write_images(tmp_path / "images", 10)
     sound = next(images.rglob("*.png")).read_bytes()
     bad = [*(f"empty{i}.png" for i in range(9)), "torn.png"]
@@ -264,12 +264,12 @@ def test_a_kill_right_after_a_save_leaves_no_gap_in_the_rows(images, tmp_path, m
 def test_rows_are_the_same_with_and_without_a_stop(images, tmp_path, monkeypatch):
     """Medians over 20 iterations, entropies and RankMe over as many, and the count of steps left out."""
     command = [f"train.dataset_path={images}", *RUN, "train.log_every=2", "checkpointing.period=4"]
-    judge, save, stop_at = StepGuard.judge, Checkpointer.save, None
+    check, save, stop_at = StepGuard.check, Checkpointer.save, None
 
-    def judge_with_a_bad_step(self, iteration, losses, *rest):
+    def check_with_a_bad_step(self, iteration, losses, *rest):
         if iteration == stop_at:  # seen by the next step, after which the run stops
             signal.raise_signal(signal.SIGTERM)
-        return judge(self, iteration, losses if iteration != 3 else {k: v * math.nan for k, v in losses.items()}, *rest)
+        return check(self, iteration, losses if iteration != 3 else {k: v * math.nan for k, v in losses.items()}, *rest)
 
     def save_and_die(self, iteration, **options):
         save(self, iteration, **options)
@@ -278,7 +278,7 @@ def test_rows_are_the_same_with_and_without_a_stop(images, tmp_path, monkeypatch
     def numbers(name):
         return [{key: row[key] for key in row.keys() - NOT_NUMBERS_OF_TRAINING} for row in rows(tmp_path / name)]
 
-    monkeypatch.setattr(StepGuard, "judge", judge_with_a_bad_step)
+    monkeypatch.setattr(StepGuard, "check", check_with_a_bad_step)
     assert train(*command, "--output-dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Checkpointer, "save", save_and_die)
@@ -294,7 +294,7 @@ def test_rows_are_the_same_with_and_without_a_stop(images, tmp_path, monkeypatch
     assert numbers("whole")[-1]["skipped_steps"] == 1 and "rankme" in numbers("whole")[-1]
 
 
-def test_a_run_that_does_not_learn_says_so_when_it_is_sure_and_again_at_the_end(images, tmp_path, capsys):
+def test_a_run_that_does_not_learn_is_reported_and_again_at_the_end(images, tmp_path, capsys):
     options = ["train.log_every=1", "teacher.teacher_temp=100", "teacher.warmup_teacher_temp=100", "optim.epochs=3"]
     assert train(f"train.dataset_path={images}", *RUN, *options, "--output-dir", tmp_path) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -383,14 +383,14 @@ def test_two_processes_that_are_refused_leave_nothing(images, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_a_fault_of_ours_before_the_first_step_is_kept_in_the_log(images, tmp_path, monkeypatch):
+def test_a_bug_before_the_first_step_is_kept_in_the_log(images, tmp_path, monkeypatch):
     monkeypatch.setattr("dinov2_custom.train.train.build_optimizer", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out")
     assert "ZeroDivisionError" in (tmp_path / "out" / "logs" / "log.txt").read_text()
 
 
-def test_what_is_said_while_the_data_are_listed_is_in_the_log(tmp_path):
+def test_messages_of_listing_the_data_are_in_the_log(tmp_path):
     images = write_images(tmp_path / "images", 10)
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in images.rglob("*.png")) + "s.tar!a.png\n")
     (tmp_path / "s.tar").write_text("no tar")

@@ -1,13 +1,16 @@
-"""Which views go through the student together, and what of a batch belongs to them.
+"""Which views go through the student together, and what of a batch belongs to them. Read :func:`group_views` first.
 
 The loss is a sum over the student's views, so their gradients may be computed group by group, and only one group's
-activations are alive at a time. Not in here: the networks and the losses. Read :func:`group_views` first.
+activations are alive at a time. Where kernels are compiled or memory is kept for the next step, :func:`pad_patches`
+gives all batches the same number of masked patches.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_custom.layers.drop_path import Draw, restrict
@@ -16,6 +19,8 @@ from dinov2_custom.layers.drop_path import Draw, restrict
 # a GPU a pass over little takes longer to submit than to compute.
 _ENOUGH_BYTES = {"cpu": 512 * 2**20, "cuda": 4 * 2**30}
 _BYTES_PER_CHANNEL = 20  # kept for the backward pass by a block in 16 bits, for each token and channel
+# Numbers of rows are multiples of this share of all patches: few different ones, and not many rows too many.
+_ROWS_SHARE = 16
 
 
 class ViewGroup(NamedTuple):
@@ -23,6 +28,11 @@ class ViewGroup(NamedTuple):
 
     global_views: range
     local_views: range
+
+
+def num_crop_pairs(num_local_crops: int) -> int:
+    """Return the number of crop pairs over which the DINO terms are averaged."""
+    return 2 + max(2 * num_local_crops, 1)
 
 
 def group_views(
@@ -107,3 +117,39 @@ def cut_draws(draws: list[Draw], group: ViewGroup, batch_size: int) -> list[Draw
         if views
     ]
     return [restrict(draw, parts) for draw in draws]
+
+
+def padded_count(count: int, num_patches: int) -> int:
+    """Return the least multiple of a 16th of ``num_patches`` that is not below ``count``, but at most all of them."""
+    grain = max(1, num_patches // _ROWS_SHARE)
+    return max(count, min(-(-count // grain) * grain, num_patches))
+
+
+def pad_patches(images: dict, masked_in_first: int, apart: bool) -> tuple[dict, int]:
+    """Return the collated batch with padded masked patches, and how many rows are now the first global crops'.
+
+    There is at least one row, so that no kernel gets none. ``n_masked_patches`` stays the real number, and rows of
+    padding are those with ``masks_weight`` 0. Each stands for a patch that exists, so its features are finite; it is
+    left out of the teacher's sums over rows.
+
+    Args:
+        masked_in_first: masked patches of the first global crops.
+        apart: first and second global crops are cut apart later: each half is padded, to the same length. Otherwise the
+            end is, to the batch's upper bound, which a process that draws its masks alone has the same in every step.
+    """
+    positions, weights = images["mask_indices_list"], images["masks_weight"]
+    num_patches, total = images["collated_masks"].numel(), len(positions)
+    if apart:
+        half = padded_count(max(1, masked_in_first, total - masked_in_first), num_patches // 2)
+        cuts = ((slice(masked_in_first), 0), (slice(masked_in_first, None), num_patches // 2))
+        parts = [(positions[rows], weights[rows], half, first_patch) for rows, first_patch in cuts]
+    else:
+        parts = [(positions, weights, padded_count(max(1, total, images["upperbound"]), num_patches), 0)]
+    padded = [_padded(*part) for part in parts]
+    positions, weights = (torch.cat(tensors) for tensors in zip(*padded, strict=True))
+    return {**images, "mask_indices_list": positions, "masks_weight": weights}, half if apart else masked_in_first
+
+
+def _padded(positions: Tensor, weights: Tensor, count: int, position: int) -> tuple[Tensor, Tensor]:
+    missing = (0, count - len(positions))
+    return F.pad(positions, missing, value=position), F.pad(weights, missing)
