@@ -18,13 +18,12 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "run").rglob("*.py"))
 MAX_SCRIPT_LINES = 40
 
-BASE = {"commands", "errors", "extras", "files", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
+BASE = {"commands", "errors", "files", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
 # unit -> the units it may import, besides itself and the package's version; a unit is a module or a package
 ALLOWED = {
-    "errors": {"exit_codes"},
+    "errors": set(),
     "files": {"errors"},
     "commands": set(),
-    "extras": {"errors"},
     "utils": set(),
     "utils.dtype": set(),
     "utils.rng": set(),
@@ -34,7 +33,7 @@ ALLOWED = {
     "utils.param_groups": set(),
     "utils.download": {"errors", "utils.paths"},
     "utils.hugging_face": {"errors"},
-    "utils.paths": {"errors", "extras"},
+    "utils.paths": {"errors"},
     "utils.weight_file": {"utils.paths", "utils.run_folder", "errors", "files"}
     | {"utils.checkpoint_folder", "utils.download"},
     "utils.weights": {"utils.hugging_face", "utils.paths", "errors", "utils.weight_file"},
@@ -43,11 +42,10 @@ ALLOWED = {
     "utils.checkpoint_folder": {"errors", "files", "utils.run_folder", "utils.tensor_file"},
     "utils.utils": BASE | {"utils.paths", "utils.weights"},
     "world": {"errors"},
-    "exit_codes": set(),
-    "entry": {"errors", "exit_codes", "world"},
+    "entry": {"errors", "world"},
     "distributed": {"errors", "world"},
     "configs": {"commands", "errors"},
-    "logging": {"errors", "extras", "files", "distributed"},
+    "logging": {"errors", "files", "distributed"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
     "models": BASE | {"layers", "utils.weights"},
@@ -62,7 +60,7 @@ ALLOWED = {
     "teacher_args": {"commands"},
     "eval.args": {"commands", "teacher_args"},
     "embed.args": {"teacher_args"},
-    "run": {"commands", "errors", "exit_codes", "extras", "world", "entry", "configs"}
+    "run": {"commands", "errors", "world", "entry", "configs"}
     | {"utils.cluster", "utils.run_folder", "train.args", "eval.args", "embed.args", "teacher_args"},
     "_dinov2": set(),
 }
@@ -78,7 +76,6 @@ TORCH_FREE = [
     "errors",
     "commands",
     "entry",
-    "exit_codes",
     "world",
     "configs",
     "configs.load",

@@ -20,8 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from dinov2_custom import distributed
-from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.extras import optional
+from dinov2_custom.errors import CheckpointError, ConfigError, optional
 from dinov2_custom.sharding import reduce_dtype
 from dinov2_custom.train.teacher_file import save_atomically
 from dinov2_custom.utils.dtype import resolve_dtype

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 
 from dinov2_custom import distributed
-from dinov2_custom.extras import missing
+from dinov2_custom.errors import missing
 from dinov2_custom.logging.rows import append_row
 from dinov2_custom.logging.wandb_sink import open_wandb, without_secrets
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dinov2_custom.extras import missing
+from dinov2_custom.errors import missing
 
 logger = logging.getLogger("dinov2")
 ID_FILE = "wandb_run_id"

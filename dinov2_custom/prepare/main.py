@@ -31,8 +31,7 @@ from dinov2_custom.data.decode import formats
 from dinov2_custom.data.depth import Deep, Reading
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
-from dinov2_custom.errors import ConfigError, DataError, shortage
-from dinov2_custom.extras import missing
+from dinov2_custom.errors import ConfigError, DataError, missing, shortage
 from dinov2_custom.files import parse_json_object
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image, find_simplejpeg

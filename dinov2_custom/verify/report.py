@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.data.intensity import Measured
-from dinov2_custom.extras import install
+from dinov2_custom.errors import install
 
 from .folder import written_whole
 from .results import BAD, SOUND, Results
