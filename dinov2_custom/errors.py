@@ -19,6 +19,7 @@ import importlib
 import os
 import re
 import signal
+from pathlib import Path
 from types import ModuleType
 
 DONE = 0
@@ -200,3 +201,26 @@ def missing(name: str, purpose: str, otherwise: str = "", got: str = "got none")
 def install(name: str) -> str:
     """Return the command that installs module ``name`` where this package is installed already."""
     return f"pip install 'dinov2_custom[{OF_EXTRA[name.partition('.')[0]][1]}]'"
+
+
+# what a user can type: the scripts of a checkout, or without one the same as commands of the package
+
+
+def command(script: str) -> str:
+    """Return what starts ``script``: itself where the current directory has it, else the command of that name.
+
+    Both take the same arguments (``cli.COMMANDS``).
+    """
+    path = Path(script)
+    return f"python {script}" if path.is_file() else f"python -m dinov2_custom {path.stem}"
+
+
+def small_recipe(recipe: str = "configs/vits.yaml") -> str:
+    """Return the argument that chooses ``recipe`` where the current directory has it, else the key for a ViT-S."""
+    return f"--config-file {recipe}" if Path(recipe).is_file() else "student.arch=vit_small"
+
+
+def list_of_keys() -> str:
+    """Return where all configuration keys are explained: the page, or the command that prints it."""
+    page = "docs/configuration.md"
+    return page if Path(page).is_file() else "`python -m dinov2_custom.configs.document`"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_custom import distributed
+from dinov2_custom import cli, distributed
 from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.data.image_batches import ImageBatches, batches
 from dinov2_custom.data.loaders import make_dataset
@@ -37,7 +36,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what ``args`` (``embed.args``) ask for; return the exit code.
+    """Do what ``args`` (``cli.embed_parser``) ask for; return the exit code.
 
     Raises:
         ConfigError: sizes that do not fit the model, or a folder with other features.
@@ -209,4 +208,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    runpy.run_module("dinov2_custom.embed", run_name="__main__")
+    cli.main("embed")

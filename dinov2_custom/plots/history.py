@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2_custom import entry
+from dinov2_custom import cli
 from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.files import atomic_write
-from dinov2_custom.plots.args import get_history_args_parser
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run, short_names
 from dinov2_custom.plots.page import make_page
@@ -243,4 +242,4 @@ def _colour(number: int) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(entry.run("dinov2_custom.plots.history", get_history_args_parser().parse_args()))
+    cli.main("history")

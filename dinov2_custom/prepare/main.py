@@ -14,7 +14,6 @@ import io
 import json
 import logging
 import os
-import runpy
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 
 from PIL import Image
 
+from dinov2_custom import cli
 from dinov2_custom.data.decode import formats
 from dinov2_custom.data.depth import Deep, Reading
 from dinov2_custom.data.intensity import Looker, measure
@@ -327,4 +327,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    runpy.run_module("dinov2_custom.prepare", run_name="__main__")
+    cli.main("prepare")

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable
 
 from omegaconf import OmegaConf
 
-from dinov2_custom import entry
+from dinov2_custom import cli
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.train.args import get_memory_args_parser
 from dinov2_custom.train.global_batch import largest_batch
 from dinov2_custom.train.memory import CATEGORIES, SHARE_OF_TENSORS, StepMemory, measure_step
 
@@ -143,4 +142,4 @@ def largest_below(
 
 
 if __name__ == "__main__":
-    raise SystemExit(entry.run("dinov2_custom.train.fit", get_memory_args_parser().parse_args()))
+    cli.main("memory")

@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from dinov2_custom import distributed, entry
+from dinov2_custom.cli import train_parser as get_args_parser
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.configs.upstream import with_defaults
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
@@ -31,7 +32,6 @@ from dinov2_custom.logging import (
 )
 from dinov2_custom.parallel import parallelize
 from dinov2_custom.reading import choose_for_training
-from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.faults import reported
