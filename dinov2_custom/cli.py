@@ -548,6 +548,7 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> NoR
         lines = "\n".join(f"  {key:16}{one.does}" for key, one in COMMANDS.items())
         parser = Parser(
             prog="python -m dinov2_custom",
+            usage="%(prog)s [-h] COMMAND ...",
             description="DINOv2 pretraining on your own unlabeled images.",
             epilog=f"commands, each with its own --help:\n{lines}",
             formatter_class=argparse.RawDescriptionHelpFormatter,

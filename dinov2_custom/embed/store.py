@@ -167,5 +167,5 @@ def _text(path: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
+    with atomic_write(path, exclusive=True) as file:  # every process writes the description
         file.write(text)
