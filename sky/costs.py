@@ -12,7 +12,7 @@ import sys
 import torch
 
 from dinov2_custom import entry
-from dinov2_custom.commands import Parser
+from dinov2_custom.cli import Parser
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.models import build_model_from_cfg

@@ -272,7 +272,7 @@ def test_an_error_in_one_process_ends_them_all(command, tmp_path):
     small = ["--num-workers=0", "--batch-size=4"]
     if command == "train":
         images = f"train.dataset_path={tmp_path / 'images'}"
-        what = ["dinov2_custom.train.train", "dinov2_custom.train.args:get_args_parser", "accumulate_gradients"]
+        what = ["dinov2_custom.train.train", "dinov2_custom.cli:train_parser", "accumulate_gradients"]
         what += [images, *TINY, "train.num_workers=0", "--output-dir", str(tmp_path / "out")]
     elif command == "knn":
         what = ["dinov2_custom.eval.knn", "dinov2_custom.eval.args:get_knn_args_parser", "ModelWithNormalize"]
@@ -280,7 +280,7 @@ def test_an_error_in_one_process_ends_them_all(command, tmp_path):
         what += [f"--{part}-dataset=LabelledFolder:root={tmp_path / 'images'}" for part in ("train", "val")]
         what += ["--resize-size=16", "--crop-size=16"]
     else:
-        what = ["dinov2_custom.embed.main", "dinov2_custom.embed.args:get_args_parser", "_make_parts"]
+        what = ["dinov2_custom.embed.main", "dinov2_custom.cli:embed_parser", "_make_parts"]
         what += [str(weights), str(tmp_path / "images"), "--output-dir", str(tmp_path / "out"), *small]
     (waits, _, _), (raised, _, error) = two_ranks(RAISES, *what)
     assert raised == 1 and "KeyError: 'the fault'" in error, error

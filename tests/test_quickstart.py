@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_custom.cli import quickstart_parser as get_args_parser
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.quickstart import main as quickstart
 from dinov2_custom.quickstart import photos
-from dinov2_custom.quickstart.args import get_args_parser
 from dinov2_custom.quickstart.measure import Measurement, describe_collapse
 from dinov2_custom.quickstart.photos import (
     PHOTOS,

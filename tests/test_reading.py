@@ -8,12 +8,12 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinov2_custom.embed.args import get_args_parser as embed_args
+from dinov2_custom.cli import embed_parser as embed_args
+from dinov2_custom.cli import features_parser
 from dinov2_custom.embed.main import main as embed
 from dinov2_custom.eval import knn, linear, log_regression
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.plots import look
-from dinov2_custom.plots.args import get_features_args_parser
 from dinov2_custom.train import get_args_parser, main
 from tests.export.backbones import make_teacher
 from tests.train.batches import TINY
@@ -97,5 +97,5 @@ def test_pictures_of_features_are_of_the_same_range(tmp_path, monkeypatch):
     monkeypatch.setattr(look, "draw_pictures", lambda teacher, dataset, *args: seen.append(dataset.reading) or [])
     torch.save(make_teacher("registers").backbone.state_dict(), tmp_path / "weights.pth")
     arguments = [str(tmp_path / "weights.pth"), str(tmp_path / "images"), "--output-dir", str(tmp_path / "o")]
-    look.main(get_features_args_parser().parse_args([*arguments, "--num-points", "0"]))
+    look.main(features_parser().parse_args([*arguments, "--num-points", "0"]))
     assert 100 <= seen[0].intensity[0] < 103  # measured: released weights have no range

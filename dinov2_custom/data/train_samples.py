@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dinov2_custom.commands import command
-from dinov2_custom.errors import DataError, shortage
+from dinov2_custom.errors import DataError, command, shortage
 from dinov2_custom.utils.rng import random_for, seed_for
 
 from .augmentations import DataAugmentationDINO, as_pixels, shrink_box

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_custom import distributed
+from dinov2_custom import cli, distributed
 from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.data.image_batches import ImageBatches, batches
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.data.workers import workers_of_choice
 from dinov2_custom.embed.store import Store
-from dinov2_custom.errors import ConfigError
-from dinov2_custom.extras import optional
+from dinov2_custom.errors import ConfigError, optional
 from dinov2_custom.logging.progress import ProgressBar
 from dinov2_custom.reading import choose_reading, describe
 from dinov2_custom.teacher import RELEASED_CROP_SIZE, Teacher, device_of_choice, is_released, load_teacher
@@ -38,7 +36,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what ``args`` (``embed.args``) ask for; return the exit code.
+    """Do what ``args`` (``cli.embed_parser``) ask for; return the exit code.
 
     Raises:
         ConfigError: sizes that do not fit the model, or a folder with other features.
@@ -210,4 +208,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    runpy.run_module("dinov2_custom.embed", run_name="__main__")
+    cli.main("embed")

@@ -9,8 +9,7 @@ import argparse
 from collections.abc import Sequence
 from enum import Enum
 
-from dinov2_custom.commands import Parser
-from dinov2_custom.teacher_args import AUTO, add_configuration, add_workers, number_or_auto
+from dinov2_custom.cli import AUTO, Parser, add_configuration, add_output_dir, add_workers, number_or_auto
 
 
 class MetricType(Enum):
@@ -48,7 +47,6 @@ def get_args_parser(
         description=description,
         parents=list(parents),
         add_help=add_help,
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -57,12 +55,8 @@ def get_args_parser(
         metavar="RUN|FILE",
         help="run directory (its newest teacher), teacher_checkpoint.pth of a run, or released weights",
     )
-    parser.add_argument(
-        "--output-dir",
-        "--output_dir",
-        default="",
-        metavar="DIR",
-        help="where the results go, never a training run's own directory; empty: ./outputs/<date>_<time>",
+    add_output_dir(
+        parser, "where the results go, never a training run's own directory; empty: ./outputs/<date>_<time>"
     )
     add_configuration(
         parser, "YAML file of the model; without it the config.yaml of the run that holds the weights is taken"

@@ -6,12 +6,12 @@ Read :func:`main`.
 from __future__ import annotations
 
 import argparse
-import runpy
 import sys
 from pathlib import Path
 
 import torch
 
+from dinov2_custom import cli
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.compare import check
 from dinov2_custom.export.hugging_face import write_hugging_face
@@ -35,7 +35,7 @@ _WRITERS = {
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what ``args`` (``export.args``) ask for and say what was written; return the exit code.
+    """Do what ``args`` (``cli.export_parser``) ask for and say what was written; return the exit code.
 
     Raises:
         ConfigError: a size, path or model that cannot be exported.
@@ -101,4 +101,4 @@ def _default_path(source: str, form: str) -> Path:
 
 
 if __name__ == "__main__":
-    runpy.run_module("dinov2_custom.export", run_name="__main__")
+    cli.main("export")

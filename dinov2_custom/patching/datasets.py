@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from dinov2_custom.commands import command
 from dinov2_custom.data import collate
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.spec import KINDS
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import DataError, command
 from dinov2_custom.utils.rng import seed_for
 
 logger = logging.getLogger("dinov2")

@@ -16,7 +16,7 @@ _MARKERS = ("<!-- table: made by python -m dinov2_custom.patching.main -->\n", "
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what ``args`` (``patching.args``) ask for and say what changed; return the exit code.
+    """Do what ``args`` (``cli.patches_parser``) ask for and say what changed; return the exit code.
 
     Raises:
         ConfigError: no checkout, no such patch, or a checkout without what a patch rebinds.

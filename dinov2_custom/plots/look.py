@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinov2_custom import entry
-from dinov2_custom.commands import command
+from dinov2_custom import cli
 from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
-from dinov2_custom.errors import ConfigError, DataError, shortage
+from dinov2_custom.errors import ConfigError, DataError, command, shortage
 from dinov2_custom.logging.progress import track
-from dinov2_custom.plots.args import get_features_args_parser
 from dinov2_custom.plots.attention import class_attention, overlay
 from dinov2_custom.plots.features import pca_colours, plot_rows
 from dinov2_custom.plots.scatter import folder_labels, plot_scatter
@@ -32,7 +30,7 @@ _BATCH = 32
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw what ``args`` (``plots.args.get_features_args_parser``) ask for; return the exit code.
+    """Draw what ``args`` (``cli.features_parser``) ask for; return the exit code.
 
     Raises:
         ConfigError: numbers below 1, or matplotlib is missing.
@@ -169,4 +167,4 @@ def as_input(image: Image.Image, normalize: dict[str, tuple[float, ...]]) -> tor
 
 
 if __name__ == "__main__":
-    sys.exit(entry.run("dinov2_custom.plots.look", get_features_args_parser().parse_args(), quiet_threads=True))
+    cli.main("features")

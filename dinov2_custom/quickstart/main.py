@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from dinov2_custom.commands import command, small_recipe
 from dinov2_custom.configs.load import check_output_dir, load_run_config
 from dinov2_custom.data.transforms import MaybeToTensor, Normalize
+from dinov2_custom.errors import command, small_recipe
 from dinov2_custom.plots import (
     average_neighbours,
     dino_loss,

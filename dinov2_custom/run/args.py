@@ -1,6 +1,6 @@
 """Flags of the launcher: which one, how many processes, what a SLURM job asks for, in which environment it runs.
 
-Not their defaults on a cluster (``cluster_file.py``), not the flags of the programs (``train/args.py``). Torch-free.
+Not their defaults on a cluster (``cluster_file.py``), not the flags of the programs (``cli.py``). Torch-free.
 Read :func:`get_args_parser` first.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from dinov2_custom.train.args import OverridesParser
+from dinov2_custom.cli import OverridesParser
 
 LAUNCHERS = ("slurm", "local", "inline")
 _DURATIONS = (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dinov2_custom import entry
-from dinov2_custom.embed.args import get_args_parser
+from dinov2_custom import cli
 from dinov2_custom.run.eval.evaluation import check_weights, launch
 from dinov2_custom.run.submit import Task, warn_of_absent
 from dinov2_custom.utils.run_folder import default_output
@@ -29,8 +28,8 @@ class Embedding(Task):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, launch, and return the exit code."""
-    return launch(Embedding, get_args_parser(add_help=False), "dinov2:embed", "run/embed.py", arguments)
+    return launch(Embedding, cli.embed_parser(add_help=False), "dinov2:embed", "run/embed.py", arguments)
 
 
 if __name__ == "__main__":
-    entry.leave(entry.reported(main))
+    cli.main("embed")

@@ -3,9 +3,9 @@
 
 def __getattr__(name: str):
     if name == "get_args_parser":
-        from dinov2_custom.train.args import get_args_parser
+        from dinov2_custom.cli import train_parser
 
-        return get_args_parser
+        return train_parser
     if name == "main":
         from dinov2_custom.train.train import main
 

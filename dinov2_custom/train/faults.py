@@ -23,8 +23,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from dinov2_custom import distributed
-from dinov2_custom.errors import DINOv2Error, LostProcessError, ResourceError, reason_of
-from dinov2_custom.exit_codes import LOST_PROCESS
+from dinov2_custom.errors import LOST_PROCESS, DINOv2Error, LostProcessError, ResourceError, reason_of
 from dinov2_custom.logging.setup import log_path
 
 logger = logging.getLogger("dinov2")

@@ -23,14 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinov2_custom import distributed, entry
+from dinov2_custom import cli, distributed
 from dinov2_custom.configs.global_batch import divisors_of
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
 from dinov2_custom.parallel import BYTES_A_PARAMETER, NO_SHARD, choose_strategies, strategies_on
 from dinov2_custom.train import fast_paths
-from dinov2_custom.train.args import get_memory_args_parser
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
 
@@ -309,7 +308,7 @@ def main(args) -> int:
     """Print the table, and with ``--fits`` the largest batches; return 0.
 
     Args:
-        args: what ``args.get_memory_args_parser`` parses.
+        args: what ``cli.memory_parser`` parses.
 
     Raises:
         ConfigError: a configuration that training would refuse too.
@@ -427,4 +426,4 @@ def largest_below(
 
 
 if __name__ == "__main__":
-    raise SystemExit(entry.run("dinov2_custom.train.memory", get_memory_args_parser().parse_args()))
+    cli.main("memory")

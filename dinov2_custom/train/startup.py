@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2_custom import __version__
-from dinov2_custom.commands import command
+from dinov2_custom.errors import command
 from dinov2_custom.reading import describe, reading_of
 from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype

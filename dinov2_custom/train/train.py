@@ -14,11 +14,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from dinov2_custom import distributed, entry
+from dinov2_custom.cli import train_parser as get_args_parser
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.configs.upstream import with_defaults
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
-from dinov2_custom.errors import CheckpointError
-from dinov2_custom.exit_codes import DONE, stopped_by
+from dinov2_custom.errors import DONE, CheckpointError, stopped_by
 from dinov2_custom.logging import (
     METRICS_FILE,
     WINDOW,
@@ -32,7 +32,6 @@ from dinov2_custom.logging import (
 )
 from dinov2_custom.parallel import parallelize
 from dinov2_custom.reading import choose_for_training
-from dinov2_custom.train.args import get_args_parser
 from dinov2_custom.train.checkpoint import Checkpointer, has_checkpoints, save_teacher, set_aside
 from dinov2_custom.train.course import Course, run_length
 from dinov2_custom.train.fast_paths import choose_attention
@@ -78,7 +77,7 @@ def do_test(cfg, model: SSLMetaArch, iteration: int | str) -> Path:
 
 
 def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> int:
-    """Train ``model`` and return the exit code, see ``exit_codes``.
+    """Train ``model`` and return the exit code, see ``errors``.
 
     Args:
         resume: continue from the newest checkpoint in the run directory, if there is one.

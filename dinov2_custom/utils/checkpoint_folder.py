@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.files import parse_json_object
+from dinov2_custom.files import flush, parse_json_object
 from dinov2_custom.utils.run_folder import MARKER
-from dinov2_custom.utils.tensor_file import TensorFile, Written, checksum, flush
+from dinov2_custom.utils.tensor_file import TensorFile, Written, checksum
 
 FORMAT = 3
 _WITHOUT_CHECKSUM = 2  # written before markers had a checksum of their own

@@ -5,15 +5,14 @@ Not the reading of it (``weights.py``). Read :func:`fetch` first.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
-import secrets
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.files import atomic_write
 from dinov2_custom.utils.paths import without_credentials
 
 _CHUNK = 1 << 20
@@ -33,28 +32,29 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
     target = Path(folder).expanduser() / Path(urllib.parse.urlparse(url).path).name
     if target.is_file():
         return target
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     shown = without_credentials(url)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(temporary, "xb") as file:
+        with (
+            urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer,
+            atomic_write(target, "wb", exclusive=True) as file,
+        ):
             announced = int(answer.headers.get("Content-Length") or 0)
             received = _copy(answer, file, announced, target.name if progress else None)
-        if announced and received != announced:
-            raise CheckpointError(
-                f"{shown}: expected {announced:,} bytes, got {received:,}; the connection broke, try again"
-            )
-        if what := describe_start(temporary):
-            raise CheckpointError(f"{shown}: expected a weight file, got {what}; check the address, nothing was kept")
-        os.replace(temporary, target)
+            if announced and received != announced:
+                raise CheckpointError(
+                    f"{shown}: expected {announced:,} bytes, got {received:,}; the connection broke, try again"
+                )
+            file.flush()
+            if what := describe_start(Path(file.name)):
+                raise CheckpointError(
+                    f"{shown}: expected a weight file, got {what}; check the address, nothing was kept"
+                )
     except (OSError, ValueError, http.client.HTTPException) as e:
         raise CheckpointError(
             f"{shown}: expected to download {target.name} into {target.parent}, got {type(e).__name__}: "
             f"{' '.join(str(e).split())}; put the file there by other means, or give its path instead"
         ) from e
-    finally:
-        with contextlib.suppress(OSError):  # it was never there
-            temporary.unlink()
     return target
 
 

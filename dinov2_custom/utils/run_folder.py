@@ -10,8 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
-from dinov2_custom.commands import command
-from dinov2_custom.errors import CheckpointError
+from dinov2_custom.errors import CheckpointError, command
 from dinov2_custom.utils.paths import path_of_file_url, without_credentials
 
 LOCK = ".lock"  # held by the process that writes into a run directory

@@ -9,11 +9,9 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,11 +21,10 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.files import parse_json_object
+from dinov2_custom.files import flush, parse_json_object
 
 CHUNK = 2**24
 _MAX_HEADER = 10**8
-_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -81,19 +78,6 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> Written:
             del data  # before the next one is copied
         flush(file.fileno())
     return Written(size, crc)
-
-
-def flush(descriptor: int) -> None:
-    """Ask for the data of an open file to be on the disk; a file system that cannot be asked is no error.
-
-    Raises:
-        OSError: the data could not be written, for example because the disk is full.
-    """
-    try:
-        os.fsync(descriptor)
-    except OSError as e:
-        if e.errno not in _NO_FSYNC:
-            raise
 
 
 def checksum(path: Path) -> Written:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dinov2_custom.commands import command
 from dinov2_custom.data.decode import describe, loaded, open_image, open_page, page_note, to_rgb
 from dinov2_custom.data.depth import Deep, is_deep
+from dinov2_custom.errors import command
 
 from .structure import ZERO_RUN, fault
 from .tiff import read_coefficients, tiff_fault

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import runpy
 import sys
 import time
 from collections.abc import Sequence
@@ -20,11 +19,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dinov2_custom import cli
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
-from dinov2_custom.errors import ConfigError, DataError, shortage
-from dinov2_custom.extras import install
+from dinov2_custom.errors import ConfigError, DataError, install, shortage
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.world import num_cores
 
@@ -142,4 +141,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    runpy.run_module("dinov2_custom.verify", run_name="__main__")
+    cli.main("verify")

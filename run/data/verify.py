@@ -1,13 +1,9 @@
-"""Check every image: python run/data/verify.py /my/images --output-dir verified
-
-Writes bad_images.jsonl, clean.txt (trains directly) and summary.json. Exit code 0: all sound, 1: bad ones, 2: error."""
-
+"""Check every image, list the bad and the clean ones: python run/data/verify.py /my/images --output-dir verified"""
 import sys
 
 try:
-    from dinov2_custom.verify.__main__ import main
+    from dinov2_custom.cli import main
 except ModuleNotFoundError:
     sys.exit(f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`")
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main("verify")

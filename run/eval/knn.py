@@ -1,13 +1,9 @@
-"""Evaluate by kNN: python run/eval/knn.py --pretrained-weights out/eval/training_999/teacher_checkpoint.pth
---train-dataset LabelledFolder:root=/my/train --val-dataset LabelledFolder:root=/my/val"""
-
+"""Evaluate by kNN: python run/eval/knn.py --pretrained-weights RUN --train-dataset DATASET --val-dataset DATASET"""
 import sys
 
 try:
-    from dinov2_custom import entry
+    from dinov2_custom.cli import main
 except ModuleNotFoundError:
     sys.exit(f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`")
-from dinov2_custom.run.eval.knn import main
-
 if __name__ == "__main__":
-    entry.leave(entry.reported(main))
+    main("knn")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dinov2_custom.cli import embed_parser as get_args_parser
 from dinov2_custom.data.transforms import make_classification_eval_transform
-from dinov2_custom.embed.args import get_args_parser
 from dinov2_custom.embed.main import compute, image_sizes, main
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.teacher import Teacher, load_teacher

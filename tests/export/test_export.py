@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from dinov2_custom.cli import EXPORT_FORMATS as FORMATS
+from dinov2_custom.cli import export_parser as get_args_parser
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.export import compare, hugging_face
-from dinov2_custom.export.args import FORMATS, get_args_parser
 from dinov2_custom.export.main import _WRITERS, export, main
 from dinov2_custom.export.portable import Portable, portable
 from dinov2_custom.export.timm_folder import _config, write_timm

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
+from dinov2_custom.cli import export_parser as get_args_parser
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.export.args import get_args_parser
 from dinov2_custom.export.main import main
 from dinov2_custom.models import vision_transformer as vits
 from dinov2_custom.teacher import load_teacher

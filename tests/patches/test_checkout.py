@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dinov2_custom.cli import patches_parser as get_args_parser
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.patching import checkout as blocks
-from dinov2_custom.patching.args import get_args_parser
 from dinov2_custom.patching.main import main, patches_folder, readme_with_table
 from dinov2_custom.patching.patch_file import read_patch, read_series
 

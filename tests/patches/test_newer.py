@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinov2_custom.patching.args import get_args_parser
+from dinov2_custom.cli import patches_parser as get_args_parser
 from dinov2_custom.patching.checkout import unused_names
 from dinov2_custom.patching.main import main
 from tests.oracle import reduced_depth

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinov2_custom.patching.args import get_args_parser
+from dinov2_custom.cli import patches_parser as get_args_parser
 from dinov2_custom.patching.main import main
 from tests import processes
 from tests.patches.world import patched

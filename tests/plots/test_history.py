@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_custom.cli import history_parser
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.plots.args import get_history_args_parser
 from dinov2_custom.plots.history import PANELS, draw_history, main
 from dinov2_custom.plots.metrics_file import Run
 from dinov2_custom.plots.page import config_differences
@@ -46,7 +46,7 @@ def write(folder, keys=(*UPSTREAM, *OURS), config=CONFIG, count=5):
 
 
 def draw(*arguments) -> int:
-    return main(get_history_args_parser().parse_args([str(a) for a in arguments]))
+    return main(history_parser().parse_args([str(a) for a in arguments]))
 
 
 def test_everything_a_run_reports_has_a_panel_with_a_unit():

@@ -7,16 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
+from dinov2_custom.cli import features_parser
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.plots import look
-from dinov2_custom.plots.args import get_features_args_parser
 from tests.eval.test_setup import make_images, make_run
 from tests.export.backbones import make_teacher
 from tests.processes import run
 
 
 def draw(*arguments):
-    return look.main(get_features_args_parser().parse_args([*map(str, arguments), "--device", "cpu"]))
+    return look.main(features_parser().parse_args([*map(str, arguments), "--device", "cpu"]))
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_custom.cli import prepare_parser as get_args_parser
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.logging import remove_logging
-from dinov2_custom.prepare.args import get_args_parser
 from dinov2_custom.prepare.change import Options
 from dinov2_custom.prepare.main import MARKER, main, prepare
 from tests.data.pictures import encode, picture

@@ -2,8 +2,8 @@ import argparse
 
 import pytest
 
+from dinov2_custom.cli import train_parser as get_train_args_parser
 from dinov2_custom.run.args import get_args_parser, minutes
-from dinov2_custom.train.args import get_args_parser as get_train_args_parser
 
 
 def parse(*arguments):

@@ -89,3 +89,10 @@ def test_every_gpu_of_the_task_has_a_price_and_the_order_follows_from_the_prices
         if choice["accelerators"].endswith(":8"):
             per_image[choice["use_spot"]].append((spot if choice["use_spot"] else on_demand) / peak_flops(name))
     assert per_image == {kind: sorted(values) for kind, values in per_image.items()}
+
+
+def test_a_wrong_flag_is_answered_in_two_lines(report, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        report("--no-such-flag")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: ") and lines[-1] == "help: python sky/costs.py --help" and len(lines) <= 3

@@ -13,7 +13,7 @@ CODE = """
 import sys, submitit
 from pathlib import Path
 from dinov2_custom.run.train.train import Trainer
-from dinov2_custom.train.args import get_args_parser
+from dinov2_custom.cli import train_parser as get_args_parser
 args = get_args_parser().parse_args(sys.argv[3:])
 executor = submitit.AutoExecutor(folder=sys.argv[1], cluster=sys.argv[2])
 executor.update_parameters(nodes=1, tasks_per_node=2, cpus_per_task=2, timeout_min=10, name="submitit")

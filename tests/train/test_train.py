@@ -96,7 +96,7 @@ def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, ca
     facts.append("accumulated = 4, lr=")
     for fact in facts:
         assert fact in log
-    assert "next: python -m dinov2_custom.run.eval.knn --pretrained-weights" in log  # no checkout here
+    assert "next: python -m dinov2_custom knn --pretrained-weights" in log  # no checkout here
     config = OmegaConf.load(out / "config.yaml")
     assert config.optim.lr == pytest.approx(0.004 * math.sqrt(4 / 1024)) and config.train.output_dir == str(out)
 

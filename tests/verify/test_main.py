@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2_custom.cli import verify_parser as get_args_parser
 from dinov2_custom.data.decode import SEVERAL_PAGES
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.logging import remove_logging
-from dinov2_custom.verify.args import get_args_parser
 from dinov2_custom.verify.main import MARKER, main, open_dataset, verify
 from dinov2_custom.verify.report import as_text
 from tests.data.pictures import encode
@@ -233,7 +233,7 @@ def test_script_says_what_is_wrong_with_the_dataset(tmp_path):
 
 def test_help_needs_no_torch():
     code = (
-        "import sys, dinov2_custom.verify.args as a; a.get_args_parser().format_help(); print('torch' in sys.modules)"
+        "import sys, dinov2_custom.cli as a; a.verify_parser().format_help(); print('torch' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert shown.stdout == "False\n"

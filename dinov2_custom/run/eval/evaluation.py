@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dinov2_custom.commands import command
-from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.errors import CheckpointError, ConfigError, command
 from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs, warn_of_absent
 from dinov2_custom.utils.run_folder import find_weights
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dinov2_custom import entry
+from dinov2_custom import cli
 from dinov2_custom.eval.args import get_knn_args_parser
 from dinov2_custom.run.eval.evaluation import Evaluation, launch
 
@@ -23,4 +23,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entry.leave(entry.reported(main))
+    cli.main("knn")

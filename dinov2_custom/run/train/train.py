@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dinov2_custom import entry
-from dinov2_custom.commands import command
+from dinov2_custom import cli
+from dinov2_custom.errors import command
 from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs, warn_of_absent
-from dinov2_custom.train.args import get_args_parser as get_train_args_parser
 
 __all__ = ["Trainer", "main"]
 
@@ -42,11 +41,11 @@ class Trainer(Task):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, launch, and return the exit code."""
-    train_parser = get_train_args_parser(add_help=False)
-    parser = get_args_parser(train_parser.description, parents=[train_parser])
+    own = cli.train_parser(add_help=False)
+    parser = get_args_parser(own.description, parents=[own])
     parser.prog = command("run/train/train.py")
     return submit_jobs(Trainer, parser.parse_args(arguments), name="dinov2:train")
 
 
 if __name__ == "__main__":
-    entry.leave(entry.reported(main))
+    cli.main("train")

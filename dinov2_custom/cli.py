@@ -1,0 +1,565 @@
+"""The programs that a user can start: their flags, the modules that do the work, and how they end. Torch-free.
+
+:data:`COMMANDS` lists them; :func:`main` runs one, for the scripts in ``run/`` and ``python -m dinov2_custom``.
+Not here: the flags of the evaluations (``eval/args.py``) and those of the launcher (``run/args.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from dinov2_custom import entry
+from dinov2_custom.errors import ERROR, USAGE, command, list_of_keys, small_recipe
+
+AUTO = "auto"
+FEATURES = ("cls", "mean", "cls+mean")
+EXPORT_FORMATS = {
+    "hf": "folder for transformers: AutoModel.from_pretrained, AutoImageProcessor.from_pretrained",
+    "timm": "folder for timm: timm.create_model('local-dir:<folder>')",
+    "torch": "one .pth in the layout of the released DINOv2 weights",
+    "safetensors": "the same tensors as one .safetensors",
+    "onnx": "one .onnx for any batch size: image -> cls_token, patch_tokens",
+}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_ROOT = Path(__file__).resolve().parents[1]  # of the checkout, if there is one
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers a mistake with the mistake and where help is, not with all its flags.
+
+    Flags are not abbreviated.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` with the nearest flag, and how to get help; exit with 2, as argparse does."""
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            flags = self._option_string_actions
+            shown = [f for f in flags if "_" not in f or f.replace("_", "-") not in flags]  # not a flag's second form
+            near = difflib.get_close_matches(unknown[0], shown, n=1)
+            message += f" -> did you mean {near[0]}?" if near else ""
+        print(f"error: {message}\nhelp: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+class OverridesParser(Parser):
+    """A Parser whose positional ``opts``, key=value, may stand before, between and after the flags.
+
+    Arguments that are neither a flag nor key=value end in one error that names them all. A parser made with
+    parents=[...] must be of this class too.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse as argparse does, then move the overrides it left over to ``opts``, in order."""
+        namespace, left = super().parse_known_args(args, namespace)
+        unknown = [text for text in left if text.startswith("-") and text != "--"]
+        if hasattr(namespace, "opts"):
+            overrides = [text for text in left if not text.startswith("-")]
+            namespace.opts = [*(namespace.opts or []), *overrides]
+            left = unknown
+        return namespace, left
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse and check; on mistakes print all of them, and exit with status 2."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        namespace, unknown = self.parse_known_args(arguments, namespace)
+        problems = [self._explain_flag(text) for text in unknown]
+        bad = [text for text in getattr(namespace, "opts", []) if "=" not in text or text.startswith("=")]
+        bare = [flag for flag in unknown if "=" not in flag]
+        their_values = {after for flag, after in zip(arguments, arguments[1:], strict=False) if flag in bare}
+        problems += [_explain_override(text) for text in bad if text not in their_values]
+        if problems:
+            self.error("\n  ".join(["cannot understand these arguments:", *problems]))
+        if getattr(namespace, "eval", ""):
+            print(f"{self.prog}: note: --eval is accepted for upstream's sake and not used", file=sys.stderr)
+        return namespace
+
+    def _explain_flag(self, text: str) -> str:
+        flag = text.split("=", 1)[0]
+        if "." in flag:
+            return f"{text}: expected a flag -> an override is written without dashes: {text.lstrip('-')}"
+        flags = [name.lstrip("-") for action in self._actions for name in action.option_strings]
+        near = difflib.get_close_matches(flag.lstrip("-"), [name for name in flags if len(name) > 1], n=1, cutoff=0.65)
+        return f"{text}: unknown flag -> " + (f"did you mean --{near[0]}?" if near else "--help lists the flags")
+
+
+def _explain_override(text: str) -> str:
+    from dinov2_custom.configs.mistakes import explain_bad_override
+
+    return f"{text}: expected key=value -> {explain_bad_override(text)}"
+
+
+# flags that several programs have
+
+
+def add_output_dir(parser: argparse.ArgumentParser, help: str, **options: Any) -> None:
+    """Add ``--output-dir``, in upstream's spelling too."""
+    parser.add_argument("--output-dir", "--output_dir", metavar="DIR", help=help, **{"default": "", **options})
+
+
+def add_configuration(
+    parser: argparse.ArgumentParser, file_help: str = "configuration of the model, instead of the run's config.yaml"
+) -> None:
+    """Add ``--config-file``, ``--opts`` and ``--allow-unknown-keys``."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help=file_help)
+    parser.add_argument("--opts", nargs="+", default=[], metavar="key=value", help="overrides of the configuration")
+    _add_allow_unknown_keys(parser)
+
+
+def _add_allow_unknown_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-unknown-keys", action="store_true", help="warn about unknown configuration keys instead of refusing"
+    )
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add ``--num-workers``."""
+    parser.add_argument(
+        "--num-workers",
+        type=number_or_auto,
+        default=AUTO,
+        help="data-loading processes; 0: in the main process; auto: one a core that this process may use, at most 16",
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
+
+
+def _teacher_parser(
+    description: str,
+    checkpoint: str = "checkpoint",
+    formatter_class: type[argparse.HelpFormatter] = argparse.ArgumentDefaultsHelpFormatter,
+    add_help: bool = True,
+) -> Parser:
+    """Return a parser with the positional ``checkpoint``, a run directory or weight file."""
+    parser = Parser(description=description, formatter_class=formatter_class, add_help=add_help)
+    parser.add_argument(checkpoint, metavar="RUN|CHECKPOINT", help="run directory (its newest teacher) or weight file")
+    return parser
+
+
+# values of flags
+
+
+def number_or_auto(text: str) -> int | str:
+    """Parse a whole number of at least 0, or ``auto``."""
+    if text != AUTO and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number or {AUTO}, got {text!r}")
+    return text if text == AUTO else int(text)
+
+
+def _whole(least: int, most: int = 1 << 30) -> Callable[[str], int]:
+    """Return the parser of a whole number in [least, most]."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _num_bytes(text: str) -> int:
+    """Parse a number of bytes: 500MB, 1GB, 1.5GB, 0."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 1GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+# the programs; with ``add_help=False`` a parser serves as a parent of others
+
+
+def train_parser(add_help: bool = True) -> OverridesParser:
+    """Return the parser of a training run, without the launcher's flags."""
+    train = f"{command('run/train/train.py')} {small_recipe()}"
+    parser = OverridesParser(
+        description="Train DINOv2 on a folder of unlabeled images.",
+        epilog=f"""\
+examples:
+  train a ViT-S on your own images:
+    {train} --output-dir out train.dataset_path=/my/images
+  a short run on a CPU, continued if the output directory has a checkpoint:
+    {train} train.dataset_path=/my/images --output-dir out \\
+        optim.epochs=2 optim.warmup_epochs=0.2 optim.freeze_last_layer_epochs=0 train.batch_size_per_gpu=8
+
+all keys: {list_of_keys()}
+""",
+        add_help=add_help,
+    )
+    _add_overrides(parser, "optim.epochs=10, anywhere")
+    add_output_dir(parser, "where everything of the run goes (default: train.output_dir, else ./outputs/<date>_<time>)")
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start anew, even if the output directory has a checkpoint"
+    )
+    parser.add_argument(
+        "--eval-only", action="store_true", help="write the teacher of the newest checkpoint, without training"
+    )
+    parser.add_argument("--eval", type=str, default="", metavar="STR", help="accepted as upstream does, not used")
+    return parser
+
+
+def memory_parser() -> OverridesParser:
+    """Return the parser of the memory count."""
+    parser = OverridesParser(
+        description="Count the memory of a training step, on tensors without data; no GPU is needed.",
+        epilog=f"example: {command('run/train/memory.py')} {small_recipe()} --fits 40",
+    )
+    _add_overrides(parser, "train.batch_size_per_gpu=32")
+    parser.add_argument(
+        "--fits",
+        type=float,
+        default=0.0,
+        metavar="GB",
+        help="also find the largest batch for a GPU of so many GB (10^9)",
+    )
+    parser.add_argument(
+        "--ngpus", type=int, default=1, metavar="N", help="also estimate the step with weights sharded over N GPUs"
+    )
+    return parser
+
+
+def _add_overrides(parser: OverridesParser, such_as: str) -> None:
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file that overrides the defaults")
+    _add_allow_unknown_keys(parser)
+    parser.add_argument("opts", nargs="*", default=[], metavar="key=value", help=f"overrides such as {such_as}")
+
+
+def quickstart_parser() -> OverridesParser:
+    """Return the parser of the quickstart; its recipe is in a checkout alone."""
+    recipe = _ROOT / "configs" / "quickstart.yaml"
+    parser = OverridesParser(
+        description="Train DINOv2 for a few minutes on tiles of real photographs and show what it has learned."
+    )
+    parser.add_argument(
+        "--config-file",
+        default=str(recipe if recipe.is_file() else recipe.relative_to(_ROOT)),
+        metavar="FILE",
+        help="recipe (default: %(default)s)",
+    )
+    add_output_dir(
+        parser,
+        "where everything goes; a finished run there is only measured again (default: %(default)s)",
+        default="outputs/quickstart",
+    )
+    parser.add_argument(
+        "--seeds", type=_numbers, default=[0], metavar="N[,N]", help="train once for each seed (default: 0)"
+    )
+    parser.add_argument("--no-resume", action="store_true", help="train anew, even if there is a finished run")
+    _add_allow_unknown_keys(parser)
+    parser.add_argument("opts", nargs="*", default=[], metavar="key=value", help="overrides of the recipe, anywhere")
+    return parser
+
+
+def verify_parser() -> Parser:
+    """Return the parser of the verification."""
+    parser = Parser(
+        description="Decode every image of a dataset strictly; list the bad ones and write a clean list to train on.",
+        epilog="exit code: 0 all images are sound, 1 bad images were found (they are listed), 2 it could not be run",
+    )
+    _add_datasets(parser)
+    add_output_dir(
+        parser, "where results go; run again with the same one to go on (default: ./outputs/verify_<dataset>)"
+    )
+    parser.add_argument(
+        "--workers", type=_whole(1), default=0, metavar="N", help="decoder processes (default: one for each core)"
+    )
+    return parser
+
+
+def _add_datasets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "dataset", nargs="+", help="as train.dataset_path takes it: a folder, several folders, a dataset string"
+    )
+
+
+def prepare_parser() -> Parser:
+    """Return the parser of the preparation."""
+    parser = Parser(
+        description="Check a dataset, shrink, convert or tile its images where asked; write tar shards or a folder.",
+        epilog="exit code: 0 done (bad images are left out and listed), 2 it could not be run",
+    )
+    _add_datasets(parser)
+    add_output_dir(
+        parser,
+        "where the shards go: an empty folder, or that of an interrupted run of the same command to go on",
+        default=None,
+        required=True,
+    )
+    add = parser.add_argument
+    add(
+        "--short-side",
+        type=_whole(1),
+        default=0,
+        metavar="PIXELS",
+        help="shrink images whose shorter side is longer; 512 is a good value for photos (default: keep sizes)",
+    )
+    add(
+        "--format",
+        choices=("keep", "jpeg", "png"),
+        default="keep",
+        help="convert to this format; keep: as they are (default)",
+    )
+    add(
+        "--quality",
+        type=_whole(1, 100),
+        default=90,
+        metavar="1-100",
+        help="of JPEG and WebP files that are written (90)",
+    )
+    add(
+        "--tile",
+        type=_whole(1),
+        default=0,
+        metavar="PIXELS",
+        help="cut images above --tile-above into squares of this size; they are not shrunk (default: no tiles)",
+    )
+    add("--tile-above", type=float, default=50.0, metavar="MEGAPIXELS", help="what --tile counts as huge (50)")
+    add(
+        "--shard-size",
+        type=_num_bytes,
+        default=10**9,
+        metavar="SIZE",
+        help="bytes of a tar file, such as 500MB; 0: a plain folder of files (1GB)",
+    )
+    add(
+        "--intensity",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values that become 0 and 255 where images of more than 8 bits are changed, as data.intensity of training "
+        "(default: measured on a sample of the dataset, and kept for the rest of the run)",
+    )
+    add("--page", type=_whole(0), default=0, metavar="N", help="page that is read of images with several, from 0 (0)")
+    add("--workers", type=_whole(1), default=0, metavar="N", help="processes (default: one for each core)")
+    return parser
+
+
+def embed_parser(add_help: bool = True) -> Parser:
+    """Return the parser of the features, without the launcher's flags."""
+    parser = _teacher_parser(
+        "Write the features of every image of a dataset. The same command goes on where it was stopped; several "
+        "processes share the work.",
+        add_help=add_help,
+    )
+    parser.add_argument("dataset", help="folder of images, or a dataset string as for training; labels are kept")
+    add_output_dir(parser, "where the files go (empty: ./outputs/embed/<name of the run>)")
+    parser.add_argument(
+        "--format", choices=("npy", "parquet"), default="npy", help="features.npy and rows.jsonl, or both in one"
+    )
+    parser.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="cls",
+        help="class token, mean of the patch tokens, or one after the other",
+    )
+    parser.add_argument("--l2", action="store_true", help="scale each row to length 1")
+    parser.add_argument("--save-dtype", choices=("float32", "float16"), default="float32", help="numbers in the file")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="PIXELS",
+        help="side of the central square that is seen, after the shorter side was resized to 256/224 of it; several "
+        "sizes give a folder each (default: that of the training, 224 for released weights)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
+    add_workers(parser)
+    _add_device(parser)
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="number type that the model computes in; auto: bf16 on a GPU that has it, else fp32",
+    )
+    add_configuration(parser)
+    parser.add_argument("--overwrite", action="store_true", help="begin anew where other features lie")
+    return parser
+
+
+def export_parser() -> Parser:
+    """Return the parser of the export."""
+    formats = "\n".join(f"  {name:12} {text}" for name, text in EXPORT_FORMATS.items())
+    parser = _teacher_parser(
+        "Write a trained backbone for another library, load it there and compare the features."
+        f"\n\nformats:\n{formats}",
+        "source",
+        argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--to", required=True, choices=list(EXPORT_FORMATS), help="format, see above")
+    parser.add_argument(
+        "--output",
+        "--output-dir",
+        "--output_dir",
+        default="",
+        metavar="PATH",
+        help="folder or file to write (default: ./outputs/export/<name of the run>_<format>)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="side that the exported positions are sized for, a multiple of the patch size (default: that of training)",
+    )
+    parser.add_argument(
+        "--normalize",
+        action="store_true",
+        help="with --to onnx: put the normalization of images (0..1 -> mean 0, deviation 1) into the graph",
+    )
+    add_configuration(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at the output path")
+    return parser
+
+
+def history_parser() -> Parser:
+    """Return the parser of the curves of runs."""
+    parser = Parser(
+        description="Draw losses, schedules, entropies, gradient norms and throughput of a run, or of several to "
+        "compare them, into history.png and history.html. Works at any time during training.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output directory of a training, or a folder of such directories"
+    )
+    add_output_dir(
+        parser,
+        "where the two files go (default: the run's directory; of several runs, the current one)",
+        default=None,
+    )
+    return parser
+
+
+def features_parser() -> Parser:
+    """Return the parser of the pictures of features."""
+    parser = _teacher_parser(
+        "Draw what a trained backbone sees in images: pca.png (principal components of patch features), "
+        "attention.png (where the class token looks, all heads) and scatter.png (each image a point, coloured by class "
+        "where there are classes: LabelledFolder, or a folder a class)."
+    )
+    parser.add_argument("dataset", help="folder of images, or a dataset string")
+    add_output_dir(parser, "folder of the pictures (empty: ./outputs/features/<name of the run>)")
+    parser.add_argument("--num-images", type=int, default=6, help="images in pca.png and attention.png")
+    parser.add_argument("--num-points", type=int, default=1000, help="images in scatter.png; 0: do not draw it")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="shorter side in pca.png and attention.png, rounded to whole patches (0: that of the training)",
+    )
+    parser.add_argument(
+        "--heads", type=int, default=6, help="heads shown one by one in attention.png, besides their mean"
+    )
+    _add_device(parser)
+    add_configuration(parser)
+    return parser
+
+
+def patches_parser() -> Parser:
+    """Return the parser of the patches."""
+    parser = Parser(
+        description="Apply this project's fixes to a checkout of dinov2, take them out again, or tell which are "
+        "applied. Each appends a marked block to the modules it concerns; no other line is touched.",
+    )
+    parser.add_argument("checkout", help="folder that holds the package dinov2")
+    parser.add_argument("--only", default="", metavar="a,b", help="these patches instead of all of the series")
+    parser.add_argument("--revert", action="store_true", help="take the blocks out, to the byte")
+    parser.add_argument("--status", action="store_true", help="tell the state of each patch; change nothing")
+    parser.add_argument("--diff", action="store_true", help="show what would change; change nothing")
+    parser.add_argument(
+        "--patches", default="", metavar="DIR", help="folder with the series (default: patches/ of this repository)"
+    )
+    return parser
+
+
+class Command(NamedTuple):
+    """A program.
+
+    Attributes:
+        script: where a checkout has it.
+        module: its ``main(args)`` does the work and returns the exit code.
+        parser: makes the parser of ``args``; None: the module is the launcher's, whose ``main`` takes the words as they
+            were typed.
+        does: one line of help.
+        error_code: what it ends with after an error that a user can fix.
+        quiet_threads: see :func:`entry.run`.
+    """
+
+    script: str
+    module: str
+    parser: Callable[[], argparse.ArgumentParser] | None
+    does: str
+    error_code: int = ERROR
+    quiet_threads: bool = False
+
+
+COMMANDS = {
+    Path(one.script).stem: one
+    for one in (
+        Command("run/quickstart.py", "quickstart.main", quickstart_parser, "train on photographs", quiet_threads=True),
+        Command("run/train/train.py", "run.train.train", None, "train, here or as a SLURM job"),
+        Command("run/train/memory.py", "train.memory", memory_parser, "count the memory of a training step"),
+        Command("run/data/verify.py", "verify.main", verify_parser, "decode every image, list the bad ones", USAGE),
+        Command("run/data/prepare.py", "prepare.main", prepare_parser, "shrink, convert, tile, pack images", USAGE),
+        Command("run/eval/knn.py", "run.eval.knn", None, "evaluate by nearest neighbours"),
+        Command("run/eval/linear.py", "run.eval.linear", None, "evaluate by linear classifiers"),
+        Command("run/eval/log_regression.py", "run.eval.log_regression", None, "evaluate by logistic regression"),
+        Command("run/embed.py", "run.embed", None, "write the features of a dataset"),
+        Command("run/export/export.py", "export.main", export_parser, "write a backbone for another library"),
+        Command("run/plots/history.py", "plots.history", history_parser, "draw the metrics of runs"),
+        Command("run/plots/features.py", "plots.look", features_parser, "draw what a model sees", quiet_threads=True),
+        Command("run/patches/apply.py", "patching.main", patches_parser, "fix a checkout of dinov2"),
+    )
+}
+
+
+def main(name: str | None = None, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command ``name`` and end this process with its exit code.
+
+    Args:
+        name: a key of ``COMMANDS``; None: the first of ``arguments``.
+        arguments: words of the command line; None: those of this process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if name is None:
+        lines = "\n".join(f"  {key:16}{one.does}" for key, one in COMMANDS.items())
+        parser = Parser(
+            prog="python -m dinov2_custom",
+            usage="%(prog)s [-h] COMMAND ...",
+            description="DINOv2 pretraining on your own unlabeled images.",
+            epilog=f"commands, each with its own --help:\n{lines}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="see below")
+        name, words = parser.parse_args(words[:1]).command, words[1:]
+    chosen = COMMANDS[name]
+    args: Any = words
+    if chosen.parser is not None:
+        parser = chosen.parser()
+        parser.prog = command(chosen.script)
+        args = parser.parse_args(words)
+    module = f"{__package__}.{chosen.module}"
+    entry.leave(entry.run(module, args, error_code=chosen.error_code, quiet_threads=chosen.quiet_threads))

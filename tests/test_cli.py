@@ -1,0 +1,277 @@
+"""The table of commands, flags and overrides; what hints name in a checkout, and where only a wheel is installed."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dinov2_custom import cli, errors
+from dinov2_custom.cli import COMMANDS, OverridesParser
+from dinov2_custom.cli import train_parser as get_args_parser
+from dinov2_custom.run.args import get_args_parser as get_launch_parser
+from tests.train.batches import TINY
+from tests.train.test_train import write_images
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHORT = ["train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=1", "optim.warmup_epochs=0", "train.num_workers=0"]
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """An interpreter of its own environment, with our wheel and this environment's other packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(
+        REPOSITORY / "dinov2_custom", source / "dinov2_custom", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    site = next((folder / "venv").glob("lib/python*/site-packages"))
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    # the folders alone: what an editable installation has put there finds nothing
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    return str(folder / "venv" / "bin" / "python")
+
+
+def run(python, folder, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([python, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_checkout_names_its_scripts(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    scripts = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "run").rglob("*.py")}
+    assert {one.script for one in COMMANDS.values()} == scripts
+    assert all(errors.command(script) == f"python {script}" for script in scripts)
+    assert "configs/vits.yaml" in errors.small_recipe()
+
+
+def test_elsewhere_commands_of_the_package_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, one in COMMANDS.items():
+        assert errors.command(one.script) == f"python -m dinov2_custom {name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_that_names_what_can_be_typed_there(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(None, [name, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(f"usage: python -m dinov2_custom {name} ")
+    assert "run/" not in said and "configs/vits" not in said
+
+
+def test_the_commands_are_listed_and_a_wrong_one_is_named(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(None, ["--help"])
+    listed = capsys.readouterr().out
+    assert all(f"  {name:16}{one.does}\n" in listed for name, one in COMMANDS.items())
+    for words in ([], ["trian", "--output-dir", "x"], ["--output-dir", "x"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(None, words)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("error: ") and lines[-1] == "help: python -m dinov2_custom --help"
+
+
+def test_a_command_ends_with_what_its_module_returns_or_with_its_code_for_errors(monkeypatch, capsys):
+    def refuse(args):
+        raise errors.DataError(f"no images in {args.dataset}")
+
+    monkeypatch.setattr("dinov2_custom.verify.main.main", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main("verify", ["a", "b"])
+    assert capsys.readouterr().err == "error: no images in ['a', 'b']\n"
+    monkeypatch.setattr("dinov2_custom.verify.main.main", lambda args: 1)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main("verify", ["a"])
+
+
+def test_modules_of_commands_are_not_silent_when_they_are_run():
+    for name, one in COMMANDS.items():
+        source = (REPOSITORY / "dinov2_custom" / f"{one.module.replace('.', '/')}.py").read_text()
+        if name not in ("quickstart", "apply"):  # which are in a checkout alone
+            assert source.endswith(f'if __name__ == "__main__":\n    cli.main("{name}")\n'), one.module
+
+
+def test_readmes_trainings_have_a_directory_each():
+    """One after the other, as a reader gives them: a run of another architecture is refused in the first one's."""
+    blocks = re.findall(r"```\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    trainings = [shlex.split(line) for line in lines if line.startswith("python run/train/train.py ")]
+    folders = [words[words.index("--output-dir") + 1] for words in trainings]
+    assert len(folders) >= 3 and len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_wrong_flag_is_answered_in_two_lines(name, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(name, ["--no-such-flag"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: ") and lines[-1] == f"help: python {COMMANDS[name].script} --help"
+    assert len(lines) <= 3
+
+
+@pytest.mark.parametrize(
+    "flag, said", [("--outdir=x", " -> did you mean --output-dir?"), ("--nothing-like-it", "")], ids=str
+)
+def test_a_misspelled_flag_is_answered_with_the_nearest(flag, said, capsys):
+    parser = cli.verify_parser()
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["/my/images", flag, "x"])
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first == f"error: unrecognized arguments: {flag} x{said}"
+
+
+def test_the_hints_of_an_installation_can_be_followed(python, tmp_path):
+    images = write_images(tmp_path / "images", 4)
+    train = [
+        "-m",
+        "dinov2_custom",
+        "train",
+        "--output-dir",
+        "out",
+        f"train.dataset_path={images}",
+        *TINY,
+        *SHORT,
+    ]
+    done = run(python, tmp_path, *train)
+    assert done.returncode == 0, done.stderr
+    hint = re.search(r"next: python (.*) --train-dataset", done.stdout)[1]
+    for name in ("train", "val"):
+        write_images(tmp_path / name / "a", 2)
+        write_images(tmp_path / name / "b", 2)
+    labelled = ["--train-dataset", "LabelledFolder:root=train", "--val-dataset", "LabelledFolder:root=val"]
+    sizes = ["--nb_knn", "1", "--resize-size", "32", "--crop-size", "32", "--num-workers", "0", "--output-dir", "knn"]
+    followed = run(python, tmp_path, *shlex.split(hint), *labelled, *sizes)
+    assert followed.returncode == 0 and (tmp_path / "knn" / "results_eval_knn.json").exists(), followed.stderr
+    unknown = run(python, tmp_path, *train, "nosuchkey=1")
+    assert "`python -m dinov2_custom.configs.document`" in unknown.stderr
+    assert run(python, tmp_path, "-m", "dinov2_custom.configs.document").stdout.startswith("# Configuration")
+    where = run(python, tmp_path, "-c", "import dinov2_custom; print(dinov2_custom.__file__)").stdout
+    assert where.startswith(str(Path(python).parents[1])), "the installation was tried, not the checkout"
+
+
+# flags and overrides of a training
+
+
+def parse(*arguments):
+    return get_args_parser().parse_args(list(arguments))
+
+
+def error_of(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        parse(*arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_defaults():
+    assert vars(parse()) == {
+        "config_file": "",
+        "output_dir": "",
+        "no_resume": False,
+        "eval_only": False,
+        "eval": "",
+        "allow_unknown_keys": False,
+        "opts": [],
+    }
+
+
+def test_flags_may_follow_overrides():
+    args = parse("train.x=1", "--output-dir", "o")
+    assert (args.output_dir, args.opts) == ("o", ["train.x=1"])
+
+
+def test_any_order_keeps_the_order_of_overrides():
+    args = parse("a.b=1", "--output_dir", "o", "c=x=y", "--no-resume", "d=-1", "e=", "--config-file=f", "a.b=2")
+    assert args.opts == ["a.b=1", "c=x=y", "d=-1", "e=", "a.b=2"]
+    assert (args.output_dir, args.no_resume, args.config_file) == ("o", True, "f")
+
+
+def test_upstreams_documented_order():
+    args = parse("--config-file", "f", "--no-resume", "train.dataset_path=ImageNet:split=TRAIN:root=/a b:extra=/c")
+    assert args.opts == ["train.dataset_path=ImageNet:split=TRAIN:root=/a b:extra=/c"]
+
+
+def test_calls_do_not_share_overrides():
+    parser = get_args_parser()
+    parser.parse_args(["a=1"])
+    assert parser.parse_args([]).opts == []
+
+
+def test_double_dash_is_allowed():
+    assert parse("--no-resume", "--", "a=1", "b=2").opts == ["a=1", "b=2"]
+
+
+def test_all_mistakes_are_named_at_once(capsys):
+    text = error_of(capsys, "a=1", "--outptu-dir", "o", "--train.seed=1", "optim.epoch", "configs/x.yaml", "--zzz")
+    assert "--outptu-dir: unknown flag -> did you mean --output-dir?" in text
+    assert "--train.seed=1: expected a flag -> an override is written without dashes: train.seed=1" in text
+    assert "optim.epoch: expected key=value -> did you mean optim.epochs=VALUE?" in text
+    assert "for a config file write --config-file configs/x.yaml" in text
+    assert "--zzz: unknown flag -> --help lists the flags" in text
+    assert "  o:" not in text, "the value of an unknown flag is not a mistake of its own"
+
+
+def test_only_a_flag_that_is_near_is_suggested(capsys):
+    parser = get_launch_parser(parents=[get_args_parser(add_help=False)])
+    for given, near in (("--foo", ""), ("--gpu", "--gpus"), ("--node=2", "--nodes"), ("--resume", "--no-resume")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([given])
+        error = capsys.readouterr().err
+        assert f"{given}: unknown flag -> " + (f"did you mean {near}?" if near else "--help lists the flags") in error
+
+
+def test_flags_are_not_abbreviated(capsys):
+    assert "--config: unknown flag -> did you mean --config-file?" in error_of(capsys, "--config", "x")
+
+
+def test_eval_is_said_to_be_unused(capsys):
+    assert parse("--eval", "knn").eval == "knn"
+    assert "--eval is accepted" in capsys.readouterr().err
+    parse("--eval-only")
+    assert capsys.readouterr().err == ""
+
+
+def test_it_serves_as_a_parent():
+    parser = OverridesParser(parents=[get_args_parser(add_help=False)])
+    parser.add_argument("--nodes", type=int, default=1)
+    args = parser.parse_args(["a=1", "--nodes", "2", "b=2", "--output-dir", "o"])
+    assert (args.nodes, args.opts, args.output_dir) == (2, ["a=1", "b=2"], "o")
+
+
+def test_known_args_leave_what_is_not_ours():
+    args, unknown = get_args_parser().parse_known_args(["a=1", "--foo", "b=2"])
+    assert (args.opts, unknown) == (["a=1", "b=2"], ["--foo"])
+
+
+def test_help_has_every_flag_and_two_examples():
+    text = get_args_parser().format_help()
+    for flag in ("--config-file", "--output-dir", "--output_dir", "--no-resume", "--eval-only", "--allow-unknown-keys"):
+        assert flag in text
+    assert text.count("python run/train/train.py") == 2
+
+
+def test_parsing_and_its_errors_need_neither_torch_nor_omegaconf():
+    code = (
+        "import sys\n"
+        "from dinov2_custom.cli import train_parser\n"
+        "try: train_parser().parse_args(['optim.epoch'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'omegaconf', 'numpy', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
