@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from dinov2_custom.commands import Parser, command
 
-EXIT_CODES = "exit code: 0 all images are sound, 1 bad images were found (they are listed), 2 it could not be run"
+EXIT_CODES = (
+    "exit code: 0 all images are sound, 1 there are bad images or parts that cannot be listed (both are listed), 2 it "
+    "could not be run"
+)
 
 
 def get_args_parser(parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True) -> argparse.ArgumentParser:

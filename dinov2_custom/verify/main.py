@@ -117,7 +117,7 @@ def verify(
         kinds = [k for k, kind in enumerate(results.kinds) if has_deep_mode(kind[1])]
         deep, look = np.flatnonzero((results.status == SOUND) & np.isin(results.kind, kinds)), Looker(dataset)
         measured = measure(len(deep), lambda k: look(int(deep[k])))
-        return write_report(results, folder, label, dataset.unreadable_folders(), dataset.left_out(), measured)
+        return write_report(results, folder, label, dataset.passed_over(), dataset.left_out(), measured)
 
 
 def _of_death(death: Death) -> Checked:
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
         return 130
     print(as_text(summary))
     print(f"bad images: {folder / 'bad_images.jsonl'}\nlist to train on: {folder / 'clean.txt'}")
-    return 1 if summary["bad"] or summary["unreadable_folders"] else 0
+    return 1 if summary["bad"] or summary["passed_over"] else 0
 
 
 if __name__ == "__main__":
