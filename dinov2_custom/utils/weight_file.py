@@ -9,7 +9,10 @@ import hashlib
 import logging
 import os
 import pickle
+import pickletools
 import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,8 @@ def _start(path: Path) -> bytes:
 
 def _reason(error: Exception, path: Path) -> str:
     """Say why a file cannot be read. torch's own words are many lines, and advise to read it without the safeguard."""
+    if is_cut(path) or "unexpected EOF" in str(error):
+        return f"it is cut short, at {path.stat().st_size:,} bytes; copy or download it again"
     if found := re.search(r"\bGLOBAL (\S+)", str(error)):
         return (
             f"it holds more than tensors and plain values: {found[1]}, for which code of the file would have to run; "
@@ -89,6 +94,35 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, pickle.UnpicklingError | LookupError | EOFError):
         return "it is torn, or holds more than tensors and plain values"
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def is_cut(path: Path) -> bool:
+    """Return whether a file begins as one of torch's or safetensors and ends before what is in it does.
+
+    Nothing of it is unpickled. Of torch's old format, in which tensors follow pickles, only the pickles are looked at.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+            if start.startswith(b"PK"):
+                return not zipfile.is_zipfile(file)
+            if start[8:] == b"{":
+                length = int.from_bytes(start[:8], "little")
+                size = path.stat().st_size - 8 - length
+                if size < 0:
+                    return True
+                entries = parse_json_object(start[8:] + file.read(length - 1)).values()
+                return size < max(entry.get("data_offsets", (0, 0))[1] for entry in entries)
+            file.seek(0)
+            while start.startswith(b"\x80") and file.peek(1).startswith(b"\x80"):
+                try:
+                    for _ in pickletools.genops(file):
+                        pass
+                except (ValueError, struct.error):
+                    return not file.read(1)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, MemoryError, OverflowError):
+        pass  # damaged otherwise
+    return False
 
 
 def _checked(file: Any, path: Path) -> Any:
