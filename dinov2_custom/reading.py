@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, read_write
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.sources import read_yaml
+from dinov2_custom.configs.sources import read_config
 from dinov2_custom.data.datasets import ExtendedVisionDataset
 from dinov2_custom.data.depth import Reading
-from dinov2_custom.data.intensity import Looker, Measured, measure
+from dinov2_custom.data.intensity import ADVICE, Looker, Measured, measure
+from dinov2_custom.errors import ConfigError
 
 AUTO = "auto"
 KEY = "data.intensity"
@@ -65,14 +66,32 @@ def choose_for_training(cfg: DictConfig, dataset: Any, resumed: Path | None) -> 
 
     Args:
         resumed: directory of a run that is resumed: its range is kept, if it has one, and never measured again.
+
+    Raises:
+        ConfigError: the configuration in it cannot be read.
     """
     if resumed is None:
         reading = choose_reading(dataset, reading_of(cfg), cfg.train.seed)
     else:
         path = resumed / "config.yaml"
-        earlier = OmegaConf.select(read_yaml(path), KEY) if cfg.data.intensity == AUTO and path.exists() else None
-        reading = dataset.reading = reading_of(cfg) if earlier is None else Reading(as_range(earlier), cfg.data.page)
+        earlier = _range_in(path) if cfg.data.intensity == AUTO and path.exists() else None
+        reading = dataset.reading = reading_of(cfg) if earlier is None else Reading(earlier, cfg.data.page)
     cfg = cfg.copy()
     with read_write(cfg):
         cfg.data.intensity = AUTO if reading.intensity is None else list(reading.intensity)
     return cfg
+
+
+def _range_in(path: Path) -> tuple[float, float] | None:
+    """Return the range that a run wrote into its configuration; None for "auto", without images of more than 8 bits.
+
+    Raises:
+        ConfigError: it cannot be read, or says nothing.
+    """
+    advice = f"restore the file, or give the range of its start, {ADVICE} ([0, 255] where all images have 8 bits)"
+    data = read_config(path, advice).get("data")
+    intensity = data.get("intensity") if isinstance(data, dict) else None
+    try:
+        return as_range(intensity)
+    except (TypeError, ValueError, LookupError) as e:
+        raise ConfigError(f"{KEY}: expected two numbers or {AUTO} in {path}, got {intensity!r:.80}; {advice}") from e

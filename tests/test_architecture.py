@@ -55,7 +55,7 @@ ALLOWED = {
     "data": BASE | {"world"},
     "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
-    "reading": {"configs", "data", "distributed"},
+    "reading": BASE | {"configs", "data", "distributed"},
     "teacher": BASE
     | {"configs", "reading", "distributed", "models", "utils.paths", "utils.run_folder", "utils.weights"},
     "train.args": {"commands", "configs"},  # command lines, which the launcher parses without torch
