@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dinov2_custom.data.decode import find_simplejpeg
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
@@ -28,7 +29,7 @@ from dinov2_custom.extras import install
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.world import num_cores
 
-from .check import Checked, check_image, find_simplejpeg, has_deep_mode, too_large
+from .check import Checked, check_image, has_deep_mode, too_large
 from .folder import default_folder, own_folder
 from .pool import Death, run_pool
 from .report import as_text, write_report
