@@ -6,6 +6,7 @@ Taken from a run's configuration where it has them, else measured. Not in here: 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def reading_of(cfg: DictConfig) -> Reading:
 def as_range(intensity: Any) -> tuple[float, float] | None:
     """Return ``data.intensity`` as numbers; None for "auto"."""
     return None if intensity == AUTO else (float(intensity[0]), float(intensity[1]))
+
+
+def to_facts(reading: Reading) -> dict[str, Any]:
+    """Return what an export says of it, by the names of the keys in ``data``; nothing where it has the defaults."""
+    facts = {"intensity": None if reading.intensity is None else list(reading.intensity), "page": reading.page}
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def from_facts(facts: Mapping[str, Any]) -> Reading:
+    """Return what :func:`to_facts` was given.
+
+    Raises:
+        TypeError, ValueError, LookupError: values that it does not return.
+    """
+    return Reading(as_range(facts.get("intensity", AUTO)), int(facts.get("page", 0)))
 
 
 def describe(reading: Reading) -> list[str]:

@@ -13,11 +13,13 @@ import pickletools
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,13 +68,21 @@ def _read_file(path: Path) -> Any:
         raise CheckpointError(f"expected a weight file at {path}, got no regular file; copy its content to one")
     try:
         if path.suffix == ".safetensors" or _start(path)[8:] == b"{":  # an export goes to a file of any name
-            return load_file(path)
+            return _with_metadata(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
     except Exception as e:  # torch raises many kinds on torn files, safetensors one of its own
         reason = _reason(e, path)
         raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
+
+
+def _with_metadata(path: Path) -> OrderedDict[str, Tensor]:
+    """Read a safetensors file; the texts in its header become ``_metadata[""]``, where state dicts have theirs."""
+    state = OrderedDict(load_file(path))
+    with safe_open(path, "pt") as file:
+        state._metadata = {"": file.metadata() or {}}
+    return state
 
 
 def _start(path: Path) -> bytes:
