@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from omegaconf import OmegaConf
 
 from dinov2_custom import entry
 from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.errors import ConfigError
 from dinov2_custom.train.args import get_memory_args_parser
 from dinov2_custom.train.global_batch import largest_batch
 from dinov2_custom.train.memory import CATEGORIES, SHARE_OF_TENSORS, StepMemory, measure_step
@@ -22,13 +23,13 @@ LARGEST_BATCH = 1024
 
 
 def main(args) -> int:
-    """Print the table, and with ``--fits`` the largest batches; return 0.
+    """Print the table, and with ``--fits`` the largest batches; return the exit code.
 
     Args:
         args: what ``args.get_memory_args_parser`` parses.
 
     Raises:
-        ConfigError: a configuration that training would refuse too.
+        ConfigError: a configuration that training would refuse too, or of which nothing fits.
     """
     notes: list[str] = []
     cfg = load_run_config(
@@ -45,8 +46,17 @@ def main(args) -> int:
         print(line, flush=True)
     if args.fits:
         print()
-        for line in fits(cfg, args.fits, count):
-            print(line, flush=True)
+        room, found = f"{args.fits:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free", 0
+        for mode, largest in fits(cfg, args.fits, count):
+            most = " or more" if largest == LARGEST_BATCH else ""
+            batch = f"train.batch_size_per_gpu={largest}{most} fits" if largest else "not even one image fits"
+            print(f"{mode}: {batch} into {room}", flush=True)
+            found = max(found, largest)
+        if not found:
+            raise ConfigError(
+                f"--fits {args.fits:g}: expected a step of one image to fit, got none; take a smaller student.arch, "
+                "fewer prototypes (dino.head_n_prototypes), smaller crops, or a larger GPU"
+            )
         if cfg.optim.global_batch:
             print(split_on(cfg, args.fits, max(args.ngpus, 1)))
     return 0
@@ -81,14 +91,13 @@ def sharded(memory: StepMemory, gpus: int) -> int:
     return memory.peak - state * (gpus - 1) // gpus
 
 
-def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterable[str]:
-    """Yield, for each activation checkpointing, the largest batch whose step leaves enough of ``gigabytes`` free.
+def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterator[tuple[str, int]]:
+    """Yield each activation checkpointing with the largest batch whose step leaves enough of ``gigabytes`` free, or 0.
 
     ``count``: activation checkpointing -> what a step of ``cfg``, with its own batch, needs; default: it is counted.
     """
     own, count = cfg.train.batch_size_per_gpu, count or functools.partial(measure_step, cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
-    room = f"{gigabytes:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free"
     for mode in MODES:
 
         def peak(batch_size: int, mode: str = mode) -> int:
@@ -97,12 +106,7 @@ def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None
 
         memory = count(mode)
         state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-        largest = largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
-        if largest:
-            most = " or more" if largest == LARGEST_BATCH else ""
-            yield f"{mode}: train.batch_size_per_gpu={largest}{most} fits into {room}"
-        else:
-            yield f"{mode}: not even one image fits into {room}"
+        yield mode, largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
 
 
 def split_on(cfg, gigabytes: float, ngpus: int) -> str:

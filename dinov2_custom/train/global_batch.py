@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.global_batch import divisors_of
-from dinov2_custom.parallel import BYTES_A_PARAMETER, NO_SHARD, strategies_on
-from dinov2_custom.train.memory import NCCL_BYTES, SHARE_OF_TENSORS, measure_step
+from dinov2_custom.parallel import strategies_on
+from dinov2_custom.train.memory import SHARE_OF_TENSORS, measure_step, room_on
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 
@@ -42,11 +42,7 @@ def largest_batch(cfg, device_bytes: float, world_size: int) -> int:
     with torch.device("meta"):
         student = SSLMetaArch(cfg).student
     strategies = strategies_on(cfg, student, device_bytes, world_size)
-    numel = {name: sum(p.numel() for p in part.parameters()) for name, part in student.items()}
-    whole = sum(count for name, count in numel.items() if strategies[name] == NO_SHARD)
-    elsewhere = BYTES_A_PARAMETER * (sum(numel.values()) - whole) * (world_size - 1) / world_size
-    buckets = NCCL_BYTES + 4 * whole if world_size > 1 else 0
-    room = (device_bytes - buckets) * SHARE_OF_TENSORS + elsewhere
+    room = room_on(device_bytes, student, strategies, world_size) * SHARE_OF_TENSORS
     divisors = divisors_of(cfg.train.batch_size_per_gpu)
     while divisors[0] > 1:
         cfg.train.batch_size_per_gpu = divisors[0]

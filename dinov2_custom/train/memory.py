@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from dinov2_custom import distributed
 from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
-from dinov2_custom.parallel import NO_SHARD, choose_strategies
+from dinov2_custom.parallel import NO_SHARD, bytes_elsewhere, choose_strategies
 from dinov2_custom.train import compiling
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
@@ -151,15 +151,26 @@ def as_on_a_gpu():
 def memory_for_steps(model: SSLMetaArch) -> int:
     """Return how many bytes the tensors of a step, ``model`` included, may take in the process that has the least.
 
-    On its device, that is what is free or torch's already, without the buckets in which gradients are averaged and what
-    nccl takes. All processes must call it.
+    Of its device, that is what is free or torch's already; see :func:`room_on`. All processes must call it.
     """
     available = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
     if distributed.is_enabled():
         strategies = choose_strategies(model.cfg, model)
-        whole = (part for name, part in model.student.items() if strategies[name] == NO_SHARD)
-        available -= NCCL_BYTES + 4 * sum(p.numel() for part in whole for p in part.parameters())
+        available = room_on(available, model.student, strategies, distributed.get_global_size())
     return min(distributed.gather_objects(available))
+
+
+def room_on(available: float, student: nn.ModuleDict, strategies: dict[str, str], world_size: int) -> float:
+    """Return how large a step may be, counted with whole weights, of which ``SHARE_OF_TENSORS`` is to be used.
+
+    ``available`` bytes of a device of one of several processes: without the buckets in which gradients are averaged
+    and what nccl takes, with what others hold of sharded weights.
+    """
+    if world_size == 1:
+        return available
+    whole = (part for name, part in student.items() if strategies[name] == NO_SHARD)
+    available -= NCCL_BYTES + 4 * sum(p.numel() for part in whole for p in part.parameters())
+    return available + bytes_elsewhere(student, strategies, world_size) / SHARE_OF_TENSORS
 
 
 def least_checkpointing(cfg, available: int) -> str:

@@ -1,10 +1,10 @@
 """run/train/memory.py says what the count says, and finds the largest batch that fits."""
 
-import re
-
 import pytest
 
-from dinov2_custom.train.fit import LARGEST_BATCH, fits, largest_below, split_on
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.train.args import get_memory_args_parser
+from dinov2_custom.train.fit import LARGEST_BATCH, fits, largest_below, main, split_on
 from dinov2_custom.train.memory import SHARE_OF_TENSORS, measure_step
 from tests.processes import run
 from tests.train.batches import TINY, tiny_config
@@ -40,13 +40,20 @@ def test_a_forks_keys_can_be_kept():
 def test_the_batch_found_fits_and_the_next_does_not():
     cfg = tiny_config("dino.head_n_prototypes=65536")
     limit = measure_step(cfg, "none").peak / SHARE_OF_TENSORS / 1e9 * 1.5
-    none, selective, full = fits(cfg, limit)
-    assert [line.split(":")[0] for line in (none, selective, full)] == ["none", "selective", "full"]
-    found = int(re.search(r"batch_size_per_gpu=(\d+)", none).group(1))
+    largest = dict(fits(cfg, limit))
+    assert list(largest) == ["none", "selective", "full"]
+    found = largest["none"]
     for batch_size, is_below in ((found, True), (found + max(1, found // 8) + 1, False)):
         larger = tiny_config("dino.head_n_prototypes=65536", f"train.batch_size_per_gpu={batch_size}")
         assert (measure_step(larger).peak <= limit * 1e9 * SHARE_OF_TENSORS) == is_below
-    assert next(iter(fits(cfg, 0.01))) == "none: not even one image fits into 0.01 GB, 12.5% of it left free"
+
+
+def test_where_nothing_fits_the_command_fails(capsys):
+    with pytest.raises(ConfigError, match="--fits 0.001: expected a step of one image to fit"):
+        main(get_memory_args_parser().parse_args(["--fits", "0.001", *TINY]))
+    assert "none: not even one image fits into 0.001 GB, 12.5% of it left free" in capsys.readouterr().out
+    assert main(get_memory_args_parser().parse_args(["--fits", "100", *TINY, "train.batch_size_per_gpu=900"])) == 0
+    assert "full: train.batch_size_per_gpu=1024 or more fits into 100 GB" in capsys.readouterr().out
 
 
 def test_how_a_global_batch_is_divided_is_what_training_does():

@@ -5,7 +5,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_custom.loss import soft_targets
-from dinov2_custom.train.memory import CATEGORIES, LiveBytes, as_on_a_gpu, least_checkpointing, measure_step
+from dinov2_custom.train.memory import (
+    CATEGORIES,
+    NCCL_BYTES,
+    SHARE_OF_TENSORS,
+    LiveBytes,
+    as_on_a_gpu,
+    least_checkpointing,
+    measure_step,
+    room_on,
+)
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.view_groups import cut_views
 from tests.train.batches import random_batch, tiny_config
@@ -78,6 +87,20 @@ def test_auto_recomputes_as_little_as_fits():
     assert least_checkpointing(cfg, none * 2) == "none"
     assert least_checkpointing(cfg, (none + selective) / 2 * 8 / 7) == "selective"
     assert least_checkpointing(cfg, 1000) == "full"
+
+
+def test_auto_counts_what_other_processes_hold_of_sharded_weights():
+    cfg = tiny_config(*WIDE, "train.batch_size_per_gpu=64")
+    none, selective = measure_step(cfg).peak, measure_step(cfg, "selective").peak
+    with torch.device("meta"):
+        student = SSLMetaArch(cfg).student
+    weights = 20 * sum(p.numel() for p in student.parameters())
+    whole, sharded = dict.fromkeys(student, "NO_SHARD"), dict.fromkeys(student, "FULL_SHARD")
+    needed = none - weights * 3 / 4  # in each of four processes
+    available = (needed + (none - selective) / 2) / SHARE_OF_TENSORS + NCCL_BYTES
+    assert least_checkpointing(cfg, room_on(available, student, sharded, 4)) == "none"
+    assert least_checkpointing(cfg, room_on(available, student, whole, 4)) != "none"
+    assert room_on(available, student, whole, 1) == available
 
 
 def test_one_process_of_several_counts_alone(tmp_path):
