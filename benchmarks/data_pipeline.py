@@ -127,15 +127,15 @@ def _ours(files: list[bytes], *, scaling=False, late=False, pillow=False, normal
     batches = TrainBatches(samples, masks, batch_size=len(files), late_colours=late)
     arrays, finish = allocate(batches.fields), Finisher(augment.mean, augment.std)
     batches.kernel = "torch" if pillow else None
-    real = decode.fast_jpeg, augmentations.colour_changer
+    real = decode.find_simplejpeg, augmentations.colour_changer
 
     def run(n: int) -> object:
         if pillow:
-            decode.fast_jpeg = augmentations.colour_changer = lambda: None
+            decode.find_simplejpeg = augmentations.colour_changer = lambda: None
         try:
             report = batches.build(n, arrays)
         finally:
-            decode.fast_jpeg, augmentations.colour_changer = real
+            decode.find_simplejpeg, augmentations.colour_changer = real
         return unpack(arrays, report.upperbound, finish, "cpu") if normalised else report
 
     return run

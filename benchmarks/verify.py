@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dinov2_custom.data.decode import find_simplejpeg
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.verify.check import check_image, find_simplejpeg
+from dinov2_custom.verify.check import check_image
 from dinov2_custom.verify.main import MARKER, verify
 
 SIZES = {"500x375": (48, 500, 375), "1024x768": (24, 1024, 768), "4000x3000": (4, 4000, 3000)}

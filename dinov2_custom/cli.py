@@ -277,7 +277,8 @@ def verify_parser() -> Parser:
     """Return the parser of the verification."""
     parser = Parser(
         description="Decode every image of a dataset strictly; list the bad ones and write a clean list to train on.",
-        epilog="exit code: 0 all images are sound, 1 bad images were found (they are listed), 2 it could not be run",
+        epilog="exit code: 0 all images are sound, 1 there are bad images or parts that cannot be listed (both are "
+        "listed), 2 it could not be run",
     )
     _add_datasets(parser)
     add_output_dir(

@@ -67,6 +67,15 @@ def strategies_on(cfg, student: nn.ModuleDict, smallest: float, world_size: int)
     return {name: auto if strategy == "auto" else strategy for name, strategy in chosen.items()}
 
 
+def bytes_elsewhere(student: nn.ModuleDict, strategies: dict[str, str], world_size: int) -> float:
+    """Return how many bytes of weights, gradients and AdamW's means the other processes hold, where these are sharded.
+
+    Parts that are gathered for their computation are not taken off.
+    """
+    sharded = (part for name, part in student.items() if strategies[name] != NO_SHARD)
+    return BYTES_A_PARAMETER * sum(p.numel() for part in sharded for p in part.parameters()) * (1 - 1 / world_size)
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether each process holds some rows of the tensor only (torch's DTensor)."""
     return hasattr(tensor, "to_local")

@@ -6,16 +6,18 @@ Taken from a run's configuration where it has them, else measured. Not in here: 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, read_write
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.sources import read_yaml
+from dinov2_custom.configs.sources import read_config
 from dinov2_custom.data.datasets import ExtendedVisionDataset
 from dinov2_custom.data.depth import Reading
-from dinov2_custom.data.intensity import Looker, Measured, measure
+from dinov2_custom.data.intensity import ADVICE, Looker, Measured, measure
+from dinov2_custom.errors import ConfigError
 
 AUTO = "auto"
 KEY = "data.intensity"
@@ -42,6 +44,21 @@ def as_range(intensity: Any) -> tuple[float, float] | None:
     return None if intensity == AUTO else (float(intensity[0]), float(intensity[1]))
 
 
+def to_facts(reading: Reading) -> dict[str, Any]:
+    """Return what an export says of it, by the names of the keys in ``data``; nothing where it has the defaults."""
+    facts = {"intensity": None if reading.intensity is None else list(reading.intensity), "page": reading.page}
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def from_facts(facts: Mapping[str, Any]) -> Reading:
+    """Return what :func:`to_facts` was given.
+
+    Raises:
+        TypeError, ValueError, LookupError: values that it does not return.
+    """
+    return Reading(as_range(facts.get("intensity", AUTO)), int(facts.get("page", 0)))
+
+
 def describe(reading: Reading) -> list[str]:
     """Return the settings that are not the defaults, one a line."""
     lines = [f"page: {reading.page} of images with several (data.page)"] if reading.page else []
@@ -65,14 +82,32 @@ def choose_for_training(cfg: DictConfig, dataset: Any, resumed: Path | None) -> 
 
     Args:
         resumed: directory of a run that is resumed: its range is kept, if it has one, and never measured again.
+
+    Raises:
+        ConfigError: the configuration in it cannot be read.
     """
     if resumed is None:
         reading = choose_reading(dataset, reading_of(cfg), cfg.train.seed)
     else:
         path = resumed / "config.yaml"
-        earlier = OmegaConf.select(read_yaml(path), KEY) if cfg.data.intensity == AUTO and path.exists() else None
-        reading = dataset.reading = reading_of(cfg) if earlier is None else Reading(as_range(earlier), cfg.data.page)
+        earlier = _range_in(path) if cfg.data.intensity == AUTO and path.exists() else None
+        reading = dataset.reading = reading_of(cfg) if earlier is None else Reading(earlier, cfg.data.page)
     cfg = cfg.copy()
     with read_write(cfg):
         cfg.data.intensity = AUTO if reading.intensity is None else list(reading.intensity)
     return cfg
+
+
+def _range_in(path: Path) -> tuple[float, float] | None:
+    """Return the range that a run wrote into its configuration; None for "auto", without images of more than 8 bits.
+
+    Raises:
+        ConfigError: it cannot be read, or says nothing.
+    """
+    advice = f"restore the file, or give the range of its start, {ADVICE} ([0, 255] where all images have 8 bits)"
+    data = read_config(path, advice).get("data")
+    intensity = data.get("intensity") if isinstance(data, dict) else None
+    try:
+        return as_range(intensity)
+    except (TypeError, ValueError, LookupError) as e:
+        raise ConfigError(f"{KEY}: expected two numbers or {AUTO} in {path}, got {intensity!r:.80}; {advice}") from e

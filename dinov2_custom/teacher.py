@@ -20,10 +20,10 @@ from dinov2_custom import distributed
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.files import parse_json_object
+from dinov2_custom.files import parse_json, parse_json_object
 from dinov2_custom.models import build_model
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
-from dinov2_custom.reading import Reading, reading_of
+from dinov2_custom.reading import Reading, from_facts, reading_of
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import flat_state, load_state, read_weights
@@ -73,11 +73,12 @@ def load_teacher(
     """
     weights = find_weights(source)
     config_file = config_file or str(run_config_near(weights) or "")
-    state = flat_state(read_weights(weights))
+    file = read_weights(weights)
+    state = flat_state(file)
     if not config_file:
         backbone = backbone_like(state, without_credentials(weights))
         size = backbone.patch_embed.img_size[0]
-        normalize, reading = _normalization_beside(weights), Reading()
+        normalize, reading = _of_an_export(weights, file)
     else:
         cfg = load_run_config(
             config_file,
@@ -99,15 +100,25 @@ def is_released(config_file: str) -> bool:
     return not config_file or not {"train", "optim"} & set(read_yaml(Path(config_file).expanduser()))
 
 
-def _normalization_beside(weights: str) -> dict[str, tuple[float, ...]]:
-    """Return what an export for timm or transformers says of its images, else ImageNet's mean and deviation."""
+def _of_an_export(weights: str, file: Any) -> tuple[dict[str, tuple[float, ...]], Reading]:
+    """Return what an export says of its images, else ImageNet's mean and deviation and no range of values.
+
+    One for timm or transformers says it in a file beside the weights, others in ``file`` itself, see ``export.write``.
+    """
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     for name, section, prefix in (("config.json", "pretrained_cfg", ""), ("preprocessor_config.json", "", "image_")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = parse_json_object((folder / name).read_bytes())
-            found = found[section] if section else found
-            return {key: tuple(float(number) for number in found[prefix + key]) for key in ("mean", "std")}
-    return dict(_IMAGENET)
+            images = found[section] if section else found
+            normalize = {key: tuple(float(number) for number in images[prefix + key]) for key in ("mean", "std")}
+            return normalize, from_facts(found)
+    with contextlib.suppress(AttributeError, ValueError, LookupError, TypeError):
+        facts = file._metadata[""]
+        texts = {name: facts[name] for name in ("intensity", "page") if name in facts}
+        return dict(_IMAGENET), from_facts(
+            {name: parse_json(fact) if isinstance(fact, str) else fact for name, fact in texts.items()}
+        )
+    return dict(_IMAGENET), Reading()
 
 
 def load_teacher_backbone(model: nn.Module, source: str) -> None:

@@ -52,7 +52,7 @@ ALLOWED = {
     "data": BASE | {"world"},
     "sharding": BASE | {"distributed"},
     "parallel": BASE | {"distributed", "configs", "sharding"},
-    "reading": {"configs", "data", "distributed"},
+    "reading": BASE | {"configs", "data", "distributed"},
     "teacher": BASE
     | {"configs", "reading", "distributed", "models", "utils.paths", "utils.run_folder", "utils.weights"},
     "cli": {"errors", "entry", "configs"},  # command lines, parsed without torch
@@ -97,7 +97,7 @@ CIRCLES = {
     frozenset({"train.memory", "train.ssl_meta_arch"}),
 }  # to be taken apart
 # who may rename or lock besides files.py: folders, files of former runs, and what a library wrote by itself
-RENAMES = {"files", "train.checkpoint_store", "export.main", "run.process", "data.compiler"}
+RENAMES = {"files", "train.checkpoint_store", "export.write", "run.process", "data.compiler"}
 WORK = {
     "os.getenv", "os.environ", "os.makedirs", "os.mkdir", "os.uname", "torch.manual_seed", "torch.set_default_dtype",
     "torch.set_num_threads", "torch.cuda.is_available", "torch.cuda.device_count", "torch.set_float32_matmul_precision",

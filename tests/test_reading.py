@@ -1,6 +1,7 @@
 """The range of a run's deep images is that of its first start, wherever the run or its teacher sees images again."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from PIL import Image
 from dinov2_custom.cli import embed_parser as embed_args
 from dinov2_custom.cli import features_parser
 from dinov2_custom.embed.main import main as embed
+from dinov2_custom.errors import ConfigError
 from dinov2_custom.eval import knn, linear, log_regression
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.plots import look
+from dinov2_custom.reading import choose_for_training
 from dinov2_custom.train import get_args_parser, main
 from tests.export.backbones import make_teacher
-from tests.train.batches import TINY
+from tests.train.batches import TINY, tiny_config
 
 FP32 = [
     f"compute_precision.{model}.{part}.mixed_precision.param_dtype=fp32"
@@ -89,6 +92,17 @@ def test_a_run_and_what_comes_after_it(tmp_path, monkeypatch):
 
     assert train(images, out, "optim.epochs=1", "--no-resume")[0] >= 30_000
     assert train(images, tmp_path / "own", "optim.epochs=1", "data.intensity=[0, 500.5]") == [0, 500.5]
+
+
+@pytest.mark.parametrize("content", [
+    b"train: [1\n  data: }", b"\xff\xfe\x00garbage", b"- a list", b"text", b"", b"data: {intensity: wide}", b"a: ${"
+])  # fmt: skip
+def test_a_resume_beside_a_garbled_configuration_is_one_error(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/config.yaml.*data.intensity=\[low, high\]"):
+        choose_for_training(tiny_config(), SimpleNamespace(), tmp_path)
+    given = choose_for_training(tiny_config("data.intensity=[0, 300]"), SimpleNamespace(), tmp_path)
+    assert given.data.intensity == [0, 300]
 
 
 def test_pictures_of_features_are_of_the_same_range(tmp_path, monkeypatch):

@@ -18,7 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dinov2_custom.configs.mistakes import Mistakes, explain_bad_override
 from dinov2_custom.configs.schema import all_options
 from dinov2_custom.configs.values import is_mapping, is_quoted_or_list, is_text
+from dinov2_custom.errors import ConfigError
 
+UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException)
 PACKAGE_DIR = Path(__file__).parent
 _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
@@ -48,6 +50,22 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
     return OmegaConf.load(path)
 
 
+def read_config(path: Path, advice: str) -> dict[str, Any]:
+    """Read the configuration of an earlier run, without resolving what it refers to.
+
+    Raises:
+        ConfigError: a file that is there and cannot be read, or has no sections; ends with ``advice``.
+    """
+    try:
+        content = OmegaConf.to_container(read_yaml(path), resolve=False)
+    except UNREADABLE as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"expected a run's configuration in {path}, cannot read it ({reason}); {advice}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"expected a run's configuration in {path}, got no sections with keys; {advice}")
+    return content
+
+
 def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
     """Read a YAML config file; None and "" are no file. Return None if it cannot be read."""
     if not path:
@@ -58,7 +76,7 @@ def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
     except FileNotFoundError:
         mistakes.add(f"--config-file {path}", "an existing YAML file", "no such file", _nearest_files(file))
         return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
         mistakes.add(f"--config-file {path}", "a readable YAML file", reason, "mend the file at that place")
         return None

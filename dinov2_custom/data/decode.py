@@ -266,7 +266,7 @@ def _decode_by_simplejpeg(data: bytes, shrink: Shrink | None, scratch: Scratch |
 
     A file with errors may still be good enough for Pillow, which then decides.
     """
-    simplejpeg = fast_jpeg()
+    simplejpeg = find_simplejpeg()
     if simplejpeg is None or not has_dct(data):
         return None
     try:
@@ -307,8 +307,8 @@ def has_dct(data: bytes) -> bool:
 
 
 @functools.cache
-def fast_jpeg() -> ModuleType | None:
-    """Return simplejpeg, or None where it is not installed (or broken)."""
+def find_simplejpeg() -> ModuleType | None:
+    """Return the module simplejpeg, None where it is not installed or does not load."""
     try:
         return importlib.import_module("simplejpeg")
     except ImportError:

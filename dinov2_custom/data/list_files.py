@@ -16,6 +16,7 @@ import logging
 import os
 import re
 import time
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
@@ -24,9 +25,9 @@ from dinov2_custom.files import parse_json
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
 from .list_members import MemberReader, Wanted, find_members, split_member
-from .listing import EXTENSIONS, Progress
+from .listing import EXTENSIONS, PassedOver, Progress
 from .parquet import ParquetSource
-from .sources import Root, Source, as_roots, read_file, real
+from .sources import Root, Source, as_roots, pack_passed_over, read_file, real
 
 logger = logging.getLogger("dinov2")
 CHUNK = 4096
@@ -53,7 +54,7 @@ class ListSource(Source):
     ):
         self.path = os.path.abspath(as_roots(path)[0])
         self.root = os.path.dirname(self.path) if root is None else as_roots(root)[0]
-        key = ["list, cleaned lines", self.path, real(self.path), column or "", self.root]
+        key = ["list, passed over", self.path, real(self.path), column or "", self.root]
         self.index = cached(key, lambda on_count: self._pack(column, on_count), cache_from)
         self.paths = PathTable(index=self.index)
         self.members = MemberReader(self.index, ParquetSource)
@@ -63,8 +64,9 @@ class ListSource(Source):
             started, status = time.time_ns(), os.stat(self.path)
             with open(self.path, encoding=_encoding(self.path), errors="surrogateescape", newline="") as file:
                 suffix = os.path.splitext(self.path)[1].lower()
+                short = array("Q")
                 if suffix in (".csv", ".tsv"):
-                    rows = self._column(file, column)
+                    rows = self._column(file, column, short)
                 else:
                     rows = self._objects(file, column) if suffix in JSON_SUFFIXES else self._lines(file)
                 wanted: Wanted = {}
@@ -78,7 +80,9 @@ class ListSource(Source):
         places = [self.path, *wanted]
         stats = [status, *(os.stat(place) if os.path.exists(place) else None for place in wanted)]
         members = find_members(wanted, len(packed["path_ends"]))
-        return {**packed, **members, **pack_stamps(places, stats, started)}
+        reason = f"{len(short):,} lines without a path, the first is line {short[0]}" if short else ""
+        passed_over = pack_passed_over([PassedOver(self.path, reason)] if short else [])
+        return {**packed, **members, **passed_over, **pack_stamps(places, stats, started)}
 
     def _chunks(self, rows: Iterable[str], on_count, wanted: Wanted) -> Iterator[list[str]]:
         """Yield absolute paths; put those that are in another file into ``wanted``, with their numbers."""
@@ -95,7 +99,8 @@ class ListSource(Source):
             on_count(progress.count)
         progress.end()
 
-    def _column(self, file: TextIO, column: str | None) -> Iterator[str]:
+    def _column(self, file: TextIO, column: str | None, short: array) -> Iterator[str]:
+        """Return the paths in a table's column; append to ``short`` the numbers of the lines that have others alone."""
         first = file.readline()
         marks = "\t" if self.path.lower().endswith(".tsv") else ",;\t"
         between = next((mark for mark in marks if mark in first), ",")
@@ -104,10 +109,18 @@ class ListSource(Source):
         images = [number for number, cell in enumerate(header) if cell.lower().endswith(EXTENSIONS)]
         if column is None and len(images) == 1:
             logger.info(f"list without a header: {self.path}, column {images[0] + 1} has the paths")
-            number, table = images[0], itertools.chain([header], table)
+            number, rows = images[0], itertools.chain([header], table)
         else:
-            number = self._column_number(header, column)
-        return (_clean(row[number]) for row in table if len(row) > number and row[number].strip())
+            number, rows = self._column_number(header, column), table
+
+        def paths() -> Iterator[str]:
+            for row in rows:
+                if len(row) > number and row[number].strip():
+                    yield _clean(row[number])
+                elif any(map(str.strip, row)):
+                    short.append(table.line_num)
+
+        return paths()
 
     def _objects(self, file: TextIO, column: str | None) -> Iterator[str]:
         for number, line in enumerate(file, start=1):

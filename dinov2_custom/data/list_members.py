@@ -16,7 +16,7 @@ import numpy as np
 from dinov2_custom.errors import DataError
 
 from .index import Index, PathTable, pack_texts
-from .listing import PatientMap
+from .listing import PatientMap, log_passed_over
 from .sources import OpenFiles
 from .tar_shards import MAX_OPEN, TAR_SUFFIXES, walk_tar
 
@@ -65,7 +65,9 @@ def _members(file: str) -> dict[str, tuple[int, int]] | None:
     if not file.lower().endswith(TAR_SUFFIXES):
         return None
     try:
-        return {member.name: (member.offset, member.size) for member in walk_tar(file)}
+        walk = walk_tar(file)
+        log_passed_over(walk.passed_over(lambda name: False))
+        return {member.name: (member.offset, member.size) for member in walk.members}
     except DataError as e:
         logger.warning(str(e))
         return {}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from dinov2_custom.errors import DataError
+from dinov2_custom.errors import DataError, command
 
 logger = logging.getLogger("dinov2")
 CHECK_PATH = "check the path, in training train.dataset_path"
@@ -32,6 +32,7 @@ BEGINNING = re.compile(
     rb"|....ftyp(avif|" + b"|".join(HEIF_BRANDS) + rb")",
     re.DOTALL,
 )
+MAX_LOGGED = 10
 PATTERN = re.compile(r"[*?[]")
 ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}
 LISTS = (".txt", ".lst", ".csv", ".tsv", ".jsonl", ".ndjson")
@@ -39,13 +40,22 @@ ADVICE_FILE = {**ADVICE, **dict.fromkeys(LISTS, "ImageList:path={}")}
 LOCK, OUTPUTS = ".lock", ("config.yaml", "prepare.json", "verify_results.jsonl")  # what a folder that we write to has
 
 
+class PassedOver(NamedTuple):
+    """A folder or file of a dataset whose images, or some of them, could not be listed, and why."""
+
+    path: str
+    reason: str
+
+
 class Scan(NamedTuple):
-    """What is right in one folder. files: names of images, sorted, NUL between them; status None: it cannot be read."""
+    """What is right in one folder. files: names of images, sorted, NUL between them; status None: it cannot be read,
+    for ``reason``."""
 
     files: str
     folders: list[str]
     others: Counter[str]
     status: os.stat_result | None
+    reason: str = ""
 
 
 OUTPUT = Scan("", [], Counter(), None)  # a folder that a command of ours writes to
@@ -55,8 +65,8 @@ class Listing:
     """The walk through folders: iterate over :meth:`chunks`, then ask for the rest.
 
     ``others`` counts files that are no images by extension, ``stamps`` has (folder, status before it was read; None:
-    it could not be) of every folder. ``outputs``: whether to enter folders below the root that training, verify or
-    prepare write to.
+    it could not be) of every folder, ``passed_over`` the folders that could not be read. ``outputs``: whether to enter
+    folders below the root that training, verify or prepare write to.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class Listing:
         self.outputs = outputs
         self.others: Counter[str] = Counter()
         self.stamps: list[tuple[str, os.stat_result | None]] = []
+        self.passed_over: list[PassedOver] = []
         self.progress = Progress("listing", "files")
         self._seen: set[tuple[int, int]] = set()
         self._workers = PatientMap()
@@ -121,6 +132,7 @@ class Listing:
                 self.stamps.append((folder, scan.status))
                 if scan.status is None:
                     self.others["unreadable folders"] += 1
+                    self.passed_over.append(PassedOver(folder, scan.reason))
                     continue
                 identity = (scan.status.st_dev, scan.status.st_ino)
                 if identity not in self._seen:
@@ -156,8 +168,7 @@ class Listing:
                         marks += [name] if name in OUTPUTS else []
                         others[extension or "files without extension"] += 1
         except OSError as e:
-            logger.warning(f"folder skipped: {folder} ({type(e).__name__}: {e.strerror})")
-            return Scan("", [], Counter(), None)
+            return Scan("", [], Counter(), None, f"unreadable: {type(e).__name__}: {e.strerror}")
         if LOCK in marks and len(marks) > 1 and not output and not self.outputs:
             return OUTPUT
         self.progress.add((len(files) + len(folders) + others.total()) % 4096)
@@ -179,18 +190,34 @@ def _pieces(folder: str, scan: Scan) -> list[str | list[str]]:
     return pieces
 
 
-def list_images(roots: Sequence[str], extensions: Sequence[str] = EXTENSIONS) -> list[str]:
+def list_images(
+    roots: Sequence[str], extensions: Sequence[str] = EXTENSIONS, passed_over: list[PassedOver] | None = None
+) -> list[str]:
     """List the image files below ``roots``: root after root, each in the order of its sorted paths.
 
     Extensions are compared without case. Hidden files and folders are skipped, links to folders followed (a folder that
-    is met again is not entered twice), no file is opened. A folder that may not be read is logged and skipped.
+    is met again is not entered twice), no file is opened. A folder that cannot be read is added to ``passed_over``, or
+    logged where there is no such list.
 
     Raises:
         DataError: all roots that are not folders, or that none holds an image.
     """
     listing = Listing(extensions)
     chunks = list_chunks(roots, listing)
-    return [path for chunk in itertools.chain.from_iterable(chunks) for path in chunk]
+    paths = [path for chunk in itertools.chain.from_iterable(chunks) for path in chunk]
+    if passed_over is None:
+        log_passed_over(listing.passed_over)
+    else:
+        passed_over += listing.passed_over
+    return paths
+
+
+def log_passed_over(those: Sequence[PassedOver]) -> None:
+    """Warn of each, of many of the first ones and their number."""
+    for path, reason in those[:MAX_LOGGED]:
+        logger.warning(f"passed over: {path} ({reason})")
+    if len(those) > MAX_LOGGED:
+        logger.warning(f"passed over: {len(those) - MAX_LOGGED:,} more ({command('run/data/verify.py')} lists them)")
 
 
 def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[list[str]]]:
@@ -218,6 +245,7 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
         inside = ", ".join(f"{count} {kind}" for kind, count in listing.others.most_common(5)) or "no files"
         if any(map(is_pattern, roots)):
             inside += " (quote a pattern on the command line, and use ** for folders of any depth)"
+        log_passed_over(listing.passed_over)
         advice = [f"give {ADVICE[kind].format(roots[0])}" for kind in ADVICE if kind in listing.others]
         raise DataError(
             f"expected images ({' '.join(sorted(listing.extensions))}), got {inside} in {', '.join(roots)}; "

@@ -22,6 +22,7 @@ from dinov2_custom.errors import ConfigError
 from dinov2_custom.utils.rng import seed_for
 
 from .depth import Reading
+from .listing import PassedOver
 from .samplers import permuted_index
 from .train_samples import read_pixels
 
@@ -166,9 +167,9 @@ class Mixture(Dataset):
         """Return how many files of which extension were found beside the images of all datasets."""
         return sum((dataset.left_out() for dataset in self.datasets), Counter())
 
-    def unreadable_folders(self) -> list[str]:
-        """Return the folders of all datasets that could not be listed."""
-        return [folder for dataset in self.datasets for folder in dataset.unreadable_folders()]
+    def passed_over(self) -> list[PassedOver]:
+        """Return the folders and files of all datasets that could not be listed, or not to their end."""
+        return [one for dataset in self.datasets for one in dataset.passed_over()]
 
     def shares(self) -> list[Share]:
         """Return (name, number of images, share of the draws) of every dataset."""

@@ -17,11 +17,13 @@ import numpy as np
 
 from dinov2_custom.errors import DataError, optional, shortage
 
+from .listing import PassedOver
 from .sources import Root, Source, as_roots, check_size, read_file
 from .tar_shards import find_files
 
 logger = logging.getLogger("dinov2")
 SUFFIXES = (".parquet", ".arrow")
+ARROW_FILE, END_OF_STREAM = b"ARROW1", b"\xff\xff\xff\xff\0\0\0\0"
 CACHE_BYTES = 256 << 20
 LARGE_GROUP = 64 << 20
 COLUMNS = ("image", "img", "jpg", "png")
@@ -39,7 +41,8 @@ class ParquetSource(Source):
 
     def __init__(self, path: Root | Sequence[Root], column: str | None = None, *, cache_bytes: int = CACHE_BYTES):
         arrow()
-        self.files = find_files(as_roots(path), SUFFIXES, "Parquet or Arrow files")
+        self._passed_over: list[PassedOver] = []
+        self.files = find_files(as_roots(path), SUFFIXES, "Parquet or Arrow files", self._passed_over)
         self.cache_bytes = cache_bytes
         self._forget()
         self.column, rows, groups = column, [], []
@@ -50,6 +53,10 @@ class ParquetSource(Source):
             rows += reader.group_rows()
             groups += [(number, group) for group in range(len(reader.group_rows()))]
             largest = max(largest, reader.group_bytes(self.column))
+            if not reader.has_end:
+                rows_here = sum(reader.group_rows())
+                reason = f"truncated stream: {rows_here:,} rows without an end mark after them, any more are missing"
+                self._passed_over.append(PassedOver(file, reason))
         self.ends = np.cumsum(rows, dtype=np.int64)
         self.groups = np.array(groups, np.int64).reshape(-1, 2)
         self._forget()
@@ -94,6 +101,9 @@ class ParquetSource(Source):
         counts = np.bincount(self.groups[:, 0], weights=np.diff(self.ends, prepend=0), minlength=len(self.files))
         return list(zip(self.files, counts.astype(int).tolist(), strict=True))
 
+    def passed_over(self) -> list[PassedOver]:
+        return self._passed_over
+
     def _place(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"expected 0..{len(self) - 1}, got {i}")
@@ -137,6 +147,7 @@ class ParquetReader:
     """Row groups of one Parquet file, read in this thread."""
 
     in_place = False
+    has_end = True  # else it cannot be opened
 
     def __init__(self, file: str):
         import pyarrow.parquet
@@ -170,13 +181,16 @@ class ArrowReader:
         import pyarrow as pa
 
         source = pa.memory_map(file)
-        try:
-            reader = pa.ipc.open_stream(source)
-            self.batches = list(reader)
-        except pa.ArrowInvalid:
-            source.seek(0)
+        if source.read(len(ARROW_FILE)) == ARROW_FILE:
             reader = pa.ipc.open_file(source)
             self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            self.has_end = True
+        else:
+            source.seek(0)
+            reader = pa.ipc.open_stream(source)
+            self.batches = list(reader)
+            source.seek(max(source.size() - len(END_OF_STREAM), 0))
+            self.has_end = source.read() == END_OF_STREAM
         self.schema = reader.schema
         self._valid: set[tuple[int, str]] = set()
 

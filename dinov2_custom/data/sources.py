@@ -23,7 +23,7 @@ import numpy as np
 from dinov2_custom.errors import DINOv2Error, UnreadableImageError, shortage
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
-from .listing import EXTENSIONS, Listing, is_pattern, list_chunks, list_images
+from .listing import EXTENSIONS, Listing, PassedOver, is_pattern, list_chunks, list_images
 
 __all__ = [
     "EXTENSIONS",
@@ -68,7 +68,7 @@ class Source:
         digest = hashlib.blake2b(repr(self.parts()).encode("utf-8", "surrogateescape"), digest_size=8)
         index = getattr(self, "index", None)
         for name, array in sorted(index.arrays.items()) if index is not None else ():
-            if not name.startswith(("stamp", "other")):  # of folders, whose times change by themselves
+            if not name.startswith(("stamp", "other", "passed_over")):  # of folders, whose times change by themselves
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -76,9 +76,16 @@ class Source:
         """Return how many files of which extension, or other things, were found beside the images."""
         return Counter()
 
-    def unreadable_folders(self) -> list[str]:
-        """Return the folders that could not be listed; their images are not among those of the source."""
-        return []
+    def passed_over(self) -> list[PassedOver]:
+        """Return the folders and files whose images, or some of them, are not among those of the source."""
+        index = getattr(self, "index", None)
+        rows = [] if index is None else PathTable(index=index, name="passed_over")
+        return [PassedOver(*row.split("\0")) for row in rows]
+
+
+def pack_passed_over(those: Iterable[PassedOver]) -> dict[str, np.ndarray]:
+    """Pack what an index has to say again when it is read from the cache."""
+    return pack_texts([["\0".join(one) for one in those]], "passed_over")
 
 
 class FolderSource(Source):
@@ -95,7 +102,7 @@ class FolderSource(Source):
         if any(map(is_pattern, self.roots)):
             cache_from = sys.maxsize  # never: no time stamp shows what else would match now
         places = [place for one in self.roots for place in (one, real(one))]
-        key = ["folders, others counted", *sorted(set(extensions)), *places]
+        key = ["folders, passed over", *sorted(set(extensions)), *places]
         self.index = cached(key, lambda on_count: index_folders(self.roots, extensions, on_count), cache_from)
         self.paths = PathTable(index=self.index)
 
@@ -115,10 +122,6 @@ class FolderSource(Source):
         rows = (row.partition(" ") for row in PathTable(index=self.index, name="other"))
         return Counter({kind: int(count) for count, _, kind in rows})
 
-    def unreadable_folders(self) -> list[str]:
-        folders = PathTable(index=self.index, name="stamp")
-        return [folders[i] for i in np.flatnonzero(self.index["stamp_size"] < 0).tolist()]
-
 
 def index_folders(
     roots: Sequence[str], extensions: Sequence[str], on_count: Callable[[int], None]
@@ -137,7 +140,8 @@ def index_folders(
     packed = pack_texts(itertools.chain.from_iterable(map(counted, list_chunks(roots, listing))), "path")
     places, stats = [place for place, _ in listing.stamps], [status for _, status in listing.stamps]
     others = pack_texts([[f"{count} {kind}" for kind, count in listing.others.most_common()]], "other")
-    return {**packed, **others, "root_sizes": np.array(sizes, np.int64), **pack_stamps(places, stats, started)}
+    packed |= others | pack_passed_over(listing.passed_over)
+    return {**packed, "root_sizes": np.array(sizes, np.int64), **pack_stamps(places, stats, started)}
 
 
 def read_file(path: Root) -> bytes:

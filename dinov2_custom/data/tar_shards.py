@@ -25,13 +25,23 @@ import numpy as np
 from dinov2_custom.errors import DataError
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
-from .listing import CHECK_PATH, EXTENSIONS, Listing, PatientMap, Progress, is_pattern
-from .sources import OpenFiles, Root, Source, as_roots, real, unreadable
+from .listing import (
+    CHECK_PATH,
+    EXTENSIONS,
+    Listing,
+    PassedOver,
+    PatientMap,
+    Progress,
+    is_pattern,
+    log_passed_over,
+)
+from .sources import OpenFiles, Root, Source, as_roots, pack_passed_over, real, unreadable
 
 logger = logging.getLogger("dinov2")
 BLOCK = 512
 MAX_OPEN = 64
 MAX_HEADER = 1 << 20
+LOOK_AHEAD = 1 << 16  # bytes behind the end mark, where tar pads to a whole record, of 10 KiB by default
 MAX_SIZE = 1 << 62  # what an index of 64-bit integers holds with room to add
 MAX_LINKS = 10
 MAX_PATTERNS = 1_000_000
@@ -53,6 +63,26 @@ class Member(NamedTuple):
     size: int
 
 
+class Walk(NamedTuple):
+    """What the headers of the tar ``path`` say.
+
+    faults: why bytes of it were not looked at, with their place. left_out: why single files are no members -> names.
+    """
+
+    path: str
+    members: list[Member]
+    faults: list[str]
+    left_out: dict[str, list[str]]
+
+    def passed_over(self, is_wanted: Callable[[str], bool]) -> list[PassedOver]:
+        """Return the faults, and how many files with a name that is wanted were left out."""
+        found = list(self.faults)
+        for why, names in self.left_out.items():
+            if wanted := [name for name in names if is_wanted(name)]:
+                found.append(f"{len(wanted):,} files skipped: {why}, the first is {wanted[0]}")
+        return [PassedOver(self.path, reason) for reason in found]
+
+
 class Link(NamedTuple):
     """A hard or symbolic link in a tar to the member named ``target``."""
 
@@ -70,8 +100,10 @@ class TarSource(Source):
     def __init__(
         self, path: Root | Sequence[Root], extensions: Sequence[str] = EXTENSIONS, *, cache_from: int = CACHE_FROM
     ):
-        self.shards = find_files(as_roots(path), TAR_SUFFIXES, "tar files")
-        key = ["tars", *sorted(set(extensions)), *(place for one in self.shards for place in (one, real(one)))]
+        self._folders: list[PassedOver] = []
+        self.shards = find_files(as_roots(path), TAR_SUFFIXES, "tar files", self._folders)
+        places = [place for one in self.shards for place in (one, real(one))]
+        key = ["tars, passed over", *sorted(set(extensions)), *places]
         self.index = cached(key, lambda on_count: index_tars(self.shards, extensions, on_count), cache_from)
         self.names = PathTable(index=self.index)
         self._files = OpenFiles(MAX_OPEN)
@@ -88,6 +120,9 @@ class TarSource(Source):
         offset, size = int(self.index["offset"][i]), int(self.index["size"][i])
         return self._files.read_all(shard, offset, size, self.name(i))
 
+    def passed_over(self) -> list[PassedOver]:
+        return self._folders + super().passed_over()
+
     def parts(self) -> list[tuple[str, int]]:
         counts = np.bincount(self.index["shard"], minlength=len(self.shards)).tolist()
         return list(zip(self.shards, counts, strict=True))
@@ -96,25 +131,35 @@ class TarSource(Source):
 def index_tars(
     shards: Sequence[str], extensions: Sequence[str], on_count: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
-    """Walk tar files into the arrays of an index: name, shard, offset and size of every image, stamps of the shards."""
+    """Walk tar files into the arrays of an index: name, shard, offset and size of every image, stamps of the shards.
+
+    And what was passed over.
+    """
     started = time.time_ns()
     stats = [os.stat(shard) for shard in shards]
     wanted = tuple(extension.lower() for extension in extensions)
     progress = Progress("reading tar headers", "images")
     rows: list[np.ndarray] = [np.empty((0, 3), np.int64)]
     errors: list[str] = []
+    passed_over: list[PassedOver] = []
 
-    def images(shard: str) -> list[Member] | DataError:
+    def is_wanted(name: str) -> bool:
+        return _is_image(name, wanted)
+
+    def walked(shard: str) -> tuple[list[Member], list[PassedOver]] | DataError:
         try:
-            return [member for member in walk_tar(shard) if _is_image(member.name, wanted)]
+            walk = walk_tar(shard)
         except DataError as e:
             return e
+        return [member for member in walk.members if is_wanted(member.name)], walk.passed_over(is_wanted)
 
     def names() -> Iterator[list[str]]:
-        for number, members in enumerate(PatientMap(probes=4).map(images, shards)):
-            if isinstance(members, DataError):
-                errors.append(str(members))
+        for number, found in enumerate(PatientMap(probes=4).map(walked, shards)):
+            if isinstance(found, DataError):
+                errors.append(str(found))
                 continue
+            members, missed = found
+            passed_over.extend(missed)
             rows.append(np.array([(number, m.offset, m.size) for m in members], np.int64).reshape(-1, 3))
             yield [member.name for member in members]
             progress.add(len(members))
@@ -125,9 +170,10 @@ def index_tars(
     table = np.concatenate(rows)
     if errors or not len(table):
         none = f"expected images ({' '.join(extensions)}) in tar files, got none in {', '.join(shards[:3])}"
+        log_passed_over(passed_over)
         raise DataError("; ".join(errors[:10]) or f"{none}; check the names of the members with tar -tf")
     columns = {"shard": table[:, 0].astype(np.int32), "offset": table[:, 1].copy(), "size": table[:, 2].copy()}
-    return {**packed, **columns, **pack_stamps(shards, stats, started)}
+    return {**packed, **columns, **pack_passed_over(passed_over), **pack_stamps(shards, stats, started)}
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
@@ -135,11 +181,12 @@ def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
     return name.lower().endswith(extensions) and not name.rpartition("/")[2].startswith(".")
 
 
-def walk_tar(path: str) -> list[Member]:
-    """Return the regular files of a tar and its links to them in their order, by reading the headers alone.
+def walk_tar(path: str) -> Walk:
+    """Find the regular files of a tar and its links to them in their order, by reading the headers alone.
 
     A link has the name of its own and the bytes of the file it leads to. A tar that ends early gives what its headers
-    announce; a damaged header ends the walk. Both are logged, as are links to files that are not in the tar.
+    announce; a damaged header ends the walk. Both are faults, as is another tar behind the end of the first one. Links
+    to files that are not in the tar are left out, and so are sparse files.
 
     Raises:
         DataError: it cannot be read, is compressed or no tar.
@@ -151,9 +198,10 @@ def walk_tar(path: str) -> list[Member]:
         raise unreadable(e, path) from e
 
 
-def _walk(file, path: str) -> list[Member]:
+def _walk(file, path: str) -> Walk:
     end, position = os.fstat(file.fileno()).st_size, 0
     members: list[Member | Link] = []
+    sparse: list[str] = []
     overrides: dict[str, str] = {}
     defaults: dict[str, str] = {}
     _refuse_compressed(file.read(BLOCK), path)
@@ -164,7 +212,7 @@ def _walk(file, path: str) -> list[Member]:
             # two blocks of zeros end a tar; a header after a single one is read, with a warning
             following = file.read(BLOCK)
             if not _checksum_holds(following):
-                return _followed(members, path)
+                return _followed(path, members, sparse, _another_tar(file, position + 2 * BLOCK, end))
             logger.warning(f"damaged tar: {path} byte={position} is a lone block of zeros; the files after it are used")
             position, header = position + BLOCK, following
         start = position + BLOCK
@@ -182,7 +230,9 @@ def _walk(file, path: str) -> list[Member]:
                 own = {**defaults, **overrides}
                 size = _number(own["size"].encode(), base=10) if "size" in own else size
                 name = own.get("path") or _name(header)
-                if kind in REGULAR and not name.endswith("/") and "GNU.sparse.major" not in own:
+                if kind == b"S" or any(key.startswith("GNU.sparse.") for key in own):
+                    sparse.append(own.get("GNU.sparse.name") or name)
+                elif kind in REGULAR and not name.endswith("/"):
                     members.append(Member(name, start, size))
                 elif kind in LINKS:
                     target = own.get("linkpath") or _text(header[157:257])
@@ -192,26 +242,43 @@ def _walk(file, path: str) -> list[Member]:
         except ValueError as e:
             if position == 0:
                 raise DataError(f"expected an uncompressed tar: {path} ({e} at its start)") from e
-            logger.warning(f"damaged tar: {path} byte={position} ({e}); {len(members)} files before it are used")
-            return _followed(members, path)
+            rest = f"{end - position:,} bytes from there on are not"
+            fault = f"damaged tar: byte={position} ({e}); {_used(members)}, {rest}"
+            return _followed(path, members, sparse, fault)
         position = start + -(-size // BLOCK) * BLOCK
-    return _followed(_cut_off(members, path, position, end), path)
+    return _followed(path, members, sparse, _cut_off(members, position, end))
 
 
-def _cut_off(members: list[Member | Link], path: str, position: int, end: int) -> list[Member | Link]:
-    """Log that a tar of ``end`` bytes has no end mark where the walk left it, at ``position``; return ``members``."""
+def _used(members: Sequence[Member | Link]) -> str:
+    return f"{len(members):,} files before it are used"
+
+
+def _cut_off(members: list[Member | Link], position: int, end: int) -> str:
+    """Return why a tar of ``end`` bytes is cut where the walk left it, at ``position``; "" where nothing is lost."""
     last = members[-1] if members else None
     if position > end and isinstance(last, Member) and last.offset + last.size > end:
-        logger.warning(f"truncated tar: {path} ends in the middle of {last.name}")
-    elif position != end or not end:
-        logger.warning(f"truncated tar: {path} byte={min(position, end)}; {len(members)} files before it are used")
-    return members
+        return f"truncated tar: ends in the middle of {last.name}, file {len(members):,}; any after it are missing"
+    if position != end or not end:
+        return f"truncated tar: byte={min(position, end)}; {_used(members)}, any after it are missing"
+    return ""
 
 
-def _followed(members: list[Member | Link], path: str) -> list[Member]:
-    """Replace each link by a member of its name with the bytes of its target; log those that lead nowhere."""
+def _another_tar(file, position: int, end: int) -> str:
+    """Say that a header follows the end mark, which ends at ``position``; "" where there is padding."""
+    file.seek(position)
+    rest = file.read(LOOK_AHEAD)
+    start = (len(rest) - len(rest.lstrip(b"\0"))) // BLOCK * BLOCK
+    if not _checksum_holds(rest[start : start + BLOCK]):
+        return ""
+    place = position + start
+    return f"a second tar after the end: byte={place}; its {end - place:,} bytes are not used (tar -A joins archives)"
+
+
+def _followed(path: str, members: list[Member | Link], sparse: list[str], fault: str) -> Walk:
+    """Return what was found, each link replaced by a member of its name with the bytes of its target."""
+    faults, left_out = [fault] if fault else [], {"sparse files are not read": sparse}
     if not any(isinstance(member, Link) for member in members):
-        return members
+        return Walk(path, members, faults, left_out)
     places = {posixpath.normpath(member.name): member for member in members}
     found, dangling = [], []
     for member in members:
@@ -222,9 +289,7 @@ def _followed(members: list[Member | Link], path: str) -> list[Member]:
             found.append(target._replace(name=member.name))
         else:
             dangling.append(member.name)
-    if dangling:
-        logger.warning(f"links skipped: {len(dangling)} of {path} lead to no file in it, the first is {dangling[0]}")
-    return found
+    return Walk(path, found, faults, left_out | {"links to no file in the tar": dangling})
 
 
 def _beside(name: str, target: str) -> str:
@@ -291,21 +356,28 @@ def _refuse_compressed(start: bytes, path: str) -> None:
 # which files
 
 
-def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> list[str]:
+def find_files(
+    places: Sequence[str], suffixes: Sequence[str], what: str, passed_over: list[PassedOver] | None = None
+) -> list[str]:
     """Return the files that paths, folders and patterns (braces, ``*``) stand for; a folder's sorted, at any depth.
+
+    Folders that cannot be read are added to ``passed_over``.
 
     Raises:
         DataError: all that are missing, or folders without such files.
     """
     found: list[str] = []
     wrong: list[str] = []
+    unread = [] if passed_over is None else passed_over
     for place in itertools.chain.from_iterable([one] if os.path.exists(one) else expand_braces(one) for one in places):
         if is_pattern(place):
             matching = [path for path in sorted(glob.iglob(place, recursive=True)) if os.path.isfile(path)]
             found += matching
             wrong += [] if matching else [f"{place} (matches no file)"]
         elif os.path.isdir(place):
-            inside = [path for chunk in Listing(suffixes, outputs=True).chunks(place) for path in chunk]
+            listing = Listing(suffixes, outputs=True)
+            inside = [path for chunk in listing.chunks(place) for path in chunk]
+            unread += listing.passed_over
             found += inside
             wrong += [] if inside else [f"{place} (a folder with none)"]
         elif os.path.isfile(place):
@@ -313,6 +385,7 @@ def find_files(places: Sequence[str], suffixes: Sequence[str], what: str) -> lis
         else:
             wrong.append(f"{place} (missing)")
     if wrong:
+        log_passed_over(unread)
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise DataError(f"expected {what}, got {', '.join(wrong[:10])}{more}; {CHECK_PATH}")
     return found

@@ -77,13 +77,15 @@ def open_pair(
 ) -> tuple[Any, Any]:
     """Open two datasets, each given as (flag, dataset string, transform); the second has the first one's class indices.
 
-    And its range, where ``reading`` has none.
+    And its range, where ``reading`` has none. The same string and transform twice are one dataset, opened once.
 
     Raises:
         ConfigError: a dataset without labels.
         DataError: nothing found, or a class folder of the second that the first one lacks.
     """
     train_dataset = open_labelled(*train, reading)
+    if other[1:] == train[1:]:
+        return train_dataset, train_dataset
     other_dataset = open_labelled(*other, train_dataset.reading)
     return train_dataset, match_classes(train_dataset, other_dataset, train[0], other[0])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov2_custom.export.portable import Portable, completed, resize_side
 from dinov2_custom.export.write import save_safetensors
+from dinov2_custom.reading import to_facts
 
 _TOP = {
     "cls_token": "embeddings.cls_token",
@@ -115,4 +116,5 @@ def _preprocessor(model: Portable) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(model.normalize["mean"]),
         "image_std": list(model.normalize["std"]),
+        **to_facts(model.reading),
     }

@@ -19,7 +19,7 @@ from dinov2_custom.export.onnx_file import write_onnx
 from dinov2_custom.export.portable import portable
 from dinov2_custom.export.timm_folder import write_timm
 from dinov2_custom.export.upstream_shards import gather
-from dinov2_custom.export.write import make_room, remove, write_safetensors, write_torch
+from dinov2_custom.export.write import replacing, write_safetensors, write_torch
 from dinov2_custom.teacher import load_teacher
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import default_output, upstream_shards
@@ -46,13 +46,8 @@ def main(args: argparse.Namespace) -> int:
     path = Path(args.output).expanduser() if args.output else _default_path(args.source, args.to)
     if args.to == "torch" and (shards := upstream_shards(Path(args.source).expanduser())):
         teacher = gather(shards, args.config_file, args.opts, args.allow_unknown_keys)
-        partial = make_room(path, args.overwrite, folder=False)
-        try:
-            torch.save(teacher, partial / path.name)
-            remove(path)
-            (partial / path.name).rename(path)
-        finally:
-            remove(partial)
+        with replacing(path, args.overwrite) as written:
+            torch.save(teacher, written)
         heads = ", ".join(sorted({name.partition(".")[0] for name in teacher["teacher"]}))
         print(f"weights: {shards[0].name} to {shards[-1].name} in {args.source}: {heads}", file=sys.stderr)
         print(path)
@@ -76,21 +71,9 @@ def export(model, form: str, path: Path, overwrite: bool = False) -> str:
         CheckpointError: tensors or features differ.
     """
     write, suffix = _WRITERS[form]
-    partial = make_room(path, overwrite, folder=not suffix)
-    written = partial / (path.name if path.name.endswith(suffix) else path.name + suffix)  # read by its suffix
-    try:
-        if not suffix:
-            written.mkdir()
+    with replacing(path, overwrite, suffix, folder=not suffix) as written:
         write(model, written)
-        said = check(model, form, written)
-        remove(path)
-        for beside in partial.iterdir():  # ONNX above 2 GB has its tensors in a second file, found by its name
-            if beside != written:
-                beside.replace(path.parent / beside.name)
-        written.rename(path)
-    finally:
-        remove(partial)
-    return said
+        return check(model, form, written)
 
 
 def _default_path(source: str, form: str) -> Path:

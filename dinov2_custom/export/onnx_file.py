@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dinov2_custom.errors import optional
 from dinov2_custom.export.portable import Portable
+from dinov2_custom.reading import to_facts
 
 INPUT, OUTPUTS = "image", ("cls_token", "patch_tokens")
 
@@ -53,8 +54,9 @@ def write_onnx(model: Portable, path: Path) -> None:
     """Write a graph ``image (batch, C, S, S) -> cls_token (batch, D), patch_tokens (batch, N, D)``, float32.
 
     Positions of ``model.image_size`` are part of the graph; other sizes need an export of their own. The file's
-    metadata has ``mean``, ``std``, ``image_size``, ``patch_size`` and ``normalizes``, each as JSON. Images are in 0..1
-    and normalized in the graph where ``model.normalizes``, else normalized already.
+    metadata has ``mean``, ``std``, ``image_size``, ``patch_size`` and ``normalizes``, and ``intensity`` and ``page``
+    where they are not the defaults, each as JSON. Images are in 0..1 and normalized in the graph where
+    ``model.normalizes``, else normalized already.
 
     Raises:
         ConfigError: a library is missing.
@@ -77,6 +79,6 @@ def write_onnx(model: Portable, path: Path) -> None:
             verbose=False,
         )
         facts = {**model.normalize, "image_size": model.image_size, "patch_size": backbone.patch_size}
-        facts["normalizes"] = model.normalizes
+        facts |= {"normalizes": model.normalizes, **to_facts(model.reading)}
         program.model.metadata_props.update({name: json.dumps(fact) for name, fact in facts.items()})
         program.save(str(path))

@@ -13,6 +13,7 @@ from torch import Tensor
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.models.pos_embed import resample_pos_embed
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.reading import Reading
 from dinov2_custom.teacher import Teacher
 from dinov2_custom.utils.weights import flat_name
 
@@ -24,6 +25,7 @@ class Portable(NamedTuple):
         backbone: the model that the tensors came from, the reference for comparisons.
         state: float32 tensors under the released weights' names, positions sized for ``image_size``.
         hidden: width inside the feed-forward network: rows of ``fc1``, or columns of ``w3``; 0 without one.
+        reading: of images of more than 8 bits or several pages, as in its training.
         normalizes: the export takes images of 0..1 and applies ``normalize`` itself; only ONNX can.
     """
 
@@ -34,6 +36,7 @@ class Portable(NamedTuple):
     in_chans: int
     swiglu: bool
     hidden: int
+    reading: Reading = Reading()
     normalizes: bool = False
 
 
@@ -69,6 +72,7 @@ def portable(teacher: Teacher, image_size: int = 0) -> Portable:
         in_chans=state["patch_embed.proj.weight"].shape[1],
         swiglu=swiglu,
         hidden=0 if inner is None else inner.shape[1],
+        reading=teacher.reading,
     )
 
 

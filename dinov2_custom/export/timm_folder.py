@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinov2_custom.export.portable import Portable, completed
 from dinov2_custom.export.write import save_safetensors
+from dinov2_custom.reading import to_facts
 
 _RENAMED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
 _WIDTHS = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40): "giant"}
@@ -78,4 +79,5 @@ def _config(model: Portable) -> dict[str, Any]:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+        **to_facts(model.reading),  # timm refuses names in pretrained_cfg that it does not know
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.utils.weight_file import is_cut
 
 _FLAT = "_flat_param"
 _SHARD = "torch.distributed._shard."
@@ -126,9 +127,9 @@ def _read(path: Path) -> dict[str, Tensor]:
                 parts[name.removeprefix("teacher.")] = torch.cat([torch.empty(0), *(one.flatten() for one in held)])
     except Exception as e:  # torch raises many kinds on torn files, and a file of others has other classes and keys
         lines = [line for line in str(e).splitlines() if "GLOBAL" in line] or str(e).splitlines() or [""]
+        reason = "it is cut short; copy it again" if is_cut(path) else f"{type(e).__name__}: {lines[0][:200]}"
         raise CheckpointError(
-            f"expected a checkpoint of one process of facebookresearch/dinov2 at {path}, could not read it: "
-            f"{type(e).__name__}: {lines[0][:200]}"
+            f"expected a checkpoint of one process of facebookresearch/dinov2 at {path}, could not read it: {reason}"
         ) from e
     return parts
 

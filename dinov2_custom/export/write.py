@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,23 +17,54 @@ from torch import Tensor
 from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.portable import Portable
+from dinov2_custom.reading import to_facts
 
 EXPORTED = {"model.safetensors", "config.json", "preprocessor_config.json"}  # all that an exported folder has
 
 
 def write_torch(model: Portable, path: Path) -> None:
-    """Save a flat dict of tensors, as the released .pth files hold: for ``load_state_dict`` of a ViT without chunks."""
-    torch.save(model.state, path)
+    """Save a flat dict of tensors, as the released .pth files hold: for ``load_state_dict`` of a ViT without chunks.
+
+    What is known of its images is where state dicts have facts beside their tensors: ``_metadata[""]``.
+    """
+    state = OrderedDict(model.state)
+    if facts := to_facts(model.reading):
+        state._metadata = {"": facts}
+    torch.save(state, path)
 
 
 def write_safetensors(model: Portable, path: Path) -> None:
-    """Save the tensors of :func:`write_torch` as safetensors."""
-    save_safetensors(model.state, path)
+    """Save the tensors of :func:`write_torch` as safetensors; the facts are in the header's metadata, as JSON."""
+    save_safetensors(model.state, path, to_facts(model.reading))
 
 
-def save_safetensors(state: dict[str, Tensor], path: Path) -> None:
-    """Save ``state`` with the header that transformers asks for."""
-    save_file(state, path, metadata={"format": "pt"})
+def save_safetensors(state: dict[str, Tensor], path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Save ``state`` with the header that transformers asks for, and ``facts``."""
+    texts = {name: json.dumps(fact) for name, fact in (facts or {}).items()}
+    save_file(state, path, metadata={"format": "pt"} | texts)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, overwrite: bool, suffix: str = "", folder: bool = False) -> Iterator[Path]:
+    """Give a place beside ``path`` for a file or folder, which is moved to ``path`` when the body has ended well.
+
+    Args:
+        suffix: that the place has, as files are read by theirs.
+        overwrite, folder: see :func:`make_room`, which may raise.
+    """
+    partial = make_room(path, overwrite, folder)
+    written = partial / (path.name if path.name.endswith(suffix) else path.name + suffix)
+    try:
+        if folder:
+            written.mkdir()
+        yield written
+        remove(path)
+        for beside in partial.iterdir():  # ONNX above 2 GB has its tensors in a second file, found by its name
+            if beside != written:
+                beside.replace(path.parent / beside.name)
+        written.rename(path)
+    finally:
+        remove(partial)
 
 
 def make_room(path: Path, overwrite: bool, folder: bool) -> Path:

@@ -165,7 +165,7 @@ def _existing(weights: str | os.PathLike) -> str | os.PathLike:
 
 def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[str, Any]:
     """Return how the backbone of ``file`` was built: from its tensors, and the config.yaml of the run around it."""
-    from dinov2_custom.configs.sources import read_yaml
+    from dinov2_custom.configs.sources import read_config
     from dinov2_custom.teacher import arguments_of  # reads configurations, which needs more than torch
 
     try:
@@ -174,7 +174,7 @@ def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[st
         shown = without_credentials(file)
         raise CheckpointError(f"weights: expected a backbone's tensors, got a file without: {shown} ({e})") from e
     config = run_config_near(str(file))
-    student = read_yaml(Path(config)).get("student", {}) if config else {}
+    student = read_config(Path(config), "restore the file").get("student", {}) if config else {}
     found = {name: options[name] for name in options if name not in _OF_THE_ARCHITECTURE}
     return found | {name: student[name] for name in _IN_NO_SHAPE if name in student}
 

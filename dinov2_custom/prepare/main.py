@@ -27,14 +27,14 @@ from typing import Any
 from PIL import Image
 
 from dinov2_custom import cli
-from dinov2_custom.data.decode import formats
+from dinov2_custom.data.decode import find_simplejpeg, formats
 from dinov2_custom.data.depth import Deep, Reading
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
 from dinov2_custom.errors import ConfigError, DataError, missing, shortage
 from dinov2_custom.files import atomic_write, parse_json_object
 from dinov2_custom.logging import setup_logging, track
-from dinov2_custom.verify.check import check_image, find_simplejpeg
+from dinov2_custom.verify.check import check_image
 from dinov2_custom.verify.folder import own_folder
 from dinov2_custom.verify.main import TIME_LIMIT_S, open_dataset
 from dinov2_custom.verify.pool import Death, run_pool

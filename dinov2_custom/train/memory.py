@@ -12,13 +12,13 @@ import functools
 import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,9 +26,10 @@ from torch.utils._pytree import tree_leaves
 from dinov2_custom import cli, distributed
 from dinov2_custom.configs.global_batch import divisors_of
 from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.errors import ConfigError
 from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
-from dinov2_custom.parallel import BYTES_A_PARAMETER, NO_SHARD, choose_strategies, strategies_on
+from dinov2_custom.parallel import NO_SHARD, bytes_elsewhere, choose_strategies, strategies_on
 from dinov2_custom.train import fast_paths
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
@@ -156,15 +157,26 @@ def as_on_a_gpu():
 def memory_for_steps(model: SSLMetaArch) -> int:
     """Return how many bytes the tensors of a step, ``model`` included, may take in the process that has the least.
 
-    On its device, that is what is free or torch's already, without the buckets in which gradients are averaged and what
-    nccl takes. All processes must call it.
+    Of its device, that is what is free or torch's already; see :func:`room_on`. All processes must call it.
     """
     available = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
     if distributed.is_enabled():
         strategies = choose_strategies(model.cfg, model)
-        whole = (part for name, part in model.student.items() if strategies[name] == NO_SHARD)
-        available -= NCCL_BYTES + 4 * sum(p.numel() for part in whole for p in part.parameters())
+        available = room_on(available, model.student, strategies, distributed.get_global_size())
     return min(distributed.gather_objects(available))
+
+
+def room_on(available: float, student: nn.ModuleDict, strategies: dict[str, str], world_size: int) -> float:
+    """Return how large a step may be, counted with whole weights, of which ``SHARE_OF_TENSORS`` is to be used.
+
+    ``available`` bytes of a device of one of several processes: without the buckets in which gradients are averaged
+    and what nccl takes, with what others hold of sharded weights.
+    """
+    if world_size == 1:
+        return available
+    whole = (part for name, part in student.items() if strategies[name] == NO_SHARD)
+    available -= NCCL_BYTES + 4 * sum(p.numel() for part in whole for p in part.parameters())
+    return available + bytes_elsewhere(student, strategies, world_size) / SHARE_OF_TENSORS
 
 
 def least_checkpointing(cfg, available: int) -> str:
@@ -203,11 +215,7 @@ def largest_batch(cfg, device_bytes: float, world_size: int) -> int:
     with torch.device("meta"):
         student = SSLMetaArch(cfg).student
     strategies = strategies_on(cfg, student, device_bytes, world_size)
-    numel = {name: sum(p.numel() for p in part.parameters()) for name, part in student.items()}
-    whole = sum(count for name, count in numel.items() if strategies[name] == NO_SHARD)
-    elsewhere = BYTES_A_PARAMETER * (sum(numel.values()) - whole) * (world_size - 1) / world_size
-    buckets = NCCL_BYTES + 4 * whole if world_size > 1 else 0
-    room = (device_bytes - buckets) * SHARE_OF_TENSORS + elsewhere
+    room = room_on(device_bytes, student, strategies, world_size) * SHARE_OF_TENSORS
     divisors = divisors_of(cfg.train.batch_size_per_gpu)
     while divisors[0] > 1:
         cfg.train.batch_size_per_gpu = divisors[0]
@@ -305,13 +313,13 @@ def _batch(cfg) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def main(args) -> int:
-    """Print the table, and with ``--fits`` the largest batches; return 0.
+    """Print the table, and with ``--fits`` the largest batches; return the exit code.
 
     Args:
         args: what ``cli.memory_parser`` parses.
 
     Raises:
-        ConfigError: a configuration that training would refuse too.
+        ConfigError: a configuration that training would refuse too, or no step of it fits.
     """
     notes: list[str] = []
     cfg = load_run_config(
@@ -328,8 +336,17 @@ def main(args) -> int:
         print(line, flush=True)
     if args.fits:
         print()
-        for line in fits(cfg, args.fits, count):
-            print(line, flush=True)
+        room, found = f"{args.fits:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free", 0
+        for mode, largest in fits(cfg, args.fits, count):
+            most = " or more" if largest == LARGEST_BATCH else ""
+            batch = f"train.batch_size_per_gpu={largest}{most} fits" if largest else "not even one image fits"
+            print(f"{mode}: {batch} into {room}", flush=True)
+            found = max(found, largest)
+        if not found:
+            raise ConfigError(
+                f"--fits {args.fits:g}: expected a step of one image to fit, got none; take a smaller student.arch, "
+                "fewer prototypes (dino.head_n_prototypes), smaller crops, or a larger GPU"
+            )
         if cfg.optim.global_batch:
             print(split_on(cfg, args.fits, max(args.ngpus, 1)))
     return 0
@@ -364,14 +381,13 @@ def sharded(memory: StepMemory, gpus: int) -> int:
     return memory.peak - state * (gpus - 1) // gpus
 
 
-def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterable[str]:
-    """Yield, for each activation checkpointing, the largest batch whose step leaves enough of ``gigabytes`` free.
+def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterator[tuple[str, int]]:
+    """Yield each activation checkpointing with the largest batch whose step leaves enough of ``gigabytes`` free, or 0.
 
     ``count``: activation checkpointing -> what a step of ``cfg``, with its own batch, needs; default: it is counted.
     """
     own, count = cfg.train.batch_size_per_gpu, count or functools.partial(measure_step, cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
-    room = f"{gigabytes:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free"
     for mode in MODES:
 
         def peak(batch_size: int, mode: str = mode) -> int:
@@ -380,12 +396,7 @@ def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None
 
         memory = count(mode)
         state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-        largest = largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
-        if largest:
-            most = " or more" if largest == LARGEST_BATCH else ""
-            yield f"{mode}: train.batch_size_per_gpu={largest}{most} fits into {room}"
-        else:
-            yield f"{mode}: not even one image fits into {room}"
+        yield mode, largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
 
 
 def split_on(cfg, gigabytes: float, ngpus: int) -> str:

@@ -9,12 +9,17 @@ import hashlib
 import logging
 import os
 import pickle
+import pickletools
 import re
+import struct
+import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,13 +68,21 @@ def _read_file(path: Path) -> Any:
         raise CheckpointError(f"expected a weight file at {path}, got no regular file; copy its content to one")
     try:
         if path.suffix == ".safetensors" or _start(path)[8:] == b"{":  # an export goes to a file of any name
-            return load_file(path)
+            return _with_metadata(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
     except Exception as e:  # torch raises many kinds on torn files, safetensors one of its own
         reason = _reason(e, path)
         raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
+
+
+def _with_metadata(path: Path) -> OrderedDict[str, Tensor]:
+    """Read a safetensors file; the texts in its header become ``_metadata[""]``, where state dicts have theirs."""
+    state = OrderedDict(load_file(path))
+    with safe_open(path, "pt") as file:
+        state._metadata = {"": file.metadata() or {}}
+    return state
 
 
 def _start(path: Path) -> bytes:
@@ -79,6 +92,8 @@ def _start(path: Path) -> bytes:
 
 def _reason(error: Exception, path: Path) -> str:
     """Say why a file cannot be read. torch's own words are many lines, and advise to read it without the safeguard."""
+    if is_cut(path) or "unexpected EOF" in str(error):
+        return f"it is cut short, at {path.stat().st_size:,} bytes; copy or download it again"
     if found := re.search(r"\bGLOBAL (\S+)", str(error)):
         return (
             f"it holds more than tensors and plain values: {found[1]}, for which code of the file would have to run; "
@@ -89,6 +104,35 @@ def _reason(error: Exception, path: Path) -> str:
     if isinstance(error, pickle.UnpicklingError | LookupError | EOFError):
         return "it is torn, or holds more than tensors and plain values"
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def is_cut(path: Path) -> bool:
+    """Return whether a file begins as one of torch's or safetensors and ends before what is in it does.
+
+    Nothing of it is unpickled. Of torch's old format, in which tensors follow pickles, only the pickles are looked at.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+            if start.startswith(b"PK"):
+                return not zipfile.is_zipfile(file)
+            if start[8:] == b"{":
+                length = int.from_bytes(start[:8], "little")
+                size = path.stat().st_size - 8 - length
+                if size < 0:
+                    return True
+                entries = parse_json_object(start[8:] + file.read(length - 1)).values()
+                return size < max(entry.get("data_offsets", (0, 0))[1] for entry in entries)
+            file.seek(0)
+            while start.startswith(b"\x80") and file.peek(1).startswith(b"\x80"):
+                try:
+                    for _ in pickletools.genops(file):
+                        pass
+                except (ValueError, struct.error):
+                    return not file.read(1)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, MemoryError, OverflowError):
+        pass  # damaged otherwise
+    return False
 
 
 def _checked(file: Any, path: Path) -> Any:

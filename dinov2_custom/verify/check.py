@@ -8,7 +8,6 @@ every frame, with ``structure``. What is sound here can be decoded by ``data.dec
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -43,19 +42,11 @@ class Checked(NamedTuple):
     note: str = ""
 
 
-def find_simplejpeg() -> ModuleType | None:
-    """Return the module simplejpeg, None where it is not installed or does not load."""
-    try:
-        return importlib.import_module("simplejpeg")
-    except ImportError:
-        return None
-
-
 def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
     """Check the bytes of an image file.
 
     Args:
-        simplejpeg: what :func:`find_simplejpeg` returns; None checks JPEG with Pillow.
+        simplejpeg: what ``decode.find_simplejpeg`` returns; None checks JPEG with Pillow.
 
     Raises:
         MemoryError: there is none left, which says nothing about the image.

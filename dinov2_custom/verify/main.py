@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from dinov2_custom import cli
+from dinov2_custom.data.decode import find_simplejpeg
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
@@ -27,7 +28,7 @@ from dinov2_custom.errors import ConfigError, DataError, install, shortage
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.world import num_cores
 
-from .check import Checked, check_image, find_simplejpeg, has_deep_mode, too_large
+from .check import Checked, check_image, has_deep_mode, too_large
 from .folder import default_folder, own_folder
 from .pool import Death, run_pool
 from .report import as_text, write_report
@@ -116,7 +117,7 @@ def verify(
         kinds = [k for k, kind in enumerate(results.kinds) if has_deep_mode(kind[1])]
         deep, look = np.flatnonzero((results.status == SOUND) & np.isin(results.kind, kinds)), Looker(dataset)
         measured = measure(len(deep), lambda k: look(int(deep[k])))
-        return write_report(results, folder, label, dataset.unreadable_folders(), dataset.left_out(), measured)
+        return write_report(results, folder, label, dataset.passed_over(), dataset.left_out(), measured)
 
 
 def _of_death(death: Death) -> Checked:
@@ -137,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
         return 130
     print(as_text(summary))
     print(f"bad images: {folder / 'bad_images.jsonl'}\nlist to train on: {folder / 'clean.txt'}")
-    return 1 if summary["bad"] or summary["unreadable_folders"] else 0
+    return 1 if summary["bad"] or summary["passed_over"] else 0
 
 
 if __name__ == "__main__":

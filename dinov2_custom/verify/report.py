@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.data.intensity import Measured
+from dinov2_custom.data.listing import PassedOver
 from dinov2_custom.errors import install
 from dinov2_custom.files import atomic_write
 
@@ -25,13 +26,14 @@ def write_report(
     results: Results,
     folder: Path,
     dataset: str,
-    unreadable_folders: Sequence[str] = (),
+    passed_over: Sequence[PassedOver] = (),
     left_out: Mapping[str, int] | None = None,
     measured: Measured | None = None,
 ) -> dict[str, Any]:
     """Write the three files into ``folder`` and return the summary. The same results give the same bytes.
 
-    ``unreadable_folders``: folders of the dataset that could not be listed, so that their images were not checked.
+    ``passed_over``: folders and files of the dataset that could not be listed, or not to their end, so that not all
+    their images were checked.
     ``left_out``: how many files of which extension were found beside the images. ``measured``: the range of values in
     images of more than 8 bits.
     """
@@ -48,7 +50,7 @@ def write_report(
                 file.write(path + "\n")
     summary = summarize(results, dataset) | {"sound_but_not_listable": unlisted}
     summary["left_out"] = dict(left_out or {})
-    summary["unreadable_folders"] = sorted(map(absolute, unreadable_folders))
+    summary["passed_over"] = [{"path": absolute(path), "reason": reason} for path, reason in sorted(passed_over)]
     if measured is not None and measured.intensity is not None:
         keys = ("intensity", "deep", "clipped", "levels", "levels_an_image")
         found = {key: getattr(measured, key) for key in keys} | {"intensity": list(measured.intensity)}
@@ -115,10 +117,10 @@ def _histogram(sides: np.ndarray) -> dict[str, int]:
 def as_text(summary: dict[str, Any]) -> str:
     """Return the summary for people."""
     lines = [f"images: {summary['images']:,}, sound: {summary['sound']:,}, bad: {summary['bad']:,}"]
-    if summary["unreadable_folders"]:
-        folders = summary["unreadable_folders"]
-        more = f" and {len(folders) - TOP} more" if len(folders) > TOP else ""
-        lines.append(f"folders that cannot be read, whose images were not checked: {', '.join(folders[:TOP])}{more}")
+    if those := summary["passed_over"]:
+        lines.append(f"passed over, so that images in them were not checked: {len(those):,} folders or files")
+        lines += [f"  {one['path']} ({one['reason']})" for one in those[:TOP]]
+        lines += [f"  and {len(those) - TOP:,} more, see summary.json"] if len(those) > TOP else []
     for title, key in (("reasons", "reasons"), ("bad images by folder", "worst_folders"), ("formats", "formats"),
                        ("modes", "modes"), ("pages", "pages"),
                        ("left out, not images by their names", "left_out")):  # fmt: skip

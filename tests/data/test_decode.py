@@ -349,7 +349,9 @@ def test_broken_files_are_data_errors_that_name_the_source(data, got):
     assert data == b"" or e.value.__cause__ is not None
 
 
-needs_simplejpeg = pytest.mark.skipif(decode.fast_jpeg() is None, reason="NOT CHECKED: simplejpeg is not installed")
+needs_simplejpeg = pytest.mark.skipif(
+    decode.find_simplejpeg() is None, reason="NOT CHECKED: simplejpeg is not installed"
+)
 
 
 @pytest.fixture
@@ -386,7 +388,7 @@ def test_shrunken_jpeg_is_the_same_with_and_without_simplejpeg(monkeypatch, frac
         data = encode(picture(*size).convert(mode), "JPEG", quality=90)
         fast = decode_array(data, shrink=shrink)
         with monkeypatch.context() as patch:
-            patch.setattr(decode, "fast_jpeg", lambda: None)
+            patch.setattr(decode, "find_simplejpeg", lambda: None)
             slow = decode_array(data, shrink=shrink)
         assert fast.shape == (-(-size[1] // fraction), -(-size[0] // fraction), 3)
         np.testing.assert_array_equal(fast, slow)
@@ -408,7 +410,7 @@ def test_jpeg_with_an_error_that_pillow_forgives_is_recovered():
 
 def test_everything_works_without_simplejpeg(monkeypatch):
     expected = decode_array(JPEG)
-    monkeypatch.setattr(decode, "fast_jpeg", lambda: None)
+    monkeypatch.setattr(decode, "find_simplejpeg", lambda: None)
     pixels = decode_array(JPEG, scratch=decode.Scratch())
     np.testing.assert_array_equal(pixels, expected)
     assert pixels.flags.writeable

@@ -246,7 +246,7 @@ def test_a_dataset_of_ones_own_has_the_defaults(tmp_path):
         def __len__(self):
             return 3
 
-    assert (Own().left_out(), Own().unreadable_folders()) == ({}, [])
+    assert (Own().left_out(), Own().passed_over()) == ({}, [])
     assert choose_reading(Own()) == Reading()  # it gives no bytes to look at
     Own.get_image_data = lambda self, index: np.zeros((3, 4))  # for a decoder of its own
     assert choose_reading(Own()) == Reading()

@@ -89,6 +89,14 @@ def test_csv_mistakes(tmp_path, text, column, words):
         assert word in str(e.value)
 
 
+def test_lines_of_a_table_without_a_path_are_said(tmp_path, caplog):
+    (tmp_path / "files.csv").write_text("label,path\n1,a.png\n2\n,,\n\n3,\n4,b.png\n")
+    dataset = make_dataset(dataset_str=f"ImageList:path={tmp_path / 'files.csv'}")
+    assert [dataset.name(i) for i in range(len(dataset))] == [str(tmp_path / name) for name in ("a.png", "b.png")]
+    assert dataset.passed_over() == [(str(tmp_path / "files.csv"), "2 lines without a path, the first is line 3")]
+    assert "2 lines without a path" in caplog.text
+
+
 def test_empty_and_missing_lists(tmp_path):
     (tmp_path / "files.txt").write_text("\n \n")
     with pytest.raises(DataError, match=r"got an empty list: .*files\.txt"):

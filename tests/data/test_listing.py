@@ -9,6 +9,7 @@ import time
 import pytest
 
 from dinov2_custom.data import listing
+from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.data.listing import Listing, PatientMap, Progress, list_images
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.sources import FolderSource
@@ -147,7 +148,13 @@ def test_unreadable_folder_is_skipped_and_said(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(listing.os, "scandir", refuse)
     assert list_images([str(tmp_path)]) == [str(tmp_path / "1.jpg")]
-    assert "locked (PermissionError: Permission denied)" in caplog.text
+    assert "locked (unreadable: PermissionError: Permission denied)" in caplog.text
+    caplog.clear()
+    touch(tmp_path / "classes", "a/1.jpg", "a/locked/2.jpg", "3.jpg")
+    labelled = LabelledFolder(tmp_path / "classes")
+    reasons = {os.path.basename(path): reason for path, reason in labelled.passed_over()}
+    assert "Permission denied" in reasons["locked"] and "1 images right in it" in reasons["classes"]
+    assert caplog.text.count("passed over: ") == 2
 
 
 def test_order_is_that_of_the_sorted_paths(tmp_path):
@@ -199,10 +206,11 @@ def test_threads_give_the_same_order(tmp_path, monkeypatch):
     assert list_images([str(tmp_path)]) == expected and len(expected) == 180
 
 
-def test_folder_that_goes_away_meanwhile_is_skipped(tmp_path, caplog):
+def test_folder_that_goes_away_meanwhile_is_skipped(tmp_path):
     touch(tmp_path, "1.jpg")
     found = Listing()
-    assert list(found.chunks(str(tmp_path / "gone"))) == [] and "folder skipped" in caplog.text
+    assert list(found.chunks(str(tmp_path / "gone"))) == []
+    assert [path for path, _ in found.passed_over] == [str(tmp_path / "gone")]
     assert found.others["unreadable folders"] == 1 and found.stamps == [(str(tmp_path / "gone"), None)]
 
 

@@ -69,6 +69,24 @@ def test_arrow_files_are_read_in_place(pa, tmp_path, stream):
     assert len(source._cache) == 0 and pickle.loads(pickle.dumps(source)).read(6) == PICTURES[6]
 
 
+def test_an_arrow_stream_that_ends_between_two_batches_is_passed_over_and_one_within_is_refused(pa, tmp_path, caplog):
+    rows, path = pa.table({"image": PICTURES}), tmp_path / "x.arrow"
+    ends = []
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
+        for batch in rows.to_batches(max_chunksize=2):
+            writer.write_batch(batch)
+            ends.append(file.tell())
+    whole = path.read_bytes()
+    assert ParquetSource(path).passed_over() == []
+    path.write_bytes(whole[: ends[0]])
+    dataset = make_dataset(dataset_str=f"Parquet:path={path}")
+    [(where, reason)] = dataset.passed_over()
+    assert where == str(path) and "2 rows" in reason and f"passed over: {path}" in caplog.text and len(dataset) == 2
+    path.write_bytes(whole[: ends[0] + 300])
+    with pytest.raises(DataError, match="expected a Parquet or Arrow file: .*x.arrow .*got"):
+        ParquetSource(path)
+
+
 def test_few_row_groups_are_kept_and_others_forgotten(pa, tmp_path, monkeypatch):
     path = write(pa, tmp_path / "x.parquet", table(pa, PICTURES), rows=1)
     source = ParquetSource(path, cache_bytes=2 * len(PICTURES[0]) + 200)

@@ -13,7 +13,7 @@ from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.eval import knn
 from dinov2_custom.eval.args import MetricType, get_knn_args_parser
-from dinov2_custom.eval.datasets import Relabelled, find_same_files
+from dinov2_custom.eval.datasets import Relabelled, find_same_files, open_pair
 from dinov2_custom.eval.knn import KnnModule, eval_knn_features, eval_knn_with_model, leave_one_out_accuracy, main
 from dinov2_custom.eval.linear_evaluate import make_eval_data_loader
 
@@ -136,6 +136,20 @@ def test_an_image_is_not_its_own_neighbour(tmp_path, caplog, val):
     assert "('full', 7) Top 1" in results  # 8 images but itself
     count = 4 if val == "relabelled" else 8
     assert f"kNN: {count} of the {count} images to classify are training images, too" in caplog.text
+
+
+def test_one_dataset_given_twice_is_opened_and_measured_once(tmp_path, caplog):
+    values = np.arange(400, dtype=np.uint16).reshape(20, 20) * 10
+    for folder in ("train/a", "train/b", "val/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / folder / "1.png")
+    train, val = (f"LabelledFolder:root={tmp_path}/{name}" for name in ("train", "val"))
+    for other, times in ((train, 1), (val, 2)):
+        caplog.clear()
+        with caplog.at_level("INFO", "dinov2"):
+            pair = open_pair(("--train-dataset", train, None), ("--val-dataset", other, None))
+        assert caplog.text.count("intensity: values from") == times
+        assert [len(dataset) for dataset in pair] == [2, 2 if other == train else 1]
 
 
 def test_other_images_have_all_neighbours_and_the_linear_evaluation_warns_of_the_same_ones(tmp_path, caplog):

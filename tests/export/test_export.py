@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from dinov2_custom.cli import EXPORT_FORMATS as FORMATS
 from dinov2_custom.cli import export_parser as get_args_parser
+from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.export import compare, hugging_face
@@ -67,7 +68,7 @@ def test_transformers(transformers, kind, larger, tmp_path):
 
 
 def test_transformers_prepares_images_as_evaluation_does(transformers, tmp_path):
-    teacher = make_teacher("patch 14")
+    teacher = make_teacher("patch 14")._replace(reading=Reading((0.0, 4095.0), 1))
     export(portable(teacher), "hf", tmp_path / "hf")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     pixels = torch.randint(0, 256, (90, 130, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -75,6 +76,7 @@ def test_transformers_prepares_images_as_evaluation_does(transformers, tmp_path)
     theirs = torch.as_tensor(np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]))
     ours = make_classification_eval_transform(resize_size=64, crop_size=56, **teacher.normalize)(image)
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert (processor.intensity, processor.page) == ([0, 4095], 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,6 +183,17 @@ def test_hugging_face_folder_comes_back(kind, tmp_path):
     images = random_images(teacher.image_size)
     loaded = load_teacher(str(tmp_path)).backbone
     torch.testing.assert_close(features_of(loaded, images), features_of(teacher.backbone, images))
+
+
+@pytest.mark.parametrize("form", ["hf", "timm", "torch", "safetensors"])
+def test_the_range_of_values_and_the_page_come_back(form, tmp_path):
+    path = tmp_path / {"torch": "m.pth", "safetensors": "m.safetensors"}.get(form, form)
+    for given in (Reading((100.0, 4095.5), 2), Reading()):
+        teacher = make_teacher()._replace(reading=given)
+        export(portable(teacher), form, path, overwrite=True)
+        assert load_teacher(str(path)).reading == given
+        if form == "torch":  # the facts are in nobody's way
+            teacher.backbone.load_state_dict(torch.load(path, weights_only=True))
 
 
 def test_a_run_directory_from_the_command_line(tmp_path):
@@ -350,7 +363,7 @@ def test_a_large_onnx_export_finds_its_tensors(onnx_runtime, tmp_path, monkeypat
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_onnx_says_how_to_prepare_images(onnx_runtime, normalize, tmp_path):
-    teacher = make_teacher("patch 14")
+    teacher = make_teacher("patch 14")._replace(reading=Reading((0, 4095)))
     export(portable(teacher)._replace(normalizes=normalize), "onnx", tmp_path / "model.onnx")
     session = onnx_runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -360,6 +373,7 @@ def test_onnx_says_how_to_prepare_images(onnx_runtime, normalize, tmp_path):
         "image_size": 56,
         "patch_size": 14,
         "normalizes": normalize,
+        "intensity": [0, 4095],
     }
     pixels = torch.rand(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     images = (pixels - torch.tensor(facts["mean"]).view(3, 1, 1)) / torch.tensor(facts["std"]).view(3, 1, 1)

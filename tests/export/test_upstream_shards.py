@@ -136,6 +136,7 @@ def test_nothing_of_a_file_is_run(run, tmp_path, what):
         shard.write_bytes(b"<html>")
     else:
         torch.save({"model": {"teacher.x": Bomb(tmp_path / "ran") if what == "bomb" else Getattr()}}, shard)
-    with pytest.raises(CheckpointError, match=f"facebookresearch/dinov2 at {shard}, could not read it"):
+    reason = "it is cut short" if what == "torn" else ""
+    with pytest.raises(CheckpointError, match=f"facebookresearch/dinov2 at {shard}, could not read it: {reason}"):
         export(run, "--output", tmp_path / "teacher.pth")
     assert not (tmp_path / "ran").exists()

@@ -1,7 +1,6 @@
 """The count is what a real step keeps; run/train/memory.py prints it and finds the largest batch that fits."""
 
 import functools
-import re
 from contextlib import nullcontext
 
 import pytest
@@ -10,6 +9,8 @@ from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2_custom import distributed
+from dinov2_custom.cli import memory_parser
+from dinov2_custom.errors import ConfigError
 from dinov2_custom.loss import soft_targets
 from dinov2_custom.train.memory import (
     CATEGORIES,
@@ -22,7 +23,9 @@ from dinov2_custom.train.memory import (
     largest_batch,
     largest_below,
     least_checkpointing,
+    main,
     measure_step,
+    room_on,
     split_on,
     split_over_memory,
 )
@@ -101,6 +104,20 @@ def test_auto_recomputes_as_little_as_fits():
     assert least_checkpointing(cfg, 1000) == "full"
 
 
+def test_auto_counts_what_other_processes_hold_of_sharded_weights():
+    cfg = tiny_config(*WIDE, "train.batch_size_per_gpu=64")
+    none, selective = measure_step(cfg).peak, measure_step(cfg, "selective").peak
+    with torch.device("meta"):
+        student = SSLMetaArch(cfg).student
+    weights = 20 * sum(p.numel() for p in student.parameters())
+    whole, sharded = dict.fromkeys(student, "NO_SHARD"), dict.fromkeys(student, "FULL_SHARD")
+    needed = none - weights * 3 / 4  # in each of four processes
+    available = (needed + (none - selective) / 2) / SHARE_OF_TENSORS + NCCL_BYTES
+    assert least_checkpointing(cfg, room_on(available, student, sharded, 4)) == "none"
+    assert least_checkpointing(cfg, room_on(available, student, whole, 4)) != "none"
+    assert room_on(available, student, whole, 1) == available
+
+
 @pytest.mark.parametrize("lean", ["true", "false"])
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
 def test_one_process_of_several_counts_alone(tmp_path, monkeypatch, centering, lean):
@@ -175,13 +192,20 @@ def test_a_forks_keys_can_be_kept():
 def test_the_batch_found_fits_and_the_next_does_not():
     cfg = tiny_config("dino.head_n_prototypes=65536")
     limit = measure_step(cfg, "none").peak / SHARE_OF_TENSORS / 1e9 * 1.5
-    none, selective, full = fits(cfg, limit)
-    assert [line.split(":")[0] for line in (none, selective, full)] == ["none", "selective", "full"]
-    found = int(re.search(r"batch_size_per_gpu=(\d+)", none).group(1))
+    largest = dict(fits(cfg, limit))
+    assert list(largest) == ["none", "selective", "full"]
+    found = largest["none"]
     for batch_size, is_below in ((found, True), (found + max(1, found // 8) + 1, False)):
         larger = tiny_config("dino.head_n_prototypes=65536", f"train.batch_size_per_gpu={batch_size}")
         assert (measure_step(larger).peak <= limit * 1e9 * SHARE_OF_TENSORS) == is_below
-    assert next(iter(fits(cfg, 0.01))) == "none: not even one image fits into 0.01 GB, 12.5% of it left free"
+
+
+def test_where_nothing_fits_the_command_fails(capsys):
+    with pytest.raises(ConfigError, match="--fits 0.001: expected a step of one image to fit"):
+        main(memory_parser().parse_args(["--fits", "0.001", *TINY]))
+    assert "none: not even one image fits into 0.001 GB, 12.5% of it left free" in capsys.readouterr().out
+    assert main(memory_parser().parse_args(["--fits", "100", *TINY, "train.batch_size_per_gpu=900"])) == 0
+    assert "full: train.batch_size_per_gpu=1024 or more fits into 100 GB" in capsys.readouterr().out
 
 
 def test_how_a_global_batch_is_divided_is_what_training_does():

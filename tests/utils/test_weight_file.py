@@ -137,3 +137,23 @@ def test_broken_lists_of_parts(tmp_path, text, message):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "safetensors"])
+def test_a_file_that_is_cut_short_is_called_that(tmp_path, form):
+    path, state = tmp_path / "a.pth", {"a": torch.zeros(2500), "b": torch.zeros(10)}
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    whole = path.read_bytes()
+    # inside the header or pickle, the tensors and the last bytes; of a zip also where torch says EINVAL
+    for cut in (60, 165, len(whole) // 2, 4200, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match=rf"{path}, could not read it: it is cut short, at {cut:,} bytes"):
+            read_weights(path)
+    path.write_bytes(whole[:50] + b"\xff" * 100 + whole[150:])
+    try:
+        read_weights(path)
+    except CheckpointError as e:
+        assert "it is cut short" not in str(e)

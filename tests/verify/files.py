@@ -141,7 +141,7 @@ class Listed:
 
     def __init__(self, paths, log: Path | None = None, pause_s: float = 0.0):
         self.paths, self.log, self.pause_s = [str(path) for path in paths], log, pause_s
-        self.left_out, self.unreadable_folders = dict, list
+        self.left_out, self.passed_over = dict, list
 
     def __len__(self) -> int:
         return len(self.paths)

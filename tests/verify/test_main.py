@@ -17,6 +17,8 @@ from dinov2_custom.logging import remove_logging
 from dinov2_custom.verify.main import MARKER, main, open_dataset, verify
 from dinov2_custom.verify.report import as_text
 from tests.data.pictures import encode
+from tests.data.test_tar_shards import damage
+from tests.data.test_tar_shards import write as write_tar
 from tests.processes import REPOSITORY
 from tests.verify.files import Listed, bad_files, jpeg, overwritten, sound_files, write_files
 from tests.verify.killed import kill_when, wait_for_end_of
@@ -187,9 +189,20 @@ def test_a_folder_that_cannot_be_listed_is_reported_and_is_no_success(tmp_path, 
     arguments = [f"[{root}, {write_files(tmp_path / 'others', {'c.jpg': jpeg()})}]"]
     arguments += ["--output-dir", str(tmp_path / "out"), "--workers", "1"]
     assert main(get_args_parser().parse_args(arguments)) == 1
-    assert f"were not checked: {root / 'locked'}" in capsys.readouterr().out
+    assert f"  {root / 'locked'} (unreadable: PermissionError: Permission denied)" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["unreadable_folders"] == [str(root / "locked")] and summary["bad"] == 0
+    assert [one["path"] for one in summary["passed_over"]] == [str(root / "locked")] and summary["bad"] == 0
+
+
+def test_an_archive_that_cannot_be_listed_to_its_end_is_no_success(tmp_path, capsys, quiet):
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": jpeg(), "b.jpg": jpeg(1)})
+    damage(path, position=512 + -(-len(jpeg()) // 512) * 512)
+    arguments = [f"Tar:path={path}", "--output-dir", str(tmp_path / "out"), "--workers", "1"]
+    assert main(get_args_parser().parse_args(arguments)) == 1
+    assert f"  {path} (damaged tar: " in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [one["path"] for one in summary["passed_over"]] == [path]
+    assert (summary["sound"], summary["bad"]) == (1, 0)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "sparse"])

@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dinov2_custom.data.depth import Reading
+from dinov2_custom.data.listing import PassedOver
 from dinov2_custom.errors import DataError, UnreadableImageError, class_of_torchvision
 
 from .decoders import Decoder, DecoderType, ImageDataDecoder, TargetDecoder
@@ -87,8 +88,8 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
         """Return how many files of which extension were found beside the images."""
         return Counter()
 
-    def unreadable_folders(self) -> list[str]:
-        """Return the folders that could not be listed."""
+    def passed_over(self) -> list[PassedOver]:
+        """Return the folders and files that could not be listed, or not to their end."""
         return []
 
     def get_sample_decoder(self, index: int) -> Decoder:

@@ -5,19 +5,17 @@ Read :class:`ImageDataset` first; the listing is ``dinov2_custom.data.sources.li
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dinov2_custom.data.listing import PassedOver, log_passed_over
 from dinov2_custom.data.sources import EXTENSIONS, FolderSource, PathTable, Root, as_roots, list_images, read_file
 from dinov2_custom.errors import DataError
 
 from .extended import ExtendedVisionDataset
 from .source_dataset import SourceDataset
-
-logger = logging.getLogger("dinov2")
 
 
 class ImageDataset(SourceDataset):
@@ -65,7 +63,8 @@ class LabelledFolder(ExtendedVisionDataset):
         folder = as_roots(root)[0]
         by_class: dict[str, list[str]] = {}
         loose = 0
-        for path in list_images([folder], extensions):
+        self._passed_over: list[PassedOver] = []
+        for path in list_images([folder], extensions, self._passed_over):
             name, _, rest = os.path.relpath(path, folder).partition(os.sep)
             if rest:
                 by_class.setdefault(name, []).append(path)
@@ -77,7 +76,8 @@ class LabelledFolder(ExtendedVisionDataset):
                 "put every class's images into a folder of its own"
             )
         if loose:
-            logger.warning(f"images skipped: {loose} lie right in {folder}, outside the class folders")
+            self._passed_over.append(PassedOver(folder, f"{loose} images right in it, outside the class folders"))
+        log_passed_over(self._passed_over)
         self.classes = sorted(by_class)
         self.class_to_idx = {name: i for i, name in enumerate(self.classes)}
         self.paths = PathTable(path for name in self.classes for path in by_class[name])
@@ -86,6 +86,9 @@ class LabelledFolder(ExtendedVisionDataset):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def passed_over(self) -> list[PassedOver]:
+        return self._passed_over
 
     def name(self, index: int) -> str:
         """Return the path of image ``index``."""

@@ -117,7 +117,7 @@ class ImageNet(TableDataset):
 
     def _make_entries(self) -> np.ndarray:
         """List the split's folder: actual_index and class_index of every image, classes and images in sorted order."""
-        paths = list_images([os.path.join(self.root, self.split.get_dirname())], (".jpeg",))
+        paths = list_images([os.path.join(self.root, self.split.get_dirname())], (".jpeg",), self._passed_over)
         index_of = {str(class_id): i for i, class_id in enumerate(self._class_ids)}
         entries = np.empty(len(paths), dtype=[("actual_index", "<u4"), ("class_index", "<u4")])
         for i, path in enumerate(paths):

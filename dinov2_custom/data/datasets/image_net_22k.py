@@ -59,8 +59,9 @@ class ImageNet22k(TableDataset):
         [start_offset, end_offset), header included."""
         rows: list[tuple[int, int, int, str]] = []
         for class_index, class_id in enumerate(self._class_ids):
-            members = walk_tar(self._tar_path(class_id))
-            rows += [(class_index, m.offset - HEADER, m.offset + m.size, m.name) for m in members]
+            walk = walk_tar(self._tar_path(class_id))
+            rows += [(class_index, m.offset - HEADER, m.offset + m.size, m.name) for m in walk.members]
+            self._passed_over += walk.passed_over(lambda name: True)
         width = max((len(row[3]) for row in rows), default=1)
         fields = [("class_index", "<u4"), ("start_offset", "<u8"), ("end_offset", "<u8"), ("filename", f"U{width}")]
         return np.array(rows, dtype=fields)

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 
+from dinov2_custom.data.listing import PassedOver, log_passed_over
 from dinov2_custom.data.sources import Source
 
 from .extended import ExtendedVisionDataset
@@ -28,6 +29,7 @@ class SourceDataset(ExtendedVisionDataset):
     ) -> None:
         super().__init__(root, transforms, transform, target_transform, exif=exif)
         self.source = source
+        log_passed_over(source.passed_over())
 
     def __len__(self) -> int:
         return len(self.source)
@@ -54,9 +56,9 @@ class SourceDataset(ExtendedVisionDataset):
         """Return how many files of which extension were found beside the images."""
         return self.source.left_out()
 
-    def unreadable_folders(self) -> list[str]:
-        """Return the folders that could not be listed."""
-        return self.source.unreadable_folders()
+    def passed_over(self) -> list[PassedOver]:
+        """Return the folders and files that could not be listed, or not to their end."""
+        return self.source.passed_over()
 
     def shares(self) -> list[tuple[str, int, float]]:
         """Return (name, number of images, share of the draws) of every folder or file, in the order of the images."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dinov2_custom.data.listing import PassedOver, log_passed_over
 from dinov2_custom.data.sources import as_roots
 
 from .extended import ExtendedVisionDataset
@@ -22,6 +23,7 @@ class TableDataset(ExtendedVisionDataset):
     def __init__(self, root: str, extra: str | None, *transforms: Any) -> None:
         super().__init__(as_roots(root)[0], *transforms)
         self._extra_root = None if extra is None else as_roots(extra)[0]
+        self._passed_over: list[PassedOver] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave tables on disk out: a worker process opens them again."""
@@ -54,7 +56,10 @@ class TableDataset(ExtendedVisionDataset):
     @cached_property
     def _entries(self) -> np.ndarray:
         table = self._load_table("entries")
-        return self._make_entries() if table is None else table
+        if table is None:
+            table = self._make_entries()
+            log_passed_over(self._passed_over)
+        return table
 
     @cached_property
     def _class_ids(self) -> np.ndarray:
@@ -63,6 +68,10 @@ class TableDataset(ExtendedVisionDataset):
 
     def find_class_id(self, class_index: int) -> str:
         return str(self._class_ids[class_index])
+
+    def passed_over(self) -> list[PassedOver]:
+        """Return what could not be listed when the table "entries" was made; nothing is known of one on disk."""
+        return self._passed_over
 
     def __len__(self) -> int:
         return len(self._entries)

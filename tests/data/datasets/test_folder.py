@@ -73,7 +73,7 @@ def test_loose_images_are_skipped_with_a_word_or_refused(tmp_path, caplog):
         LabelledFolder(tmp_path)
     make_folder(tmp_path, ["cat/1.png"])
     assert len(LabelledFolder(str(tmp_path) + "/")) == 1
-    assert "images skipped: 1" in caplog.text
+    assert "passed over: " in caplog.text and "1 images right in it" in caplog.text
 
 
 def test_suffix_says_what_is_listed_and_the_content_what_it_is(tmp_path):

@@ -112,3 +112,11 @@ def test_missing_and_broken_tars_are_errors(root, tmp_path):
     (tmp_path / "tars" / "n01.tar").unlink()
     with pytest.raises(DataError, match="n01.tar/n01_3.JPEG"):
         dataset[0]
+
+
+def test_what_a_cut_tar_hides_is_said(root, caplog):
+    path = f"{root}/n01.tar"
+    with open(path, "r+b") as file:
+        file.truncate(2000)
+    [(where, reason)] = ImageNet22k(root=root).passed_over()
+    assert where == path and "truncated tar" in reason and f"passed over: {path}" in caplog.text
