@@ -35,7 +35,7 @@ class LearningAlarm:
 
     * ``flat``: the DINO loss is that of a network whose output is the same for all images. An untrained network has it
       too: until the loss has been below ``LEARNED`` of that, the stretch has to be ``STRETCH`` of the run, and twice as
-      long while the entropy of the teacher's assignments falls.
+      long while the entropy of the teacher's assignments falls or the features' RankMe rises.
     * ``single``: one prototype takes every image.
     * ``rank``: the features fill less than a quarter of the dimensions (RankMe) that they once filled.
 
@@ -46,7 +46,7 @@ class LearningAlarm:
     """
 
     name, retries = "alarm", True
-    MIN_ROWS, STRETCH, LEARNED, RANK_LOSS = 10, 0.2, 0.97, 4.0
+    MIN_ROWS, STRETCH, LEARNED, RANK_LOSS, RANK_RISE = 10, 0.2, 0.97, 4.0, 1.1
 
     def __init__(self, num_prototypes: int, flat_loss: float | None, total: Callable[[int], float]) -> None:
         self.uniform_entropy, self.flat_loss, self.total = math.log(num_prototypes), flat_loss, total
@@ -118,9 +118,12 @@ class LearningAlarm:
         stretch = self.stretches[kind]
         first, last = stretch[0]["iteration"], stretch[-1]["iteration"]
         half = len(stretch) // 2
-        before, after = (fmean(r["teacher_entropy"] for r in part) for part in (stretch[:half], stretch[half:]))
+        halves = stretch[:half], stretch[half:]
+        before, after = (fmean(r["teacher_entropy"] for r in part) for part in halves)
         is_falling = after < before - COLLAPSE_MARGIN * self.uniform_entropy
-        return last - first >= self.STRETCH * total * (1 + is_falling)
+        rank_before, rank_after = (fmean(r.get("rankme", math.nan) for r in part) for part in halves)
+        is_rising = rank_after > self.RANK_RISE * rank_before
+        return last - first >= self.STRETCH * total * (1 + (is_falling or is_rising))
 
     def _describe(self, kind: str, stretch: list[dict[str, float]]) -> str:
         first, last = stretch[0], stretch[-1]

@@ -118,6 +118,7 @@ def test_small_is_for_runs_of_minutes_on_few_images():
     assert cfg.student.layerscale == 1 and cfg.dino.head_n_prototypes <= 1024 and cfg.teacher.momentum_teacher < 0.99
     assert cfg.optim.warmup_epochs < cfg.optim.epochs / 4
     assert cfg.teacher.warmup_teacher_temp_epochs < cfg.optim.epochs
+    assert cfg.augmentation.blur_sigma[1] / cfg.crops.local_crops_size <= 2 / 96  # upstream's blur of its own crops
 
 
 def test_small_trains_on_a_handful_of_images(tmp_path):

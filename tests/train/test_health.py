@@ -37,6 +37,21 @@ TILES = {
     "rank": [6.5, 6.4, 6.4, 7.4, 7.9, 9.0, 10.3, 11.2, 12.1, 13.8, 15.5, 16.2, 17.2, 18.4, 19.2, 19.3, 19.7, 20.2, 20.3,
              20.3, 20.7, 21.3, 20.8, 20.7, 20.7, 21.4, 21.2, 21.2, 21.2, 21.2, 21.4],
 }  # fmt: skip
+# configs/small.yaml on the same 320 images, the first 420 of 800 iterations: at ln K until 240, kNN .48 -> .67
+LATE = {
+    "loss": [6.249, 6.022, 5.802, 5.709, 5.591, 5.56, 5.548, 5.542, 5.54, 5.537, 5.532, 5.531, 5.531, 5.528, 5.525,
+             5.521, 5.523, 5.527, 5.519, 5.514, 5.513, 5.506, 5.501, 5.497, 5.49, 5.473, 5.475, 5.466, 5.451, 5.453,
+             5.446, 5.418, 5.408, 5.406, 5.391, 5.379, 5.385, 5.373, 5.373, 5.363, 5.344, 5.347],
+    "teacher": [4.349, 4.349, 4.573, 4.58, 4.703, 4.895, 5.009, 4.982, 4.974, 4.974, 5.003, 5.08, 5.046, 5.046, 5.133,
+                5.158, 5.176, 5.201, 5.201, 5.233, 5.233, 5.168, 5.168, 5.218, 5.193, 5.144, 5.141, 5.14, 5.125,
+                5.106, 5.083, 5.083, 5.069, 5.016, 5.009, 4.928, 4.928, 4.944, 4.944, 4.964, 4.948, 4.904],
+    "prototype": [5.526, 5.495, 5.495, 5.525, 5.532, 5.544, 5.545, 5.545, 5.545, 5.545, 5.545, 5.545, 5.545, 5.545,
+                  5.545, 5.544, 5.544, 5.545, 5.544, 5.544, 5.545, 5.544, 5.544, 5.544, 5.545, 5.544, 5.544, 5.544,
+                  5.544, 5.545, 5.542, 5.539, 5.539, 5.543, 5.539, 5.539, 5.541, 5.541, 5.537, 5.533, 5.533, 5.542],
+    "rank": [7.5, 7.0, 7.0, 8.5, 9.8, 11.6, 11.6, 13.1, 13.9, 15.0, 15.4, 16.1, 16.2, 16.8, 17.2, 17.6, 17.8, 18.4,
+             18.4, 18.6, 19.1, 19.1, 20.1, 20.1, 20.7, 20.8, 20.8, 21.3, 21.3, 21.6, 21.8, 22.0, 22.3, 22.4, 22.4,
+             22.2, 22.2, 22.5, 22.5, 22.6, 22.6, 22.6],
+}  # fmt: skip
 
 
 def rows(series, every=10):
@@ -71,7 +86,7 @@ def alarms(series, prototypes, total, every=10):
     [
         (ISSUE_1, 1024, 260, 90, "the features of all images are nearly the same"),
         (ISSUE_2, 256, 600, 120, "the student cannot predict"),
-        (BLOOD_CELLS, 256, 300, 90, "the student cannot predict"),
+        (BLOOD_CELLS, 256, 300, 120, "the student cannot predict"),
     ],
 )
 def test_a_run_that_does_not_learn_is_warned_of_once_and_at_the_end(series, prototypes, total, at, reason):
@@ -81,8 +96,9 @@ def test_a_run_that_does_not_learn_is_warned_of_once_and_at_the_end(series, prot
     assert "configs/small.yaml" in again and "docs/monitoring.md" in again
 
 
-def test_a_run_that_learns_is_silent():
-    assert alarms(TILES, 256, 300) == ({}, [])
+@pytest.mark.parametrize(("series", "total"), [(TILES, 300), (LATE, 800)])
+def test_a_run_that_learns_is_silent(series, total):
+    assert alarms(series, 256, total) == ({}, [])
 
 
 def long_run(flat_share, falling):
