@@ -16,6 +16,7 @@ from dinov2_custom.errors import LaunchError
 from dinov2_custom.world import World
 from tests.eval.test_setup import make_run
 from tests.eval.test_two_processes import overlapping_classes
+from tests.processes import CEILING_S
 from tests.train.batches import TINY
 
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "SUBMITIT_", "TORCHELASTIC")
@@ -214,7 +215,7 @@ def two_ranks(code, *arguments):
         for rank in range(2)
     ]
     try:
-        ends = [job.communicate(timeout=100) for job in jobs]
+        ends = [job.communicate(timeout=CEILING_S) for job in jobs]
     finally:
         for job in jobs:
             job.kill()
