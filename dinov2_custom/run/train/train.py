@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from dinov2_custom import entry
-from dinov2_custom.commands import command
-from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs, warn_of_absent
-from dinov2_custom.train.args import get_args_parser as get_train_args_parser
-
-__all__ = ["Trainer", "main"]
+from dinov2_custom.run.submit import Task, warn_of_absent
+from dinov2_custom.train.args import get_args_parser
 
 
 class Trainer(Task):
     """A training in every process."""
 
-    module = "dinov2_custom.train.train"
+    module, name, script = "dinov2_custom.train.train", "dinov2:train", "run/train/train.py"
+    get_parser = staticmethod(get_args_parser)
 
     def prepare(self, warn: Callable[[str], None]) -> str:
         """Check the configuration, set ``args.output_dir`` and return the configuration as YAML."""
@@ -40,13 +38,7 @@ class Trainer(Task):
         return to_yaml(cfg)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, launch, and return the exit code."""
-    train_parser = get_train_args_parser(add_help=False)
-    parser = get_args_parser(train_parser.description, parents=[train_parser])
-    parser.prog = command("run/train/train.py")
-    return submit_jobs(Trainer, parser.parse_args(arguments), name="dinov2:train")
-
+main = Trainer.launch
 
 if __name__ == "__main__":
     entry.leave(entry.reported(main))
