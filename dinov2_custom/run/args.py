@@ -156,7 +156,7 @@ class Option:
 
 
 RESOURCES = (
-    Option(("--nodes", "--nnodes", "-N"), "number of nodes (default: 1)", count, default=1, metavar="N"),
+    Option(("--nodes", "--nnodes", "-N"), "number of nodes (default: 1)", count, sbatch=True, default=1),
     Option(("--timeout", "--time", "-t"), "time limit: minutes, HH:MM:SS, ... (default: 2800)", minutes, default=2800),
     Option(("--partition", "-p"), "partition (default: the cluster's)", sbatch=True),
     Option(("--account", "-A"), "account that pays", sbatch=True),
@@ -165,10 +165,10 @@ RESOURCES = (
     Option(("--use-volta32",), "ask for nodes with the feature volta32gb", many="flag"),
     Option(("--mem",), "memory a node, such as 64G; 0: all of it", sbatch=True),
     Option(("--mem-per-gpu",), "memory a GPU, such as 30G", sbatch=True),
-    Option(("--cpus-per-task",), "CPU cores a process (default: 10, or what the nodes have)", count, metavar="N"),
+    Option(("--cpus-per-task",), "CPU cores a process (default: 10, or what the nodes have)", count, sbatch=True),
     Option(("--gres",), "generic resources such as gpu:a100:4, which also sets --ngpus", gres, sbatch=True),
     Option(("--reservation",), "reservation", sbatch=True),
-    Option(("--exclusive",), "whole nodes, shared with nobody", many="flag"),
+    Option(("--exclusive",), "whole nodes, shared with nobody", many="flag", sbatch=True),
     Option(("--exclude",), "nodes to leave out", sbatch=True),
     Option(("--job-name", "-J"), "name of the job", sbatch=True),
     Option(("--comment",), "note for the scheduler and its users", sbatch=True),
@@ -199,7 +199,6 @@ PROCESSES = Option(
     ("--ngpus", "--gpus", "--gpus-per-node"),
     "processes a node, one a GPU (default: those of --gres, 8 with SLURM, else all GPUs of this machine)",
     count,
-    metavar="N",
 )
 CPU = Option(("--cpu",), "use no GPU, ask SLURM for none: --ngpus is the number of CPU processes", many="flag")
 # what --cluster files may hold; all but the processes make SLURM the default launcher
@@ -287,7 +286,8 @@ def get_args_parser(
 def _add(group, *options: Option) -> None:
     for option in options:
         how: dict[str, Any] = {"action": "append"} if option.many else {}
-        how |= {"type": option.type, "metavar": option.metavar or option.dest.upper()}
+        metavar = option.metavar or ("N" if option.type is count else option.dest.upper())
+        how |= {"type": option.type, "metavar": metavar}
         if option.many == "flag":
             how = {"action": "store_true"}
         group.add_argument(*option.flags, dest=option.dest, default=None, help=option.help, **how)

@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import cloudpickle
+import cloudpickle  # submitit requires it
 import submitit
 from submitit.core import utils as submitit_utils
 

@@ -124,14 +124,14 @@ def closed_partition(script: str) -> str:
     partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in shown]
     reasons = []
     for facts in partitions:
-        if facts["PartitionName"] in wanted.split(",") if wanted else facts["Default"] == "YES":
+        if facts["PartitionName"] in wanted.split(",") if wanted else facts.get("Default") == "YES":
             reasons.append(_closed(facts, asked))
     return "" if "" in reasons or not reasons else reasons[0]
 
 
 def _closed(facts: Mapping[str, str], asked: Mapping[str, str]) -> str:
     name = facts["PartitionName"]
-    if facts["State"] != "UP":
+    if facts.get("State", "UP") != "UP":
         return f"partition {facts['State']}"
     if facts.get("AllowAccounts", "ALL") != "ALL" or "DenyAccounts" in facts:
         command = ("sacctmgr", "--noheader", "--parsable2", "show", "user", os.environ.get("USER", ""))
@@ -140,7 +140,7 @@ def _closed(facts: Mapping[str, str], asked: Mapping[str, str]) -> str:
             return f"account {account or 'unknown'}, where {name} allows {facts.get('AllowAccounts', 'others')}"
     if "qos" in asked and not _is_allowed("Qos", asked["qos"], facts):
         return f"{name} allows QOS {facts.get('AllowQos', 'others')}"
-    return "PartitionTimeLimit" if _minutes(facts["MaxTime"]) < int(asked.get("time", 1)) else ""
+    return "PartitionTimeLimit" if _minutes(facts.get("MaxTime", "")) < int(asked.get("time", 1)) else ""
 
 
 def _is_allowed(kind: str, value: str, facts: Mapping[str, str]) -> bool:
@@ -167,9 +167,17 @@ def _minutes(limit: str) -> float:
         return float("inf")
 
 
-def ask(*command: str) -> str:
-    """Return what ``command`` prints; "" if it is not there or does not answer."""
+def call(*command: str, input: str | None = None) -> tuple[int | None, str, str]:
+    """Return exit code, output and errors of ``command``; None, "" and why if it is not there or does not answer."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+        done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S)
+    except FileNotFoundError:
+        return None, "", f"no {command[0]} on PATH"
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return None, "", str(e)
+    return done.returncode, done.stdout, done.stderr
+
+
+def ask(*command: str) -> str:
+    """Return what ``command`` prints; "" if it does not answer."""
+    return call(*command)[1]

@@ -93,7 +93,7 @@ set +e
 _NEVER_STARTS = ("PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "InvalidAccount", "InvalidQOS")
 _NEVER_STARTS += ("BadConstraints", "WallDurationPerJobLimit", "can't use this partition")
 _NEVER_STARTS += ("not permitted to use this partition",)
-# what submitit leaves of a submission: links, and files where it failed
+# what submitit leaves of a submission that failed
 _LEFT = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh")
 
 
@@ -109,48 +109,35 @@ def parameters(args: argparse.Namespace, name: str, environment: Environment, co
         LaunchError: a value that would not stay on its line of the script.
     """
     delay = min(args.signal_delay, args.timeout * 30)
-    wanted: dict[str, Any] = {
-        "job_name": name,
-        "nodes": args.nodes,
-        "ntasks_per_node": args.ngpus,
-        "cpus_per_task": args.cpus_per_task,
-        "gpus_per_node": None if args.cpu or count_gpus(args.gres) else args.ngpus,
-        "time": args.timeout,
-        "signal_delay_s": delay,
-        "wckey": None,  # clusters that check them refuse submitit's own
-        "setup": [_setup(args, environment, command, delay)],
-        "srun_args": ["--kill-on-bad-exit=1", "--wait=1800", f"--cpus-per-task={args.cpus_per_task}", *args.srun_arg],
-        "teardown": ['finish "$?"'],
-        "additional_parameters": _options(args),
-    }
-    for option, value in {"output_dir": args.output_dir, **wanted, **wanted["additional_parameters"]}.items():
+    # what the script prints does not go where rank 0 prints; a folder named by the job is not there when it starts
+    log = "/dev/null" if JOB in args.output_dir else f"{args.output_dir}/{'%A_%a' if args.sweep else JOB}_log.out"
+    options: dict[str, Any] = {"job_name": name, "ntasks_per_node": args.ngpus, "time": args.timeout}
+    options |= {"requeue": True, "output": log, "error": log}
+    if not args.cpu and not count_gpus(args.gres):
+        options["gpus_per_node"] = args.ngpus
+    options |= {option.dest: value for option in RESOURCES if option.sbatch and (value := getattr(args, option.dest))}
+    if args.use_volta32:
+        options["constraint"] = "&".join(filter(None, (args.constraint, "volta32gb")))
+    for text in args.slurm:  # wins
+        key, _, value = text.partition("=")
+        options[key.replace("-", "_")] = value or True
+    if "no_requeue" in options:  # sbatch takes the last of the two, in the order of the alphabet
+        del options["requeue"]
+    for option, value in {"output_dir": args.output_dir, **options}.items():
         if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f\\]", value):
             raise LaunchError(
                 f"--{option.replace('_', '-')}: expected one line without backslashes, got {value!r}; take them out"
             )
     if "%" in args.output_dir.replace(JOB, ""):
         raise LaunchError(f"--output-dir: expected no % but in {JOB}, which SLURM replaces, got {args.output_dir}")
-    return wanted
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the other options of sbatch; those of ``--slurm`` come last and win."""
-    # what the script prints does not go where rank 0 prints; a folder named by the job is not there when it starts
-    log = "/dev/null" if JOB in args.output_dir else f"{args.output_dir}/{'%A_%a' if args.sweep else JOB}_log.out"
-    chosen: dict[str, Any] = {"requeue": True, "output": log, "error": log}
-    given = {option.dest: getattr(args, option.dest) for option in RESOURCES if option.sbatch}
-    chosen |= {name: value for name, value in given.items() if value}
-    features = [text for text in (args.constraint, "volta32gb" if args.use_volta32 else None) if text]
-    if features:
-        chosen["constraint"] = "&".join(features)
-    if args.exclusive:
-        chosen["exclusive"] = True
-    for text in args.slurm:
-        key, _, value = text.partition("=")
-        chosen[key.replace("-", "_")] = value or True
-    if "no_requeue" in chosen:  # sbatch takes the last of the two, in the order of the alphabet
-        del chosen["requeue"]
-    return chosen
+    return {
+        "signal_delay_s": delay,
+        "wckey": None,  # clusters that check them refuse submitit's own
+        "setup": [_setup(args, environment, command, delay)],
+        "srun_args": ["--kill-on-bad-exit=1", "--wait=1800", f"--cpus-per-task={args.cpus_per_task}", *args.srun_arg],
+        "teardown": ['finish "$?"'],
+        "additional_parameters": options,
+    }
 
 
 def _setup(args: argparse.Namespace, environment: Environment, command: str, delay: int) -> str:
@@ -209,23 +196,18 @@ def check_syntax(script: str) -> None:
 
 def test_only(script: str) -> tuple[bool, str]:
     """Return whether SLURM would run ``script``, as far as it answers, and when, or why not, in a sentence."""
-    try:
-        with environment_of_sbatch(script):
-            tested = subprocess.run(
-                ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=refusal.QUERY_TIMEOUT_S
-            )
-    except FileNotFoundError:
-        return True, "SLURM was not asked: no sbatch on PATH"
-    except (OSError, subprocess.TimeoutExpired) as e:
-        return True, f"SLURM was not asked: {e}"
-    if refusal.is_unreachable(tested.stderr) and tested.returncode:
-        return True, f"SLURM was not asked: {refusal.explain(tested.stderr, script)}"
-    if tested.returncode:
-        return False, f"SLURM would refuse this job: {refusal.explain(tested.stderr, script)}"
+    with environment_of_sbatch(script):
+        code, _, words = refusal.call("sbatch", "--test-only", input=script)
+    if code is None:
+        return True, f"SLURM was not asked: {words}"
+    if code and refusal.is_unreachable(words):
+        return True, f"SLURM was not asked: {refusal.explain(words, script)}"
+    if code:
+        return False, f"SLURM would refuse this job: {refusal.explain(words, script)}"
     if closed := refusal.closed_partition(script):
         return False, f"SLURM would not run this job: {refusal.explain(closed, script)}"
-    lines = [re.sub(r"^sbatch: ", "", line) for line in tested.stderr.splitlines() if " to start at " in line]
-    return True, f"SLURM would accept this job: {lines[-1] if lines else tested.stderr.strip()}"
+    lines = [re.sub(r"^sbatch: ", "", line) for line in words.splitlines() if " to start at " in line]
+    return True, f"SLURM would accept this job: {lines[-1] if lines else words.strip()}"
 
 
 def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Process]) -> tuple[str, Path, str]:
@@ -243,7 +225,7 @@ def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Proc
     made, before = missing_folders(folder), set(folder.glob("*"))
     executor = submitit.SlurmExecutor(output_dir, python=PYTHON)
     executor.update_parameters(**parameters)
-    job_id, state, refused = "", "", ""
+    job_id = ""
     try:
         # submitit prints what sbatch complains of, beside raising it
         with environment_of_sbatch(text), redirect_stderr(io.StringIO()):
@@ -251,19 +233,19 @@ def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Proc
         shown = refusal.ask("squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)").strip()
         state = shown.partition("\n")[0].replace(" (None)", "")
         if any(reason in state for reason in _NEVER_STARTS):
-            subprocess.run(["scancel", job_id], check=False)
-            refused = f"the job could never start: {state}"
+            raise submitit_utils.FailedJobError(f"the job could never start: {state}")
     except (submitit_utils.FailedJobError, submitit_utils.FailedSubmissionError) as e:
-        refused = str(e)
-    files = Path(output_dir.replace(JOB, job_id))
-    for path in set(folder.glob("*")) - before:
-        if _LEFT.fullmatch(path.name) and (refused or path.is_symlink()):
-            path.unlink(missing_ok=True)
-    if refused:
-        for path in files.glob(f"{job_id}_*") if job_id else ():
+        left = [path for path in set(folder.glob("*")) - before if _LEFT.fullmatch(path.name)]
+        if job_id:
+            subprocess.run(["scancel", job_id], check=False)
+            left += Path(output_dir.replace(JOB, job_id)).glob(f"{job_id}_*")
+        for path in left:
             path.unlink()
-        remove_empty([files, *made])
-        raise LaunchError(refusal.explain(refused, text))
+        remove_empty([Path(output_dir.replace(JOB, job_id)), *made])
+        raise LaunchError(refusal.explain(str(e), text)) from e
+    for path in set(folder.glob(".submission_file_*")) - before:
+        path.unlink()  # submitit's link to the script
+    files = Path(output_dir.replace(JOB, job_id))
     for path in files.glob(f"{job_id}_*submitted.pkl"):
         path.chmod(0o600)  # the job calls what is in it
     return job_id, files, state

@@ -220,11 +220,9 @@ def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
 
 
 def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
-    is_task = issubclass(task_class, Task)
     launch_args.fill_in(args)
-    runs = [argparse.Namespace(**vars(args)) for _ in product(*args.sweep)]
-    for run, overrides in zip(runs, product(*args.sweep), strict=True):
-        run.opts = [*(getattr(args, "opts", None) or []), *overrides]
+    given = getattr(args, "opts", None) or []
+    runs = [argparse.Namespace(**vars(args) | {"opts": [*given, *values]}) for values in product(*args.sweep)]
     warnings: list[str] = []
     configs = [_prepare(task_class, run, warnings.append) for run in runs]
     args.output_dir = resolve_output_dir(args.output_dir or runs[0].output_dir, None)
@@ -235,7 +233,7 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     elif args.sweep:
         raise LaunchError(f"--output-dir: expected no {slurm.JOB} with --sweep, got {args.output_dir}; leave it out")
     env = environment.resolve(args, os.environ)
-    if missing := [package for package in env.missing if package == "submitit" or is_task]:
+    if missing := [name for name in env.missing if name == "submitit" or issubclass(task_class, Task)]:
         raise LaunchError(
             f"--venv, --conda-env, --python: expected an environment with {', '.join(missing)}, found none for "
             f"{env.python}; install them with `{env.python} -m pip install -e {Path(__file__).resolve().parents[2]}`"
@@ -247,6 +245,7 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     slurm.check_syntax(script)
     if not args.dry_run:  # last: mistakes that a user can fix come before what this machine lacks
         slurm.check_installed()
+        _warn_of_others(args, warnings.append)
     for text in dict.fromkeys(warnings):
         print(f"warning: {text}", file=sys.stderr)
     if args.dry_run:
@@ -254,13 +253,9 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
         accepted, words = slurm.test_only(script)
         print(f"# {words}", file=sys.stderr)
         return exit_codes.DONE if accepted else exit_codes.ERROR
-    _warn_of_others(args)
-    for run in runs if is_task else ():  # another class may read the launcher's options
-        for dest in LAUNCH_DESTS:
-            delattr(run, dest)
     processes = [Process(task_class, run, config) for run, config in zip(runs, configs, strict=True)]
     job_id, folder, state = slurm.submit(parameters, args.output_dir, processes)
-    first = Path(runs[0].output_dir.replace(slurm.JOB, job_id))
+    first = runs[0].output_dir.replace(slurm.JOB, job_id)
     logs = (f"{folder}/{job_id}{'_0' if args.sweep else ''}_log.out", f"{first}/logs/log.txt")
     print(f"job {job_id} {state}\nfiles: {folder}")
     if args.sweep:
@@ -269,7 +264,7 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     return exit_codes.DONE
 
 
-def _warn_of_others(args: argparse.Namespace) -> None:
+def _warn_of_others(args: argparse.Namespace, warn: Callable[[str], None]) -> None:
     """Warn of this user's jobs, waiting or running, for the same directory, unless the new one waits for another."""
     folder = Path(args.output_dir)
     known = {path.name.removesuffix("_submission.sh") for path in folder.glob("*_submission.sh")}
@@ -277,11 +272,9 @@ def _warn_of_others(args: argparse.Namespace) -> None:
         return
     listed = refusal.ask("squeue", "--me", "--noheader", "--format", "%i %T").splitlines()
     if others := [line for line in listed if line.partition(" ")[0].partition("_")[0] in known]:
-        print(
-            f"warning: --output-dir: there is already a job for {folder}: {', '.join(others)}; one that starts while "
-            "another runs ends with an error. To run after it: --slurm dependency=afterany:"
-            f"{others[-1].partition(' ')[0]}",
-            file=sys.stderr,
+        warn(
+            f"--output-dir: there is already a job for {folder}: {', '.join(others)}; one that starts while another "
+            f"runs ends with an error. To run after it: --slurm dependency=afterany:{others[-1].partition(' ')[0]}"
         )
 
 
