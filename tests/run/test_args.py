@@ -106,6 +106,8 @@ def test_values_of_a_sweep():
         (["-xn1"], "-> take --exclude=n1"),
         (["-o", "log"], "-> --output-dir chooses the folder"),
         (["-a", "0-3"], "-> take --sweep KEY=VALUE,VALUE"),
+        (["-config-file", "x"], "did you mean --config-file?"),
+        (["-nodelist=n1"], "-> take --slurm nodelist=n1"),
         (["-H"], "-> take --slurm hold\n"),
         (["--gres", "gpu:a100:0"], "argument --gres: expected gpu:N or gpu:TYPE:N with N of at least 1"),
         (["--gres", "gpu:0"], "got 'gpu:0'; for no GPUs take --cpu"),
