@@ -87,14 +87,14 @@ def count_gpus(gres: str | None) -> int:
 
 
 # options of sbatch that --slurm refuses, since the job's files, signals or processes depend on them -> what to use
-RESERVED = dict.fromkeys(("output", "error"), "; --output-dir chooses the folder")
+RESERVED = dict.fromkeys(("output", "error"), "--output-dir chooses the folder")
 _OF_GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")
-RESERVED |= dict.fromkeys(_OF_GPUS, "; take --ngpus or --gres gpu:TYPE:N")
+RESERVED |= dict.fromkeys(_OF_GPUS, "take --ngpus or --gres gpu:TYPE:N")
 _TASKS = ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket")
-RESERVED |= dict.fromkeys(_TASKS, "; take --ngpus, the processes of a node, and --nodes")
-RESERVED |= {name: f"; take --{name}" for name in ("nodes", "cpus-per-task")}
-RESERVED |= {"time": "; take --timeout", "signal": "; take --signal-delay", "array": "; take --sweep KEY=VALUE,VALUE"}
-RESERVED |= {"open-mode": "", "wrap": "", "test-only": "; take --dry-run", "parsable": "", "wait": ""}
+RESERVED |= dict.fromkeys(_TASKS, "take --ngpus, the processes of a node, and --nodes")
+RESERVED |= {name: f"take --{name}" for name in ("nodes", "cpus-per-task")}
+RESERVED |= {"time": "take --timeout", "signal": "take --signal-delay", "array": "take --sweep KEY=VALUE,VALUE"}
+RESERVED |= dict.fromkeys(("open-mode", "wrap", "parsable", "wait"), "leave it out") | {"test-only": "take --dry-run"}
 # options of sbatch that are no flags of the launcher: an error says how to give them
 _SBATCH = (
     "array begin bb burst-buffer chdir clusters container-image core-spec contiguous cores-per-socket cpu-freq "
@@ -117,7 +117,7 @@ def pair(text: str) -> str:
     key = text.partition("=")[0].replace("_", "-")
     if key in RESERVED:
         raise argparse.ArgumentTypeError(
-            f"expected an option that the job script does not set itself, got {key}{RESERVED[key]}"
+            f"expected an option that the job script does not set itself, got {key}; {RESERVED[key]}"
         )
     return text
 
@@ -228,7 +228,6 @@ class LaunchParser(OverridesParser):
         given = name if name in _BARE else f"{name}={value or '...'}"
         is_flag = f"--{name}" in self._option_string_actions
         advice = RESERVED.get(name, f"take --{given}" if is_flag else f"take --slurm {given}")
-        advice = advice.removeprefix("; ") or "the job script sets it"
         return f"{text}: not a flag of the launcher -> {advice}"
 
     def parse_known_args(  # type: ignore[override]
