@@ -68,19 +68,12 @@ def _reported(main: Callable[[], int], error_code: int) -> int:
             raise
         _flush()
         return stopped_by(signal.SIGPIPE)
-    except DINOv2Error as e:
-        print(f"error: {words_of(e)}", file=sys.stderr)
-        return error_code if e.exit_code is None else e.exit_code
-    except OSError as e:
-        if not (trouble := describe_no_room(e)):
+    except Exception as e:
+        if not (sentence := sentence_of(e)):
             raise
-        print(f"error: {trouble}", file=sys.stderr)
-        return error_code
-    except ModuleNotFoundError as e:
-        if not (reason := missing_requirement(e)):
-            raise
-        print(f"error: {reason}", file=sys.stderr)
-        return error_code
+        print(f"error: {sentence}", file=sys.stderr)
+        code = getattr(e, "exit_code", None)
+        return error_code if code is None else code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return stopped_by(signal.SIGINT)
@@ -112,6 +105,15 @@ def _is_alone() -> bool:
         return world_from_environment(os.environ).size == 1
     except DINOv2Error:  # nothing was started then
         return True
+
+
+def sentence_of(error: Exception) -> str:
+    """Return the one sentence for an error that a user can fix, "" for any other."""
+    if isinstance(error, DINOv2Error):
+        return words_of(error)
+    if isinstance(error, OSError):
+        return describe_no_room(error)
+    return missing_requirement(error) if isinstance(error, ModuleNotFoundError) else ""
 
 
 def words_of(error: DINOv2Error) -> str:

@@ -118,10 +118,10 @@ def shortage(error: BaseException, what: str) -> ResourceError | None:
 
 
 _SOURCE_PLACE = re.compile(r"\[[^\s\]]+\.\w+:\d+\]\s*")
-_GLOOS_ADVICE = " This is typically caused by a remote worker crashing"
+_GLOOS_ADVICE = " This is typically caused by a remote worker"  # crashing, or hanging or bugs in the application
 
 
-def reason_of(error: BaseException) -> str:
+def reason_of(error: BaseException | str) -> str:
     """Return the first line of ``error``, without what torch's C++ adds for its developers.
 
     That is the place in the source tree it was built from, and gloo's advice on crashed workers, which callers replace.

@@ -1,20 +1,27 @@
-"""Flags of the launcher: which one, how many processes, what a SLURM job asks for, in which environment it runs.
+"""Flags of the launcher, and their defaults for one cluster from a YAML file: the flags without their dashes.
 
-Not their defaults on a cluster (``cluster_file.py``), not the flags of the programs (``cli.py``). Torch-free.
-Read :func:`get_args_parser` first.
+Without ``--cluster`` the user's own ``~/.config/dinov2_custom/cluster.yaml`` is read for SLURM jobs, if there is one. A
+flag wins over the file. Not the flags of the programs (``cli.py``). Torch-free. Read :func:`get_args_parser` and
+:func:`fill_in`.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dinov2_custom.cli import OverridesParser
+from dinov2_custom.errors import ConfigError, LaunchError
 
 LAUNCHERS = ("slurm", "local", "inline")
+DEFAULT_NGPUS = 8  # as upstream
+INTERPRETERS = ("conda_env", "venv", "python", "container")
 _DURATIONS = (
     r"(?P<mins>\d+)(?::(?P<secs>\d\d))?",
     r"(?P<hours>\d+):(?P<mins>\d\d):(?P<secs>\d\d)",
@@ -52,30 +59,55 @@ def text(given: str) -> str:
     return given
 
 
-def count_gpus(gres: str) -> int:
-    """Return the GPUs of ``gpu``, ``gpu:2``, ``gpu:a100:2`` or a list of such, 0 if there are none."""
-    parts = [part.split(":") for part in re.sub("gres:", "", gres).split(",")]
-    return sum(int(part[-1]) if part[-1].isdecimal() else 1 for part in parts if part[0] == "gpu")
+def srun_argument(given: str) -> str:
+    """Read an argument of srun, which would take one without dashes for the command to run."""
+    if not re.match(r"--?[A-Za-z]", text(given)):
+        raise argparse.ArgumentTypeError(f"expected an argument with its dashes, such as --mpi=none, got {given!r}")
+    return given
+
+
+# the GPUs of a list of resources: (type with its colon or "", number or "")
+_GPUS = re.compile(r"(?<![^,])gpu((?::[^:,()]*[^:,()\d][^:,()]*)?)(?::([1-9]\d*))?(?![^,])")
+
+
+def gres(given: str) -> str:
+    """Read a list of generic resources, in which GPUs are ``gpu``, ``gpu:2``, ``gpu:a100`` or ``gpu:a100:2``."""
+    for part in text(given).split(","):
+        if re.match(r"(gres\W)?gpus?\b", part, re.IGNORECASE) and not _GPUS.fullmatch(part):
+            raise argparse.ArgumentTypeError(
+                f"expected gpu:N or gpu:TYPE:N with N of at least 1 and nothing after it, got {part!r}; for no GPUs "
+                "take --cpu"
+            )
+    return given
+
+
+def count_gpus(gres: str | None) -> int:
+    """Return the GPUs of a list of resources, 0 if there are none."""
+    return sum(int(number or 1) for _, number in _GPUS.findall(gres or ""))
 
 
 # options of sbatch that --slurm refuses, since the job's files, signals or processes depend on them -> what to use
-RESERVED = dict.fromkeys(("output", "error"), "; --output-dir chooses the folder")
-_GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")
-RESERVED |= dict.fromkeys(_GPUS, "; take --ngpus or --gres gpu:TYPE:N")
+RESERVED = dict.fromkeys(("output", "error"), "--output-dir chooses the folder")
+_OF_GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")
+RESERVED |= dict.fromkeys(_OF_GPUS, "take --ngpus or --gres gpu:TYPE:N")
 _TASKS = ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket")
-RESERVED |= dict.fromkeys(_TASKS, "; take --ngpus, the processes of a node, and --nodes")
-RESERVED |= {name: f"; take --{name}" for name in ("nodes", "cpus-per-task")}
-RESERVED |= {"time": "; take --timeout", "signal": "; take --signal-delay", "array": "; take --sweep KEY=VALUE,VALUE"}
-RESERVED |= {"open-mode": "", "wrap": "", "test-only": "; take --dry-run", "parsable": "", "wait": ""}
+RESERVED |= dict.fromkeys(_TASKS, "take --ngpus, the processes of a node, and --nodes")
+RESERVED |= {name: f"take --{name}" for name in ("nodes", "cpus-per-task")}
+RESERVED |= {"time": "take --timeout", "signal": "take --signal-delay", "array": "take --sweep KEY=VALUE,VALUE"}
+RESERVED |= dict.fromkeys(("open-mode", "wrap", "parsable", "wait"), "leave it out") | {"test-only": "take --dry-run"}
 # options of sbatch that are no flags of the launcher: an error says how to give them
 _SBATCH = (
     "array begin bb burst-buffer chdir clusters container-image core-spec contiguous cores-per-socket cpu-freq "
-    "cpus-per-gpu deadline delay-boot dependency distribution error export gpu-bind gpu-freq gres-flags hint hold "
-    "licenses mail-type mail-user mem-bind mem-per-cpu mincpus network nice no-kill nodefile nodelist ntasks "
+    "cpus-per-gpu deadline delay-boot dependency distribution error export gpu-bind gpu-freq gpus gres-flags hint hold "
+    "input licenses mail-type mail-user mem-bind mem-per-cpu mincpus network nice no-kill nodefile nodelist ntasks "
     "ntasks-per-node ntasks-per-gpu output overcommit oversubscribe priority profile propagate reboot signal "
     "spread-job switches thread-spec threads-per-core time-min tmp use-min-nodes verbose wait wckey"
 ).split()
 _BARE = ("contiguous", "hold", "overcommit", "reboot", "spread-job", "use-min-nodes", "verbose")
+_LETTERS = {"a": "array", "b": "begin", "c": "cpus-per-task", "d": "dependency", "e": "error", "i": "input"}
+_LETTERS |= {"k": "no-kill", "m": "distribution", "n": "ntasks", "o": "output", "s": "oversubscribe", "v": "verbose"}
+_LETTERS |= {"w": "nodelist", "x": "exclude", "C": "constraint", "D": "chdir", "F": "nodefile", "G": "gpus"}
+_LETTERS |= {"H": "hold", "L": "licenses", "M": "clusters", "O": "overcommit", "S": "core-spec", "W": "wait"}
 
 
 def pair(text: str) -> str:
@@ -85,7 +117,7 @@ def pair(text: str) -> str:
     key = text.partition("=")[0].replace("_", "-")
     if key in RESERVED:
         raise argparse.ArgumentTypeError(
-            f"expected an option that the job script does not set itself, got {key}{RESERVED[key]}"
+            f"expected an option that the job script does not set itself, got {key}; {RESERVED[key]}"
         )
     return text
 
@@ -104,8 +136,9 @@ class Option:
     """One flag that a cluster file may set too, under the first flag's name.
 
     Args:
-        many: ``"+"`` several values after the flag, ``"append"`` the flag several times, ``"flag"`` no value.
-        sbatch: the option of sbatch that takes the value as it is.
+        many: ``"+"`` several values after the flag, ``"append"`` the flag several times, also in addition to the file's
+            values, ``"flag"`` no value.
+        sbatch: whether sbatch has it under the same name and takes the value as it is.
         default: what a SLURM job gets when neither flag nor file says anything.
     """
 
@@ -113,7 +146,7 @@ class Option:
     help: str
     type: Callable[[Any], Any] = text
     many: str = ""
-    sbatch: str = ""
+    sbatch: bool = False
     default: Any = None
     metavar: str | None = None
 
@@ -123,26 +156,26 @@ class Option:
 
 
 RESOURCES = (
-    Option(("--nodes", "--nnodes", "-N"), "number of nodes (default: 1)", count, default=1, metavar="N"),
+    Option(("--nodes", "--nnodes", "-N"), "number of nodes (default: 1)", count, sbatch=True, default=1),
     Option(("--timeout", "--time", "-t"), "time limit: minutes, HH:MM:SS, ... (default: 2800)", minutes, default=2800),
-    Option(("--partition", "-p"), "partition (default: the cluster's)", sbatch="partition"),
-    Option(("--account", "-A"), "account that pays", sbatch="account"),
-    Option(("--qos", "-q"), "quality of service", sbatch="qos"),
-    Option(("--constraint",), "features that the nodes must have", sbatch="constraint"),
+    Option(("--partition", "-p"), "partition (default: the cluster's)", sbatch=True),
+    Option(("--account", "-A"), "account that pays", sbatch=True),
+    Option(("--qos", "-q"), "quality of service", sbatch=True),
+    Option(("--constraint",), "features that the nodes must have", sbatch=True),
     Option(("--use-volta32",), "ask for nodes with the feature volta32gb", many="flag"),
-    Option(("--mem",), "memory a node, such as 64G; 0: all of it", sbatch="mem"),
-    Option(("--mem-per-gpu",), "memory a GPU, such as 30G", sbatch="mem-per-gpu"),
-    Option(("--cpus-per-task",), "CPU cores a process (default: 10, or what the nodes have)", count, metavar="N"),
-    Option(("--gres",), "generic resources such as gpu:a100:4, which also sets --ngpus", sbatch="gres"),
-    Option(("--reservation",), "reservation", sbatch="reservation"),
-    Option(("--exclusive",), "whole nodes, shared with nobody", many="flag"),
-    Option(("--exclude",), "nodes to leave out", sbatch="exclude"),
-    Option(("--job-name", "-J"), "name of the job", sbatch="job-name"),
-    Option(("--comment",), "note for the scheduler and its users", sbatch="comment"),
+    Option(("--mem",), "memory a node, such as 64G; 0: all of it", sbatch=True),
+    Option(("--mem-per-gpu",), "memory a GPU, such as 30G", sbatch=True),
+    Option(("--cpus-per-task",), "CPU cores a process (default: 10, or what the nodes have)", count, sbatch=True),
+    Option(("--gres",), "generic resources such as gpu:a100:4, which also sets --ngpus", gres, sbatch=True),
+    Option(("--reservation",), "reservation", sbatch=True),
+    Option(("--exclusive",), "whole nodes, shared with nobody", many="flag", sbatch=True),
+    Option(("--exclude",), "nodes to leave out", sbatch=True),
+    Option(("--job-name", "-J"), "name of the job", sbatch=True),
+    Option(("--comment",), "note for the scheduler and its users", sbatch=True),
     Option(
         ("--slurm",), "any other option of sbatch, without dashes; may be repeated", pair, "append", metavar="KEY=VALUE"
     ),
-    Option(("--srun-arg",), "argument of the processes' srun; may be repeated", many="append", metavar="ARG"),
+    Option(("--srun-arg",), "argument of the processes' srun; may be repeated", srun_argument, "append", metavar="ARG"),
     Option(
         ("--sweep",),
         "submit a job array: a run for each value, in <output-dir>/<number>; repeated: for each combination",
@@ -166,12 +199,12 @@ PROCESSES = Option(
     ("--ngpus", "--gpus", "--gpus-per-node"),
     "processes a node, one a GPU (default: those of --gres, 8 with SLURM, else all GPUs of this machine)",
     count,
-    metavar="N",
 )
 CPU = Option(("--cpu",), "use no GPU, ask SLURM for none: --ngpus is the number of CPU processes", many="flag")
 # what --cluster files may hold; all but the processes make SLURM the default launcher
 CLUSTER_OPTIONS = {option.dest: option for option in (PROCESSES, CPU, *RESOURCES, *ENVIRONMENT)}
 SLURM_DESTS = tuple(option.dest for option in (*RESOURCES, *ENVIRONMENT)) + ("cluster",)
+LAUNCH_DESTS = (*CLUSTER_OPTIONS, "launcher", "cluster", "dry_run")
 
 
 class LaunchParser(OverridesParser):
@@ -187,43 +220,33 @@ class LaunchParser(OverridesParser):
         name = flag.lstrip("-")
         if name.replace("_", "-") == "local-rank":
             return f"{text}: unknown flag -> start with torchrun, which says it in the environment (LOCAL_RANK)"
-        if name in _SBATCH:
-            advice = RESERVED.get(name, f"; take --slurm {name}" + ("" if name in _BARE else f"={value or '...'}"))
-            return f"{text}: not a flag of the launcher -> {advice.removeprefix('; ') or 'the job script sets it'}"
-        return super()._explain_flag(text)
+        is_letter = not flag.startswith("--") and name not in _SBATCH and f"--{name}" not in self._option_string_actions
+        if is_letter and name[:1] in _LETTERS:  # -n 8, -n8
+            name, value = _LETTERS[name[0]], value or name[1:]
+        if name not in (*_SBATCH, *_LETTERS.values()):
+            return super()._explain_flag(text)
+        given = name if name in _BARE else f"{name}={value or '...'}"
+        is_flag = f"--{name}" in self._option_string_actions
+        advice = RESERVED.get(name, f"take --{given}" if is_flag else f"take --slurm {given}")
+        return f"{text}: not a flag of the launcher -> {advice}"
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as the parent does, with the values of ``--modules`` taken out before."""
-        if args is None:
-            return super().parse_known_args(args, namespace)
-        left, modules = _without_modules(list(args))
-        namespace, extras = super().parse_known_args(left, namespace)
-        if "" in modules:
-            self.error("argument --modules: expected at least one argument")
-        if modules:
-            namespace.modules = [*(namespace.modules or []), *modules]
-        return namespace, extras
+        """Parse as the parent does, with ``--modules=name`` for each name after ``--modules``."""
+        return super().parse_known_args(args if args is None else _one_name_a_flag("--modules", args), namespace)
 
 
-def _without_modules(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return (the other arguments, names after --modules; "" for a --modules without any)."""
-    left: list[str] = []
-    modules: list[str] = []
-    position = 0
-    while position < len(arguments):
-        if arguments[position] == "--modules":
-            start = position = position + 1
-            while position < len(arguments) and not re.search(r"^-|=", arguments[position]):
-                modules.append(arguments[position])
-                position += 1
-            if position == start:
-                modules.append("")
-            continue
-        left.append(arguments[position])
-        position += 1
-    return left, modules
+def _one_name_a_flag(flag: str, arguments: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    is_name = False
+    for argument in arguments:
+        is_name = argument == flag or (is_name and not re.search("^-|=", argument))
+        if is_name and argument != flag and found[-1] == f"{flag}=":
+            found[-1] += argument
+        else:
+            found.append(f"{flag}={argument.removeprefix(flag)}" if is_name else argument)
+    return found
 
 
 def get_args_parser(
@@ -231,7 +254,7 @@ def get_args_parser(
 ) -> LaunchParser:
     """Return the launcher's parser, with those of ``parents`` (upstream's signature).
 
-    A flag that was not given is None: ``cluster_file.py`` fills in the cluster's values, then ``Option.default``.
+    A flag that was not given is None: :func:`fill_in` takes the cluster's value, then ``Option.default``.
     """
     epilog = next((parent.epilog for parent in parents if parent.epilog), None)
     parser = LaunchParser(description=description, parents=list(parents), add_help=add_help, epilog=epilog)
@@ -242,8 +265,7 @@ def get_args_parser(
         help="slurm: submit a job; local: one process a GPU on this machine; inline: this process, under torchrun or a "
         "debugger (default: slurm if a SLURM flag is given, inline under torchrun or srun, else local)",
     )
-    _add(launch, PROCESSES)
-    _add(launch, CPU)
+    _add(launch, PROCESSES, CPU)
     launch.add_argument(
         "--dry-run",
         action="store_true",
@@ -256,18 +278,134 @@ def get_args_parser(
         metavar="NAME|FILE",
         help="defaults of these flags: a YAML file, or its name in configs/cluster or ~/.config/dinov2_custom/cluster",
     )
-    for option in RESOURCES:
-        _add(slurm, option)
-    environment = parser.add_argument_group("environment of a SLURM job (default: the interpreter that submits)")
-    for option in ENVIRONMENT:
-        _add(environment, option)
+    _add(slurm, *RESOURCES)
+    _add(parser.add_argument_group("environment of a SLURM job (default: the interpreter that submits)"), *ENVIRONMENT)
     return parser
 
 
-def _add(group, option: Option) -> None:
+def _add(group, *options: Option) -> None:
+    for option in options:
+        how: dict[str, Any] = {"action": "append"} if option.many else {}
+        metavar = option.metavar or ("N" if option.type is count else option.dest.upper())
+        how |= {"type": option.type, "metavar": metavar}
+        if option.many == "flag":
+            how = {"action": "store_true"}
+        group.add_argument(*option.flags, dest=option.dest, default=None, help=option.help, **how)
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Set every launcher option of ``args`` that was not given: from the cluster file, else its default.
+
+    ``slurm`` and ``setup`` of the file stand before those of the command line. There are as many processes a node as
+    GPUs, and with ``--cpu`` no GPUs.
+
+    Raises:
+        ConfigError: no such file, or every mistake in it at once.
+        LaunchError: ``--ngpus`` and ``--gres`` disagree.
+    """
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dinov2_custom"
+    path = find(args.cluster, folder) if args.cluster else folder / "cluster.yaml"
+    values = read(path) if path.is_file() else {}
+    if any(getattr(args, name) for name in INTERPRETERS):  # another environment than the file's
+        values = {dest: value for dest, value in values.items() if dest not in INTERPRETERS}
+    if count_gpus(args.gres):
+        values.pop("ngpus", None)
+    elif args.ngpus and values.get("gres"):
+        values["gres"] = _GPUS.sub(rf"gpu\1:{args.ngpus}", values["gres"])
+    for dest, option in CLUSTER_OPTIONS.items():
+        given, kept = getattr(args, dest, None), values.get(dest)
+        if option.many == "append":
+            setattr(args, dest, [*(kept or []), *(given or [])])
+        elif given is None:
+            setattr(args, dest, option.default if kept is None else kept)
+    if args.cpu and args.gres:
+        args.gres = ",".join(part for part in args.gres.split(",") if not count_gpus(part))
+    gpus = count_gpus(args.gres)
+    if gpus and args.ngpus not in (None, gpus):
+        raise LaunchError(
+            f"--ngpus, --gres: expected as many processes a node as GPUs, got {args.ngpus} and {args.gres}; leave "
+            "out --ngpus"
+        )
+    args.ngpus = args.ngpus or gpus or DEFAULT_NGPUS
+
+
+_NOTHING = ("", "null", "~")
+
+
+def find(name: str, user_folder: Path) -> Path:
+    """Return the file that ``--cluster name`` means.
+
+    Raises:
+        ConfigError: there is none; lists the names there are.
+    """
+    if os.sep in name or name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser().absolute()
+        if path.is_file():
+            return path
+        raise ConfigError(f"--cluster: expected a YAML file, got nothing at {path}; check the path")
+    folders = [user_folder / "cluster", Path(__file__).resolve().parents[2] / "configs" / "cluster"]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ConfigError(
+        f"--cluster: expected one of {', '.join(known) or '(none is there)'}, or a YAML file, got {name!r}; write "
+        f"{folders[0] / name}.yaml with one flag a line, such as `partition: gpu`"
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the options of ``path`` by their names in the parsed arguments.
+
+    Raises:
+        ConfigError: unreadable, unknown keys or values that the flag would refuse, all of them at once.
+    """
+    import yaml
+
+    try:  # BaseLoader: all values are text, as on a command line; 47:30:00 is not a number of base 60
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path}: expected YAML, got {' '.join(str(e).split())}; fix the file") from e
+    if content and not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected `flag: value` lines, got {type(content).__name__}; fix the file")
+    known = {flag[2:]: option for option in CLUSTER_OPTIONS.values() for flag in option.flags if flag[:2] == "--"}
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, value in (content or {}).items():
+        option = known.get(str(key).replace("_", "-"))
+        if option is None:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            problems.append(
+                f"{key}: expected a launcher flag -> " + (f"did you mean {near[0]}?" if near else "see --help")
+            )
+            continue
+        try:
+            values[option.dest] = None if value in _NOTHING else _value(option, value)
+        except (argparse.ArgumentTypeError, ValueError) as e:
+            problems.append(f"{key}: {e}")
+    if problems:
+        raise ConfigError("\n  ".join([f"{path}: cannot use these lines:", *problems]))
+    return values
+
+
+def _value(option: Option, value: Any) -> Any:
     if option.many == "flag":
-        group.add_argument(*option.flags, dest=option.dest, action="store_true", default=None, help=option.help)
-        return
-    how = {"action": "append"} if option.many == "append" else {"nargs": "+"} if option.many == "+" else {}
-    metavar = option.metavar or option.dest.upper()
-    group.add_argument(*option.flags, dest=option.dest, type=option.type, metavar=metavar, help=option.help, **how)
+        if str(value).lower() not in ("true", "false"):
+            raise ValueError(f"expected true or false, got {value!r}")
+        return value.lower() == "true"
+    if option.dest == "slurm" and isinstance(value, dict):
+        value = [_sbatch(name, given) for name, given in value.items() if given not in _NOTHING]
+    if option.many and isinstance(value, list):
+        return [_value(replace(option, many=""), item) for item in value]
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"expected one value, got {value!r}")
+    return [option.type(value)] if option.many else option.type(value)
+
+
+def _sbatch(name: str, given: Any) -> str:
+    """Return the option as ``--slurm`` takes it; a list has commas there."""
+    if isinstance(given, list) and all(isinstance(item, str) for item in given):
+        given = ",".join(given)
+    if not isinstance(given, str) or given == "false":
+        raise ValueError(f"expected a value or true for {name}, got {given!r}; leave out what sbatch should not get")
+    return name if given == "true" else f"{name}={given}"

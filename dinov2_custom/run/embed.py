@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from dinov2_custom import cli
-from dinov2_custom.run.eval.evaluation import check_weights, launch
+from dinov2_custom.run.eval.evaluation import check_weights
 from dinov2_custom.run.submit import Task, warn_of_absent
 from dinov2_custom.utils.run_folder import default_output
 
@@ -13,7 +13,8 @@ from dinov2_custom.utils.run_folder import default_output
 class Embedding(Task):
     """The features in every process, which share the images."""
 
-    module = "dinov2_custom.embed.main"
+    module, name, script = "dinov2_custom.embed.main", "dinov2:embed", "run/embed.py"
+    get_parser = staticmethod(cli.embed_parser)
 
     def prepare(self, warn: Callable[[str], None]) -> None:
         """Look for weights and images; choose the output directory, the same for all processes.
@@ -26,10 +27,7 @@ class Embedding(Task):
         self.args.output_dir = self.args.output_dir or str(default_output("embed", self.args.checkpoint))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, launch, and return the exit code."""
-    return launch(Embedding, cli.embed_parser(add_help=False), "dinov2:embed", "run/embed.py", arguments)
-
+main = Embedding.launch
 
 if __name__ == "__main__":
     cli.main("embed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from dinov2_custom.entry import REQUIREMENTS
 from dinov2_custom.errors import LaunchError
-from dinov2_custom.run.cluster_file import INTERPRETERS
+from dinov2_custom.run.args import INTERPRETERS
 
 # any Python 3 can parse this, so that an old one reports its version and not a syntax error
 _IMPORT = """
@@ -66,36 +67,37 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
     Raises:
         LaunchError: two environments at once, one that is not there, or one without this package.
     """
-    chosen = [f"--{name.replace('_', '-')}" for name in INTERPRETERS if getattr(args, name)]
+    chosen = {f"--{name.replace('_', '-')}": getattr(args, name) for name in INTERPRETERS if getattr(args, name)}
     if len(chosen) > 1:
         raise LaunchError(f"expected one of {', '.join(chosen)}, got {len(chosen)} of them; leave the others out")
+    flag, given = next(iter(chosen.items()), ("", ""))
     lines = _module_lines(args.modules or []) + [(f"--setup {line}", line) for line in args.setup or []]
-    if args.conda_env:
-        prefix = conda_prefix(args.conda_env, environment)
-        missing = _check_here("--conda-env", prefix, run=not lines)
-        python = shlex.quote(str(prefix / "bin" / "python"))
-        return Environment((*lines, *_conda_lines(prefix)), python, str(prefix), missing=missing)
-    if args.venv:
-        prefix = Path(args.venv).expanduser().absolute()
-        missing = _check_here("--venv", prefix, run=not lines)
-        activate = f"source {shlex.quote(str(prefix / 'bin' / 'activate'))}"
-        lines += [(f"activating {prefix}", activate)]
-        return Environment(tuple(lines), shlex.quote(str(prefix / "bin" / "python")), str(prefix), missing=missing)
+    if flag in ("--conda-env", "--venv"):
+        prefix = conda_prefix(given, environment) if args.conda_env else _path(flag, given)
+        python = prefix / "bin" / "python"
+        if not os.access(python, os.X_OK):
+            raise LaunchError(f"{flag}: expected an environment with bin/python, got none at {prefix}; check the path")
+        missing = _find_missing(flag, python, run=not lines)
+        activate = [f"source {shlex.quote(str(prefix / 'bin' / 'activate'))}"] if args.venv else _conda_lines(prefix)
+        lines += [(f"activating {prefix}", line) for line in activate]
+        return Environment(tuple(lines), shlex.quote(str(python)), str(prefix), missing=missing)
     if args.container:
-        return Environment((*lines, *_container_lines(args.container, args.output_dir)), '"${container[@]}" python3')
-    if args.python and " " in args.python and not Path(args.python).expanduser().exists():
+        image = _expand(flag, given)
+        return Environment((*lines, *_container_lines(image, args.output_dir)), '"${container[@]}" python3')
+    if args.python and " " in given and not _path(flag, given).exists():
         try:
-            return Environment(tuple(lines), shlex.join(shlex.split(args.python)))
+            words = [_expand(flag, word) for word in shlex.split(given)]
         except ValueError as e:
-            raise LaunchError(f"--python: expected a path or a command line, got {args.python!r}: {e}") from e
-    if args.python and os.sep in args.python:
-        python = Path(args.python).expanduser().absolute()
+            raise LaunchError(f"--python: expected a path or a command line, got {given!r}: {e}") from e
+        return Environment(tuple(lines), shlex.join(words))
+    if args.python and os.sep in given:
+        python = _path(flag, given)
         if not os.access(python, os.X_OK):
             raise LaunchError(f"--python: expected an interpreter, got nothing that can be run at {python}")
-        missing = _check_package("--python", python, run=not lines)
+        missing = _find_missing(flag, python, run=not lines)
         return Environment(tuple(lines), shlex.quote(str(python)), executable=str(python), missing=missing)
     if args.python:
-        return Environment(tuple(lines), f'"$(command -v {shlex.quote(args.python)} || true)"')
+        return Environment(tuple(lines), f'"$(command -v {shlex.quote(given)} || true)"')
     own = Environment(tuple(lines), shlex.quote(sys.executable), sys.prefix, sys.executable)
     if not lines:
         return own
@@ -104,37 +106,50 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
     return Environment((("", "python_before=$(command -v python3 || true)"), *lines), found)
 
 
+def _expand(flag: str, text: str) -> str:
+    """Return ``text`` with ``~`` and variables as the shell that submits has them; a cluster file has no shell.
+
+    Raises:
+        LaunchError: a variable that is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if unset := re.search(r"\$(\w+|\{[^}]*\}?)", expanded):
+        raise LaunchError(f"{flag}: expected variables that this shell has set, got {unset[0]} in {text}")
+    return expanded
+
+
+def _path(flag: str, text: str) -> Path:
+    return Path(_expand(flag, text)).absolute()
+
+
 def conda_prefix(name: str, environment: Mapping[str, str]) -> Path:
     """Return the folder of the conda environment ``name``, which may be the folder itself.
 
     Raises:
         LaunchError: none of that name where conda keeps and lists environments.
     """
-    if os.sep in name or name.startswith(("~", ".")):
-        return Path(name).expanduser().absolute()
-    home = Path(environment.get("HOME") or Path.home())
-    known = home / ".conda" / "environments.txt"
-    listed = [Path(line.strip()) for line in known.read_text().splitlines() if line.strip()] if known.is_file() else []
-    roots = [Path(p) for p in environment.get("CONDA_ENVS_PATH", "").split(os.pathsep) if p]
+    if re.search(r"/|^[~.$]", name):
+        return _path("--conda-env", name)
+    made = Path(environment.get("HOME") or Path.home()) / ".conda" / "environments.txt"  # all that this user has made
+    paths = [Path(line) for line in made.read_text().splitlines() if line.strip()] if made.is_file() else []
     command = environment.get("CONDA_EXE") or shutil.which("conda", path=environment.get("PATH", ""))
     bases = [Path(command).resolve().parents[1]] if command else []
-    bases += [Path(p) for p in (environment.get("CONDA_PREFIX"), environment.get("MAMBA_ROOT_PREFIX")) if p]
-    bases += [home / n for n in ("miniforge3", "mambaforge", "miniconda3", "anaconda3", "micromamba", ".conda")]
-    roots += [base / "envs" for base in bases] + [base.parent for base in bases if base.parent.name == "envs"]
-    candidates = [path for path in listed if path.name == name] + [root / name for root in roots]
-    if name == "base":
-        candidates += bases
-    for path in candidates:
-        if (path / "conda-meta").is_dir():
+    bases += [Path(environment[name]) for name in ("CONDA_PREFIX", "MAMBA_ROOT_PREFIX") if environment.get(name)]
+    roots = [Path(root) for root in environment.get("CONDA_ENVS_PATH", "").split(os.pathsep) if root]
+    roots += [root for base in bases for root in (base / "envs", base.parent) if root.name == "envs"]
+    paths += [path for root in roots if root.is_dir() for path in sorted(root.iterdir())]
+    known = [(path.name, path) for path in paths] + [("base", base) for base in bases]
+    for known_name, path in known:
+        if known_name == name and (path / "conda-meta").is_dir():
             return path
-    names = {path.name for path in listed} | {path.name for root in roots if root.is_dir() for path in root.iterdir()}
+    names = ", ".join(sorted({known_name for known_name, _ in known}))
     raise LaunchError(
-        f"--conda-env: expected the name of a conda environment ({', '.join(sorted(names)) or 'none was found'}), got "
-        f"{name!r}; give its folder instead, as `conda env list` prints it"
+        f"--conda-env: expected the name of a conda environment ({names or 'none was found'}), got {name!r}; give its "
+        "folder instead, as `conda env list` prints it"
     )
 
 
-def _conda_lines(prefix: Path) -> list[tuple[str, str]]:
+def _conda_lines(prefix: Path) -> list[str]:
     """Do what ``conda activate`` does, without conda, which compute nodes may not have."""
     quoted = shlex.quote(str(prefix))
     lines = [
@@ -146,7 +161,7 @@ def _conda_lines(prefix: Path) -> list[tuple[str, str]]:
         for name, value in json.loads(state.read_text()).get("env_vars", {}).items():
             lines.append(f"export {name}={shlex.quote(str(value))}")
     lines.append(f'for hook in {quoted}/etc/conda/activate.d/*.sh; do [ ! -r "$hook" ] || source "$hook" || true; done')
-    return [(f"activating {prefix}", line) for line in lines]
+    return lines
 
 
 def _module_lines(names: list[str]) -> list[tuple[str, str]]:
@@ -174,7 +189,7 @@ def _container_lines(image: str, output_dir: str) -> list[tuple[str, str]]:
     folders = dict.fromkeys((package, before.rpartition(os.sep)[0] if job else before))
     binds = " ".join(f"--bind {shlex.quote(folder)}" for folder in folders)
     mounts = " ".join(f"--mount {shlex.quote(f'{folder}:{folder}')}" for folder in folders)
-    quoted, nothing = shlex.quote(os.path.expanduser(image)), "no apptainer, singularity or enroot is on PATH"
+    quoted, nothing = shlex.quote(image), "no apptainer, singularity or enroot is on PATH"
     find = (
         "if tool=$(command -v apptainer || command -v singularity); then\n"
         f'  container=("$tool" exec --nv {binds} --env PYTHONPATH={shlex.quote(package)} {quoted})\n'
@@ -186,14 +201,7 @@ def _container_lines(image: str, output_dir: str) -> list[tuple[str, str]]:
     return [(f"--container {image}", find)]
 
 
-def _check_here(flag: str, prefix: Path, run: bool) -> tuple[str, ...]:
-    python = prefix / "bin" / "python"
-    if not os.access(python, os.X_OK):
-        raise LaunchError(f"{flag}: expected an environment with bin/python, got none at {prefix}; check the path")
-    return _check_package(flag, python, run)
-
-
-def _check_package(flag: str, python: Path, run: bool) -> tuple[str, ...]:
+def _find_missing(flag: str, python: Path, run: bool) -> tuple[str, ...]:
     """Return which packages ``python`` lacks; ``run``: whether it can run without modules and set-up lines."""
     if not run:
         return ()

@@ -12,18 +12,16 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import cloudpickle_dump
+from submitit.core.utils import environment_variables
 
 from dinov2_custom import errors
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
-from dinov2_custom.run import process
-from dinov2_custom.run.process import Process
+from dinov2_custom.run.process import VARIABLE, Process, to_variable
 from dinov2_custom.world import num_cores
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2"
@@ -37,25 +35,33 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
     folder = Path(args.output_dir)
-    before = missing_folders(folder)
-    os.environ[process.LAUNCHER] = str(os.getpid())
+    missing = missing_folders(folder)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rendezvous_handler_registry.register("loopback", _loopback)
-    with tempfile.TemporaryDirectory(prefix="dinov2_launch_") as scratch:
-        cloudpickle_dump(Process(task_class, args), f"{scratch}/process.pkl")
-        flags = ["--nnodes=1", f"--nproc-per-node={processes}", "--rdzv-backend=loopback"]
-        flags += ["--rdzv-endpoint=127.0.0.1:0", f"--log-dir={scratch}/logs"]
-        code, failures = run([*flags, "--module", "dinov2_custom.run.process", scratch, f"{folder}/local"])
-        said = {int(path.stem): path.read_text(encoding="utf-8") for path in Path(scratch).glob("*.error")}
+    flags = ["--nnodes=1", f"--nproc-per-node={processes}", "--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1:0"]
+    flags += [f"--log-dir={os.devnull}"]  # else torch makes a folder that a killed launcher leaves behind
+    _take_errors(folder)  # of a launcher that was killed
+    with environment_variables(**{VARIABLE: to_variable(Process(task_class, args))}):
+        code, failures = run([*flags, "--module", "dinov2_custom.run.process", f"{folder}/local"])
+    errors = _take_errors(folder)
     if failures:
-        _explain(failures[0], said, folder)
-    if folder in before and folder.is_dir() and not (folder / "logs").exists():  # it ended before there was a run
+        _explain(failures[0], errors, folder)
+    if folder in missing and folder.is_dir() and not (folder / "logs").exists():  # it ended before there was a run
         for file in folder.glob("local_*_log.*"):
             file.unlink()
-        remove_empty(before)
+        remove_empty(missing)
     return code
+
+
+def _take_errors(folder: Path) -> dict[int, str]:
+    """Return the sentences and tracebacks that ended processes, by rank, and remove their files."""
+    errors = {}
+    for path in folder.glob("local_*.error"):
+        errors[int(path.stem.removeprefix("local_"))] = path.read_text(encoding="utf-8")
+        path.unlink()
+    return errors
 
 
 def num_processes(args: argparse.Namespace) -> int:
@@ -112,13 +118,13 @@ def by_cause(failures: Iterable[Any]) -> list[Any]:
     torchrun polls its processes, so it may see one that lost another, or that it stopped itself, before the one that
     ended first. A process that was killed makes others crash.
     """
+    order = ["killed", "ended", *errors.CONSEQUENCES]
 
-    def order(failure: Any) -> tuple[int, float]:
+    def kind(failure: Any) -> Any:
         code = failure.exitcode
-        consequence = errors.CONSEQUENCES.index(code) + 2 if code in errors.CONSEQUENCES else 0
-        return consequence or code >= 0, failure.timestamp
+        return code if code in errors.CONSEQUENCES else "killed" if code < 0 else "ended"
 
-    return sorted(failures, key=order)
+    return sorted(failures, key=lambda failure: (order.index(kind(failure)), failure.timestamp))
 
 
 def _loopback(params: Any) -> Any:
@@ -138,27 +144,28 @@ def _loopback(params: Any) -> Any:
     return rendezvous
 
 
-def _explain(failure: Any, said: dict[int, str], folder: Path) -> None:
-    """Say which rank ended the run, or its sentence, unless rank 0 has said it on this terminal or a signal was meant.
+def _explain(failure: Any, errors: dict[int, str], folder: Path) -> None:
+    """Print which rank ended the run, or its sentence, unless rank 0 has printed it here or it was stopped by a signal.
 
     Args:
-        said: sentences and tracebacks by rank.
+        errors: sentences and tracebacks by rank.
     """
-    refused = {rank: text for rank, text in said.items() if not text.startswith("Traceback ")}
-    if refused:
-        if 0 not in refused:
-            print(f"error: {refused[min(refused)]}", file=sys.stderr)
+    sentences = {rank: text for rank, text in errors.items() if not text.startswith("Traceback ")}
+    if sentences:
+        if 0 not in sentences:
+            print(f"error: {sentences[min(sentences)]}", file=sys.stderr)
         return
     rank, code = failure.local_rank, failure.exitcode
     if code > 128:
         return
     end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     words = f"rank {rank} {end}, the other processes were stopped"
+    output = f"; its output: {folder}/local_{rank}_log.err" if rank else ""
     log = folder / "logs" / "log.txt"
     if log.is_file():
+        output = output or f"; see {log}"
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"{words}\n")
-    output = f"; its output: {folder}/local_{rank}_log.err" if rank else f"; see {log}" if log.is_file() else ""
     print(f"error: {words}{output}; the same command goes on from the newest checkpoint", file=sys.stderr)
 
 

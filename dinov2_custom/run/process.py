@@ -1,6 +1,6 @@
 """What every process of a launched run executes: a task class with its arguments, never the state of a run.
 
-submitit pickles it for a SLURM job, ``local.py`` for processes on this machine; the state is in the checkpoint on disk.
+submitit pickles it for a SLURM job, ``local.py`` for processes of this machine; the state is in the checkpoint on disk.
 How a process of a job ended is kept in submitit's ``<job>_<rank>_result.pkl``, which ``requeue.py`` reads. Torch-free
 until the task runs. Read :class:`Process` first.
 """
@@ -8,7 +8,9 @@ until the task runs. Read :class:`Process` first.
 from __future__ import annotations
 
 import argparse
+import base64
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -17,13 +19,14 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import cloudpickle  # submitit requires it
 import submitit
 from submitit.core import utils as submitit_utils
 
 from dinov2_custom import entry, errors
 from dinov2_custom.errors import DINOv2Error
 
-LAUNCHER = "DINOV2_LAUNCHER_PID"  # in the environment of processes that end with their launcher
+VARIABLE = "DINOV2_PROCESS"  # holds (process id of the local launcher, Process), pickled
 
 
 class Process:
@@ -75,38 +78,35 @@ class Process:
         except SystemExit as e:
             return e.code if isinstance(e.code, int) else 0 if e.code is None else errors.ERROR, ""
         except Exception as e:
-            code = e.exit_code if isinstance(e, DINOv2Error) else None
-            text = _sentence(e)
-            print(f"error: {text}" if text else traceback.format_exc(), file=sys.stderr)
-            if not text:
-                text = traceback.format_exc()
+            sentence, code = entry.sentence_of(e), e.exit_code if isinstance(e, DINOv2Error) else None
+            text = sentence or traceback.format_exc()
+            print(f"error: {text}" if sentence else text, file=sys.stderr)
+            if not sentence:
                 _add_to_main_log(Path(self.args.output_dir), rank, text)
             return errors.ERROR if code is None else code, text
 
 
-def main(scratch: str, output_prefix: str) -> int:
-    """Run the Process in ``scratch`` as a local one, and leave there the text that ended it.
+def to_variable(process: Process) -> str:
+    """Return the value of ``VARIABLE``: an environment, unlike a file, is gone with its processes, however they end."""
+    return base64.b64encode(cloudpickle.dumps((os.getpid(), process))).decode()
 
-    Ranks above 0 print to ``<output_prefix>_<rank>_log.out`` and ``.err``.
+
+def main(prefix: str) -> int:
+    """Run the Process of the environment as a local one; leave the text that ended it in ``<prefix>_<rank>.error``.
+
+    Ranks above 0 print to ``<prefix>_<rank>_log.out`` and ``.err``.
     """
     rank = int(os.environ["RANK"])
     if rank:
-        _redirect(f"{output_prefix}_{rank}_log")
-    launcher = int(os.environ[LAUNCHER])
+        _redirect(f"{prefix}_{rank}_log")
+    launcher, process = pickle.loads(base64.b64decode(os.environ.pop(VARIABLE)))
     threading.Thread(target=_stop_without, args=(launcher,), name="launcher", daemon=True).start()
-    code, text = submitit_utils.pickle_load(f"{scratch}/process.pkl").run(rank)
+    code, text = process.run(rank)
     if text and code != errors.LOST_PROCESS:
-        Path(scratch, f"{rank}.error").write_text(text, encoding="utf-8")
+        file = Path(f"{prefix}_{rank}.error")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     return code
-
-
-def _sentence(error: Exception) -> str:
-    """Return one sentence for an error that a user can fix, "" for anything else."""
-    if isinstance(error, DINOv2Error):
-        return entry.words_of(error)
-    if isinstance(error, OSError):
-        return entry.describe_no_room(error)
-    return entry.missing_requirement(error) if isinstance(error, ModuleNotFoundError) else ""
 
 
 def _keep(path: Path, result: tuple[str, Any]) -> None:

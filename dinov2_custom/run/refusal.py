@@ -1,4 +1,4 @@
-"""Turn what SLURM says against a job into one sentence: which flags, what there is, what was asked for.
+"""What a cluster has, and what SLURM says against a job, as one sentence: flags, what there is, what was asked for.
 
 Not the submission (``slurm.py``). Torch-free. Read :func:`explain` first.
 """
@@ -6,6 +6,7 @@ Not the submission (``slurm.py``). Torch-free. Read :func:`explain` first.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import subprocess
@@ -15,47 +16,50 @@ from typing import NamedTuple
 from dinov2_custom.run.args import count_gpus, minutes
 
 QUERY_TIMEOUT_S = 30
-# what sbatch says in small letters -> flag, option of sbatch, what was expected, how to see it
-_ONE_FLAG = {
-    "qos": ("--qos", "qos", "a quality of service you may use", "`sacctmgr show qos format=name` lists them"),
-    "feature": ("--constraint", "constraint", "features that nodes have", "`sinfo --format '%N %f'` lists them"),
-    "reservation": ("--reservation", "reservation", "one that there is", "`scontrol show reservation` lists them"),
-    "node name": ("--exclude", "exclude", "names of nodes", "`sinfo --Node` lists them"),
-    "--mem": ("--mem, --mem-per-gpu", "mem", "a size such as 64G", "see `man sbatch`"),
-}
 _SIZES = ("time", "nodes", "ntasks-per-node", "gpus-per-node", "gres", "cpus-per-task", "mem", "mem-per-gpu")
-_TOO_LARGE = ("node configuration", "partitionconfig", "nodelimit", "node count", "gres", "more processors")
-_TOO_LARGE += ("timelimit", "time limit", "wallduration", "memory specification")
+_FLAGS = {"time": "timeout", "ntasks-per-node": "ngpus", "gpus-per-node": "ngpus"}
+_OF_ACCOUNTS = "`sacctmgr show associations user=$USER` and `id` list yours"
+# what SLURM says, in small letters; the options it is about; what was expected; how to see that. The first row counts
+_REASONS = (
+    ("contact|connect|slurm_load|configuration source", (), "a controller that answers", "ask the administrators"),
+    (r"violates accounting|\b(assoc|qos)(grp|max|min)", _SIZES, "a job within the limits of your account and QOS",
+     "`sacctmgr show associations user=$USER` and `sacctmgr show qos` list them"),
+    ("partition not available|partition down", ("partition",), "a partition that is up",
+     "`sinfo --summarize` lists them"),
+    # before the partition, which the same sentence of SLURM's names
+    ("account|group|allows qos", ("account", "partition", "qos"), "a combination you may use", _OF_ACCOUNTS),
+    ("invalid.*partition", ("partition",), "one of {partitions}", "`sinfo --summarize` lists them"),
+    ("node configuration|node count|nodelimit|partitionconfig|gres|more processors|time ?limit|duration|memory spec",
+     _SIZES, "what there is ({nodes})", ""),
+    ("qos", ("qos",), "a quality of service you may use", "`sacctmgr show qos format=name` lists them"),
+    ("feature", ("constraint",), "features that nodes have", "`sinfo --format '%N %f'` lists them"),
+    ("reservation", ("reservation",), "one that there is", "`scontrol show reservation` lists them"),
+    ("node name", ("exclude",), "names of nodes", "`sinfo --Node` lists them"),
+    ("--mem", ("mem", "mem-per-gpu"), "a size such as 64G", "see `man sbatch`"),
+    ("", (), "a job that it accepts", "--dry-run prints what was submitted"),
+)  # fmt: skip
 
 
-def explain(stderr: str, script: str, environment: Mapping[str, str]) -> str:
-    """Return the sentence for ``stderr``, sbatch's complaint about ``script``."""
-    said = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in stderr.splitlines() if line.strip()]
+def explain(stderr: str, script: str) -> str:
+    """Return the sentence for ``stderr``, SLURM's complaint about ``script``."""
+    said = [re.sub(r"^(sbatch: )?(error: )?", "", line.strip()) for line in stderr.splitlines() if line.strip()]
     reason = "; ".join(dict.fromkeys(said)) or "no reason"
-    low = reason.lower()
     asked = _asked(script)
-    if is_silence(stderr):
-        return f"SLURM: expected a controller that answers, got: {reason}; try again later, or ask the administrators"
-    if "violates accounting" in low or re.search(r"\b(assoc|qos)(grp|max|min)", low):
-        return (
-            f"SLURM: expected a job within the limits of your account and QOS, got {_of(asked, *_SIZES)} ({reason}); "
-            "`sacctmgr show associations user=$USER` and `sacctmgr show qos` list them"
-        )
-    if "account" in low:  # before the partition, which the same sentence of SLURM's names
-        return (
-            "--account, --partition, --qos: expected a combination you may use, got "
-            f"{_of(asked, 'account', 'partition', 'qos')} ({reason}); "
-            "`sacctmgr show associations user=$USER` lists yours"
-        )
-    if "partition" in low and "invalid" in low:
-        there = ", ".join(ask(["sinfo", "--noheader", "--format", "%R"], environment).split())
-        return f"--partition: expected one of {there or '(none is known)'}, got {asked.get('partition')!r}"
-    if any(word in low for word in _TOO_LARGE):
-        return _explain_size(script, asked, reason, environment)
-    for word, (flag, option, expected, see) in _ONE_FLAG.items():
-        if word in low and option in asked:
-            return f"{flag}: expected {expected}, got {asked[option]} ({reason}); {see}"
-    return f"SLURM: expected a job that it accepts, got: {reason}; --dry-run prints what was submitted"
+    options, expected, see = next(row[1:] for row in _REASONS if re.search(row[0], reason.lower()))
+    flags = dict.fromkeys(f"--{_FLAGS.get(name, name)}" for name in options if name in asked)
+    got = " ".join(f"{name}={asked[name]}" for name in options if name in asked)
+    if "{nodes}" in expected:
+        expected = expected.format(nodes="; ".join(map(str, _nodes(asked.get("partition"))[:8])))
+        see = "; ".join(f"too much: {text}" for text in too_much(script)) or "`sinfo` lists it"
+    elif "{partitions}" in expected:
+        expected = expected.format(partitions=", ".join(ask("sinfo", "--noheader", "--format", "%R").split()) or "none")
+    got = f"got {got} ({reason})" if got else f"got: {reason}"
+    return f"{', '.join(flags) or 'SLURM'}: expected {expected}, {got}; {see}"
+
+
+def is_unreachable(stderr: str) -> bool:
+    """Return whether no controller answered."""
+    return bool(re.search(_REASONS[0][0], stderr.lower()))
 
 
 class _Nodes(NamedTuple):
@@ -68,48 +72,80 @@ class _Nodes(NamedTuple):
     gres: str
     limit: str
 
+    def __str__(self) -> str:
+        return f"{self.partition}: {self.count} nodes, {self.cpus} CPUs, {self.memory} MB, {self.gres}, {self.limit}"
+
     def gpus(self) -> int:
-        return sum(int(number) for number in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", self.gres))
+        return count_gpus(re.sub(r"\([^)]*\)", "", self.gres))
 
 
-def _nodes(partition: str | None, environment: Mapping[str, str]) -> list[_Nodes]:
+def _nodes(partition: str | None) -> list[_Nodes]:
     """Return the kinds of nodes of ``partition``, which may be several, or of the default one; [] if none is known."""
-    lines = ask(["sinfo", "--noheader", "--format", "%R|%D|%c|%m|%G|%l|%P"], environment).splitlines()
+    lines = ask("sinfo", "--noheader", "--format", "%R|%D|%c|%m|%G|%l|%P").splitlines()
     rows = [line.strip().split("|") for line in lines if line.count("|") == 6]
+    partition = partition or os.environ.get("SBATCH_PARTITION")
     wanted = partition.split(",") if partition else []
     chosen = [row for row in rows if (row[0] in wanted if wanted else row[6].endswith("*"))] or rows
     return [_Nodes(r[0], int(r[1]), int(r[2].rstrip("+")), int(r[3].rstrip("+")), r[4], r[5]) for r in chosen]
 
 
-def cpus_per_task(tasks: int, partition: str | None, environment: Mapping[str, str]) -> int:
+def cpus_per_task(tasks: int, partition: str | None) -> int:
     """Return how many CPUs each of ``tasks`` processes on a node of ``partition`` can have, at most upstream's 10."""
-    nodes = _nodes(partition or environment.get("SBATCH_PARTITION"), environment)
-    return max(1, min([10, *(kind.cpus // tasks for kind in nodes)]))
+    return max(1, min([10, *(kind.cpus // tasks for kind in _nodes(partition))]))
 
 
-def too_much(script: str, environment: Mapping[str, str]) -> list[str]:
+def too_much(script: str) -> list[str]:
     """Return what in ``script`` is larger than what any node of the partition has, as far as can be seen."""
     asked = _asked(script)
-    nodes = _nodes(asked.get("partition") or environment.get("SBATCH_PARTITION"), environment)
-    if not nodes:
-        return []
-    minutes_asked, tasks, cpus = (int(asked.get(name, 1)) for name in ("time", "ntasks-per-node", "cpus-per-task"))
-    found = []
-    if (limit := max(_minutes(kind.limit) for kind in nodes)) < minutes_asked:
-        found.append(f"--timeout of {minutes_asked} minutes, where the limit is {limit:g}")
-    if (most := max(kind.cpus for kind in nodes)) < tasks * cpus:
-        found.append(
-            f"{tasks} processes (--ngpus) x {cpus} CPUs (--cpus-per-task) on a node, where one has at most {most}"
-        )
-    gpus = int(asked.get("gpus-per-node", 0)) or count_gpus(asked.get("gres", ""))
-    if (most := max(kind.gpus() for kind in nodes)) < gpus:
-        found.append(f"{gpus} GPUs (--ngpus) on a node, where one has at most {most}")
+    nodes = _nodes(asked.get("partition"))
+    time, tasks, cpus = (int(asked.get(name, 1)) for name in ("time", "ntasks-per-node", "cpus-per-task"))
+    gpus = int(asked.get("gpus-per-node", 0)) or count_gpus(asked.get("gres"))
     memory = _megabytes(asked.get("mem", "")) or _megabytes(asked.get("mem-per-gpu", "")) * gpus
-    if (most := max(kind.memory for kind in nodes)) < memory:
-        found.append(f"{memory} MB of memory (--mem, --mem-per-gpu) on a node, where one has at most {most}")
-    if sum(kind.count for kind in nodes) < int(asked.get("nodes", 1)):
-        found.append(f"--nodes {asked['nodes']}")
-    return found
+    processes = f"{tasks} processes (--ngpus) x {cpus} CPUs (--cpus-per-task)"
+    on_a_node = "on a node, where one has at most {}"
+    limits = (
+        (f"--timeout of {time} minutes, where the limit is {{:g}}", time, [_minutes(kind.limit) for kind in nodes]),
+        (f"{processes} {on_a_node}", tasks * cpus, [kind.cpus for kind in nodes]),
+        (f"{gpus} GPUs (--ngpus) {on_a_node}", gpus, [kind.gpus() for kind in nodes]),
+        (f"{memory} MB of memory (--mem, --mem-per-gpu) {on_a_node}", memory, [kind.memory for kind in nodes]),
+        ("--nodes, where there are {}", int(asked.get("nodes", 1)), [sum(kind.count for kind in nodes)]),
+    )
+    return [text.format(max(there)) for text, wanted, there in limits if nodes and wanted > max(there)]
+
+
+def closed_partition(script: str) -> str:
+    """Return why the job of ``script`` would wait for ever, which `sbatch --test-only` does not look at; "" if not.
+
+    That is where every partition it asks for is down, or excludes its account, QOS or time limit.
+    """
+    asked = _asked(script)
+    wanted = asked.get("partition") or os.environ.get("SBATCH_PARTITION")
+    shown = ask("scontrol", "show", "partition", "--oneliner").splitlines()
+    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in shown]
+    reasons = []
+    for facts in partitions:
+        if facts["PartitionName"] in wanted.split(",") if wanted else facts.get("Default") == "YES":
+            reasons.append(_closed(facts, asked))
+    return "" if "" in reasons or not reasons else reasons[0]
+
+
+def _closed(facts: Mapping[str, str], asked: Mapping[str, str]) -> str:
+    name = facts["PartitionName"]
+    if facts.get("State", "UP") != "UP":
+        return f"partition {facts['State']}"
+    if facts.get("AllowAccounts", "ALL") != "ALL" or "DenyAccounts" in facts:
+        command = ("sacctmgr", "--noheader", "--parsable2", "show", "user", os.environ.get("USER", ""))
+        account = asked.get("account") or ask(*command, "format=DefaultAccount").strip()
+        if not _is_allowed("Accounts", account, facts):
+            return f"account {account or 'unknown'}, where {name} allows {facts.get('AllowAccounts', 'others')}"
+    if "qos" in asked and not _is_allowed("Qos", asked["qos"], facts):
+        return f"{name} allows QOS {facts.get('AllowQos', 'others')}"
+    return "PartitionTimeLimit" if _minutes(facts.get("MaxTime", "")) < int(asked.get("time", 1)) else ""
+
+
+def _is_allowed(kind: str, value: str, facts: Mapping[str, str]) -> bool:
+    allowed = facts.get(f"Allow{kind}", "ALL")
+    return (allowed == "ALL" or value in allowed.split(",")) and value not in facts.get(f"Deny{kind}", "").split(",")
 
 
 def _megabytes(text: str) -> int:
@@ -123,19 +159,6 @@ def _asked(script: str) -> dict[str, str]:
     return {name: " ".join(shlex.split(value)) for name, value in found}
 
 
-def _explain_size(script: str, asked: Mapping[str, str], reason: str, environment: Mapping[str, str]) -> str:
-    """Name what is larger than any node of the partition, where that can be seen, and list what there is."""
-    there = "; ".join(
-        f"{kind.partition}: {kind.count} nodes, {kind.cpus} CPUs, {kind.memory} MB, {kind.gres}, {kind.limit}"
-        for kind in _nodes(asked.get("partition"), environment)[:8]
-    )
-    excess = too_much(script, environment)
-    flags = "--ngpus, --cpus-per-task, --nodes, --timeout"
-    flags += "".join(f", --{name}" for name in ("mem", "mem-per-gpu", "gres") if name in asked)
-    more = f"; too much: {', '.join(excess)}" if excess else ""
-    return f"{flags}: expected what there is ({there}), got {_of(asked, *_SIZES)} ({reason}){more}"
-
-
 def _minutes(limit: str) -> float:
     """Read a time limit as sinfo prints it: D-HH:MM:SS, HH:MM:SS, MM:SS or infinite."""
     try:
@@ -144,20 +167,17 @@ def _minutes(limit: str) -> float:
         return float("inf")
 
 
-def is_silence(stderr: str) -> bool:
-    """Return whether no controller answered."""
-    return any(word in stderr.lower() for word in ("contact", "connect", "slurm_load", "configuration source"))
-
-
-def _of(asked: Mapping[str, str], *names: str) -> str:
-    return " ".join(f"{name}={asked[name]}" for name in names if name in asked) or "none of them"
-
-
-def ask(command: list[str], environment: Mapping[str, str]) -> str:
-    """Return what ``command`` prints; "" if it is not there or does not answer."""
+def call(*command: str, input: str | None = None) -> tuple[int | None, str, str]:
+    """Return exit code, output and errors of ``command``; None, "" and why if it is not there or does not answer."""
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, env=dict(environment), timeout=QUERY_TIMEOUT_S
-        ).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+        done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S)
+    except FileNotFoundError:
+        return None, "", f"no {command[0]} on PATH"
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return None, "", str(e)
+    return done.returncode, done.stdout, done.stderr
+
+
+def ask(*command: str) -> str:
+    """Return what ``command`` prints; "" if it does not answer."""
+    return call(*command)[1]

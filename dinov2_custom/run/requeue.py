@@ -1,11 +1,7 @@
 """After the processes of a SLURM job have ended: decide whether the batch script requeues the job.
 
-``python -m dinov2_custom.run.requeue FOLDER JOB_FILES MARKER CHECKED CODE SHOWN`` ends with ``AGAIN`` or the job's exit
-code. MARKER is what ``last_checkpoint`` of the run directory FOLDER held before this attempt, CHECKED what the check of
-the environment ended with, not 0 if a signal came before there were processes, CODE what those ended with, SHOWN what
-``scontrol show job`` printed; JOB_FILES is the path that ``_<rank>_result.pkl`` is added to. There is no limit on
-attempts, but each has to get somewhere: one that ended by itself, or at the time limit, without a new checkpoint is the
-last. Torch-free. Read :func:`decide` first.
+There is no limit on attempts, but one that ended by itself, or at the time limit, without a new checkpoint is the last.
+Torch-free. Read :func:`decide` first.
 """
 
 from __future__ import annotations
@@ -17,11 +13,11 @@ import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dinov2_custom.errors import ERROR, LOST_PROCESS
+from dinov2_custom.errors import ERROR, LOST_PROCESS, reason_of
 from dinov2_custom.utils.run_folder import last_checkpoint
 
 AGAIN = 200  # no process ends with it
@@ -30,8 +26,7 @@ _BY_HAND = 130  # SIGINT
 Result = tuple[str, Any]  # ("success", exit code), or ("error", sentence or traceback)
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What SLURM says of the job: its state, and the seconds left until the time limit."""
 
     state: str = "RUNNING"
@@ -73,21 +68,19 @@ def decide(results: Mapping[int, Result], num_ranks: int, progressed: bool, job:
 
 def causes(results: Mapping[int, Result], num_ranks: int, job_files: str) -> list[str]:
     """Return why the processes ended before the run did, a line for each different reason."""
-    said = []
-    for rank, (kind, text) in sorted(results.items()):
-        if kind == "error" and _is_traceback(text):
-            last = text.rstrip().splitlines()[-1]
-            said.append(f"error: rank {rank}: {last}; the traceback: {job_files}_{rank}_log.err")
-        elif kind == "error":
-            said.append(f"error: {text}")
-    silent = sorted(set(range(num_ranks)) - set(results))
-    if silent and not said:
-        ranks = ", ".join(map(str, silent))
-        said = [
-            f"error: killed without an error message, as for lack of memory (--mem): rank {ranks}; what was printed: "
-            f"{job_files}_{silent[0]}_log.err"
+    lines = []
+    for rank, text in sorted((rank, text) for rank, (kind, text) in results.items() if kind == "error"):
+        if _is_traceback(text):
+            last = reason_of(text.rstrip().splitlines()[-1])
+            text = f"rank {rank}: {last}; the traceback: {job_files}_{rank}_log.err"
+        lines.append(f"error: {text}")
+    killed = [rank for rank in range(num_ranks) if rank not in results]
+    if killed and not lines:
+        lines = [
+            "error: killed without an error message, as for lack of memory (--mem): rank "
+            f"{', '.join(map(str, killed))}; what was printed: {job_files}_{killed[0]}_log.err"
         ]
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys(lines))
 
 
 def _is_traceback(text: str) -> bool:
@@ -109,30 +102,32 @@ def read(job_files: str) -> dict[int, Result]:
     results = {}
     prefix = Path(job_files)
     for path in prefix.parent.glob(f"{prefix.name}_*_result.pkl"):
-        try:
-            with open(path, "rb") as file:
-                facts = os.fstat(file.fileno())
-                if facts.st_uid == os.geteuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                    kind, value = _Plain(file).load()
-                    rank = int(path.name.removeprefix(f"{prefix.name}_").partition("_")[0])
-                    results[rank] = str(kind), int(value) if kind == "success" else str(value)
-        except (OSError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
-            continue
+        with suppress(OSError, ValueError, TypeError, EOFError, pickle.UnpicklingError), open(path, "rb") as file:
+            facts = os.fstat(file.fileno())
+            if facts.st_uid == os.geteuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                kind, value = _Plain(file).load()
+                rank = int(path.name.removeprefix(f"{prefix.name}_").partition("_")[0])
+                results[rank] = str(kind), int(value) if kind == "success" else str(value)
     return results
 
 
 def describe_job(text: str, now: float) -> Job:
     """Read the output of ``scontrol show job``."""
     fields = dict(re.findall(r"(\w+)=(\S*)", text))
-    end = fields.get("EndTime", "")
     left = float("inf")
-    if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", end):
-        left = time.mktime(time.strptime(end, "%Y-%m-%dT%H:%M:%S")) - now
+    with suppress(ValueError):  # Unknown
+        left = time.mktime(time.strptime(fields.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")) - now
     return Job(fields.get("JobState", "UNKNOWN"), left, int(os.environ.get("DINOV2_SIGNAL_DELAY", "120")))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the causes and the decision; return ``AGAIN`` or the job's exit code."""
+    """Print the causes and the decision; return ``AGAIN`` or the job's exit code.
+
+    Args:
+        arguments: the run directory; the path that ``_<rank>_result.pkl`` is added to; what ``last_checkpoint`` held
+            before this attempt; what the check of the environment ended with, not 0 if a signal came before there were
+            processes; what those ended with; what ``scontrol show job`` printed.
+    """
     folder, job_files, before, checked, code, shown = arguments
     job_id, num_ranks = Path(job_files).name, int(os.environ["SLURM_NTASKS"])
     progressed = last_checkpoint(Path(folder)) not in ("", before.strip())
@@ -142,9 +137,10 @@ def main(arguments: Sequence[str]) -> int:
     job = describe_job(shown, time.time())
     again, why = decide(results, num_ranks, progressed, job)
     if job.state == "RUNNING":  # else SLURM itself has killed them
-        print("".join(f"{line}\n" for line in causes(results, num_ranks, job_files)), end="")
-    verdict = "requeued" if again else "not requeued" if job.state == "RUNNING" else "ended from outside"
-    print(f"job {job_id}: {verdict}: {why}", flush=True)
+        for line in causes(results, num_ranks, job_files):
+            print(line)
+    outcome = "requeued" if again else "not requeued" if job.state == "RUNNING" else "ended from outside"
+    print(f"job {job_id}: {outcome}: {why}", flush=True)
     if again:
         return AGAIN
     return max([int(code), *(value if kind == "success" else ERROR for kind, value in results.values())])

@@ -1,121 +1,169 @@
-"""Submit a job through submitit, and say in one sentence why SLURM refused it.
+"""A SLURM job as submitit makes it: its batch script, what SLURM says of it before, its submission.
 
-Not the script (``executor.py``), not the sentence (``refusal.py``). Torch-free. Read :func:`submit` first.
+Every process is one task of submitit's srun, so that signals, ranks and deaths are SLURM's own. Before them the script
+makes the environment and checks the interpreter on every node, after them it requeues the job if there is more to do
+(``requeue.py``). Not here: the processes (``process.py``), sentences about a refusal (``refusal.py``). Torch-free. Read
+:func:`parameters` first.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core import utils as submitit_utils
+from submitit.slurm import slurm as submitit_slurm
 
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
-from dinov2_custom.run.args import RESERVED
-from dinov2_custom.run.executor import JOB, PYTHON, script
+from dinov2_custom.run import environment_check, refusal
+from dinov2_custom.run.args import RESERVED, RESOURCES, count_gpus
+from dinov2_custom.run.environment import Environment
 from dinov2_custom.run.process import Process
-from dinov2_custom.run.refusal import QUERY_TIMEOUT_S, ask, explain, is_silence, too_much
+from dinov2_custom.run.requeue import AGAIN
 from dinov2_custom.world import TORCHRUN_VARIABLES
 
+JOB = "%j"  # stands for the job's number in an output directory, as in upstream
+PYTHON = '"${python[@]}"'  # bash: the words that start the job's interpreter
+# what comes before the processes; words between @ are filled in
+_SETUP = r"""@header@
+set -eo pipefail
+base=@base@
+folder=$base@run@
+# SLURM_JOB_ID of one task of an array is that of the array, and stands for all its tasks
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+job_files=$base/$job submission="$base/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}_submission.sh"
+mkdir -p "$folder"
+@log@
+fail() { trap - EXIT; echo "error: job $job on ${SLURMD_NODENAME:-$(hostname)}: $1"; exit 1; }
+finish() {  # with what the processes ended with: requeue the job, or end it
+  local code=0
+  @python@ -m dinov2_custom.run.requeue "$folder" "$job_files" "$marker" "$checked" "$1" \
+    "$(scontrol show job "$job")" || code=$?
+  [ "$code" = @again@ ] || exit "$code"
+  # SLURM ends this script, which must not end first: the job would count as finished
+  scontrol requeue "$job" && { sleep 60 || exit 1; }  # ended by SLURM: it is requeued
+  fail "it could not be requeued; submit it again, it goes on from its checkpoint"
+}
+[[ "$(scontrol show job "$job")" != *Command=*_submission.sh* ]] || fail @by_hand@
+unset @torchrun@ ${!OMPI_@} ${!PMI_@} ${!PMIX_@} ${!TORCHELASTIC_@}
+export SLURM_EXPORT_ENV=ALL  # to the processes, also with --export=NONE
+trap : TERM USR1 USR2  # the processes get these too; this script waits for them
+echo "job $job attempt=${SLURM_RESTART_COUNT:-0} nodes=$SLURM_JOB_NODELIST $(date)"
+
+# the environment
+trap 'fail "this step of the environment failed: $step"' EXIT
+@steps@
+trap - EXIT
+python=(@interpreter@)
+[ -n "${python[0]}" ] || fail "no Python was found; check --python, --modules and --setup"
+read -r -d '' check <<'END_OF_CHECK' || true
+@check@
+END_OF_CHECK
+checked=0
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 \
+  --kill-on-bad-exit=1 bash -c '
+  check=$1 prefix=$2 executable=$3; shift 3
+  command -v "$1" >/dev/null || { echo "error: node $SLURMD_NODENAME: there is no interpreter $1"; exit 1; }
+  exec "$@" -c "$check" "$SLURMD_NODENAME" "$prefix" "$executable"
+' check "$check" @expected@ @python@ || checked=$?
+[ "$checked" = 0 ] || [ "$checked" -gt 128 ] || exit 1  # above 128: stopped by a signal
+
+# the processes
+marker=$(cat "$folder/last_checkpoint" 2>/dev/null || true)
+# --no-resume is for the first attempt
+[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || [ ! "$folder/last_checkpoint" -nt "$submission" ] || export DINOV2_RESUME=1
+rm -f "$job_files"_*_result.pkl*
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-@cpus@} DINOV2_SIGNAL_DELAY=@delay@
+@hidden@
+set +e
+[ "$checked" = 0 ] || finish "$checked"
+"""
 # reasons of a pending job that waiting does not change
-_HOPELESS = (
-    "PartitionConfig",
-    "PartitionNodeLimit",
-    "PartitionTimeLimit",
-    "InvalidAccount",
-    "InvalidQOS",
-    "BadConstraints",
-    "WallDurationPerJobLimit",
-    "can't use this partition",
-    "not permitted to use this partition",
-)
+_NEVER_STARTS = ("PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "InvalidAccount", "InvalidQOS")
+_NEVER_STARTS += ("BadConstraints", "WallDurationPerJobLimit", "can't use this partition")
+_NEVER_STARTS += ("not permitted to use this partition",)
 # what submitit leaves of a submission that failed
 _LEFT = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh")
 
 
-def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Process]) -> tuple[str, Path, str]:
-    """Submit ``processes``, more than one as a job array; return (job number, folder of its files, state in words).
+def parameters(args: argparse.Namespace, name: str, environment: Environment, command: str) -> dict[str, Any]:
+    """Return what submitit's SlurmExecutor takes.
 
     Args:
-        parameters: of submitit's SlurmExecutor.
-        output_dir: absolute; ``%j`` becomes the job's number.
+        args: resolved options and an absolute ``output_dir``, which may hold ``%j``.
+        name: of the job, unless ``--job-name`` gives one.
+        command: the user's command line, which the script's header has.
 
     Raises:
-        LaunchError: SLURM refuses the job or will never start it; nothing is left behind then.
+        LaunchError: a value that would not stay on its line of the script.
     """
-    text = script(parameters, output_dir, len(processes))
-    folder = submitit_utils.JobPaths.get_first_id_independent_folder(output_dir)
-    made, before = missing_folders(folder), {path.name for path in folder.glob("*")}
-    executor = submitit.SlurmExecutor(output_dir, python=PYTHON)
-    executor.update_parameters(**parameters)
-    job_id, refused = "", ""
-    try:
-        # submitit prints what sbatch complains of, beside raising it
-        with _environment(_inherited(os.environ, text)), redirect_stderr(io.StringIO()):
-            jobs = executor.submit_array(processes)
-        job_id, shown = jobs[0].job_id.partition("_")[0], state(jobs[0].job_id.partition("_")[0])
-        if any(reason in shown for reason in _HOPELESS):
-            subprocess.run(["scancel", job_id], check=False)
-            refused = f"the job could never start: {shown}"
-    except (submitit_utils.FailedJobError, submitit_utils.FailedSubmissionError) as e:
-        refused = str(e)
-    files = Path(output_dir.replace(JOB, job_id))
-    left = [path for path in folder.glob("*") if _LEFT.fullmatch(path.name) and path.name not in before]
-    for path in left:  # links after a submission; another one may be under way
-        if refused or (path.is_symlink() and path.readlink() == files / f"{job_id}_submission.sh"):
-            path.unlink(missing_ok=True)
-    if refused:
-        for path in files.glob(f"{job_id}_*") if job_id else ():
-            path.unlink()
-        remove_empty([files, *made])
-        raise LaunchError(explain(refused, text, _inherited(os.environ, text)))
-    for path in files.glob(f"{job_id}_*submitted.pkl"):
-        path.chmod(0o600)  # the job calls what is in it
-    return job_id, files, shown
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def others_in(output_dir: Path) -> list[str]:
-    """Return the jobs of this user, waiting or running, that were submitted to write into ``output_dir``."""
-    known = {path.name.removesuffix("_submission.sh") for path in output_dir.glob("*_submission.sh")}
-    if not known:
-        return []
-    listed = ask(["squeue", "--me", "--noheader", "--format", "%i %T"], os.environ).splitlines()
-    return [line for line in listed if re.split("[_ ]", line)[0] in known]
-
-
-def _inherited(environment: Mapping[str, str], text: str) -> dict[str, str]:
-    """Leave out the variables of a job or launcher this process may be in, and those that win over the script."""
-    special = {"TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE", "ARRAY": "ARRAY_INX"}
-    chosen = [*re.findall(r"^#SBATCH --([\w-]+)", text, re.MULTILINE), *RESERVED, "requeue", "no-requeue"]
-    options = [name.upper().replace("-", "_") for name in chosen]
-    foreign = {f"SBATCH_{special.get(name, name)}" for name in options} | set(TORCHRUN_VARIABLES)
-    others = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "OMPI_", "PMI_", "PMIX_", "TORCHELASTIC_")
+    delay = min(args.signal_delay, args.timeout * 30)
+    # what the script prints does not go where rank 0 prints; a folder named by the job is not there when it starts
+    log = "/dev/null" if JOB in args.output_dir else f"{args.output_dir}/{'%A_%a' if args.sweep else JOB}_log.out"
+    options: dict[str, Any] = {"job_name": name, "ntasks_per_node": args.ngpus, "time": args.timeout}
+    options |= {"requeue": True, "output": log, "error": log}
+    if not args.cpu and not count_gpus(args.gres):
+        options["gpus_per_node"] = args.ngpus
+    options |= {option.dest: value for option in RESOURCES if option.sbatch and (value := getattr(args, option.dest))}
+    if args.use_volta32:
+        options["constraint"] = "&".join(filter(None, (args.constraint, "volta32gb")))
+    for text in args.slurm:  # wins
+        key, _, value = text.partition("=")
+        options[key.replace("-", "_")] = value or True
+    if "no_requeue" in options:  # sbatch takes the last of the two, in the order of the alphabet
+        del options["requeue"]
+    for option, value in {"output_dir": args.output_dir, **options}.items():
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f\\]", value):
+            raise LaunchError(
+                f"--{option.replace('_', '-')}: expected one line without backslashes, got {value!r}; take them out"
+            )
+    if "%" in args.output_dir.replace(JOB, ""):
+        raise LaunchError(f"--output-dir: expected no % but in {JOB}, which SLURM replaces, got {args.output_dir}")
     return {
-        name: value
-        for name, value in environment.items()
-        if name not in foreign and (not name.startswith(others) or name == "SLURM_CONF")
+        "signal_delay_s": delay,
+        "wckey": None,  # clusters that check them refuse submitit's own
+        "setup": [_setup(args, environment, command, delay)],
+        "srun_args": ["--kill-on-bad-exit=1", "--wait=1800", f"--cpus-per-task={args.cpus_per_task}", *args.srun_arg],
+        "teardown": ['finish "$?"'],
+        "additional_parameters": options,
     }
+
+
+def _setup(args: argparse.Namespace, environment: Environment, command: str, delay: int) -> str:
+    steps = [(f"step={shlex.quote(step)}\n" if step else "") + line for step, line in environment.lines]
+    words = {
+        "header": "\n".join(f"# {line}" for line in f"submitted by: {command}".splitlines()),
+        "base": '"$SLURM_JOB_ID"'.join(shlex.quote(part) if part else "" for part in args.output_dir.split(JOB)),
+        "run": "/$SLURM_ARRAY_TASK_ID" if args.sweep else "",
+        "log": 'exec >>"${job_files}_log.out" 2>&1' if JOB in args.output_dir else "",
+        "by_hand": shlex.quote(f"this script alone starts nothing, give the command again: {command}"),
+        "torchrun": " ".join(TORCHRUN_VARIABLES),
+        "steps": "\n".join(steps),
+        "interpreter": environment.python,
+        "check": Path(environment_check.__file__).read_text(encoding="utf-8").rstrip("\n"),
+        "expected": shlex.join([environment.prefix, environment.executable]),
+        "hidden": "export CUDA_VISIBLE_DEVICES=  # --cpu, also where SLURM does not hide GPUs" if args.cpu else "",
+    }
+    words |= {"python": PYTHON, "again": str(AGAIN), "cpus": str(args.cpus_per_task), "delay": str(delay)}
+    return re.sub(r"@(\w+)@", lambda match: words[match[1]], _SETUP)
+
+
+def script(parameters: dict[str, Any], output_dir: str, tasks: int = 1) -> str:
+    """Return the batch script that submitit submits; ``tasks``: of a job array."""
+    command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(output_dir)}"
+    array = {"map_count": tasks} if tasks > 1 else {}
+    return submitit_slurm._make_sbatch_string(command=command, folder=output_dir, **parameters, **array) + "\n"
 
 
 def check_installed() -> None:
@@ -132,13 +180,13 @@ def check_installed() -> None:
         )
 
 
-def check_syntax(text: str) -> None:
-    """Let bash read the script without running it.
+def check_syntax(script: str) -> None:
+    """Let bash read ``script`` without running it.
 
     Raises:
         LaunchError: a ``--setup`` line that is no bash.
     """
-    read = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     if read.returncode:
         reason = read.stderr.strip().splitlines()[0]
         raise LaunchError(
@@ -146,30 +194,74 @@ def check_syntax(text: str) -> None:
         )
 
 
-def foretell(text: str, environment: Mapping[str, str]) -> tuple[bool, str]:
-    """Return whether SLURM would refuse the script ``text``, and why or when it could start, in a sentence."""
-    inherited = _inherited(environment, text)
-    command = ["sbatch", "--test-only"]
+def test_only(script: str) -> tuple[bool, str]:
+    """Return whether SLURM would run ``script``, as far as it answers, and when, or why not, in a sentence."""
+    with environment_of_sbatch(script):
+        code, _, words = refusal.call("sbatch", "--test-only", input=script)
+    if code is None:
+        return True, f"SLURM was not asked: {words}"
+    if code and refusal.is_unreachable(words):
+        return True, f"SLURM was not asked: {refusal.explain(words, script)}"
+    if code:
+        return False, f"SLURM would refuse this job: {refusal.explain(words, script)}"
+    if closed := refusal.closed_partition(script):
+        return False, f"SLURM would not run this job: {refusal.explain(closed, script)}"
+    lines = [re.sub(r"^sbatch: ", "", line) for line in words.splitlines() if " to start at " in line]
+    return True, f"SLURM would accept this job: {lines[-1] if lines else words.strip()}"
+
+
+def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Process]) -> tuple[str, Path, str]:
+    """Submit ``processes``, more than one as a job array; return (job number, folder of its files, state in words).
+
+    Args:
+        parameters: of submitit's SlurmExecutor.
+        output_dir: absolute; ``%j`` becomes the job's number.
+
+    Raises:
+        LaunchError: SLURM refuses the job or will never start it; nothing is left behind then.
+    """
+    text = script(parameters, output_dir, len(processes))
+    folder = submitit_utils.JobPaths.get_first_id_independent_folder(output_dir)
+    made, before = missing_folders(folder), set(folder.glob("*"))
+    executor = submitit.SlurmExecutor(output_dir, python=PYTHON)
+    executor.update_parameters(**parameters)
+    job_id = ""
     try:
-        asked = subprocess.run(
-            command, input=text, capture_output=True, text=True, env=inherited, timeout=QUERY_TIMEOUT_S
-        )
-    except FileNotFoundError:
-        return False, "SLURM was not asked: no sbatch on PATH"
-    except (OSError, subprocess.TimeoutExpired) as e:
-        return False, f"SLURM was not asked: {e}"
-    said = asked.stderr if asked.returncode else ""
-    if is_silence(said):
-        return False, f"SLURM was not asked: {explain(said, text, inherited)}"
-    if not said and any(one.startswith("--timeout") for one in too_much(text, inherited)):
-        said = "the job could never start: PartitionTimeLimit"  # which the test does not look at
-    if said:
-        return True, f"SLURM would refuse this job: {explain(said, text, inherited)}"
-    lines = [re.sub(r"^sbatch: ", "", line) for line in asked.stderr.splitlines() if " to start at " in line]
-    return False, f"SLURM would accept this job: {lines[-1] if lines else asked.stderr.strip()}"
+        # submitit prints what sbatch complains of, beside raising it
+        with environment_of_sbatch(text), redirect_stderr(io.StringIO()):
+            job_id = executor.submit_array(processes)[0].job_id.partition("_")[0]
+        shown = refusal.ask("squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)").strip()
+        state = shown.partition("\n")[0].replace(" (None)", "")
+        if any(reason in state for reason in _NEVER_STARTS):
+            raise submitit_utils.FailedJobError(f"the job could never start: {state}")
+    except (submitit_utils.FailedJobError, submitit_utils.FailedSubmissionError) as e:
+        left = [path for path in set(folder.glob("*")) - before if _LEFT.fullmatch(path.name)]
+        if job_id:
+            subprocess.run(["scancel", job_id], check=False)
+            left += Path(output_dir.replace(JOB, job_id)).glob(f"{job_id}_*")
+        for path in left:
+            path.unlink()
+        remove_empty([Path(output_dir.replace(JOB, job_id)), *made])
+        raise LaunchError(refusal.explain(str(e), text)) from e
+    for path in set(folder.glob(".submission_file_*")) - before:
+        path.unlink()  # submitit's link to the script
+    files = Path(output_dir.replace(JOB, job_id))
+    for path in files.glob(f"{job_id}_*submitted.pkl"):
+        path.chmod(0o600)  # the job calls what is in it
+    return job_id, files, state
 
 
-def state(job_id: str) -> str:
-    """Return ``PENDING (Priority)`` or the like; "" if SLURM does not answer."""
-    shown = ask(["squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)"], os.environ).strip()
-    return shown.partition("\n")[0].replace(" (None)", "")
+@contextmanager
+def environment_of_sbatch(script: str) -> Iterator[None]:
+    """Hide the variables of a job this process may be in, and sbatch's where they would win over ``script``."""
+    special = {"TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE", "ARRAY": "ARRAY_INX"}
+    chosen = [*re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE), *RESERVED, "requeue", "no-requeue"]
+    names = [option.upper().replace("-", "_") for option in chosen]
+    hidden = {f"SBATCH_{special.get(name, name)}" for name in names}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or (name.startswith("SBATCH_") and name not in hidden)
+    }
+    with submitit.helpers.clean_env(), submitit_utils.environment_variables(**kept):
+        yield

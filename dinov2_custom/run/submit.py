@@ -1,7 +1,7 @@
 """Launch a task: as a SLURM job, on this machine, or in this process. Upstream's names.
 
-Submitting imports no torch; the configuration is checked before anything is started. Not here: the batch script
-(``executor.py``), local processes (``local.py``), what a process does (``process.py``). Read :func:`submit_jobs` first.
+Submitting imports no torch; the configuration is checked before anything is started. Not here: SLURM (``slurm.py``),
+local processes (``local.py``), what a process does (``process.py``). Read :func:`submit_jobs` first.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import submitit
 
 from dinov2_custom import entry, errors
 from dinov2_custom.configs.absolute_paths import absent
 from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
-from dinov2_custom.errors import LaunchError, should_restart
-from dinov2_custom.run import cluster_file, environment, executor, local, slurm
-from dinov2_custom.run.args import CLUSTER_OPTIONS, SLURM_DESTS, get_args_parser
-from dinov2_custom.run.gpus import check_gpus
+from dinov2_custom.errors import LaunchError, command
+from dinov2_custom.run import args as launch_args
+from dinov2_custom.run import environment, local, refusal, slurm
+from dinov2_custom.run.args import LAUNCH_DESTS, SLURM_DESTS, get_args_parser
 from dinov2_custom.run.process import Process
-from dinov2_custom.run.refusal import cpus_per_task
 from dinov2_custom.run.requeue import describe_job
 from dinov2_custom.utils.cluster import get_user_checkpoint_path
 from dinov2_custom.world import TORCHRUN_VARIABLES, World, world_from_environment
@@ -38,13 +37,25 @@ __all__ = ["Task", "get_args_parser", "get_shared_folder", "submit_jobs"]
 class Task:
     """What every process of a run does: ``main(args)`` of a module that is imported on the node only.
 
-    Subclasses name the module. An object can be given to submitit's executors as it is.
+    Subclasses say which module, the name of its job, the script in ``run/`` and the parser of its own flags. An object
+    can be given to submitit's executors as it is.
     """
 
-    module = ""
+    module: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    script: ClassVar[str] = ""
+    get_parser: ClassVar[Callable[..., argparse.ArgumentParser]]
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+
+    @classmethod
+    def launch(cls, arguments: Sequence[str] | None = None) -> int:
+        """Parse the command line with the launcher's flags added, launch, and return the exit code."""
+        own = cls.get_parser(add_help=False)
+        parser = get_args_parser(own.description, parents=[own])
+        parser.prog = command(cls.script)
+        return submit_jobs(cls, parser.parse_args(arguments), cls.name)
 
     def prepare(self, warn: Callable[[str], None]) -> str | None:
         """Check ``args`` before anything is started; return the complete configuration as YAML, if there is one.
@@ -66,13 +77,39 @@ class Task:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         check_gpus(os.environ)
         code = int(entry.import_quietly(self.module).main(self.args) or 0)
-        if should_restart(code) and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        if errors.should_restart(code) and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             _requeue_for_submitit(code)
         return code
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Return what submitit submits again; it goes on from the checkpoint on disk."""
         return submitit.helpers.DelayedSubmission(type(self)(self.args))
+
+
+def check_gpus(environment: Mapping[str, str]) -> None:
+    """Compare the GPUs that SLURM, SkyPilot or the user name in ``environment`` with those torch sees.
+
+    A run that sees none would train on the CPU, for the price of the GPUs.
+
+    Raises:
+        LaunchError: GPUs are named, and torch sees none.
+    """
+    names = ("CUDA_VISIBLE_DEVICES", "SKYPILOT_NUM_GPUS_PER_NODE")
+    name = next((name for name in names if name in environment), "")
+    given = environment.get(name, "").strip()
+    if given in ("", "-1", "NoDevFiles") or (name == names[1] and given == "0"):
+        return
+    torch = entry.import_quietly("torch")
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda is None and torch.version.hip is None:
+        why = "is a build without CUDA: install another (https://pytorch.org/get-started)"
+    else:
+        why = "cannot use them: see whether `nvidia-smi` works there, and whether its driver is new enough"
+    raise LaunchError(
+        f"expected to use the GPUs that {name}={given} names, got none: torch {torch.__version__} in {sys.executable} "
+        f"{why}, or add --cpu to do without GPUs"
+    )
 
 
 def get_shared_folder() -> Path:
@@ -92,35 +129,33 @@ def submit_jobs(task_class: type, args: argparse.Namespace, name: str) -> int:
     Raises:
         DINOv2Error: flags, configuration, environment or cluster that cannot work; nothing is left behind.
     """
-    for dest in (*CLUSTER_OPTIONS, "launcher", "cluster", "dry_run", "output_dir"):
+    for dest in (*LAUNCH_DESTS, "output_dir"):
         setattr(args, dest, getattr(args, dest, None))
     launcher = choose_launcher(args, os.environ)
-    if launcher != "slurm":
-        args.output_dir = (args.output_dir or "").replace(executor.JOB, os.environ.get("SLURM_JOB_ID", "local"))
-        # of a job around this command, such as a notebook that submitit started: not ours to requeue
-        os.environ.pop("SUBMITIT_EXECUTOR", None)
-    if launcher == "local":
-        for variable in TORCHRUN_VARIABLES:  # left in the shell by something else
-            os.environ.pop(variable, None)
-    if launcher != "slurm" and args.cpu:
-        # of this process and those it starts; torch looks when it is first asked
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if launcher == "inline" and (unused := unused_counts(args, world_from_environment(os.environ))):
-        print(f"warning: {unused}", file=sys.stderr)
     if launcher == "slurm":
         return _submit(task_class, args, name)
-    # mistakes in the arguments come before what this machine lacks; ranks that are there choose the directory together
-    checked = argparse.Namespace(**vars(args)) if launcher == "inline" else args
+    args.output_dir = (args.output_dir or "").replace(slurm.JOB, os.environ.get("SLURM_JOB_ID", "local"))
+    # of a job around this command, such as a notebook that submitit started: not ours to requeue
+    os.environ.pop("SUBMITIT_EXECUTOR", None)
+    if args.cpu:  # of this process and those it starts; torch looks when it is first asked
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    checked = args
     if launcher == "inline":
-        checked.ngpus, checked.nodes = world_from_environment(os.environ).size, 1  # what optim.global_batch divides by
+        world = world_from_environment(os.environ)
+        if unused := unused_counts(args, world):
+            print(f"warning: {unused}", file=sys.stderr)
+        # what optim.global_batch divides by; the ranks that are there choose the directory together
+        checked = argparse.Namespace(**vars(args) | {"ngpus": world.size, "nodes": 1})
+    else:
+        for variable in TORCHRUN_VARIABLES:  # left in the shell by something else
+            os.environ.pop(variable, None)
+    # mistakes in the arguments come before what this machine lacks
     config = _prepare(task_class, checked, warn=lambda text: None)  # the processes will say it
     processes = 1 if launcher == "inline" else local.num_processes(args)
     if args.dry_run:
         print(f"# {launcher}, {processes} processes: {_command()}\n{config or ''}", end="")
-        return 0
-    if processes == 1:
-        return int(task_class(args)() or 0)
-    return local.launch(task_class, args, processes)
+        return errors.DONE
+    return int(task_class(args)() or 0) if processes == 1 else local.launch(task_class, args, processes)
 
 
 def choose_launcher(args: argparse.Namespace, environment: Mapping[str, str]) -> str:
@@ -154,10 +189,7 @@ def _is_one_of_several(environment: Mapping[str, str], strict: bool) -> bool:
 
 
 def unused_counts(args: argparse.Namespace, world: World) -> str:
-    """Say that ``--ngpus`` or ``--nodes`` contradict the processes that are there already; "" where they do not.
-
-    Rank 0 says it for all.
-    """
+    """Return rank 0's warning where ``--ngpus`` or ``--nodes`` contradict the processes that are there; else ""."""
     nodes = -(-world.size // world.local_size)
     given = [("--ngpus", args.ngpus, world.local_size), ("--nodes", args.nodes, nodes)]
     wrong = [f"{flag} {value}" for flag, value, there in given if value and value != there]
@@ -187,72 +219,62 @@ def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
 
 
 def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
-    cluster_file.resolve(args)
+    launch_args.fill_in(args)
+    given = getattr(args, "opts", None) or []
+    runs = [argparse.Namespace(**vars(args) | {"opts": [*given, *values]}) for values in product(*args.sweep)]
     warnings: list[str] = []
-    runs = [_run(args, overrides) for overrides in product(*args.sweep)]
     configs = [_prepare(task_class, run, warnings.append) for run in runs]
     args.output_dir = resolve_output_dir(args.output_dir or runs[0].output_dir, None)
     for number, run in enumerate(runs):
         run.output_dir = f"{args.output_dir}/{number}" if args.sweep else args.output_dir
-    if args.sweep and executor.JOB in args.output_dir:
-        raise LaunchError(f"--output-dir: expected no {executor.JOB} with --sweep, got {args.output_dir}; leave it out")
-    if executor.JOB not in args.output_dir:
+    if slurm.JOB not in args.output_dir:
         check_output_dir(args.output_dir)
+    elif args.sweep:
+        raise LaunchError(f"--output-dir: expected no {slurm.JOB} with --sweep, got {args.output_dir}; leave it out")
     env = environment.resolve(args, os.environ)
-    missing = [name for name in env.missing if name == "submitit" or issubclass(task_class, Task)]
-    if missing:
+    if missing := [name for name in env.missing if name == "submitit" or issubclass(task_class, Task)]:
         raise LaunchError(
             f"--venv, --conda-env, --python: expected an environment with {', '.join(missing)}, found none for "
             f"{env.python}; install them with `{env.python} -m pip install -e {Path(__file__).resolve().parents[2]}`"
         )
     if args.cpus_per_task is None:
-        args.cpus_per_task = cpus_per_task(args.ngpus, args.partition, os.environ)
-    parameters = executor.parameters(args, name, env, _command())
-    script = executor.script(parameters, args.output_dir, len(runs))
+        args.cpus_per_task = refusal.cpus_per_task(args.ngpus, args.partition)
+    parameters = slurm.parameters(args, name, env, _command())
+    script = slurm.script(parameters, args.output_dir, len(runs))
     slurm.check_syntax(script)
     if not args.dry_run:  # last: mistakes that a user can fix come before what this machine lacks
         slurm.check_installed()
+        _warn_of_others(args, warnings.append)
     for text in dict.fromkeys(warnings):
         print(f"warning: {text}", file=sys.stderr)
     if args.dry_run:
-        refused, said = slurm.foretell(script, os.environ)
         print(script, *(f"# configuration\n{config}" for config in configs if config), sep="\n", end="", flush=True)
-        print(f"# {said}", file=sys.stderr)
-        return errors.ERROR if refused else errors.DONE
-    _warn_of_others(args)
-    for run in runs if issubclass(task_class, Task) else ():  # another class may read the launcher's options
-        for dest in (*CLUSTER_OPTIONS, "launcher", "cluster", "dry_run"):
-            delattr(run, dest)
+        accepted, words = slurm.test_only(script)
+        print(f"# {words}", file=sys.stderr)
+        return errors.DONE if accepted else errors.ERROR
     processes = [Process(task_class, run, config) for run, config in zip(runs, configs, strict=True)]
     job_id, folder, state = slurm.submit(parameters, args.output_dir, processes)
-    number = "_0" if args.sweep else ""
-    first = Path(runs[0].output_dir.replace(executor.JOB, job_id))
-    logs = (folder / f"{job_id}{number}_log.out", first / "logs" / "log.txt")
+    first = runs[0].output_dir.replace(slurm.JOB, job_id)
+    logs = (f"{folder}/{job_id}{'_0' if args.sweep else ''}_log.out", f"{first}/logs/log.txt")
     print(f"job {job_id} {state}\nfiles: {folder}")
     if args.sweep:
         print(*(f"{run.output_dir}: {' '.join(run.opts[-len(args.sweep) :])}" for run in runs), sep="\n")
-    print(f"follow: tail -F {shlex.join(map(str, logs))}\nstop: scancel {job_id}")
+    print(f"follow: tail -F {shlex.join(logs)}\nstop: scancel {job_id}")
     return errors.DONE
 
 
-def _run(args: argparse.Namespace, overrides: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments of one run of a sweep; of the only one without."""
-    run = argparse.Namespace(**vars(args))
-    if overrides:
-        run.opts = [*(getattr(args, "opts", None) or []), *overrides]
-    return run
-
-
-def _warn_of_others(args: argparse.Namespace) -> None:
-    after_another = any(text.startswith("dependency=") for text in args.slurm)
-    if executor.JOB in args.output_dir or after_another or not (others := slurm.others_in(Path(args.output_dir))):
+def _warn_of_others(args: argparse.Namespace, warn: Callable[[str], None]) -> None:
+    """Warn of this user's jobs, waiting or running, for the same directory, unless the new one waits for another."""
+    folder = Path(args.output_dir)
+    known = {path.name.removesuffix("_submission.sh") for path in folder.glob("*_submission.sh")}
+    if not known or any(text.startswith("dependency=") for text in args.slurm):
         return
-    print(
-        f"warning: --output-dir: there is already a job for {args.output_dir}: {', '.join(others)}; one that "
-        "starts while another runs ends with an error. To run after it: --slurm dependency=afterany:"
-        f"{others[-1].partition(' ')[0]}",
-        file=sys.stderr,
-    )
+    listed = refusal.ask("squeue", "--me", "--noheader", "--format", "%i %T").splitlines()
+    if others := [line for line in listed if line.partition(" ")[0].partition("_")[0] in known]:
+        warn(
+            f"--output-dir: there is already a job for {folder}: {', '.join(others)}; one that starts while another "
+            f"runs ends with an error. To run after it: --slurm dependency=afterany:{others[-1].partition(' ')[0]}"
+        )
 
 
 def _command() -> str:
@@ -266,8 +288,7 @@ def _requeue_for_submitit(code: int) -> None:
     Not for a job that SLURM ends itself, as after scancel.
     """
     job = submitit.JobEnvironment().job_id  # SLURM_JOB_ID may stand for all tasks of an array
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
-    if describe_job(shown, time.time()).state != "RUNNING":
+    if describe_job(refusal.ask("scontrol", "show", "job", job), time.time()).state != "RUNNING":
         return
     if world_from_environment(os.environ).rank == 0:
         subprocess.run(["scontrol", "requeue", job], check=False)

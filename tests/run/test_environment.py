@@ -181,6 +181,26 @@ def test_a_command_line_as_interpreter(tmp_path):
     assert alone.executable == str(tmp_path / "my python")
 
 
+def test_variables_are_those_of_the_shell_that_submits(tmp_path, monkeypatch):
+    """In quotes or a cluster file no shell has replaced them."""
+    monkeypatch.setenv("HOME", str(tmp_path / "my home"))
+    words = resolve(asked(python="env DATA=$HOME/data A=${HOME} ~/python3 -X 'a b'"), {}).python
+    shown = subprocess.run(["bash", "-c", f"printf '%s|' {words}"], capture_output=True, text=True).stdout
+    home = tmp_path / "my home"
+    assert shown == f"env|DATA={home}/data|A={home}|{home}/python3|-X|a b|"
+    ((_, found),) = resolve(asked(container="$HOME/lab.sif", output_dir="/runs"), {}).lines
+    assert f" '{home}/lab.sif')" in found
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "python").symlink_to(sys.executable)
+    setup = ["export A=1"]
+    for given in ({"venv": "$HOME"}, {"conda_env": "$HOME"}, {"conda_env": "~"}):
+        assert resolve(asked(**given, setup=setup), {}).prefix == str(home)
+    assert resolve(asked(python="$HOME/bin/python", setup=setup), {}).executable == str(home / "bin/python")
+    for given in ({"python": "env A=$NOT_THERE python3"}, {"venv": "${NOT_THERE}/v"}, {"container": "$NOT_THERE"}):
+        with pytest.raises(LaunchError, match=r"expected variables that this shell has set, got \$\{?NOT_THERE"):
+            resolve(asked(**given), {})
+
+
 def test_setup_lines_that_bring_another_python_mean_that_one(tmp_path):
     (tmp_path / "python3").write_text("#!/bin/sh\n")
     (tmp_path / "python3").chmod(0o755)

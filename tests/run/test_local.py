@@ -235,7 +235,9 @@ def test_without_gpus_one_process_unless_asked(monkeypatch):
     assert local.num_processes(argparse.Namespace(cpu=True, ngpus=3)) == 3
 
 
-def test_processes_without_their_launcher_save_and_end(images, tmp_path):
+def test_processes_without_their_launcher_save_and_end(images, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     process = start(images, tmp_path / "o", "train.max_steps=100000")
     wait_for(tmp_path / "o" / "last_checkpoint", process)
     ranks = children(process)
@@ -248,3 +250,5 @@ def test_processes_without_their_launcher_save_and_end(images, tmp_path):
         for pid in running(ranks):
             os.kill(pid, signal.SIGKILL)
     assert "stopped after iteration=" in (tmp_path / "o" / "logs" / "log.txt").read_text()
+    left = {path.name for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("torchinductor_")}
+    assert not left, "beside torch's cache"

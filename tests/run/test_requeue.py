@@ -128,3 +128,8 @@ def test_the_job_log_names_each_cause_once():
     (killed,) = causes({1: ("success", 143)}, 3, "run/7")
     assert "rank 0, 2; what was printed: run/7_0_log.err" in killed
     assert causes(ended(0, 143), 2, "run/7") == []
+    for advice in ("crashing", "hanging or bugs in the application"):
+        gloos = f"Connection closed by peer [n1]:10141. This is typically caused by a remote worker {advice}. GLHF!"
+        (line,) = causes(ended(f"Traceback (most ...):\nRuntimeError: [/w/gloo/tcp/pair.cc:553] {gloos}\n"), 1, "run/7")
+        said = "error: rank 0: RuntimeError: Connection closed by peer [n1]:10141; the traceback:"
+        assert line.startswith(said), "without torch's source file and advice"

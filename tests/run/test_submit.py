@@ -16,7 +16,14 @@ import torch
 
 from dinov2_custom.errors import ConfigError, DINOv2Error, LaunchError
 from dinov2_custom.run import slurm
-from dinov2_custom.run.submit import Task, choose_launcher, get_args_parser, get_shared_folder, submit_jobs
+from dinov2_custom.run.submit import (
+    Task,
+    check_gpus,
+    choose_launcher,
+    get_args_parser,
+    get_shared_folder,
+    submit_jobs,
+)
 from dinov2_custom.run.train.train import main as train_main
 from tests.train.batches import TINY
 from tests.train.test_train import write_images
@@ -267,7 +274,7 @@ def test_the_time_before_the_limit_is_what_slurm_was_asked_for(capsys):
     assert "#SBATCH --signal=USR2@300\n" in script and "DINOV2_SIGNAL_DELAY=300\n" in script
 
 
-def test_variables_of_the_shell_change_no_job(capsys):
+def test_variables_of_the_shell_change_no_job(capsys, monkeypatch):
     """sbatch's variables win over the script's lines."""
     names = (
         "NO_REQUEUE",
@@ -282,8 +289,12 @@ def test_variables_of_the_shell_change_no_job(capsys):
         "QOS",
     )
     shell = {f"SBATCH_{name}": "1" for name in names}
-    kept = slurm._inherited(shell, script_of(capsys, "--cpu", "--partition", "p"))
-    assert list(kept) == ["SBATCH_QOS"]  # nobody has said anything else
+    for name, value in (shell | {"SLURM_JOB_ID": "7", "SLURM_CONF": "c", "RANK": "3"}).items():
+        monkeypatch.setenv(name, value)
+    with slurm.environment_of_sbatch(script_of(capsys, "--cpu", "--partition", "p")):
+        kept = {name for name in os.environ if name.startswith(("SBATCH_", "SLURM_", "RANK"))}
+    assert kept == {"SBATCH_QOS", "SLURM_CONF"}  # nobody has said anything else
+    assert os.environ["SLURM_JOB_ID"] == "7" and os.environ["SBATCH_GPUS"] == "1"
 
 
 @pytest.mark.parametrize(
@@ -491,3 +502,45 @@ def test_the_evaluations_share_the_launcher(tmp_path, name, job):
     flags[5] = "absent.pth"
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --pretrained-weights: expected a weight file")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"CUDA_VISIBLE_DEVICES": ""},
+        {"CUDA_VISIBLE_DEVICES": "-1"},
+        {"CUDA_VISIBLE_DEVICES": "NoDevFiles"},
+        {"SKYPILOT_NUM_GPUS_PER_NODE": "0"},
+        {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "CUDA_VISIBLE_DEVICES": ""},
+    ],
+)
+def test_none_given(no_gpu, environment):
+    check_gpus(environment)
+
+
+@pytest.mark.parametrize("environment", [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}])
+@pytest.mark.parametrize("cuda, why", [(None, "is a build without CUDA"), ("12.8", "see whether `nvidia-smi` works")])
+def test_given_and_not_seen(no_gpu, monkeypatch, environment, cuda, why):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    (pair,) = environment.items()
+    with pytest.raises(LaunchError) as e:
+        check_gpus(environment)
+    assert "=".join(pair) in str(e.value) and why in str(e.value) and "--cpu" in str(e.value)
+
+
+def test_given_and_seen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_gpus({"CUDA_VISIBLE_DEVICES": "0"})
+
+
+def test_every_task_looks_before_it_starts(no_gpu, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(LaunchError, match="CUDA_VISIBLE_DEVICES=0"):
+        Task(None)()

@@ -11,10 +11,10 @@ from tests.slurm.test_jobs import arguments
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--partition", "nope"], "--partition: expected one of low, hard, hidden, got 'nope'"),
+        (["--partition", "nope"], "--partition: expected one of low, hard, hidden, got partition=nope"),
         (["--partition", "hidden"], "expected a combination you may use, got partition=hidden"),
         (["--ngpus", 3], "expected what there is (low: 3 nodes, 8 CPUs, 4000 MB, gpu:2, 1:00:00), got"),
-        (["--nodes", 4], "; too much: --nodes 4"),
+        (["--nodes", 4], "; too much: --nodes, where there are 3"),
         (["--cpus-per-task", 5], "x 5 CPUs (--cpus-per-task) on a node, where one has at most 8"),
         (["--timeout", "2:00:00"], "; too much: --timeout of 120 minutes, where the limit is 60"),
         (["--mem", "64G"], "65536 MB of memory (--mem, --mem-per-gpu) on a node, where one has at most 4000"),
@@ -22,10 +22,10 @@ from tests.slurm.test_jobs import arguments
             ["--gres", "gpu:3", "--ngpus", 3, "--cpus-per-task", 1],
             "3 GPUs (--ngpus) on a node, where one has at most 2",
         ),
-        (["--mem", "lots"], "--mem, --mem-per-gpu: expected a size such as 64G, got lots"),
-        (["--constraint", "a100"], "--constraint: expected features that nodes have, got a100"),
-        (["--exclude", "nope"], "--exclude: expected names of nodes, got nope"),
-        (["--reservation", "nope"], "--reservation: expected one that there is, got nope"),
+        (["--mem", "lots"], "--mem: expected a size such as 64G, got mem=lots"),
+        (["--constraint", "a100"], "--constraint: expected features that nodes have, got constraint=a100"),
+        (["--exclude", "nope"], "--exclude: expected names of nodes, got exclude=nope"),
+        (["--reservation", "nope"], "--reservation: expected one that there is, got reservation=nope"),
         (["--slurm", "nonsense=1"], "got: unrecognized option '--nonsense=1'"),
         (["--slurm", "dependency=wrong"], "SLURM: expected a job that it accepts"),
         (["--setup", "if"], "--setup: expected lines of bash, got: "),
@@ -64,8 +64,40 @@ def test_a_dry_run_asks_slurm(cluster, tmp_path):
         given = [a for a in arguments(tmp_path, tmp_path / "out", *flags, more) if a != "--cpu"]
         done = cluster.train(*given, check=False)
         said = done.stderr.splitlines()[-1]
-        assert done.returncode == 1 and said.startswith("# SLURM would refuse this job: --ngpus,") and reason in said
+        assert done.returncode == 1 and re.match("# SLURM would (refuse|not run) this job: --", said) and reason in said
     assert list(tmp_path.iterdir()) == [] and cluster.queue() == before
+
+
+UP = "--partition: expected a partition that is up, got partition=hard ("
+
+
+@pytest.mark.parametrize(
+    "change, back, flags, reason",
+    [
+        ("", "", ["--partition", "hidden"], "(account unknown, where hidden allows nobody)"),
+        ("", "", ["--partition", "hidden", "--account", "lab"], "(account lab, where hidden allows nobody)"),
+        ("DenyAccounts=lab", "DenyAccounts=", ["--partition", "hard", "--account", "lab"], "where hard allows others)"),
+        ("AllowQos=gold", "AllowQos=ALL", ["--partition", "hard", "--qos", "silver"], "(hard allows QOS gold)"),
+        ("State=DOWN", "State=UP", ["--partition", "hard"], f"{UP}partition DOWN)"),
+        ("State=DRAIN", "State=UP", ["--partition", "hard"], UP),
+        ("State=INACTIVE", "State=UP", ["--partition", "hard"], UP),
+    ],
+)
+def test_a_dry_run_says_that_a_partition_is_closed(cluster, tmp_path, change, back, flags, reason):
+    if change:
+        cluster.run("scontrol", "update", "PartitionName=hard", change)
+    try:
+        given = [*arguments(tmp_path, tmp_path / "out", *flags), "--dry-run"]
+        done = cluster.train(*given, check=False)
+        with_another = cluster.train(*given, "--partition", f"{flags[1]},low", check=False)
+    finally:
+        if change:
+            cluster.run("scontrol", "update", "PartitionName=hard", back)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and reason in said and " accept " not in said, said
+    if reason != UP:  # SLURM itself refuses that list
+        assert with_another.returncode == 0 and "# SLURM would accept this job" in with_another.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_value_is_what_was_given_whatever_it_holds(cluster, tmp_path):

@@ -79,7 +79,8 @@ def preempt(cluster, job: str, out: Path) -> None:
 def time_out(cluster, job: str, out: Path) -> None:
     """SLURM sends SIGUSR2 two minutes before the limit; it looks twice a minute, and wakes those that sleep."""
     frozen_after_a_checkpoint(cluster, job, out)
-    set_limit(cluster, job, 2)
+    hours, minutes, _ = cluster.facts(job)["RunTime"].split(":")
+    set_limit(cluster, job, int(hours) * 60 + int(minutes) + 2)  # of a slow machine's attempt, too
 
 
 def kill(cluster, job: str, out: Path) -> None:

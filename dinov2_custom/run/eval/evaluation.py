@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from dinov2_custom.errors import CheckpointError, ConfigError, command
-from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs, warn_of_absent
+from dinov2_custom.errors import CheckpointError, ConfigError
+from dinov2_custom.run.submit import Task, warn_of_absent
 from dinov2_custom.utils.run_folder import find_weights
 
 
@@ -46,12 +45,3 @@ def check_weights(flag: str, given: str) -> None:
     if not weights or ("://" not in weights and not Path(weights).exists()):
         got = given or "nothing"
         raise ConfigError(f"{flag}: expected a weight file or a run directory, got {got}; check it")
-
-
-def launch(
-    task: type[Task], parser: argparse.ArgumentParser, name: str, script: str, arguments: Sequence[str] | None
-) -> int:
-    """Parse the command line with the launcher's flags added to ``parser``, launch, and return the exit code."""
-    parser = get_args_parser(parser.description, parents=[parser])
-    parser.prog = command(script)
-    return submit_jobs(task, parser.parse_args(arguments), name)

@@ -1,26 +1,18 @@
 """Launch a kNN evaluation, under upstream's names. Not the evaluation itself. Torch-free."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 from dinov2_custom import cli
 from dinov2_custom.eval.args import get_knn_args_parser
-from dinov2_custom.run.eval.evaluation import Evaluation, launch
-
-__all__ = ["Evaluator", "main"]
+from dinov2_custom.run.eval.evaluation import Evaluation
 
 
 class Evaluator(Evaluation):
     """A kNN evaluation in every process."""
 
-    module = "dinov2_custom.eval.knn"
+    module, name, script = "dinov2_custom.eval.knn", "dinov2:knn", "run/eval/knn.py"
+    get_parser = staticmethod(get_knn_args_parser)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, launch, and return the exit code."""
-    return launch(Evaluator, get_knn_args_parser(add_help=False), "dinov2:knn", "run/eval/knn.py", arguments)
-
+main = Evaluator.launch
 
 if __name__ == "__main__":
     cli.main("knn")

@@ -1,32 +1,18 @@
 """Launch a logistic regression, under upstream's names. Not the evaluation itself. Torch-free."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 from dinov2_custom import cli
 from dinov2_custom.eval.args import get_log_regression_args_parser
-from dinov2_custom.run.eval.evaluation import Evaluation, launch
-
-__all__ = ["Evaluator", "main"]
+from dinov2_custom.run.eval.evaluation import Evaluation
 
 
 class Evaluator(Evaluation):
     """A logistic regression in every process."""
 
-    module = "dinov2_custom.eval.log_regression"
+    module, name, script = "dinov2_custom.eval.log_regression", "dinov2:logreg", "run/eval/log_regression.py"
+    get_parser = staticmethod(get_log_regression_args_parser)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, launch, and return the exit code."""
-    return launch(
-        Evaluator,
-        get_log_regression_args_parser(add_help=False),
-        "dinov2:logreg",
-        "run/eval/log_regression.py",
-        arguments,
-    )
-
+main = Evaluator.launch
 
 if __name__ == "__main__":
     cli.main("log_regression")

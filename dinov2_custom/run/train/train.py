@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from dinov2_custom import cli
-from dinov2_custom.errors import command
-from dinov2_custom.run.submit import Task, get_args_parser, submit_jobs, warn_of_absent
-
-__all__ = ["Trainer", "main"]
+from dinov2_custom.run.submit import Task, warn_of_absent
 
 
 class Trainer(Task):
     """A training in every process."""
 
-    module = "dinov2_custom.train.train"
+    module, name, script = "dinov2_custom.train.train", "dinov2:train", "run/train/train.py"
+    get_parser = staticmethod(cli.train_parser)
 
     def prepare(self, warn: Callable[[str], None]) -> str:
         """Check the configuration, set ``args.output_dir`` and return the configuration as YAML."""
@@ -39,13 +37,7 @@ class Trainer(Task):
         return to_yaml(cfg)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, launch, and return the exit code."""
-    own = cli.train_parser(add_help=False)
-    parser = get_args_parser(own.description, parents=[own])
-    parser.prog = command("run/train/train.py")
-    return submit_jobs(Trainer, parser.parse_args(arguments), name="dinov2:train")
-
+main = Trainer.launch
 
 if __name__ == "__main__":
     cli.main("train")
