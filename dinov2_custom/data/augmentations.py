@@ -1,6 +1,6 @@
 """DataAugmentationDINO: one image in, two global and some local crops out.
 
-Not in here: the drawing of parameters (``draws``) and the pixel operations (``image_ops``). Read
+Not in here: the drawing of parameters (``draws``) and the pixel operations (``pixels``). Read
 :meth:`DataAugmentationDINO.__call__` first.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import image_ops as ops
+from . import pixels as ops
 from .draws import Box, CropDraw, Recipe, draw_box, draw_colours, draw_crop
 from .native import colour_changer
 from .resize import cut_crops

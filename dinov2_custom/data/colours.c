@@ -1,4 +1,4 @@
-/* The colour changes of one crop, as in image_ops.py: the same whole numbers, without arrays in between.
+/* The colour changes of one crop, as in pixels.py: the same whole numbers, without arrays in between.
  *
  * Compiled at run time by native.py where there is a C compiler; everything works without, with the same pixels, only
  * slower. pixels is (size, size, 3) uint8; x is (3, size, size), what comes of it; row is what finish.pack_draw writes;

@@ -1,6 +1,6 @@
 """Finish a batch where the model is: uint8 crops in, colour-changed and normalised float crops out.
 
-The colour operations are those of ``image_ops``, batched, on any device, and exact: all of them are sums and products
+The colour operations are those of ``pixels``, batched, on any device, and exact: all of them are sums and products
 of whole numbers below 2**24, which float32 holds, so the same parameters give the same levels as on the CPU. Not in
 here: drawing parameters (``draws``) and the processes that cut the crops (``ring``). Read :meth:`Finisher.__call__`
 first.
@@ -17,7 +17,7 @@ from torch import Tensor
 from dinov2_custom.utils.transfer import to_device
 
 from .draws import CropDraw
-from .image_ops import BLUR_RADIUS, SOLARIZE_THRESHOLD, blend_gain, blur_weights, hue_sextants
+from .pixels import BLUR_RADIUS, SOLARIZE_THRESHOLD, blend_gain, blur_weights, hue_sextants
 
 STEPS = ("brightness", "contrast", "saturation", "hue")
 NUM_STEPS = len(STEPS)
@@ -117,13 +117,13 @@ def _change(name: str, x: Tensor, values: Tensor, column: int, on_host: np.ndarr
 
 
 def luma(x: Tensor) -> Tensor:
-    """Return the grey level (N, 1, S, S), rounded as ``image_ops.luma`` does."""
+    """Return the grey level (N, 1, S, S), rounded as ``pixels.luma`` does."""
     red, green, blue = x.split(1, dim=1)
     return torch.floor((77 * red + 150 * green + 29 * blue + 128) / 256)
 
 
 def turn_hue(x: Tensor, sextants: Tensor, passes: int) -> Tensor:
-    """Turn the hue as ``image_ops.adjust_hue`` does; ``sextants`` (N, 1, 1, 1) signed, at most ``passes`` halves."""
+    """Turn the hue as ``pixels.adjust_hue`` does; ``sextants`` (N, 1, 1, 1) signed, at most ``passes`` halves."""
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     total = torch.round((high - low) * sextants.abs())
     own_passes = torch.ceil(sextants.abs() / 0.5)

@@ -1,7 +1,7 @@
 """Pixel work in C, where this machine has a C compiler: compiled once, checked against Python, same pixels.
 
 The sources are ``colours.c`` and ``resize.c`` beside this file. Without a compiler, or if anything about it fails,
-``image_ops`` and ``resize`` do the work in other ways. Read :func:`colour_changer` first.
+``pixels`` and ``resize`` do the work in other ways. Read :func:`colour_changer` first.
 """
 
 from __future__ import annotations

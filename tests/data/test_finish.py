@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_custom.data import image_ops
+from dinov2_custom.data import pixels as ops
 from dinov2_custom.data.augmentations import DataAugmentationDINO, as_pixels, change_colours, cut_draws
 from dinov2_custom.data.draws import CropDraw
 from dinov2_custom.data.finish import NUM_PARAMETERS, Finisher, apply_colours, pack_draw
@@ -62,7 +62,7 @@ def test_each_colour_change_over_its_whole_range(name):
 def test_blur_of_every_width(sigma):
     draw = CropDraw(BOX, False, (), False, sigma, False)
     image = planes(picture(31, 31, 3))
-    np.testing.assert_array_equal(on_device([image], [draw])[0], image_ops.gaussian_blur(image, sigma))
+    np.testing.assert_array_equal(on_device([image], [draw])[0], ops.gaussian_blur(image, sigma))
 
 
 def test_no_change_and_mixed_orders_leave_the_others_alone():
