@@ -1,31 +1,83 @@
 """Pixel operations of the augmentation: uint8 in, uint8 out, every parameter given by the caller.
 
-Each does what Pillow (through torchvision) does, in a few whole-array integer operations. Not in here: any drawing of
-parameters (``draws``) and the recipe (``augmentations``). Arrays are planar, C-contiguous ``(C, H, W)`` uint8 with
-C = 3, or 1 after :func:`grayscale`. Read :func:`blend` first.
+Each colour change does what Pillow (through torchvision) does, in a few whole-array integer operations of numpy. Where
+OpenCV is installed (extra ``fast``), :func:`change_colours_into` has it make the same levels in a third of the time.
+Crops are resized by torch or Pillow. Not in here: any drawing of parameters (``draws``), the colour changes on a GPU
+(``finish``). Unless said otherwise, arrays are planar, C-contiguous ``(C, H, W)`` uint8 with C = 3, or 1 after
+:func:`grayscale`. Read :func:`cut_crops` and :func:`change_colours` first.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 import math
+import multiprocessing
+import random
+from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
+from PIL import Image
 
+from .draws import CropDraw, Recipe, draw_jitter
+
+logger = logging.getLogger("dinov2")
 BLUR_RADIUS = 4
 SOLARIZE_THRESHOLD = 128
+
+
+def cut_crops(
+    outs: Sequence[np.ndarray], image: np.ndarray | torch.Tensor, draws: Sequence[CropDraw], kernel: str | None = None
+) -> None:
+    """Cut the box of each of ``draws`` out of ``image`` (H, W, 3), resize it into its ``out`` (S, S, 3), and flip it.
+
+    Colours are not changed. Bicubic with antialiasing; pixels outside the box do not contribute. ``outs`` are
+    contiguous. ``kernel``: one of ``KERNELS``, by default :func:`resize_kernel`'s.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.numpy()
+    if image.strides[1:] != (3, 1):
+        image = np.ascontiguousarray(image)
+    resize = KERNELS[kernel or resize_kernel()]
+    for out, draw in zip(outs, draws, strict=True):
+        left, top, width, height = draw.box
+        resize(out, image[top : top + height, left : left + width], draw.flip)
+
+
+def _resize_by_torch(out: np.ndarray, crop: np.ndarray, flip: bool) -> None:
+    # numpy's copy of the crop and its new axis cost less than torch's
+    source, target = (torch.from_numpy(a[None]).permute(0, 3, 1, 2) for a in (np.ascontiguousarray(crop), out))
+    torch.ops.aten._upsample_bicubic2d_aa.out(source, out.shape[:2], False, None, None, out=target)
+    if flip:
+        target.copy_(target.flip(3))
+
+
+def _resize_by_pillow(out: np.ndarray, crop: np.ndarray, flip: bool) -> None:
+    resized = np.asarray(Image.fromarray(crop).resize(out.shape[:2], Image.Resampling.BICUBIC))
+    out[...] = resized[:, ::-1] if flip else resized
+
+
+KERNELS = {"torch": _resize_by_torch, "Pillow": _resize_by_pillow}
+
+
+def resize_kernel() -> str:
+    """Return which of ``KERNELS`` resizes crops on this machine; their pixels are some hundredths of a level apart.
+
+    Torch's is several times as fast where it has vector instructions, which are those of x86, else half as fast.
+    """
+    return "torch" if torch.backends.cpu.get_cpu_capability().startswith("AVX") else "Pillow"
 
 
 def blend(base: np.ndarray | int, image: np.ndarray, factor: float) -> np.ndarray:
     """Return ``base + factor * (image - base)``, clipped to 0..255 and rounded down, as ``Image.blend`` does.
 
     ``base`` is a level or a plane of levels (uint8); ``factor`` >= 0, 1 changes nothing. The factor is rounded to the
-    finest step that 16 bits hold (below 1/256 for factors up to 1.5).
+    finest step that 16 bits hold (below 1/256 for factors up to 1.5); one above 128 counts as 128.
     """
     gain, shift = blend_gain(factor)
-    if abs(gain) > 128:
-        return _blend_float(base, image, factor)
     levels = image.astype(np.int16)
     change = levels - (np.int16(base) if isinstance(base, int) else base.astype(np.int16))
     change *= np.int16(gain)
@@ -37,19 +89,11 @@ def blend(base: np.ndarray | int, image: np.ndarray, factor: float) -> np.ndarra
 
 
 def blend_gain(factor: float) -> tuple[int, int]:
-    """Return (gain, shift): ``gain / 2**shift`` is ``factor - 1``, rounded as finely as |gain| <= 128 lets it be.
-
-    Beyond a factor of 129 the shift is 0 and the gain greater.
-    """
-    gain = factor - 1.0
+    """Return (gain, shift): ``gain / 2**shift`` is ``factor - 1``, rounded as finely as gain <= 128 lets it be."""
+    gain = min(factor - 1.0, 127.0)
     mantissa, exponent = math.frexp(abs(gain))
     shift = min(15, max(0, 7 - exponent + (mantissa == 0.5)))
     return round(gain * (1 << shift)), shift
-
-
-def _blend_float(base: np.ndarray | int, image: np.ndarray, factor: float) -> np.ndarray:
-    start = np.asarray(base, np.float32)
-    return np.clip(start + np.float32(factor) * (image - start), 0, 255).astype(np.uint8)
 
 
 def luma(image: np.ndarray) -> np.ndarray:
@@ -203,3 +247,134 @@ def normalize(image: np.ndarray, mean: np.ndarray, std: np.ndarray) -> torch.Ten
     pixels *= (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)[:, None, None]
     pixels -= (np.asarray(mean, np.float64) / np.asarray(std, np.float64)).astype(np.float32)[:, None, None]
     return out
+
+
+COLOUR_CHANGES = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+}
+
+
+def change_colours(crop: np.ndarray, draw: CropDraw) -> np.ndarray:
+    """Apply the colour changes of ``draw`` to (3, S, S); a grey result is (1, S, S)."""
+    for name, parameter in draw.jitter:
+        crop = COLOUR_CHANGES[name](crop, parameter)
+    if draw.gray:
+        crop = grayscale(crop)
+    if draw.sigma is not None:
+        crop = gaussian_blur(crop, draw.sigma)
+    return solarize(crop) if draw.solarize else crop
+
+
+def change_colours_into(out: np.ndarray, crop: np.ndarray, draw: CropDraw) -> None:
+    """Write what :func:`change_colours` makes of ``crop`` to ``out``, (3, S, S); ``crop`` is (S, S, 3), overwritten."""
+    cv2 = opencv()
+    if cv2 is None:
+        out[...] = change_colours(np.ascontiguousarray(crop.transpose(2, 0, 1)), draw)
+    else:
+        _change_by_opencv(cv2, out, crop, draw)
+
+
+@functools.cache
+def opencv() -> ModuleType | None:
+    """Return cv2, or None where it is not installed or its levels are not those of numpy's code on this machine.
+
+    Compared once a process, over some dozens of draws: a run that is resumed without OpenCV, or with another version of
+    it, has the same pixels.
+    """
+    try:
+        cv2 = importlib.import_module("cv2")
+    except ImportError:
+        return None
+    if multiprocessing.parent_process() is not None:  # a data-loading process has one core
+        cv2.setNumThreads(0)
+    rng, numbers = random.Random(0), np.random.default_rng(0)
+    recipe = Recipe(hue=0.5, brightness=0.8, contrast=0.8, saturation=0.8)
+    for i in range(32):
+        size = (4, 11, 37, 80)[i % 4]
+        crop = numbers.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        sigma = rng.uniform(0.1, 2.0) if i % 3 else None
+        draw = CropDraw((0, 0, 1, 1), False, draw_jitter(rng, recipe), i % 5 == 0, sigma, i % 2 == 0)
+        expected, out = change_colours(np.ascontiguousarray(crop.transpose(2, 0, 1)), draw), np.empty_like(crop)
+        _change_by_opencv(cv2, out.reshape(3, size, size), crop, draw)
+        if (out.reshape(3, size, size) != expected).any():
+            logger.warning(f"colours are changed by numpy: OpenCV {cv2.__version__} has other levels on this machine")
+            return None
+    return cv2
+
+
+# Rows of a matrix from R, G, B, 1 to the grey level of luma(); the last number has halves rounded up everywhere.
+ONE = np.ones(1, np.float32)
+LUMA = np.tile(np.float32([77, 150, 29, 0.25]) / 256, (3, 1))
+
+
+def _change_by_opencv(cv2: ModuleType, out: np.ndarray, x: np.ndarray, draw: CropDraw) -> None:
+    """Do what :func:`change_colours_into` does, ``x`` being the crop.
+
+    OpenCV rounds to the nearest level; all sums here are exact in float32, so what is to be rounded down is lowered by
+    a half less the half of its last bit.
+    """
+    grey = np.empty_like(x)
+    for name, value in draw.jitter:
+        if name == "hue":
+            _turn_hue(cv2, x, value, list(grey.reshape(3, *x.shape[:2])))
+            continue
+        gain, shift = blend_gain(value)
+        change, lower = gain / (1 << shift), 0.5 ** (shift + 1) - 0.5
+        if name == "brightness":
+            cv2.addWeighted(x, 1 + change, x, 0, lower, dst=x)
+            continue
+        cv2.transform(x, LUMA, dst=grey)
+        if name == "saturation":
+            cv2.addWeighted(x, 1 + change, grey, -change, lower, dst=x)
+        else:
+            mean = int(cv2.sumElems(grey)[0] / (len(x) * len(x)) + 0.5)
+            cv2.addWeighted(x, 1 + change, x, 0, lower - change * mean, dst=x)
+    if draw.gray:
+        cv2.transform(x, LUMA, dst=grey)
+        x = cv2.extractChannel(grey, 0)
+    if draw.sigma is not None:
+        weights = np.float32(blur_weights(draw.sigma)) / 256
+        weights = np.concatenate([weights[:0:-1], weights])
+        for _ in range(2):  # columns, then rows, each rounded, halves up
+            x = cv2.sepFilter2D(x, -1, ONE, weights, delta=1 / 512, borderType=cv2.BORDER_REFLECT_101)
+            x = cv2.transpose(x)
+    if draw.solarize:
+        np.minimum(x, 255 - x, out=x)
+    if draw.gray:
+        out[...] = x
+    else:
+        cv2.split(x, mv=list(out))
+
+
+def _turn_hue(cv2: ModuleType, x: np.ndarray, shift: float, planes: list[np.ndarray]) -> None:
+    """Do in place what :func:`adjust_hue` does; OpenCV's sums and differences end at 0 and 255.
+
+    ``planes``: room for the three of ``x``.
+    """
+    cv2.split(x, mv=planes)
+    sextants = hue_sextants(shift)
+    forward = sextants > 0
+    if not forward:  # what is ahead of a plane comes after it, the first after the last
+        planes.reverse()
+    high, low = cv2.max(cv2.max(*planes[:2]), planes[2]), cv2.min(cv2.min(*planes[:2]), planes[2])
+    chroma = cv2.subtract(high, low)
+    for moves in _hue_moves(abs(sextants)):
+        move = cv2.LUT(chroma, moves)
+        bottom, top = cv2.add(low, move), cv2.subtract(high, move)
+        turned = []
+        for plane, ahead in zip(planes, planes[1:] + planes[:1], strict=True):
+            risen = cv2.min(cv2.add(plane, cv2.subtract(bottom, ahead)), high)
+            turned.append(cv2.max(cv2.subtract(risen, cv2.subtract(ahead, top)), low))
+        planes = turned
+    cv2.merge(planes if forward else planes[::-1], dst=x)
+
+
+@functools.lru_cache(maxsize=256)
+def _hue_moves(sextants: float) -> list[np.ndarray]:
+    """Return, for each pass of :func:`adjust_hue`, how far a pixel of each chroma 0..255 moves."""
+    passes = int(np.ceil(sextants / 0.5))
+    total = np.rint(np.arange(256, dtype=np.int16) * np.float32(sextants)).astype(np.int16)
+    return [(total * (i + 1) // passes - total * i // passes).astype(np.uint8) for i in range(passes)]

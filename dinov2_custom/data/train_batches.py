@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .augmentations import change_colours_into, cut_draws
 from .collate import describe_masks
 from .finish import NUM_PARAMETERS, Finisher, pack_draw
+from .pixels import change_colours_into, cut_crops
 from .slots import Field
 from .step_masks import Masks, Step, masks_of_draws
 from .train_samples import BadRecord, TrainSample, TrainSamples
@@ -31,7 +31,7 @@ class Report(NamedTuple):
 class TrainBatches:
     """Build any batch: the i-th of the whole job has the draws ``first_draw`` + [i*b*W, (i+1)*b*W), of which rank r
     takes the r-th block of b = ``batch_size``; ``accumulation_steps`` of them make one step, and masks are spread over
-    a step. ``late_colours``: leave the colours to the device. ``kernel``: see ``resize.cut_crops``."""
+    a step. ``late_colours``: leave the colours to the device."""
 
     def __init__(
         self,
@@ -44,7 +44,6 @@ class TrainBatches:
         accumulation_steps: int = 1,
         first_draw: int = 0,
         late_colours: bool = False,
-        kernel: str | None = None,
     ):
         self.samples = samples
         self.masks = masks
@@ -54,7 +53,6 @@ class TrainBatches:
         self.accumulation_steps = accumulation_steps
         self.first_draw = first_draw
         self.late_colours = late_colours
-        self.kernel = kernel
         self._resized: list[np.ndarray] = []
 
     @property
@@ -112,14 +110,14 @@ class TrainBatches:
         crops = (arrays["global_crops"][:, position], arrays["local_crops"][:, position])
         outs = [out for kind in crops for out in kind]
         if self.late_colours:
-            cut_draws(outs, sample.pixels, sample.crops, self.kernel)
+            cut_crops(outs, sample.pixels, sample.crops)
             rows = (arrays["global_colours"][:, position], arrays["local_colours"][:, position])
             for row, crop in zip((row for kind in rows for row in kind), sample.crops, strict=True):
                 pack_draw(crop, row)
             return
         if not self._resized:
             self._resized = [np.empty((size, size, 3), np.uint8) for size in self.samples.augment.sizes]
-        cut_draws(self._resized, sample.pixels, sample.crops, self.kernel)
+        cut_crops(self._resized, sample.pixels, sample.crops)
         for out, crop, draw in zip(outs, self._resized, sample.crops, strict=True):
             change_colours_into(out, crop, draw)
 

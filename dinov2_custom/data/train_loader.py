@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from .finish import Finisher
-from .native import colour_changer
+from .pixels import opencv, resize_kernel
 from .prefetch import Copier
-from .resize import fastest_kernel
 from .ring import Built, Ring
 from .slots import allocate
 from .train_batches import TrainBatches, unpack
@@ -59,7 +58,7 @@ class TrainLoader:
         self.colours = colours
         self.start_iteration = start_iteration
         self.num_images = len(builder.samples.dataset)
-        self.found: dict[str, Any] = {}  # what a checkpoint keeps of the data
+        self.found: dict[str, Any] = {"resize": resize_kernel()}  # what a checkpoint keeps of the data
         self.draws = start_iteration * builder.batch_size * builder.world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -106,9 +105,9 @@ class TrainLoader:
         builder = copy.copy(self.builder)
         builder.first_draw = first_draw
         builder.late_colours = self.colours == "device" or (self.colours == "auto" and device.type != "cpu")
-        builder.kernel = fastest_kernel()  # one choice for all processes
-        if not builder.late_colours:
-            colour_changer()  # compile before the processes need it
+        # looked for here, once, rather than in each process
+        where = "on the device" if builder.late_colours else "by OpenCV" if opencv() else "by numpy"
+        logger.info(f"crops are resized by {resize_kernel()}, their colours changed {where}")
         pinned = device.type == "cuda"
         if self.num_workers == "auto":
             auto = AutoWorkers(builder.batch_size, self.cores)

@@ -31,6 +31,8 @@ def set_up_process() -> None:
     keep its memory, and a GPU's pinned pages, for good.
     """
     torch.set_num_threads(1)
+    if "cv2" in sys.modules:  # imported before the fork
+        sys.modules["cv2"].setNumThreads(0)
     end_with_parent()
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
