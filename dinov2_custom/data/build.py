@@ -8,7 +8,7 @@ from typing import Any
 from dinov2_custom.errors import ConfigError
 
 from .datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder, SourceDataset
-from .list_files import ListSource
+from .lists import ListSource
 from .mixture import Mixture
 from .parquet import ParquetSource
 from .sources import Source

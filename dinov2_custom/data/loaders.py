@@ -1,6 +1,6 @@
 """make_dataset, make_data_loader (upstream's) and make_train_loader (what training uses).
 
-Not in here: what happens to one draw (``train_samples``), the batches (``train_loader``), the order of images
+Not in here: what happens to one draw (``samples``), the batches (``train_loader``), the order of images
 (``samplers``). Read :func:`make_train_loader` first.
 """
 
@@ -25,11 +25,11 @@ from .finish import Finisher
 from .holdout import split_off
 from .masking import MaskingGenerator
 from .samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
+from .samples import BadImages, TrainSamples
 from .spec import parse_dataset
 from .step_masks import Masks
 from .train_batches import TrainBatches
 from .train_loader import TrainLoader
-from .train_samples import BadImages, TrainSamples
 from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .workers import set_up_worker
 

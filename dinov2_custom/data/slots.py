@@ -1,7 +1,7 @@
 """Memory that several processes share: numbered slots, each with the same named arrays, and one word a process.
 
 Anonymous where the system has memfd (Linux), so that neither the size of /dev/shm nor a killed process matters; else a
-file in the temporary folder, removed from it as soon as it is open. Not in here: who fills which slot (``ring``). Read
+file in the temporary folder, removed from it as soon as it is open. Not in here: who fills which slot (``pool``). Read
 :meth:`Slots.arrays` first.
 """
 

@@ -1,7 +1,7 @@
 """From an iteration to the uint8 arrays of its batch, and from those to what the model takes.
 
 :class:`TrainBatches` is what a data-loading process runs, a pure function of (seed, draw numbers);
-:func:`unpack` is the main process's part. Not in here: processes (``ring``). Read :meth:`TrainBatches.build` first.
+:func:`unpack` is the main process's part. Not in here: processes (``pool``). Read :meth:`TrainBatches.build` first.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from .collate import describe_masks
 from .finish import NUM_PARAMETERS, Finisher, pack_draw
 from .pixels import change_colours_into, cut_crops
+from .samples import BadRecord, TrainSample, TrainSamples
 from .slots import Field
 from .step_masks import Masks, Step, masks_of_draws
-from .train_samples import BadRecord, TrainSample, TrainSamples
 
 
 class Report(NamedTuple):

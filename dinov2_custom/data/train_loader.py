@@ -1,6 +1,6 @@
 """TrainLoader: the endless batches of one rank, built by other processes (or here), finished on the model's device.
 
-Not in here: what is in a batch (``train_batches``), processes (``ring``), making one from a configuration
+Not in here: what is in a batch (``train_batches``), processes (``pool``), making one from a configuration
 (``loaders.make_train_loader``). Read :meth:`TrainLoader.batches` first.
 """
 
@@ -19,11 +19,11 @@ import torch
 
 from .finish import Finisher
 from .pixels import opencv, resize_kernel
+from .pool import Built, Ring
 from .prefetch import Copier
-from .ring import Built, Ring
+from .samples import BadImages
 from .slots import allocate
 from .train_batches import TrainBatches, unpack
-from .train_samples import BadImages
 from .workers import AutoWorkers, at_most_cores
 
 logger = logging.getLogger("dinov2")

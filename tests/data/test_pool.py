@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from dinov2_custom.data import ring as ring_module
-from dinov2_custom.data.ring import MAX_DEATHS, Ring, describe_exit
+from dinov2_custom.data import pool as ring_module
+from dinov2_custom.data.pool import MAX_DEATHS, Ring, describe_exit
 from dinov2_custom.errors import DataError
 from tests.data import ring_builders as builders
 from tests.data.ring_builders import IMAGES
@@ -149,7 +149,7 @@ def test_a_ring_that_is_dropped_takes_its_processes_along():
 
 SCRIPT = """
 import os, signal, sys, time
-from dinov2_custom.data.ring import Ring
+from dinov2_custom.data.pool import Ring
 from tests.data import ring_builders
 
 if __name__ == "__main__":
