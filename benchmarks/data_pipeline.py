@@ -24,11 +24,9 @@ from dinov2_custom.data import decode, pixels
 from dinov2_custom.data.augmentations import DataAugmentationDINO
 from dinov2_custom.data.datasets import ExtendedVisionDataset
 from dinov2_custom.data.finish import Finisher
-from dinov2_custom.data.masking import MaskingGenerator
-from dinov2_custom.data.samples import TrainSamples
-from dinov2_custom.data.slots import allocate
-from dinov2_custom.data.step_masks import Masks
-from dinov2_custom.data.train_batches import TrainBatches, unpack
+from dinov2_custom.data.masking import MaskingGenerator, Masks
+from dinov2_custom.data.pool import allocate
+from dinov2_custom.data.samples import TrainBatches, TrainSamples, unpack
 
 UPSTREAM = "upstream"
 TARGETS = {

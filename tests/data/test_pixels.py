@@ -14,7 +14,7 @@ from dinov2_custom.data import pixels as ops
 from dinov2_custom.data.augmentations import DataAugmentationDINO
 from dinov2_custom.data.draws import CropDraw
 from dinov2_custom.data.pixels import KERNELS, cut_crops
-from dinov2_custom.data.workers import set_up_process
+from dinov2_custom.data.pool import set_up_process
 from tests.data import reference
 from tests.data.pictures import picture, planes
 
