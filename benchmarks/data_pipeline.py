@@ -20,15 +20,13 @@ import torch
 from PIL import Image
 
 from benchmarks import machine, photographs, upstream_pipeline
-from dinov2_custom.data import augmentations, decode
+from dinov2_custom.data import decode, pixels
 from dinov2_custom.data.augmentations import DataAugmentationDINO
 from dinov2_custom.data.datasets import ExtendedVisionDataset
 from dinov2_custom.data.finish import Finisher
-from dinov2_custom.data.masking import MaskingGenerator
-from dinov2_custom.data.slots import allocate
-from dinov2_custom.data.step_masks import Masks
-from dinov2_custom.data.train_batches import TrainBatches, unpack
-from dinov2_custom.data.train_samples import TrainSamples
+from dinov2_custom.data.masking import MaskingGenerator, Masks
+from dinov2_custom.data.pool import allocate
+from dinov2_custom.data.samples import TrainBatches, TrainSamples, unpack
 
 UPSTREAM = "upstream"
 TARGETS = {
@@ -41,8 +39,8 @@ ms: CPU milliseconds an image on one core; x: times upstream's speed, the median
 cut 2 x 224 and 8 x 96 crops, jitter, blur and sample masks. Upstream ends with a normalised half-precision batch, ours
 with uint8 crops in the slot that the device reads; "+ normalised" adds the float batch made on the CPU, which training
 on a GPU does not. "Colour on the device" leaves jitter, grey, blur and solarize to the device, with the same pixels.
-"Pure Pillow + torch" has neither simplejpeg nor a C compiler. "DCT scaling" is `data.dct_scaling: true`.
-The last table is the mask sampler alone.
+"Pure Pillow + torch" is without the extra `fast`: neither simplejpeg nor OpenCV. "DCT scaling" is
+`data.dct_scaling: true`. The last table is the mask sampler alone.
 """
 
 
@@ -126,16 +124,15 @@ def _ours(files: list[bytes], *, scaling=False, late=False, pillow=False, normal
     masks = Masks((0.1, 0.5), 0.5, 256, MaskingGenerator((16, 16), max_num_patches=128))
     batches = TrainBatches(samples, masks, batch_size=len(files), late_colours=late)
     arrays, finish = allocate(batches.fields), Finisher(augment.mean, augment.std)
-    batches.kernel = "torch" if pillow else None
-    real = decode.find_simplejpeg, augmentations.colour_changer
+    real = decode.find_simplejpeg, pixels.opencv
 
     def run(n: int) -> object:
         if pillow:
-            decode.find_simplejpeg = augmentations.colour_changer = lambda: None
+            decode.find_simplejpeg = pixels.opencv = lambda: None
         try:
             report = batches.build(n, arrays)
         finally:
-            decode.find_simplejpeg, augmentations.colour_changer = real
+            decode.find_simplejpeg, pixels.opencv = real
         return unpack(arrays, report.upperbound, finish, "cpu") if normalised else report
 
     return run

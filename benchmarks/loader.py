@@ -25,11 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import machine, photographs, upstream_pipeline
 from benchmarks.data_pipeline import InMemory
 from dinov2_custom.data.augmentations import DataAugmentationDINO
-from dinov2_custom.data.masking import MaskingGenerator
-from dinov2_custom.data.ring import Ring
-from dinov2_custom.data.step_masks import Masks
-from dinov2_custom.data.train_batches import TrainBatches
-from dinov2_custom.data.train_samples import TrainSamples
+from dinov2_custom.data.masking import MaskingGenerator, Masks
+from dinov2_custom.data.pool import Ring
+from dinov2_custom.data.samples import TrainBatches, TrainSamples
 
 BATCH, WORKERS = 32, 2
 WARM_UP_BATCHES = 3

@@ -21,7 +21,7 @@ def describe(module: str, *more: str) -> str:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
         cpu = names[0] if names else cpu
     versions = [f"python={platform.python_version()}"]
-    for name in ("torch", "numpy", "pillow", "simplejpeg"):
+    for name in ("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless"):
         try:
             versions.append(f"{name}={importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

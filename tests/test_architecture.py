@@ -93,11 +93,10 @@ TORCH_FREE = [
     "patching.main",
 ]
 CIRCLES = {
-    frozenset({"data.augmentations", "data.native", "data.resize"}),
     frozenset({"train.memory", "train.ssl_meta_arch"}),
 }  # to be taken apart
 # who may rename or lock besides files.py: folders, files of former runs, and what a library wrote by itself
-RENAMES = {"files", "train.checkpoint_store", "export.write", "run.process", "data.compiler"}
+RENAMES = {"files", "train.checkpoint_store", "export.write", "run.process"}
 WORK = {
     "os.getenv", "os.environ", "os.makedirs", "os.mkdir", "os.uname", "torch.manual_seed", "torch.set_default_dtype",
     "torch.set_num_threads", "torch.cuda.is_available", "torch.cuda.device_count", "torch.set_float32_matmul_precision",

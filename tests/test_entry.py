@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dinov2_custom import entry
-from dinov2_custom.data.workers import set_up_worker
+from dinov2_custom.data.pool import set_up_worker
 from dinov2_custom.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ sys.exit(entry.reported(main))
 LEFT_BEHIND = """
 import sys, torch
 from dinov2_custom import entry
-from dinov2_custom.data.workers import set_up_worker
+from dinov2_custom.data.pool import set_up_worker
 from dinov2_custom.errors import DataError
 kept = []
 def main():

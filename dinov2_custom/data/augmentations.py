@@ -1,6 +1,6 @@
 """DataAugmentationDINO: one image in, two global and some local crops out.
 
-Not in here: the drawing of parameters (``draws``) and the pixel operations (``image_ops``). Read
+Not in here: the drawing of parameters (``draws``) and the pixel operations (``pixels``). Read
 :meth:`DataAugmentationDINO.__call__` first.
 """
 
@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import image_ops as ops
+from . import pixels as ops
 from .draws import Box, CropDraw, Recipe, draw_box, draw_colours, draw_crop
-from .native import colour_changer
-from .resize import cut_crops
+from .pixels import change_colours, cut_crops
 from .transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -29,14 +28,6 @@ from .transforms import (
 __all__ = ["DataAugmentationDINO", "GaussianBlur", "make_normalize_transform"]
 
 SHRINK_MARGIN = 1.5
-JITTER = {
-    "brightness": ops.adjust_brightness,
-    "contrast": ops.adjust_contrast,
-    "saturation": ops.adjust_saturation,
-    "hue": ops.adjust_hue,
-}
-
-
 STEPS = ("geometric_augmentation_global", "geometric_augmentation_local")
 STEPS += ("global_transfo1", "global_transfo2", "local_transfo", "normalize")
 
@@ -86,7 +77,7 @@ class DataAugmentationDINO:
         pixels = as_pixels(image)
         draws = self.draw(pixels.shape[1], pixels.shape[0], rng)
         resized = [np.empty((size, size, 3), np.uint8) for size in self.sizes]
-        cut_draws(resized, pixels, draws)
+        cut_crops(resized, pixels, draws)
         planes = (np.ascontiguousarray(crop.transpose(2, 0, 1)) for crop in resized)
         changed = (change_colours(crop, draw) for crop, draw in zip(planes, draws, strict=True))
         return _as_sample([ops.normalize(crop, self.mean, self.std) for crop in changed])
@@ -122,7 +113,8 @@ class DataAugmentationDINO:
         rng, pixels = rng or random.Random(), as_pixels(image)
         box = draw_box(rng, pixels.shape[1], pixels.shape[0], scale)
         crop = np.empty((size, size, 3), np.uint8)
-        cut_crops([crop], pixels, [box], [rng.random() < self.recipe.hflip_p])
+        flip = rng.random() < self.recipe.hflip_p
+        cut_crops([crop], pixels, [CropDraw(box, flip, jitter=(), gray=False, sigma=None, solarize=False)])
         return Image.fromarray(crop)
 
     def _change(self, image: Image.Image, rng: random.Random | None, blur_p: float, solarize_p: float) -> torch.Tensor:
@@ -191,27 +183,3 @@ def as_pixels(image: Image.Image | np.ndarray) -> torch.Tensor:
         image = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(image)
 
-
-def cut_draws(
-    outs: Sequence[np.ndarray], pixels: torch.Tensor, draws: Sequence[CropDraw], kernel: str | None = None
-) -> None:
-    """Cut the crops of ``draws`` out of ``pixels`` (uint8, H W 3) into ``outs``, (size, size, 3), colours unchanged."""
-    cut_crops(outs, pixels, [draw.box for draw in draws], [draw.flip for draw in draws], kernel)
-
-
-def change_colours(crop: np.ndarray, draw: CropDraw) -> np.ndarray:
-    """Apply the colour changes of ``draw`` to uint8 (3, S, S); a grey result is (1, S, S)."""
-    for name, parameter in draw.jitter:
-        crop = JITTER[name](crop, parameter)
-    if draw.gray:
-        crop = ops.grayscale(crop)
-    if draw.sigma is not None:
-        crop = ops.gaussian_blur(crop, draw.sigma)
-    return ops.solarize(crop) if draw.solarize else crop
-
-
-def change_colours_into(out: np.ndarray, crop: np.ndarray, draw: CropDraw) -> None:
-    """Write what :func:`change_colours` makes of ``crop``, uint8 (S, S, 3), to ``out``, (3, S, S)."""
-    change = colour_changer()
-    if change is None or not change(out, crop, draw):
-        out[...] = change_colours(np.ascontiguousarray(crop.transpose(2, 0, 1)), draw)

@@ -16,9 +16,7 @@ from torch.utils.data import default_collate
 
 from dinov2_custom.errors import DataError, UnreadableImageError, shortage
 
-from .slots import Field
-from .train_loader import open_ring
-from .workers import at_most_cores
+from .pool import Field, at_most_cores, open_ring
 
 HANG_S = 600.0  # without a batch, after which a process hangs
 

@@ -1,15 +1,17 @@
-"""make_dataset, make_data_loader (upstream's) and make_train_loader (what training uses).
+"""make_dataset, make_data_loader (upstream's) and make_train_loader with its TrainLoader (what training uses).
 
-Not in here: what happens to one draw (``train_samples``), the batches (``train_loader``), the order of images
-(``samplers``). Read :func:`make_train_loader` first.
+Not in here: what is in a sample and a batch (``samples``), the order of images (``samplers``), processes (``pool``).
+Read :func:`make_train_loader` and :meth:`TrainLoader.batches` first.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -17,24 +19,29 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
+from dinov2_custom.errors import ConfigError
+
 from .augmentations import DataAugmentationDINO
-from .build import build
-from .datasets import ImageNet, ImageNet22k
+from .datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder, SourceDataset
 from .depth import Reading
 from .finish import Finisher
 from .holdout import split_off
-from .masking import MaskingGenerator
+from .lists import ListSource
+from .masking import MaskingGenerator, Masks
+from .mixture import Mixture
+from .parquet import ParquetSource
+from .pixels import opencv, resize_kernel
+from .pool import AutoWorkers, at_most_cores, open_ring, set_up_worker
 from .samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
-from .spec import parse_dataset
-from .step_masks import Masks
-from .train_batches import TrainBatches
-from .train_loader import TrainLoader
-from .train_samples import BadImages, TrainSamples
+from .samples import BadImages, TrainBatches, TrainSamples, unpack
+from .sources import Source
+from .spec import DatasetSpec, parse_dataset
+from .tar_shards import TarSource
 from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from .workers import set_up_worker
 
 logger = logging.getLogger("dinov2")
 MAX_KINDS = 8  # of files, in one line of the log
+DATASETS = {"LabelledFolder": LabelledFolder, "ImageNet": ImageNet, "ImageNet22k": ImageNet22k}
 
 
 class SamplerType(Enum):
@@ -232,3 +239,171 @@ def _get(cfg: Any, dotted: str, default: Any) -> Any:
         if cfg is None:
             return default
     return cfg
+
+
+def build(spec: DatasetSpec, transform: Callable | None = None, target_transform: Callable | None = None) -> Any:
+    """Make the dataset that ``spec`` describes.
+
+    Raises:
+        DataError: what it names is missing, broken or holds no image.
+    """
+    options = {"transform": transform, "target_transform": target_transform}
+    if spec.kind == "ImageDataset":
+        return ImageDataset(list(spec.roots), **options)
+    if spec.kind in DATASETS:
+        return DATASETS[spec.kind](root=spec.roots[0], **options, **spec.options)
+    if spec.kind == "Mixture":
+        weights = [part.weight for part in spec.parts]
+        datasets = [build(part.spec, transform) for part in spec.parts]
+        names = [part.name for part in spec.parts]
+        return Mixture(datasets, names, None if None in weights else weights, target_transform)
+    return SourceDataset(make_source(spec), root=list(spec.roots), **options)
+
+
+def make_source(spec: DatasetSpec) -> Source:
+    """Make the source of a kind that is not a dataset class of its own."""
+    if spec.kind == "Tar":
+        return TarSource(list(spec.roots))
+    if spec.kind == "Parquet":
+        return ParquetSource(list(spec.roots), **spec.options)
+    if spec.kind == "ImageList":
+        return ListSource(spec.roots[0], **spec.options)
+    raise ConfigError(f"train.dataset_path: unknown kind of dataset {spec.kind!r}")
+
+
+class TrainLoader:
+    """An endless sequence of collated batches of one rank, the same whatever ``num_workers`` is.
+
+    ``num_images``: images to train on. ``draws``: number of the job's next draw, which a resumed run gives to
+    :meth:`batches`.
+    ``num_workers``: processes, 0: none but this one, "auto": as many as keep up, at most ``cores``.
+    ``colours``: where the colour changes are made, "cpu" | "device" | "auto" (on the device if it is not a CPU);
+    the pixels are the same.
+    """
+
+    def __init__(
+        self,
+        builder: TrainBatches,
+        finish: Finisher,
+        bad_images: BadImages,
+        *,
+        num_workers: int | str,
+        cores: int | None = None,
+        colours: str = "auto",
+        start_iteration: int = 0,
+    ):
+        self.builder = builder
+        self.finish = finish
+        self.bad_images = bad_images
+        self.num_workers = num_workers
+        self.cores = cores
+        self.colours = colours
+        self.start_iteration = start_iteration
+        self.num_images = len(builder.samples.dataset)
+        self.found: dict[str, Any] = {"resize": resize_kernel()}  # what a checkpoint keeps of the data
+        self.draws = start_iteration * builder.batch_size * builder.world_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.batches(self.start_iteration)
+
+    def batches(
+        self, start_iteration: int = 0, device: torch.device | str = "cpu", *, first_draw: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the batches from ``start_iteration`` on, counted from ``first_draw``; their crops on ``device``.
+
+        Raises:
+            DataError: too many images cannot be read, or the data-loading processes die again and again.
+        """
+        device = torch.device(device)
+        batch_size, world_size = self.builder.batch_size, self.builder.world_size
+        self.draws = first_draw + start_iteration * batch_size * world_size
+        copier = Copier(device)
+        source, auto = self._source(start_iteration, device, first_draw)
+        try:
+            while True:
+                built = source.next_batch()
+                self.bad_images.add(batch_size, built.result.bad)
+                if not built.result.complete:
+                    raise self.bad_images.error()
+                copied = copier(partial(unpack, built.arrays, built.result.upperbound, self.finish, device))
+                if copied.is_done:
+                    source.release(built.slot)
+                self.draws += batch_size * world_size
+                start = time.perf_counter()
+                yield copied.batch
+                if not copied.is_done:
+                    copied.wait()
+                    source.release(built.slot)
+                if auto is not None and auto.observe(built.seconds, time.perf_counter() - start):
+                    source.grow(auto.chosen)
+        finally:
+            try:
+                copier.wait()  # copies may still read the memory that is freed now
+            finally:
+                source.close()
+
+    def _source(self, start_iteration: int, device: torch.device, first_draw: int) -> tuple[Any, AutoWorkers | None]:
+        """Start what builds the batches; for ``num_workers`` "auto" also what chooses the number of processes."""
+        builder = copy.copy(self.builder)
+        builder.first_draw = first_draw
+        builder.late_colours = self.colours == "device" or (self.colours == "auto" and device.type != "cpu")
+        # looked for here, once, rather than in each process
+        where = "on the device" if builder.late_colours else "by OpenCV" if opencv() else "by numpy"
+        logger.info(f"crops are resized by {resize_kernel()}, their colours changed {where}")
+        pinned = device.type == "cuda"
+        if self.num_workers == "auto":
+            auto = AutoWorkers(builder.batch_size, self.cores)
+            return open_ring(builder, auto.first, start_iteration, pinned=pinned, max_workers=auto.most), auto
+        return open_ring(builder, at_most_cores(self.num_workers), start_iteration, pinned=pinned), None
+
+
+class Copied:
+    """A batch, and how to wait until the host memory that it came from is free again."""
+
+    def __init__(self, batch: dict[str, Any], event: torch.cuda.Event | None = None) -> None:
+        self.batch, self._event = batch, event
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it can still be on its way."""
+        return self._event is None
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+
+
+class Copier:
+    """Make batches on ``device``: on a CUDA device, on a stream of its own.
+
+    A batch so travels while the step before is still computing: the host is ahead of the GPU by up to a step, and when
+    it asks for a batch, the one before is being worked on. On other devices there are no streams and nothing is ahead.
+
+    ``cuda``: what has the ``Stream``, ``Event``, ``stream`` and ``current_stream`` of ``torch.cuda``; None: no streams.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = None) -> None:
+        self.device = device
+        self.cuda = cuda or (torch.cuda if device.type == "cuda" else None)
+        self.stream = self.cuda.Stream(device) if self.cuda else None
+
+    def __call__(self, make: Callable[[], dict[str, Any]]) -> Copied:
+        """Return ``make()``, whose copies and kernels the present stream, not the host, waits for."""
+        if self.stream is None:
+            return Copied(make())
+        with self.cuda.stream(self.stream):
+            batch = make()
+            event = self.cuda.Event(blocking=True)  # else a host that waits keeps a core busy
+            event.record(self.stream)
+        user = self.cuda.current_stream(self.device)
+        user.wait_event(event)
+        for value in batch.values():
+            if isinstance(value, torch.Tensor) and value.device.type == self.device.type:
+                value.record_stream(user)  # its memory is the user's until that has done with it
+        return Copied(batch, event)
+
+    def wait(self) -> None:
+        """Wait until nothing that was started here is on its way."""
+        if self.stream is not None:
+            self.stream.synchronize()

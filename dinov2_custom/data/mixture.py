@@ -24,7 +24,7 @@ from dinov2_custom.utils.rng import seed_for
 from .depth import Reading
 from .listing import PassedOver
 from .samplers import permuted_index
-from .train_samples import read_pixels
+from .samples import read_pixels
 
 Share = tuple[str, int, float]
 
@@ -130,7 +130,7 @@ class Mixture(Dataset):
     read = get_image_data
 
     def get_pixels(self, index: int, **options: Any) -> Any:
-        """Return the pixels of image ``index``, see ``train_samples.read_pixels``."""
+        """Return the pixels of image ``index``, see ``samples.read_pixels``."""
         part, own = self.part_of(index)
         return read_pixels(self.datasets[part], own, **options)
 

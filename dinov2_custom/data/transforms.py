@@ -1,6 +1,6 @@
 """Image transforms with upstream's names: normalisation, GaussianBlur and the classification pipelines of evaluation.
 
-Not the training augmentation (``augmentations``, whose fast operations are in ``image_ops``). These take PIL images and
+Not the training augmentation (``augmentations``, whose fast operations are in ``pixels``). These take PIL images and
 follow torchvision on PIL, resize included, because evaluation must give upstream's pixels. Random ones take ``rng``, a
 ``random.Random`` (None: seeded by the operating system). Read :func:`make_classification_eval_transform` first.
 """
@@ -18,8 +18,8 @@ from torch import nn
 
 from dinov2_custom.errors import class_of_torchvision
 
-from . import image_ops
 from .draws import draw_box
+from .pixels import gaussian_blur
 
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
@@ -64,7 +64,7 @@ class GaussianBlur(RandomTransform, class_of_torchvision("transforms", "RandomAp
             return image
         sigma = rng.uniform(self.radius_min, self.radius_max)
         planes = np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-        blurred = image_ops.gaussian_blur(planes, sigma)
+        blurred = gaussian_blur(planes, sigma)
         return Image.fromarray(np.ascontiguousarray(blurred.transpose(1, 2, 0)))
 
 

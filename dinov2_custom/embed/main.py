@@ -18,8 +18,8 @@ from dinov2_custom import cli, distributed
 from dinov2_custom.configs.output_dir import check_output_dir
 from dinov2_custom.data.image_batches import ImageBatches, batches
 from dinov2_custom.data.loaders import make_dataset
+from dinov2_custom.data.pool import workers_of_choice
 from dinov2_custom.data.transforms import make_classification_eval_transform
-from dinov2_custom.data.workers import workers_of_choice
 from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError, optional
 from dinov2_custom.logging.progress import ProgressBar

@@ -18,7 +18,7 @@ from torch import nn
 
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir, load_run_config
-from dinov2_custom.data.workers import workers_of_choice
+from dinov2_custom.data.pool import workers_of_choice
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.eval.args import get_args_parser
 from dinov2_custom.logging import open_log, setup_logging

@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from dinov2_custom.data.train_samples import with_path
+from dinov2_custom.data.samples import with_path
 from dinov2_custom.files import append_row, parse_json_object
 from dinov2_custom.train.views import num_crop_pairs
 

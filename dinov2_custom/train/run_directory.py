@@ -100,12 +100,24 @@ def changed_batch(before: Mapping[str, Any], cfg: DictConfig, world_size: int) -
 
 
 def changed_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
-    """Return "images: before -> now" where the data are not those of the checkpoint; each has images and digest."""
+    """Return "images: before -> now" where the data are not those of the checkpoint, and what else makes other pixels.
+
+    Each has images and digest, and resize: what resizes crops on the machine.
+    """
+    changes = []
     if not before or not now or before == now:
-        return []
+        return changes
     if before["images"] != now["images"]:
-        return [f"images found: {before['images']:,} -> {now['images']:,}, so that others are drawn"]
-    return ["images found: as many, but different ones"] if before["digest"] and now["digest"] else []
+        changes.append(f"images found: {before['images']:,} -> {now['images']:,}, so that others are drawn")
+    elif before["digest"] and now["digest"] and before["digest"] != now["digest"]:
+        changes.append("images found: as many, but different ones")
+    kernels = [found.get("resize") for found in (before, now)]
+    if all(kernels) and kernels[0] != kernels[1]:
+        changes.append(
+            f"crops resized by: {' -> '.join(kernels)}, as this machine's processor is of another kind, which changes "
+            "pixels by some hundredths of a level"
+        )
+    return changes
 
 
 def _global_batch(config: Mapping[str, Any], world_size: int) -> tuple[int, str]:

@@ -232,7 +232,7 @@ def open_data(cfg, resume: bool, on_bad_image=None):
     place = {"rank": distributed.get_global_rank(), "world_size": distributed.get_global_size()}
     cores = distributed.share_of_cores()
     loader = make_train_loader(cfg, **place, cores=cores, dataset=dataset, on_bad_image=on_bad_image)
-    loader.found = {"images": len(dataset), "digest": getattr(dataset, "digest", str)()}
+    loader.found |= {"images": len(dataset), "digest": getattr(dataset, "digest", str)()}
     return cfg, loader
 
 

@@ -1,6 +1,6 @@
 """Copies between the host and a GPU that the host does not wait for: they go through pinned memory.
 
-On other devices everything is plain. Not here: copying whole batches ahead (``data/prefetch.py``).
+On other devices everything is plain. Not here: copying whole batches ahead (``data/loaders.py``).
 """
 
 from __future__ import annotations

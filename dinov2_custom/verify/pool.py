@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from dinov2_custom.data.workers import end_with_parent
+from dinov2_custom.data.pool import end_with_parent
 from dinov2_custom.errors import DataError, DINOv2Error
 
 IDLE = -1

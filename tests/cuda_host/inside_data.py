@@ -7,8 +7,7 @@ import itertools
 
 import torch
 
-from dinov2_custom.data.loaders import make_train_loader
-from dinov2_custom.data.prefetch import Copier
+from dinov2_custom.data.loaders import Copier, make_train_loader
 from dinov2_custom.utils.transfer import to_device, to_host
 from tests.cuda_host.counts import counted, syncs
 from tests.data.pictures import make_folder, train_config

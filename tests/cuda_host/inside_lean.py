@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.step import COMMON, batch_for, our_step
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.data import train_loader
-from dinov2_custom.data.loaders import make_train_loader
-from dinov2_custom.data.prefetch import Copier
-from dinov2_custom.data.train_loader import PinnedRing
+from dinov2_custom.data import loaders
+from dinov2_custom.data.loaders import Copier, make_train_loader
+from dinov2_custom.data.pool import PinnedRing
 from dinov2_custom.eval import knn
 from dinov2_custom.eval.linear import eval_linear
 from dinov2_custom.eval.linear_classifiers import LinearPostprocessor, setup_linear_classifiers
@@ -84,7 +83,7 @@ def test_the_first_launch_after_memory_that_cannot_be_pinned_works(builder, capl
 def test_memory_is_given_back_after_the_copies_from_it(builder, tmp_path, monkeypatch):
     loader = make_train_loader(train_config(str(tmp_path / "images"), num_workers=1), rank=0, world_size=1)
     copier, ready, close = Copier(CUDA), [], PinnedRing.close
-    monkeypatch.setattr(train_loader, "Copier", lambda device: copier)
+    monkeypatch.setattr(loaders, "Copier", lambda device: copier)
     monkeypatch.setattr(PinnedRing, "close", lambda self: ready.append(copier.stream.query()) or close(self))
     batches = loader.batches(device=CUDA)
     next(batches)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2_custom.data.slots import Field
+from dinov2_custom.data.pool import Field
 from dinov2_custom.errors import DataError
 
 IMAGES = 3

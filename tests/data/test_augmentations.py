@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dinov2_custom.data import DataAugmentationDINO
-from dinov2_custom.data.augmentations import as_pixels, change_colours, cut_draws
+from dinov2_custom.data.augmentations import as_pixels
+from dinov2_custom.data.pixels import change_colours, cut_crops
 from dinov2_custom.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tests.data import reference
 from tests.data.pictures import picture, planes
@@ -101,7 +102,7 @@ def check_fidelity(image: Image.Image, seeds: range, size: int, local_size: int)
     for seed in seeds:
         draws = augment.draw(*image.size, random.Random(seed))
         resized = [np.empty((side, side, 3), np.uint8) for side in augment.sizes]
-        cut_draws(resized, pixels, draws)
+        cut_crops(resized, pixels, draws)
         for crop, draw in zip(resized, draws, strict=True):
             ours = change_colours(np.ascontiguousarray(crop.transpose(2, 0, 1)), draw)
             slow = planes(reference.render(image, draw, len(crop)))

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_custom.data import image_ops
-from dinov2_custom.data.augmentations import DataAugmentationDINO, as_pixels, change_colours, cut_draws
+from dinov2_custom.data import pixels as ops
+from dinov2_custom.data.augmentations import DataAugmentationDINO, as_pixels
 from dinov2_custom.data.draws import CropDraw
 from dinov2_custom.data.finish import NUM_PARAMETERS, Finisher, apply_colours, pack_draw
+from dinov2_custom.data.pixels import change_colours, cut_crops
 from dinov2_custom.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tests.data.pictures import picture, planes
+from tests.data.test_pixels import STRONG
 
 BOX = (0, 0, 1, 1)
-STRONG = dict(
-    brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5, jitter_p=0.9, gray_p=0.3, solarize_p=0.5, blur_p=[0.5] * 3
-)
 
 
 def rows_of(draws) -> np.ndarray:
@@ -62,7 +61,7 @@ def test_each_colour_change_over_its_whole_range(name):
 def test_blur_of_every_width(sigma):
     draw = CropDraw(BOX, False, (), False, sigma, False)
     image = planes(picture(31, 31, 3))
-    np.testing.assert_array_equal(on_device([image], [draw])[0], image_ops.gaussian_blur(image, sigma))
+    np.testing.assert_array_equal(on_device([image], [draw])[0], ops.gaussian_blur(image, sigma))
 
 
 def test_no_change_and_mixed_orders_leave_the_others_alone():
@@ -84,7 +83,7 @@ def test_normalised_crops_are_those_of_the_float_path_bit_for_bit():
     image = as_pixels(picture(60, 50))
     draws = augment.draw(60, 50, random.Random(3))
     resized = np.empty((2, 32, 32, 3), np.uint8)
-    cut_draws(list(resized), image, draws)
+    cut_crops(list(resized), image, draws)
     finish = Finisher(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     late = finish(torch.from_numpy(resized), torch.device("cpu"), rows_of(draws))
     assert late.dtype == torch.float32 and late.is_contiguous()

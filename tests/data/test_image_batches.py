@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from dinov2_custom.data import image_batches, ring
+from dinov2_custom.data import image_batches, pool
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.data.image_batches import ImageBatches, ImageLoader, batches, of_list
 from dinov2_custom.data.transforms import make_classification_eval_transform
@@ -91,7 +91,7 @@ def test_an_image_that_kills_two_processes_is_a_bad_one(images):
 
 
 def test_a_hang_names_the_process_and_the_image(images, monkeypatch):
-    monkeypatch.setattr(ring, "LOOK_S", 0.1)
+    monkeypatch.setattr(pool, "LOOK_S", 0.1)
     monkeypatch.setattr(image_batches, "HANG_S", 2.0)
     dataset = Accident(str(images), TRANSFORM)
     dataset.kills = False

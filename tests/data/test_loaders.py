@@ -18,14 +18,13 @@ from dinov2_custom.data import (
     loaders,
     make_data_loader,
     make_dataset,
-    train_loader,
-    workers,
+    pool,
 )
 from dinov2_custom.data.collate import describe_masks
 from dinov2_custom.data.datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder
 from dinov2_custom.data.loaders import make_augmentation, make_masks, make_train_loader
+from dinov2_custom.data.masking import Step, masks_of_draws
 from dinov2_custom.data.samplers import permuted_index
-from dinov2_custom.data.step_masks import Step, masks_of_draws
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.utils.rng import random_for
 from tests.data.datasets.test_image_net_22k import write_tar
@@ -43,7 +42,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def many_cores(monkeypatch):
-    monkeypatch.setattr(train_loader, "at_most_cores", lambda num_workers: num_workers)
+    monkeypatch.setattr(loaders, "at_most_cores", lambda num_workers: num_workers)
 
 
 def test_make_dataset_makes_every_kind(tmp_path, folder):
@@ -379,7 +378,7 @@ def test_bounds_of_the_masks_are_rounded_as_upstreams():
 
 
 def test_workers_are_at_most_the_cores(monkeypatch, caplog):
-    monkeypatch.setattr(workers, "num_cores", lambda: 3)
+    monkeypatch.setattr(pool, "num_cores", lambda: 3)
     caplog.set_level("INFO", logger="dinov2")
-    assert [workers.at_most_cores(n) for n in (0, 2, 3)] == [0, 2, 3] and not caplog.text
-    assert workers.at_most_cores(10) == 3 and "3, not 10" in caplog.text
+    assert [pool.at_most_cores(n) for n in (0, 2, 3)] == [0, 2, 3] and not caplog.text
+    assert pool.at_most_cores(10) == 3 and "3, not 10" in caplog.text

@@ -12,7 +12,7 @@ from dinov2_custom.data.holdout import IndexSubset, split_off
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.data.mixture import Mixture, Shares
 from dinov2_custom.data.samplers import permuted_index
-from dinov2_custom.data.train_samples import TrainSamples
+from dinov2_custom.data.samples import TrainSamples
 from dinov2_custom.errors import ConfigError, DataError
 from tests.data.pictures import encode, make_folder, picture, train_config
 from tests.data.test_tar_shards import write

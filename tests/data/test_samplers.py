@@ -13,7 +13,7 @@ from dinov2_custom.data.samplers import (
     ShardedInfiniteSampler,
     permuted_index,
 )
-from dinov2_custom.data.train_batches import TrainBatches
+from dinov2_custom.data.samples import TrainBatches
 
 
 def take(sampler, number: int) -> list[int]:

@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from dinov2_custom.data.ring import Ring
-from dinov2_custom.data.train_loader import PinnedRing
+from dinov2_custom.data.pool import PinnedRing, Ring
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.train import get_args_parser, main
 from tests.data.pictures import make_folder

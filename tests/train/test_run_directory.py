@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from dinov2_custom.train.run_directory import changed_data
 from tests.train.test_step_guard import run
 from tests.train.test_train import write_images
 
@@ -43,3 +44,13 @@ def test_what_comes_from_the_environment_is_in_no_file_of_a_run(tmp_path, monkey
     telling = [str(path) for path in files_of(tmp_path / "out") if b"hunter2" in path.read_bytes()]
     assert telling == []
     assert "${oc.env:PLACE}/images" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+def test_what_makes_other_pixels_than_before_is_named():
+    before = {"images": 9, "digest": "a", "resize": "torch"}
+    assert changed_data(before, dict(before)) == []
+    (found,) = changed_data(before, before | {"resize": "Pillow"})
+    assert "torch -> Pillow" in found
+    images, crops = changed_data(before, {"images": 8, "digest": "b", "resize": "Pillow"})
+    assert "9 -> 8" in images and crops == found
+    assert changed_data({"images": 9, "digest": "a"}, before) == []  # a checkpoint that does not say

@@ -47,8 +47,8 @@ FORKS = """
 import os
 import torch.distributed as dist
 from dinov2_custom import distributed, entry
-from dinov2_custom.data.ring import Ring
-from dinov2_custom.data.workers import AutoWorkers
+from dinov2_custom.data.pool import Ring
+from dinov2_custom.data.pool import AutoWorkers
 from dinov2_custom.train import train
 distributed.share_of_cores = lambda: 4
 AutoWorkers.STEPS, AutoWorkers.WARM_UP = 2, 1

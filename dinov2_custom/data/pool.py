@@ -1,29 +1,45 @@
-"""Processes that build batches into shared slots, in order, and go on when one of them dies.
+"""Processes that build batches into shared memory, in order, and are replaced when one of them dies.
 
-Each process has a pipe of its own and there is no lock anywhere, so one that is killed at any moment leaves the others
-and the main process unharmed. What a batch is, is the business of the object with ``build`` (``train_batches``). Read
-:meth:`Ring.next_batch` first.
+:class:`Slots` is the memory: numbered slots, each with the same named arrays, and one word a process. It is anonymous
+where the system has memfd (Linux), so that neither the size of /dev/shm nor a killed process matters; else a file in
+the temporary folder, removed from it as soon as it is open.
+
+:class:`Ring` gives batches to processes and returns them in order. Each process has a pipe of its own and there is no
+lock anywhere, so one that is killed at any moment leaves the others and the main process unharmed. The object with
+``build`` (``samples``, ``image_batches``) decides what a batch is.
+
+Data-loading processes use one thread and ignore the signals that ask the run to save and stop: a signal to the whole
+process group (Ctrl-C, a scheduler's SIGTERM) would end them first, and their death the run before it has saved. They
+end with the loader, or when the main process is gone. Read :meth:`Ring.next_batch` first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
+import math
+import mmap
 import multiprocessing
 import os
+import shutil
 import signal
+import statistics
+import sys
+import tempfile
 import time
 import traceback
 from collections import Counter, deque
-from multiprocessing import connection, resource_tracker, util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import connection, reduction, resource_tracker, util
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from dinov2_custom.errors import DataError
-
-from .slots import Slots
-from .workers import set_up_process, stop_signals_held_back
+from dinov2_custom.world import num_cores
 
 logger = logging.getLogger("dinov2")
 TASKS_A_WORKER = 2
@@ -32,6 +48,119 @@ NOTHING = -1
 PARENT_CHECK_S = 2.0
 LOOK_S = 5.0
 SLOW_S = 60.0  # without anything from any process, before one is named
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PAGE = mmap.ALLOCATIONGRANULARITY
+ALIGNMENT = 64
+
+
+class Field(NamedTuple):
+    """One array of a slot."""
+
+    shape: tuple[int, ...]
+    dtype: Any = np.uint8
+
+
+def allocate(fields: Mapping[str, Field]) -> dict[str, np.ndarray]:
+    """Return one slot in this process's own memory."""
+    return {name: np.zeros(field.shape, field.dtype) for name, field in fields.items()}
+
+
+class Slots:
+    """``number`` slots of ``fields`` and ``num_words`` int64 words, in memory that child processes share.
+
+    Given to a child as an argument of its process, by any start method.
+
+    Raises:
+        DataError: there is no room for them.
+    """
+
+    def __init__(self, fields: Mapping[str, Field], number: int, num_words: int = 0):
+        self.fields = dict(fields)
+        self.number = number
+        self.num_words = num_words
+        self.slot_size = _round_up(sum(_size(field) for field in self.fields.values()), PAGE)
+        self.start = _round_up(8 * num_words, PAGE)
+        self._fd = _open(self.start + number * self.slot_size)
+        self._map()
+
+    def _map(self) -> None:
+        self._memory = mmap.mmap(self._fd, max(PAGE, self.start + self.number * self.slot_size))
+        self._bytes = np.frombuffer(self._memory, np.uint8)
+
+    @property
+    def words(self) -> np.ndarray:
+        """The int64 words, zero at first."""
+        return self._bytes[: 8 * self.num_words].view(np.int64)
+
+    def bytes_of(self, i: int) -> np.ndarray:
+        """Return all bytes of slot ``i``: whole pages."""
+        return self._bytes[self.start + i * self.slot_size :][: self.slot_size]
+
+    def arrays(self, i: int) -> dict[str, np.ndarray]:
+        """Return the arrays of slot ``i``: views, the same memory in every process."""
+        place, arrays = self.start + i * self.slot_size, {}
+        for name, field in self.fields.items():
+            count = math.prod(field.shape) * np.dtype(field.dtype).itemsize
+            arrays[name] = self._bytes[place : place + count].view(field.dtype).reshape(field.shape)
+            place += _size(field)
+        return arrays
+
+    def close(self) -> None:
+        """Let go of the memory; it is freed with the last array that looks at it, in every process."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd, self._bytes, self._memory = -1, None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_memory", "_bytes")}
+        state["_fd"] = reduction.DupFd(self._fd)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fd = state["_fd"].detach()
+        self._map()
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
+
+
+def _size(field: Field) -> int:
+    return _round_up(math.prod(field.shape) * np.dtype(field.dtype).itemsize, ALIGNMENT)
+
+
+def _open(size: int) -> int:
+    """Return a file descriptor of ``size`` bytes of zeros that has no name."""
+    size = max(size, PAGE)
+    if hasattr(os, "memfd_create"):
+        try:
+            fd = os.memfd_create("dinov2_batches")
+        except OSError:
+            pass
+        else:
+            os.ftruncate(fd, size)
+            return fd
+    return _open_file(size)
+
+
+def _open_file(size: int) -> int:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if size > 0.95 * free:
+        raise DataError(
+            f"expected {size / 2**20:,.0f} MiB for batches in {folder}, got {free / 2**20:,.0f} MiB free; set TMPDIR "
+            "to a folder with room, or lower train.num_workers or train.batch_size_per_gpu"
+        )
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a bus error later
+        else:
+            os.truncate(file.fileno(), size)
+        fd = os.dup(file.fileno())
+    logger.info(f"batches travel through a file in {folder} ({size / 2**20:,.0f} MiB): no anonymous shared memory here")
+    return fd
 
 
 class Built(NamedTuple):
@@ -318,3 +447,159 @@ def _kill_all(*groups: list[Worker]) -> None:
         worker.kill()
     for group in groups:
         group.clear()
+
+
+def set_up_process() -> None:
+    """Keep this process to one thread and ignore the stop signals, held-back ones included.
+
+    On Linux the process ends with its parent, however that ends, also while it is stopped or waits for a disk: it would
+    keep its memory, and a GPU's pinned pages, for good.
+    """
+    torch.set_num_threads(1)
+    if "cv2" in sys.modules:  # imported before the fork
+        sys.modules["cv2"].setNumThreads(0)
+    end_with_parent()
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when the thread that started it ends (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def set_up_worker(worker_id: int) -> None:
+    """Set up a worker of a torch DataLoader; in the main process (no workers) only the threads."""
+    if torch.utils.data.get_worker_info() is None:
+        torch.set_num_threads(1)
+    else:
+        set_up_process()
+
+
+@contextmanager
+def stop_signals_held_back() -> Iterator[None]:
+    """Hold the stop signals back while a process is started, and in it until :func:`set_up_process`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def at_most_cores(num_workers: int) -> int:
+    """Return ``num_workers``, lowered to the number of cores this process may use (more only cost memory)."""
+    cores = num_cores()
+    if num_workers > cores:
+        logger.info(f"data-loading processes: {cores}, not {num_workers}: there are {cores} cores")
+    return min(num_workers, cores)
+
+
+def workers_of_choice(num_workers: int | str, cores: int) -> int:
+    """Return ``num_workers``, for "auto" one a core of the ``cores`` of this process, at most ``AutoWorkers.LIMIT``."""
+    return min(cores, AutoWorkers.LIMIT) if num_workers == "auto" else num_workers
+
+
+class AutoWorkers:
+    """Choose the number of processes from what a batch and a step take: enough to keep up, and one more.
+
+    Begins with ``first``, decides after ``STEPS`` steps (the first ``WARM_UP`` of them do not count), never above
+    ``most``: ``cores``, this rank's share of the machine's, at most ``LIMIT`` (a process has two batches of memory).
+    """
+
+    WARM_UP, STEPS, LIMIT = 3, 10, 16
+
+    def __init__(self, batch_size: int, cores: int | None = None):
+        self.batch_size = batch_size
+        self.most = min(self.LIMIT, cores or num_cores())
+        self.chosen = self.first = min(2, self.most)
+        self._seen: list[tuple[float, float]] = []
+
+    def observe(self, build_s: float, step_s: float) -> bool:
+        """Note what one batch took to build and its step to run; return whether ``chosen`` has just been decided."""
+        if len(self._seen) >= self.STEPS:
+            return False
+        self._seen.append((build_s, step_s))
+        if len(self._seen) < self.STEPS:
+            return False
+        build_s, step_s = (statistics.median(times) for times in zip(*self._seen[self.WARM_UP :], strict=True))
+        self.chosen = min(self.most, math.ceil(build_s / max(step_s, 1e-6)) + 1)
+        logger.info(
+            f"data-loading processes: {max(self.chosen, self.first)} (train.num_workers=auto): one makes "
+            f"{self.batch_size / build_s:,.0f} images/s, a step uses {self.batch_size / max(step_s, 1e-6):,.0f} "
+            f"images/s, {self.most} cores for this rank"
+        )
+        return True
+
+
+def open_ring(builder: Any, num_workers: int, first: int, *, pinned: bool = False, **options: Any) -> Any:
+    """Return what builds batches from number ``first`` on: a :class:`Ring` of processes, with 0 :class:`InProcess`."""
+    if num_workers == 0:
+        return InProcess(builder, first)
+    return (PinnedRing if pinned else Ring)(builder, num_workers, first, **options)
+
+
+class InProcess:
+    """What :class:`Ring` does, in this process, when the batch is asked for."""
+
+    def __init__(self, builder: Any, first_iteration: int):
+        self.builder = builder
+        self.iterations = itertools.count(first_iteration)
+        self.arrays = allocate(builder.fields)
+
+    def next_batch(self) -> Built:
+        start = time.perf_counter()
+        report = self.builder.build(next(self.iterations), self.arrays)
+        return Built(0, self.arrays, report, time.perf_counter() - start)
+
+    def release(self, slot: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class PinnedRing(Ring):
+    """A :class:`Ring` whose slots CUDA copies from directly; where it will not, through its own buffers.
+
+    A slot is pinned when its first batch is there: with fewer processes than ``max_workers``, most never are.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._pinned: dict[int, int] = {}  # slot -> its address
+        self._can_pin = True
+
+    def next_batch(self) -> Built:
+        built = super().next_batch()
+        if self._can_pin and built.slot not in self._pinned:
+            self._pin(built.slot)
+        return built
+
+    def _pin(self, slot: int) -> None:
+        place: np.ndarray = self.slots.bytes_of(slot)
+        error = int(torch.cuda.cudart().cudaHostRegister(place.ctypes.data, place.nbytes, 0))
+        if not error:
+            self._pinned[slot] = place.ctypes.data
+            return
+        self._can_pin = False
+        _clear_cuda_error()
+        logger.info(f"batches are copied once more on their way: memory could not be pinned (CUDA error {error})")
+
+    def close(self) -> None:
+        while self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.popitem()[1])
+        super().close()
+
+
+def _clear_cuda_error() -> None:
+    """Raise and drop what a failed call leaves behind: CUDA's last error, which the next launch of a kernel raises."""
+    try:
+        torch.ones((), device="cuda")
+    except RuntimeError:
+        pass

@@ -12,7 +12,7 @@ from dinov2_custom.data.datasets import ImageDataset
 from dinov2_custom.data.datasets.extended import ExtendedVisionDataset
 from dinov2_custom.data.holdout import IndexSubset
 from dinov2_custom.data.loaders import make_augmentation
-from dinov2_custom.data.train_samples import BadImages, TrainSample, TrainSamples
+from dinov2_custom.data.samples import BadImages, TrainSample, TrainSamples
 from dinov2_custom.errors import DataError
 from tests.data.pictures import encode, make_folder, picture, train_config
 

@@ -7,8 +7,7 @@ import time
 import pytest
 
 from dinov2_custom.data.index import cached, pack_stamps, pack_texts
-from dinov2_custom.data.list_files import ListSource
-from dinov2_custom.data.list_members import find_members
+from dinov2_custom.data.lists import ListSource, find_members
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.sources import real
 from dinov2_custom.data.tar_shards import TarSource
