@@ -17,12 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_custom.commands import list_of_keys
-from dinov2_custom.configs.absolute_paths import with_absolute_paths
 from dinov2_custom.configs.combinations import check_combinations, list_notes
 from dinov2_custom.configs.global_batch import split_global_batch
 from dinov2_custom.configs.mistakes import OF_FORKS, Mistakes, suggest_key
 from dinov2_custom.configs.option import Option
-from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
+from dinov2_custom.configs.paths import check_output_dir, resolve_output_dir, with_absolute_paths
 from dinov2_custom.configs.schema import all_options
 from dinov2_custom.configs.sources import Setting, parse_yaml, read_file, read_overrides
 from dinov2_custom.configs.values import coerce, expected, is_text

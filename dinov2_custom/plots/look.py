@@ -14,7 +14,7 @@ from PIL import Image
 
 from dinov2_custom import entry
 from dinov2_custom.commands import command
-from dinov2_custom.configs.output_dir import check_output_dir
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError, DataError, shortage

@@ -20,7 +20,7 @@ from typing import Any
 from submitit.core.utils import cloudpickle_dump
 
 from dinov2_custom import exit_codes
-from dinov2_custom.configs.output_dir import missing_folders, remove_empty
+from dinov2_custom.configs.paths import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import process
 from dinov2_custom.run.process import Process

@@ -18,7 +18,7 @@ from typing import Any
 import submitit
 from submitit.core import utils as submitit_utils
 
-from dinov2_custom.configs.output_dir import missing_folders, remove_empty
+from dinov2_custom.configs.paths import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run.args import RESERVED
 from dinov2_custom.run.executor import JOB, PYTHON, script

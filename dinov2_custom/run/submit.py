@@ -20,8 +20,7 @@ from typing import Any
 import submitit
 
 from dinov2_custom import entry, exit_codes
-from dinov2_custom.configs.absolute_paths import absent
-from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
+from dinov2_custom.configs.paths import absent, check_output_dir, resolve_output_dir
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.exit_codes import should_restart
 from dinov2_custom.run import cluster_file, environment, executor, local, slurm

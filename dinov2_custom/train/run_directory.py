@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_custom import files
-from dinov2_custom.configs.output_dir import missing_folders, remove_empty
+from dinov2_custom.configs.paths import missing_folders, remove_empty
 from dinov2_custom.configs.schema import all_options
 from dinov2_custom.configs.sources import read_yaml
 from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
