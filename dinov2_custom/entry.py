@@ -21,7 +21,18 @@ from dinov2_custom.exit_codes import ERROR, stopped_by
 from dinov2_custom.world import world_from_environment
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-REQUIREMENTS = ("torch", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "torchmetrics", "tqdm", "submitit")
+REQUIREMENTS = (
+    "torch",
+    "numpy",
+    "PIL",
+    "omegaconf",
+    "yaml",
+    "pydantic",
+    "safetensors",
+    "torchmetrics",
+    "tqdm",
+    "submitit",
+)
 
 
 def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool = False) -> int:

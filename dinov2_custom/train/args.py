@@ -133,6 +133,6 @@ def _is_override(text: str) -> bool:
 
 
 def _explain_override(text: str) -> str:
-    from dinov2_custom.configs.mistakes import explain_bad_override
+    from dinov2_custom.configs.checks import explain_bad_override
 
     return f"{text}: expected key=value -> {explain_bad_override(text)}"

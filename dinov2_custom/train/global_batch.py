@@ -1,6 +1,6 @@
 """Fit each process's part of ``optim.global_batch`` to the memory of the GPUs. Read :func:`split_over_memory` first.
 
-Not here: its division over the processes (``configs/global_batch.py``), the counting (``memory.py``).
+Not here: its division over the processes (``configs/checks.py``), the counting (``memory.py``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.global_batch import divisors_of
+from dinov2_custom.configs.checks import divisors_of
 from dinov2_custom.parallel import BYTES_A_PARAMETER, NO_SHARD, strategies_on
 from dinov2_custom.train.memory import NCCL_BYTES, SHARE_OF_TENSORS, measure_step
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch

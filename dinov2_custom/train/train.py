@@ -14,8 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from dinov2_custom import distributed, entry
-from dinov2_custom.configs.load import check_output_dir
-from dinov2_custom.configs.upstream import with_defaults
+from dinov2_custom.configs.load import check_output_dir, with_defaults
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.exit_codes import DONE, stopped_by

@@ -109,6 +109,8 @@ def test_parsing_and_its_errors_need_neither_torch_nor_omegaconf():
     code = (
         "import sys\n"
         "from dinov2_custom.train.args import get_args_parser\n"
+        "get_args_parser().parse_args(['optim.epochs=1'])\n"
+        "assert 'pydantic' not in sys.modules\n"
         "try: get_args_parser().parse_args(['optim.epoch'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'omegaconf', 'numpy', 'yaml'} & set(sys.modules)\n"
