@@ -140,7 +140,7 @@ def scaled_lr(values: dict[str, Any], world_size: int) -> float:
 
 
 def _is_scaled_lr(lr: float, values: dict[str, Any]) -> bool:
-    """Tell whether `lr` follows from the rule for some number of processes, as in the config.yaml of a run."""
+    """Return whether `lr` follows from the rule for some number of processes, as in the config.yaml of a run."""
     one_process = scaled_lr(values, 1)
     processes = (lr / one_process) ** 2 if one_process else 0.0
     return processes > 0.5 and math.isclose(processes, round(processes), rel_tol=1e-9)
@@ -182,7 +182,7 @@ def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
-        mistakes.add(f"--config-file {path}", "a readable YAML file", reason, "mend the file at that place")
+        mistakes.add(f"--config-file {path}", "a readable YAML file", reason, "fix the file at that place")
         return None
     if not isinstance(content, dict):
         mistakes.add(f"--config-file {path}", "sections with keys", "a list", "start with a section such as train:")
@@ -203,14 +203,14 @@ def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting
             value = text if _stands_as_it_is(key, text) else parse_yaml(text)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             reason = " ".join(str(error).split())
-            mistakes.add(f"{key} (override)", "a YAML value", f"{text!r}", f"mend it: {reason}", key=key)
+            mistakes.add(f"{key} (override)", "a YAML value", f"{text!r}", f"fix it: {reason}", key=key)
             continue
         settings += _flatten({key: value}, "", "override", mistakes)
     return settings
 
 
 def _stands_as_it_is(key: str, text: str) -> bool:
-    """Tell whether an override's value is a text with YAML's special characters, not YAML."""
+    """Return whether an override's value is a text with YAML's special characters, not YAML."""
     if key not in all_keys() or "string" not in kinds(key) or _YAML_TEXT.fullmatch(text):
         return False
     return "object" not in kinds(key) or not _MAPPING.fullmatch(text)

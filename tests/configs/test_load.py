@@ -297,7 +297,7 @@ def test_a_length_that_is_no_length_is_one_error(value):
     assert "quotes" not in text and "the default is 100" in text
 
 
-def test_what_does_not_train_hears_nothing_of_training():
+def test_without_training_there_are_no_warnings_of_it():
     given, seen = ["ibot.head_n_prototypes=4", "of.a.fork=1"], []
     load_run_config("", given, "out", allow_unknown_keys=True, require_dataset=False, training=False, warn=seen.append)
     (unknown,) = seen
