@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dinov2_custom.configs.schema import DEPTH_OF_ARCH, all_keys, section_keys
@@ -118,23 +118,26 @@ def check_combinations(
         where: names the source of a key's value, such as a file.
         mistakes: filled; keys already in it are not looked at again.
     """
-
-    def check(holds: bool, keys: list[str], expected: str, fix: str) -> None:
+    for holds, keys, expected, fix in [*_combinations(values), *(_for_training(values) if training else ())]:
         if holds or not mistakes.keys.isdisjoint(keys):
-            return
+            continue
         first, *others = keys
         got = repr(values[first])
         if others:
             got += " with " + ", ".join(f"{key} = {values[key]!r} ({where(key)})" for key in others)
         mistakes.add(f"{first} ({where(first)})", expected, got, fix, key="" if others else first)
 
+
+def _combinations(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str, str]]:
+    """Yield each rule: whether it holds, the keys it is about, what is expected of the first, what to do."""
+
     def get(*keys: str) -> list[Any]:
         return [values[key] for key in keys]
 
     arch = plain_arch_name(values["student.arch"])
-    check(arch in DEPTH_OF_ARCH, ["student.arch"], f"one of {', '.join(DEPTH_OF_ARCH)}", _nearest_arch(arch))
+    yield (arch in DEPTH_OF_ARCH, ["student.arch"], f"one of {', '.join(DEPTH_OF_ARCH)}", _nearest_arch(arch))
     depth = DEPTH_OF_ARCH.get(arch, math.inf)
-    check(
+    yield (
         values["student.block_chunks"] <= depth,
         ["student.block_chunks", "student.arch"],
         f"at most the {depth} blocks of the network",
@@ -145,25 +148,25 @@ def check_combinations(
         size = values[key]
         multiples = [near for near in (size // patch * patch, (size // patch + 1) * patch) if near > 0]
         multiples.sort(key=lambda near, size=size: abs(near - size))
-        check(
+        yield (
             size % patch == 0 or get(*number) == [0],
             [key, "student.patch_size", *number],
             f"a multiple of the patch size {patch}",
             f"use {key}={' or '.join(map(str, multiples))}",
         )
     warmup, epochs = keys = ["optim.warmup_epochs", "optim.epochs"]
-    check(
+    yield (
         share_of_run(values[warmup], values[epochs]) <= 1,
         keys,
         "at most optim.epochs",
         f"set optim.warmup_epochs=10% (of the run) or {values[epochs] / 10:g}, or raise optim.epochs",
     )
     keys = ["train.max_steps", "train.max_hours"]
-    check(0 in get(*keys), keys, "0 when the other is set", "choose one of them for the length of the run")
+    yield (0 in get(*keys), keys, "0 when the other is set", "choose one of them for the length of the run")
     keys = ["dino.loss_weight", "ibot.loss_weight"]
-    check(any(get(*keys)), keys, "dino or ibot above 0", "without both there is nothing to learn from")
+    yield (any(get(*keys)), keys, "dino or ibot above 0", "without both there is nothing to learn from")
     intensity = values["data.intensity"]
-    check(
+    yield (
         intensity == "auto" or intensity[0] < intensity[1],
         ["data.intensity"],
         "the smaller value first and the greater one second",
@@ -171,7 +174,7 @@ def check_combinations(
     )
     for name, default in (("in_chans", _RGB), ("channel_adaptive", False)):
         teachers, students = get(*(keys := [f"teacher.{name}", f"student.{name}"]))
-        check(
+        yield (
             teachers in (students, default),  # the default, where a configuration sets the student's alone
             keys,
             f"the student's, {students!r}",
@@ -179,39 +182,42 @@ def check_combinations(
         )
     for part in ("backbone", "dino_head", "ibot_head"):
         keys = [f"compute_precision.{side}.{part}.sharding_strategy" for side in ("teacher", "student")]
-        check(
+        yield (
             "auto" in get(*keys) or get(*keys).count("NO_SHARD") != 1,
             keys,
             "both sharded or neither",
             "the teacher follows the student's weights: use auto for the teacher",
         )
-    if training:  # else the configuration only describes existing weights
-        check(
-            values["student.in_chans"] == _RGB,
-            ["student.in_chans"],
-            f"{_RGB}, the channels of the images that training reads",
-            f"use student.in_chans={_RGB}; models of other channels can be loaded for features",
-        )
-        check(
-            not values["student.channel_adaptive"],
-            ["student.channel_adaptive"],
-            f"false, as training reads images of {_RGB} channels together",
-            "set student.channel_adaptive=false",
-        )
-        check(
-            not values["train.cell_augmentation"],
-            ["train.cell_augmentation"],
-            "false, as that augmentation is not here",
-            "set train.cell_augmentation=false and the augmentation.* keys: for microscopy augmentation.hue=0 "
-            "augmentation.saturation=0 augmentation.gray_p=0 augmentation.solarize_p=0",
-        )
-        check(
-            # 1: a fork's default, which holds nothing out without folders
-            values["train.frac"] in (0, 1) or bool(values["train.path_preserved"]),
-            ["train.frac", "train.path_preserved"],
-            "train.path_preserved to say of which images",
-            "name folders, or a text file to keep a list of all images in",
-        )
+
+
+def _for_training(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str, str]]:
+    """Yield, as `_combinations`, the rules that do not matter where a configuration only describes existing weights."""
+    yield (
+        values["student.in_chans"] == _RGB,
+        ["student.in_chans"],
+        f"{_RGB}, the channels of the images that training reads",
+        f"use student.in_chans={_RGB}; models of other channels can be loaded for features",
+    )
+    yield (
+        not values["student.channel_adaptive"],
+        ["student.channel_adaptive"],
+        f"false, as training reads images of {_RGB} channels together",
+        "set student.channel_adaptive=false",
+    )
+    yield (
+        not values["train.cell_augmentation"],
+        ["train.cell_augmentation"],
+        "false, as that augmentation is not here",
+        "set train.cell_augmentation=false and the augmentation.* keys: for microscopy augmentation.hue=0 "
+        "augmentation.saturation=0 augmentation.gray_p=0 augmentation.solarize_p=0",
+    )
+    yield (
+        # 1: a fork's default, which holds nothing out without folders
+        values["train.frac"] in (0, 1) or bool(values["train.path_preserved"]),
+        ["train.frac", "train.path_preserved"],
+        "train.path_preserved to say of which images",
+        "name folders, or a text file to keep a list of all images in",
+    )
 
 
 def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
