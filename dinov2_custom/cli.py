@@ -102,7 +102,7 @@ class OverridesParser(Parser):
 
 
 def _explain_override(text: str) -> str:
-    from dinov2_custom.configs.mistakes import explain_bad_override
+    from dinov2_custom.configs.checks import explain_bad_override
 
     return f"{text}: expected key=value -> {explain_bad_override(text)}"
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, read_write
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.sources import read_config
+from dinov2_custom.configs.load import read_config
 from dinov2_custom.data.datasets import ExtendedVisionDataset
 from dinov2_custom.data.depth import Reading
 from dinov2_custom.data.intensity import ADVICE, Looker, Measured, measure

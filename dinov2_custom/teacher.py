@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.configs.sources import read_yaml
+from dinov2_custom.configs.load import load_run_config, read_yaml
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.files import parse_json, parse_json_object
 from dinov2_custom.models import build_model

@@ -12,9 +12,9 @@ __all__ = ["dinov2_default_config", "load_and_merge_config", "load_config"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dinov2_custom.configs import upstream
+    from dinov2_custom.configs import load
 
-    value = upstream.default_config() if name == "dinov2_default_config" else getattr(upstream, name)
+    value = load.default_config() if name == "dinov2_default_config" else getattr(load, name)
     globals()[name] = value
     return value
 

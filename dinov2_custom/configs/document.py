@@ -1,15 +1,15 @@
 """Write the reference page and the default YAML file from the schema.
 
-Not the schema (schema.py). `python -m dinov2_custom.configs.document > docs/configuration.md` writes the page, with
-`--yaml` it writes ssl_default_config.yaml. Read `schema_doc` first.
+`python -m dinov2_custom.configs.document > docs/configuration.md` writes the page, with `--yaml` it writes
+ssl_default_config.yaml, upstream's file of the defaults. Read `schema_doc` first.
 """
 
+import json
 import sys
 from typing import Any
 
-from dinov2_custom.configs.option import Option, section_help
-from dinov2_custom.configs.schema import Config, all_options
-from dinov2_custom.configs.values import expected
+from dinov2_custom.configs.load import default_config, to_yaml
+from dinov2_custom.configs.schema import Config, all_keys, expected
 
 _INTRO = """# Configuration
 
@@ -44,56 +44,34 @@ _YAML_INTRO = """# Defaults of every key: the start of every run, and a place to
 def schema_doc() -> str:
     """Return docs/configuration.md: a table of every key with default, legal values, unit and meaning."""
     lines = [_INTRO]
-    options = all_options()
-    for name, meaning in section_help(Config()).items():
-        lines += [f"## {name}", "", meaning, ""]
+    for name, section in Config.model_fields.items():
+        lines += [f"## {name}", "", section.annotation.__doc__, ""]
         lines += ["| key | default | legal | unit | changes results | meaning |", "|---|---|---|---|---|---|"]
-        lines += _rows([option for key, option in options.items() if key.startswith(name + ".")])
+        keys_of: dict[tuple[str, str], list[str]] = {}  # keys that differ in nothing but the section share a row
+        for key in all_keys():
+            if key.startswith(name + "."):
+                keys_of.setdefault((key.rsplit(".", 1)[-1], _cells(key)), []).append(f"`{key}`")
+        lines += [f"| {'<br>'.join(keys)} | {cells} |" for (_, cells), keys in keys_of.items()]
         lines.append("")
     return "\n".join(lines)
 
 
 def schema_yaml() -> str:
     """Return ssl_default_config.yaml: every key with its default."""
-    lines = [_YAML_INTRO.rstrip("\n")]
-    open_sections: list[str] = []
-    for key, option in all_options().items():
-        *sections, leaf = key.split(".")
-        shared = 0
-        while shared < len(sections) and sections[: shared + 1] == open_sections[: shared + 1]:
-            shared += 1
-        lines += [f"{'  ' * depth}{sections[depth]}:" for depth in range(shared, len(sections))]
-        open_sections = sections
-        lines.append(f"{'  ' * len(sections)}{leaf}: {_scalar(option.default)}")
-    return "\n".join(lines) + "\n"
+    return _YAML_INTRO + to_yaml(default_config())
 
 
-def _rows(options: list[Option]) -> list[str]:
-    """Write the rows of a table; keys that differ in nothing but the section share one."""
-    keys_of: dict[tuple[str, str], list[str]] = {}
-    for option in options:
-        leaf = option.key.rsplit(".", 1)[-1]
-        keys_of.setdefault((leaf, _cells(option)), []).append(f"`{option.key}`")
-    return [f"| {'<br>'.join(keys)} | {cells} |" for (_, cells), keys in keys_of.items()]
-
-
-def _cells(option: Option) -> str:
-    legal = expected(option).replace("|", "\\|")
-    changes = "yes" if option.changes_results else "no"
-    return f"`{_scalar(option.default)}` | {legal} | {option.unit} | {changes} | {option.help}"
+def _cells(key: str) -> str:
+    field = all_keys()[key]
+    about = field.json_schema_extra
+    default = field.default if field.default and isinstance(field.default, str) else _scalar(field.default)
+    legal = expected(key).replace("|", "\\|")
+    changes = "yes" if about["changes_results"] else "no"
+    return f"`{default}` | {legal} | {about['unit']} | {changes} | {field.description}"
 
 
 def _scalar(value: Any) -> str:
-    """Write a value as YAML 1.1 and 1.2 both read it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(_scalar(item) for item in value)}]"
-    if isinstance(value, float) and "." not in repr(value):
-        return repr(value).replace("e", ".0e")
-    return "''" if value == "" else str(value)
+    return "''" if value == "" else json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Load the configuration of a run: defaults < YAML file < overrides, checked, computed, read-only.
 
-Not the keys (schema.py) and not upstream's loader names (upstream.py). Read `load_run_config` first.
+Read `load_run_config` first. Upstream's loaders of its own YAML files, which check nothing, are at the end (source:
+upstream dinov2/configs/__init__.py, names and behaviour). The keys are in schema.py.
 """
 
 import contextlib
@@ -10,28 +11,56 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
-from dinov2_custom.configs.absolute_paths import with_absolute_paths
-from dinov2_custom.configs.combinations import check_combinations, list_notes
-from dinov2_custom.configs.global_batch import split_global_batch
-from dinov2_custom.configs.mistakes import OF_FORKS, Mistakes, suggest_key
-from dinov2_custom.configs.option import Option
-from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
-from dinov2_custom.configs.schema import all_options
-from dinov2_custom.configs.sources import Setting, parse_yaml, read_file, read_overrides
-from dinov2_custom.configs.values import coerce, expected, is_text
-from dinov2_custom.errors import list_of_keys
+from dinov2_custom.configs.checks import (
+    OF_FORKS,
+    Mistakes,
+    check_combinations,
+    explain_bad_override,
+    list_notes,
+    split_global_batch,
+    suggest_key,
+)
+from dinov2_custom.configs.paths import check_output_dir, resolve_output_dir, with_absolute_paths
+from dinov2_custom.configs.schema import (
+    Config,
+    all_keys,
+    choices,
+    default_values,
+    expected,
+    kinds,
+    section_keys,
+)
+from dinov2_custom.errors import ConfigError, list_of_keys
 
 __all__ = ["check_output_dir", "load_run_config", "resolve_output_dir", "scaled_lr"]
 
+UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException)
+PACKAGE_DIR = Path(__file__).parent
+_KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+_YAML_TEXT = re.compile(r"\s*('.*'|\".*\"|\[.*\]|null|~)\s*", re.DOTALL)
+_MAPPING = re.compile(r"\s*\{\s*[\w'\"]+\s*:.*\}\s*", re.DOTALL)
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _VARIABLE = re.compile(r"\$\{oc\.env:\s*([^,}\s]+)\s*\}")  # without a default
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value given by the user: dotted key, value as YAML has it, and where it stands."""
+
+    key: str
+    value: Any
+    where: str
 
 
 def load_run_config(
@@ -61,15 +90,17 @@ def load_run_config(
     Raises:
         ConfigError: lists every mistake at once.
     """
-    options = all_options()
     mistakes = Mistakes()
     from_file = read_file(config_file, mistakes)
     settings = (from_file or []) + read_overrides(overrides, mistakes)
-    given = {setting.key: setting for setting in settings if setting.key in options}
-    unknown = [setting for setting in settings if setting.key not in options]
-    notes = _check_unknown(unknown, options, allow_unknown_keys, mistakes)
-
-    values = _read_values(given, unknown, options, mistakes, training)
+    given = {setting.key: setting for setting in settings if setting.key in all_keys()}
+    unknown = [setting for setting in settings if setting.key not in all_keys()]
+    notes = _check_unknown(unknown, allow_unknown_keys, mistakes)
+    unresolved = _from_environment(given, unknown)
+    # what a finished run read from a variable may be gone where only its model is wanted
+    gone = set() if training else {key for key, value in unresolved.items() if _names_unset(value)}
+    needed = {key: setting for key, setting in given.items() if key not in gone}
+    values = _validate(_resolve(needed, unknown, mistakes), given, mistakes)
 
     def where(key: str) -> str:
         return given[key].where if key in given else "default"
@@ -77,22 +108,26 @@ def load_run_config(
     if from_file is not None:
         check_combinations(values, where, mistakes, training=training)
         split_global_batch(values, where, world_size, mistakes)
-        if require_dataset:
-            _check_dataset(values["train.dataset_path"], where, mistakes)
+        if require_dataset and not values["train.dataset_path"] and "train.dataset_path" not in mistakes.keys:
+            fix = "add train.dataset_path=/path/to/images to the command, or set it in the config file"
+            mistakes.add(f"train.dataset_path ({where('train.dataset_path')})", "a folder of images", "nothing", fix)
     mistakes.raise_if_any()
 
     given_lr, values["optim.lr"] = values["optim.lr"], scaled_lr(values, world_size)
     values["train.output_dir"] = resolve_output_dir(output_dir, values["train.output_dir"])
-    values = with_absolute_paths(values) | _unresolved(given, unknown, options)
+    values = with_absolute_paths(values) | unresolved
     from_a_run = where("optim.lr") != "override" and _is_scaled_lr(given_lr, values)
     if given_lr != 0 and not from_a_run and training:
         computed = values["optim.lr"]
         notes.append(f"optim.lr = {given_lr:g} is ignored: it is computed from optim.base_lr as {computed:g}")
     if training:
-        notes += list_notes(values, {key for key in given if values[key] != options[key].default})
+        notes += list_notes(values, {key for key in given if values[key] != all_keys()[key].default})
     for note in notes:
         (warn or _logger.warning)(note)
-    return _read_only(values, unknown)
+    cfg = OmegaConf.create(_nested(values | {setting.key: setting.value for setting in unknown}))
+    OmegaConf.set_struct(cfg, True)
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
 
 
 def scaled_lr(values: dict[str, Any], world_size: int) -> float:
@@ -105,25 +140,151 @@ def scaled_lr(values: dict[str, Any], world_size: int) -> float:
 
 
 def _is_scaled_lr(lr: float, values: dict[str, Any]) -> bool:
-    """Tell whether `lr` follows from the rule for some number of processes, as in the config.yaml of a run."""
+    """Return whether `lr` follows from the rule for some number of processes, as in the config.yaml of a run."""
     one_process = scaled_lr(values, 1)
     processes = (lr / one_process) ** 2 if one_process else 0.0
     return processes > 0.5 and math.isclose(processes, round(processes), rel_tol=1e-9)
 
 
-def _check_dataset(path: str | list[str], where: Callable[[str], str], mistakes: Mistakes) -> None:
-    key = "train.dataset_path"
-    if not path and key not in mistakes.keys:
-        fix = f"add {key}=/path/to/images to the command, or set it in the config file"
-        mistakes.add(f"{key} ({where(key)})", "a folder of images", "nothing", fix)
+# ---- reading
 
 
-def _check_unknown(unknown: list[Setting], options: dict[str, Option], allowed: bool, mistakes: Mistakes) -> list[str]:
+def to_yaml(cfg: DictConfig) -> str:
+    """Return ``cfg`` as YAML that can be written as UTF-8, also where paths are not UTF-8."""
+    try:
+        return OmegaConf.to_yaml(cfg)
+    except UnicodeEncodeError:  # libyaml writes no surrogates, which stand for the bytes of such a path
+        return yaml.dump(OmegaConf.to_container(cfg), Dumper=yaml.SafeDumper, sort_keys=False)
+
+
+def read_yaml(path: Path) -> DictConfig | ListConfig:
+    """Read a YAML file, also one with the escaped surrogates that :func:`to_yaml` writes and libyaml refuses."""
+    text = path.read_text(encoding="utf-8")
+    if "\\uDC" in text:
+        return OmegaConf.create(yaml.load(text, Loader=yaml.SafeLoader))
+    return OmegaConf.load(path)
+
+
+def read_config(path: Path, advice: str) -> dict[str, Any]:
+    """Read the configuration of an earlier run, without resolving what it refers to.
+
+    Raises:
+        ConfigError: a file that is there and cannot be read, or has no sections; ends with ``advice``.
+    """
+    try:
+        content = OmegaConf.to_container(read_yaml(path), resolve=False)
+    except UNREADABLE as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"expected a run's configuration in {path}, cannot read it ({reason}); {advice}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"expected a run's configuration in {path}, got no sections with keys; {advice}")
+    return content
+
+
+def parse_yaml(text: str) -> Any:
+    """Read a text as the value of a YAML key, with omegaconf's numbers (1e-3 is one)."""
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+
+
+def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
+    """Read a YAML config file; None and "" are no file. Return None if it cannot be read."""
+    if not path:
+        return []
+    file = Path(path).expanduser()
+    try:
+        content = OmegaConf.to_container(read_yaml(file), resolve=False)
+    except FileNotFoundError:
+        mistakes.add(f"--config-file {path}", "an existing YAML file", "no such file", _nearest_files(file))
+        return None
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        mistakes.add(f"--config-file {path}", "a readable YAML file", reason, "fix the file at that place")
+        return None
+    if not isinstance(content, dict):
+        mistakes.add(f"--config-file {path}", "sections with keys", "a list", "start with a section such as train:")
+        return None
+    return _flatten(content, "", path, mistakes)
+
+
+def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting]:
+    """Read `key.sub=value` texts; a value is YAML, except that text keys take it as it stands."""
+    settings: list[Setting] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not _KEY.fullmatch(key):
+            mistakes.add("override", "key=value", repr(override), explain_bad_override(override))
+            continue
+        try:
+            value = text if _stands_as_it_is(key, text) else parse_yaml(text)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            reason = " ".join(str(error).split())
+            mistakes.add(f"{key} (override)", "a YAML value", f"{text!r}", f"fix it: {reason}", key=key)
+            continue
+        settings += _flatten({key: value}, "", "override", mistakes)
+    return settings
+
+
+def _stands_as_it_is(key: str, text: str) -> bool:
+    """Return whether an override's value is a text with YAML's special characters, not YAML."""
+    if key not in all_keys() or "string" not in kinds(key) or _YAML_TEXT.fullmatch(text):
+        return False
+    return "object" not in kinds(key) or not _MAPPING.fullmatch(text)
+
+
+def _flatten(content: dict[Any, Any], prefix: str, where: str, mistakes: Mistakes) -> list[Setting]:
+    """List the leaves of nested sections; what is no section of the schema stays whole."""
+    sections = section_keys()
+    settings: list[Setting] = []
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key not in sections:
+            settings.append(Setting(key, value, where))
+        elif isinstance(value, dict):
+            settings += _flatten(value, key + ".", where, mistakes)
+        elif value is not None:
+            mistakes.add(f"{key} ({where})", f"a section with keys {', '.join(sections[key])}", repr(value))
+    return settings
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, leaf = key.split(".")
+        node = tree
+        for part in path:
+            if not isinstance(node.get(part), dict):
+                node[part] = {}
+            node = node[part]
+        node[leaf] = value
+    return tree
+
+
+def _nearest_files(missing: Path) -> str:
+    """Name config files like the missing one, then all in configs/."""
+    own = sorted(PACKAGE_DIR.rglob("*.yaml"))
+    folders = [missing.parent, Path("configs"), PACKAGE_DIR.parent.parent / "configs"]
+    found: dict[Path, str] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
+            found.setdefault(path.resolve(), str(path))
+    listed = list(found.values())
+    found.update({path.resolve(): str(path) for path in own})
+    stems = {Path(name).stem: name for name in reversed(found.values())}
+    near = [stems[stem] for stem in difflib.get_close_matches(missing.stem, stems, n=3, cutoff=0.6)]
+    advice = f"did you mean {' or '.join(near)}? " if near else ""
+    return advice + (f"there is: {', '.join(listed)}" if listed else f"examples are in {PACKAGE_DIR}")
+
+
+# ---- values
+
+
+def _check_unknown(unknown: list[Setting], allowed: bool, mistakes: Mistakes) -> list[str]:
     """Report unknown keys as mistakes, or return one warning that lists them."""
     kept = []
     for setting in unknown:
         parts = setting.key.split(".")
-        parent = next((".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[:n]) in options), None)
+        parent = next((".".join(parts[:n]) for n in range(1, len(parts)) if ".".join(parts[:n]) in all_keys()), None)
         label = f"{setting.key} ({setting.where})"
         if parent:
             mistakes.add(label, f"{parent} to have no parts", "one", f"set {parent} itself")
@@ -137,35 +298,53 @@ def _check_unknown(unknown: list[Setting], options: dict[str, Option], allowed: 
     return ["unknown keys, kept but not used:\n  " + "\n  ".join(kept)] if kept else []
 
 
-def _read_values(
-    given: dict[str, Setting], unknown: list[Setting], options: dict[str, Option], mistakes: Mistakes, training: bool
-) -> dict[str, Any]:
-    """Return the value of each key; a bad one is reported and stands as its default.
+def _resolve(given: dict[str, Setting], unknown: list[Setting], mistakes: Mistakes) -> dict[str, Any]:
+    """Return what was given with its `${...}` replaced; one that leads nowhere is reported and left out.
 
-    What a finished run read from an environment variable may be gone when only its model is wanted.
+    What an environment variable holds is read as YAML, unless the key takes any text.
     """
-    if not training:
-        gone = [key for key in _unresolved(given, unknown, options) if _names_unset(given[key].value)]
-        given = {key: setting for key, setting in given.items() if key not in gone}
-    values = {key: option.default for key, option in options.items()}
-    raw = None
+    tree: DictConfig | None = None
+    resolved: dict[str, Any] = {}
     for key, setting in given.items():
         value = setting.value
         try:
             if "${" in repr(value):
                 OmegaConf.create([value])
-                raw = raw or _parsable(values, [*given.values(), *unknown])
-                value = _resolve(raw, options[key])
-            values[key] = coerce(options[key], value)
+                tree = tree or _parsable([*given.values(), *unknown])
+                value = OmegaConf.select(tree, key)
+                if isinstance(value, str) and "string" not in kinds(key):
+                    value = parse_yaml(value)
+            resolved[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             reason = str(error).splitlines()[0]
-            mistakes.add(f"{key} ({setting.where})", expected(options[key]), repr(setting.value), reason, key=key)
-        except ValueError as error:
-            mistakes.add(f"{key} ({setting.where})", str(error), _show(value), _hint(options[key], value), key=key)
-    return values
+            mistakes.add(f"{key} ({setting.where})", expected(key), repr(setting.value), reason, key=key)
+    return resolved
 
 
-def _unresolved(given: dict[str, Setting], unknown: list[Setting], options: dict[str, Option]) -> dict[str, Any]:
+def _parsable(settings: Iterable[Setting]) -> DictConfig:
+    """Return defaults and settings in one tree, for `${...}` to look in, without the settings that cannot be parsed."""
+    tree = OmegaConf.create(default_values())
+    for setting in settings:
+        with contextlib.suppress(OmegaConfBaseException):
+            OmegaConf.update(tree, setting.key, setting.value, force_add=True)
+    return tree
+
+
+def _validate(resolved: dict[str, Any], given: dict[str, Setting], mistakes: Mistakes) -> dict[str, Any]:
+    """Return the value of each key as its type; a bad one is reported and stands as its default."""
+    try:
+        config = Config.model_validate(_nested(resolved))
+    except ValidationError as error:
+        places = [[str(part) for part in problem["loc"]] for problem in error.errors()]
+        wrong = {".".join(place[:count]) for place in places for count in range(len(place) + 1)} & resolved.keys()
+        for key in [key for key in resolved if key in wrong]:
+            value = resolved.pop(key)
+            mistakes.add(f"{key} ({given[key].where})", expected(key), _show(value), _hint(key, value), key=key)
+        config = Config.model_validate(_nested(resolved))
+    return {key: attrgetter(key)(config) for key in all_keys()}
+
+
+def _from_environment(given: dict[str, Setting], unknown: list[Setting]) -> dict[str, Any]:
     """Return the texts that are read from environment variables, as they were given: they may be secrets, and every
     file that a run writes has its configuration. OmegaConf resolves them at each access.
     """
@@ -184,29 +363,12 @@ def _unresolved(given: dict[str, Setting], unknown: list[Setting], options: dict
     return {
         key: setting.value
         for key, setting in given.items()
-        if is_text(options[key]) and key != "train.output_dir" and reads_environment(setting.value)
+        if "string" in kinds(key) and key != "train.output_dir" and reads_environment(setting.value)
     }
 
 
 def _names_unset(value: Any) -> bool:
     return any(name not in os.environ for name in _VARIABLE.findall(repr(value)))
-
-
-def _parsable(values: dict[str, Any], settings: Iterable[Setting]) -> DictConfig:
-    """Return defaults and settings in one tree, for `${...}` to look in, without the settings that cannot be parsed."""
-    raw = OmegaConf.create(_nested(values))
-    for setting in settings:
-        with contextlib.suppress(OmegaConfBaseException):
-            OmegaConf.update(raw, setting.key, setting.value, force_add=True)
-    return raw
-
-
-def _resolve(raw: DictConfig, option: Option) -> Any:
-    """Return a key's value with its `${...}` replaced; what an environment variable holds is read as YAML."""
-    value = OmegaConf.select(raw, option.key)
-    if isinstance(value, str) and not is_text(option):
-        value = parse_yaml(value)
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _show(value: Any) -> str:
@@ -217,17 +379,17 @@ def _show(value: Any) -> str:
     return repr(value)
 
 
-def _hint(option: Option, value: Any) -> str:
+def _hint(key: str, value: Any) -> str:
     """Say what to do about a value of the wrong type or range."""
-    takes_numbers = int in option.types or float in option.types
-    if isinstance(value, str) and takes_numbers and _is_number(value):
+    if isinstance(value, str) and kinds(key) & {"integer", "number"} and _is_number(value):
         return "write the number without quotes"
-    if is_text(option) and isinstance(value, (int, float)):
+    if "string" in kinds(key) and isinstance(value, (int, float)):
         return "put the text in quotes"
-    near = difflib.get_close_matches(str(value), option.choices, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value), choices(key), n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]}?"
-    return f"the default is {_show(option.default)}" if option.default != "" else ""
+    default = all_keys()[key].default
+    return f"the default is {_show(default)}" if default != "" else ""
 
 
 def _is_number(text: str) -> bool:
@@ -237,25 +399,40 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _as_values(settings: Iterable[Setting]) -> dict[str, Any]:
-    return {setting.key: setting.value for setting in settings}
+# ---- upstream's names
 
 
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *path, leaf = key.split(".")
-        node = tree
-        for part in path:
-            if not isinstance(node.get(part), dict):
-                node[part] = {}
-            node = node[part]
-        node[leaf] = value
-    return tree
+def default_config() -> DictConfig:
+    """Return the defaults of all keys, editable."""
+    return OmegaConf.create(default_values())
 
 
-def _read_only(values: dict[str, Any], unknown: list[Setting]) -> DictConfig:
-    cfg = OmegaConf.create(_nested({**values, **_as_values(unknown)}))
-    OmegaConf.set_struct(cfg, True)
-    OmegaConf.set_readonly(cfg, True)
-    return cfg
+def with_defaults(cfg: DictConfig) -> DictConfig:
+    """Return ``cfg`` with the defaults of the keys that it lacks, as upstream's YAML file does; itself if complete."""
+    lacking = object()
+    if all(OmegaConf.select(cfg, key, default=lacking) is not lacking for key in all_keys()):
+        return cfg
+    return OmegaConf.merge(default_config(), cfg)
+
+
+def load_config(config_name: str) -> DictConfig:
+    """Load a YAML file of this package by its name without .yaml, such as "eval/vits14_pretrain".
+
+    Raises:
+        ConfigError: there is no such file; the text lists those that exist.
+    """
+    path = PACKAGE_DIR / f"{config_name}.yaml"
+    if not path.is_file():
+        names = sorted(file.relative_to(PACKAGE_DIR).with_suffix("").as_posix() for file in PACKAGE_DIR.rglob("*.yaml"))
+        near = difflib.get_close_matches(config_name, names, n=1, cutoff=0.6)
+        advice = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"load_config: expected the name of a packaged config, got {config_name!r} -> "
+            f"{advice}there is: {', '.join(names)}"
+        )
+    return OmegaConf.load(path)
+
+
+def load_and_merge_config(config_name: str) -> DictConfig:
+    """Return the defaults overridden by a YAML file of this package, editable and unchecked."""
+    return OmegaConf.merge(default_config(), load_config(config_name))

@@ -1,48 +1,581 @@
-"""Declare the whole configuration: one dataclass a YAML section, the only source of defaults.
+"""Declare every key of a configuration once: type, limits, default and what it does. The only source of defaults.
 
-Not the loading or checking (load.py). Read `Config` first; the sections are in schema_model.py and schema_train.py, and
-docs/configuration.md is generated from them.
+One pydantic model a YAML section; docs/configuration.md is generated from them. Names and defaults of upstream's keys:
+upstream `dinov2/configs/ssl_default_config.yaml`; `augmentation` holds what upstream's code has as constants.
 """
 
-import dataclasses
 import functools
-from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Annotated, Any, Literal, TypeVar
 
-from dinov2_custom.configs import schema_model, schema_train
-from dinov2_custom.configs.option import Option, list_options, section
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+
+# without importing torch; a test keeps them equal to dinov2_custom.models.vision_transformer
+DEPTH_OF_ARCH = {
+    "vit_nano": 4,
+    "vit_micro": 6,
+    "vit_tiny": 12,
+    "vit_small": 12,
+    "vit_base": 12,
+    "vit_large": 24,
+    "vit_giant2": 40,
+}
 
 
-@dataclass
-class Config:
+def _ascending(values: list[float]) -> list[float]:
+    if values != sorted(values):
+        raise ValueError("not in ascending order")
+    return values
+
+
+T = TypeVar("T")
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+AreaShare = Annotated[float, Field(gt=0, le=1)]
+Percent = Annotated[str, Field(pattern=r"^(\d{1,2}(\.\d*)?|100(\.0*)?)%$", examples=["10%"])]
+Length = NonNegativeInt | NonNegativeFloat | Percent  # in epochs, or as a share of the run
+NonEmpty = Annotated[list[T], Field(min_length=1)]
+Triple = Annotated[list[T], Field(min_length=3, max_length=3)]
+Range = Annotated[
+    list[T], Field(min_length=2, max_length=2, json_schema_extra={"ascending": True}), AfterValidator(_ascending)
+]
+Mapping = Annotated[dict[str, Any], Field(min_length=1)]
+Dtype = Literal["fp32", "fp16", "bf16"]
+Switch = Annotated[  # YAML reads a bare on or off as true or false
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value),
+]
+
+
+class Section(BaseModel):
+    """Keys that stand below one name in YAML. Nothing is converted but whole numbers: 4.0 is an int, 1 a float."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def key(
+    default: Any, description: str, *, unit: str = "", changes_results: bool = True, unused: bool = False, **limits: Any
+) -> Any:
+    """Make the field of a key.
+
+    Args:
+        unit: unit of the value, empty for a plain number or a name.
+        changes_results: whether another value may change the trained weights.
+        unused: upstream's key that nothing reads; it is accepted and said to be unused.
+        limits: pydantic's, such as ``lt=1``.
+    """
+    about = {"unit": unit, "changes_results": changes_results, "unused": unused}
+    return Field(default, description=description, json_schema_extra=about, **limits)
+
+
+class Model(Section):
+    """Weights of a whole run to start from."""
+
+    WEIGHTS: Text = key(
+        "",
+        "file whose weights a fresh run starts from, of a training state student, teacher and centres; wins over "
+        "student.pretrained_weights; empty: none",
+        unit="path",
+    )
+
+
+class MixedPrecision(Section):
+    param_dtype: Literal["auto", Dtype] = key(
+        "auto",
+        "number format of the forward and backward pass; auto: bf16 where the device has it natively, "
+        "else fp16 on CUDA, else fp32; fp32 is without TF32, convolutions included",
+    )
+    reduce_dtype: Literal["auto", Dtype] = key(
+        "auto",
+        "number format in which sharded gradients are summed; auto: fp32; fp16 only where param_dtype is fp16, too",
+    )
+    buffer_dtype: Dtype = key("fp32", "number format of buffers of a sharded module")
+
+
+class ModulePrecision(Section):
+    sharding_strategy: Literal["auto", "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"] = key(
+        "auto",
+        "NO_SHARD: whole in every process (data parallel); SHARD_GRAD_OP: weights and optimizer state split over "
+        "processes (FSDP2), weights gathered once a step; FULL_SHARD: again in the backward pass, least memory; auto: "
+        "NO_SHARD on CPUs and while 20 bytes a parameter fit into a quarter of a GPU's memory, else SHARD_GRAD_OP",
+        changes_results=False,
+    )
+    mixed_precision: MixedPrecision = MixedPrecision()
+
+
+class NetworkPrecision(Section):
+    backbone: ModulePrecision = ModulePrecision()
+    dino_head: ModulePrecision = ModulePrecision()
+    ibot_head: ModulePrecision = ModulePrecision()
+
+
+class ComputePrecision(Section):
+    """Number formats and sharding, for each network."""
+
+    grad_scaler: bool = key(True, "scale the loss against underflow; takes effect only where fp16 is in use")
+    gather_dtype: Literal["fp32", "param_dtype"] = key(
+        "fp32",
+        "number format in which processes send each other sharded weights; param_dtype: half the bytes in 16 bits, and "
+        "biases, norms, LayerScale and embeddings are used rounded to it, too",
+    )
+    teacher: NetworkPrecision = NetworkPrecision()
+    student: NetworkPrecision = NetworkPrecision()
+
+
+class Dino(Section):
+    """Image-level loss and its head; KoLeo."""
+
+    loss_weight: NonNegativeFloat = key(1.0, "weight of the image-level loss; 0: off")
+    head_n_prototypes: PositiveInt = key(65536, "outputs of the head")
+    head_bottleneck_dim: PositiveInt = key(256, "width before the prototypes")
+    head_nlayers: PositiveInt = key(3, "linear layers before the prototypes")
+    head_hidden_dim: PositiveInt = key(2048, "width of the hidden layers")
+    koleo_loss_weight: NonNegativeFloat = key(0.1, "weight of the KoLeo spreading loss; 0: off")
+    koleo_neighbours: Literal["process", "all"] = key(
+        "process",
+        "where KoLeo looks for an image's nearest neighbour: among the batch of its process, as upstream, or of all, "
+        "whose result does not depend on their number",
+    )
+
+
+class Ibot(Section):
+    """Masked-patch loss and its head."""
+
+    loss_weight: NonNegativeFloat = key(1.0, "weight of the masked-patch loss; 0: off")
+    mask_sample_probability: Fraction = key(
+        0.5, "share of the global crops that get a mask; applies with loss_weight 0 too"
+    )
+    mask_ratio_min_max: Range[Fraction] = key([0.1, 0.5], "range of the masked share of a masked crop's patches")
+    separate_head: bool = key(
+        False, "give patches a head of their own; false: they go through dino's head and ibot.head_* are ignored"
+    )
+    head_n_prototypes: PositiveInt = key(65536, "outputs of the separate head")
+    head_bottleneck_dim: PositiveInt = key(256, "width before its prototypes")
+    head_nlayers: PositiveInt = key(3, "its linear layers before the prototypes")
+    head_hidden_dim: PositiveInt = key(2048, "width of its hidden layers")
+
+
+class Train(Section):
+    """The run: data, batch, output."""
+
+    batch_size_per_gpu: PositiveInt = key(64, "images per step on one GPU (or process)", unit="images")
+    dataset_path: Text | Mapping | NonEmpty[str | Mapping] = key(
+        "",
+        "folder of images, list file, tar shards, Parquet, dataset string such as ImageNet:split=TRAIN:root=..., list "
+        "of these, or a mixture [{path: /a, weight: 0.7}, {path: /b, weight: 0.3}]; see docs/datasets.md",
+    )
+    output_dir: Text = key(
+        "",
+        "where everything of the run goes; --output-dir wins; empty: outputs/<date>_<time>",
+        unit="path",
+        changes_results=False,
+    )
+    saveckp_freq: int = key(20, "unused, as upstream; see checkpointing.period", changes_results=False, unused=True)
+    seed: NonNegativeInt = key(0, "seed of weights, order, crops and masks")
+    num_workers: NonNegativeInt | Literal["auto"] = key(
+        10,
+        "data-loading processes per GPU; 0: in the main process; auto: as many as keep up, measured",
+        changes_results=False,
+    )
+    OFFICIAL_EPOCH_LENGTH: PositiveInt | Literal["auto"] = key(
+        1250, "length of an epoch; auto: one pass over the data, images / global batch rounded up", unit="iterations"
+    )
+    max_steps: NonNegativeInt = key(
+        0,
+        "length of the run instead of optim.epochs; lengths in epochs keep their share of optim.epochs; 0: not set",
+        unit="iterations",
+    )
+    max_hours: NonNegativeInt | NonNegativeFloat = key(
+        0,
+        "length of the run in hours of training, without the time between a stop and the resume; the schedules follow "
+        "the clock, so results depend on the speed; lengths in epochs keep their share of optim.epochs; 0: not set",
+        unit="hours",
+    )
+    cache_dataset: bool = key(True, "unused, as upstream", changes_results=False, unused=True)
+    cell_augmentation: bool = key(False, "upstream's augmentation of cell images, which is not here: false only")
+    channel_adaptive: bool = key(
+        False, "unused, as upstream; see student.channel_adaptive", changes_results=False, unused=True
+    )
+    centering: Literal["centering", "sinkhorn_knopp"] = key("centering", "how teacher outputs are kept from collapsing")
+    view_groups: PositiveInt | Literal["auto"] = key(
+        "auto",
+        "parts in which the student's crops are computed, one after the other, which divides the memory; 1: all "
+        "together; 2: global, local; more: each global crop alone, local ones in parts; auto: as many as pay",
+        changes_results=False,
+    )
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
+        "auto",
+        "what the backward pass computes again: none; selective: each block's FFN; full: each block; auto: as little "
+        "as fits what is free on the GPU that has the least, by the count of run/train/memory.py",
+        changes_results=False,
+    )
+    compile: Switch = key(
+        "auto",
+        "torch.compile what lies between the matrix products of the blocks, and the heads' loss; keeps the memory of "
+        "train.lean; needs a C++ compiler on a CPU, Triton on a GPU, else a warning; auto: off, as no device was found "
+        "yet on which it pays",
+        changes_results=False,
+    )
+    lean: bool = key(
+        True,
+        "keep half of what autograd would for the backward pass, and no logits: norms, activations and targets are "
+        "computed twice instead; false: autograd's own way, for comparison",
+        changes_results=False,
+    )
+    path_preserved: Text | NonEmpty[str] = key(
+        "",
+        "folder or folders of whose images train.frac is held out, listed in the run's preserved_images.txt; or a text "
+        "file for the list, then of all images; empty: none",
+    )
+    frac: Fraction = key(
+        0.0, "share of the images that train.path_preserved names held out; without it 0, or 1 as a fork has it: none"
+    )
+    max_bad_fraction: Fraction = key(0.01, "stop when more than this share of the images read so far is unreadable")
+    max_nonfinite_steps: PositiveInt = key(
+        3,
+        "steps in a row with a non-finite loss or gradient, each left out, that end the run",
+        unit="steps",
+        changes_results=False,
+    )
+    hang_timeout: NonNegativeInt | NonNegativeFloat = key(
+        480,
+        "without a step for so long, three times that for the first step and for saves, each process writes its stacks "
+        "into its log and ends; a collective gives up after four times that, at least 30 minutes; 0: neither ever",
+        unit="s",
+        changes_results=False,
+    )
+    log_every: PositiveInt = key(10, "log interval", unit="iterations", changes_results=False)
+    tensorboard: bool = key(
+        False, "write the metrics to <output_dir>/logs/tensorboard too; needs that package", changes_results=False
+    )
+
+
+class Student(Section):
+    """The backbone."""
+
+    arch: Text = key("vit_large", f"network: {', '.join(DEPTH_OF_ARCH)}; a suffix _memeff is ignored")
+    patch_size: PositiveInt = key(16, "side of a patch; must divide both crop sizes", unit="px")
+    drop_path_rate: NonNegativeFloat = key(0.3, "share of samples that skip a residual branch", lt=1)
+    layerscale: NonNegativeFloat | None = key(1e-5, "initial LayerScale factor; 0 or null: no LayerScale")
+    drop_path_uniform: bool = key(True, "same rate in all blocks; false: rises linearly from 0 with depth")
+    pretrained_weights: Text = key(
+        "",
+        "weights that student and teacher start from: Meta's files, Hugging Face's Dinov2 (file or folder), teacher "
+        "checkpoints with their heads, a run directory (its newest teacher); a path, a URL, or what iopath serves; "
+        "empty: random",
+        unit="path",
+    )
+    freeze_backbone_epochs: Length = key(
+        0, "start of the run in which only the heads train, for random heads on a pretrained backbone", unit="epochs"
+    )
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"] = key("mlp", "feed-forward kind; identity: none")
+    block_chunks: NonNegativeInt = key(
+        0, "groups of blocks; only the names in the state dict depend on it, 0: blocks.{i}", changes_results=False
+    )
+    qkv_bias: bool = key(True, "biases in the query, key and value layer")
+    proj_bias: bool = key(True, "biases in the attention's output layer")
+    ffn_bias: bool = key(True, "biases in the feed-forward layers")
+    num_register_tokens: NonNegativeInt = key(0, "extra tokens besides CLS and patches; 4 is usual")
+    in_chans: PositiveInt = key(
+        3, "channels of an image; training reads RGB and takes 3 only, features of other weights any"
+    )
+    channel_adaptive: bool = key(
+        False,
+        "bag of channels: get_intermediate_layers takes each channel as an image of its own; for weights of in_chans 1",
+    )
+    interpolate_antialias: bool = key(False, "antialias when position embeddings are resampled")
+    interpolate_offset: NonNegativeFloat = key(
+        0.1, "added to the grid size when position embeddings are resampled; 0: exact size"
+    )
+
+
+class Teacher(Section):
+    """The exponential moving average of the student."""
+
+    momentum_teacher: Fraction = key(0.992, "EMA momentum at the start")
+    final_momentum_teacher: Fraction = key(1.0, "EMA momentum at the end (cosine between)")
+    warmup_teacher_temp: PositiveFloat = key(0.04, "teacher's softmax temperature at the start")
+    teacher_temp: PositiveFloat = key(0.07, "teacher's softmax temperature after its warm-up")
+    warmup_teacher_temp_epochs: Length = key(30, "length of that linear warm-up; may exceed the run", unit="epochs")
+    in_chans: PositiveInt = key(3, "as student.in_chans, which the teacher follows: that, or the default")
+    channel_adaptive: bool = key(False, "as student.channel_adaptive, likewise")
+
+
+class Optim(Section):
+    """Length of the run, AdamW and its schedules."""
+
+    epochs: PositiveInt | PositiveFloat = key(100, "length of the run; fractions are fine", unit="epochs")
+    accumulation_steps: PositiveInt = key(
+        1, "batches whose gradients make one step; learning rate and epochs follow the effective batch", unit="batches"
+    )
+    global_batch: NonNegativeInt = key(
+        0,
+        "images of a step, all processes together, whose number has to divide it; train.batch_size_per_gpu and "
+        "optim.accumulation_steps follow: on GPUs, what does not fit at once by the count of run/train/memory.py is "
+        "accumulated; as overrides these two are the most images at once and the fewest batches, in a config file they "
+        "do not count then; 0: not set",
+        unit="images",
+    )
+    weight_decay: NonNegativeFloat = key(0.04, "weight decay at the start")
+    weight_decay_end: NonNegativeFloat = key(0.4, "weight decay at the end (cosine between)")
+    base_lr: NonNegativeFloat = key(0.004, "peak learning rate at a global batch of 1024 images")
+    lr: NonNegativeFloat = key(0.0, "computed: base_lr * sqrt(global batch / 1024); a value given here is ignored")
+    warmup_epochs: Length = key(10, "linear warm-up of the learning rate from 0; at most the whole run", unit="epochs")
+    min_lr: NonNegativeFloat = key(1e-6, "learning rate at the end (cosine)")
+    clip_grad: NonNegativeFloat | None = key(
+        3.0, "largest gradient norm, of backbone and heads separately; 0 or null: no clipping"
+    )
+    freeze_last_layer_epochs: Length = key(
+        1, "start of the run in which the prototypes stay as they are", unit="epochs"
+    )
+    scaling_rule: Literal["sqrt_wrt_1024"] = key("sqrt_wrt_1024", "how optim.lr follows from base_lr")
+    patch_embed_lr_mult: NonNegativeFloat = key(0.2, "learning-rate factor of the patch embedding")
+    layerwise_decay: PositiveFloat = key(0.9, "learning-rate factor from each block to the one below it; 1: none")
+    adamw_beta1: NonNegativeFloat = key(0.9, "AdamW's decay of the mean gradient", lt=1)
+    adamw_beta2: NonNegativeFloat = key(0.999, "AdamW's decay of the mean square", lt=1)
+
+
+class Crops(Section):
+    """Number, area and size of the crops."""
+
+    global_crops_scale: Range[AreaShare] = key([0.32, 1.0], "range of a global crop's share of the image area")
+    local_crops_number: NonNegativeInt = key(8, "local crops per image; 0: none")
+    local_crops_scale: Range[AreaShare] = key([0.05, 0.32], "range of a local crop's share of the image area")
+    global_crops_size: PositiveInt = key(224, "side of a global crop, a multiple of student.patch_size", unit="px")
+    local_crops_size: PositiveInt = key(96, "side of a local crop, a multiple of student.patch_size", unit="px")
+
+
+class Evaluation(Section):
+    """Teacher checkpoints along the way."""
+
+    eval_period_iterations: int = key(
+        12500,
+        "interval of writing teacher_checkpoint.pth; 0 or less: only at the end",
+        unit="iterations",
+        changes_results=False,
+    )
+
+
+class Checkpointing(Section):
+    """Checkpoints to resume from."""
+
+    period: NonNegativeInt = key(
+        0, "save interval; 0: three epochs, as upstream", unit="iterations", changes_results=False
+    )
+    keep_last: PositiveInt = key(3, "newest periodic checkpoints kept", unit="checkpoints", changes_results=False)
+    keep_every: NonNegativeInt = key(
+        0,
+        "checkpoints of every so many iterations are never removed; 0: none such",
+        unit="iterations",
+        changes_results=False,
+    )
+    on_error: Literal["warn", "stop"] = key(
+        "warn",
+        "when a checkpoint cannot be written (disk full): warn and train on with the one before, or stop",
+        changes_results=False,
+    )
+    async_save: bool = key(
+        False,
+        "copy the state to host memory (16 bytes a parameter, of sharded parts a process's share) and write it while "
+        "training goes on, instead of one tensor after the other while training waits; an error shows at the next save",
+        changes_results=False,
+    )
+
+
+class Wandb(Section):
+    """Weights & Biases; see docs/monitoring.md."""
+
+    mode: Literal["disabled", "online", "offline"] = key(
+        "disabled",
+        "offline: into <output_dir>/logs/wandb, for wandb sync; online falls back to it; WANDB_MODE can lower it",
+        changes_results=False,
+    )
+    project: Text = key("", "empty: WANDB_PROJECT, else dinov2_custom", changes_results=False)
+    entity: Text = key("", "user or team; empty: the key's own", changes_results=False)
+    name: Text = key("", "of the run; empty: WANDB_NAME, else the output directory's", changes_results=False)
+    group: Text = key("", "runs to be shown together", changes_results=False)
+    tags: Text | int | float | NonEmpty[str | int | float] = key(
+        "", "label, or list of labels, of the run", changes_results=False
+    )
+    id: Text = key(
+        "", "of the run; empty: WANDB_RUN_ID, else the one this run directory had, else new", changes_results=False
+    )
+
+
+class Normalize(Section):
+    mean: Triple[float] = key([0.485, 0.456, 0.406], "subtracted from R, G, B in 0..1 (ImageNet's)")
+    std: Triple[PositiveFloat] = key([0.229, 0.224, 0.225], "then divided by (ImageNet's)")
+
+
+class Data(Section):
+    """How pixels become numbers."""
+
+    normalize: Normalize = Normalize()
+    intensity: Literal["auto"] | Range[float] = key(
+        "auto",
+        "values that become 0 and 255 in images of more than 8 bits (16-bit, float), one range for all, such as "
+        "[100, 4095]; auto: measured on a sample at the first start, without nodata and outliers, and kept in the "
+        "run's config.yaml for resumes, features and evaluations",
+    )
+    page: NonNegativeInt = key(0, "page or frame that is read of files with several, from 0")
+    dct_scaling: bool = key(
+        False,
+        "decode a JPEG at 1/2, 1/4 or 1/8 of its size where every crop still has 1.5 times the pixels it needs; twice "
+        "as fast for 12 megapixels",
+    )
+
+
+class Augmentation(Section):
+    """What a crop goes through; upstream has these as constants in its code."""
+
+    brightness: NonNegativeFloat = key(0.4, "brightness factor drawn from 1 +- this")
+    contrast: NonNegativeFloat = key(0.4, "contrast factor drawn from 1 +- this")
+    saturation: NonNegativeFloat = key(0.2, "saturation factor drawn from 1 +- this")
+    hue: NonNegativeFloat = key(0.1, "hue shift drawn from +- this", unit="turns", le=0.5)
+    jitter_p: Fraction = key(0.8, "probability of the four above")
+    gray_p: Fraction = key(0.2, "probability of dropping colour")
+    solarize_p: Fraction = key(0.2, "probability of solarizing the second global crop")
+    blur_p: Triple[Fraction] = key(
+        [0.0, 0.9, 0.5],
+        "probabilities of blurring global crop 1, global crop 2, local crops; the defaults are what upstream really "
+        "applies, DINO's paper has [1.0, 0.1, 0.5]",
+    )
+    blur_sigma: Range[PositiveFloat] = key([0.1, 2.0], "range of the Gaussian's sigma", unit="px")
+    hflip_p: Fraction = key(0.5, "probability of a horizontal flip")
+    device: Literal["auto", "cpu", "device"] = key(
+        "auto",
+        "where colours are changed, with the same pixels: cpu: by the data-loading processes; device: where the model "
+        "is; auto: device on a GPU",
+        changes_results=False,
+    )
+
+
+class Config(Section):
     """All keys of a run with their defaults."""
 
-    MODEL: schema_model.Model = section(schema_model.Model, "Weights of a whole run to start from.")
-    compute_precision: schema_model.ComputePrecision = section(
-        schema_model.ComputePrecision, "Number formats and sharding, for each network."
-    )
-    dino: schema_model.Dino = section(schema_model.Dino, "Image-level loss and its head; KoLeo.")
-    ibot: schema_model.Ibot = section(schema_model.Ibot, "Masked-patch loss and its head.")
-    train: schema_train.Train = section(schema_train.Train, "The run: data, batch, output.")
-    student: schema_model.Student = section(schema_model.Student, "The backbone.")
-    teacher: schema_model.Teacher = section(schema_model.Teacher, "The exponential moving average of the student.")
-    optim: schema_train.Optim = section(schema_train.Optim, "Length of the run, AdamW and its schedules.")
-    crops: schema_train.Crops = section(schema_train.Crops, "Number, area and size of the crops.")
-    evaluation: schema_train.Evaluation = section(schema_train.Evaluation, "Teacher checkpoints along the way.")
-    checkpointing: schema_train.Checkpointing = section(schema_train.Checkpointing, "Checkpoints to resume from.")
-    wandb: schema_train.Wandb = section(schema_train.Wandb, "Weights & Biases; see docs/monitoring.md.")
-    data: schema_train.Data = section(schema_train.Data, "How pixels become numbers.")
-    augmentation: schema_train.Augmentation = section(
-        schema_train.Augmentation, "What a crop goes through; upstream has these as constants in its code."
-    )
-
-
-@functools.cache
-def all_options() -> dict[str, Option]:
-    """Return every key by dotted name, in the order of the schema. Not to be changed by the caller."""
-    return list_options(Config())
+    MODEL: Model = Model()
+    compute_precision: ComputePrecision = ComputePrecision()
+    dino: Dino = Dino()
+    ibot: Ibot = Ibot()
+    train: Train = Train()
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    optim: Optim = Optim()
+    crops: Crops = Crops()
+    evaluation: Evaluation = Evaluation()
+    checkpointing: Checkpointing = Checkpointing()
+    wandb: Wandb = Wandb()
+    data: Data = Data()
+    augmentation: Augmentation = Augmentation()
 
 
 def default_values() -> dict[str, Any]:
     """Return the defaults as nested plain dicts and lists."""
-    return dataclasses.asdict(Config())
+    return Config().model_dump()
+
+
+@functools.cache
+def all_keys() -> dict[str, FieldInfo]:
+    """Return every key by dotted name, in the order of the schema. Not to be changed by the caller."""
+    return _keys_below(Config, "")
+
+
+def _keys_below(section: type[Section], prefix: str) -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, Section):
+            found |= _keys_below(type(field.default), f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+@functools.cache
+def section_keys() -> dict[str, list[str]]:
+    """Return the names directly inside each section, by dotted section name."""
+    inside: dict[str, dict[str, None]] = {}
+    for name in all_keys():
+        parts = name.split(".")
+        for count in range(1, len(parts)):
+            inside.setdefault(".".join(parts[:count]), {})[parts[count]] = None
+    return {name: list(keys) for name, keys in inside.items()}
+
+
+@functools.cache
+def _json_schemas(section: str) -> dict[str, Any]:
+    return type(attrgetter(section)(Config())).model_json_schema()["properties"]
+
+
+def alternatives(name: str) -> list[dict[str, Any]]:
+    """Return the JSON schemas of which a key's value follows one, without integers where all numbers are legal."""
+    section, _, leaf = name.rpartition(".")
+    schema = _json_schemas(section)[leaf]
+    found = schema.get("anyOf", [schema])
+    numbers = any(one["type"] == "number" for one in found)
+    return [one for one in found if not (numbers and one["type"] == "integer")]
+
+
+def kinds(name: str) -> set[str]:
+    """Return the JSON types of a key's legal values; "string" only if it takes any text."""
+    return {one["type"] for one in alternatives(name) if not one.keys() & {"const", "enum", "pattern"}}
+
+
+def choices(name: str) -> list[str]:
+    """Return the names among a key's legal values."""
+    return [choice for one in alternatives(name) for choice in _named(one)]
+
+
+def _named(schema: dict[str, Any]) -> list[str]:
+    return schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+
+
+def expected(name: str) -> str:
+    """Describe the legal values of a key in a few words."""
+    return " or ".join(_describe(schema) for schema in alternatives(name))
+
+
+def _describe(schema: dict[str, Any]) -> str:
+    if names := _named(schema):
+        return " | ".join(names)
+    if schema["type"] == "string":
+        return f"a share of the run such as {schema['examples'][0]}" if "examples" in schema else "text"
+    if schema["type"] == "array":
+        return _describe_list(schema)
+    words = {"null": "null", "boolean": "true or false", "object": "a mapping", "integer": "a whole number"}
+    return words.get(schema["type"], "a number") + _describe_interval(schema)
+
+
+def _describe_list(schema: dict[str, Any]) -> str:
+    items = schema["items"].get("anyOf", [schema["items"]])
+    plural = {"string": "texts", "object": "mappings"}
+    nouns = dict.fromkeys(plural.get(item["type"], "numbers") + _describe_interval(item) for item in items)
+    count = f"{schema['minItems']} " if "maxItems" in schema else ""
+    return f"a list of {count}{' and '.join(nouns)}{', smaller first' if schema.get('ascending') else ''}"
+
+
+def _describe_interval(schema: dict[str, Any]) -> str:
+    low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if above is not None and schema["type"] == "integer":
+        low, above = above + 1, None
+    if high is not None or below is not None:
+        left = f"({above:g}" if low is None else f"[{low:g}"
+        return f" in {left}, " + (f"{below:g})" if high is None else f"{high:g}]")
+    return f" above {above:g}" if above is not None else "" if low is None else f" of at least {low:g}"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_custom import cli, distributed
-from dinov2_custom.configs.output_dir import check_output_dir
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.image_batches import ImageBatches, batches
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.pool import workers_of_choice

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinov2_custom.configs.output_dir import check_output_dir
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.portable import Portable
 from dinov2_custom.reading import to_facts

@@ -165,7 +165,7 @@ def _existing(weights: str | os.PathLike) -> str | os.PathLike:
 
 def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[str, Any]:
     """Return how the backbone of ``file`` was built: from its tensors, and the config.yaml of the run around it."""
-    from dinov2_custom.configs.sources import read_config
+    from dinov2_custom.configs.load import read_config
     from dinov2_custom.teacher import arguments_of  # reads configurations, which needs more than torch
 
     try:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinov2_custom import cli
-from dinov2_custom.configs.output_dir import check_output_dir
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.files import atomic_write
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run, short_names

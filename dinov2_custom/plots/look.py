@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dinov2_custom import cli
-from dinov2_custom.configs.output_dir import check_output_dir
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.errors import ConfigError, DataError, command, shortage

@@ -19,7 +19,7 @@ from typing import Any
 from submitit.core.utils import environment_variables
 
 from dinov2_custom import errors
-from dinov2_custom.configs.output_dir import missing_folders, remove_empty
+from dinov2_custom.configs.paths import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run.process import VARIABLE, Process, to_variable
 from dinov2_custom.world import num_cores

@@ -24,7 +24,7 @@ import submitit
 from submitit.core import utils as submitit_utils
 from submitit.slurm import slurm as submitit_slurm
 
-from dinov2_custom.configs.output_dir import missing_folders, remove_empty
+from dinov2_custom.configs.paths import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import environment_check, refusal
 from dinov2_custom.run.args import RESERVED, RESOURCES, count_gpus

@@ -20,8 +20,7 @@ from typing import Any, ClassVar
 import submitit
 
 from dinov2_custom import entry, errors
-from dinov2_custom.configs.absolute_paths import absent
-from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
+from dinov2_custom.configs.paths import absent, check_output_dir, resolve_output_dir
 from dinov2_custom.errors import LaunchError, command
 from dinov2_custom.run import args as launch_args
 from dinov2_custom.run import environment, local, refusal, slurm

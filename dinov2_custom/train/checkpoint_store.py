@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinov2_custom.configs.output_dir import numbered
+from dinov2_custom.configs.paths import numbered
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.files import atomic_write
 from dinov2_custom.utils.checkpoint_folder import flush_folder, read_marker, write_marker

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dinov2_custom import cli, distributed
-from dinov2_custom.configs.global_batch import divisors_of
+from dinov2_custom.configs.checks import divisors_of
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.layers import backend as kernels

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from dinov2_custom.configs.upstream import with_defaults
+from dinov2_custom.configs.load import with_defaults
 from dinov2_custom.parallel import GradientReducer, own_share, whole_tensor
 from dinov2_custom.train.course import RunLength, run_length
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_custom import files
-from dinov2_custom.configs.output_dir import missing_folders, remove_empty
-from dinov2_custom.configs.schema import all_options
-from dinov2_custom.configs.sources import read_yaml
+from dinov2_custom.configs.load import read_yaml
+from dinov2_custom.configs.paths import missing_folders, remove_empty
+from dinov2_custom.configs.schema import all_keys
 from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
 from dinov2_custom.utils.run_folder import LOCK
 
@@ -76,9 +76,9 @@ def changed_keys(before: Mapping[str, Any], folder: Path, cfg: DictConfig) -> li
     """
     earlier, now = before.get("config") or _read_config(folder / "config.yaml"), OmegaConf.to_container(cfg)
     changes = []
-    for key, option in all_options().items():
+    for key, field in all_keys().items():
         old, new = _value(earlier, key), _value(now, key)
-        if option.changes_results and old is not None and old != new and key not in OF_THE_BATCH:
+        if field.json_schema_extra["changes_results"] and old is not None and old != new and key not in OF_THE_BATCH:
             changes.append(f"{key}: {old} -> {new}")
     return changes
 

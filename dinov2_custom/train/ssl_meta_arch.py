@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.upstream import with_defaults
+from dinov2_custom.configs.load import with_defaults
 from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.layers.backend import without_plans
 from dinov2_custom.layers.drop_path import Draw

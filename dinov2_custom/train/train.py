@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 
 from dinov2_custom import distributed, entry
 from dinov2_custom.cli import train_parser as get_args_parser
-from dinov2_custom.configs.load import check_output_dir
-from dinov2_custom.configs.upstream import with_defaults
+from dinov2_custom.configs.load import check_output_dir, with_defaults
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.errors import DONE, CheckpointError, stopped_by
 from dinov2_custom.logging import (

@@ -3,7 +3,7 @@ from pathlib import Path
 import yaml
 
 from dinov2_custom.configs.document import schema_doc, schema_yaml
-from dinov2_custom.configs.schema import all_options, default_values
+from dinov2_custom.configs.schema import all_keys, default_values
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,4 +26,4 @@ def test_default_yaml_says_what_the_schema_says():
 
 def test_page_has_every_key_once():
     page = schema_doc()
-    assert [key for key in all_options() if page.count(f"`{key}`") != 1 and key != "train.output_dir"] == []
+    assert [key for key in all_keys() if page.count(f"`{key}`") != 1 and key != "train.output_dir"] == []

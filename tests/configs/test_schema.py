@@ -1,12 +1,13 @@
 """The schema has every upstream key with upstream's default, save the ones named here."""
 
+from operator import attrgetter
 from pathlib import Path
 
+import pytest
 import yaml
+from pydantic import ValidationError
 
-from dinov2_custom.configs.archs import DEPTH_OF_ARCH, plain_arch_name
-from dinov2_custom.configs.schema import all_options, default_values
-from dinov2_custom.configs.values import coerce
+from dinov2_custom.configs.schema import DEPTH_OF_ARCH, Config, all_keys, default_values, kinds, section_keys
 
 UPSTREAM = yaml.safe_load((Path(__file__).parents[1] / "contracts" / "upstream_config_defaults.yaml").read_text())
 DELIBERATE = {"train.dataset_path": "", "train.output_dir": ""} | {
@@ -58,23 +59,130 @@ OURS = {
 }
 
 
+def fit(key, value):
+    """Return the value of ``key`` in a configuration that is given ``value`` for it."""
+    tree = value
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    return attrgetter(key)(Config.model_validate(tree))
+
+
 def test_keys_and_defaults_are_upstreams_plus_ours():
-    assert {key: option.default for key, option in all_options().items()} == UPSTREAM | DELIBERATE | OURS
+    assert {key: field.default for key, field in all_keys().items()} == UPSTREAM | DELIBERATE | OURS
 
 
 def test_every_default_is_legal():
-    for key, option in all_options().items():
-        fitted = coerce(option, option.default)
-        assert fitted == option.default and type(fitted) is type(option.default), key
+    for key, field in all_keys().items():
+        fitted = fit(key, field.default)
+        assert fitted == field.default and type(fitted) is type(field.default), key
 
 
 def test_every_upstream_default_is_legal():
     for key, value in UPSTREAM.items():
-        assert coerce(all_options()[key], value) == value, key
+        assert fit(key, value) == value, key
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "result"),
+    [
+        ("optim.base_lr", 1, 1.0),
+        ("optim.clip_grad", None, None),
+        ("optim.clip_grad", 0, 0.0),
+        ("student.layerscale", None, None),
+        ("optim.epochs", 0.5, 0.5),
+        ("optim.epochs", 100.0, 100),
+        ("student.block_chunks", 4.0, 4),
+        ("student.pretrained_weights", None, ""),
+        ("train.OFFICIAL_EPOCH_LENGTH", "auto", "auto"),
+        ("train.OFFICIAL_EPOCH_LENGTH", 7, 7),
+        ("train.dataset_path", ["/a", "/b"], ["/a", "/b"]),
+        ("train.dataset_path", {"path": "/a"}, {"path": "/a"}),
+        ("train.dataset_path", [{"path": "/a", "weight": 0.7}, "/b"], [{"path": "/a", "weight": 0.7}, "/b"]),
+        ("crops.local_crops_scale", [1, 1], [1.0, 1.0]),
+        ("evaluation.eval_period_iterations", -1, -1),
+        ("student.qkv_bias", False, False),
+        ("train.compile", True, "on"),
+        ("train.compile", False, "off"),
+        ("optim.warmup_epochs", 3, 3),
+        ("optim.warmup_epochs", 0.5, 0.5),
+        ("optim.warmup_epochs", "12.5%", "12.5%"),
+    ],
+)
+def test_legal_values_take_the_type_of_the_key(key, value, result):
+    fitted = fit(key, value)
+    assert fitted == result and type(fitted) is type(result)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.base_lr", "1e-3"),
+        ("optim.base_lr", True),
+        ("optim.base_lr", -1e-3),
+        ("optim.base_lr", float("nan")),
+        ("optim.base_lr", None),
+        ("optim.epochs", float("inf")),
+        ("optim.epochs", 0),
+        ("optim.warmup_epochs", "101%"),
+        ("optim.warmup_epochs", "-1%"),
+        ("optim.warmup_epochs", "ten"),
+        ("optim.warmup_epochs", None),
+        ("optim.epochs", "10%"),
+        ("train.max_steps", -1),
+        ("student.drop_path_rate", 1.0),
+        ("student.patch_size", 14.5),
+        ("student.patch_size", [14, 14]),
+        ("train.batch_size_per_gpu", 0),
+        ("student.qkv_bias", 1),
+        ("student.arch", 5),
+        ("train.centering", "sinkhorn"),
+        ("train.OFFICIAL_EPOCH_LENGTH", "dataset"),
+        ("ibot.mask_ratio_min_max", [0.5, 0.1]),
+        ("ibot.mask_ratio_min_max", [0.1, 0.5, 0.6]),
+        ("ibot.mask_ratio_min_max", 0.5),
+        ("crops.global_crops_scale", [0.0, 1.0]),
+        ("augmentation.blur_p", [0.1, 0.2]),
+        ("train.path_preserved", []),
+        ("train.path_preserved", ["/a", 3]),
+        ("train.dataset_path", []),
+        ("train.dataset_path", ["/a", 3]),
+        ("train.dataset_path", {}),
+        ("optim.clip_grad", "none"),
+        ("train.compile", 1),
+        ("train.compile", []),
+    ],
+)
+def test_illegal_values(key, value):
+    with pytest.raises(ValidationError):
+        fit(key, value)
+
+
+def test_an_unknown_key_is_illegal():
+    with pytest.raises(ValidationError, match="sed"):
+        Config.model_validate({"train": {"sed": 1}})
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("student.arch", {"string"}),
+        ("train.dataset_path", {"string", "object", "array"}),
+        ("train.centering", set()),
+        ("train.num_workers", {"integer"}),
+        ("optim.warmup_epochs", {"number"}),
+    ],
+)
+def test_kinds_have_string_only_for_any_text(key, kind):
+    assert kinds(key) == kind
+
+
+def test_section_keys():
+    assert section_keys()["crops"][-1] == "local_crops_size"
+    assert section_keys()["compute_precision.teacher"] == ["backbone", "dino_head", "ibot_head"]
 
 
 def test_every_key_is_described():
-    assert [key for key, option in all_options().items() if not option.help] == []
+    assert [key for key, field in all_keys().items() if not field.description] == []
 
 
 def test_defaults_are_fresh_objects():
@@ -94,7 +202,3 @@ def test_archs_are_the_models_of_vision_transformer():
 
 def test_depths_of_upstreams_archs():
     assert [DEPTH_OF_ARCH[f"vit_{name}"] for name in ("small", "base", "large", "giant2")] == [12, 12, 24, 40]
-
-
-def test_memeff_suffix_is_stripped():
-    assert plain_arch_name("vit_small_memeff") == plain_arch_name("vit_small") == "vit_small"

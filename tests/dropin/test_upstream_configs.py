@@ -10,9 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2_custom.configs import dinov2_default_config
-from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.configs.sources import PACKAGE_DIR
-from dinov2_custom.configs.upstream import load_config
+from dinov2_custom.configs.load import PACKAGE_DIR, load_config, load_run_config
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.models import build_model_from_cfg
 from tests.configs.test_schema import UPSTREAM

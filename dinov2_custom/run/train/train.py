@@ -18,8 +18,7 @@ class Trainer(Task):
         """Check the configuration, set ``args.output_dir`` and return the configuration as YAML."""
         from omegaconf import OmegaConf
 
-        from dinov2_custom.configs.load import load_run_config
-        from dinov2_custom.configs.sources import to_yaml
+        from dinov2_custom.configs.load import load_run_config, to_yaml
 
         args = self.args
         cfg = load_run_config(

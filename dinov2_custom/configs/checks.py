@@ -1,0 +1,312 @@
+"""Find the mistakes of a configuration that are not the type or range of one value, and raise all as one error.
+
+Unknown keys, overrides of no known form, values that do not go together, the division of the global batch. Types and
+ranges are in schema.py.
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dinov2_custom.configs.schema import DEPTH_OF_ARCH, all_keys, section_keys
+from dinov2_custom.errors import ConfigError
+
+# Names people try first, and the key they mean.
+_OTHER_NAMES = {
+    "lr": "optim.base_lr",
+    "learning_rate": "optim.base_lr",
+    "batch_size": "train.batch_size_per_gpu",
+    "data_path": "train.dataset_path",
+    "dataset": "train.dataset_path",
+    "workers": "train.num_workers",
+    "epoch_length": "train.OFFICIAL_EPOCH_LENGTH",
+    "registers": "student.num_register_tokens",
+    "use_torch_compile": "train.compile",
+}
+# Keys and sections of known forks that are not adopted, and what is here instead.
+OF_FORKS = {
+    "daino": "the supervised side loss of a fork, which is not here",
+    "tune": "kNN during training of a fork: not here; run/eval/knn.py, in the command that a run ends with",
+    "early_stopping": "stop when a score no longer rises, of a fork: not here",
+    "optim.max_iter": "train.max_steps",
+    "optim.warmup_pct": "optim.warmup_epochs with a share of the run, such as 10%",
+    "optim.freeze_last_layer_pct": "optim.freeze_last_layer_epochs with a share of the run, such as 1%",
+    "teacher.warmup_teacher_temp_pct": "teacher.warmup_teacher_temp_epochs with a share of the run, such as 30%",
+    "train.save_every": "checkpointing.period, in iterations",
+    "train.save_frequency": "checkpointing.period",
+    "wandb.dir": "nothing: W&B's files are in the output directory's logs/wandb",
+    "wandb.enable": "wandb.mode: online",
+    "wandb.exp_name": "wandb.name",
+    "wandb.resume_id": "wandb.id",
+    "wandb.username": "wandb.entity",
+}
+GLOBAL, BATCH, ACCUMULATED = "optim.global_batch", "train.batch_size_per_gpu", "optim.accumulation_steps"
+_RGB = 3
+_RELEASED = re.compile(r"(?:dinov2_)?vit_?([sblg])(\d+)?(?:_reg(\d*))?")  # dinov2_vitb14_reg, the name of weights
+_ARCH_OF_LETTER = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
+
+
+class Mistakes:
+    """A list of mistakes with one closing advice; the keys are remembered so that no check builds on a bad value."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.keys: set[str] = set()
+        self.advice = ""
+
+    def add(self, where: str, expected: str, got: str, fix: str = "", *, key: str = "") -> None:
+        """Add one line: where it is (key and source), what was expected, what was found, what to do."""
+        advice = f" -> {fix}" if fix else ""
+        self.lines.append(f"{where}: expected {expected}, got {got}{advice}")
+        if key:
+            self.keys.add(key)
+
+    def raise_if_any(self) -> None:
+        """Raise one ConfigError naming all mistakes, if there are any."""
+        if not self.lines:
+            return
+        count = "1 mistake" if len(self.lines) == 1 else f"{len(self.lines)} mistakes"
+        lines = [f"{count} in the configuration:", *(f"  - {line}" for line in self.lines), self.advice]
+        raise ConfigError("\n".join(lines).rstrip())
+
+
+def suggest_key(name: str) -> str:
+    """Name the known keys or sections nearest to an unknown dotted key, in any section; "" if nothing is near.
+
+    Of a fork's key, say what is here instead.
+    """
+    if name in OF_FORKS:
+        return OF_FORKS[name]
+    used = [key for key, field in all_keys().items() if not field.json_schema_extra["unused"] and key != "optim.lr"]
+    known = {key: key.rsplit(".", 1)[-1].lower() for key in [*used, *section_keys()]}
+    leaf = name.rsplit(".", 1)[-1].lower()
+    near = [key for key, its_leaf in known.items() if its_leaf == leaf]
+    if not near and leaf in _OTHER_NAMES:
+        near = [_OTHER_NAMES[leaf]]
+    near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.8)
+    if not near:
+        by_leaf = {its_leaf: key for key, its_leaf in reversed(known.items())}
+        near = [by_leaf[match] for match in difflib.get_close_matches(leaf, by_leaf, n=2, cutoff=0.65)]
+    return f"did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def explain_bad_override(text: str) -> str:
+    """Say what to do about an override that is not of the form key=value."""
+    if text.endswith((".yaml", ".yml")):
+        return f"for a config file write --config-file {text}"
+    if text in all_keys():
+        return f"write {text}=VALUE"
+    if os.path.exists(os.path.expanduser(text)):
+        return f"for images write train.dataset_path={text}"
+    if ":" in text and text.split(":", 1)[0] in all_keys():
+        return "write = instead of the first colon"
+    if text != text.strip("[]{},:"):
+        return "a list or mapping with blanks needs quotes around the whole override: 'key=[a, b]'"
+    return suggest_key(text).replace("?", "=VALUE?") or "write key=value, without spaces around ="
+
+
+def check_combinations(
+    values: dict[str, Any], where: Callable[[str], str], mistakes: Mistakes, *, training: bool = True
+) -> None:
+    """Report every pair of values that cannot work together, and with ``training`` what cannot be trained.
+
+    Args:
+        values: value of each key by dotted name; the default for those that are wrong already.
+        where: names the source of a key's value, such as a file.
+        mistakes: filled; keys already in it are not looked at again.
+    """
+    for holds, keys, expected, fix in [*_combinations(values), *(_for_training(values) if training else ())]:
+        if holds or not mistakes.keys.isdisjoint(keys):
+            continue
+        first, *others = keys
+        got = repr(values[first])
+        if others:
+            got += " with " + ", ".join(f"{key} = {values[key]!r} ({where(key)})" for key in others)
+        mistakes.add(f"{first} ({where(first)})", expected, got, fix, key="" if others else first)
+
+
+def _combinations(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str, str]]:
+    """Yield each rule: whether it holds, the keys it is about, what is expected of the first, what to do."""
+
+    def get(*keys: str) -> list[Any]:
+        return [values[key] for key in keys]
+
+    arch = plain_arch_name(values["student.arch"])
+    yield (arch in DEPTH_OF_ARCH, ["student.arch"], f"one of {', '.join(DEPTH_OF_ARCH)}", _nearest_arch(arch))
+    depth = DEPTH_OF_ARCH.get(arch, math.inf)
+    yield (
+        values["student.block_chunks"] <= depth,
+        ["student.block_chunks", "student.arch"],
+        f"at most the {depth} blocks of the network",
+        "use 0 for no chunks",
+    )
+    patch = values["student.patch_size"]
+    for key, number in (("crops.global_crops_size", []), ("crops.local_crops_size", ["crops.local_crops_number"])):
+        size = values[key]
+        multiples = [near for near in (size // patch * patch, (size // patch + 1) * patch) if near > 0]
+        multiples.sort(key=lambda near, size=size: abs(near - size))
+        yield (
+            size % patch == 0 or get(*number) == [0],
+            [key, "student.patch_size", *number],
+            f"a multiple of the patch size {patch}",
+            f"use {key}={' or '.join(map(str, multiples))}",
+        )
+    warmup, epochs = keys = ["optim.warmup_epochs", "optim.epochs"]
+    yield (
+        share_of_run(values[warmup], values[epochs]) <= 1,
+        keys,
+        "at most optim.epochs",
+        f"set optim.warmup_epochs=10% (of the run) or {values[epochs] / 10:g}, or raise optim.epochs",
+    )
+    keys = ["train.max_steps", "train.max_hours"]
+    yield (0 in get(*keys), keys, "0 when the other is set", "choose one of them for the length of the run")
+    keys = ["dino.loss_weight", "ibot.loss_weight"]
+    yield (any(get(*keys)), keys, "dino or ibot above 0", "without both there is nothing to learn from")
+    intensity = values["data.intensity"]
+    yield (
+        intensity == "auto" or intensity[0] < intensity[1],
+        ["data.intensity"],
+        "the smaller value first and the greater one second",
+        "give the values that become black and white",
+    )
+    for name, default in (("in_chans", _RGB), ("channel_adaptive", False)):
+        teachers, students = get(*(keys := [f"teacher.{name}", f"student.{name}"]))
+        yield (
+            teachers in (students, default),  # the default, where a configuration sets the student's alone
+            keys,
+            f"the student's, {students!r}",
+            "the teacher follows the student's weights: set both or the student's alone",
+        )
+    for part in ("backbone", "dino_head", "ibot_head"):
+        keys = [f"compute_precision.{side}.{part}.sharding_strategy" for side in ("teacher", "student")]
+        yield (
+            "auto" in get(*keys) or get(*keys).count("NO_SHARD") != 1,
+            keys,
+            "both sharded or neither",
+            "the teacher follows the student's weights: use auto for the teacher",
+        )
+
+
+def _for_training(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str, str]]:
+    """Yield, as `_combinations`, the rules that do not matter where a configuration only describes existing weights."""
+    yield (
+        values["student.in_chans"] == _RGB,
+        ["student.in_chans"],
+        f"{_RGB}, the channels of the images that training reads",
+        f"use student.in_chans={_RGB}; models of other channels can be loaded for features",
+    )
+    yield (
+        not values["student.channel_adaptive"],
+        ["student.channel_adaptive"],
+        f"false, as training reads images of {_RGB} channels together",
+        "set student.channel_adaptive=false",
+    )
+    yield (
+        not values["train.cell_augmentation"],
+        ["train.cell_augmentation"],
+        "false, as that augmentation is not here",
+        "set train.cell_augmentation=false and the augmentation.* keys: for microscopy augmentation.hue=0 "
+        "augmentation.saturation=0 augmentation.gray_p=0 augmentation.solarize_p=0",
+    )
+    yield (
+        # 1: a fork's default, which holds nothing out without folders
+        values["train.frac"] in (0, 1) or bool(values["train.path_preserved"]),
+        ["train.frac", "train.path_preserved"],
+        "train.path_preserved to say of which images",
+        "name folders, or a text file to keep a list of all images in",
+    )
+
+
+def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
+    """Return warnings about settings that work but do not do what one may think.
+
+    Args:
+        values: value of each key by dotted name, `optim.lr` computed.
+        given: keys the user set to another value than the default.
+    """
+    notes = []
+    unused = [key for key, field in all_keys().items() if key in given and field.json_schema_extra["unused"]]
+    if unused:
+        notes.append(f"accepted for upstream's sake, but nothing reads them: {', '.join(unused)}")
+    if not values["ibot.separate_head"]:
+        ignored = [key for key in values if key in given and key.startswith("ibot.head_")]
+        if ignored:
+            notes.append(f"ignored because ibot.separate_head is false: {', '.join(ignored)}")
+    epochs, freeze = values["optim.epochs"], values["optim.freeze_last_layer_epochs"]
+    if share_of_run(freeze, epochs) >= 1:
+        notes.append(
+            f"optim.freeze_last_layer_epochs = {freeze} covers the whole run (optim.epochs = {epochs:g}): "
+            "the prototypes of the heads never train"
+        )
+    if share_of_run(values["student.freeze_backbone_epochs"], epochs) >= 1:
+        notes.append("student.freeze_backbone_epochs covers the whole run: only the heads train")
+    masks = values["ibot.mask_sample_probability"] * values["ibot.mask_ratio_min_max"][1]
+    if values["ibot.loss_weight"] > 0 and masks == 0:
+        notes.append("ibot.loss_weight is above 0, but the mask settings mask nothing: the iBOT loss stays 0")
+    if values["optim.min_lr"] > values["optim.lr"]:
+        notes.append(
+            f"optim.min_lr = {values['optim.min_lr']:g} is above the peak optim.lr = {values['optim.lr']:g}: "
+            "the learning rate rises over the run"
+        )
+    return notes
+
+
+def split_global_batch(
+    values: dict[str, Any], where: Callable[[str], str], world_size: int, mistakes: Mistakes
+) -> None:
+    """Set the two keys that follow from `optim.global_batch`, if that is set: processes x images x batches equal it.
+
+    Overrides of the two are bounds, the most images at once and the fewest batches. In a config file they do not count:
+    there they are a recipe's, or those of a run with another number of processes. How many images fit on a GPU is not
+    known here (train/global_batch.py).
+
+    Args:
+        values: value of each key by dotted name; changed in place.
+        where: names the source of a key's value, such as a file.
+    """
+    whole = values[GLOBAL]
+    if not whole or not mistakes.keys.isdisjoint((GLOBAL, BATCH, ACCUMULATED)):
+        return
+    share, rest = divmod(whole, world_size)
+    if rest:
+        divisors = divisors_of(whole)
+        fits = [max(n for n in divisors if n < world_size), *[n for n in divisors[::-1] if n > world_size][:1]]
+        others = " or ".join(str(n) for n in (whole - rest, whole - rest + world_size) if n)
+        fix = f"start {' or '.join(map(str, fits))} processes, or for a new run set {GLOBAL}={others}"
+        mistakes.add(f"{GLOBAL} ({where(GLOBAL)})", f"a multiple of the {world_size} processes", str(whole), fix)
+        return
+    fewest = values[ACCUMULATED] if where(ACCUMULATED) == "override" else 1
+    if fewest > share:
+        got = f"{fewest} with {GLOBAL} = {whole} in {world_size} processes"
+        mistakes.add(f"{ACCUMULATED} (override)", f"at most the {share} images of a process", got)
+        return
+    most = values[BATCH] if where(BATCH) == "override" else share
+    values[BATCH] = next(n for n in divisors_of(share) if n <= min(most, share // fewest))
+    values[ACCUMULATED] = share // values[BATCH]
+
+
+def divisors_of(number: int) -> list[int]:
+    """Return all divisors, the largest first."""
+    return [n for n in range(number, 0, -1) if number % n == 0]
+
+
+def plain_arch_name(arch: str) -> str:
+    """Strip upstream's `_memeff` suffix, which selected an attention kernel there and has no effect here."""
+    return arch.removesuffix("_memeff")
+
+
+def share_of_run(length: float | str, epochs: float) -> float:
+    """Return what part of a run of ``epochs`` a length in epochs, or a share such as "10%", is."""
+    return float(length.rstrip("%")) / 100 if isinstance(length, str) else length / epochs
+
+
+def _nearest_arch(name: str) -> str:
+    if released := _RELEASED.fullmatch(name):
+        letter, patch, registers = released.groups()
+        fix = f"set student.arch={_ARCH_OF_LETTER[letter]}" + (f" student.patch_size={patch}" if patch else "")
+        return fix + (f" student.num_register_tokens={registers or 4}" if registers is not None else "")
+    near = difflib.get_close_matches(name, DEPTH_OF_ARCH, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else ""
