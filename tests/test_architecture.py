@@ -38,9 +38,8 @@ ALLOWED = {
     "utils.weight_file": {"utils.paths", "utils.run_folder", "errors", "files"}
     | {"utils.checkpoint_folder", "utils.download"},
     "utils.weights": {"utils.hugging_face", "utils.paths", "errors", "utils.weight_file"},
-    "utils.tensor_file": {"errors", "files"},
     "utils.run_folder": {"commands", "errors", "utils.paths"},
-    "utils.checkpoint_folder": {"errors", "files", "utils.run_folder", "utils.tensor_file"},
+    "utils.checkpoint_folder": {"errors", "files", "utils.run_folder"},
     "utils.utils": BASE | {"utils.paths", "utils.weights"},
     "world": {"errors"},
     "exit_codes": set(),

@@ -13,7 +13,7 @@ from torch import nn
 
 from dinov2_custom import distributed
 from dinov2_custom.parallel import is_sharded, whole_tensor
-from dinov2_custom.utils.tensor_file import flush
+from dinov2_custom.utils.checkpoint_folder import flush
 
 
 def teacher_path(folder: Path, name: str) -> Path:
