@@ -37,10 +37,10 @@ ALLOWED = {
     "utils.paths": {"errors", "extras"},
     "utils.weight_file": {"utils.paths", "utils.run_folder", "errors", "files"}
     | {"utils.checkpoint_folder", "utils.download"},
-    "utils.weights": {"utils.hugging_face", "utils.paths", "errors", "utils.weight_file"},
+    "utils.weights": {"utils.hugging_face", "errors", "utils.weight_file"},
     "utils.run_folder": {"commands", "errors", "utils.paths"},
     "utils.checkpoint_folder": {"errors", "files", "utils.run_folder"},
-    "utils.utils": BASE | {"utils.paths", "utils.weights"},
+    "utils.utils": BASE | {"teacher", "utils.weights"},  # load_pretrained_weights, by upstream's name
     "world": {"errors"},
     "exit_codes": set(),
     "entry": {"errors", "exit_codes", "world"},
@@ -49,7 +49,7 @@ ALLOWED = {
     "logging": {"errors", "extras", "files", "distributed"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
-    "models": BASE | {"layers", "utils.weights"},
+    "models": BASE | {"layers"},
     "loss": BASE | {"distributed", "layers"},
     "data": BASE | {"world"},
     "sharding": BASE | {"distributed"},
