@@ -16,12 +16,14 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any, NoReturn
 
-from dinov2_custom.errors import DINOv2Error, remedy
-from dinov2_custom.exit_codes import ERROR, stopped_by
+from dinov2_custom.errors import ERROR, DINOv2Error, remedy, stopped_by
 from dinov2_custom.world import world_from_environment
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-REQUIREMENTS = ("torch", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "torchmetrics", "tqdm", "submitit")
+REQUIREMENTS = (
+    *("torch", "numpy", "PIL", "omegaconf", "yaml", "safetensors", "torchmetrics", "tqdm", "submitit"),
+    "filelock",
+)
 
 
 def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool = False) -> int:

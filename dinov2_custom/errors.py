@@ -1,20 +1,62 @@
-"""The errors a user can meet. Everything else that is raised is a bug of this package.
+"""What goes wrong: exit codes, the errors a user can fix, packages that are not installed, and what to do about it.
 
-Every message says what was expected, what was found, where (file, key or path) and what to do about it.
+Any other exception is a bug of this package. Every message says what was expected, what was found, where (file, key or
+path) and what to do about it. What a process of ours ends with, for shells, launchers and schedulers:
+
+=========  ==================================================================================================
+0          done, or nothing to do
+1          a mistake or fault that a person has to look at; one line of error, or a traceback, is in the log
+2          a command line that cannot be understood
+75         a process of the job is gone or hangs (this one too); the same command goes on from the newest checkpoint
+128 + n    asked to stop by signal n: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2; in training, saved first
+=========  ==================================================================================================
 """
 
+from __future__ import annotations
+
 import errno
+import importlib
 import os
 import re
+import signal
+from types import ModuleType
 
-from dinov2_custom.exit_codes import LOST_PROCESS
+DONE = 0
+ERROR = 1
+USAGE = 2
+LOST_PROCESS = 75  # sysexits.h calls it EX_TEMPFAIL: try again
+# what a child ends with, as Python has it, because another one did: it lost that one, or a launcher stopped it
+CONSEQUENCES = (LOST_PROCESS, -signal.SIGTERM)
+# a user's Ctrl-C, a kill, and what schedulers send some minutes before they take a node away
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+
+
+def stopped_by(signum: int) -> int:
+    """Return the exit code of a run that signal ``signum`` asked to stop."""
+    return 128 + signum
+
+
+def to_shell_code(code: int) -> int:
+    """Return ``code``, where Python's for a child killed by a signal, which is negative, becomes 128 + signal."""
+    return code if code >= 0 else stopped_by(-code)
+
+
+def should_restart(code: int) -> bool:
+    """Return whether the same command, started again by a machine, has work to do and a chance to do it.
+
+    So after a preemption, a kill and a lost process; not after the end, a mistake, or a person's Ctrl-C.
+    """
+    code = to_shell_code(code)
+    return code == LOST_PROCESS or (code > 128 and code != stopped_by(signal.SIGINT))
 
 
 class DINOv2Error(Exception):
     """Base of all errors that the user, not the developer, can fix.
 
     Attributes:
-        exit_code: what a script ends with, see ``exit_codes``; None: as it does after any error.
+        exit_code: what a script ends with (:data:`LOST_PROCESS`); None: as it does after any error.
     """
 
     exit_code: int | None = None
@@ -101,3 +143,60 @@ def remedy(reason: str) -> str:
     return next(
         (what for what, codes in _REMEDIES.items() if any(os.strerror(c) in reason for c in codes)), "fix that"
     )
+
+
+# packages that only some users need
+
+OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings it)
+    "fvcore": ("fvcore", "fvcore"),
+    "imagecodecs": ("imagecodecs", "slides"),
+    "iopath": ("iopath", "iopath"),
+    "matplotlib": ("matplotlib", "plots"),
+    "onnx": ("onnx", "export"),
+    "onnxscript": ("onnxscript", "export"),
+    "pyarrow": ("pyarrow", "parquet"),
+    "simplejpeg": ("simplejpeg", "fast"),
+    "skimage": ("scikit-image", "quickstart"),
+    "sklearn": ("scikit-learn", "eval"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "tifffile": ("tifffile", "slides"),
+    "wandb": ("wandb", "wandb"),
+}
+
+
+def optional(name: str, purpose: str, error: type[DINOv2Error] = ConfigError, otherwise: str = "") -> ModuleType:
+    """Import and return module ``name``, in or below a key of ``OF_EXTRA``.
+
+    Args:
+        purpose: what needs it, the beginning of the sentence.
+        otherwise: what to do instead, its end.
+
+    Raises:
+        DINOv2Error: of class ``error``, when it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise error(missing(name, purpose, otherwise, f"got none ({e})")) from e
+
+
+def class_of_torchvision(module: str, name: str, otherwise: type) -> type:
+    """Return torchvision's class, for ours to be told by users' ``isinstance``; ``otherwise`` without torchvision.
+
+    Nothing of it is used. A torchvision that was built for another torch is like none.
+    """
+    try:
+        return getattr(importlib.import_module(f"torchvision.{module}"), name)
+    except (ImportError, OSError, RuntimeError):
+        return otherwise
+
+
+def missing(name: str, purpose: str, otherwise: str = "", got: str = "got none") -> str:
+    """Return the sentence for ``purpose`` without module ``name``, and what to do."""
+    package = OF_EXTRA[name.partition(".")[0]][0]
+    return f"{purpose}: expected the package {package}, {got}; {install(name)}{otherwise and f', or {otherwise}'}"
+
+
+def install(name: str) -> str:
+    """Return the command that installs module ``name`` where this package is installed already."""
+    return f"pip install 'dinov2_custom[{OF_EXTRA[name.partition('.')[0]][1]}]'"

@@ -1,27 +1,84 @@
-"""Files that outlive a process or are shared by several: JSON in them, the lock of a folder, and the cache."""
+"""Files that outlive a process or are shared by several: written whole or by rows, locked, in the cache; JSON."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import errno
 import json
+import logging
 import math
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-_held: set[IO[str]] = set()
+logger = logging.getLogger("dinov2")
+_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+_NO_LOCKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 
 
 class LockedError(Exception):
     """Another process, or another thread of this one, holds the lock."""
+
+
+@contextlib.contextmanager
+def atomic_write(
+    path: str | os.PathLike[str], mode: str = "w", *, fsync: bool = False, exclusive: bool = False
+) -> Iterator[IO[Any]]:
+    """Open a new file that becomes ``path`` when the body ends well: readers find the old one or all of the new one.
+
+    Until then it is ``<name>.tmp`` beside it, removed after an error. What a killed process left is written over.
+
+    Args:
+        mode: "w", which is UTF-8 and takes any file name as text, or "wb".
+        fsync: have the data on the disk before the name changes, so that a power cut costs the new file at most.
+        exclusive: several processes may write ``path`` at once; each takes a temporary name of its own.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp" if exclusive else f"{path.name}.tmp")
+    as_text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
+    file = open(temporary, mode, **as_text)
+    try:
+        with file:
+            yield file
+            file.flush()
+            if fsync:
+                flush(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flush(descriptor: int) -> None:
+    """Ask for the data of an open file to be on the disk; a file system that cannot be asked is no error.
+
+    Raises:
+        OSError: the data could not be written, for example because the disk is full.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in _NO_FSYNC:
+            raise
+
+
+def append_row(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
+    """Add ``row`` to a JSON-lines file, in one write; a torn line that a killed run left is ended first.
+
+    NaN and infinities are written as ``json`` reads them.
+    """
+    line = (json.dumps(row) + "\n").encode()
+    if os.path.exists(path) and os.path.getsize(path):
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+    with open(path, "ab", buffering=0) as file:
+        file.write(line)
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
@@ -91,51 +148,30 @@ def ours(path: str | os.PathLike[str]) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: str | os.PathLike[str], *, timeout_s: float = 0.2) -> Iterator[None]:
     """Hold the lock file ``path``, which is made if it is missing, until the body or the process ends.
 
-    A forked child does not hold it with its parent: it would keep the lock after a ``kill -9`` of the parent. On file
-    systems without locks the body runs unprotected.
+    A forked child does not hold it with its parent: it would keep the lock after a ``kill -9`` of the parent. The
+    holder alone may delete the file. On a file system without locks the body runs unprotected, after a warning.
+
+    Args:
+        timeout_s: how long to wait for another holder, negative: until it is free. Not 0: a file that its holder
+            deletes at that moment has to be opened again.
 
     Raises:
-        LockedError: it is held already.
+        LockedError: it is held by another.
         OSError: it cannot be opened.
     """
-    file = _open_locked(path)
-    _held.add(file)
-    _close_in_children()
-    try:
-        yield
-    finally:
-        _held.discard(file)
-        file.close()
+    import filelock  # takes as long as all of a --help, which locks nothing
 
-
-def _open_locked(path: Path) -> IO[str]:
-    while True:
-        file = open(path, "a")
+    with contextlib.ExitStack() as stack:
         try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            file.close()
+            # its own substitute for missing locks, a file with the holder's pid, would outlive a kill on another host
+            stack.enter_context(filelock.FileLock(path, timeout=timeout_s, fallback_to_soft=False))
+        except filelock.Timeout as e:
             raise LockedError(str(path)) from e
-        except OSError:  # a file system without locks
-            return file
-        # the holder before may have deleted the file between our open and our lock: nobody else would see this lock
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        file.close()
-
-
-@functools.cache
-def _close_in_children() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_close_all)
-
-
-def _close_all() -> None:
-    for file in _held:
-        file.close()
-    _held.clear()
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                raise
+            logger.warning(f"{path}: no locks on this file system ({e.strerror}); start nothing else that writes there")
+        yield

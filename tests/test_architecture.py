@@ -18,13 +18,12 @@ FILES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "run").rglob("*.py"))
 MAX_SCRIPT_LINES = 40
 
-BASE = {"commands", "errors", "extras", "files", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
+BASE = {"commands", "errors", "files", "utils.dtype", "utils.rng", "utils.schedules", "utils.transfer"}
 # unit -> the units it may import, besides itself and the package's version; a unit is a module or a package
 ALLOWED = {
-    "errors": {"exit_codes"},
+    "errors": set(),
     "files": {"errors"},
     "commands": set(),
-    "extras": {"errors"},
     "utils": set(),
     "utils.dtype": set(),
     "utils.rng": set(),
@@ -32,9 +31,9 @@ ALLOWED = {
     "utils.transfer": set(),
     "utils.cluster": set(),
     "utils.param_groups": set(),
-    "utils.download": {"errors", "utils.paths"},
+    "utils.download": {"errors", "files", "utils.paths"},
     "utils.hugging_face": {"errors"},
-    "utils.paths": {"errors", "extras"},
+    "utils.paths": {"errors"},
     "utils.weight_file": {"utils.paths", "utils.run_folder", "errors", "files"}
     | {"utils.checkpoint_folder", "utils.download"},
     "utils.weights": {"utils.hugging_face", "errors", "utils.weight_file"},
@@ -42,11 +41,10 @@ ALLOWED = {
     "utils.checkpoint_folder": {"errors", "files", "utils.run_folder"},
     "utils.utils": BASE | {"teacher", "utils.weights"},  # load_pretrained_weights, by upstream's name
     "world": {"errors"},
-    "exit_codes": set(),
-    "entry": {"errors", "exit_codes", "world"},
+    "entry": {"errors", "world"},
     "distributed": {"errors", "world"},
     "configs": {"commands", "errors"},
-    "logging": {"errors", "extras", "files", "distributed"},
+    "logging": {"errors", "files", "distributed"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
     "models": BASE | {"layers"},
@@ -61,7 +59,7 @@ ALLOWED = {
     "teacher_args": {"commands"},
     "eval.args": {"commands", "teacher_args"},
     "embed.args": {"teacher_args"},
-    "run": {"commands", "errors", "exit_codes", "extras", "world", "entry", "configs"}
+    "run": {"commands", "errors", "world", "entry", "configs"}
     | {"utils.cluster", "utils.run_folder", "train.args", "eval.args", "embed.args", "teacher_args"},
     "_dinov2": set(),
 }
@@ -77,7 +75,6 @@ TORCH_FREE = [
     "errors",
     "commands",
     "entry",
-    "exit_codes",
     "world",
     "configs",
     "configs.load",
@@ -107,6 +104,8 @@ TORCH_FREE = [
     "patching.args",
     "patching.main",
 ]
+# who may rename or lock besides files.py: folders, files of former runs, and what a library wrote by itself
+RENAMES = {"files", "train.checkpoint_store", "export.main", "run.process", "data.compiler"}
 WORK = {
     "os.getenv", "os.environ", "os.makedirs", "os.mkdir", "os.uname", "torch.manual_seed", "torch.set_default_dtype",
     "torch.set_num_threads", "torch.cuda.is_available", "torch.cuda.device_count", "torch.set_float32_matmul_precision",
@@ -206,6 +205,18 @@ def work_at_import(source: str) -> list[str]:
     return found
 
 
+def renames_and_locks(source: str) -> list[str]:
+    """Return calls that rename (os.replace, os.rename, Path.replace, Path.rename) or lock (flock, lockf, filelock)."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, on = node.func.attr, ast.unparse(node.func.value)
+            is_path = name in ("replace", "rename") and len(node.args) == 1 and not node.keywords  # str.replace has two
+            if is_path or (on == "os" and name in ("replace", "rename", "renames")) or name in ("flock", "lockf"):
+                found.append(f"line {node.lineno}: {on}.{name}")
+    return found + [f"imports {name}" for name in third_party(source) & {"fcntl", "filelock", "msvcrt"}]
+
+
 def _loaded_by(module: str, seen: set[str]) -> set[str]:
     """Return the third-party names that importing ``module`` imports, through our modules and their packages."""
     names: set[str] = set()
@@ -232,6 +243,11 @@ def test_imports_follow_the_table(file):
 @pytest.mark.parametrize("file", FILES, ids=_name)
 def test_no_work_at_import(file):
     assert work_at_import(file.read_text()) == []
+
+
+def test_files_are_renamed_and_locked_in_one_module():
+    found = {name: renames_and_locks(file.read_text()) for name, file in MODULES.items()}
+    assert {name for name, calls in found.items() if calls} == RENAMES
 
 
 def test_only_the_backend_knows_xformers_and_nobody_torchvision():
@@ -288,6 +304,20 @@ def test_import_check_sees(module, source, bad):
 )
 def test_work_check_sees(source, bad):
     assert work_at_import(source) == bad
+
+
+@pytest.mark.parametrize(
+    "source, bad",
+    [
+        ("os.replace(a, b)", ["line 1: os.replace"]),
+        ("def f(p):\n    p.with_suffix('').rename(p)", ["line 2: p.with_suffix('').rename"]),
+        ("'a'.replace('a', 'b'); t._replace(x=1)", []),
+        ("def f():\n    import fcntl\n    fcntl.flock(1, 2)", ["line 3: fcntl.flock", "imports fcntl"]),
+        ("from filelock import FileLock", ["imports filelock"]),
+    ],
+)
+def test_rename_check_sees(source, bad):
+    assert renames_and_locks(source) == bad
 
 
 def test_torch_check_sees():

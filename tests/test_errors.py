@@ -1,9 +1,26 @@
-"""What users read of errors that are not ours."""
+"""Exit codes, what users read of errors that are not ours, and the one sentence for a package that is not installed."""
+
+import re
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 
-from dinov2_custom.errors import reason_of
+from dinov2_custom import errors
+from dinov2_custom.errors import (
+    OF_EXTRA,
+    ConfigError,
+    DataError,
+    install,
+    missing,
+    optional,
+    reason_of,
+    should_restart,
+    stopped_by,
+)
 
+PROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 GLOO = (
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
     "[127.0.0.1]:60634. This is typically caused by a remote worker crashing. Check the logs of the remote worker "
@@ -27,3 +44,42 @@ STORE = (
 )
 def test_the_reason_is_kept_and_the_build_path_and_the_jokes_are_not(said, reason):
     assert reason_of(RuntimeError(said)) == (reason or said)
+
+
+def test_codes_are_those_that_shells_and_the_documentation_know():
+    assert [stopped_by(s) for s in errors.STOP_SIGNALS] == [130, 143, 138, 140]
+    assert (errors.DONE, errors.ERROR, errors.USAGE, errors.LOST_PROCESS) == (0, 1, 2, 75)
+
+
+def test_what_a_machine_should_start_again():
+    assert all(should_restart(code) for code in (75, 143, 138, 140, 137, -signal.SIGKILL, -signal.SIGTERM))
+    assert not any(should_restart(code) for code in (0, 1, 2, 130, -signal.SIGINT))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11; CI runs this there")
+def test_every_extra_brings_its_package():
+    import tomllib
+
+    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+    for package, extra in OF_EXTRA.values():
+        assert package in [re.split(r"[<>=]", one)[0] for one in extras[extra]]
+
+
+def test_what_is_there_is_returned():
+    assert optional("matplotlib.figure", "figures").__name__ == "matplotlib.figure"
+
+
+def test_what_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ConfigError) as caught:
+        optional("sklearn", "--solver sklearn", otherwise="--solver torch")
+    assert re.fullmatch(
+        r"--solver sklearn: expected the package scikit-learn, got none \(.*sklearn.*\); "
+        r"pip install 'dinov2_custom\[eval\]', or --solver torch",
+        str(caught.value),
+    )
+    for name in ("pyarrow", "pyarrow.ipc"):  # which other tests import
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match="Parquet: expected the package pyarrow"):
+        optional("pyarrow.ipc", "Parquet", DataError)
+    assert missing("wandb", "wandb.mode") == f"wandb.mode: expected the package wandb, got none; {install('wandb')}"

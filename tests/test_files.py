@@ -1,16 +1,74 @@
-"""The lock of a folder, among processes that are killed, forked and started at once."""
+"""Files written whole; the lock of a folder, among processes that are killed, forked and started at once."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
+import stat
 import time
-from pathlib import Path
 
 import pytest
 
-from dinov2_custom.files import LockedError, cache_folder, locked, ours, parse_json, parse_json_object
+from dinov2_custom.files import (
+    LockedError,
+    atomic_write,
+    cache_folder,
+    locked,
+    ours,
+    parse_json,
+    parse_json_object,
+)
 
 FORK = multiprocessing.get_context("fork")
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_a_file_appears_whole_or_not_at_all(tmp_path, exclusive):
+    path = tmp_path / "f"
+    with pytest.raises(ZeroDivisionError), atomic_write(path, exclusive=exclusive) as file:
+        file.write("half")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+    for text in ("\udcff\n", "again\n"):
+        with atomic_write(path, fsync=True, exclusive=exclusive) as file:
+            file.write(text)
+            assert path.exists() == (text == "again\n")
+        assert path.read_bytes() == os.fsencode(text) and os.listdir(tmp_path) == ["f"]
+
+
+def test_a_written_file_has_the_mode_that_any_new_file_has(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "f", "wb") as file:
+            file.write(b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
+
+
+def test_what_a_killed_write_left_is_written_over(tmp_path):
+    def killed():
+        with atomic_write(tmp_path / "f", "wb") as file:
+            file.write(b"a long torn one")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = FORK.Process(target=killed)
+    process.start()
+    process.join(60)
+    assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / "f").exists()
+    with atomic_write(tmp_path / "f", "wb") as file:
+        file.write(b"x")
+    assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_bytes() == b"x"
+
+
+def test_several_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
+    with atomic_write(tmp_path / "f", exclusive=True) as first:
+        with atomic_write(tmp_path / "f", exclusive=True) as second:
+            second.write("second")
+        first.write("first")
+    assert (tmp_path / "f").read_text() == "first" and os.listdir(tmp_path) == ["f"]
 
 
 def hold(path, held, until):
@@ -92,8 +150,18 @@ def test_a_lock_that_its_holder_deletes_lets_nobody_else_in_meanwhile(tmp_path):
     assert inside >= rounds
 
 
-def test_a_folder_that_is_not_there_is_the_callers_error(tmp_path):
-    with pytest.raises(FileNotFoundError), locked(Path(tmp_path / "nowhere" / "lock")):
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / "lock"), locked(tmp_path / "lock"):
+        assert "no locks on this file system" in caplog.text
+
+
+def test_a_folder_that_cannot_be_is_the_callers_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError), locked(tmp_path / "file" / "lock"):
         pass
 
 

@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from dinov2_custom import distributed
-from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.extras import optional
+from dinov2_custom.errors import CheckpointError, ConfigError, optional
+from dinov2_custom.files import atomic_write
 from dinov2_custom.sharding import reduce_dtype
 from dinov2_custom.train.teacher_file import save_atomically
 from dinov2_custom.utils.dtype import resolve_dtype
@@ -182,6 +182,5 @@ class FSDPCheckpointer(Checkpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the file that :meth:`get_checkpoint_file` returns."""
-        marker = Path(self.save_dir) / "last_checkpoint"
-        marker.with_suffix(".tmp").write_text(last_filename_basename)
-        os.replace(marker.with_suffix(".tmp"), marker)
+        with atomic_write(Path(self.save_dir) / "last_checkpoint") as file:
+            file.write(last_filename_basename)

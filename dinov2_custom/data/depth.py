@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dinov2_custom.extras import install
+from dinov2_custom.errors import install
 
 logger = logging.getLogger("dinov2")
 BITS, COMPRESSION, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 259, 262, 284, 339

@@ -17,6 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.files import atomic_write
 
 from .listing import Progress
 from .sources import as_roots
@@ -164,6 +165,5 @@ def _read_list(path: str) -> set[str]:
 
 def _write_list(path: str, names: list[str]) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8", errors="surrogateescape") as file:
+    with atomic_write(path) as file:
         file.writelines(name + "\n" for name in names)
-    os.replace(path + ".tmp", path)

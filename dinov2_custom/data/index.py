@@ -9,12 +9,12 @@ start together one lists, the others wait for its file. Not in here: listing (``
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.errors import DataError
-from dinov2_custom.files import cache_folder, ours, parse_json_object
+from dinov2_custom.files import LockedError, atomic_write, cache_folder, locked, ours, parse_json_object
 
 from .listing import PatientMap
 
@@ -199,19 +199,12 @@ def save(file: str, arrays: dict[str, np.ndarray]) -> None:
         offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
     text = json.dumps({"ident": os.urandom(16).hex(), "size": offset, "arrays": table}).encode()
     text += b" " * (-(HEADER.size + len(text)) % ALIGNMENT)
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(file), suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            out.write(HEADER.pack(MAGIC, len(text), zlib.crc32(text)) + text)
-            for array in arrays.values():
-                out.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.nbytes else b"")
-                out.write(bytes(-array.nbytes % ALIGNMENT))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_write(file, "wb", fsync=True, exclusive=True) as out:
+        os.chmod(out.name, 0o600)  # where others may write to it, it is not read again
+        out.write(HEADER.pack(MAGIC, len(text), zlib.crc32(text)) + text)
+        for array in arrays.values():
+            out.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.nbytes else b"")
+            out.write(bytes(-array.nbytes % ALIGNMENT))
 
 
 def load(file: str) -> Index | None:
@@ -248,46 +241,28 @@ class _SomebodyElseLists(Exception):
     pass
 
 
-class _Lock:
-    """An advisory lock that is only tried for once ``cache_from`` files were counted; without locks everybody lists."""
+class _Lock(contextlib.ExitStack):
+    """A lock that is only tried for once ``cache_from`` files were counted."""
 
     def __init__(self, file: str, cache_from: int):
+        super().__init__()
         self.file = file
         self.cache_from = cache_from
         self.large = False
-        self.descriptor: int | None = None
 
     def on_count(self, count: int) -> None:
         if count >= self.cache_from and not self.large:
             self.large = True
-            if not self._take(wait=False):
-                raise _SomebodyElseLists
+            try:
+                self._take()
+            except LockedError:
+                raise _SomebodyElseLists from None
 
     def wait(self) -> None:
         self.large = True
-        self._take(wait=True)
+        self._take(timeout_s=-1)
 
-    def _take(self, wait: bool) -> bool:
-        try:
-            import fcntl
-
+    def _take(self, **options: float) -> None:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: the index stays in memory
             os.makedirs(os.path.dirname(self.file), mode=0o700, exist_ok=True)
-            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            self._close()
-            return False
-        except (ImportError, OSError):  # Windows, or a file system without locks
-            self._close()
-        return True
-
-    def _close(self) -> None:
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-
-    def __enter__(self) -> _Lock:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
+            self.enter_context(locked(self.file, **options))

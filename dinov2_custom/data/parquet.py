@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_custom.errors import DataError, shortage
-from dinov2_custom.extras import optional
+from dinov2_custom.errors import DataError, optional, shortage
 
 from .sources import Root, Source, as_roots, check_size, read_file
 from .tar_shards import find_files

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dinov2_custom.extras import class_of_torchvision
+from dinov2_custom.errors import class_of_torchvision
 
 from . import image_ops
 from .draws import draw_box

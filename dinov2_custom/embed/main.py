@@ -22,8 +22,7 @@ from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.data.workers import workers_of_choice
 from dinov2_custom.embed.store import Store
-from dinov2_custom.errors import ConfigError
-from dinov2_custom.extras import optional
+from dinov2_custom.errors import ConfigError, optional
 from dinov2_custom.logging.progress import ProgressBar
 from dinov2_custom.reading import choose_reading, describe
 from dinov2_custom.teacher import RELEASED_CROP_SIZE, Teacher, device_of_choice, is_released, load_teacher

@@ -7,7 +7,6 @@ A part is the features of ``PART_BATCHES`` batches of consecutive images, one fi
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.files import parse_json_object
+from dinov2_custom.files import atomic_write, parse_json_object
 
 PART_BATCHES = 32
 DESCRIPTION, ROWS, BAD = "embed.json", "rows.jsonl", "bad_images.jsonl"
@@ -88,8 +87,7 @@ class Store:
     def save_part(self, number: int, features: np.ndarray, indices: Sequence[int], bad: dict[int, str]) -> None:
         """Keep the features (n, D) of the images ``indices``, and the reasons of the unreadable ones."""
         path = self._path(number)
-        temporary = path.with_suffix(".writing")
-        with open(temporary, "wb") as file:
+        with atomic_write(path, "wb", fsync=True) as file:
             np.savez(
                 file,
                 features=features.astype(self.description["save_dtype"]),
@@ -97,9 +95,6 @@ class Store:
                 bad=np.asarray(list(bad), dtype=np.int64),
                 reasons=np.asarray(list(bad.values()), dtype=str),
             )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
     def finish(self, name: Any, label: Any) -> tuple[int, int]:
         """Join the parts; ``name(i)`` and ``label(i)`` (or None) describe an image. Return rows and bad images.
@@ -117,14 +112,13 @@ class Store:
             )
         rows = [{"path": name(i)} | ({} if label is None else {"label": label(i)}) for i in indices]
         write = _write_parquet if self.description["format"] == "parquet" else _write_npy
-        temporary = self.folder / f".{self.result_name}"
-        write(temporary, (part["features"] for part in self._all_parts()), rows, len(rows))
-        if self.description["format"] == "npy":
-            _write(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
         lines = [json.dumps({"path": name(i), "reason": reason}) + "\n" for i, reason in bad.items()]
-        if lines:
-            _write(self.folder / BAD, "".join(lines))
-        os.replace(temporary, self.folder / self.result_name)
+        with atomic_write(self.folder / self.result_name, "wb") as file:  # the last to be there: the mark of the end
+            write(Path(file.name), (part["features"] for part in self._all_parts()), rows, len(rows))
+            if self.description["format"] == "npy":
+                _write(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+            if lines:
+                _write(self.folder / BAD, "".join(lines))
         shutil.rmtree(self.parts)
         return len(rows), len(bad)
 
@@ -173,6 +167,5 @@ def _text(path: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(text)

@@ -11,8 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.extras import optional
+from dinov2_custom.errors import ConfigError, DataError, optional
 
 logger = logging.getLogger("dinov2")
 SOLVERS = ("torch", "sklearn")

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dinov2_custom.errors import optional
 from dinov2_custom.export.portable import Portable
-from dinov2_custom.extras import optional
 
 INPUT, OUTPUTS = "image", ("cls_token", "patch_tokens")
 

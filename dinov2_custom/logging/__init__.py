@@ -2,9 +2,8 @@
 
 from dinov2_custom.logging.metrics import MetricLogger
 from dinov2_custom.logging.progress import ProgressBar, track
-from dinov2_custom.logging.rows import append_row, read_rows, truncate_after
 from dinov2_custom.logging.setup import open_log, remove_logging, setup_logging
-from dinov2_custom.logging.sinks import METRICS_FILE, Sinks, open_sinks
+from dinov2_custom.logging.sinks import METRICS_FILE, Sinks, open_sinks, read_rows, truncate_after
 from dinov2_custom.logging.smoothed_value import WINDOW, SmoothedValue
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "ProgressBar",
     "Sinks",
     "SmoothedValue",
-    "append_row",
     "open_log",
     "open_sinks",
     "read_rows",

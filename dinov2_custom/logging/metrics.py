@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from dinov2_custom import distributed
+from dinov2_custom.files import append_row
 from dinov2_custom.logging.progress import BY_THE_CLOCK, ProgressBar, duration
-from dinov2_custom.logging.rows import append_row
 from dinov2_custom.logging.sinks import Sinks
 from dinov2_custom.logging.smoothed_value import SmoothedValue, read_pending
 

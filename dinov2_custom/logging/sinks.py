@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,8 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 
 from dinov2_custom import distributed
-from dinov2_custom.extras import missing
-from dinov2_custom.logging.rows import append_row
+from dinov2_custom.errors import missing
+from dinov2_custom.files import append_row, atomic_write, parse_json_object
 from dinov2_custom.logging.wandb_sink import open_wandb, without_secrets
 
 logger = logging.getLogger("dinov2")
@@ -181,3 +182,39 @@ def open_sinks(
     options = OmegaConf.to_container(OmegaConf.create(dict(config)).wandb, resolve=True)
     wandb = open_wandb(options, out / "logs", config, out.resolve().name, stored_run_id)
     return Sinks([*sinks, wandb] if wandb else sinks)
+
+
+def truncate_after(path: str | os.PathLike, iteration: int) -> int:
+    """Drop the rows whose iteration is >= ``iteration``, and lines that are no rows (torn by a kill).
+
+    To be called by one process. A missing file is left missing, a file with nothing to drop untouched; any other is
+    replaced atomically.
+
+    Returns:
+        how many lines were dropped.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _is_before(line, iteration)]
+    dropped = len(lines) - len(kept)
+    if dropped:
+        with atomic_write(path, "wb", fsync=True) as file:
+            file.writelines(kept)
+        logger.info(f"{path}: dropped {dropped} lines from iteration {iteration} on, kept {len(kept)}")
+    return dropped
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the rows of a file, none if there is none; lines that are no rows (torn by a kill) are left out."""
+    lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []
+    return [json.loads(line) for line in lines if _is_before(line, sys.maxsize)]
+
+
+def _is_before(line: bytes, iteration: int) -> bool:
+    try:
+        row = parse_json_object(line, finite=False)
+        return line.endswith(b"\n") and row["iteration"] < iteration
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dinov2_custom.extras import missing
+from dinov2_custom.errors import missing
+from dinov2_custom.files import atomic_write
 
 logger = logging.getLogger("dinov2")
 ID_FILE = "wandb_run_id"
@@ -130,9 +131,8 @@ def _run_id(given: str, folder: Path, stored_run_id: str | None) -> str:
     run_id = given or os.environ.get("WANDB_RUN_ID") or kept or stored_run_id or secrets.token_hex(4)
     if run_id != kept:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(run_id + "\n")
-        os.replace(temporary, file)
+        with atomic_write(file) as out:
+            out.write(run_id + "\n")
     return run_id
 
 

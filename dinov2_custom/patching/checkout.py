@@ -8,11 +8,11 @@ from __future__ import annotations
 import ast
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from dinov2_custom.errors import ConfigError
+from dinov2_custom.files import atomic_write
 from dinov2_custom.patching.patch_file import Patch
 
 _BEGIN = "# >>> patch {name} (dinov2_custom; remove with: python run/patches/apply.py <checkout> --revert) >>>"
@@ -247,12 +247,6 @@ def state_of(patch: Patch, root: Path) -> str:
 
 def write(path: Path, content: bytes) -> None:
     """Replace a file in one step, keeping its mode."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, path.stat().st_mode)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with atomic_write(path, "wb", exclusive=True) as file:
+        os.chmod(file.name, path.stat().st_mode)
+        file.write(content)

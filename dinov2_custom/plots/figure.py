@@ -1,6 +1,6 @@
 """An empty figure. matplotlib is imported when one is made."""
 
-from dinov2_custom.extras import optional
+from dinov2_custom.errors import optional
 
 
 def new_figure(**kwargs):

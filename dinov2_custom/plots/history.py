@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,11 @@ import numpy as np
 
 from dinov2_custom import entry
 from dinov2_custom.configs.output_dir import check_output_dir
+from dinov2_custom.files import atomic_write
 from dinov2_custom.plots.args import get_history_args_parser
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run, short_names
-from dinov2_custom.plots.page import write_page
+from dinov2_custom.plots.page import make_page
 
 COLUMNS = 3
 # of Okabe and Ito: told apart by colour-blind readers too
@@ -132,24 +132,13 @@ def main(args: argparse.Namespace) -> int:
     check_output_dir(out, "--output-dir")
     out.mkdir(parents=True, exist_ok=True)
     figure = draw_history(runs)
-    for path in (_write(out / "history.png", figure.savefig), _write(out / "history.html", _page(runs, figure))):
-        print(path)
+    with atomic_write(out / "history.png", "wb") as file:
+        figure.savefig(file, format="png")
+    print(out / "history.png")
+    with atomic_write(out / "history.html") as file:
+        file.write(make_page(runs, figure))
+    print(out / "history.html")
     return 0
-
-
-def _page(runs: Sequence[Run], figure) -> Callable[[Path], None]:
-    return lambda path: write_page(path, runs, figure)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let ``write`` make the file under another name first: somebody may be looking at the old one."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def draw_history(runs: Sequence[Run]):

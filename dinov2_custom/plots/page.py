@@ -1,6 +1,6 @@
 """One HTML file with the panels, the newest numbers and what tells the runs' configurations apart.
 
-It loads nothing: no scripts, fonts or pictures from elsewhere. Not the panels (``history.py``). Read :func:`write_page`
+It loads nothing: no scripts, fonts or pictures from elsewhere. Not the panels (``history.py``). Read :func:`make_page`
 first.
 """
 
@@ -10,7 +10,6 @@ import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,8 +26,8 @@ svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1em; over
 _NOT_SETTINGS = ("train.output_dir", "wandb.name", "wandb.id")
 
 
-def write_page(path: Path, runs: Sequence[Run], figure: Any) -> None:
-    """Write the page to ``path``; ``figure`` is drawn into it as SVG."""
+def make_page(runs: Sequence[Run], figure: Any) -> str:
+    """Return the page; ``figure`` is drawn into it as SVG."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -43,9 +42,7 @@ def write_page(path: Path, runs: Sequence[Run], figure: Any) -> None:
             parts.append(f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{text}</pre></details>")
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     body = "\n".join(parts)
-    path.write_text(
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n', encoding="utf-8"
-    )
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
 def config_differences(runs: Sequence[Run]) -> list[list[str]]:

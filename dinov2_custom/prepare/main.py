@@ -31,12 +31,11 @@ from dinov2_custom.data.decode import formats
 from dinov2_custom.data.depth import Deep, Reading
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
-from dinov2_custom.errors import ConfigError, DataError, shortage
-from dinov2_custom.extras import missing
-from dinov2_custom.files import parse_json_object
+from dinov2_custom.errors import ConfigError, DataError, missing, shortage
+from dinov2_custom.files import atomic_write, parse_json_object
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image, find_simplejpeg
-from dinov2_custom.verify.folder import own_folder, written_whole
+from dinov2_custom.verify.folder import own_folder
 from dinov2_custom.verify.main import TIME_LIMIT_S, open_dataset
 from dinov2_custom.verify.pool import Death, run_pool
 from dinov2_custom.verify.report import absolute
@@ -255,7 +254,7 @@ def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
                 f"--output-dir: expected the dataset and options that {folder} was begun with, got other ones "
                 f"({'; '.join(other)}); choose an empty folder"
             )
-    with written_whole(folder / MARKER) as file:
+    with atomic_write(folder / MARKER, fsync=True) as file:
         file.write(json.dumps(task) + "\n")
 
 
@@ -263,7 +262,10 @@ def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
     """Write index.jsonl, bad_images.jsonl and summary.json from the lists of all parts."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    with written_whole(folder / "index.jsonl") as index, written_whole(folder / "bad_images.jsonl") as bad:
+    with (
+        atomic_write(folder / "index.jsonl", fsync=True) as index,
+        atomic_write(folder / "bad_images.jsonl", fsync=True) as bad,
+    ):
         for row in writer.rows():
             counts["bytes_read"] += row.get("source_bytes", 0)
             counts[row["action"]] += "source_bytes" in row
@@ -277,7 +279,7 @@ def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
     keys = ("kept", "changed", "tiled", "bad", "files", "bytes_read", "bytes_written")
     summary = {key: counts[key] for key in keys} | {"reasons": dict(sorted(reasons.items()))}
     summary["shards"] = len(list(folder.glob("shard-*.tar")))
-    with written_whole(folder / "summary.json") as file:
+    with atomic_write(folder / "summary.json", fsync=True) as file:
         file.write(json.dumps(summary, indent=1) + "\n")
     if not counts["files"]:
         raise DataError(f"expected sound images, got none; the reasons are in {folder / 'bad_images.jsonl'}")

@@ -7,16 +7,15 @@ Read :class:`PartWriter` first.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dinov2_custom.errors import DataError
-from dinov2_custom.files import parse_json_object
-from dinov2_custom.verify.folder import written_whole
+from dinov2_custom.files import atomic_write, parse_json_object
 
 from .change import Output
 from .names import Taken
@@ -45,6 +44,7 @@ class PartWriter:
             self.number += 1
         self.taken = Taken(row["name"] for row in self.rows() if "name" in row)
         self._tar: tarfile.TarFile | None = None
+        self._file = contextlib.ExitStack()  # of the tar: closed, it is renamed
         self._rows: list[dict[str, Any]] = []
         self._size = 0
         self._next = self.position
@@ -92,12 +92,10 @@ class PartWriter:
 
     def _open(self) -> tarfile.TarFile:
         if self._tar is None:
+            path = self.folder / f"shard-{self.number:06d}.tar"
+            file = self._file.enter_context(atomic_write(path, "wb", fsync=True))
             self._tar = tarfile.open(
-                self.folder / f"shard-{self.number:06d}.tar.tmp",
-                "w",
-                format=tarfile.PAX_FORMAT,
-                encoding="utf-8",
-                errors="surrogateescape",
+                fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8", errors="surrogateescape"
             )
         return self._tar
 
@@ -107,12 +105,9 @@ class PartWriter:
             return
         if self._tar is not None:
             self._tar.close()
-            temporary = Path(os.fsdecode(self._tar.name))
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, temporary.with_suffix(""))
+            self._file.close()
             self._tar = None
-        with written_whole(self._mark(self.number)) as file:
+        with atomic_write(self._mark(self.number), fsync=True) as file:
             for row in [{"next": list(self._next)}, *self._rows]:
                 file.write(json.dumps(row) + "\n")
         self.position, self.number, self._rows, self._size = self._next, self.number + 1, [], 0
@@ -128,6 +123,5 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _write_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with atomic_write(path, "wb") as file:
+        file.write(data)

@@ -21,8 +21,7 @@ from PIL import Image
 
 from dinov2_custom.data.decode import READING, decode_rgb, note_of_page
 from dinov2_custom.data.depth import NODATA, Deep, Reading, declared, to_levels
-from dinov2_custom.errors import DataError
-from dinov2_custom.extras import missing
+from dinov2_custom.errors import DataError, missing
 
 from .change import Options, Output, encode, with_suffix
 

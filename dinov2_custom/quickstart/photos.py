@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from dinov2_custom.errors import DataError
-from dinov2_custom.extras import missing
+from dinov2_custom.errors import DataError, missing
 from dinov2_custom.files import parse_json_object
 from dinov2_custom.utils.rng import seed_for
 

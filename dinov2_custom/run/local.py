@@ -19,7 +19,7 @@ from typing import Any
 
 from submitit.core.utils import cloudpickle_dump
 
-from dinov2_custom import exit_codes
+from dinov2_custom import errors
 from dinov2_custom.configs.output_dir import missing_folders, remove_empty
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run import process
@@ -97,13 +97,13 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
         torchrun([*flags, *arguments])
     except ChildFailedError as e:
         failures = by_cause(e.failures.values())
-        return exit_codes.to_shell_code(failures[0].exitcode), failures
+        return errors.to_shell_code(failures[0].exitcode), failures
     except SignalException as e:
-        return exit_codes.stopped_by(int(e.sigval)), []
+        return errors.stopped_by(int(e.sigval)), []
     finally:  # torch leaves its own
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    return exit_codes.DONE, []
+    return errors.DONE, []
 
 
 def by_cause(failures: Iterable[Any]) -> list[Any]:
@@ -115,7 +115,7 @@ def by_cause(failures: Iterable[Any]) -> list[Any]:
 
     def order(failure: Any) -> tuple[int, float]:
         code = failure.exitcode
-        consequence = exit_codes.CONSEQUENCES.index(code) + 2 if code in exit_codes.CONSEQUENCES else 0
+        consequence = errors.CONSEQUENCES.index(code) + 2 if code in errors.CONSEQUENCES else 0
         return consequence or code >= 0, failure.timestamp
 
     return sorted(failures, key=order)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import submitit
 from submitit.core import utils as submitit_utils
 
-from dinov2_custom import entry, exit_codes
+from dinov2_custom import entry, errors
 from dinov2_custom.errors import DINOv2Error
 
 LAUNCHER = "DINOV2_LAUNCHER_PID"  # in the environment of processes that end with their launcher
@@ -45,11 +45,11 @@ class Process:
         del os.environ["SUBMITIT_EXECUTOR"]  # the batch script requeues, not the task
 
         def leave(signum: int, frame) -> None:
-            _keep(paths.result_pickle, ("success", exit_codes.stopped_by(signum)))
+            _keep(paths.result_pickle, ("success", errors.stopped_by(signum)))
             os._exit(0)
 
         # submitit's handlers checkpoint in the middle of a step and ignore SIGTERM; the training brings its own later
-        for signum in exit_codes.STOP_SIGNALS:
+        for signum in errors.STOP_SIGNALS:
             signal.signal(signum, leave)
         self.args.output_dir = (self.args.output_dir or "").replace("%j", str(paths.job_id))
         if self.config is not None:
@@ -61,7 +61,7 @@ class Process:
         if os.environ.get("DINOV2_RESUME"):
             self.args.no_resume = False
         code, text = self.run(paths.task_id)
-        failed = text and code != exit_codes.LOST_PROCESS
+        failed = text and code != errors.LOST_PROCESS
         _keep(paths.result_pickle, ("error", text) if failed else ("success", code))
         entry.leave(0 if code > 128 else code)
 
@@ -71,9 +71,9 @@ class Process:
         try:
             return int(self.task_class(self.args)() or 0), ""
         except KeyboardInterrupt:
-            return exit_codes.stopped_by(signal.SIGINT), ""
+            return errors.stopped_by(signal.SIGINT), ""
         except SystemExit as e:
-            return e.code if isinstance(e.code, int) else 0 if e.code is None else exit_codes.ERROR, ""
+            return e.code if isinstance(e.code, int) else 0 if e.code is None else errors.ERROR, ""
         except Exception as e:
             code = e.exit_code if isinstance(e, DINOv2Error) else None
             text = _sentence(e)
@@ -81,7 +81,7 @@ class Process:
             if not text:
                 text = traceback.format_exc()
                 _add_to_main_log(Path(self.args.output_dir), rank, text)
-            return exit_codes.ERROR if code is None else code, text
+            return errors.ERROR if code is None else code, text
 
 
 def main(scratch: str, output_prefix: str) -> int:
@@ -95,7 +95,7 @@ def main(scratch: str, output_prefix: str) -> int:
     launcher = int(os.environ[LAUNCHER])
     threading.Thread(target=_stop_without, args=(launcher,), name="launcher", daemon=True).start()
     code, text = submitit_utils.pickle_load(f"{scratch}/process.pkl").run(rank)
-    if text and code != exit_codes.LOST_PROCESS:
+    if text and code != errors.LOST_PROCESS:
         Path(scratch, f"{rank}.error").write_text(text, encoding="utf-8")
     return code
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinov2_custom.exit_codes import ERROR, LOST_PROCESS
+from dinov2_custom.errors import ERROR, LOST_PROCESS
 from dinov2_custom.utils.run_folder import last_checkpoint
 
 AGAIN = 200  # no process ends with it

@@ -19,11 +19,10 @@ from typing import Any
 
 import submitit
 
-from dinov2_custom import entry, exit_codes
+from dinov2_custom import entry, errors
 from dinov2_custom.configs.absolute_paths import absent
 from dinov2_custom.configs.output_dir import check_output_dir, resolve_output_dir
-from dinov2_custom.errors import LaunchError
-from dinov2_custom.exit_codes import should_restart
+from dinov2_custom.errors import LaunchError, should_restart
 from dinov2_custom.run import cluster_file, environment, executor, local, slurm
 from dinov2_custom.run.args import CLUSTER_OPTIONS, SLURM_DESTS, get_args_parser
 from dinov2_custom.run.gpus import check_gpus
@@ -219,7 +218,7 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
         refused, said = slurm.foretell(script, os.environ)
         print(script, *(f"# configuration\n{config}" for config in configs if config), sep="\n", end="", flush=True)
         print(f"# {said}", file=sys.stderr)
-        return exit_codes.ERROR if refused else exit_codes.DONE
+        return errors.ERROR if refused else errors.DONE
     _warn_of_others(args)
     for run in runs if issubclass(task_class, Task) else ():  # another class may read the launcher's options
         for dest in (*CLUSTER_OPTIONS, "launcher", "cluster", "dry_run"):
@@ -233,7 +232,7 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     if args.sweep:
         print(*(f"{run.output_dir}: {' '.join(run.opts[-len(args.sweep) :])}" for run in runs), sep="\n")
     print(f"follow: tail -F {shlex.join(map(str, logs))}\nstop: scancel {job_id}")
-    return exit_codes.DONE
+    return errors.DONE
 
 
 def _run(args: argparse.Namespace, overrides: Sequence[str]) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from typing import Any
 
 from dinov2_custom.configs.output_dir import numbered
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.files import atomic_write
 from dinov2_custom.utils.checkpoint_folder import Written, flush_folder, read_marker, write_marker
 from dinov2_custom.utils.run_folder import LAST, LOCK, MARKER, is_complete, last_checkpoint
 
@@ -133,13 +134,8 @@ class CheckpointStore:
         _remove(self.folder / FINAL)
 
     def _set_last(self, name: str) -> None:
-        temporary = self.folder / f"{LAST}.tmp"
-        temporary.write_text(name)
-        try:
-            os.replace(temporary, self.folder / LAST)
-        except OSError:  # a file system that does not replace: the name is a hint, the markers count
-            (self.folder / LAST).write_text(name)
-            temporary.unlink(missing_ok=True)
+        with atomic_write(self.folder / LAST) as file:
+            file.write(name)
 
 
 def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:

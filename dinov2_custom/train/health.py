@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.data.train_samples import with_path
-from dinov2_custom.files import parse_json_object
-from dinov2_custom.logging import append_row
+from dinov2_custom.files import append_row, parse_json_object
 from dinov2_custom.train.terms import num_crop_pairs
 
 logger = logging.getLogger("dinov2")

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dinov2_custom.files import parse_json_object
+from dinov2_custom.files import atomic_write, parse_json_object
 from dinov2_custom.train.faults import append_to_main_log
 
 FOLDER = Path("logs") / "ranks"
@@ -162,6 +162,5 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+    with atomic_write(file, exclusive=True) as out:
+        out.write(text)

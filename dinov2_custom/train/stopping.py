@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dinov2_custom.exit_codes import STOP_SIGNALS
+from dinov2_custom.errors import STOP_SIGNALS
 
 logger = logging.getLogger("dinov2")
 # A launcher that passes a signal on, and the scheduler that sent it to the whole group: that is one request.

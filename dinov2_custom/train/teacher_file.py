@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,8 @@ import torch
 from torch import nn
 
 from dinov2_custom import distributed
+from dinov2_custom.files import atomic_write
 from dinov2_custom.parallel import is_sharded, whole_tensor
-from dinov2_custom.utils.checkpoint_folder import flush
 
 
 def teacher_path(folder: Path, name: str) -> Path:
@@ -44,27 +41,14 @@ def save_teacher(model: nn.Module, folder: Path, name: str) -> Path:
 
 
 def save_atomically(obj: Any, path: Path) -> None:
-    """Write ``obj`` with ``torch.save`` so that ``path`` is either absent, the old file or the whole new one,
-    where the file system can rename.
+    """Write ``obj`` with ``torch.save`` through :func:`files.atomic_write`.
 
     Raises:
         OSError: it cannot be written; nothing is left of the attempt.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(obj, file)
-            except RuntimeError as e:  # torch's writer on a write that failed, for example on a full disk
-                raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e)) from e
-            file.flush()
-            flush(file.fileno())
+    with atomic_write(path, "wb", fsync=True) as file:
         try:
-            os.replace(temporary, path)
-        except OSError as e:  # a file system that does not rename: there, a whole file is all that can be had
-            if e.errno == errno.ENOSPC:
-                raise
-            shutil.copyfile(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.save(obj, file)
+        except RuntimeError as e:  # torch's writer on a write that failed, for example on a full disk
+            raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e)) from e

@@ -17,8 +17,7 @@ from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import check_output_dir
 from dinov2_custom.configs.upstream import with_defaults
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
-from dinov2_custom.errors import CheckpointError
-from dinov2_custom.exit_codes import DONE, stopped_by
+from dinov2_custom.errors import DONE, CheckpointError, stopped_by
 from dinov2_custom.logging import (
     METRICS_FILE,
     WINDOW,
@@ -80,7 +79,7 @@ def do_test(cfg, model: SSLMetaArch, iteration: int | str) -> Path:
 
 
 def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> int:
-    """Train ``model`` and return the exit code, see ``exit_codes``.
+    """Train ``model`` and return the exit code, see ``errors``.
 
     Args:
         resume: go on from the newest checkpoint in the run directory, if there is one.

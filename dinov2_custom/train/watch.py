@@ -32,8 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2_custom import distributed
-from dinov2_custom.errors import reason_of
-from dinov2_custom.exit_codes import LOST_PROCESS
+from dinov2_custom.errors import LOST_PROCESS, reason_of
 from dinov2_custom.train.ranks import Ranks, describe_end_of, has_ended, is_here, is_stopped
 
 logger = logging.getLogger("dinov2")

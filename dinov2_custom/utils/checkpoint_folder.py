@@ -9,7 +9,6 @@ the newest, and in which order files are written (``train.checkpoint``). Read :f
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -25,12 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.files import parse_json_object
+from dinov2_custom.files import flush, parse_json_object
 from dinov2_custom.utils.run_folder import MARKER
 
 FORMAT = 3
 CHUNK = 2**24
-_NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 _CHECKSUM = re.compile(r',\n "crc32": (\d{1,10})\n}\s*\Z')
 _INT64 = 2**63
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch.amp.GradScaler
@@ -95,19 +93,6 @@ def checksum(path: Path) -> Written:
         while chunk := file.read(CHUNK):
             crc, size = zlib.crc32(chunk, crc), size + len(chunk)
     return Written(size, crc)
-
-
-def flush(descriptor: int) -> None:
-    """Ask for the data of an open file to be on the disk; a file system that cannot be asked is no error.
-
-    Raises:
-        OSError: the data could not be written, for example because the disk is full.
-    """
-    try:
-        os.fsync(descriptor)
-    except OSError as e:
-        if e.errno not in _NO_FSYNC:
-            raise
 
 
 def write_marker(folder: Path, files: dict[str, Written], values: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from dinov2_custom import distributed
 from dinov2_custom.configs.load import check_output_dir, load_run_config, scaled_lr
 from dinov2_custom.configs.sources import to_yaml
 from dinov2_custom.errors import ConfigError
+from dinov2_custom.files import atomic_write
 from dinov2_custom.logging import setup_logging
 from dinov2_custom.utils.utils import fix_random_seeds, get_sha
 
@@ -108,7 +109,6 @@ def write_config(cfg: DictConfig, output_dir: str | os.PathLike, name: str = "co
     """Write ``cfg`` to ``output_dir/name`` and return that path. Atomic, and done by the main process only."""
     path = Path(output_dir) / name
     if distributed.is_main_process():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(to_yaml(cfg), encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic_write(path) as file:
+            file.write(to_yaml(cfg))
     return str(path)

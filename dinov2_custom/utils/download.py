@@ -1,19 +1,20 @@
 """One file from a URL to disk: with a progress bar, all of it or nothing.
 
-Not the reading of it (``weights.py``). Read :func:`fetch` first.
+Not ``torch.hub.download_url_to_file``, which keeps a file that is cut, or an HTML page, and waits for ever for a server
+that stopped. Not the reading of the file (``weights.py``). Read :func:`fetch` first.
 """
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
-import secrets
+import shutil
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.files import atomic_write
 from dinov2_custom.utils.paths import without_credentials
 
 _CHUNK = 1 << 20
@@ -30,31 +31,40 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
     Raises:
         CheckpointError: no answer, a cut or garbled one, no weight file, or a full disk; nothing is left behind then.
     """
+    from tqdm import tqdm
+
     target = Path(folder).expanduser() / Path(urllib.parse.urlparse(url).path).name
     if target.is_file():
         return target
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     shown = without_credentials(url)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(temporary, "xb") as file:
+        with (
+            urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer,
+            atomic_write(target, "wb", exclusive=True) as file,
+        ):
             announced = int(answer.headers.get("Content-Length") or 0)
-            received = _copy(answer, file, announced, target.name if progress else None)
-        if announced and received != announced:
-            raise CheckpointError(
-                f"{shown}: expected {announced:,} bytes, got {received:,}; the connection broke, try again"
-            )
-        if what := describe_start(temporary):
-            raise CheckpointError(f"{shown}: expected a weight file, got {what}; check the address, nothing was kept")
-        os.replace(temporary, target)
+            bar = tqdm.wrapattr(
+                file, "write", announced or None, bytes=False, desc=target.name, unit="B", unit_scale=True,
+                disable=not progress,
+            )  # fmt: skip
+            with bar as to_file:
+                shutil.copyfileobj(answer, to_file, _CHUNK)
+            received = file.tell()
+            if announced and received != announced:
+                raise CheckpointError(
+                    f"{shown}: expected {announced:,} bytes, got {received:,}; the connection broke, try again"
+                )
+            file.flush()
+            if what := describe_start(Path(file.name)):
+                raise CheckpointError(
+                    f"{shown}: expected a weight file, got {what}; check the address, nothing was kept"
+                )
     except (OSError, ValueError, http.client.HTTPException) as e:
         raise CheckpointError(
             f"{shown}: expected to download {target.name} into {target.parent}, got {type(e).__name__}: "
             f"{' '.join(str(e).split())}; put the file there by other means, or give its path instead"
         ) from e
-    finally:
-        with contextlib.suppress(OSError):  # it was never there
-            temporary.unlink()
     return target
 
 
@@ -75,15 +85,3 @@ def describe_start(path: Path) -> str:
     if not text:
         return "an empty file"
     return f"a file that begins with {start[:20]!r}, as no weight file does"
-
-
-def _copy(answer, file, announced: int, name: str | None) -> int:
-    from tqdm import tqdm
-
-    received = 0
-    with tqdm(total=announced or None, desc=name, unit="B", unit_scale=True, disable=name is None) as bar:
-        while chunk := answer.read(_CHUNK):
-            file.write(chunk)
-            received += len(chunk)
-            bar.update(len(chunk))
-    return received

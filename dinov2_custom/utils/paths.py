@@ -7,8 +7,7 @@ import re
 import urllib.parse
 from pathlib import Path
 
-from dinov2_custom.errors import CheckpointError
-from dinov2_custom.extras import optional
+from dinov2_custom.errors import CheckpointError, optional
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from dinov2_custom import files
 from dinov2_custom.errors import ConfigError
@@ -48,14 +47,3 @@ def default_folder(command: str, dataset: Sequence[str]) -> str:
     text = "\n".join(os.path.abspath(os.path.expanduser(one)) if os.path.exists(one) else one for one in dataset)
     last = re.sub(r"[^\w.-]+", "_", re.split(r"[/\\:=]", dataset[0].rstrip("/\\:"))[-1]) or "dataset"
     return os.path.join("outputs", f"{command}_{last}_{hashlib.sha256(text.encode()).hexdigest()[:8]}")
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[IO[str]]:
-    """Open a text file that appears under its name only when the body has ended well."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -23,8 +23,7 @@ import yaml
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
-from dinov2_custom.errors import ConfigError, DataError, shortage
-from dinov2_custom.extras import install
+from dinov2_custom.errors import ConfigError, DataError, install, shortage
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.world import num_cores
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.data.intensity import Measured
-from dinov2_custom.extras import install
+from dinov2_custom.errors import install
+from dinov2_custom.files import atomic_write
 
-from .folder import written_whole
 from .results import BAD, SOUND, Results
 
 SIDES = (32, 64, 128, 224, 384, 512, 1024, 2048, 4096)
@@ -35,11 +35,11 @@ def write_report(
     ``left_out``: how many files of which extension were found beside the images. ``measured``: the range of values in
     images of more than 8 bits.
     """
-    with written_whole(folder / "bad_images.jsonl") as file:
+    with atomic_write(folder / "bad_images.jsonl", fsync=True) as file:
         for i in np.flatnonzero(results.status == BAD).tolist():
             file.write(json.dumps({"path": absolute(results.name(i)), "reason": results.reasons[i]}) + "\n")
     unlisted = 0
-    with written_whole(folder / "clean.txt") as file:
+    with atomic_write(folder / "clean.txt", fsync=True) as file:
         for i in np.flatnonzero(results.status == SOUND).tolist():
             path = absolute(results.name(i))
             if "\n" in path or "\r" in path:
@@ -53,7 +53,7 @@ def write_report(
         keys = ("intensity", "deep", "clipped", "levels", "levels_an_image")
         found = {key: getattr(measured, key) for key in keys} | {"intensity": list(measured.intensity)}
         summary["intensity"] = found | {"text": measured.describe()[0], "warnings": measured.warnings()}
-    with written_whole(folder / "summary.json") as file:
+    with atomic_write(folder / "summary.json", fsync=True) as file:
         file.write(json.dumps(summary, indent=1) + "\n")
     return summary
 

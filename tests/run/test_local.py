@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinov2_custom.errors import LaunchError
-from dinov2_custom.exit_codes import should_restart
+from dinov2_custom.errors import LaunchError, should_restart
 from dinov2_custom.run import local
 from tests.processes import ENVIRONMENT, REPOSITORY, children, running, wait_until
 from tests.run.tasks import Listen, Misbehave

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from dinov2_custom.errors import ConfigError
-from dinov2_custom.verify.folder import default_folder, own_folder, written_whole
+from dinov2_custom.verify.folder import default_folder, own_folder
 
 
 def test_a_new_folder_is_made_and_entered_again(tmp_path):
@@ -43,13 +43,3 @@ def test_default_folder_is_the_same_for_the_same_dataset(tmp_path, monkeypatch):
     assert name == default_folder("verify", [str(tmp_path / "cells")])
     assert name != default_folder("verify", ["cells", "other"])
     assert default_folder("verify", ["ImageNet:split=TRAIN:root=/a/b:"]).startswith("outputs/verify_b_")
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "f") as file:
-        file.write("half")
-        raise ZeroDivisionError
-    assert not (tmp_path / "f").exists()
-    with written_whole(tmp_path / "f") as file:
-        file.write("\udcff\n")
-    assert (tmp_path / "f").read_bytes() == b"\xff\n"

@@ -13,8 +13,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from dinov2_custom.data.depth import Reading
-from dinov2_custom.errors import DataError, UnreadableImageError
-from dinov2_custom.extras import class_of_torchvision
+from dinov2_custom.errors import DataError, UnreadableImageError, class_of_torchvision
 
 from .decoders import Decoder, DecoderType, ImageDataDecoder, TargetDecoder
 
