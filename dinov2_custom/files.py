@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,12 +49,7 @@ def atomic_write(
             file.flush()
             if fsync:
                 flush(file.fileno())
-        try:
-            os.replace(temporary, path)
-        except OSError as e:  # a file system that does not rename: there, a whole file is all that can be had
-            if e.errno == errno.ENOSPC:
-                raise
-            shutil.copyfile(temporary, path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

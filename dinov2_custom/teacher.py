@@ -1,7 +1,7 @@
-"""From a run directory or a weight file to a frozen backbone, with what is needed to feed it images.
+"""Weights of any layout into any model, and from a run or a weight file to a frozen backbone with what feeds it images.
 
-What the evaluations, the export, the features and the plots start from. Not the training state (``train/checkpoint``).
-Read :func:`load_teacher` first.
+Every start from weights goes through :func:`load_weights`: training, evaluations, export, features, plots, torch.hub.
+Not the training state (``train/checkpoint``). Read :func:`load_weights` and :func:`load_teacher` first.
 """
 
 from __future__ import annotations
@@ -9,28 +9,192 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.load import load_run_config, read_yaml
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.files import parse_json, parse_json_object
 from dinov2_custom.models import build_model
+from dinov2_custom.models.pos_embed import resample_pos_embed
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
-from dinov2_custom.reading import Reading, from_facts, reading_of
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
-from dinov2_custom.utils.weights import flat_state, load_state, read_weights
+from dinov2_custom.utils.weights import flat_name, flat_state, read_weights
+
+if TYPE_CHECKING:
+    from dinov2_custom.reading import Reading
 
 logger = logging.getLogger("dinov2")
 _HEAD_DIM = 64  # of every architecture here and upstream
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 RELEASED_CROP_SIZE = 224  # of upstream's evaluations, whatever the size of the positions
+# Released weights before registers lack them, and some converted files the mask token, which starts at 0.
+_OPTIONAL = ("mask_token", "register_tokens")
+
+
+class Fit(NamedTuple):
+    """How tensors fit a model: ``found`` by the model's own names; names that are ``missing`` from the file,
+    ``unexpected`` in it, and ``misfits`` as "name: expected shape, got shape", or another kind of number, or NaN.
+    """
+
+    found: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    misfits: list[str]
+
+    def examples(self, count: int = 3) -> list[str]:
+        """Return up to ``count`` lines of each kind of trouble."""
+        missing = [f"{name}: missing" for name in self.missing[:count]]
+        return [*self.misfits[:count], *missing, *(f"{name}: unexpected" for name in self.unexpected[:count])]
+
+    def describe(self) -> str:
+        """Return how many of each kind there are."""
+        return (
+            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected and {len(self.misfits)} of another shape "
+            "or without finite numbers"
+        )
+
+
+def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> Fit:
+    """Compare :func:`flat_state`'s tensors with ``model``'s, chunked or not; nothing is changed.
+
+    What a model without LayerScale or biases may have and not notice, ones and zeros, is not unexpected: exports for
+    libraries that always have them write it.
+    """
+    own = model.state_dict()
+    names = {flat_name(name): name for name in own}
+    found = {names[name]: value for name, value in state.items() if name in names}
+    misfits = [f"{name}: {why}" for name, value in found.items() if (why := misfit(own[name], value))]
+    unexpected = [name for name, value in state.items() if name not in names and not _does_nothing(name, value, names)]
+    return Fit(found, [n for n in own if n not in found], unexpected, misfits)
+
+
+def misfit(own: Tensor, value: Tensor) -> str:
+    """Return why ``value`` cannot take the place of ``own``, "" where it can."""
+    if own.shape != value.shape:
+        return f"expected {tuple(own.shape)}, got {tuple(value.shape)}"
+    if own.is_floating_point() and not value.is_floating_point():
+        return f"expected floating-point numbers, got {str(value.dtype).removeprefix('torch.')}"
+    finite = torch.isfinite(value if value.element_size() > 1 else value.float())  # not known for 8 bits
+    if not finite.all():
+        return f"expected finite numbers, got {int((~finite).sum())} of {value.numel()} NaN or infinite"
+    return ""
+
+
+def _does_nothing(name: str, value: Tensor, own: Mapping[str, str]) -> bool:
+    if name.endswith(".bias"):
+        return f"{name.removesuffix('bias')}weight" in own and not value.any()
+    return name.endswith(".gamma") and bool((value == 1).all())
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | os.PathLike,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    key: str,
+    what: str,
+    advice: str,
+    optional: Collection[str] = (),
+    allow_unexpected: bool = False,
+    resample: bool = False,
+    assign: bool = False,
+) -> None:
+    """Copy the tensors of a weight file into ``model``, all that it has or none, and log one line about them.
+
+    Args:
+        source: path or URL of a file of any layout.
+        state: :func:`flat_state` of what it holds, where it has been read already.
+        key, what, advice: the flag or key that named the file, what ``model`` is and what to do, for the error.
+        optional: tensors of the model that the file may lack; they keep their values.
+        allow_unexpected: the file may have other tensors besides.
+        resample: positions of another grid are resampled to the model's.
+        assign: make the tensors, in float32, the model's own instead.
+
+    Raises:
+        CheckpointError: unreadable; or tensors that are missing, unexpected, of another shape or not finite, with
+            counts and the first names; nothing is changed then.
+    """
+    state = dict(flat_state(read_weights(source)) if state is None else state)
+    resampled = []
+    if resample and _can_be_resampled(state.get("pos_embed"), model.pos_embed):
+        resampled = [f"pos_embed, {state['pos_embed'].shape[1] - 1} positions to {model.pos_embed.shape[1] - 1}"]
+        state["pos_embed"] = resample_pos_embed(
+            state["pos_embed"],
+            model.patch_embed.patches_resolution,
+            antialias=model.interpolate_antialias,
+            offset=model.interpolate_offset,
+        )
+    fit, num_wanted = fit_state(model, state), len(model.state_dict())
+    needed = [name for name in fit.missing if name not in optional] if fit.found else fit.missing
+    where = without_credentials(source)
+    if needed or fit.misfits or (fit.unexpected and not allow_unexpected):
+        trouble = fit._replace(missing=needed)
+        examples = "\n  ".join(trouble.examples())
+        raise CheckpointError(
+            f"{key}: expected the {num_wanted} tensors of {what}, got {trouble.describe()} in {where}:\n  {examples}\n"
+            f"{advice}"
+        )
+    tensors = {name: value.float() for name, value in fit.found.items()} if assign else fit.found
+    model.load_state_dict(tensors, strict=False, assign=assign)
+    counts = {"missing": fit.missing, "unexpected": fit.unexpected, "resampled": resampled}
+    logger.log(
+        logging.WARNING if fit.missing or fit.unexpected else logging.INFO,
+        f"{where}: {len(fit.found)} of {num_wanted} tensors loaded into {what}, "
+        + ", ".join(f"{len(names)} {kind}{_some(names)}" for kind, names in counts.items()),
+    )
+
+
+def _some(names: Sequence[str], count: int = 4) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f" ({', '.join(names[:count])}{more})" if names else ""
+
+
+def _can_be_resampled(given: Tensor | None, own: Tensor) -> bool:
+    """Return whether ``given`` differs from ``own`` in nothing but its number of patches, which form a square."""
+    if given is None or given.shape[1] == own.shape[1] or not given.is_floating_point():
+        return False
+    return math.isqrt(given.shape[1] - 1) ** 2 == given.shape[1] - 1 and given[:, 0].shape == own[:, 0].shape
+
+
+def load_pretrained_backbone(
+    backbone: nn.Module,
+    source: str | os.PathLike,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    key: str = "student.pretrained_weights",
+) -> None:
+    """Load a backbone that will be trained, whatever image size the file is for; see :func:`load_weights`."""
+    load_weights(
+        backbone,
+        source,
+        state,
+        key=key,
+        what="the configured backbone",
+        advice="check student.arch, student.ffn_layer (released S, B and L use mlp, g swiglufused) and "
+        "student.patch_size",
+        optional=_OPTIONAL,
+        allow_unexpected=True,
+        resample=True,
+    )
+
+
+def load_teacher_backbone(model: nn.Module, source: str, state: Mapping[str, Tensor] | None = None) -> None:
+    """Load a backbone that is used as it is: no tensor may be missing, over or of another shape; heads are left out."""
+    load_weights(
+        model,
+        source,
+        state,
+        key="--pretrained-weights",
+        what="the configured backbone",
+        advice="use the config.yaml of the run that wrote the weights",
+    )
 
 
 class Teacher(NamedTuple):
@@ -41,7 +205,7 @@ class Teacher(NamedTuple):
         normalize: ``{"mean": (3 floats), "std": (3 floats)}`` of images in 0..1.
         weights: the file they came from, or the URL.
         config_file: the configuration that describes it; empty when the shapes of the tensors had to.
-        reading: ``data.intensity`` and ``data.page`` of its training, see ``reading.py``.
+        reading: ``data.intensity`` and ``data.page`` of its training, see ``reading.py``; None: not known.
     """
 
     backbone: DinoVisionTransformer
@@ -49,7 +213,7 @@ class Teacher(NamedTuple):
     normalize: dict[str, tuple[float, ...]]
     weights: str
     config_file: str = ""
-    reading: Reading = Reading()
+    reading: Reading | None = None
 
     @property
     def described_by(self) -> str:
@@ -70,6 +234,10 @@ def load_teacher(
         ConfigError: a configuration that cannot be read.
         CheckpointError: nothing there, unreadable, or of another architecture.
     """
+    # in here: torch.hub, which needs no configurations, loads weights without OmegaConf and Pillow
+    from dinov2_custom.configs.load import load_run_config
+    from dinov2_custom.reading import reading_of
+
     weights = find_weights(source)
     config_file = config_file or str(run_config_near(weights) or "")
     file = read_weights(weights)
@@ -90,12 +258,14 @@ def load_teacher(
         backbone, _ = build_model(cfg.student, only_teacher=True, img_size=size)
         normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
         reading = reading_of(cfg)
-    _load(backbone, state, weights)
+    load_teacher_backbone(backbone, weights, state)
     return Teacher(backbone.requires_grad_(False).eval(), size, normalize, weights, config_file, reading)
 
 
 def is_released(config_file: str) -> bool:
     """Return whether ``config_file`` is "" or, as those of released weights, describes a network and no training."""
+    from dinov2_custom.configs.load import read_yaml
+
     return not config_file or not {"train", "optim"} & set(read_yaml(Path(config_file).expanduser()))
 
 
@@ -104,6 +274,8 @@ def _of_an_export(weights: str, file: Any) -> tuple[dict[str, tuple[float, ...]]
 
     One for timm or transformers says it in a file beside the weights, others in ``file`` itself, see ``export.write``.
     """
+    from dinov2_custom.reading import Reading, from_facts
+
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     for name, section, prefix in (("config.json", "pretrained_cfg", ""), ("preprocessor_config.json", "", "image_")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -120,29 +292,10 @@ def _of_an_export(weights: str, file: Any) -> tuple[dict[str, tuple[float, ...]]
     return dict(_IMAGENET), Reading()
 
 
-def load_teacher_backbone(model: nn.Module, source: str) -> None:
-    """Copy every tensor of the backbone from ``source``, a path or URL; none may be missing, over or of another shape.
-
-    ``{"teacher": ...}`` files, flat ones and whole training checkpoints (their teacher) are understood, prefixes and
-    block chunks do not count, heads are left out.
-
-    Raises:
-        CheckpointError: unreadable, or of another architecture, with counts; the model is unchanged then.
-    """
-    _load(model, flat_state(read_weights(source)), source)
-
-
 def _side_of(state: Mapping[str, Tensor]) -> int:
     """Return the patches a side that the positions are for; 0 when they are missing or form no square."""
     num_patches = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
     return math.isqrt(num_patches) if math.isqrt(num_patches) ** 2 == num_patches else 0
-
-
-def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    num_wanted = len(model.state_dict())
-    expected = f"--pretrained-weights: expected the {num_wanted} tensors of the configured backbone"
-    load_state(model, state, source, expected=expected, advice="use the config.yaml of the run that wrote the weights")
-    logger.info(f"weights: {without_credentials(source)} tensors={num_wanted}")
 
 
 def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransformer:

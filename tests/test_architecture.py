@@ -35,11 +35,10 @@ ALLOWED = {
     "utils.paths": {"errors"},
     "utils.weight_file": {"utils.paths", "utils.run_folder", "errors", "files"}
     | {"utils.checkpoint_folder", "utils.download"},
-    "utils.weights": {"utils.hugging_face", "utils.paths", "errors", "utils.weight_file"},
-    "utils.tensor_file": {"errors", "files"},
+    "utils.weights": {"utils.hugging_face", "errors", "utils.weight_file"},
     "utils.run_folder": {"errors", "utils.paths"},
-    "utils.checkpoint_folder": {"errors", "files", "utils.run_folder", "utils.tensor_file"},
-    "utils.utils": BASE | {"utils.paths", "utils.weights"},
+    "utils.checkpoint_folder": {"errors", "files", "utils.run_folder"},
+    "utils.utils": BASE | {"teacher", "utils.weights"},  # load_pretrained_weights, by upstream's name
     "world": {"errors"},
     "entry": {"errors", "world"},
     "distributed": {"errors", "world"},
@@ -47,7 +46,7 @@ ALLOWED = {
     "logging": {"errors", "files", "distributed"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
-    "models": BASE | {"layers", "utils.weights"},
+    "models": BASE | {"layers"},
     "loss": BASE | {"distributed", "layers"},
     "data": BASE | {"world"},
     "sharding": BASE | {"distributed"},

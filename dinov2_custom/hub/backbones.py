@@ -19,9 +19,10 @@ from dinov2_custom.errors import CheckpointError
 from dinov2_custom.hub.utils import released_file
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.teacher import arguments_of, load_weights
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
-from dinov2_custom.utils.weights import check_sha256, flat_state, load_state, read_weights, to_local
+from dinov2_custom.utils.weights import check_sha256, flat_state, read_weights, to_local
 
 _OF_THE_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # which the name says
 _IN_NO_SHAPE = ("interpolate_antialias", "interpolate_offset", "channel_adaptive")
@@ -130,9 +131,8 @@ def _loaded(
 ) -> DinoVisionTransformer:
     with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
         model = factory(**options)
-    expected = f"weights: expected the {len(model.state_dict())} tensors of {name}"
     advice = "load it under the name of its own architecture; delete the file where its download was cut"
-    load_state(model, state, file, expected=expected, advice=advice, assign=True)
+    load_weights(model, file, state, key="weights", what=name, advice=advice, assign=True)
     return model.to(torch.get_default_device())
 
 
@@ -165,8 +165,7 @@ def _existing(weights: str | os.PathLike) -> str | os.PathLike:
 
 def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[str, Any]:
     """Return how the backbone of ``file`` was built: from its tensors, and the config.yaml of the run around it."""
-    from dinov2_custom.configs.load import read_config
-    from dinov2_custom.teacher import arguments_of  # reads configurations, which needs more than torch
+    from dinov2_custom.configs.load import read_config  # needs more than torch
 
     try:
         options = arguments_of(state)

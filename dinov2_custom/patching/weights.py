@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dinov2_custom.train.pretrained import load_pretrained_backbone
+from dinov2_custom.teacher import load_pretrained_backbone
 
 # of checkouts from before registers, whose backbones do not say how they resample positions
 _RESAMPLING = {"interpolate_antialias": False, "interpolate_offset": 0.1}

@@ -24,19 +24,17 @@ from dinov2_custom import __version__, distributed
 from dinov2_custom.errors import CheckpointError, reason_of, remedy
 from dinov2_custom.train.checkpoint_store import CheckpointStore, folder_name, set_aside
 from dinov2_custom.train.teacher_file import save_atomically, save_teacher, teacher_path, teacher_weights
-from dinov2_custom.train.training_state import PlainState, own_pieces, restore
-from dinov2_custom.utils.checkpoint_folder import StoredState, file_of_rank
+from dinov2_custom.train.training_state import own_pieces, restore
+from dinov2_custom.utils.checkpoint_folder import StoredState, Written, file_of_rank, write_pieces
 from dinov2_custom.utils.run_folder import how_to_gather, upstream_shards
-from dinov2_custom.utils.tensor_file import Written, write_pieces
-from dinov2_custom.utils.weights import read_weights
 
 __all__ = ["Checkpointer", "Resumed", "has_checkpoints", "save_teacher", "set_aside"]
 logger = logging.getLogger("dinov2")
 
 
 class Resumed(NamedTuple):
-    """What a run goes on from: the last ``iteration`` done, the number of the next draw (None: not known, the former
-    format), and all else that the checkpoint holds beside tensors."""
+    """What a run goes on from: the last ``iteration`` done, the number of the next draw (None: it was not given), and
+    all else that the checkpoint holds beside tensors."""
 
     iteration: int
     draws: int | None
@@ -160,7 +158,7 @@ class Checkpointer:
         if trouble:
             raise CheckpointError(f"resume: expected a readable folder {self.folder}, got {trouble}")
         for path in candidates:
-            opened: list[StoredState | PlainState] = []
+            opened: list[StoredState] = []
             _, trouble = self._everywhere(lambda path=path, opened=opened: opened.append(self._open(path)))
             if trouble:
                 logger.warning(f"skipped an unreadable checkpoint, falling back to the one before: {trouble}")
@@ -187,9 +185,7 @@ class Checkpointer:
         """Return the name of the newest complete checkpoint, or "none"."""
         return self.store.last() or "none"
 
-    def _open(self, path: Path) -> StoredState | PlainState:
-        if not path.is_dir():
-            return PlainState(read_weights(path), self.model, self.optimizer, path)
+    def _open(self, path: Path) -> StoredState:
         state = StoredState(path)
         state.verify(distributed.get_global_rank(), distributed.get_global_size())
         return state
@@ -214,12 +210,6 @@ class Checkpointer:
             if complete is None:
                 return None, trouble
             self._on_main(self.store.remove_final)
-        complete, trouble = self._attempt(pieces, values, final)
-        if complete is None and trouble is None:  # folders turned out not to be renamed: once more, in its place
-            complete, trouble = self._attempt(pieces, values, final)
-        return complete, trouble
-
-    def _attempt(self, pieces: dict, values: dict[str, Any], final: bool) -> tuple[Path | None, str | None]:
         folder, trouble = self._on_main(lambda: self.store.begin(values["iteration"], final))
         if trouble:
             return None, trouble
@@ -238,10 +228,8 @@ class Checkpointer:
             self._on_main(lambda: self.store.abandon(folder))
         return complete, trouble
 
-    def _commit(self, folder: Path, files: dict[str, Written], values: dict[str, Any]) -> Path | None:
+    def _commit(self, folder: Path, files: dict[str, Written], values: dict[str, Any]) -> Path:
         complete = self.store.commit(folder, files, values)
-        if complete is None:
-            return None
         try:
             self.store.tidy(complete, values["iteration"])
         except OSError as e:

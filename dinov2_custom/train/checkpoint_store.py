@@ -1,14 +1,13 @@
 """The checkpoints in a run directory: which are complete, how one becomes so, which are removed.
 
 ``model_<iteration>/`` or ``model_final/`` is written under another name, flushed, renamed, and declared complete by a
-marker written last. A file system need not do more than give back what was written: where there is no flushing, sizes
-and checksums tell; where folders cannot be renamed, the folder is written in its place. Only the main process calls any
-of this. Not here: what is in a checkpoint. Read :meth:`CheckpointStore.begin` and :meth:`CheckpointStore.commit` first.
+marker written last. A file system has to rename, and to give back what was written: where there is no flushing, sizes
+and checksums tell. Only the main process calls any of this. Not here: what is in a checkpoint. Read
+:meth:`CheckpointStore.begin` and :meth:`CheckpointStore.commit` first.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -21,15 +20,14 @@ from typing import Any
 from dinov2_custom.configs.paths import numbered
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.files import atomic_write
-from dinov2_custom.utils.checkpoint_folder import flush_folder, read_marker, write_marker
+from dinov2_custom.utils.checkpoint_folder import Written, flush_folder, read_marker, write_marker
 from dinov2_custom.utils.run_folder import LAST, LOCK, MARKER, is_complete, last_checkpoint
-from dinov2_custom.utils.tensor_file import Written
 
 logger = logging.getLogger("dinov2")
 FINAL = "model_final"
-_NAME = re.compile(r"model_(\d{7,}|final)(\.pth)?")  # the former format was one file
+_NAME = re.compile(r"model_(\d{7,}|final)")
 _OF_UPSTREAM = re.compile(r"(model_(\d{7,}|final)|last_checkpoint)\.rank_\d+(\.pth)?")
-_UNFINISHED = re.compile(r"model_(\d{7,}|final)(\.pth)?\.tmp")
+_UNFINISHED = re.compile(r"model_(\d{7,}|final)\.tmp")
 _RUN_FILES = (LAST, "training_metrics.json", "config.yaml", "bad_images.jsonl", "eval", "logs")
 
 
@@ -42,7 +40,6 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
-        self.renames = True
         self._lock = self.folder / LOCK
         self._is_locked = self._lock.exists()
 
@@ -63,10 +60,8 @@ class CheckpointStore:
         """Return the checkpoints that look complete, newest first, as counted when they were written."""
         if not self.folder.is_dir():
             return []
-        named = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)]
-        found = [p for p in named if (is_complete(p) if p.is_dir() else p.suffix == ".pth")]
-        last = self.last()
-        return sorted(found, key=lambda p: _age(p, last), reverse=True)
+        found = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and is_complete(p)]
+        return sorted(found, key=_age, reverse=True)
 
     def to_try(self) -> list[Path]:
         """Return :meth:`complete`, with a warning when ``last_checkpoint`` names none of them."""
@@ -88,14 +83,12 @@ class CheckpointStore:
             ):
                 _remove(path)
         name = folder_name(iteration, final)
-        path = self.folder / (f"{name}.tmp" if self.renames else name)
-        _remove(path)
+        path = self.folder / f"{name}.tmp"
         path.mkdir()
         return path
 
-    def commit(self, path: Path, files: dict[str, Written], values: dict[str, Any]) -> Path | None:
-        """Declare the checkpoint written to ``path`` complete and return where it is; None when it has to be written
-        again, in its place.
+    def commit(self, path: Path, files: dict[str, Written], values: dict[str, Any]) -> Path:
+        """Declare the checkpoint written to ``path`` complete and return where it is.
 
         Raises:
             OSError: it cannot be; the former ones are intact.
@@ -107,20 +100,9 @@ class CheckpointStore:
             )
         flush_folder(path)
         target = path.with_name(path.name.removesuffix(".tmp"))
-        if path != target:
-            _remove(target)
-            try:
-                os.rename(path, target)
-            except OSError as e:
-                if e.errno == errno.ENOSPC:
-                    raise
-                self.renames = False
-                logger.warning(
-                    f"this file system does not rename folders ({e.strerror or e}): checkpoints are written in their "
-                    f"place and complete once they have a {MARKER}"
-                )
-                return None
-            flush_folder(self.folder)
+        _remove(target)
+        os.rename(path, target)
+        flush_folder(self.folder)
         number = 1 + max((_number(p) or 0 for p in self.complete()), default=0)
         write_marker(target, files, {"number": number, **values})
         return target
@@ -128,7 +110,6 @@ class CheckpointStore:
     def tidy(self, newest: Path, iteration: int) -> None:
         """Remove what the new checkpoint makes superfluous and name it in ``last_checkpoint``."""
         if newest.name == FINAL:
-            (self.folder / f"{FINAL}.pth").unlink(missing_ok=True)
             _remove(self.folder / folder_name(iteration))  # the same, written first where a former final one was
         periodic = [p for p in self.complete() if not p.name.startswith(FINAL)]
         periodic.sort(key=lambda p: p != newest and _number(p) is None)  # those that cannot be read go first
@@ -174,22 +155,17 @@ def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
 
 
 def _number(path: Path) -> int | None:
-    """Return a checkpoint's number in its run, which no clock can set back; the former format has 0, a torn marker
-    None."""
-    if not path.is_dir():
-        return 0
+    """Return a checkpoint's number in its run, which no clock can set back; None of a torn marker."""
     try:
         return read_marker(path).get("number")
     except CheckpointError:
         return None
 
 
-def _age(path: Path, last: str) -> tuple[float, bool, float]:
-    """Return what sorts checkpoints, newest last: those with a torn marker, so that they are told of; the former format
-    by what ``last_checkpoint`` names and by time."""
+def _age(path: Path) -> float:
+    """Return what sorts checkpoints, newest last; first those with a torn marker, so that a warning names them."""
     number = _number(path)
-    stamp = 0.0 if path.is_dir() else path.stat().st_mtime
-    return math.inf if number is None else number, path.name == last, stamp
+    return math.inf if number is None else number
 
 
 def _remove(path: Path) -> None:

@@ -8,7 +8,6 @@ before and after need not agree. Not here: files. Read :func:`own_pieces` and :f
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +15,7 @@ from torch import Tensor, nn
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.parallel import first_row, is_sharded, own_share
-from dinov2_custom.utils.checkpoint_folder import check_values
-from dinov2_custom.utils.tensor_file import Piece
-
-
-class Source(Protocol):
-    """Stored tensors: shape by name, and rows of one of them."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+from dinov2_custom.utils.checkpoint_folder import Piece, StoredState
 
 
 def own_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> dict[str, Piece]:
@@ -52,7 +42,7 @@ def own_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, *, copy: bool
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, source: Source, path: Path) -> None:
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, source: StoredState, path: Path) -> None:
     """Copy this process's rows of every tensor from ``source`` (which was read from ``path``).
 
     Raises:
@@ -91,45 +81,17 @@ def check_same_architecture(own: dict[str, tuple], got: dict[str, tuple], path: 
         )
 
 
-class PlainState:
-    """The :class:`Source` in a checkpoint of the former format: one file, the optimizer's state by position.
-
-    Raises:
-        CheckpointError: no training checkpoint.
-    """
-
-    def __init__(self, file: Any, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-        names = {id(parameter): name for name, parameter in _trained(model).items()}
-        ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-        try:
-            self.values = {key: value for key, value in file.items() if key not in ("model", "optimizer")}
-            check_values(self.values)
-            self.tensors = dict(file["model"])
-            for position, state in file["optimizer"]["state"].items():
-                if position < len(ordered):  # else it is of another architecture, which restore() will tell
-                    self.tensors |= {f"optimizer.{key}.{ordered[position]}": value for key, value in state.items()}
-            if odd := next((name for name, value in self.tensors.items() if not isinstance(value, Tensor)), None):
-                raise ValueError(f"{odd!r:.100}, which is no tensor")
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            reason = f"no {e}" if isinstance(e, KeyError) else str(e)
-            raise CheckpointError(f"resume: expected a training checkpoint at {path}, got {reason}") from e
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensors[name][start:stop] if self.shapes[name] else self.tensors[name]
-
-
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"student.{name}": parameter for name, parameter in model.student.named_parameters()}
 
 
-def _copy_rows(tensor: Tensor, source: Source, name: str) -> None:
+def _copy_rows(tensor: Tensor, source: StoredState, name: str) -> None:
     share, start = own_share(tensor), first_row(tensor)
     stop = start + len(share) if share.ndim else 0
     share.copy_(source.rows(name, start, stop))
 
 
-def _state_like(parameter: nn.Parameter, source: Source, name: str) -> Tensor:
+def _state_like(parameter: nn.Parameter, source: StoredState, name: str) -> Tensor:
     """Return the optimizer's tensor ``name``: as sharded as its parameter, or a plain one if it is a count."""
     shape = source.shapes[name]
     if not shape:

@@ -1,8 +1,10 @@
-"""A training checkpoint on disk: a folder of tensor files and, written last, ``checkpoint.json``.
+"""A training checkpoint on disk: a folder of safetensors files and, written last, ``checkpoint.json``.
 
-The marker names the files with their sizes and checksums and holds all that is no tensor. A folder without it, or whose
+A tensor may be in several files, some of its rows in each; where they lie is in the files' metadata. The marker names
+the files with their sizes and checksums and holds all that is no tensor. A folder without it, or whose
 files do not fit it, is no checkpoint. Only JSON and raw numbers are read, never a pickle. Not here: which checkpoint is
-the newest, writing (``train.checkpoint``). Read :class:`StoredState` first.
+the newest, and in which order files are written (``train.checkpoint``). Read :func:`write_pieces` and
+:class:`StoredState` first.
 """
 
 from __future__ import annotations
@@ -14,26 +16,83 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.files import flush, parse_json_object
 from dinov2_custom.utils.run_folder import MARKER
-from dinov2_custom.utils.tensor_file import TensorFile, Written, checksum
 
 FORMAT = 3
-_WITHOUT_CHECKSUM = 2  # written before markers had a checksum of their own
+CHUNK = 2**24
 _CHECKSUM = re.compile(r',\n "crc32": (\d{1,10})\n}\s*\Z')
 _INT64 = 2**63
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch.amp.GradScaler
 _FILE = re.compile(r"rank_\d{5}\.safetensors")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in safetensors' words
+
+
+class Piece(NamedTuple):
+    """Rows [start, start + len(tensor)) of a tensor of ``shape``; a tensor without dimensions is one piece."""
+
+    tensor: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Piece:
+        return cls(tensor, 0, tuple(tensor.shape))
+
+
+class Written(NamedTuple):
+    """What was written: its size and its CRC-32."""
+
+    num_bytes: int
+    crc32: int
 
 
 def file_of_rank(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
+
+
+def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> Written:
+    """Write ``pieces`` to ``path`` and flush them to the disk; those on a device are in host memory meanwhile.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors = {name: piece.tensor.detach().cpu().contiguous() for name, piece in pieces.items()}
+    rows = {name: [p.start, *p.shape] for name, p in pieces.items() if p.shape != tuple(p.tensor.shape)}
+    path.touch()
+    mode = path.stat().st_mode  # what the umask gives; safetensors' file, which takes this one's place, is the owner's
+    try:
+        save_file(tensors, path, {"rows": json.dumps(rows)})
+    except SafetensorError as e:
+        found = _OS_ERROR.search(str(e))
+        raise (OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(e))) from e
+    path.chmod(mode)
+    with open(path, "rb") as file:
+        flush(file.fileno())
+        header = file.read(8)
+        header += file.read(int.from_bytes(header, "little"))
+    crc, size = zlib.crc32(header), len(header)
+    for name in safe_open(path, "pt").offset_keys():  # from memory: a checksum of what should be there
+        data = memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        crc, size = zlib.crc32(data, crc), size + len(data)
+    return Written(size, crc)
+
+
+def checksum(path: Path) -> Written:
+    """Return size and CRC-32 of a file."""
+    crc, size = 0, 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return Written(size, crc)
 
 
 def write_marker(folder: Path, files: dict[str, Written], values: dict[str, Any]) -> None:
@@ -75,16 +134,15 @@ def read_marker(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = parse_json_object(text, finite=False)  # a run may keep numbers that are not; those below have to be
-        written = values.pop("crc32", None)
-        if values.get("format") not in (FORMAT, _WITHOUT_CHECKSUM):
+        values.pop("crc32", None)
+        if values.get("format") != FORMAT:
             raise CheckpointError(
                 f"expected a checkpoint of format {FORMAT} at {folder}, got {values.get('format')!r:.50}; read it with "
                 "the version that wrote it"
             )
-        if written is not None or values["format"] != _WITHOUT_CHECKSUM:
-            found = _CHECKSUM.search(text)
-            if found is None or zlib.crc32(f"{text[: found.start()]}\n}}".encode()) != int(found[1]):
-                raise ValueError("another checksum than when it was written")
+        found = _CHECKSUM.search(text)
+        if found is None or zlib.crc32(f"{text[: found.start()]}\n}}".encode()) != int(found[1]):
+            raise ValueError("another checksum than when it was written")
         check_values(values)
         if not isinstance(files := values.get("files"), dict) or not files:
             raise ValueError(f"the files {files!r:.100}")
@@ -146,10 +204,19 @@ def check_whole(values: Mapping[str, Any], name: str, least: int, below: int) ->
         raise ValueError(f"expected a whole number from {least} on as {name}, got {value!r:.100}")
 
 
+class Part(NamedTuple):
+    """Rows [start, stop) of a tensor of shape ``whole``, in one file."""
+
+    stored: Any  # safetensors' slice
+    start: int
+    stop: int
+    whole: tuple[int, ...]
+
+
 class StoredState:
     """Read the checkpoint in ``folder``.
 
-    ``values``: what the marker holds. ``shapes``: of each whole tensor by name, ``dtypes`` likewise.
+    ``values``: what the marker holds. ``shapes``: of each whole tensor by name.
 
     Raises:
         CheckpointError: no marker, one that is damaged, or files that do not fit it or each other.
@@ -159,35 +226,33 @@ class StoredState:
         self.folder = Path(folder)
         self.values = read_marker(self.folder)
         self.written = {name: Written(**fields) for name, fields in self.values.pop("files").items()}
-        self.files = [self._open(name) for name in self.written]
-        pieces: dict[str, list[tuple[int, TensorFile]]] = {}
-        for file in self.files:
-            for name, entry in file.entries.items():
-                pieces.setdefault(name, []).append((entry.start, file))
-        self._pieces = {name: sorted(found, key=lambda one: one[0]) for name, found in pieces.items()}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        for name in self._pieces:
-            self._add(name)
+        parts: dict[str, list[Part]] = {}
+        for file in self.written:
+            for name, part in self._open(file).items():
+                parts.setdefault(name, []).append(part)
+        self._parts = {name: sorted(found, key=lambda part: part.start) for name, found in parts.items()}
+        self.shapes = {name: self._whole_shape(name) for name in self._parts}
 
-    def _open(self, name: str) -> TensorFile:
+    def _open(self, name: str) -> dict[str, Part]:
         path, expected = self.folder / name, self.written[name].num_bytes
-        file = TensorFile(path)
-        if path.stat().st_size != expected:
-            raise CheckpointError(f"expected {expected} bytes in {path}, got {path.stat().st_size}")
-        return file
+        try:
+            if (size := path.stat().st_size) != expected:
+                raise ValueError(f"{size} bytes, expected {expected}")
+            file = safe_open(path, "pt")
+            rows = parse_json_object((file.metadata() or {}).get("rows", "{}"))
+            return {tensor: _part(file.get_slice(tensor), rows.get(tensor)) for tensor in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, TypeError, SafetensorError) as e:
+            raise CheckpointError(f"expected a file of tensors at {path}, could not read it: {e}") from e
 
-    def _add(self, name: str) -> None:
-        entries = [file.entries[name] for _, file in self._pieces[name]]
-        shape, row = entries[0].whole, 0
-        for entry in entries:
-            if (entry.whole, entry.dtype, entry.start) != (shape, entries[0].dtype, row):
-                row = -1
-                break
-            row += entry.shape[0] if shape else 0
-        if row != (shape[0] if shape else 0) or (len(entries) > 1 and not shape):
+    def _whole_shape(self, name: str) -> tuple[int, ...]:
+        parts = self._parts[name]
+        shape = parts[0].whole
+        starts = [*(part.start for part in parts), shape[0] if shape else 1]
+        stops = [0, *(part.stop for part in parts)]
+        kinds = {(part.whole, part.stored.get_dtype()) for part in parts}
+        if starts != stops or len(kinds) > 1:
             raise CheckpointError(f"expected all rows of {name} once, {shape}, in {self.folder}; got other ones")
-        self.shapes[name], self.dtypes[name] = shape, entries[0].dtype
+        return shape
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Compare the checksums of every ``parts``-th file from number ``part`` on.
@@ -195,36 +260,42 @@ class StoredState:
         Raises:
             CheckpointError: a file is not what was written.
         """
-        for file in self.files[part::parts]:
-            expected = self.written[file.path.name]
+        for name in list(self.written)[part::parts]:
+            path = self.folder / name
             try:
-                got = checksum(file.path)
+                got = checksum(path)
             except OSError as e:
-                raise CheckpointError(f"expected to read {file.path}, got {e.strerror or e}") from e
-            if got != expected:
-                raise CheckpointError(f"expected the file that was written at {file.path}, got another checksum")
+                raise CheckpointError(f"expected to read {path}, got {e.strerror or e}") from e
+            if got != self.written[name]:
+                raise CheckpointError(f"expected the file that was written at {path}, got another checksum")
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows [start, stop) of ``name`` on the CPU; a tensor without dimensions whole.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        shape = self.shapes[name]
-        out = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=self.dtypes[name])
-        for first, file in self._pieces[name]:
-            if not shape:
-                file.read_into(out, name, 0)
-                break
-            low, high = max(start, first), min(stop, first + file.entries[name].shape[0])
-            if low < high:
-                file.read_into(out[low - start : high - start], name, low - first)
-        return out
+        """Return a copy of rows [start, stop) of ``name`` on the CPU; a tensor without dimensions whole."""
+        parts = self._parts[name]
+        if not self.shapes[name]:
+            return parts[0].stored[...].clone()
+        overlap = [(max(start, part.start) - part.start, min(stop, part.stop) - part.start) for part in parts]
+        return torch.cat([part.stored[low : max(low, high)] for part, (low, high) in zip(parts, overlap, strict=True)])
 
     def read(self, name: str) -> Tensor:
         """Return the whole tensor ``name``."""
         shape = self.shapes[name]
         return self.rows(name, 0, shape[0] if shape else 0)
+
+
+def _part(stored: Any, rows: list[int] | None) -> Part:
+    """Return where the rows of ``stored`` lie: ``rows`` is the first one and the whole shape.
+
+    Raises:
+        ValueError, TypeError: where they cannot lie.
+    """
+    shape = tuple(stored.get_shape())
+    start, *whole = rows or (0, *shape)
+    stop = start + (shape[0] if shape else 1)
+    are_counts = all(type(number) is int and number >= 0 for number in (start, *whole))
+    if not are_counts or len(whole) != len(shape) or (*whole[1:],) != shape[1:] or stop > (whole[0] if whole else 1):
+        raise ValueError(f"rows {start} to {stop} of the shape {whole}")
+    return Part(stored, start, stop, tuple(whole))
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """One file from a URL to disk: with a progress bar, all of it or nothing.
 
-Not the reading of it (``weights.py``). Read :func:`fetch` first.
+Not ``torch.hub.download_url_to_file``, which keeps a file that is cut, or an HTML page, and waits for ever for a server
+that stopped. Not the reading of the file (``weights.py``). Read :func:`fetch` first.
 """
 
 from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -29,6 +31,8 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
     Raises:
         CheckpointError: no answer, a cut or garbled one, no weight file, or a full disk; nothing is left behind then.
     """
+    from tqdm import tqdm
+
     target = Path(folder).expanduser() / Path(urllib.parse.urlparse(url).path).name
     if target.is_file():
         return target
@@ -40,7 +44,13 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
             atomic_write(target, "wb", exclusive=True) as file,
         ):
             announced = int(answer.headers.get("Content-Length") or 0)
-            received = _copy(answer, file, announced, target.name if progress else None)
+            bar = tqdm.wrapattr(
+                file, "write", announced or None, bytes=False, desc=target.name, unit="B", unit_scale=True,
+                disable=not progress,
+            )  # fmt: skip
+            with bar as to_file:
+                shutil.copyfileobj(answer, to_file, _CHUNK)
+            received = file.tell()
             if announced and received != announced:
                 raise CheckpointError(
                     f"{shown}: expected {announced:,} bytes, got {received:,}; the connection broke, try again"
@@ -75,15 +85,3 @@ def describe_start(path: Path) -> str:
     if not text:
         return "an empty file"
     return f"a file that begins with {start[:20]!r}, as no weight file does"
-
-
-def _copy(answer, file, announced: int, name: str | None) -> int:
-    from tqdm import tqdm
-
-    received = 0
-    with tqdm(total=announced or None, desc=name, unit="B", unit_scale=True, disable=name is None) as bar:
-        while chunk := answer.read(_CHUNK):
-            file.write(chunk)
-            received += len(chunk)
-            bar.update(len(chunk))
-    return received

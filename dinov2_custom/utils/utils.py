@@ -5,25 +5,20 @@ Read :func:`load_pretrained_weights` first.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from dinov2_custom.errors import CheckpointError
-from dinov2_custom.utils.paths import without_credentials
+from dinov2_custom.teacher import load_weights
 from dinov2_custom.utils.schedules import CosineScheduler
-from dinov2_custom.utils.weights import fit_state, flat_state, read_weights
+from dinov2_custom.utils.weights import flat_state, read_weights
 
 __all__ = ["CosineScheduler", "fix_random_seeds", "get_sha", "has_batchnorms", "load_pretrained_weights"]
-
-logger = logging.getLogger("dinov2")
 
 
 def load_pretrained_weights(
@@ -41,33 +36,16 @@ def load_pretrained_weights(
     Raises:
         CheckpointError: no such file, not a weight file, tensors of other shapes, or not one name that matches.
     """
-    state = flat_state(read_weights(pretrained_weights), checkpoint_key)
-    shown = without_credentials(pretrained_weights)
-    fit, num_wanted = fit_state(model, state), len(model.state_dict())
-    if not fit.found:
-        raise CheckpointError(
-            f"expected the weights of {type(model).__name__} in {shown}, got {len(state)} tensors with "
-            f"other names: {_some(state)} instead of {_some(model.state_dict())}. Check that the file fits the "
-            "configuration."
-        )
-    if fit.misfits:
-        raise CheckpointError(
-            f"expected finite tensors of the model's shapes in {shown}, got {len(fit.misfits)} others: "
-            f"{_some(fit.misfits)}. Use the arch, patch size and crop size they were trained with."
-        )
-    model.load_state_dict(fit.found, strict=False)
-    logger.info(
-        f"{shown}: {len(fit.found)} of {num_wanted} tensors matched "
-        f"({len(fit.found) / num_wanted:.0%}), {len(fit.missing)} missing, {len(fit.unexpected)} unused"
+    load_weights(
+        model,
+        pretrained_weights,
+        flat_state(read_weights(pretrained_weights), checkpoint_key),
+        key="pretrained_weights",
+        what=type(model).__name__,
+        advice="use the arch, patch size and crop size that they were trained with",
+        optional=model.state_dict().keys(),
+        allow_unexpected=True,
     )
-    if fit.missing or fit.unexpected:
-        logger.warning(f"{shown}: missing: {_some(fit.missing)}; unused: {_some(fit.unexpected)}")
-
-
-def _some(names: Any, count: int = 4) -> str:
-    names = list(names)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return (", ".join(names[:count]) or "none") + more
 
 
 def fix_random_seeds(seed: int = 31) -> None:

@@ -1,36 +1,29 @@
-"""Weight files in, flat tensors out: any wrapper, prefix and block chunking; and from there into a model.
+"""Weight files in, flat tensors out: any wrapper, prefix and block chunking.
 
-Every start from weights goes through :func:`read_weights` (``weight_file``), :func:`flat_state` and :func:`load_state`.
-Read these first.
+Not here: reading (``weight_file``), loading into a model (``teacher``). Read :func:`flat_state` first.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.utils.hugging_face import from_hugging_face, is_hugging_face
-from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.weight_file import RELEASED_URL, check_sha256, is_url, read_weights, to_local
 
 __all__ = [
     "RELEASED_URL",
-    "Fit",
     "check_sha256",
-    "fit_state",
     "flat_heads",
     "flat_name",
     "flat_state",
     "from_timm",
     "is_url",
-    "load_state",
-    "misfit",
     "read_weights",
     "to_local",
 ]
@@ -135,90 +128,3 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def flat_name(name: str) -> str:
     """Return a parameter's name without wrappers' prefixes, ``backbone.`` and block chunks."""
     return _CHUNKED.sub(r"\1blocks.\2.", _PREFIXES.sub("", name))
-
-
-class Fit(NamedTuple):
-    """How tensors fit a model: ``found`` by the model's own names; names that are ``missing`` from the file,
-    ``unexpected`` in it, and ``misfits`` as "name: expected shape, got shape", or another kind of number, or NaN.
-    """
-
-    found: dict[str, Tensor]
-    missing: list[str]
-    unexpected: list[str]
-    misfits: list[str]
-
-    def examples(self, count: int = 3) -> list[str]:
-        """Return up to ``count`` lines of each kind of trouble."""
-        missing = [f"{name}: missing" for name in self.missing[:count]]
-        return [*self.misfits[:count], *missing, *(f"{name}: unexpected" for name in self.unexpected[:count])]
-
-    def describe(self) -> str:
-        """Return how many of each kind there are."""
-        return (
-            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected and {len(self.misfits)} of another shape "
-            "or without finite numbers"
-        )
-
-
-def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> Fit:
-    """Compare :func:`flat_state`'s tensors with ``model``'s, chunked or not; nothing is changed.
-
-    What a model without LayerScale or biases may have and not notice, ones and zeros, is not unexpected: exports for
-    libraries that always have them write it.
-    """
-    own = model.state_dict()
-    names = {flat_name(name): name for name in own}
-    found = {names[name]: value for name, value in state.items() if name in names}
-    misfits = [f"{name}: {why}" for name, value in found.items() if (why := misfit(own[name], value))]
-    unexpected = [name for name, value in state.items() if name not in names and not _does_nothing(name, value, names)]
-    return Fit(found, [n for n in own if n not in found], unexpected, misfits)
-
-
-def misfit(own: Tensor, value: Tensor) -> str:
-    """Return why ``value`` cannot take the place of ``own``, "" where it can."""
-    if own.shape != value.shape:
-        return f"expected {tuple(own.shape)}, got {tuple(value.shape)}"
-    if own.is_floating_point() and not value.is_floating_point():
-        return f"expected floating-point numbers, got {str(value.dtype).removeprefix('torch.')}"
-    finite = torch.isfinite(value if value.element_size() > 1 else value.float())  # not known for 8 bits
-    if not finite.all():
-        return f"expected finite numbers, got {int((~finite).sum())} of {value.numel()} NaN or infinite"
-    return ""
-
-
-def _does_nothing(name: str, value: Tensor, own: Mapping[str, str]) -> bool:
-    if name.endswith(".bias"):
-        return f"{name.removesuffix('bias')}weight" in own and not value.any()
-    return name.endswith(".gamma") and bool((value == 1).all())
-
-
-def load_state(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    source: str | os.PathLike,
-    *,
-    expected: str,
-    advice: str,
-    optional: tuple[str, ...] = (),
-    allow_unexpected: bool = False,
-    assign: bool = False,
-) -> Fit:
-    """Copy :func:`flat_state`'s tensors into ``model``, all of them or none, and return how they fit.
-
-    Args:
-        source: the file, for the error, which begins with ``expected`` and ends with ``advice``.
-        optional: tensors of the model that the file may lack.
-        assign: make the tensors, in float32, the model's own instead.
-
-    Raises:
-        CheckpointError: tensors that are missing, unexpected, of another shape or not finite; nothing is changed then.
-    """
-    fit = fit_state(model, state)
-    trouble = fit._replace(missing=[name for name in fit.missing if name not in optional])
-    if trouble.missing or trouble.misfits or (trouble.unexpected and not allow_unexpected):
-        examples = "\n  ".join(trouble.examples())
-        where = without_credentials(source)
-        raise CheckpointError(f"{expected}, got {trouble.describe()} in {where}:\n  {examples}\n{advice}")
-    tensors = {name: value.float() for name, value in fit.found.items()} if assign else fit.found
-    model.load_state_dict(tensors, strict=False, assign=assign)
-    return fit

@@ -1,7 +1,7 @@
-"""Names and shapes of state dicts as text, for the contract files in ``tests/contracts``.
+"""Names and shapes of state dicts as text: upstream's from the oracle, four of them in ``tests/contracts`` too.
 
-The files were written from upstream's code. ``python -m tests.parity.state_dicts`` writes them again. Register
-tokens, which that revision does not have yet, are added by rule: after ``pos_embed``, (1, R, D).
+The files are for where the oracle cannot be had; ``python -m tests.parity.state_dicts`` writes them again. Register
+tokens, which the oracle's revision does not have yet, are added by rule: after ``pos_embed``, (1, R, D).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import torch
 
+from dinov2_custom.layers import DINOHead
+from dinov2_custom.models import vision_transformer
 from tests.oracle import OracleTrainer, ensure_oracle, load_oracle
 
 CONTRACTS = Path(__file__).resolve().parents[1] / "contracts"
@@ -49,6 +51,7 @@ TRAINING = {
     ),
 }
 TRAINING_DEPTH = 2
+FILES = ("small_p14_518", "small_reg4", "giant2_p14_518", "dino_head")
 
 
 def describe(state_dict: dict[str, torch.Tensor]) -> list[str]:
@@ -63,6 +66,14 @@ def build_backbone(vits, name: str, leave_out: str = "") -> torch.nn.Module:
     kwargs.pop(leave_out, None)
     with torch.device("meta"):
         return getattr(vits, arch)(img_size=img_size, **kwargs)
+
+
+def own_lines(name: str) -> list[str]:
+    """Return the lines of contract ``name``, a backbone or a head, from this package."""
+    if name in BACKBONES:
+        return describe(build_backbone(vision_transformer, name).state_dict())
+    with torch.device("meta"):
+        return describe(DINOHead(**HEADS[name]).state_dict())
 
 
 def upstream_lines(oracle: SimpleNamespace, name: str) -> list[str]:
@@ -88,7 +99,7 @@ def read(name: str) -> list[str]:
 
 def main() -> None:
     oracle = load_oracle(ensure_oracle())
-    for name in [*BACKBONES, *HEADS, *TRAINING]:
+    for name in FILES:
         path = CONTRACTS / f"state_dict_{name}.txt"
         path.write_text("\n".join(upstream_lines(oracle, name)) + "\n")
         print(path)

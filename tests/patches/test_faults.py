@@ -327,7 +327,7 @@ def test_pretrained_weights(checkout, tmp_path):
             student = arch.SSLMetaArch(cfg).student.backbone
             assert torch.equal(student.blocks[3].attn.qkv.weight, source.attn.qkv.weight)
             assert cfg.student.pretrained_weights == str(tmp_path / f"{name}.pth")
-        with pytest.raises(CheckpointError, match="other names"):
+        with pytest.raises(CheckpointError, match="pretrained_weights: expected the"):
             load("utils.utils").load_pretrained_weights(student, str(tmp_path / "others.pth"), "teacher")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints on file systems that cannot flush or rename, and with the power cut at every single step of a save."""
+"""Checkpoints on file systems that cannot flush, or rename in steps, and with the power cut at every step of a save."""
 
 import torch
 from omegaconf import OmegaConf
@@ -41,7 +41,7 @@ class Run:
 
 
 @mark.parametrize("kind", KINDS)
-def test_every_kind_of_mount_keeps_checkpoints_and_no_litter(tmp_path, monkeypatch, caplog, kind):
+def test_every_kind_of_mount_keeps_checkpoints_and_no_litter(tmp_path, monkeypatch, kind):
     run = Run(tmp_path, keep_last=2)
     with monkeypatch.context() as patch:
         Mount(patch, kind)
@@ -52,7 +52,6 @@ def test_every_kind_of_mount_keeps_checkpoints_and_no_litter(tmp_path, monkeypat
     assert first == second == tmp_path / "model_final"
     assert names(tmp_path) == ["last_checkpoint", "model_0000003", "model_final"]
     assert run.load() == 5 and (tmp_path / "last_checkpoint").read_text() == "model_final"
-    assert ("does not rename folders" in caplog.text) == (kind == "no_rename")
 
 
 @mark.parametrize("final", [False, True], ids=["periodic", "final"])

@@ -7,7 +7,7 @@ import torch
 
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.models.vision_transformer import vit_nano
-from dinov2_custom.train.pretrained import load_pretrained_backbone
+from dinov2_custom.teacher import load_pretrained_backbone
 from dinov2_custom.utils.hugging_face import from_hugging_face, is_hugging_face
 from dinov2_custom.utils.weights import flat_state, read_weights
 
