@@ -120,12 +120,13 @@ def closed_partition(script: str) -> str:
     """
     asked = _asked(script)
     wanted = asked.get("partition") or os.environ.get("SBATCH_PARTITION")
-    shown = ask("scontrol", "show", "partition", "--oneliner").splitlines()
-    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in shown]
-    reasons = []
-    for facts in partitions:
-        if facts["PartitionName"] in wanted.split(",") if wanted else facts.get("Default") == "YES":
-            reasons.append(_closed(facts, asked))
+    lines = ask("scontrol", "show", "partition", "--oneliner").splitlines()
+    partitions = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+    reasons = [
+        _closed(facts, asked)
+        for facts in partitions
+        if (facts.get("PartitionName") in wanted.split(",") if wanted else facts.get("Default") == "YES")
+    ]
     return "" if "" in reasons or not reasons else reasons[0]
 
 
