@@ -132,19 +132,11 @@ def measure_loader(args: argparse.Namespace, indexed: bool = False) -> list:
 
 
 def config(workers: int) -> SimpleNamespace:
-    crops = SimpleNamespace(
-        global_crops_scale=[0.32, 1.0],
-        local_crops_scale=[0.05, 0.32],
-        local_crops_number=2,
-        global_crops_size=64,
-        local_crops_size=32,
-    )
-    return SimpleNamespace(
-        train=SimpleNamespace(dataset_path="simulated", batch_size_per_gpu=16, num_workers=workers, seed=0),
-        crops=crops,
-        ibot=SimpleNamespace(mask_ratio_min_max=[0.1, 0.5], mask_sample_probability=0.5),
-        student=SimpleNamespace(patch_size=16),
-    )
+    from tests.data.pictures import train_config
+
+    cfg = train_config("simulated", batch_size_per_gpu=16, num_workers=workers)
+    cfg.crops.global_crops_size, cfg.crops.local_crops_size, cfg.student.patch_size = 64, 32, 16
+    return cfg
 
 
 def write_index(file: str, size: int) -> None:

@@ -37,7 +37,6 @@ from .samples import BadImages, TrainBatches, TrainSamples, unpack
 from .sources import Source
 from .spec import DatasetSpec, parse_dataset
 from .tar_shards import TarSource
-from .transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 logger = logging.getLogger("dinov2")
 MAX_KINDS = 8  # of files, in one line of the log
@@ -167,13 +166,13 @@ def make_train_loader(
     """
     if dataset is None:
         dataset = make_dataset(dataset_str=cfg.train.dataset_path)
-        intensity = _get(cfg, "data.intensity", "auto")
-        dataset.reading = Reading(None if intensity == "auto" else tuple(intensity), _get(cfg, "data.page", 0))
+        intensity = cfg.data.intensity
+        dataset.reading = Reading(None if intensity == "auto" else tuple(intensity), cfg.data.page)
     dataset = split_off(
         dataset,
-        _get(cfg, "train.path_preserved", ""),
-        _get(cfg, "train.frac", 0.0),
-        output_dir=_get(cfg, "train.output_dir", "."),
+        cfg.train.path_preserved,
+        cfg.train.frac,
+        output_dir=cfg.train.output_dir,
         write=rank == 0,
     )
     parts = dataset.shares()
@@ -181,7 +180,7 @@ def make_train_loader(
         for name, images, share in parts:
             logger.info(f"source: {name} images={images:,} share of the draws={share:.1%}")
     augment = make_augmentation(cfg)
-    samples = TrainSamples(dataset, augment, cfg.train.seed, dct_scaling=_get(cfg, "data.dct_scaling", False))
+    samples = TrainSamples(dataset, augment, cfg.train.seed, dct_scaling=cfg.data.dct_scaling)
     samples.probe()
     builder = TrainBatches(
         samples,
@@ -189,15 +188,15 @@ def make_train_loader(
         batch_size=cfg.train.batch_size_per_gpu,
         rank=rank,
         world_size=world_size,
-        accumulation_steps=_get(cfg, "optim.accumulation_steps", 1),
+        accumulation_steps=cfg.optim.accumulation_steps,
     )
     return TrainLoader(
         builder,
         Finisher(augment.mean, augment.std, dtype),
-        BadImages(len(dataset), _get(cfg, "train.max_bad_fraction", 0.01), on_bad_image),
+        BadImages(len(dataset), cfg.train.max_bad_fraction, on_bad_image),
         num_workers=cfg.train.num_workers,
         cores=cores,
-        colours=_get(cfg, "augmentation.device", "auto"),
+        colours=cfg.augmentation.device,
         start_iteration=start_iteration,
     )
 
@@ -211,9 +210,9 @@ def make_augmentation(cfg: Any) -> DataAugmentationDINO:
         crops.local_crops_number,
         global_crops_size=crops.global_crops_size,
         local_crops_size=crops.local_crops_size,
-        augmentation=_get(cfg, "augmentation", None),
-        mean=_get(cfg, "data.normalize.mean", IMAGENET_DEFAULT_MEAN),
-        std=_get(cfg, "data.normalize.std", IMAGENET_DEFAULT_STD),
+        augmentation=cfg.augmentation,
+        mean=cfg.data.normalize.mean,
+        std=cfg.data.normalize.std,
     )
 
 
@@ -230,15 +229,6 @@ def make_masks(cfg: Any) -> Masks:
         n_tokens=grid**2,
         generator=MaskingGenerator((grid, grid), max_num_patches=0.5 * size // patch * size // patch),
     )
-
-
-def _get(cfg: Any, dotted: str, default: Any) -> Any:
-    """Return ``cfg.a.b`` of "a.b", or ``default`` where a key is not there (an upstream configuration)."""
-    for name in dotted.split("."):
-        cfg = getattr(cfg, name, None)
-        if cfg is None:
-            return default
-    return cfg
 
 
 def build(spec: DatasetSpec, transform: Callable | None = None, target_transform: Callable | None = None) -> Any:

@@ -1,7 +1,7 @@
 """Pixel operations of the augmentation: uint8 in, uint8 out, every parameter given by the caller.
 
 Each colour change does what Pillow (through torchvision) does, in a few whole-array integer operations of numpy. Where
-OpenCV is installed (extra ``fast``), :func:`change_colours_into` has it make the same levels in a third of the time.
+OpenCV is installed (extra ``fast``), :func:`change_colours_into` has it make the same levels in about half the time.
 Crops are resized by torch or Pillow. Not in here: any drawing of parameters (``draws``), the colour changes on a GPU
 (``finish``). Unless said otherwise, arrays are planar, C-contiguous ``(C, H, W)`` uint8 with C = 3, or 1 after
 :func:`grayscale`. Read :func:`cut_crops` and :func:`change_colours` first.

@@ -76,8 +76,13 @@ def make_folder(root: Path, names: list[str], width: int = 20, height: int = 16)
 def train_config(dataset_path, **train) -> SimpleNamespace:
     """Make the part of a configuration that the data code reads, with tiny crops."""
     defaults = dict(dataset_path=dataset_path, batch_size_per_gpu=2, num_workers=0, seed=0, max_bad_fraction=0.01)
+    defaults |= dict(path_preserved="", frac=0.0, output_dir=".")
+    normalize = SimpleNamespace(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     return SimpleNamespace(
         train=SimpleNamespace(**{**defaults, **train}),
+        data=SimpleNamespace(intensity="auto", page=0, dct_scaling=False, normalize=normalize),
+        augmentation=SimpleNamespace(device="auto"),
+        optim=SimpleNamespace(accumulation_steps=1),
         crops=SimpleNamespace(
             global_crops_scale=[0.32, 1.0],
             local_crops_scale=[0.05, 0.32],

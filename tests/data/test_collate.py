@@ -107,5 +107,5 @@ def test_weights_of_a_masked_crop_sum_to_one_and_the_bound_holds():
 
 
 def test_samples_without_augmentation_are_refused():
-    with pytest.raises(DataError, match="expected samples that are the augmentation's dict.*got Tensor"):
+    with pytest.raises(DataError, match="got Tensor"):
         collate([(torch.zeros(3, 8, 8), 1)])

@@ -440,9 +440,9 @@ def test_scratch_is_used_again_and_grows():
 
 def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match="expected fewer pixels: slide.png .*432 pixels.*cut it into tiles"):
+    with pytest.raises(DataError, match="slide.png .*432 pixels"):
         decode_rgb(PNG, "slide.png")
-    with pytest.raises(DataError, match="expected fewer pixels: slide.jpg .*432 pixels.*cut it into tiles"):
+    with pytest.raises(DataError, match="slide.jpg .*432 pixels"):
         decode_array(JPEG, "slide.jpg")
 
 

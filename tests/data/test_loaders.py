@@ -183,8 +183,8 @@ def test_dct_scaling_changes_little_and_only_large_images(tmp_path):
 
     def batch(scaling):
         cfg = train_config(str(tmp_path / "photos"), batch_size_per_gpu=8)
-        cfg.augmentation = SimpleNamespace(jitter_p=0, gray_p=0, blur_p=[0, 0, 0], solarize_p=0)
-        cfg.data = SimpleNamespace(dct_scaling=scaling)
+        cfg.augmentation = SimpleNamespace(device="auto", jitter_p=0, gray_p=0, blur_p=[0, 0, 0], solarize_p=0)
+        cfg.data.dct_scaling = scaling
         return next(iter(make_train_loader(cfg, rank=0, world_size=1)))
 
     full, scaled = batch(False), batch(True)

@@ -138,9 +138,7 @@ def test_errors_of_reading_other_datasets_count_as_bad_and_mistakes_do_not(folde
 
 def test_probe_refuses_a_dataset_without_a_readable_image(tmp_path):
     spoil(tmp_path)
-    with pytest.raises(
-        DataError, match="expected readable images, got none in 6 tried of 6: .*cut.jpg.*train.dataset_path"
-    ):
+    with pytest.raises(DataError, match="cut.jpg.*train.dataset_path"):
         make(tmp_path).probe()
 
 
