@@ -44,8 +44,10 @@ def as_range(intensity: Any) -> tuple[float, float] | None:
     return None if intensity == AUTO else (float(intensity[0]), float(intensity[1]))
 
 
-def to_facts(reading: Reading) -> dict[str, Any]:
+def to_facts(reading: Reading | None) -> dict[str, Any]:
     """Return what an export says of it, by the names of the keys in ``data``; nothing where it has the defaults."""
+    if reading is None:
+        return {}
     facts = {"intensity": None if reading.intensity is None else list(reading.intensity), "page": reading.page}
     return {name: fact for name, fact in facts.items() if fact}
 
