@@ -1,6 +1,6 @@
 """Is this the interpreter that was asked for, and can it run us?  Runs on every node before the training starts.
 
-``executor.py`` copies this file's text into the job script, because the interpreter may not have this package: only the
+``slurm.py`` copies this file's text into the job script, because the interpreter may not have this package: only the
 standard library, and a syntax that Python 3.6 reads. Arguments: node, expected sys.prefix or "", expected executable
 or "". Prints one line and returns 0, or one sentence that starts with "error:" and returns 1.
 """
