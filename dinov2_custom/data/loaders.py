@@ -337,8 +337,8 @@ class TrainLoader:
         builder = copy.copy(self.builder)
         builder.first_draw = first_draw
         builder.late_colours = self.colours == "device" or (self.colours == "auto" and device.type != "cpu")
-        # looked for here, once, rather than in each process
-        where = "on the device" if builder.late_colours else "by OpenCV" if opencv() else "by numpy"
+        by = "OpenCV" if opencv() else "numpy"  # looked for here, once, rather than in each process
+        where = "on the device" if builder.late_colours else f"by {by}"
         logger.info(f"crops are resized by {resize_kernel()}, their colours changed {where}")
         pinned = device.type == "cuda"
         if self.num_workers == "auto":

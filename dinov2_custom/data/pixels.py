@@ -51,7 +51,9 @@ def _resize_by_torch(out: np.ndarray, crop: np.ndarray, flip: bool) -> None:
     # numpy's copy of the crop and its new axis cost less than torch's
     source, target = (torch.from_numpy(a[None]).permute(0, 3, 1, 2) for a in (np.ascontiguousarray(crop), out))
     torch.ops.aten._upsample_bicubic2d_aa.out(source, out.shape[:2], False, None, None, out=target)
-    if flip:
+    if flip and (cv2 := opencv()):
+        cv2.flip(out, 1, dst=out)  # a quarter of the time of torch's
+    elif flip:
         target.copy_(target.flip(3))
 
 
