@@ -48,7 +48,7 @@ def report(args: argparse.Namespace) -> int:
     drawn, operations = length.total * length.global_batch, flops_of(cfg)
     print(
         f"{args.config_file}: {length.total / length.epoch_length:g} epochs = {length.total:,} steps x "
-        f"{length.global_batch:,} images = {drawn / 1e6:.2f} million images, {operations / 1e9:,.0f} GFLOP an image\n"
+        f"{length.global_batch:,} images = {drawn / 1e6:.2f} million images, {operations / 1e9:,.0f} GFLOP per image\n"
         f"ESTIMATES at {UTILIZATION[0]:.0%} to {UTILIZATION[1]:.0%} of the bf16 peak, data loading never the limit; "
         f"prices of {PRICES_OF}, not checked since\n\n"
         "| GPUs | images/s | hours | spot, $ | on-demand, $ |\n|---|---|---|---|---|"
