@@ -86,7 +86,7 @@ def main() -> int:
     """Parse the command line and report; return the exit code."""
     parser = Parser(prog="python sky/costs.py", description="Estimate hours and dollars; measures nothing.")
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--images", type=int, metavar="N", help="number of your images; needed if an epoch is a pass over them")
+    parser.add_argument("--images", type=int, metavar="N", help="number of images; needed if an epoch is one pass")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of all nodes together")
     given = {"type": _price, "action": "append", "default": [], "metavar": "GPU=DOLLARS"}
     parser.add_argument("--price", **given, help="price per hour of one GPU; can be repeated for other GPUs")
