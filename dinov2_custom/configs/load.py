@@ -1,7 +1,7 @@
 """Load the configuration of a run: defaults < YAML file < overrides, checked, computed, read-only.
 
-Read `load_run_config` first. Upstream's loaders of its own YAML files, which check nothing, are at the end (source:
-upstream dinov2/configs/__init__.py, names and behaviour). The keys are in schema.py.
+Upstream's loaders of its own YAML files, which check nothing, are at the end (source: upstream
+dinov2/configs/__init__.py, names and behaviour). The keys are in schema.py.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""The paths of a run: its output directory, and those that its configuration names. Without omegaconf or pydantic.
-
-Not the making of folders, nor the meaning of dataset strings (``data/spec.py``).
-"""
+"""The paths of a run: its output directory, and those that its configuration names. Without omegaconf or pydantic."""
 
 import contextlib
 import datetime

@@ -1,8 +1,4 @@
-"""DataAugmentationDINO: one image in, two global and some local crops out.
-
-Not in here: the drawing of parameters (``draws``) and the pixel operations (``pixels``). Read
-:meth:`DataAugmentationDINO.__call__` first.
-"""
+"""DataAugmentationDINO: one image in, two global and some local crops out."""
 
 from __future__ import annotations
 

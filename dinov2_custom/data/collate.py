@@ -1,6 +1,6 @@
 """Turn a list of augmented samples into one batch: crops stacked crop by crop, and the masks of the masked-patch loss.
 
-Needs no labels: a sample is the augmentation's dict, or (dict, anything). Read :func:`collate_data_and_cast` first.
+Needs no labels: a sample is the augmentation's dict, or (dict, anything).
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ EXIF orientation              ignored, as upstream does, unless ``exif=True``; o
 above Pillow's limit          DataError (179 million pixels: a decompression bomb, or a slide to be cut into tiles)
 ============================  ==========================================================================================
 
-Scaling without a range is logged once for each kind. JPEG files go through simplejpeg where it is
-installed (the extra ``fast``), with the same pixels; what it refuses is Pillow's. Not in here: reading files
-(``sources``), the values of deep images (``depth``). No other module calls a decoder. Read :func:`decode_rgb` first.
+Scaling without a range is logged once for each kind. JPEG files go through simplejpeg where it is installed (the extra
+``fast``), with the same pixels; what it refuses is Pillow's. No other module calls a decoder.
 """
 
 from __future__ import annotations

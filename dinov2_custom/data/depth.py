@@ -1,7 +1,5 @@
 """Images of more than 8 bits a channel: their values as the file declares them, and how these become 8 bits.
 
-Not in here: the range of a whole dataset (``intensity``), images of 8 bits (``decode``). Read :func:`deep_values`.
-
 Source: TIFF 6.0, tags BitsPerSample, Compression, PhotometricInterpretation, PlanarConfiguration and SampleFormat;
 GDAL's tag GDAL_NODATA.
 """

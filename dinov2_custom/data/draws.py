@@ -2,7 +2,7 @@
 
 The distributions are those of upstream's ``DataAugmentationDINO`` (torchvision's RandomResizedCrop, ColorJitter,
 RandomHorizontalFlip, RandomGrayscale, RandomSolarize). The strengths are in :class:`Recipe`, whose fields are the keys
-of the ``augmentation`` section. Read :func:`draw_crop` first.
+of the ``augmentation`` section.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Finish a batch where the model is: uint8 crops in, colour-changed and normalised float crops out.
 
-The colour operations are those of ``pixels``, batched, on any device, and exact: all of them are sums and products
-of whole numbers below 2**24, which float32 holds, so the same parameters give the same levels as on the CPU. Not in
-here: drawing parameters (``draws``) and the processes that cut the crops (``pool``). Read :meth:`Finisher.__call__`
-first.
+The colour operations are those of ``pixels``, batched, on any device, and exact: all of them are sums and products of
+whole numbers below 2**24, which float32 holds, so the same parameters give the same levels as on the CPU.
 """
 
 from __future__ import annotations

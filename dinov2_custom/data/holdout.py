@@ -1,7 +1,7 @@
 """Hold images out of training (``train.path_preserved``, ``train.frac``) and list them in a text file, one path a line.
 
 The list is the truth: where it exists it is used as it is, so a resumed run holds out the same images. Kept in memory
-are a hash of every image and the names of those held out. Read :func:`split_off` first.
+are a hash of every image and the names of those held out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Batches of transformed images for a frozen model, through the same processes and memory as training's.
 
-They do not use ``/dev/shm``, which has 64 MB in a container. Read :class:`ImageLoader` first.
+They do not use ``/dev/shm``, which has 64 MB in a container.
 """
 
 from __future__ import annotations

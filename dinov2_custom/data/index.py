@@ -3,8 +3,7 @@
 A listing of many files is kept in ``$XDG_CACHE_HOME/dinov2_custom`` (else ``~/.cache/dinov2_custom``) under a key of
 what was listed, with the time stamps of the folders or shards it came from: it is read again while they are unchanged,
 so that data-loading processes share one mapping and no process holds a Python object a file. Of several processes that
-start together one lists, the others wait for its file. Not in here: listing (``listing``, ``tar_shards``). Read
-:func:`cached` first.
+start together one lists, the others wait for its file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One range of values for all images of more than 8 bits of a dataset, measured on a sample of them.
-
-Not in here: the values of one image (``depth``). Read :func:`measure` first.
-"""
+"""One range of values for all images of more than 8 bits of a dataset, measured on a sample of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Which image files are below a folder: scandir without a stat a file, progress, threads where the disk is far away.
 
-The order is that of the sorted paths and does not depend on the file system. Not in here: keeping the list (``index``).
-Read :func:`list_chunks` first.
+The order is that of the sorted paths and does not depend on the file system.
 """
 
 from __future__ import annotations

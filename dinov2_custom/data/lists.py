@@ -7,7 +7,7 @@ Paths are relative to the list's own folder, or to ``root``. No file of the list
 that is missing is an unreadable image like any other.
 
 A line may name an image in another file: ``<x.tar>!<member>``, ``<x.parquet>!<row>``. These are the names that sources
-of such files give their images, so that a list written from them can be trained on. Read :class:`ListSource` first.
+of such files give their images, so that a list written from them can be trained on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""make_dataset, make_data_loader (upstream's) and make_train_loader with its TrainLoader (what training uses).
-
-Not in here: what is in a sample and a batch (``samples``), the order of images (``samplers``), processes (``pool``).
-Read :func:`make_train_loader` and :meth:`TrainLoader.batches` first.
-"""
+"""make_dataset, make_data_loader (upstream's) and make_train_loader with its TrainLoader (what training uses)."""
 
 from __future__ import annotations
 

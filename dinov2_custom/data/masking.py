@@ -3,8 +3,7 @@
 :class:`MaskingGenerator` is upstream's sampler of random rectangles, draw for draw, on the bits of one integer instead
 of patch by patch. :func:`masks_of_draws` finds each mask of a step on its own, from (seed, step, draw). Upstream masks
 a share of the crops of one process's batch and spreads their ratios evenly over a range; here the batch is that of the
-whole step, over all processes and accumulated batches, so how these are cut does not matter. Not in here: upstream's
-collate function (``collate``).
+whole step, over all processes and accumulated batches, so how these are cut does not matter.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Draw n of the run belongs to one dataset and is its m-th draw, both functions of n alone: the weights are paired again
 and again (a binary tree, the two lightest together first), and a node that had k draws has given ``round(k * share)``
 of them to its left side. So every dataset stays within :attr:`Shares.bound` draws of its share of the draws so far, and
-its own draws go through all its images once a pass. Read :meth:`Shares.at` first.
+its own draws go through all its images once a pass.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Images in Parquet files, and in the Arrow files of Hugging Face datasets: a column of bytes or of {bytes, path}.
 
 Needs pyarrow (extra ``parquet``). A Parquet file can only be read a row group at a time: the last few are kept, and
-small row groups (or Arrow files, which are memory-mapped and read in place) make random access cheap. Not in here:
-downloading data sets. Read :class:`ParquetSource` first.
+small row groups (or Arrow files, which are memory-mapped and read in place) make random access cheap.
 """
 
 from __future__ import annotations

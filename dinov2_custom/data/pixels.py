@@ -2,9 +2,8 @@
 
 Each colour change does what Pillow (through torchvision) does, in a few whole-array integer operations of numpy. Where
 OpenCV is installed (extra ``fast``), :func:`change_colours_into` has it make the same levels in about half the time.
-Crops are resized by torch or Pillow. Not in here: any drawing of parameters (``draws``), the colour changes on a GPU
-(``finish``). Unless said otherwise, arrays are planar, C-contiguous ``(C, H, W)`` uint8 with C = 3, or 1 after
-:func:`grayscale`. Read :func:`cut_crops` and :func:`change_colours` first.
+Crops are resized by torch or Pillow. Unless said otherwise, arrays are planar, C-contiguous ``(C, H, W)`` uint8 with C
+= 3, or 1 after :func:`grayscale`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ lock anywhere, so one that is killed at any moment leaves the others and the mai
 
 Data-loading processes use one thread and ignore the signals that ask the run to save and stop: a signal to the whole
 process group (Ctrl-C, a scheduler's SIGTERM) would end them first, and their death the run before it has saved. They
-end with the loader, or when the main process is gone. Read :meth:`Ring.next_batch` first.
+end with the loader, or when the main process is gone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which image comes next: a keyed permutation without a list of indices, and the samplers on top of it.
 
 Training maps draw numbers to images with :func:`permuted_index`; the samplers have upstream's names and per-rank
-meaning. Read :func:`permuted_index` first.
+meaning.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 An image that cannot be read is replaced by another one, which one depends on the seed and the draw alone
 (:class:`TrainSamples`); :class:`BadImages` counts them in the main process. :class:`TrainBatches` is what a
-data-loading process runs, :func:`unpack` the main process's part. Not in here: processes (``pool``). Read
-:meth:`TrainBatches.build` first.
+data-loading process runs, :func:`unpack` the main process's part.
 """
 
 from __future__ import annotations

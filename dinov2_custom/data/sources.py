@@ -1,8 +1,7 @@
 """Where the bytes of images come from. Here: the base of all sources, and folders of files. No image code, no torch.
 
 A source has ``len``, ``read(i) -> bytes``, ``name(i) -> str`` and ``parts()``; list files, tar shards and Parquet have
-files of their own. Not in here: finding the files (``listing``), decoding (``decode``), labels and upstream's layouts
-(``datasets``). Read :class:`FolderSource` first.
+files of their own.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@
 ======================================================  ====================================================
 
 A value with ':' or '=' goes in quotes: ``ImageDataset:root="/a:b"``. What exists as a path is taken as a path. ``root``
-and ``path`` may be given several times where they name images. Read :func:`parse_dataset` first.
+and ``path`` may be given several times where they name images.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The headers are walked once into an index (shard, offset, length, name), after that every image is one read: random
 access over all shards. A member is an image by its extension; other members (``.json``, ``.cls``, ``.txt`` of
-WebDataset) are passed over. Read :class:`TarSource` first, then :func:`walk_tar`.
+WebDataset) are passed over.
 
 Source of the format: POSIX.1-2001 pax / ustar interchange formats, and GNU tar's long names and base-256 numbers.
 """

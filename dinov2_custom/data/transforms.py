@@ -1,8 +1,7 @@
 """Image transforms with upstream's names: normalisation, GaussianBlur and the classification pipelines of evaluation.
 
-Not the training augmentation (``augmentations``, whose fast operations are in ``pixels``). These take PIL images and
-follow torchvision on PIL, resize included, because evaluation must give upstream's pixels. Random ones take ``rng``, a
-``random.Random`` (None: seeded by the operating system). Read :func:`make_classification_eval_transform` first.
+These take PIL images and follow torchvision on PIL, resize included, because evaluation must give upstream's pixels.
+Random ones take ``rng``, a ``random.Random`` (None: seeded by the operating system).
 """
 
 from __future__ import annotations

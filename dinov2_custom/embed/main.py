@@ -1,4 +1,4 @@
-"""Features of a dataset: load the model, make the missing parts, join them. Read :func:`main`."""
+"""Features of a dataset: load the model, make the missing parts, join them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Where features lie while they are made, and how they become one file; a kill loses a part at most.
 
-A part is the features of ``PART_BATCHES`` batches of consecutive images, one file, renamed into place. Read
-:class:`Store` first.
+A part is the features of ``PART_BATCHES`` batches of consecutive images, one file, renamed into place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Metrics of a loop: log lines, and rows with upstream's keys for ``training_metrics.json``.
-
-Not here: statistics of one series (``smoothed_value.py``), where the lines (``setup.py``) and the rows go
-(``sinks.py``). Read :meth:`MetricLogger.log_every` first.
-"""
+"""Metrics of a loop: log lines, and rows with upstream's keys for ``training_metrics.json``."""
 
 from __future__ import annotations
 

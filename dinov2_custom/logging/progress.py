@@ -1,7 +1,7 @@
 """A bar with rate and time left on a terminal, plain log lines anywhere else.
 
 The bar is tqdm's, on stderr. Log lines and a bar on the same terminal do not mix: the console handler of ``setup.py``
-sets the bar aside while it writes. Read :func:`track` first; ``MetricLogger`` uses :class:`ProgressBar`.
+sets the bar aside while it writes.
 """
 
 from __future__ import annotations

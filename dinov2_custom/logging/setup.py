@@ -1,7 +1,6 @@
 """Where log records go: rank 0 to stdout and ``<output>/logs/log.txt``, every other rank to ``log.txt.rank<r>`` only.
 
 A line is ``I20260131 18:00:00 4242 dinov2 train.py:100] message``; the first letter is one of D, I, W, E, F (fatal).
-Not here: metrics (``metrics.py``). Read :func:`setup_logging` first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Where rows of metrics go: the run's JSON-lines file, TensorBoard, Weights & Biases. One ``log(step, row)`` for all.
 
-Seeing a run must never end it: a place that cannot be written is reported once, and training goes on. Not here: how
-rows are made (``metrics.py``), and W&B itself (``wandb_sink.py``). Read :func:`open_sinks` and :class:`Sinks` first.
+Seeing a run must never end it: a place that cannot be written is reported once, and training goes on.
 """
 
 from __future__ import annotations

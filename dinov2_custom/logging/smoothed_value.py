@@ -1,7 +1,7 @@
 """Running statistics of one series of numbers.
 
-Values may be 0-dim tensors on any device. They stay there, and are read all at once when a line is written, so that
-an iteration never waits for the GPU. Read :class:`SmoothedValue` first.
+Values may be 0-dim tensors on any device. They stay there, and are read all at once when a line is written, so that an
+iteration never waits for the GPU.
 """
 
 from __future__ import annotations

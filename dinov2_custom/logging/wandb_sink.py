@@ -2,8 +2,7 @@
 
 Without a key or a connection the run is recorded offline, in files that ``wandb sync`` sends later; without the package
 not at all; one warning says so. A resumed run goes on under the same id, which is kept in ``wandb_run_id`` beside the
-log files and in checkpoints. The key stays where W&B looks for it (WANDB_API_KEY, ``wandb login``). Read
-:func:`open_wandb` first.
+log files and in checkpoints. The key stays where W&B looks for it (WANDB_API_KEY, ``wandb login``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the class token of the last block looks. Read :func:`class_attention`."""
+"""Where the class token of the last block looks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Patch features as colours: of a whole photograph, under one basis for several, in rows of pictures.
-
-Not the curves of a run (``history.py``). Read :func:`patch_feature_map` first.
-"""
+"""Patch features as colours: of a whole photograph, under one basis for several, in rows of pictures."""
 
 from __future__ import annotations
 

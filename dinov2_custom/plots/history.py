@@ -1,7 +1,4 @@
-"""All metrics of one run, or of several to compare them: a panel each, in a PNG and in a self-contained HTML page.
-
-Not the page around the panels (``page.py``). Read :func:`main`, then ``PANELS``.
-"""
+"""All metrics of one run, or of several to compare them: a panel each, in a PNG and in a self-contained HTML page."""
 
 from __future__ import annotations
 

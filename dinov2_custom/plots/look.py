@@ -1,4 +1,4 @@
-"""Pictures of what a trained backbone sees: patches, attention, images as points. Read :func:`main`."""
+"""Pictures of what a trained backbone sees: patches, attention, images as points."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Read the metrics and the configuration of a run directory, also while the run writes them. Without torch.
-
-Read :func:`read_run` first.
-"""
+"""Read the metrics and the configuration of a run directory, also while the run writes them. Without torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """One HTML file with the panels, the newest numbers and what tells the runs' configurations apart.
 
-It loads nothing: no scripts, fonts or pictures from elsewhere. Not the panels (``history.py``). Read :func:`make_page`
-first.
+It loads nothing: no scripts, fonts or pictures from elsewhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Features as points of a plane: their two principal components, coloured by class. Read :func:`plot_scatter`."""
+"""Features as points of a plane: their two principal components, coloured by class."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """One image file -> the files that are written for it: unchanged, shrunk, converted, or none because it is bad.
 
 What need not change is passed on byte for byte. Pixels follow the rules of ``data.decode`` (16-bit and float to 8 bits,
-alpha dropped, first frame); a grey image stays grey, an EXIF orientation stays written in the file. Not in here: huge
-images (``tiles``). Read :func:`prepare_image` first.
+alpha dropped, first frame); a grey image stays grey, an EXIF orientation stays written in the file.
 """
 
 from __future__ import annotations

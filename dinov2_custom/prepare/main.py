@@ -1,8 +1,7 @@
 """Check a dataset and write it again: bad images left out, others shrunk, converted or tiled where asked.
 
 Killed and started again it goes on after the last finished shard, and the result is the same to the byte, whatever the
-number of processes. Not in here: what happens to one image (``change``), how it is written (``parts``). Read
-:func:`prepare` first.
+number of processes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Names of images -> names of the files written: relative to the dataset's folders, so that class folders stay.
-
-Read :class:`Names` first.
-"""
+"""Names of images -> names of the files written: relative to the dataset's folders, so that class folders stay."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 A part is ``shard-000000.tar`` (or files below ``images/``) and ``shard-000000.jsonl``, which lists what is in it and is
 written last: it is the mark that the part is done. A run that was killed goes on after the last part with that mark.
-Read :class:`PartWriter` first.
 """
 
 from __future__ import annotations

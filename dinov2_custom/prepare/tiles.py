@@ -1,8 +1,7 @@
 """Huge images -> square tiles, a band of rows in memory at a time. Above Pillow's limit only TIFF, through tifffile.
 
 The last tile of a row or column is moved inwards so that all have full size (it overlaps its neighbour); an image
-narrower than a tile gives tiles as narrow. Not in here: which images are huge (``main``). Read :func:`write_tiles`
-first.
+narrower than a tile gives tiles as narrow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Flags of the launcher, and their defaults for one cluster from a YAML file: the flags without their dashes.
 
 Without ``--cluster`` the user's own ``~/.config/dinov2_custom/cluster.yaml`` is read for SLURM jobs, if there is one. A
-flag wins over the file. Not the flags of the programs (``cli.py``). Torch-free. Read :func:`get_args_parser` and
-:func:`fill_in`.
+flag wins over the file. Torch-free.
 """
 
 from __future__ import annotations

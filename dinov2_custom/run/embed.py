@@ -1,4 +1,4 @@
-"""Launch the features of a dataset. Not the features themselves (``dinov2_custom/embed/``). Torch-free."""
+"""Launch the features of a dataset. Torch-free."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 Order: modules, setup lines, conda or venv, so that the environment's interpreter is the first on PATH. What can be
 looked up where the job is submitted is looked up there; ``environment_check.py`` looks again on every node. Torch-free.
-Read :func:`resolve` first.
 """
 
 from __future__ import annotations

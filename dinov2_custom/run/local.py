@@ -1,7 +1,6 @@
 """Run processes on this machine with torchrun's own main, and the exit code of the process that failed first.
 
-``python -m dinov2_custom.run.local`` takes torchrun's arguments, for one node of several, too. Not here: SLURM
-(``slurm.py``). Read :func:`launch` first.
+``python -m dinov2_custom.run.local`` takes torchrun's arguments, for one node of several, too.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 submitit pickles it for a SLURM job, ``local.py`` for processes of this machine; the state is in the checkpoint on disk.
 How a process of a job ended is kept in submitit's ``<job>_<rank>_result.pkl``, which ``requeue.py`` reads. Torch-free
-until the task runs. Read :class:`Process` first.
+until the task runs.
 """
 
 from __future__ import annotations

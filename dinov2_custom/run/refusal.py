@@ -1,6 +1,6 @@
 """What a cluster has, and what SLURM says against a job, as one sentence: flags, what there is, what was asked for.
 
-Not the submission (``slurm.py``). Torch-free. Read :func:`explain` first.
+Torch-free.
 """
 
 from __future__ import annotations

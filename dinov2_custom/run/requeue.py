@@ -1,7 +1,7 @@
 """After the processes of a SLURM job have ended: decide whether the batch script requeues the job.
 
 There is no limit on attempts, but one that ended by itself, or at the time limit, without a new checkpoint is the last.
-Torch-free. Read :func:`decide` first.
+Torch-free.
 """
 
 from __future__ import annotations

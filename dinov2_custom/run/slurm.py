@@ -2,8 +2,7 @@
 
 Every process is one task of submitit's srun, so that signals, ranks and deaths are SLURM's own. Before them the script
 makes the environment and checks the interpreter on every node, after them it requeues the job if there is more to do
-(``requeue.py``). Not here: the processes (``process.py``), sentences about a refusal (``refusal.py``). Torch-free. Read
-:func:`parameters` first.
+(``requeue.py``). Torch-free.
 """
 
 from __future__ import annotations

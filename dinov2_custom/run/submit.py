@@ -1,7 +1,6 @@
 """Launch a task: as a SLURM job, on this machine, or in this process. Upstream's names.
 
-Submitting imports no torch; the configuration is checked before anything is started. Not here: SLURM (``slurm.py``),
-local processes (``local.py``), what a process does (``process.py``). Read :func:`submit_jobs` first.
+Submitting imports no torch; the configuration is checked before anything is started.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 JPEG is entropy-decoded to its last bit by libjpeg-turbo through simplejpeg where that is installed, because Pillow
 hides libjpeg's warnings; only as many pixels are made as that needs. Without simplejpeg: Pillow's full decode and the
 syntax checks of ``structure``, which find less (``docs/verify.md`` has the measured rates). All other formats: Pillow,
-every frame, with ``structure``. What is sound here can be decoded by ``data.decode``. Read :func:`check_image` first.
+every frame, with ``structure``. What is sound here can be decoded by ``data.decode``.
 """
 
 from __future__ import annotations

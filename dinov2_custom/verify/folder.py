@@ -1,4 +1,4 @@
-"""An output folder that belongs to one command and one process at a time. Read :func:`own_folder` first."""
+"""An output folder that belongs to one command and one process at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Decode every image of a dataset strictly, in parallel, and write down what is bad and what is clean.
 
-Killed and started again it goes on where it was. Not in here: what "strictly" means (``check``), surviving decoders
-that crash (``pool``). Read :func:`verify` first.
+Killed and started again it goes on where it was.
 """
 
 from __future__ import annotations

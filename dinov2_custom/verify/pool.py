@@ -2,7 +2,7 @@
 
 Decoders are C code that meets broken input: a process that dies (segmentation fault, out of memory) or hangs is
 replaced, its innocent work is done again, and the number it died on gets a :class:`Death` as its result. Not for torch
-tensors and not for small work: results travel through pipes. Read :func:`run_pool` first.
+tensors and not for small work: results travel through pipes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The results as files and as text: bad_images.jsonl, clean.txt, summary.json. Read :func:`write_report` first."""
+"""The results as files and as text: bad_images.jsonl, clean.txt, summary.json."""
 
 from __future__ import annotations
 

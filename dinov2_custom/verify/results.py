@@ -1,8 +1,7 @@
 """What was found for every image: on disk as it comes (append-only, a line an image), and in arrays, 11 bytes an image.
 
 A line counts again in a later run where the image still has its name and, if it is a file or part of one, that file's
-size and time of change. A torn line, which a killed run leaves, counts for nothing. Read :meth:`Results.take_over`
-first.
+size and time of change. A torn line, which a killed run leaves, counts for nothing.
 """
 
 from __future__ import annotations

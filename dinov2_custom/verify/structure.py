@@ -1,8 +1,7 @@
 """Faults of JPEG, PNG, WebP and GIF files that show without decoding pixels, and that decoders pass over in silence.
 
 PNG has a checksum a chunk, so every flipped bit is found. JPEG has none: only what breaks the syntax shows (markers,
-restart counters, padding, long runs of zeros where the Huffman tables allow none). Nothing is decoded here. Read
-:func:`fault` first.
+restart counters, padding, long runs of zeros where the Huffman tables allow none). Nothing is decoded here.
 
 Source: ITU-T T.81 annex B (JPEG), W3C PNG specification section 5, RFC 9649 (WebP), GIF89a section 27.
 """

@@ -1,6 +1,6 @@
 """Damage of compressed TIFF files that libtiff passes over: it reads Deflate without its checksum, and JPEG leniently.
 
-Other compressions have no checksum; what breaks their syntax libtiff tells. Read :func:`tiff_fault` first.
+Other compressions have no checksum; what breaks their syntax libtiff tells.
 
 Source: TIFF 6.0; Adobe Photoshop TIFF technical notes (compressions 7 and 8).
 """

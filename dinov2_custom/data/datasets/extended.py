@@ -1,7 +1,7 @@
 """ExtendedVisionDataset: the base of all datasets here, and of users' own ones as in upstream.
 
 A subclass gives ``get_image_data(index) -> bytes``, ``get_target(index)`` and ``__len__``; a ``name(index)`` makes
-errors and the list of bad images readable. Read :meth:`ExtendedVisionDataset.__getitem__` first.
+errors and the list of bad images readable.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Datasets over folders: ImageDataset without labels (training), LabelledFolder with a folder a class (evaluation).
-
-Read :class:`ImageDataset` first; the listing is ``dinov2_custom.data.sources.list_images``.
-"""
+"""Datasets over folders: ImageDataset without labels (training), LabelledFolder with a folder a class (evaluation)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """ImageNet-1k in upstream's layout: ``root/{train,val}/<class id>/*.JPEG``, ``root/test/*.JPEG``, ``root/labels.txt``.
 
 The tables in ``extra/`` (``entries-TRAIN.npy`` ...) save the listing where they exist; without them the folders are
-listed. Read :meth:`ImageNet.__init__` first.
+listed.
 
 Source of the layout: upstream data/datasets/image_net.py.
 """

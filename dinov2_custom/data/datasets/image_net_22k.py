@@ -1,7 +1,6 @@
 """ImageNet-22k in upstream's layout: ``root/<class id>.tar``, read by offset and never unpacked.
 
-``extra/entries.npy`` and ``extra/class-ids.npy`` save the walk through the tars where they exist. Read
-:meth:`ImageNet22k.get_image_data` first.
+``extra/entries.npy`` and ``extra/class-ids.npy`` save the walk through the tars where they exist.
 
 Source of the layout: upstream data/datasets/image_net_22k.py.
 """

@@ -1,4 +1,4 @@
-"""What both ImageNets share: .npy tables in the ``extra`` folder, used where they exist. Read :class:`TableDataset`."""
+"""What both ImageNets share: .npy tables in the ``extra`` folder, used where they exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launched evaluations share. Not the evaluations (``dinov2_custom/eval/``). Torch-free."""
+"""What the launched evaluations share. Torch-free."""
 
 from __future__ import annotations
 

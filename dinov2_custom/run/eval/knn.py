@@ -1,4 +1,4 @@
-"""Launch a kNN evaluation, under upstream's names. Not the evaluation itself. Torch-free."""
+"""Launch a kNN evaluation, under upstream's names. Torch-free."""
 
 from dinov2_custom import cli
 from dinov2_custom.eval.args import get_knn_args_parser

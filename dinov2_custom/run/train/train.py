@@ -1,4 +1,4 @@
-"""Launch a training, under upstream's names. Not the training (``dinov2_custom/train/train.py``). Torch-free."""
+"""Launch a training, under upstream's names. Torch-free."""
 
 from __future__ import annotations
 
