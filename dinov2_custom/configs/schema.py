@@ -1,7 +1,8 @@
-"""Declare every key of a configuration once: type, limits, default and what it does. The only source of defaults.
+"""Declare every key of a configuration once: type, limits, default and meaning. The only source of defaults.
 
-One pydantic model a YAML section; docs/configuration.md is generated from them. Names and defaults of upstream's keys:
-upstream `dinov2/configs/ssl_default_config.yaml`; `augmentation` holds what upstream's code has as constants.
+There is one pydantic model per YAML section, and docs/configuration.md is generated from them. Names and defaults of
+upstream's keys are from upstream's `dinov2/configs/ssl_default_config.yaml`; `augmentation` holds constants of
+upstream's code.
 """
 
 import functools
@@ -22,7 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-# without importing torch; a test keeps them equal to dinov2_custom.models.vision_transformer
+# repeated here to avoid importing torch; a test compares them with dinov2_custom.models.vision_transformer
 DEPTH_OF_ARCH = {
     "vit_nano": 4,
     "vit_micro": 6,
@@ -45,7 +46,7 @@ Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else val
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AreaShare = Annotated[float, Field(gt=0, le=1)]
 Percent = Annotated[str, Field(pattern=r"^(\d{1,2}(\.\d*)?|100(\.0*)?)%$", examples=["10%"])]
-Length = NonNegativeInt | NonNegativeFloat | Percent  # in epochs, or as a share of the run
+Length = NonNegativeInt | NonNegativeFloat | Percent  # in epochs, or a percentage of the run
 NonEmpty = Annotated[list[T], Field(min_length=1)]
 Triple = Annotated[list[T], Field(min_length=3, max_length=3)]
 Range = Annotated[
@@ -53,14 +54,14 @@ Range = Annotated[
 ]
 Mapping = Annotated[dict[str, Any], Field(min_length=1)]
 Dtype = Literal["fp32", "fp16", "bf16"]
-Switch = Annotated[  # YAML reads a bare on or off as true or false
+Switch = Annotated[  # YAML parses a bare on or off as true or false
     Literal["auto", "on", "off"],
     BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value),
 ]
 
 
 class Section(BaseModel):
-    """Keys that stand below one name in YAML. Nothing is converted but whole numbers: 4.0 is an int, 1 a float."""
+    """Keys of one YAML section. Only whole numbers are converted: 4.0 is accepted as int, 1 as float."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -73,13 +74,13 @@ class Section(BaseModel):
 def key(
     default: Any, description: str, *, unit: str = "", changes_results: bool = True, unused: bool = False, **limits: Any
 ) -> Any:
-    """Make the field of a key.
+    """Create the field of a key.
 
     Args:
-        unit: unit of the value, empty for a plain number or a name.
-        changes_results: whether another value may change the trained weights.
-        unused: upstream's key that nothing reads; it is accepted and said to be unused.
-        limits: pydantic's, such as ``lt=1``.
+        unit: unit of the value; empty for a plain number or a name.
+        changes_results: whether the value affects the trained weights.
+        unused: whether this is a key of upstream that is accepted but has no effect, and is documented as such.
+        limits: constraints of pydantic, such as ``lt=1``.
     """
     about = {"unit": unit, "changes_results": changes_results, "unused": unused}
     return Field(default, description=description, json_schema_extra=about, **limits)
@@ -493,7 +494,7 @@ def default_values() -> dict[str, Any]:
 
 @functools.cache
 def all_keys() -> dict[str, FieldInfo]:
-    """Return every key by dotted name, in the order of the schema. Not to be changed by the caller."""
+    """Return every key by dotted name, in the order of the schema. The caller must not modify the result."""
     return _keys_below(Config, "")
 
 
@@ -524,7 +525,7 @@ def _json_schemas(section: str) -> dict[str, Any]:
 
 
 def alternatives(name: str) -> list[dict[str, Any]]:
-    """Return the JSON schemas of which a key's value follows one, without integers where all numbers are legal."""
+    """Return the alternative JSON schemas of a key's value, without integer if all numbers are legal."""
     section, _, leaf = name.rpartition(".")
     schema = _json_schemas(section)[leaf]
     found = schema.get("anyOf", [schema])
@@ -533,7 +534,7 @@ def alternatives(name: str) -> list[dict[str, Any]]:
 
 
 def kinds(name: str) -> set[str]:
-    """Return the JSON types of a key's legal values; "string" only if it takes any text."""
+    """Return the JSON types of a key's legal values, with "string" only if any text is legal."""
     return {one["type"] for one in alternatives(name) if not one.keys() & {"const", "enum", "pattern"}}
 
 
