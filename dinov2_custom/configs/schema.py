@@ -395,7 +395,8 @@ class Checkpointing(Section):
     async_save: bool = key(
         False,
         "copy the state to host memory (16 bytes a parameter, of sharded parts a process's share) and write it while "
-        "training goes on, instead of one tensor after the other while training waits; an error shows at the next save",
+        "training continues, instead of one tensor after the other while training waits; an error shows at the next "
+        "save",
         changes_results=False,
     )
 

@@ -319,7 +319,7 @@ def main(args: argparse.Namespace) -> int:
             options = with_range(options, dataset, folder)
             summary = prepare(dataset, folder, options, shard_size=args.shard_size, workers=args.workers)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     print(as_text(summary, folder))
     return 0

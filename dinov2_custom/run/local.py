@@ -165,7 +165,7 @@ def _explain(failure: Any, errors: dict[int, str], folder: Path) -> None:
         output = output or f"; see {log}"
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"{words}\n")
-    print(f"error: {words}{output}; the same command goes on from the newest checkpoint", file=sys.stderr)
+    print(f"error: {words}{output}; run the same command to resume from the newest checkpoint", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def decide(results: Mapping[int, Result], num_ranks: int, progressed: bool, job:
     if progressed:
         # when a process dies, srun sends SIGTERM to the others, which may then report "stopped" without having saved
         saved = len(results) == num_ranks and not errors and LOST_PROCESS not in codes
-        return True, "stopped after a save" if saved else "it died, and goes on from its last checkpoint"
+        return True, "stopped after a save" if saved else "it died; the next attempt resumes from its last checkpoint"
     if crashed:
         return False, "it crashed before it wrote a checkpoint; see the error above or in logs/log.txt"
     if job.seconds_left < job.signal_delay + _LIMIT_SLACK_S:

@@ -52,7 +52,7 @@ finish() {  # with what the processes ended with: requeue the job, or end it
   [ "$code" = @again@ ] || exit "$code"
   # SLURM ends this script, which must not end first: the job would count as finished
   scontrol requeue "$job" && { sleep 60 || exit 1; }  # ended by SLURM: it is requeued
-  fail "it could not be requeued; submit it again, it goes on from its checkpoint"
+  fail "it could not be requeued; submit it again to resume from its checkpoint"
 }
 [[ "$(scontrol show job "$job")" != *Command=*_submission.sh* ]] || fail @by_hand@
 unset @torchrun@ ${!OMPI_@} ${!PMI_@} ${!PMIX_@} ${!TORCHELASTIC_@}

@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
             setup_logging(folder, name="dinov2", level=logging.INFO)
             summary = verify(dataset, folder, workers=args.workers, label=" ".join(args.dataset))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     print(as_text(summary))
     print(f"bad images: {folder / 'bad_images.jsonl'}\nlist to train on: {folder / 'clean.txt'}")

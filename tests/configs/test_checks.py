@@ -14,7 +14,7 @@ from dinov2_custom.errors import ConfigError
 
 
 def problems(bad=(), **changes):
-    """Check the defaults with `section__key=value` changes; keys in `bad` are already known to be wrong."""
+    """Check the defaults with `section__key=value` changes; keys in `bad` are already reported as invalid."""
     mistakes = Mistakes()
     mistakes.keys.update(bad)
     check_combinations(values_with(**changes), lambda key: "here", mistakes)
@@ -100,7 +100,7 @@ def test_the_name_of_released_weights_is_no_arch(arch, settings):
     assert line.endswith(f"-> set {settings}")
 
 
-def test_keys_already_wrong_are_left_alone():
+def test_keys_already_invalid_are_skipped():
     assert problems(bad=["student.patch_size"], student__patch_size=14) == []
 
 
@@ -196,7 +196,7 @@ def test_without_it_nothing_changes():
         (["optim.global_batch=-8"], 1, ["optim.global_batch (override)", "-8"]),
     ],
 )
-def test_what_does_not_divide_is_said_with_the_other_mistakes(overrides, processes, named):
+def test_indivisible_batch_is_reported_with_the_other_mistakes(overrides, processes, named):
     with pytest.raises(ConfigError) as caught:
         load_run_config("", [*overrides, "student.patch_size=x"], world_size=processes, require_dataset=False)
     (line,) = [line for line in str(caught.value).splitlines()[1:] if "student.patch_size" not in line]

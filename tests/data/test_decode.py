@@ -1,4 +1,4 @@
-"""Every rule of the decode table, on files of every kind."""
+"""Every rule of the decoding table, on files of every kind."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ def forget_warnings():
 
 
 def grey_levels(image: Image.Image) -> np.ndarray:
-    """Return the one plane of an RGB image that must be grey."""
+    """Return one plane of an RGB image whose three planes must be equal."""
     pixels = np.asarray(image)
     assert image.mode == "RGB" and (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()
     return pixels[..., 0]
@@ -159,7 +159,7 @@ def test_constant_images_out_of_range_are_black(values):
     assert not grey_levels(decode_rgb(encode(Image.fromarray(values), "TIFF"))).any()
 
 
-def test_each_mode_is_said_once(caplog):
+def test_each_mode_is_logged_once(caplog):
     data = encode(Image.fromarray(RAMP.astype(np.uint16)))
     with caplog.at_level(logging.WARNING, logger="dinov2"):
         for _ in range(3):
@@ -211,7 +211,7 @@ def test_tiffs_that_pillow_does_not_know_or_misreads_go_through_tifffile(shape, 
 
 
 def test_packed_12_bit_rgb(monkeypatch):
-    """Pillow says "not an image"; imagecodecs unpacks it."""
+    """Pillow reports "not an image", but imagecodecs decodes it."""
     values = np.arange(24 * 18 * 3, dtype=np.uint16).reshape(18, 24, 3) * 3
     data = packed_12_bits(values)
     with pytest.raises(Image.UnidentifiedImageError):
@@ -228,7 +228,7 @@ def test_packed_12_bit_rgb(monkeypatch):
 
 
 def packed_12_bits(values: np.ndarray) -> bytes:
-    """Return an uncompressed TIFF of BitsPerSample 12, two values in three bytes, which no library at hand writes."""
+    """Return an uncompressed TIFF of BitsPerSample 12 (two values in three bytes), which no library here writes."""
     height, width, _ = values.shape
     even, odd = values.reshape(-1, 2).T
     data = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=1).astype(np.uint8).tobytes()
@@ -512,14 +512,14 @@ def test_formats_that_are_listed_are_decoded(tmp_path, kind, suffix):
     assert image.size == RGB.size and image.mode == "RGB"
 
 
-def test_heic_without_its_package_says_which():
+def test_heic_without_its_package_names_the_package():
     data = b"\0\0\0\x18ftypheic" + bytes(100)
     with pytest.raises(DataError, match="pip install pillow-heif"):
         decode_rgb(data)
 
 
-def test_pillow_is_asked_for_formats_that_it_knows_alone(monkeypatch):
-    """AVIF came with Pillow 11.3; a name that Pillow does not know hides what is wrong with a file."""
+def test_only_formats_supported_by_pillow_are_requested(monkeypatch):
+    """AVIF came with Pillow 11.3; passing a format unknown to Pillow would hide a file's actual fault."""
     Image.init()
     assert set(decode.formats()) <= set(Image.OPEN)
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""The packed index: any text, mapping, damage, locks."""
+"""The packed index: arbitrary strings, mapping, damage and locks."""
 
 import logging
 import os
@@ -69,14 +69,14 @@ def test_file_is_mapped_and_pickles_as_its_name(tmp_path):
     save(file, arrays(["other"]))
     with pytest.raises(DataError, match="got another; start again"):
         pickle.loads(data)
-    assert list(table) == NAMES  # what was mapped stays
+    assert list(table) == NAMES  # an existing mapping remains valid
 
 
 @pytest.mark.parametrize("damage", [
     lambda data: b"", lambda data: data[:10], lambda data: data[:-1], lambda data: data + b"x",
     lambda data: b"DV2IDX99" + data[8:], lambda data: data[:40] + b"!" + data[41:], lambda data: b"\xff" * len(data),
 ])  # fmt: skip
-def test_damaged_file_is_said_and_made_again(tmp_path, cache, caplog, damage):
+def test_damaged_file_is_logged_and_rebuilt(tmp_path, cache, caplog, damage):
     place = old(tmp_path / "place")
     assert len(PathTable(index=cached(["k"], lambda on_count: [on_count(1), arrays(place=place)][1], 1))) == 5
     file = cache_file(["k"])
@@ -139,7 +139,7 @@ def test_second_process_waits_for_the_first(tmp_path, cache):
             with pytest.raises(index_module._SomebodyElseLists):
                 on_count(10)
             built.append("second stops")
-            raise KeyboardInterrupt  # waiting would be for ever: the first is in this very thread
+            raise KeyboardInterrupt  # waiting would deadlock: the first is in this thread
 
         with pytest.raises(KeyboardInterrupt):
             cached(["k"], second, 10)

@@ -1,4 +1,4 @@
-"""List files: .txt and .csv, relative paths, columns, what is missing."""
+"""List files: .txt and .csv, relative paths, columns and missing parts."""
 
 import os
 import pickle
@@ -88,7 +88,7 @@ def test_csv_mistakes(tmp_path, text, column, words):
         assert word in str(e.value)
 
 
-def test_lines_of_a_table_without_a_path_are_said(tmp_path, caplog):
+def test_table_lines_without_a_path_are_logged(tmp_path, caplog):
     (tmp_path / "files.csv").write_text("label,path\n1,a.png\n2\n,,\n\n3,\n4,b.png\n")
     dataset = make_dataset(dataset_str=f"ImageList:path={tmp_path / 'files.csv'}")
     assert [dataset.name(i) for i in range(len(dataset))] == [str(tmp_path / name) for name in ("a.png", "b.png")]

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, every image once a pass of its dataset, pure functions of (seed, draw)."""
+"""Mixtures: exact shares, every image once per pass of its dataset, pure functions of (seed, draw)."""
 
 import itertools
 import pickle

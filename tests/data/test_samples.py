@@ -1,4 +1,4 @@
-"""Draw -> sample -> batch as pure functions, and the account of bad images."""
+"""Draw -> sample -> batch as pure functions, and the counting of bad images."""
 
 import pickle
 import random
@@ -86,7 +86,7 @@ def test_bad_files_of_many_kinds_are_replaced_and_named(folder):
         assert path in reason and reason.startswith("expected") and 0 <= draw < 16
 
 
-def test_replacement_depends_on_seed_and_draw_alone(folder):
+def test_replacement_depends_only_on_seed_and_draw(folder):
     spoil(folder)
     forwards, backwards, restarted = make(folder), make(folder), make(folder)
     expected = [sample(forwards, draw) for draw in range(30)]
@@ -150,7 +150,7 @@ def test_probe_looks_beyond_a_bad_folder(tmp_path, monkeypatch):
     make(tmp_path).probe()
 
 
-def test_a_draw_without_any_readable_image_tells_only_its_story(tmp_path):
+def test_draw_without_readable_image_reports_only_its_failures(tmp_path):
     spoil(tmp_path)
     found = make(tmp_path)[4]
     assert found.pixels is None and found.crops == []

@@ -1,4 +1,4 @@
-"""Folder sources: names, bytes, parts, and the kept listing."""
+"""Folder sources: names, bytes, parts and the cached listing."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Tar shards: the walk against the standard library's, names, truncation, patterns, errors."""
+"""Tar shards: the scan compared with the standard library, names, truncation, patterns and errors."""
 
 import io
 import os
@@ -137,14 +137,14 @@ def test_truncated_tar_gives_what_is_there(tmp_path, left, readable, words):
 
 
 def damage(path, position=1024):
-    """Change a byte of the second header, and set the file's time back, so that its index may be kept."""
+    """Change a byte of the second header and make the file older, so that its index can be cached."""
     with open(path, "r+b") as file:
         file.seek(position + 10)
         file.write(b"!")
     os.utime(path, (1e9, 1e9))
 
 
-def test_what_a_damaged_header_hides_is_said_at_every_start(tmp_path, monkeypatch, caplog):
+def test_what_a_damaged_header_hides_is_logged_at_every_start(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"2"})
     damage(path)
@@ -239,7 +239,7 @@ def test_braces_expand_as_in_a_shell(pattern, expanded):
     assert list(expand_braces(pattern)) == expanded
 
 
-def test_name_with_braces_that_exists_is_taken_as_it_is(tmp_path):
+def test_existing_name_with_braces_is_taken_literally(tmp_path):
     path = write(tmp_path / "s-{0..1}.tar", {"a.jpg": b"1"})
     assert find_files([path], (".tar",), "tars") == [path]
 

@@ -30,7 +30,7 @@ def run(dataset, folder, options=None, *, shard_size=20_000, workers=2):
 
 
 def members(folder):
-    """Return name -> bytes of what is in the shards, and check the index against it."""
+    """Return name -> bytes of the shards' contents, and check them against the index."""
     found = {}
     index = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     for shard in sorted(folder.glob("shard-*.tar")):
@@ -297,7 +297,7 @@ def test_usage_errors(arguments):
 
 @pytest.mark.parametrize("limit", [None, 10_000], ids=["by Pillow", "above Pillow's limit"])
 def test_tiles_of_deep_images_keep_their_levels(tmp_path, monkeypatch, limit):
-    """By bit depth all of these would be black; the range is measured once, and a run that goes on keeps it."""
+    """Scaled by bit depth, all images would be black; the range is measured once, and a resumed run keeps it."""
     tifffile = pytest.importorskip("tifffile")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     (tmp_path / "images").mkdir()
@@ -319,7 +319,7 @@ def test_tiles_of_deep_images_keep_their_levels(tmp_path, monkeypatch, limit):
     assert 100 <= low < 104 and 398 < high < 403
     assert len(np.unique(seen)) > 240
     for part in (tmp_path / "out").glob("shard-*"):
-        part.unlink()  # as a run that was killed at once
+        part.unlink()  # as if the run had been killed immediately
     tifffile.imwrite(tmp_path / "images" / "0.tif", np.full((200, 180), 60_000, np.uint16))
     assert tiles("out")[:12].min() == 255
     assert json.loads((tmp_path / "out" / MARKER).read_text())["intensity"] == [low, high]

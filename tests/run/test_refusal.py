@@ -1,4 +1,4 @@
-"""What SLURM says becomes a sentence about the right flag; a SLURM that answers is in tests/slurm."""
+"""SLURM's messages are translated into errors about the right flag; tests/slurm uses a real SLURM."""
 
 import pytest
 

@@ -75,7 +75,7 @@ def test_the_small_decode_finds_what_the_full_one_finds():
 
 
 class Refusing:
-    """Stands for simplejpeg that refuses a file with a message."""
+    """A fake simplejpeg that rejects a file with a message."""
 
     def __init__(self, message):
         self.message = message

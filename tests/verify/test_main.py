@@ -233,7 +233,7 @@ def test_a_process_without_file_descriptors_ends_the_command_and_blames_no_image
     assert done.returncode != 0 and "ResourceError" in done.stderr and "ulimit -n" in done.stderr, done
 
 
-def test_script_says_what_is_wrong_with_the_dataset(tmp_path):
+def test_script_reports_errors_of_the_dataset(tmp_path):
     script = [sys.executable, str(REPOSITORY / "run" / "data" / "verify.py")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     run = subprocess.run(
@@ -259,7 +259,7 @@ def test_usage_errors(arguments, capsys):
     assert stop.value.code == 2
 
 
-def test_the_range_the_levels_and_the_pages_are_said(tmp_path):
+def test_range_levels_and_pages_are_reported(tmp_path):
     rng = np.random.default_rng(0)
     dim, bright = (encode(Image.fromarray(rng.integers(100, top, (40, 40), dtype=np.uint16))) for top in (400, 60_000))
     stack = [Image.fromarray(rng.integers(0, 255, (9, 9), dtype=np.uint8)) for _ in range(3)]
