@@ -138,7 +138,7 @@ def test_notes(changes, fragment):
         {"train__seed": 3},
     ],
 )
-def test_no_notes_where_all_is_meant(changes):
+def test_no_notes_for_intended_settings(changes):
     assert notes(**changes) == []
 
 
@@ -170,7 +170,7 @@ def test_the_product_is_the_global_batch(whole, processes, bounds, batch, accumu
     assert load(*overrides, world_size=processes)[2] == pytest.approx(0.001 * (whole / 1024) ** 0.5)
 
 
-def test_what_a_recipe_or_another_run_has_gives_way(tmp_path):
+def test_values_of_a_recipe_or_another_run_are_replaced(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("train: {batch_size_per_gpu: 2}\noptim: {global_batch: 64, accumulation_steps: 16}\n")
     assert load(file=file, world_size=4)[:2] == (16, 1)

@@ -311,7 +311,7 @@ def test_16_bit_rgba_is_the_high_bytes_without_alpha():
     np.testing.assert_array_equal(np.asarray(decode_rgb(file.getvalue())), values[..., :3] >> 8)
 
 
-def test_first_picture_of_a_phones_multi_picture_jpeg():
+def test_first_image_of_a_multi_picture_jpeg_is_decoded():
     data = encode(RGB, "MPO", save_all=True, append_images=[picture(24, 18, 1)], quality=95)
     np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     assert np.abs(np.asarray(decode_rgb(data)).astype(int) - np.asarray(RGB).astype(int)).mean() < 20
@@ -467,11 +467,11 @@ def test_common_jpegs_have_a_dct(options):
     "data",
     [b"", b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xff", b"\xff\xd8\xff\xe0\0\0", b"\xff\xd8\0\xff\xc0\0\x11\x08"],
 )
-def test_what_breaks_off_or_has_garbage_before_the_frame_counts_as_another_kind(data):
+def test_truncated_or_garbled_headers_are_not_dct(data):
     assert not has_dct(data)
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_image(monkeypatch):
+def test_running_out_of_memory_does_not_mark_the_image_bad(monkeypatch):
     def run_out(*arguments, **options):
         raise MemoryError
 
@@ -491,7 +491,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     (b"zTXt", lambda: b"k\0\0" + zlib.compress(b"x" * (3 << 20)), 1),
     (b"tEXt", lambda: b"k\0" + b"x" * (1 << 20), 70),
 ])  # fmt: skip
-def test_a_png_is_sound_whatever_its_text_and_colour_profile_weigh(place, kind, content, times):
+def test_png_with_large_text_or_colour_profile_is_sound(place, kind, content, times):
     chunk = png_chunk(kind, content()) * times
     data = encode(RGB, "PNG")
     cut = 33 if place == "before" else len(data) - 12

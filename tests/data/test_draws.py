@@ -99,7 +99,7 @@ def rate(flags) -> float:
 
 
 @pytest.mark.parametrize("blur_p, solarize_p", [(0.0, 0.0), (0.9, 0.2), (0.5, 0.0), (1.0, 1.0)])
-def test_rates_of_what_happens_by_chance(blur_p, solarize_p):
+def test_rates_of_random_operations(blur_p, solarize_p):
     rng = random.Random(2)
     draws = [draw_crop(rng, 50, 40, (0.3, 1.0), Recipe(), blur_p, solarize_p) for _ in range(NUMBER)]
 

@@ -106,7 +106,7 @@ def test_choice_is_that_of_the_sorted_hashes():
     assert choose(["/d/a\nb.png", "/d/c.png"], 0.6) == {"/d/c.png"}
 
 
-def test_image_that_is_there_twice_is_held_out_twice(tmp_path, folder):
+def test_duplicate_image_is_held_out_twice(tmp_path, folder):
     (tmp_path / "twice.txt").write_text("\n".join([*folder, *folder]))
     rest = split_off(make_dataset(dataset_str=str(tmp_path / "twice.txt")), str(tmp_path / "held.txt"), 0.25)
     held = set((tmp_path / "held.txt").read_text().splitlines())

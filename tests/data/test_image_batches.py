@@ -127,7 +127,7 @@ def test_memory_of_batches_is_not_in_dev_shm():
     assert done.returncode == 0 and done.stdout == "all 0\n", done.stderr
 
 
-def test_the_loaders_of_embed_and_evaluations_are_these():
+def test_embed_and_evaluations_use_these_loaders():
     """Only upstream's own function creates torch's DataLoader, so the properties tested here hold everywhere."""
     package = REPOSITORY / "dinov2_custom"
     users = [str(path.relative_to(package)) for path in package.rglob("*.py") if "DataLoader(" in path.read_text()]

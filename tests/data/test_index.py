@@ -89,7 +89,7 @@ def test_damaged_file_is_logged_and_rebuilt(tmp_path, cache, caplog, damage):
     assert list(PathTable(index=index)) == ["new"] and load(file) is not None
 
 
-def test_index_is_current_while_its_places_are(tmp_path):
+def test_index_is_valid_while_its_folders_are_unchanged(tmp_path):
     place = old(tmp_path / "place")
     index = Index(arrays(place=place))
     assert stamps_hold(index)
@@ -109,7 +109,7 @@ def test_small_things_leave_nothing_on_disk(cache):
     assert index.file == "" and not cache.exists()
 
 
-def test_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, caplog):
+def test_unwritable_cache_folder_is_no_error(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "dinov2")
     (tmp_path / "cache").write_text("a file, where the folder would be")
     index = cached(["k"], lambda on_count: [on_count(9), arrays()][1], cache_from=1)
@@ -190,7 +190,7 @@ def test_keys_do_not_collide():
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "none"])
-def test_an_index_that_others_can_write_to_is_made_again(tmp_path, cache, monkeypatch, caplog, what):
+def test_index_writable_by_others_is_rebuilt(tmp_path, cache, monkeypatch, caplog, what):
     place = tmp_path / "place"
     place.mkdir()
     os.utime(place, (1e9, 1e9))

@@ -51,7 +51,7 @@ def levels(dataset) -> np.ndarray:
     (100, 4095, np.uint16), (100, 400, np.uint16), (0, 65535, np.uint16), (-900, 2900, np.int32), (0, 1, np.float32),
     (-3, 0.5, np.float32), (1e6, 1e6 + 900, np.int32),
 ])  # fmt: skip
-def test_all_that_8_bits_can_hold_is_kept(tmp_path, low, high, kind):
+def test_full_8_bit_resolution_is_kept(tmp_path, low, high, kind):
     values = scenes(low, high).astype(kind)
     dataset = written(tmp_path / "images", values)
     reading = choose_reading(dataset)
@@ -66,7 +66,7 @@ def test_all_that_8_bits_can_hold_is_kept(tmp_path, low, high, kind):
     ([-9999], ""), ([-3.4028235e38], ""), ([np.nan, np.inf, -np.inf], ""), ([-9999, -3.4028235e38], ""), ([610], "610"),
     ([32767], "32767"), ([1e20], "1e+20"), ([0], ""),
 ])  # fmt: skip
-def test_what_stands_for_no_value_does_not_count(tmp_path, nodata, tag):
+def test_nodata_values_do_not_affect_the_range(tmp_path, nodata, tag):
     """A third of each height model has no values; it is black, and everything else is unaffected."""
     heights = scenes(600, 820).astype(np.float32)
     holes = heights.copy()
@@ -100,7 +100,7 @@ def test_odd_values(values, expected):
     assert range_of(without_nodata(np.array(values))) == expected
 
 
-def test_a_range_that_is_given_is_told_what_it_clips(tmp_path, caplog):
+def test_clipping_of_a_given_range_is_reported(tmp_path, caplog):
     dataset = written(tmp_path / "images", scenes(100, 4095).astype(np.uint16))
     caplog.set_level(logging.INFO, logger="dinov2")
     assert choose_reading(dataset, Reading((0, 255))) == dataset.reading == Reading((0, 255))

@@ -91,7 +91,7 @@ def test_missing_roots_are_all_named(tmp_path):
     ("shard-0.tar", "Tar:path={}"), ("x.PARQUET", "Parquet:path={}"), ("x.arrow", "Parquet:path={}"),
     ("files.txt", "ImageList:path={}"), ("files.csv", "ImageList:path={}"), ("images.zip", "ImageList:path=.."),
 ])  # fmt: skip
-def test_a_file_where_a_folder_is_expected_is_told_how_to_be_given(tmp_path, name, advice):
+def test_error_for_a_file_explains_how_to_use_it(tmp_path, name, advice):
     touch(tmp_path, name)
     with pytest.raises(DataError) as e:
         list_images([str(tmp_path / name)])
@@ -99,7 +99,7 @@ def test_a_file_where_a_folder_is_expected_is_told_how_to_be_given(tmp_path, nam
 
 
 @pytest.mark.parametrize("marker", ["config.yaml", "prepare.json", "verify_results.jsonl"])
-def test_what_our_commands_write_into_the_folder_is_not_listed(tmp_path, marker, caplog):
+def test_output_of_our_commands_is_not_listed(tmp_path, marker, caplog):
     caplog.set_level("INFO", logger="dinov2")
     touch(tmp_path, "a.jpg", "runs/1/.lock", f"runs/1/{marker}", "runs/1/2.png", "runs/1/deep/3.png", "runs/4.jpg")
     assert list_images([str(tmp_path)]) == [str(tmp_path / "a.jpg"), str(tmp_path / "runs/4.jpg")]
@@ -175,7 +175,7 @@ def test_order_is_that_of_the_sorted_paths(tmp_path):
 
 
 @links
-def test_links_to_images_are_not_looked_at(tmp_path):
+def test_links_to_images_are_not_resolved(tmp_path):
     touch(tmp_path / "elsewhere", "1.jpg")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link.jpg").symlink_to(tmp_path / "elsewhere" / "1.jpg")
@@ -206,7 +206,7 @@ def test_threads_give_the_same_order(tmp_path, monkeypatch):
     assert list_images([str(tmp_path)]) == expected and len(expected) == 180
 
 
-def test_folder_that_goes_away_meanwhile_is_skipped(tmp_path):
+def test_folder_that_disappears_during_listing_is_skipped(tmp_path):
     touch(tmp_path, "1.jpg")
     found = Listing()
     assert list(found.chunks(str(tmp_path / "gone"))) == []

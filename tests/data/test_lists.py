@@ -200,7 +200,7 @@ def test_semicolons_and_tabs_between_columns(tmp_path, mark):
     ("a.jpg.webp", "a.jpg.webp"),
     ("é/ü.png", "é/ü.png"),
 ])  # fmt: skip
-def test_lines_as_people_and_programs_write_them(tmp_path, encoding, line, found):
+def test_common_line_formats(tmp_path, encoding, line, found):
     (tmp_path / "files.txt").write_text(f"{line}\r\n\r\nlast.jpg\r\n", encoding=encoding, newline="")
     assert names(ListSource(tmp_path / "files.txt")) == [f"{tmp_path}/{found}", f"{tmp_path}/last.jpg"]
 

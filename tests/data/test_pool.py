@@ -192,7 +192,7 @@ def run(tmp_path, *args) -> tuple[subprocess.CompletedProcess, list[int]]:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_signals_to_the_group_leave_the_processes_at_work_and_nothing_is_left(tmp_path, method):
+def test_processes_ignore_group_signals_and_leave_nothing_behind(tmp_path, method):
     done, pids = run(tmp_path, method, "go on")
     assert (done.returncode, done.stderr) == (0, "") and "went on" in done.stdout
     assert len(pids) == 2 and not running(pids)
@@ -255,7 +255,7 @@ def test_arrays_have_their_shapes_and_do_not_overlap():
     assert {name: a.shape for name, a in allocate(FIELDS).items()} == {name: f.shape for name, f in FIELDS.items()}
 
 
-def test_slots_outlive_their_closing_as_long_as_arrays_look_at_them():
+def test_slots_stay_valid_after_close_while_arrays_refer_to_them():
     slots = Slots(FIELDS, 1)
     array = slots.arrays(0)["b"]
     array[:] = 5

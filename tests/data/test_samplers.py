@@ -34,7 +34,7 @@ def test_permutations_of_few_images_are_all_about_as_frequent():
     assert len(counts) == 6 and min(counts.values()) > 400 and max(counts.values()) < 600
 
 
-def test_places_are_uniform_and_neighbours_unrelated():
+def test_positions_are_uniform_and_neighbours_uncorrelated():
     size, number = 100, 300
     orders = np.array([[permuted_index(p * size + i, size, seed=2) for i in range(size)] for p in range(number)])
     expected = np.sqrt((size**2 - 1) / 12 / number)
@@ -102,7 +102,7 @@ def test_sharded_sampler_keeps_to_its_share(shuffle):
     assert sum(map(len, shares)) == 20 == len(set.union(*shares))
 
 
-def test_fewer_images_than_ranks_is_no_endless_wait():
+def test_fewer_images_than_ranks_does_not_hang():
     drawn = take(ShardedInfiniteSampler(sample_count=2, shuffle=True, start=5, step=8), 10)
     assert set(drawn) == {0, 1}
 

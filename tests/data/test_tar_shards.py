@@ -124,7 +124,7 @@ def test_index_of_shards_is_kept_until_one_changes(tmp_path, monkeypatch):
     (512 + 512, 1, ""),  # between the two, without the end mark
     (512 + 512 + 512 + 1024, 2, ""),  # only the end mark is missing
 ])  # fmt: skip
-def test_truncated_tar_gives_what_is_there(tmp_path, left, readable, words):
+def test_truncated_tar_gives_the_complete_files(tmp_path, left, readable, words):
     path = write(tmp_path / "x.tar", {"a.jpg": b"1" * 512, "b.jpg": b"2" * 1024})
     with open(path, "r+b") as file:
         file.truncate(left)
@@ -200,7 +200,7 @@ def test_compressed_tars_are_all_named(tmp_path, mode, name):
     assert all(path in str(e.value) for path in paths)
 
 
-def test_what_is_no_tar_or_has_no_image(tmp_path):
+def test_files_that_are_no_tar_or_have_no_image(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"hello " * 200)
     with pytest.raises(DataError, match="x.tar"):
         TarSource(tmp_path / "x.tar")
@@ -218,7 +218,7 @@ def test_what_is_no_tar_or_has_no_image(tmp_path):
         TarSource(tmp_path / "folder")
 
 
-def test_shard_that_goes_away_is_a_data_error(tmp_path):
+def test_shard_that_disappears_is_a_data_error(tmp_path):
     path = write(tmp_path / "x.tar", {"a.jpg": b"1"})
     source = TarSource(path)
     os.remove(path)

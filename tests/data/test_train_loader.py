@@ -98,7 +98,7 @@ def decide(build_s, step_s, cores):
     return auto.first, auto.chosen
 
 
-def test_auto_keeps_up_with_the_step_and_has_one_to_spare():
+def test_auto_keeps_up_with_the_step_with_one_spare_process():
     assert decide(build_s=0.4, step_s=0.1, cores=16) == (2, 5)
     assert decide(build_s=0.01, step_s=0.1, cores=16) == (2, 2)
     assert decide(build_s=5.0, step_s=0.1, cores=12) == (2, 12)
@@ -209,7 +209,7 @@ class _Event:
         self.calls.append(f"host waits for copy {self.number}")
 
 
-def test_copies_run_on_the_side_and_the_step_waits_for_them(monkeypatch):
+def test_copies_use_a_side_stream_and_the_step_waits_for_them(monkeypatch):
     calls, kept = [], []
     cuda = Recorder(calls)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append((self, stream.name)))
@@ -228,7 +228,7 @@ def test_copies_run_on_the_side_and_the_step_waits_for_them(monkeypatch):
     assert calls[3:] == ["host waits for copy 1"] and copied.is_done
 
 
-def test_on_a_cpu_nothing_is_on_its_way():
+def test_copies_on_a_cpu_are_synchronous():
     copied = Copier(torch.device("cpu"))(lambda: {"a": 1})
     assert copied.is_done and copied.batch == {"a": 1}
     copied.wait()

@@ -119,7 +119,7 @@ def script(*arguments, processes=1):
     return ["run/embed.py", *map(str, arguments), "--num-workers", "0", *launcher]
 
 
-def test_killed_and_taken_up_again_by_two_processes(weights, images, tmp_path):
+def test_killed_and_resumed_by_two_processes(weights, images, tmp_path):
     listed = tmp_path / "many.txt"
     readable = sorted(path for path in images.rglob("*.png") if path.name != "2.png")
     listed.write_text("".join(f"{readable[i % 6]}\n" for i in range(240)))
@@ -191,7 +191,7 @@ def test_script_reports_errors(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: checkpoint: expected a weight file")
 
 
-def test_parquet_that_is_not_installed_is_told_before_anything_is_computed(images, tmp_path, monkeypatch):
+def test_missing_pyarrow_is_reported_before_anything_is_computed(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match="--format parquet: expected the package pyarrow"):
         main(get_args_parser().parse_args([str(tmp_path / "none"), str(images), "--format", "parquet"]))

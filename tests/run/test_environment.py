@@ -39,7 +39,7 @@ def run(lines, show):
     return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True).stdout
 
 
-def test_nothing_asked_is_the_interpreter_that_submits():
+def test_default_is_the_submitting_interpreter():
     found = resolve(asked(), {})
     assert found.lines == () and found.executable == sys.executable and found.prefix == sys.prefix
     assert run([], f"echo {found.python}").strip() == sys.executable
@@ -146,7 +146,7 @@ def tool(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, words", [("apptainer", "exec --nv"), ("singularity", "exec --nv"), ("enroot", "start")])
-def test_a_container_by_what_is_there(tool, name, words):
+def test_container_uses_the_available_tool(tool, name, words):
     tool(name)
     found = resolve(asked(container="~/my image.sif", output_dir="/runs/a b/%j"), {})
     lines = "\n".join(line for _, line in found.lines)

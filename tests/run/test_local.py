@@ -106,7 +106,7 @@ def test_a_killed_rank_ends_the_run_with_a_sentence(images, tmp_path):
     assert children_are_gone(out)
 
 
-def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
+def test_error_is_reported_once_and_leaves_no_files(tmp_path):
     out = tmp_path / "runs" / "out"
     out.parent.mkdir()
     process = start(tmp_path / "absent", out)
@@ -151,7 +151,7 @@ def test_a_crash_is_in_the_main_log_with_its_traceback(importable, tmp_path, cap
 @pytest.mark.parametrize(
     "how, told", [("refuse", "no such images"), ("no torch", "expected torch in the environment of")]
 )
-def test_a_refusal_of_another_rank_is_told(importable, tmp_path, capfd, how, told):
+def test_error_of_another_rank_is_reported(importable, tmp_path, capfd, how, told):
     assert launch(how, tmp_path / "out") == 1
     error = capfd.readouterr().err
     assert error.count(f"error: {told}") == 1 and "Traceback" not in error

@@ -49,7 +49,7 @@ def test_decisions(results, progressed, job, again, why):
     assert decided is again and why in reason
 
 
-def test_stopped_by_srun_because_another_one_died_is_no_stop():
+def test_stop_by_srun_after_a_death_is_not_a_regular_stop():
     assert decide(ended(143), 2, False, Job()) == (False, "a process was killed before there was a checkpoint")
     assert decide(ended(143), 2, True, Job()) == (True, "it died; the next attempt resumes from its last checkpoint")
 
@@ -104,7 +104,7 @@ def test_results_writable_by_others_are_ignored(tmp_path):
         ("143", "143", AGAIN, "now", "requeued: stopped by a signal"),  # in the check of the environment
     ],
 )
-def test_the_batch_script_is_told_by_the_exit_code(
+def test_exit_code_informs_the_batch_script(
     tmp_path, monkeypatch, capsys, checked, code, code_of_all, marker, says
 ):
     monkeypatch.setenv("SLURM_NTASKS", "1")

@@ -331,7 +331,7 @@ def test_processes_and_gpus_that_disagree(capsys):
         ("gres: gpu:4", ["--cpu"], ["ntasks-per-node=8"]),
     ],
 )
-def test_a_flag_wins_over_the_gpus_of_the_file(capsys, tmp_path, file, flags, there):
+def test_flag_overrides_the_gpus_of_the_file(capsys, tmp_path, file, flags, there):
     (tmp_path / "c.yaml").write_text(file)
     options = script_of(capsys, "--cluster", str(tmp_path / "c.yaml"), *flags)
     assert all(f"#SBATCH --{one}\n" in options for one in there), options
@@ -540,7 +540,7 @@ def test_given_and_seen(monkeypatch):
     check_gpus({"CUDA_VISIBLE_DEVICES": "0"})
 
 
-def test_every_task_looks_before_it_starts(no_gpu, monkeypatch):
+def test_every_task_checks_gpus_before_it_starts(no_gpu, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(LaunchError, match="CUDA_VISIBLE_DEVICES=0"):
         Task(None)()

@@ -43,7 +43,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_sound_and_bad_are_told_apart_with_any_number_of_processes(mixed, tmp_path):
+def test_sound_and_bad_are_distinguished_with_any_number_of_processes(mixed, tmp_path):
     dataset = make_dataset(dataset_str=str(mixed))
     summaries = [run(dataset, tmp_path / f"{n}", workers=n) for n in (1, 2)]
     bad = rows(tmp_path / "1" / "bad_images.jsonl")
@@ -206,7 +206,7 @@ def test_an_archive_that_cannot_be_listed_to_its_end_is_no_success(tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", ["pipe", "sparse"])
-def test_what_is_no_image_file_does_not_hold_up_the_others(tmp_path, kind):
+def test_non_regular_file_does_not_block_the_others(tmp_path, kind):
     root = write_files(tmp_path / "images", {f"{i}.jpg": jpeg() for i in range(3)})
     if kind == "pipe":
         os.mkfifo(root / "x.jpg")

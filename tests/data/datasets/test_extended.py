@@ -70,7 +70,7 @@ def test_a_decoder_of_choice():
         Own(image_decoder_params={"source": "mine"})[3]
 
 
-def test_enumerated_targets_tell_the_index():
+def test_enumerated_targets_contain_the_index():
     dataset = DatasetWithEnumeratedTargets(Own())
     assert len(dataset) == 4
     assert dataset[1][1] == (1, 10) == dataset.get_target(1)

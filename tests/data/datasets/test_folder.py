@@ -67,7 +67,7 @@ def test_labelled_folder_sorts_classes_by_name(tmp_path):
     assert all(f"/{dataset.classes[t]}/" in dataset.name(i).replace("\\", "/") for i, t in enumerate(targets))
 
 
-def test_loose_images_are_skipped_with_a_word_or_refused(tmp_path, caplog):
+def test_loose_images_are_skipped_with_a_warning_or_rejected(tmp_path, caplog):
     make_folder(tmp_path, ["loose.png"])
     with pytest.raises(DataError, match="expected a folder for each class, got 1 images right in"):
         LabelledFolder(tmp_path)
