@@ -216,7 +216,7 @@ def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting
             mistakes.add("override", "key=value", repr(override), explain_bad_override(override))
             continue
         try:
-            value = text if _stands_as_it_is(key, text) else parse_yaml(text)
+            value = text if _is_plain_text(key, text) else parse_yaml(text)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             reason = " ".join(str(error).split())
             mistakes.add(f"{key} (override)", "a YAML value", f"{text!r}", f"fix it: {reason}", key=key)
@@ -225,7 +225,7 @@ def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting
     return settings
 
 
-def _stands_as_it_is(key: str, text: str) -> bool:
+def _is_plain_text(key: str, text: str) -> bool:
     """Return whether an override's value is plain text with YAML's special characters instead of YAML."""
     if key not in all_keys() or "string" not in kinds(key) or _YAML_TEXT.fullmatch(text):
         return False

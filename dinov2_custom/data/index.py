@@ -123,7 +123,7 @@ def cached(key: Sequence[str], build: Build, cache_from: int = CACHE_FROM) -> In
     with _Lock(file + ".lock", cache_from) as lock:
         try:
             arrays = build(lock.on_count)
-        except _SomebodyElseLists:
+        except _LockHeld:
             logger.info(f"index: waiting for the process that writes {file}")
             lock.wait()
             index = load(file)
@@ -236,7 +236,7 @@ def load(file: str) -> Index | None:
 # one process lists, the others wait
 
 
-class _SomebodyElseLists(Exception):
+class _LockHeld(Exception):
     pass
 
 
@@ -255,7 +255,7 @@ class _Lock(contextlib.ExitStack):
             try:
                 self._take()
             except LockedError:
-                raise _SomebodyElseLists from None
+                raise _LockHeld from None
 
     def wait(self) -> None:
         self.large = True

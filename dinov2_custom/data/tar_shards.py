@@ -212,7 +212,7 @@ def _walk(file, path: str) -> Walk:
             # two blocks of zeros end a tar; a header after a single one is read, with a warning
             following = file.read(BLOCK)
             if not _checksum_holds(following):
-                return _followed(path, members, sparse, _another_tar(file, position + 2 * BLOCK, end))
+                return _resolve_links(path, members, sparse, _trailing_tar(file, position + 2 * BLOCK, end))
             logger.warning(f"damaged tar: {path} byte={position} is a lone block of zeros; the files after it are used")
             position, header = position + BLOCK, following
         start = position + BLOCK
@@ -236,7 +236,7 @@ def _walk(file, path: str) -> Walk:
                     members.append(Member(name, start, size))
                 elif kind in LINKS:
                     target = own.get("linkpath") or _text(header[157:257])
-                    members.append(Link(name, target if kind == HARD_LINK else _beside(name, target)))
+                    members.append(Link(name, target if kind == HARD_LINK else _link_target(name, target)))
                 overrides = {}
                 size = 0 if kind in WITHOUT_CONTENT else size
         except ValueError as e:
@@ -244,9 +244,9 @@ def _walk(file, path: str) -> Walk:
                 raise DataError(f"expected an uncompressed tar: {path} ({e} at its start)") from e
             rest = f"{end - position:,} bytes from there on are not"
             fault = f"damaged tar: byte={position} ({e}); {_used(members)}, {rest}"
-            return _followed(path, members, sparse, fault)
+            return _resolve_links(path, members, sparse, fault)
         position = start + -(-size // BLOCK) * BLOCK
-    return _followed(path, members, sparse, _cut_off(members, position, end))
+    return _resolve_links(path, members, sparse, _cut_off(members, position, end))
 
 
 def _used(members: Sequence[Member | Link]) -> str:
@@ -263,7 +263,7 @@ def _cut_off(members: list[Member | Link], position: int, end: int) -> str:
     return ""
 
 
-def _another_tar(file, position: int, end: int) -> str:
+def _trailing_tar(file, position: int, end: int) -> str:
     """Return the fault if a header follows the end mark, which ends at ``position``; "" if there is only padding."""
     file.seek(position)
     rest = file.read(LOOK_AHEAD)
@@ -274,7 +274,7 @@ def _another_tar(file, position: int, end: int) -> str:
     return f"a second tar after the end: byte={place}; its {end - place:,} bytes are not used (tar -A joins archives)"
 
 
-def _followed(path: str, members: list[Member | Link], sparse: list[str], fault: str) -> Walk:
+def _resolve_links(path: str, members: list[Member | Link], sparse: list[str], fault: str) -> Walk:
     """Return the result with each link replaced by a member of the same name with the bytes of its target."""
     faults, left_out = [fault] if fault else [], {"sparse files are not read": sparse}
     if not any(isinstance(member, Link) for member in members):
@@ -292,7 +292,7 @@ def _followed(path: str, members: list[Member | Link], sparse: list[str], fault:
     return Walk(path, found, faults, left_out | {"links to no file in the tar": dangling})
 
 
-def _beside(name: str, target: str) -> str:
+def _link_target(name: str, target: str) -> str:
     """Return the name in the archive of a symbolic link's target, which is relative to the link's folder."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
 

@@ -52,7 +52,7 @@ class ProgressBar:
             from tqdm import tqdm
 
             # tqdm draws no bar on a terminal without a known width
-            width = {"dynamic_ncols": True} if _knows_its_width(stream) else {"ncols": 100, "nrows": 24}
+            width = {"dynamic_ncols": True} if _has_width(stream) else {"ncols": 100, "nrows": 24}
             text = {"desc": description, "unit": unit, "bar_format": bar_format}
             self._bar = tqdm(total=total, initial=initial, file=stream, **text, **width)
             _open_bars.append(self)
@@ -91,7 +91,7 @@ class ProgressBar:
         self.close()
 
 
-def _knows_its_width(stream: TextIO) -> bool:
+def _has_width(stream: TextIO) -> bool:
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):

@@ -100,7 +100,7 @@ def main(prefix: str) -> int:
     if rank:
         _redirect(f"{prefix}_{rank}_log")
     launcher, process = pickle.loads(base64.b64decode(os.environ.pop(VARIABLE)))
-    threading.Thread(target=_stop_without, args=(launcher,), name="launcher", daemon=True).start()
+    threading.Thread(target=_stop_when_gone, args=(launcher,), name="launcher", daemon=True).start()
     code, text = process.run(rank)
     if text and code != errors.LOST_PROCESS:
         file = Path(f"{prefix}_{rank}.error")
@@ -126,7 +126,7 @@ def _redirect(prefix: str) -> None:
         os.close(file)
 
 
-def _stop_without(launcher: int) -> None:
+def _stop_when_gone(launcher: int) -> None:
     """Send SIGTERM to this process once ``launcher`` has ended, so that it saves and exits instead of running on."""
     while os.getppid() == launcher:
         time.sleep(1)

@@ -118,13 +118,13 @@ def _check_jpeg(data: bytes, seen: Checked, simplejpeg: ModuleType) -> Checked:
     except ValueError as e:
         text = str(e).removeprefix("Corrupt JPEG data: ")
         quirk = any(known in text for known in HEADER_QUIRKS)
-        return _second_opinion(data, seen, "" if quirk else text)
+        return _rejected_jpeg(data, seen, "" if quirk else text)
     # the only damage observed with valid syntax; checked only if there is such a run of zeros
     found = fault(data, "JPEG") if bytes(ZERO_RUN) in data else ""
     return seen._replace(reason=f"damaged JPEG: {found}" if found else "")
 
 
-def _second_opinion(data: bytes, seen: Checked, text: str) -> Checked:
+def _rejected_jpeg(data: bytes, seen: Checked, text: str) -> Checked:
     """Return the reason for a JPEG that simplejpeg rejects; a kind that only simplejpeg lacks is checked by Pillow.
 
     ``text``: libjpeg's message, or "" if it does not concern the pixels.

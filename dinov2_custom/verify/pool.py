@@ -131,7 +131,7 @@ class _Pool:
                 self._receive(busy[pipe])
             for worker in list(self.workers):
                 if worker.overdue(self.time_limit_s):
-                    self._bury(worker, f"took longer than {self.time_limit_s:g} s")
+                    self._replace(worker, f"took longer than {self.time_limit_s:g} s")
 
     def _feed(self, worker: _Worker) -> None:
         while len(worker.todo) <= (CHUNKS_AHEAD - 1) * self.chunk:
@@ -160,7 +160,7 @@ class _Pool:
         try:
             results, failure = worker.pipe.recv()
         except (EOFError, OSError):
-            self._bury(worker, "")
+            self._replace(worker, "")
             return
         self.finished += results
         for _ in results:
@@ -170,7 +170,7 @@ class _Pool:
         if failure:
             raise RuntimeError(f"a decoder process failed:\n{failure}")
 
-    def _bury(self, worker: _Worker, reason: str) -> None:
+    def _replace(self, worker: _Worker, reason: str) -> None:
         """Replace a dead or hanging process, record a failed attempt for its current item, and requeue the rest."""
         item = worker.current.value
         if not reason:

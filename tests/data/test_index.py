@@ -136,7 +136,7 @@ def test_second_process_waits_for_the_first(tmp_path, cache):
         def second(on_count):
             built.append("second starts")
             on_count(5)
-            with pytest.raises(index_module._SomebodyElseLists):
+            with pytest.raises(index_module._LockHeld):
                 on_count(10)
             built.append("second stops")
             raise KeyboardInterrupt  # waiting would deadlock: the first is in this thread
@@ -155,7 +155,7 @@ def test_index_written_while_waiting_is_taken(tmp_path, cache):
 
     def lost_the_race(on_count):
         save(cache_file(["k"]), arrays(["by the other one"], place))
-        raise index_module._SomebodyElseLists
+        raise index_module._LockHeld
 
     assert list(PathTable(index=cached(["k"], lost_the_race, 10))) == ["by the other one"]
 
@@ -166,7 +166,7 @@ def test_lister_that_died_is_replaced(tmp_path, cache):
     def build(on_count):
         attempts.append(1)
         if len(attempts) == 1:
-            raise index_module._SomebodyElseLists
+            raise index_module._LockHeld
         return arrays(place=old(tmp_path / "place"))
 
     assert list(PathTable(index=cached(["k"], build, 10))) == NAMES and os.path.exists(cache_file(["k"]))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(autouse=True)
-def nobodys_home(tmp_path, monkeypatch):
+def clean_home(tmp_path, monkeypatch):
     """An environment without user settings, API key or server."""
     wandb = pytest.importorskip("wandb", reason="NO W&B TEST: run pip install wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
