@@ -224,7 +224,7 @@ def load(file: str) -> Index | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, MemoryError, OverflowError, struct.error) as e:
-        logger.warning(f"index: {file} is not used, it will be made again ({e})")
+        logger.warning(f"index: {file} is not used and will be rebuilt ({e})")
         return None
     arrays = {}
     for name, (kind, count, offset) in content["arrays"].items():

@@ -159,7 +159,7 @@ def _open_file(size: int) -> int:
         else:
             os.truncate(file.fileno(), size)
         fd = os.dup(file.fileno())
-    logger.info(f"batches travel through a file in {folder} ({size / 2**20:,.0f} MiB): no anonymous shared memory here")
+    logger.info(f"batches are passed through a file in {folder} ({size / 2**20:,.0f} MiB): no anonymous memory here")
     return fd
 
 
@@ -332,7 +332,7 @@ class Ring:
         places = [f"process {one.process.pid} {self._place(one)}" for one in self.workers if one.tasks]
         story = f"no batch for {self.waited_s:.0f} s: data-loading {', '.join(places)}"
         if gives_up:
-            raise DataError(f"{story}; look whether its file system answers, or leave the image out")
+            raise DataError(f"{story}; check that its file system responds, or remove the image")
         logger.warning(story)
 
     def _place(self, worker: Worker) -> str:
@@ -590,7 +590,7 @@ class PinnedRing(Ring):
             return
         self._can_pin = False
         _clear_cuda_error()
-        logger.info(f"batches are copied once more on their way: memory could not be pinned (CUDA error {error})")
+        logger.info(f"batches are copied once more, because memory could not be pinned (CUDA error {error})")
 
     def close(self) -> None:
         while self._pinned:

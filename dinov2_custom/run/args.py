@@ -167,7 +167,7 @@ RESOURCES = (
     Option(("--cpus-per-task",), "CPU cores a process (default: 10, or what the nodes have)", count, sbatch=True),
     Option(("--gres",), "generic resources such as gpu:a100:4, which also sets --ngpus", gres, sbatch=True),
     Option(("--reservation",), "reservation", sbatch=True),
-    Option(("--exclusive",), "whole nodes, shared with nobody", many="flag", sbatch=True),
+    Option(("--exclusive",), "allocate whole nodes, not shared with other jobs", many="flag", sbatch=True),
     Option(("--exclude",), "nodes to leave out", sbatch=True),
     Option(("--job-name", "-J"), "name of the job", sbatch=True),
     Option(("--comment",), "note for the scheduler and its users", sbatch=True),

@@ -48,7 +48,7 @@ def decide(results: Mapping[int, Result], num_ranks: int, progressed: bool, job:
         state = job.state.lower()
         return False, f"SLURM says {state}; it starts again if SLURM requeued it, after scancel it does not"
     if len(crashed) < len(errors) or any(0 < code < 128 and code != LOST_PROCESS for code in codes):
-        return False, "it ended with an error that another attempt would meet again"
+        return False, "it ended with an error that another attempt would repeat"
     if 0 in codes:
         return False, "the run is complete"
     if _BY_HAND in codes:

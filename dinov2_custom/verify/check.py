@@ -142,7 +142,7 @@ def _rejected_jpeg(data: bytes, seen: Checked, text: str) -> Checked:
         return by_pillow
     if not text or "nsupported" in text or "precision" in text.lower():
         return by_pillow._replace(by="pillow")
-    return seen._replace(reason=f"damaged JPEG: {text} (other decoders return wrong pixels without a word)")
+    return seen._replace(reason=f"damaged JPEG: {text} (other decoders silently return wrong pixels)")
 
 
 def too_large(how: str) -> str:

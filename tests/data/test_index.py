@@ -84,7 +84,7 @@ def test_damaged_file_is_logged_and_rebuilt(tmp_path, cache, caplog, damage):
         data = source.read()
     with open(file, "wb") as out:
         out.write(damage(data))
-    assert load(file) is None and "will be made again" in caplog.text
+    assert load(file) is None and "will be rebuilt" in caplog.text
     index = cached(["k"], lambda on_count: [on_count(1), arrays(["new"], place)][1], 1)
     assert list(PathTable(index=index)) == ["new"] and load(file) is not None
 

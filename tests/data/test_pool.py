@@ -278,7 +278,7 @@ def test_without_anonymous_memory_an_unnamed_file_is_used_and_logged(monkeypatch
     slots = Slots(FIELDS, 2)
     slots.arrays(1)["b"][:] = 7
     assert slots.arrays(1)["b"].tolist() == [7, 7] and list(tmp_path.iterdir()) == []
-    assert f"batches travel through a file in {tmp_path}" in caplog.text
+    assert f"batches are passed through a file in {tmp_path}" in caplog.text
 
 
 def test_no_room_is_one_error(monkeypatch, tmp_path):

@@ -210,7 +210,7 @@ def test_a_run_that_fails_is_not_requeued(cluster, tmp_path):
     facts = cluster.wait(job, states=["FAILED"])
     assert facts["Restarts"] == "0"
     log = (tmp_path / "out" / f"{job}_log.out").read_text()
-    assert "not requeued: it ended with an error that another attempt would meet again" in log
+    assert "not requeued: it ended with an error that another attempt would repeat" in log
     said = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and str(tmp_path / "absent") in said[0], "the log that the user follows has the reason"
     errors = (tmp_path / "out" / f"{job}_0_log.err").read_text()
