@@ -1,7 +1,6 @@
 """Ten families of textures, one folder each: real classes that single pixels and colours cannot distinguish.
 
-Place, scale, direction, colours and contrast are drawn anew for every image; what stays is how it is made. Read
-:func:`texture` first.
+Position, scale, direction, colours and contrast are random for every image; only the generating process is shared.
 """
 
 from __future__ import annotations
