@@ -1,4 +1,4 @@
-"""The recipes in configs/ at the root load, fit together and say in their header what a user wants to know."""
+"""The recipes in configs/ at the root load, are consistent and have the required information in their headers."""
 
 import json
 import math
