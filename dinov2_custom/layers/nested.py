@@ -1,7 +1,6 @@
 """Upstream's functions for stochastic depth over single tensors and lists of them, for code that imports them.
 
-The model itself does not use them: ``block.py`` packs tokens and draws subsets itself. Read
-:func:`drop_add_residual_stochastic_depth_list` first.
+The model itself does not use them: ``block.py`` packs tokens and draws subsets itself.
 """
 
 from __future__ import annotations

@@ -18,9 +18,8 @@ class KoLeoLoss(nn.Module):
 
     Args:
         over_all_ranks: look for neighbours among the features of all processes, each of which has the same number. The
-            loss and gradient are then those of one process with all features: the loss is the same everywhere, and
-                gradients
-            must be averaged over the processes, like those of all other losses.
+            loss and gradient are then those of one process with all features: the loss is the same everywhere,
+            and gradients must be averaged over the processes, like those of all other losses.
     """
 
     def __init__(self, over_all_ranks: bool = False) -> None:

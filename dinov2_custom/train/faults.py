@@ -1,7 +1,6 @@
 """Report what ends a process of a run in the main log: an error, a lost process, a step that never finishes.
 
-An error that the user can fix is one line in the main log, any other is logged with its traceback. Read
-:func:`translate` and :class:`Watchdog` first.
+An error that the user can fix is one line in the main log, any other is logged with its traceback.
 """
 
 from __future__ import annotations

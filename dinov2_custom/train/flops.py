@@ -1,8 +1,7 @@
 """Floating-point operations of a training step, and the model FLOPs utilisation (MFU) that they give.
 
 A multiply-add counts as two. The count covers the matrix products of the definition, forward and backward, in student,
-teacher and heads; it excludes norms, activations, the optimizer and anything recomputed to save memory. Read
-:func:`flops_per_image` first.
+teacher and heads; it excludes norms, activations, the optimizer and anything recomputed to save memory.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The step runs on tensors without data (torch's fake tensors) and every allocation and release is counted, so the count
 is exact for tensors; what an allocator loses between them, a CUDA context (about 0.5 GB) and libraries' workspaces are
-not in it. The optimizer is counted as AdamW's two moments. Read :func:`measure_step` first; :func:`main` is the script
+not in it. The optimizer is counted as AdamW's two moments. :func:`main` is the script
 ``run/train/memory.py``, which prints the count and the largest batch that fits on a GPU.
 """
 

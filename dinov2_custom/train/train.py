@@ -1,5 +1,4 @@
-"""The training loop. :func:`do_train` contains everything that happens in a step, in order.
-"""
+"""The training loop. :func:`do_train` contains everything that happens in a step, in order."""
 
 from __future__ import annotations
 

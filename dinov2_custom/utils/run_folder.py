@@ -1,7 +1,6 @@
 """Files of a run directory: its newest teacher and config.yaml, and the name of outputs derived from it.
 
-Torch-free, so that command lines can import it. Read
-:func:`find_weights` first.
+Torch-free, so that command lines can import it.
 """
 
 from __future__ import annotations
