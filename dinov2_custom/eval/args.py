@@ -1,6 +1,6 @@
 """Command lines of the evaluations, without torch, so that --help is instant.
 
-Not the evaluations (``knn.py``, ``linear.py``, ``log_regression.py``). Read :func:`get_knn_args_parser` first.
+The evaluations are in ``knn.py``, ``linear.py`` and ``log_regression.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MetricType(Enum):
 
 
 class AccuracyAveraging(Enum):
-    """Over samples, over classes, or not at all; the values are torchmetrics' names."""
+    """Averaging over samples, over classes, or none; the values are torchmetrics' names."""
 
     MEAN_ACCURACY = "micro"
     MEAN_PER_CLASS_ACCURACY = "macro"
@@ -42,7 +42,7 @@ class AccuracyAveraging(Enum):
 def get_args_parser(
     description: str | None = None, parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True
 ) -> argparse.ArgumentParser:
-    """Return the flags that every evaluation has; with ``add_help=False`` it serves as a parent of other parsers."""
+    """Return a parser of the flags common to all evaluations; with ``add_help=False`` for use as a parent parser."""
     parser = Parser(
         description=description,
         parents=list(parents),
