@@ -1,7 +1,7 @@
 """Estimate hours and dollars: python sky/costs.py --config-file configs/vitl.yaml --images 1000000 optim.epochs=10
 
-Operations are the training's own count (``dinov2_custom/train/flops.py``); how fast a GPU gets through them is an
-assumption (a share of its bf16 peak), and so are prices. Nothing here is measured. Read :func:`report` first.
+FLOPs are counted as in training (``dinov2_custom/train/flops.py``); the speed of a GPU is an assumption (a fraction of
+its bf16 peak), as are prices. Nothing is measured.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.train.course import run_length
 from dinov2_custom.train.flops import flops_per_image, peak_flops
 
-PRICES_OF = "2026-05"  # round figures from public overviews of the large clouds
-# US dollars an hour for one GPU: spot, on demand. They change by the week and by the region; ask
+PRICES_OF = "2026-05"  # rounded figures from public overviews of the large clouds
+# US dollars per hour for one GPU: spot, on demand. They vary by week and region; run
 #   sky gpus list H100:8 --all-regions
-# and write yours here, or pass --price H100=2.10
+# and enter yours here, or pass --price H100=2.10
 PRICES = {"H100": (2.25, 3.90), "H200": (2.75, 5.50), "A100-80GB": (1.10, 2.50)}
-UTILIZATION = (0.4, 0.2)  # fast and slow; published runs of this kind of training are between
+UTILIZATION = (0.4, 0.2)  # fast and slow; published runs of this kind lie in between
 
 
 def report(args: argparse.Namespace) -> int:
     """Print the table; return 0.
 
     Raises:
-        ConfigError: a bad configuration, a price of a GPU that is not in the list, an epoch of unknown length.
+        ConfigError: a bad configuration, a price for an unlisted GPU, or an epoch of unknown length.
     """
     if unknown := [name for name, price in args.price if name not in PRICES or price <= 0]:
         names = ", ".join(PRICES)
@@ -64,7 +64,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def flops_of(cfg) -> float:
-    """Return the operations of an image's step, from the network's sizes."""
+    """Return the FLOPs per image of a step, from the network's sizes."""
     with torch.device("meta"):
         backbone, width = build_model_from_cfg(cfg, only_teacher=True)
     return flops_per_image(cfg, width, backbone.n_blocks)
