@@ -135,7 +135,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         "--num-workers",
         type=number_or_auto,
         default=AUTO,
-        help="data-loading processes; 0: in the main process; auto: one a core that this process may use, at most 16",
+        help="data-loading processes; 0: in the main process; auto: one per core that this process may use, at most 16",
     )
 
 
@@ -232,7 +232,7 @@ def memory_parser() -> OverridesParser:
         type=float,
         default=0.0,
         metavar="GB",
-        help="also find the largest batch for a GPU of so many GB (10^9)",
+        help="also find the largest batch for a GPU with this many GB (10^9 bytes)",
     )
     parser.add_argument(
         "--ngpus", type=int, default=1, metavar="N", help="also estimate the step with weights sharded over N GPUs"
@@ -304,7 +304,7 @@ def prepare_parser() -> Parser:
     _add_datasets(parser)
     add_output_dir(
         parser,
-        "where the shards go: an empty folder, or that of an interrupted run of the same command to go on",
+        "where the shards go: an empty folder, or that of an interrupted run of the same command to continue",
         default=None,
         required=True,
     )
@@ -360,7 +360,7 @@ def prepare_parser() -> Parser:
 def embed_parser(add_help: bool = True) -> Parser:
     """Return the parser of the feature extraction, without the launcher's flags."""
     parser = _teacher_parser(
-        "Write the features of every image of a dataset. The same command goes on where it was stopped; several "
+        "Write the features of every image of a dataset. The same command continues where it stopped; several "
         "processes share the work.",
         add_help=add_help,
     )
@@ -386,7 +386,7 @@ def embed_parser(add_help: bool = True) -> Parser:
         help="side of the central square that is seen, after the shorter side was resized to 256/224 of it; several "
         "sizes give a folder each (default: that of the training, 224 for released weights)",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     add_workers(parser)
     _add_device(parser)
     parser.add_argument(
@@ -457,7 +457,7 @@ def features_parser() -> Parser:
     parser = _teacher_parser(
         "Draw what a trained backbone sees in images: pca.png (principal components of patch features), "
         "attention.png (where the class token looks, all heads) and scatter.png (each image a point, coloured by class "
-        "where there are classes: LabelledFolder, or a folder a class)."
+        "where there are classes: LabelledFolder, or one folder per class)."
     )
     parser.add_argument("dataset", help="folder of images, or a dataset string")
     add_output_dir(parser, "folder of the pictures (empty: ./outputs/features/<name of the run>)")
@@ -481,13 +481,13 @@ def features_parser() -> Parser:
 def patches_parser() -> Parser:
     """Return the parser of the patches."""
     parser = Parser(
-        description="Apply this project's fixes to a checkout of dinov2, take them out again, or tell which are "
+        description="Apply this project's fixes to a checkout of dinov2, take them out again, or show which are "
         "applied. Each appends a marked block to the modules it concerns; no other line is touched.",
     )
     parser.add_argument("checkout", help="folder that holds the package dinov2")
     parser.add_argument("--only", default="", metavar="a,b", help="these patches instead of all of the series")
     parser.add_argument("--revert", action="store_true", help="take the blocks out, to the byte")
-    parser.add_argument("--status", action="store_true", help="tell the state of each patch; change nothing")
+    parser.add_argument("--status", action="store_true", help="show the state of each patch; change nothing")
     parser.add_argument("--diff", action="store_true", help="show what would change; change nothing")
     parser.add_argument(
         "--patches", default="", metavar="DIR", help="folder with the series (default: patches/ of this repository)"

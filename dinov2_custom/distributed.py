@@ -250,7 +250,7 @@ def _cuda_index(world: World) -> int:
     if count == 1 and world.source in _OWN_GPU_SOURCES:
         return 0
     raise LaunchError(
-        f"expected at most {count} processes on this node (one a GPU), got {world.local_size} ({world.source}). "
+        f"expected at most {count} processes on this node (one per GPU), got {world.local_size} ({world.source}). "
         f"Start {count} on each node, or hide the GPUs with `CUDA_VISIBLE_DEVICES=` to run on CPU."
     )
 

@@ -311,7 +311,7 @@ def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransfor
         return DinoVisionTransformer(**arguments_of(state))
     except (LookupError, ValueError) as e:
         raise CheckpointError(
-            f"expected the weights of a DINOv2 backbone at {where}, could not tell its architecture: {e}; give the "
+            f"expected the weights of a DINOv2 backbone at {where}, its architecture is unclear: {e}; give the "
             "configuration that it was trained with"
         ) from e
 

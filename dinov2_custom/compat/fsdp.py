@@ -173,7 +173,7 @@ class FSDPCheckpointer(Checkpointer):
             raise CheckpointError(f"expected the tensors of {type(self.model).__name__} in {path}: {e}") from e
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key not in state:
-                logger.warning(f"{path}: no state of {key}, which stays as it is")
+                logger.warning(f"{path}: no state of {key}, which is unchanged")
             elif isinstance(part := self.checkpointables[key], torch.optim.Optimizer):
                 dcp.set_optimizer_state_dict(self.model, part, state.pop(key), options=whole)
             else:

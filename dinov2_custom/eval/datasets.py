@@ -63,7 +63,7 @@ def open_labelled(
         raise type(e)(f"{flag}: {str(e).removeprefix(f'{KEY}: ')}") from e
     if not hasattr(dataset, "get_targets") or dataset.get_targets() is None:
         raise ConfigError(
-            f"{flag}: expected images with labels, got {dataset_str}; write LabelledFolder:root=<a folder a class>"
+            f"{flag}: expected images with labels, got {dataset_str}; write LabelledFolder:root=<one folder per class>"
         )
     choose_reading(dataset, reading)
     return dataset

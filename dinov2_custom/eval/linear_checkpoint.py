@@ -44,7 +44,7 @@ class LinearCheckpointer:
         except OSError as e:
             raise CheckpointError(
                 f"expected to write {name}.pth in {self.folder}, got {e.strerror or e}; {remedy(str(e))}, then the "
-                "same command goes on from the checkpoint before"
+                "same command resumes from the checkpoint before"
             ) from e
 
     def resume_or_load(self, path: str | None, *, resume: bool) -> int:

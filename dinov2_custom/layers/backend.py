@@ -1,7 +1,7 @@
 """The choice of the attention kernel, made per call. The only file that may import xformers.
 
 xformers' fused SwiGLU is not used: xformers removed it in 0.0.34, the first one for a torch that is supported here.
-This module knows only tensors, not tokens or crops.
+It works on tensors, not on tokens or crops.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def with_exact_resume(original: Callable) -> Callable:
         # the process's seed differs between ranks
         loader.generator = torch.Generator().manual_seed(seed_for(torch.initial_seed(), "resumed", seed))
         logger.info(
-            f"order of images: goes on at iteration {seed}, {options['sampler_advance']:,} images a rank skipped"
+            f"order of images: continues at iteration {seed}, {options['sampler_advance']:,} images per rank skipped"
         )
         return loader
 

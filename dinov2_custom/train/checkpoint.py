@@ -238,7 +238,7 @@ class Checkpointer:
     def _story(self, path: Path, trouble: str) -> str:
         newest = self.newest()
         what = f"; {remedy(trouble)}, then the same command"
-        kept = f"the newest complete one ({newest}) is intact{what} goes on from it"
+        kept = f"the newest complete one ({newest}) is intact{what} resumes from it"
         none = f"there is none from before{what} begins again"
         return f"checkpoint: expected to write {path}, got {trouble}; {none if newest == 'none' else kept}"
 
@@ -250,7 +250,7 @@ class Checkpointer:
             raise CheckpointError(self._story(path, trouble))
         self._failures[trouble] += 1
         if self._failures[trouble] == 1:
-            logger.warning(f"{self._story(path, trouble)}; training goes on, and this is said once")
+            logger.warning(f"{self._story(path, trouble)}; training continues; this is logged once")
 
     def _on_main(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
         """Run ``action`` in the main process; return, in all processes, its result or the reason of the failure."""

@@ -51,7 +51,7 @@ class CheckpointStore:
             return ""
         return (
             f"expected the run directory {self.folder}, which is not there any more, or without this run's files: it "
-            "was renamed, removed or emptied during the run; put it back, then the same command goes on from its "
+            "was renamed, removed or emptied during the run; put it back, then the same command resumes from its "
             "newest checkpoint"
         )
 

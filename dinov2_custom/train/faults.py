@@ -108,7 +108,7 @@ class Watchdog:
         """Write the stacks of all threads to this process's log, and a line to the terminal and the main log."""
         log = log_path(self.run)
         text = f"{what} at iteration={self.iteration}; the stacks of all threads are in {log}"
-        text += "; the same command goes on from the newest checkpoint"
+        text += "; the same command resumes from the newest checkpoint"
         print(f"error: rank {distributed.get_global_rank()}: {text}", file=sys.stderr, flush=True)
         with suppress(OSError):  # for example a full disk
             append_to_main_log(self.run, text)
@@ -182,7 +182,7 @@ def translate(error: Exception, cfg, run: Path) -> Exception:
         error = LostProcessError(
             f"expected all {distributed.get_global_size()} processes, got a broken connection to one that has ended "
             f"({reason_of(error)}); its log in {Path(run) / 'logs'} or the launcher's may say why; the same command "
-            "goes on from the newest checkpoint"
+            "resumes from the newest checkpoint"
         )
     if isinstance(error, DINOv2Error):
         logger.error(str(error), extra={"file_only": True})  # the caller prints it
@@ -214,7 +214,7 @@ def describe_memory(cfg, error: BaseException) -> str:
     reason = (". ".join(known) or type(error).__name__)[:200]
     sizes = f"2 of {crops.global_crops_size} px and {locals_} of {crops.local_crops_size} px each"
     return (
-        f"memory: expected room for a batch of {batch} images a process = {images} crops ({sizes}) through "
+        f"memory: expected room for a batch of {batch} images per process = {images} crops ({sizes}) through "
         f"{cfg.student.arch}, got none ({reason}); lower train.batch_size_per_gpu to {max(1, batch // 2)} with "
         f"optim.accumulation_steps={2 * cfg.optim.accumulation_steps} for the same step, raise train.view_groups, or "
         "take smaller crops"

@@ -405,7 +405,7 @@ def split_on(cfg, gigabytes: float, ngpus: int) -> str:
     share = cfg.train.batch_size_per_gpu
     batch = largest_batch(cfg, gigabytes * 1e9, ngpus)
     return (
-        f"optim.global_batch={cfg.optim.global_batch}: {batch} a process x {ngpus} processes x "
+        f"optim.global_batch={cfg.optim.global_batch}: {batch} per process x {ngpus} processes x "
         f"{cfg.optim.accumulation_steps * share // batch} accumulated"
     )
 

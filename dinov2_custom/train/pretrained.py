@@ -35,7 +35,7 @@ def start_from_weights(cfg, model: nn.Module) -> None:
     if cfg.MODEL.WEIGHTS:
         key = "MODEL.WEIGHTS"
         if cfg.student.pretrained_weights:
-            logger.warning("MODEL.WEIGHTS wins over student.pretrained_weights, which is not read")
+            logger.warning("MODEL.WEIGHTS takes precedence over student.pretrained_weights, which is not read")
     try:
         source = find_weights(source)
     except CheckpointError as e:

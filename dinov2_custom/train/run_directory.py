@@ -126,7 +126,7 @@ def _global_batch(config: Mapping[str, Any], world_size: int) -> tuple[int, str]
     numbers = (batch, accumulated, _value(config, "optim.lr"))
     if not all(isinstance(number, int | float) for number in numbers):
         return 0, ""
-    how = f"{batch} a process x {world_size} processes" + (f" x {accumulated} accumulated" if accumulated > 1 else "")
+    how = f"{batch} per process x {world_size} processes" + (f" x {accumulated} accumulated" if accumulated > 1 else "")
     return batch * world_size * accumulated, how
 
 

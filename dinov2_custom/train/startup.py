@@ -40,7 +40,7 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
         f"{num_images / model.num_prototypes:.3g} images each",
         f"images: {num_images:,} found in {dataset}",
         *describe(reading_of(cfg)),
-        f"batch: {cfg.train.batch_size_per_gpu} a process x {world_size} processes x {cfg.optim.accumulation_steps} "
+        f"batch: {cfg.train.batch_size_per_gpu} per process x {world_size} processes x {cfg.optim.accumulation_steps} "
         f"accumulated = {length.global_batch}, lr={cfg.optim.lr:.3g}",
         f"length: {course.describe(num_images)}",
         f"files: {cfg.train.output_dir} (complete configuration: config.yaml)",
@@ -80,7 +80,7 @@ def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
     out = Path(cfg.train.output_dir)
     return [
         f"teacher weights: {teacher_path}",
-        f"training state: {checkpoint_path} (the same command, made longer, goes on from it)",
+        f"training state: {checkpoint_path} (to extend the run, increase its length and rerun the same command)",
         f"losses: {out / 'training_metrics.json'}",
         f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
         "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",

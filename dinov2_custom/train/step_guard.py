@@ -125,7 +125,7 @@ class StepGuard:
             raise NumericsError(
                 f"loss: expected finite values, got non-finite {named} in {self.in_a_row} steps running, the last "
                 f"iteration={iteration}; lower optim.base_lr, lengthen optim.warmup_epochs, or set param_dtype to bf16 "
-                f"or fp32; the last good checkpoint is {self.last_good()}, the same command goes on from it"
+                f"or fp32; the last good checkpoint is {self.last_good()}, the same command resumes from it"
             )
 
 

@@ -210,7 +210,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             distributed.barrier()  # a launcher ends the other processes when the first one exits
             for warning in alarm.final_warnings():
                 logger.warning(warning)
-            logger.warning(f"stopped after iteration={iteration - 1}; the same command goes on from {checkpoint_path}")
+            logger.warning(f"stopped after iteration={iteration - 1}; the same command resumes from {checkpoint_path}")
             return stopped_by(flags.stop_signal)
 
     for line in describe_end(cfg, teacher_path, checkpoint_path):

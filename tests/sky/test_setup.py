@@ -1,6 +1,6 @@
-"""The setup block as a node runs it: an environment, once, and again after an interruption.
+"""The setup block as a node runs it: the environment is created once, and again after an interruption.
 
-``pip`` and ``venv`` are stand-ins that write down what they are asked for.
+``pip`` and ``venv`` are stand-ins that record their arguments.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A run goes on with other processes, another sharding, other workers, another batch; the chains are in reshard.py."""
+"""Resume a run with other processes, another sharding, other workers or another batch; reshard.py has the chains."""
 
 import math
 import shutil
@@ -59,7 +59,7 @@ def test_another_batch_goes_on_with_the_next_draw(whole, tmp_path):
     assert drawn == {7: PERIOD * 8 + 4 * 6, 3: PERIOD * 8}
     assert marker(out, "model_final")["draws"] == PERIOD * 8 + 8 * 6
     (warning,) = [x for x in (out / "logs" / "log.txt").read_text().splitlines() if "other settings than before" in x]
-    assert "global batch: 8 (8 a process x 1 processes) -> 6 (3 a process x 2 processes); optim.lr, by" in warning
+    assert "global batch: 8 (8 per process x 1 processes) -> 6 (3 per process x 2 processes); optim.lr, by" in warning
     before, now = (0.004 * math.sqrt(images / 1024) for images in (8, 6))
     assert f"its square root: {before:.3g} -> {now:.3g}" in warning and "batch_size_per_gpu" not in warning
 
