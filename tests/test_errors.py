@@ -1,4 +1,4 @@
-"""Exit codes, what users read of errors that are not ours, and the one sentence for a package that is not installed."""
+"""Exit codes, messages for errors of other libraries, and the message for a missing package."""
 
 import re
 import signal

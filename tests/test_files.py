@@ -1,4 +1,4 @@
-"""Files written whole; the lock of a folder, among processes that are killed, forked and started at once."""
+"""Atomic writes, and folder locks with processes that are killed, forked and started simultaneously."""
 
 import errno
 import fcntl
@@ -119,7 +119,7 @@ def test_a_child_does_not_keep_it_for_a_parent_that_was_killed(tmp_path):
 
 
 def enter(path, number, barrier, entered):
-    """Try to get in; whoever does deletes the file, as a refused start in a new directory does."""
+    """Try to take the lock; a holder deletes the file, as a rejected start in a new directory does."""
     barrier.wait()
     try:
         with locked(path):
@@ -136,7 +136,7 @@ def enter(path, number, barrier, entered):
 
 
 def test_a_lock_that_its_holder_deletes_lets_nobody_else_in_meanwhile(tmp_path):
-    inside, rounds = 0, 15  # a lock that lets others in does so in more than a third of them
+    inside, rounds = 0, 15  # a broken lock fails in more than a third of the rounds
     for number in range(rounds):
         path, barrier, entered = tmp_path / f"{number}.lock", FORK.Barrier(4), FORK.Value("i", 0)
         processes = [FORK.Process(target=enter, args=(path, i, barrier, entered)) for i in range(4)]

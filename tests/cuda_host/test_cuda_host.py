@@ -1,4 +1,4 @@
-"""Run the checks of the host side of CUDA, ``inside_*.py``, in a process that has the stand-in of the CUDA runtime."""
+"""Run the checks of the host side of CUDA, ``inside_*.py``, in a process with the stand-in of the CUDA runtime."""
 
 import subprocess
 import sys

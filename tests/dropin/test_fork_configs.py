@@ -1,4 +1,4 @@
-"""A fork's YAML: the keys that were adopted work, the others are listed with what is here instead."""
+"""A fork's YAML: adopted keys work, the others are listed with their replacements."""
 
 from __future__ import annotations
 

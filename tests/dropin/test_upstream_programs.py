@@ -1,6 +1,6 @@
-"""Upstream's own programs, the files of its package, run on this one: whatever ``dinov2.<x>`` they import is ours.
+"""Upstream's own programs, run on this package: every ``dinov2.<x>`` that they import is ours.
 
-They ask for a GPU by name; the copies that run here ask for the CPU, nothing else is changed.
+They request a GPU by name; the copies used here request the CPU and are otherwise unchanged.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_train(upstream, trained):
 
     before = torch.load(trained / "model_final.pth", weights_only=True)
     assert before["iteration"] == 2 and len(before["optimizer"]["state"]) > 0
-    upstream.train(trained, "optim.epochs=4")  # goes on from there
+    upstream.train(trained, "optim.epochs=4")  # resumes from there
     after = torch.load(trained / "model_final.pth", weights_only=True)
     assert after["iteration"] == 3
     assert not torch.equal(after["model"]["student.backbone.cls_token"], before["model"]["student.backbone.cls_token"])

@@ -1,4 +1,4 @@
-"""The linear evaluation on small images and a small network: its files, its arithmetic, going on after a stop."""
+"""The linear evaluation on small images and a small network: its files, its arithmetic, resuming after a stop."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_files_have_upstreams_names_and_form(run, tmp_path):
 
 
 def test_training_is_sgd_with_momentum_and_a_cosine(run, tmp_path):
-    """One classifier of the twelve, trained by itself with a loop written out here."""
+    """Train one of the twelve classifiers separately with an explicit loop."""
     folder, cfg, weights = run
     evaluate(run, tmp_path)
     dataset = open_labelled("", f"LabelledFolder:root={folder}/train")
@@ -114,7 +114,7 @@ def test_training_is_sgd_with_momentum_and_a_cosine(run, tmp_path):
             parameter.sub_(lr * speed)
     torch.testing.assert_close(got[f"{name}.weight"], weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got[f"{name}.bias"], bias, rtol=1e-4, atol=1e-7)
-    assert torch.equal(still[f"{name}.weight"], got[f"{name}.weight"])  # the other classifiers do not matter
+    assert torch.equal(still[f"{name}.weight"], got[f"{name}.weight"])  # the other classifiers have no influence
 
 
 def test_a_stopped_evaluation_goes_on_bit_for_bit(run, tmp_path):

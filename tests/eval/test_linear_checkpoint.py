@@ -1,4 +1,4 @@
-"""What a linear evaluation says when its checkpoint cannot be written; the rest is in test_linear.py."""
+"""The error if the checkpoint of a linear evaluation cannot be written; the rest is in test_linear.py."""
 
 import errno
 import os

@@ -42,7 +42,7 @@ def no_handlers_left():
 
 
 def make_run(folder, *overrides):
-    """Write what a training run leaves: its configuration and a teacher checkpoint; return both in memory."""
+    """Write the configuration and teacher checkpoint of a training run; return both in memory."""
     cfg = tiny_config(*overrides)
     model = SSLMetaArch(cfg)
     folder.mkdir()
@@ -81,7 +81,7 @@ def test_evaluates_a_run_without_touching_it(tmp_path):
     results = [json.loads(line) for line in (out / "results_eval_knn.json").read_text().splitlines()]
     assert [key for row in results for key in row] == [
         f"('full', {k}) Top {n}" for k in (3, 11) for n in (1, 5)
-    ]  # 12 images but itself
+    ]  # 12 images except itself
     assert results[0]["('full', 3) Top 1"] > 60
 
 
@@ -214,7 +214,7 @@ def test_weights_of_every_layout(tmp_path, layout, chunks):
     model = SSLMetaArch(cfg)
     with torch.no_grad():
         for parameter in model.student.parameters():
-            parameter.add_(1)  # the teacher's are wanted
+            parameter.add_(1)  # the teacher's weights are expected
     backbone = model.teacher["backbone"].state_dict()
     file = {
         "teacher": {"teacher": model.teacher.state_dict()},

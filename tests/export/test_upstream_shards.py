@@ -1,4 +1,4 @@
-"""The directory of a run of upstream, written by its own code in two processes: gathered, and refused elsewhere."""
+"""A run directory of upstream, written by its own code in two processes: gathered, and rejected elsewhere."""
 
 import os
 import shutil
@@ -121,7 +121,7 @@ class Bomb:
 
 
 class Getattr:
-    """Pickled as a call of getattr, which gives a method to whoever really calls it."""
+    """An object pickled as a call of getattr, which returns a method if really called."""
 
     def __reduce__(self):
         return (getattr, ("text", "encode"))

@@ -1,4 +1,4 @@
-"""Fetching the oracle: whole or not at all, safe against a second process, and clear when it cannot be had."""
+"""Fetching the oracle: atomic, safe against a second process, with a clear error if it is unavailable."""
 
 from __future__ import annotations
 

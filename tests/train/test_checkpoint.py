@@ -50,7 +50,7 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(tmp_path):
 
 
 def test_what_is_restored_is_on_its_parameters_device(tmp_path):
-    """Step counts too: on a GPU the fused kernels refuse theirs on the CPU. The other device here is "meta"."""
+    """This includes step counts, which fused kernels need on the GPU. Here the other device is "meta"."""
     cfg, model, saver = make(tmp_path)
     advance(cfg, model, saver.optimizer, range(1))
     saver.save(0)
@@ -101,7 +101,7 @@ def test_unreadable_newest_falls_back_with_a_warning(tmp_path, caplog, damage):
 
 
 def rewritten(marker, change, *, with_checksum):
-    """Change the marker's values, with its own checksum made anew or left as it was."""
+    """Change the marker's values, and recompute its checksum or keep the old one."""
     values = json.loads(marker.read_text())
     change(values)
     if with_checksum:
@@ -167,7 +167,7 @@ def test_whatever_stands_in_a_marker_the_one_before_is_used_or_one_error_raised(
     (first / "checkpoint.json").write_bytes(text)
     with pytest.raises(CheckpointError, match="expected a readable checkpoint, got 2 unreadable ones.*--no-resume"):
         make(tmp_path)[2].load_latest()
-    make(tmp_path)[2].save(3)  # and a run that is begun anew there is not hindered
+    make(tmp_path)[2].save(3)  # a new run in this folder is not affected
     assert make(tmp_path)[2].load_latest().iteration == 3
 
 

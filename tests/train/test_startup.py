@@ -1,4 +1,4 @@
-"""What a run says before its first step and after its last one."""
+"""What a run logs before its first step and after its last one."""
 
 import pytest
 

@@ -30,7 +30,7 @@ def test_a_file_is_fetched_once_and_shows_a_bar(tmp_path, capsys):
 
 @pytest.fixture
 def open_sockets():
-    """Collect the sockets that urllib leaves open after a garbled answer or a redirect, without its warnings."""
+    """Collect the sockets that urllib leaves open after a malformed response or a redirect, without its warnings."""
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)

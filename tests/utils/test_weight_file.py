@@ -1,4 +1,4 @@
-"""Weight files that are odd, torn or hostile: one sentence that names what is wrong and where."""
+"""Unusual, torn or malicious weight files: a one-sentence error that names the problem and its place."""
 
 import argparse
 import collections
