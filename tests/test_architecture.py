@@ -307,7 +307,7 @@ def test_files_are_renamed_and_locked_in_one_module():
     assert {name for name, calls in found.items() if calls} == RENAMES
 
 
-def test_only_the_backend_knows_xformers_and_nobody_torchvision():
+def test_only_the_backend_imports_xformers_and_no_module_torchvision():
     users = {name: third_party(file.read_text(), name) for name, file in MODULES.items()}
     assert {name for name, used in users.items() if "xformers" in used} <= {"layers.backend"}
     assert {name for name, used in users.items() if "torchvision" in used} == set()

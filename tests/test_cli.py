@@ -239,7 +239,7 @@ def test_flags_are_not_abbreviated(capsys):
     assert "--config: unknown flag -> did you mean --config-file?" in error_of(capsys, "--config", "x")
 
 
-def test_eval_is_said_to_be_unused(capsys):
+def test_eval_is_reported_as_unused(capsys):
     assert parse("--eval", "knn").eval == "knn"
     assert "--eval is accepted" in capsys.readouterr().err
     parse("--eval-only")
@@ -253,7 +253,7 @@ def test_it_serves_as_a_parent():
     assert (args.nodes, args.opts, args.output_dir) == (2, ["a=1", "b=2"], "o")
 
 
-def test_known_args_leave_what_is_not_ours():
+def test_known_args_keep_foreign_arguments():
     args, unknown = get_args_parser().parse_known_args(["a=1", "--foo", "b=2"])
     assert (args.opts, unknown) == (["a=1", "b=2"], ["--foo"])
 

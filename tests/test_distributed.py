@@ -54,7 +54,7 @@ def test_second_enable_with_another_environment():
     assert distributed.current_world().size == 1
 
 
-def test_group_of_somebody_else_is_adopted_and_left_alone(tmp_path):
+def test_a_foreign_group_is_adopted_and_kept(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         distributed.enable()

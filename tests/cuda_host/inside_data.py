@@ -15,7 +15,7 @@ from tests.data.pictures import make_folder, train_config
 CUDA = torch.device("cuda", 0)
 
 
-def test_a_copy_that_nobody_waits_for_is_seen():
+def test_a_copy_without_a_wait_is_detected():
     host = torch.arange(4.0).pin_memory()
     device = host.to(CUDA, non_blocking=True)
     host.fill_(7)

@@ -51,7 +51,7 @@ def test_a_step_waits_for_what_is_there_and_a_log_line_once(workers, dataset, tm
         assert step["cudaMalloc"] == 0 or number < 8
 
 
-def test_a_run_goes_on_where_memory_cannot_be_pinned(dataset, tmp_path):
+def test_a_run_continues_if_memory_cannot_be_pinned(dataset, tmp_path):
     """A failed call remains CUDA's last error, which torch raises at the next kernel launch."""
     command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
     command += ["train.num_workers=2", "train.max_steps=4"]
@@ -61,7 +61,7 @@ def test_a_run_goes_on_where_memory_cannot_be_pinned(dataset, tmp_path):
     assert done.returncode == 0 and "memory could not be pinned (CUDA error 801)" in said, said
 
 
-def test_a_full_device_is_said_in_one_sentence(dataset, tmp_path):
+def test_a_full_device_is_reported_in_one_sentence(dataset, tmp_path):
     command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
     command += ["student.arch=vit_small", "train.batch_size_per_gpu=16", "train.num_workers=0"]
     small = os.environ | {"CUDA_HOST_MEMORY": str(500 * 2**20)}

@@ -113,7 +113,7 @@ entry.leave(0)
 """
 
 
-def test_the_process_with_the_least_memory_decides_what_is_computed_again(preloaded):
+def test_the_least_memory_over_processes_decides_the_recomputation(preloaded):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -191,7 +191,7 @@ print(made[0](image).double().sum().item(), np.asarray(made[1](image, random.Ran
 
 
 @pytest.mark.parametrize("built_for", ["this torch", "another torch"])
-def test_torchvisions_base_classes_where_it_is_there(built_for, site, tmp_path):  # noqa: F811
+def test_torchvisions_base_classes_if_it_is_installed(built_for, site, tmp_path):  # noqa: F811
     fake = tmp_path / "torchvision for tests"
     for name, text in FAKE_TORCHVISION.items():
         (fake / name).parent.mkdir(parents=True, exist_ok=True)

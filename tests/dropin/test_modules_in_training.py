@@ -191,7 +191,7 @@ def test_a_backbone_whose_methods_have_upstreams_parameters():
         torch.testing.assert_close(found[1][name], loss, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_put_into_the_student_alone_has_no_teacher():
+def test_modules_added_to_the_student_only_have_no_teacher():
     model = SSLMetaArch(tiny_config())
     for block in blocks_of(model.student["backbone"]):
         block.attn.qkv = LoRA(block.attn.qkv)

@@ -105,7 +105,7 @@ def test_train(upstream, trained):
     assert not torch.equal(after["model"]["student.backbone.cls_token"], before["model"]["student.backbone.cls_token"])
 
 
-def test_train_keeps_as_many_checkpoints_as_fvcore_is_told(upstream, tmp_path):
+def test_train_keeps_as_many_checkpoints_as_fvcore_is_configured_for(upstream, tmp_path):
     """Upstream's period is three epochs; with epochs of one iteration that is a checkpoint every third."""
     upstream.train(tmp_path, "optim.epochs=14")
     names = {path.name for path in tmp_path.glob("*.pth")}

@@ -195,14 +195,14 @@ def test_command(tmp_path):
         evaluate(tmp_path, weights, tmp_path / "none", f"--train-dataset=LabelledFolder:root={tmp_path}/few")
 
 
-def test_a_solver_that_is_not_installed_is_told_before_anything_is_computed(monkeypatch):
+def test_a_missing_solver_is_reported_before_any_computation(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     args = get_log_regression_args_parser().parse_args(["--solver", "sklearn"])
     with pytest.raises(ConfigError, match="--solver sklearn: expected the package scikit-learn"):
         main(args)
 
 
-def test_float32_at_rest_away_from_the_minimum_goes_on_in_float64(monkeypatch, caplog):
+def test_a_float32_fit_stuck_off_the_minimum_continues_in_float64(monkeypatch, caplog):
     features, labels = problem()
     features = features.float() + 300  # so that float32 has few significant digits
     wanted = fit(features.double(), labels, 10.0, 1000, 5)

@@ -111,7 +111,7 @@ def test_images_are_seen_at_the_size_of_the_training_by_as_many_processes_as_cor
 
 @pytest.mark.parametrize("flag", ["--num-workers", "--crop-size", "--resize-size"])
 @pytest.mark.parametrize("value", ["-1", "many", "1.5"])
-def test_what_is_no_number_is_refused_by_the_command_line(flag, value, capsys):
+def test_non_numbers_are_rejected_by_the_command_line(flag, value, capsys):
     with pytest.raises(SystemExit, match="2"):
         get_knn_args_parser().parse_args([f"{flag}={value}"])
     said = capsys.readouterr().err
@@ -267,7 +267,7 @@ def test_autocast_dtype(name, device, expected):
     assert get_autocast_dtype(cfg, device) == expected
 
 
-def test_a_missing_weight_file_is_said_before_its_configuration(tmp_path):
+def test_a_missing_weight_file_is_reported_before_its_configuration(tmp_path):
     with pytest.raises(CheckpointError, match="expected a weight file at .*absent.pth, found nothing"):
         find_run_config(str(tmp_path / "absent.pth"))
     with pytest.raises(ConfigError, match="the configuration of https://lab/w.pth, got none"):

@@ -106,7 +106,7 @@ def test_timm_loads_the_giants_architecture(timm):
     assert sum(p.numel() for p in theirs.parameters()) == count
 
 
-def test_transformers_knows_the_giants_architecture(transformers):
+def test_transformers_supports_the_giants_architecture(transformers):
     """The released g's feed-forward width must agree between transformers and this package."""
     with torch.device("meta"):
         own = vit_giant2(patch_size=14, img_size=28, ffn_layer="swiglufused", init_values=1.0, block_chunks=0)
@@ -362,7 +362,7 @@ def test_a_large_onnx_export_finds_its_tensors(onnx_runtime, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_onnx_says_how_to_prepare_images(onnx_runtime, normalize, tmp_path):
+def test_onnx_metadata_describes_the_preprocessing(onnx_runtime, normalize, tmp_path):
     teacher = make_teacher("patch 14")._replace(reading=Reading((0, 4095)))
     export(portable(teacher)._replace(normalizes=normalize), "onnx", tmp_path / "model.onnx")
     session = onnx_runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -401,7 +401,7 @@ def test_transformers_backbone_classes(transformers, kind, tmp_path):
         torch.testing.assert_close(got, own, **TOLERANCE)
 
 
-def test_a_missing_library_is_said(tmp_path, monkeypatch):
+def test_a_missing_library_is_reported(tmp_path, monkeypatch):
     def missing(*_):
         raise ImportError("No module named 'timm'")
 
@@ -411,7 +411,7 @@ def test_a_missing_library_is_said(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["patch_size"] == 14
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path):
+def test_models_that_cannot_be_exported_are_rejected(tmp_path):
     teacher = make_teacher()
     with pytest.raises(ConfigError, match="expected a multiple of the patch size 14, got 60; take 56 or 70"):
         portable(teacher, 60)

@@ -89,7 +89,7 @@ def test_a_blocks_callers_keep_their_tensors(lean):
     torch.testing.assert_close(leaf.grad, of_x)
 
 
-def test_overwriting_what_is_kept_is_an_error():
+def test_overwriting_a_saved_tensor_is_an_error():
     leaf = torch.randn(5, 4, requires_grad=True)
     x = leaf * 2
     kept = x.square()  # its backward pass needs x

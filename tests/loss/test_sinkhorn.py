@@ -122,7 +122,7 @@ def test_its_input_is_not_changed():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_a_number_is_in_all_rows(bad):
+def test_nan_spreads_to_all_rows(bad):
     """This makes the step be skipped; a centre of 0 or a clamped sum would hide it."""
     logits = draws(6, 5)
     logits[2] = bad

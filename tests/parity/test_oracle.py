@@ -55,7 +55,7 @@ def test_importing_it_leaves_no_trace(oracle, monkeypatch):
     assert sys.meta_path == finders
 
 
-def test_random_state_is_left_alone(oracle):
+def test_random_state_is_unchanged(oracle):
     states = random.getstate(), torch.get_rng_state()
     trainer = OracleTrainer(oracle, BASE + FEW, depth=1)
     trainer.forward_backward(make_batch(oracle, trainer.cfg, 2, seed=0), teacher_temp=0.07, seed=5)

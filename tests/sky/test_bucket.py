@@ -82,7 +82,7 @@ def machines(bucket, tmp_path):
         mount.take_away()
 
 
-def test_a_machine_is_taken_away_and_another_one_goes_on_from_the_bucket(bucket, machines, tmp_path):
+def test_another_machine_resumes_from_the_bucket_after_a_preemption(bucket, machines, tmp_path):
     images = write_images(tmp_path / "images", 12)
     first = machines("first")
     keep = "checkpointing.period=10 checkpointing.keep_last=100"  # none is removed before it is uploaded

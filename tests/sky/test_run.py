@@ -177,7 +177,7 @@ def trainers(launch: Launch) -> dict[int, int]:
     return found
 
 
-def test_killed_processes_and_signals_are_told_to_skypilot_as_such(images, tmp_path):
+def test_skypilot_gets_the_exit_codes_of_kills_and_signals(images, tmp_path):
     launch = Launch(tmp_path, images, nodes=1, gpus=2, length=4000)
     wait_for_checkpoint(launch)
     os.kill(trainers(launch)[1], signal.SIGKILL)

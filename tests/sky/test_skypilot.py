@@ -65,7 +65,7 @@ def test_tasks_load(loaded):
     assert {choice["recovery"]["strategy"] for choice in train["choices"]} == {"EAGER_NEXT_REGION"}
 
 
-def test_what_only_the_user_knows_is_asked_for_before_any_machine_is(ask):
+def test_required_settings_are_requested_before_any_machine(ask):
     files = [{"file": str(REPOSITORY / "sky" / f"{name}.yaml")} for name in NAMES]
     partly = [{"task": TASKS["train"], "envs": {k: v for k, v in GIVEN.items() if k != left_out}} for left_out in GIVEN]
     errors = [answer["error"] for answer in ask(*files, *partly)["answers"]]

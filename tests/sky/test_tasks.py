@@ -77,7 +77,7 @@ def test_training_asks_for_spot_first_on_several_kinds_of_gpu_and_counts():
     assert TASKS["train"]["resources"]["autostop"]["down"] is True
 
 
-def test_what_only_the_user_knows_has_to_be_given():
+def test_required_settings_have_no_default():
     null = {name: {key for key, value in task["envs"].items() if value is None} for name, task in TASKS.items()}
     assert null == {"train": {"RUN_NAME", "DATA", "CHECKPOINTS"}, "debug": {"DATA"}}
 

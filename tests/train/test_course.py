@@ -27,7 +27,7 @@ def test_epochs_are_iterations_and_shares_are_of_the_whole():
     assert [length.iterations(x) for x in (0, 0.5, 3, 7, "10%", "2.5%", "100%")] == [0, 5, 30, 70, 4, 1, 40]
 
 
-def test_steps_stretch_what_is_given_in_epochs():
+def test_max_steps_stretches_lengths_in_epochs():
     length = length_of("optim.epochs=4", "train.max_steps=200")
     assert length.total == 200
     assert [length.iterations(x) for x in (0, 0.5, 3, 7, "10%")] == [0, 25, 150, 350, 20]

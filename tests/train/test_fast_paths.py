@@ -118,7 +118,7 @@ def test_the_step_uses_what_was_compiled(lean, monkeypatch):
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5)
 
 
-def test_what_is_changed_is_called_as_it_is():
+def test_modified_modules_are_called():
     """Change the module before or after it was compiled."""
     cfg = tiny_config("train.lean=false")
     model = SSLMetaArch(cfg).train()
@@ -177,7 +177,7 @@ def test_all_processes_take_what_the_first_measured(tmp_path):
 
 
 @pytest.mark.parametrize("compile", ["on", "off"])
-def test_what_is_measured_are_the_shapes_of_the_run(monkeypatch, compile):
+def test_attention_is_timed_with_the_shapes_of_the_run(monkeypatch, compile):
     measured = []
     monkeypatch.setattr(fast_paths, "fastest_attention", lambda *a: measured.append(a) or ("sdpa", "line"))
     options = [*TINY, "crops.global_crops_size=32", "crops.local_crops_size=16", "student.patch_size=8"]

@@ -112,7 +112,7 @@ def ended(monkeypatch):
     return codes
 
 
-def test_a_run_that_goes_on_is_left_alone(tmp_path, ended):
+def test_a_running_process_is_not_ended(tmp_path, ended):
     with Watchdog(tmp_path, hang_s=1.0) as watchdog:
         for iteration in range(40):
             watchdog.mark(iteration)
@@ -163,7 +163,7 @@ def with_peer(monkeypatch, tmp_path, process, hang_s=0):
     return Watchdog(tmp_path, hang_s)
 
 
-def test_a_process_of_this_machine_that_is_gone_ends_the_others_without_a_time_out(
+def test_a_dead_local_process_ends_the_others_without_a_timeout(
     monkeypatch, tmp_path, peer, ended, capsys
 ):
     """No connection is broken, as when nccl waits for it."""
@@ -187,7 +187,7 @@ def test_a_stopped_process_is_killed(monkeypatch, tmp_path, peer, ended):
     assert ended[0] == 75 and peer.wait() == -signal.SIGKILL
 
 
-def test_a_suspended_job_goes_on(images, tmp_path):
+def test_a_suspended_job_continues(images, tmp_path):
     """All processes are suspended for longer than the timeout, as by ``scontrol suspend``, and resumed."""
     (tmp_path / "slow.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]

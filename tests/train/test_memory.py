@@ -153,7 +153,7 @@ def test_memory_of_the_heads_does_not_grow_with_the_batch(monkeypatch, centering
     assert heads(256) - heads(128) < 3 * of_an_image  # features; below this chunks are not full
 
 
-def test_what_is_kept_of_the_logits_has_a_bound():
+def test_kept_logits_are_bounded():
     def heads(batch_size):
         overrides = [f"train.batch_size_per_gpu={batch_size}", "dino.head_n_prototypes=65536", "train.view_groups=4"]
         return measure_step(tiny_config(*overrides, "train.centering=sinkhorn_knopp")).categories["heads"]

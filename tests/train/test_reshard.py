@@ -41,13 +41,13 @@ def test_a_chain_of_settings_gives_the_weights_of_one_run(whole, tmp_path, chain
         assert len(sizes) == 2 and max(sizes) < 0.7 * alone
 
 
-def test_the_same_process_goes_on_bit_for_bit_with_other_workers(whole, tmp_path):
+def test_a_resume_with_other_workers_is_bitwise_equal(whole, tmp_path):
     images, expected = whole
     go_through(images, tmp_path / "out", (ALONE, Setting(1, workers=2)), expected)
     assert compare(expected, tmp_path / "out")[0] == 0.0
 
 
-def test_another_batch_goes_on_with_the_next_draw(whole, tmp_path):
+def test_another_batch_size_continues_with_the_next_draw(whole, tmp_path):
     images, expected = whole
     out = tmp_path / "out"
     shutil.copytree(expected, out)

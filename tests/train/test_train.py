@@ -69,7 +69,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return read_weights(out / "model_final")["model"]
 
 
-def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, capsys):
+def test_a_run_writes_the_files_documented_in_the_readme_only(images, tmp_path, capsys):
     out = tmp_path / "out"
     assert train(f"train.dataset_path={images}", *RUN, "--output-dir", out, "evaluation.eval_period_iterations=3") == 0
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
@@ -101,7 +101,7 @@ def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, ca
     assert config.optim.lr == pytest.approx(0.004 * math.sqrt(4 / 1024)) and config.train.output_dir == str(out)
 
 
-def test_a_finished_run_is_left_alone_and_goes_on_when_longer(images, tmp_path, capsys):
+def test_a_finished_run_is_unchanged_and_resumes_when_extended(images, tmp_path, capsys):
     command = [f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out"]
     train(*command)
     stamp = (tmp_path / "out" / "model_final" / "checkpoint.json").stat().st_mtime_ns

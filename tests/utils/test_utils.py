@@ -62,7 +62,7 @@ def test_every_wrapping_loads(tmp_path, caplog, content, key, chunked):
     assert "WARNING" not in caplog.text  # heads are expected to be left out
 
 
-def test_what_is_missing_or_unused_is_said(tmp_path, caplog):
+def test_missing_and_unused_tensors_are_logged(tmp_path, caplog):
     state = _trained("backbone.")
     del state["backbone.norm.bias"]
     torch.save({"teacher": state | {"extra": torch.ones(1)}}, tmp_path / "weights.pth")
