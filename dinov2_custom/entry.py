@@ -64,7 +64,7 @@ def _reported(main: Callable[[], int], error_code: int) -> int:
         _flush()
         return code
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _reader_is_gone():
             raise
         _flush()
         return stopped_by(signal.SIGPIPE)
@@ -110,19 +110,19 @@ def _is_alone() -> bool:
 def sentence_of(error: Exception) -> str:
     """Return the one-sentence message of a user-fixable error, "" for any other error."""
     if isinstance(error, DINOv2Error):
-        return words_of(error)
+        return message_of(error)
     if isinstance(error, OSError):
-        return describe_no_room(error)
+        return describe_full_disk(error)
     return missing_requirement(error) if isinstance(error, ModuleNotFoundError) else ""
 
 
-def words_of(error: DINOv2Error) -> str:
+def message_of(error: DINOv2Error) -> str:
     """Return the message of ``error`` without the traceback that a torch data-loading process prepends."""
     text, name = str(error), f"{type(error).__module__}.{type(error).__qualname__}: "
     return text.rpartition(name)[2].rstrip() if text.startswith("Caught ") and name in text else text
 
 
-def describe_no_room(error: OSError) -> str:
+def describe_full_disk(error: OSError) -> str:
     """Return one sentence if a disk is full, over quota or read-only, "" for any other error."""
     if error.errno not in NO_ROOM:
         return ""
@@ -158,7 +158,7 @@ def _end_workers() -> None:
         process.join()
 
 
-def _nobody_reads() -> bool:
+def _reader_is_gone() -> bool:
     """Return whether standard output is a pipe whose reader has closed it; any other broken pipe is an error."""
     try:
         poll = select.poll()

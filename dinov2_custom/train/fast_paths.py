@@ -138,7 +138,7 @@ def install(model: SSLMetaArch, compiler: Compiler) -> None:
     Args:
         compiler: maps a function to its compiled version, for any number of tokens.
     """
-    model.look_at_modules()
+    model.update_shortcuts()
     if model.lean:
         model.pieces = compile_pieces(compiler)
     else:

@@ -157,7 +157,7 @@ class SSLMetaArch(nn.Module):
         """Let the student's blocks recompute ``none``, ``selective`` or ``full`` in the backward pass."""
         self.recompute = mode
 
-    def look_at_modules(self) -> None:
+    def update_shortcuts(self) -> None:
         """Find what can be computed from weights in this step, and warn once about anything that prevents it."""
         self.shortcuts = fast_paths.find_shortcuts(self)
         if self.shortcuts.changes:
@@ -211,7 +211,7 @@ class SSLMetaArch(nn.Module):
             0-dim losses on the device, detached. KoLeo and iBOT are half of the trained terms, as upstream reports
             them.
         """
-        self.look_at_modules()
+        self.update_shortcuts()
         groups = self.plan_groups(images, generator)
         masked_in_first = self.masked_in_first(images)
         if self.constant_shapes:

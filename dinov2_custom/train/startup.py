@@ -47,7 +47,7 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
     ]
 
 
-def describe_doubts(cfg, course: Course, num_images: int) -> str:
+def short_run_warning(cfg, course: Course, num_images: int) -> str:
     """Return a sentence on values of ``cfg`` that are meant for longer runs or more images, or "" if there are none.
 
     Runs from pretrained weights are exempt: these have a trained LayerScale and need no long warm-up.

@@ -46,7 +46,7 @@ from dinov2_custom.train.optimization import (
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.run_directory import changed_batch, changed_data, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.startup import describe_doubts, describe_end, describe_run
+from dinov2_custom.train.startup import describe_end, describe_run, short_run_warning
 from dinov2_custom.train.step_guard import Flags, StepGuard
 from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.utils.allocator import keep_freed_memory
@@ -116,7 +116,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     for line in (*describe_run(cfg, model, course, loader.num_images, world_size), reducer.describe(), kernel):
         if line:
             logger.info(line)
-    if doubts := describe_doubts(cfg, course, loader.num_images):
+    if doubts := short_run_warning(cfg, course, loader.num_images):
         logger.warning(doubts)
     if rank == 0:
         truncate_after(out / METRICS_FILE, iteration - kept.get("has_row_of_stop", 0))

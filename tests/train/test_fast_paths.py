@@ -269,7 +269,7 @@ distributed.disable()
 
 def looked_at(model):
     """Return how many blocks run from their weights, whether heads do, and the modifications of the others."""
-    model.look_at_modules()
+    model.update_shortcuts()
     found = model.shortcuts
     return [len(found.student), len(found.teacher), found.heads, list(found.changes)]
 
