@@ -21,7 +21,7 @@ def make(folder):
 @pytest.mark.parametrize(
     "number, words",
     [
-        (errno.ENOSPC, "make room, then the same command goes on"),
+        (errno.ENOSPC, "make room, then the same command resumes"),
         (errno.EACCES, "allow it (owner, permissions), or choose another directory, then"),
         (errno.EROFS, "have the file system mounted for writing"),
         (errno.EBADF, "fix that, then"),
