@@ -1,7 +1,7 @@
-"""Images a second of one core, from a file's bytes to a batch: upstream's own pipeline and ours, side by side.
+"""Measure images/s of one core, from a file's bytes to a batch, for upstream's pipeline and ours.
 
-Medians of CPU time; all configurations take turns within one process, so ratios hold where absolute times drift.
-``python -m benchmarks.data_pipeline [--write]``. Read :func:`main` first.
+Medians of CPU time; configurations alternate within one process, so ratios are stable even if absolute times drift.
+``python -m benchmarks.data_pipeline [--write]``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ on a GPU does not. "Colour on the device" leaves jitter, grey, blur and solarize
 
 
 class InMemory(ExtendedVisionDataset):
-    """The bytes of some image files."""
+    """A dataset of image files in memory."""
 
     def __init__(self, files: list[bytes]):
         super().__init__()
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _masks(upstream, rounds: int) -> str:
-    """Time the mask sampler alone: 640 masks of 16 x 16 patches a round, a tenth to a half of them masked."""
+    """Time the mask sampler alone: 640 masks of 16 x 16 patches per round, 10 to 50 % of them masked."""
     sizes = [26 + i % 103 for i in range(640)]
 
     def sample(masks: Callable[[int], object], n: int) -> None:
@@ -97,7 +97,7 @@ def _masks(upstream, rounds: int) -> str:
 
 
 def _configurations(files: list[bytes], kind: str, upstream) -> dict[str, Callable[[int], object]]:
-    """Return what to time: functions of the round's number."""
+    """Return the functions to time, each called with the round's number."""
     found: dict[str, Callable[[int], object]] = {UPSTREAM: lambda n: _run_upstream(files, upstream, n)}
     for scaling in (False, True) if kind == "JPEG" else (False,):
         more = ", DCT scaling" if scaling else ""
@@ -139,7 +139,7 @@ def _ours(files: list[bytes], *, scaling=False, late=False, pillow=False, normal
 
 
 def _measure(functions: dict[str, Callable[[int], object]], rounds: int, images: int) -> dict[str, list[float]]:
-    """Return CPU milliseconds an image, a value a round, all functions in turn; round 0 warms up."""
+    """Return CPU milliseconds per image, one value per round, alternating functions; round 0 is a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for n in range(rounds + 1):
         for name, function in functions.items():

@@ -1,9 +1,9 @@
-"""Time and memory of the step on a CUDA GPU beside upstream with xformers. **Not run by us yet: no GPU was at hand.**
+"""Measure time and memory of the step on a CUDA GPU against upstream with xformers. **We had no GPU to run it yet.**
 
-``python -m benchmarks.gpu --output gpu.md``: images/s, peak memory and MFU of ViT-L, S and B, one engine after the
-other on one card, within eight minutes; ours with its data loader too. The page is written anew after each row, and an
-engine that fails is a row that says so. Needs CUDA; ``pip install xformers scikit-image scikit-learn`` first. To try it
-without a GPU: ``python -m tests.cuda_host.run -m benchmarks.gpu --small``. Read :func:`main` first.
+``python -m benchmarks.gpu --output gpu.md``: images/s, peak memory and MFU of ViT-L, S and B, one engine at a time on
+one card, within eight minutes; ours also with its data loader. The page is rewritten after each row, and an engine that
+fails gets a row with the error. Needs CUDA; ``pip install xformers scikit-image scikit-learn`` first. To try it without
+a GPU: ``python -m tests.cuda_host.run -m benchmarks.gpu --small``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dinov2_custom.train.flops import peak_flops
 from tests.oracle import OracleTrainer, ensure_oracle, load_oracle
 from tests.oracle import trainer as oracle_trainer
 
-MODELS = {"vit_large": (64, 128), "vit_small": (64, 128), "vit_base": (64, 128)}  # what counts most first
+MODELS = {"vit_large": (64, 128), "vit_small": (64, 128), "vit_base": (64, 128)}  # most important first
 OPTIONS = f"{COMMON} train.activation_checkpointing=none"  # `auto` measures the step first, for up to 20 s
 COMPILED = "train.compile=on"
 BF16 = [
@@ -68,8 +68,8 @@ attention: the operators that a step called for it.
 
 
 class Measured(NamedTuple):
-    """Median seconds of a step, median seconds in which the host submits it, peak bytes allocated and reserved,
-    operators of attention."""
+    """Median seconds of a step, median seconds in which the host launches it, peak bytes allocated and reserved, and
+    the attention operators."""
 
     seconds: float
     host: float
@@ -79,9 +79,9 @@ class Measured(NamedTuple):
 
 
 def xformers_state() -> tuple[bool, str]:
-    """Return whether xformers computes attention here, and its version, or why not.
+    """Return whether xformers computes attention here, and its version or the reason why not.
 
-    It says itself what kept its library from loading; its attention then silently is torch's.
+    xformers reports why its library did not load; it then silently uses torch's attention.
     """
     try:
         state = importlib.import_module("xformers._cpp_lib")._cpp_library_load_exception
@@ -109,8 +109,8 @@ def upstream_step(oracle, overrides: list[str], batch: dict, *, autocast: bool =
 
 
 def measure_upstream_fsdp(overrides: list[str], batch: dict, repetitions: int) -> Measured:
-    """Time upstream's whole step as it is shipped: 16-bit parameters under FSDP, in a group of one NCCL process."""
-    oracle = load_oracle.__wrapped__(ensure_oracle())  # a copy that the other engines do not see
+    """Time upstream's whole step as shipped: 16-bit parameters under FSDP, in a group of one NCCL process."""
+    oracle = load_oracle.__wrapped__(ensure_oracle())  # a copy that the other engines do not use
     for name in ("get_fsdp_wrapper", "get_fsdp_modules", "reshard_fsdp_model"):
         setattr(oracle.arch, name, getattr(oracle.fsdp, name))
     oracle.distributed._LOCAL_RANK, oracle.distributed._LOCAL_WORLD_SIZE = 0, 1
@@ -122,7 +122,7 @@ def measure_upstream_fsdp(overrides: list[str], batch: dict, repetitions: int) -
 
 
 def reading(step: Step) -> Step:
-    """Return ``step``, after which the host reads every loss."""
+    """Return ``step``, extended to read every loss on the host."""
 
     def read(index: int) -> dict[str, torch.Tensor]:
         losses = step(index)
@@ -134,7 +134,7 @@ def reading(step: Step) -> Step:
 
 
 class AttentionNames(TorchDispatchMode):
-    """Collect the operators of the step that compute attention."""
+    """Collect the attention operators of the step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class AttentionNames(TorchDispatchMode):
 
 
 def measure(step: Step, repetitions: int, name_attention: bool = True) -> Measured:
-    """Time blocks of ``repetitions`` steps; of compiled ones, attention cannot be looked up."""
+    """Time blocks of ``repetitions`` steps; for compiled steps, attention operators cannot be identified."""
     attention = AttentionNames()
     if name_attention:
         with attention:
@@ -210,7 +210,7 @@ def _cells(run: Callable[[], Measured], batch_size: int, operations: float) -> l
         seconds, host, allocated, reserved, attention = run()
     except torch.cuda.OutOfMemoryError:
         return ["out of memory", *["-"] * (len(HEADER) - 4)]
-    except Exception as e:  # the other engines' rows are wanted all the same
+    except Exception as e:  # the other engines' rows are still wanted
         traceback.print_exc()
         return [f"failed: {type(e).__name__}", *["-"] * (len(HEADER) - 4)]
     peak = peak_flops(torch.cuda.get_device_name())
@@ -242,10 +242,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("expected a CUDA GPU, got none; benchmarks.step is for CPUs")
     warnings.simplefilter("ignore")  # upstream's
-    torch.backends.cuda.matmul.allow_tf32 = True  # as upstream does; ours has no float32 product that counts
+    torch.backends.cuda.matmul.allow_tf32 = True  # as upstream does; our float32 products are negligible
     args.xformers, state = xformers_state()
     print(f"xformers: {state}", flush=True)
-    # a card of the stand-in computes nothing, so that no number is finite
+    # the CUDA stand-in computes nothing, so that no number is finite
     args.override = ["train.max_nonfinite_steps=1000"] if args.small else []
     models, args.files = ({"vit_small": (4,)}, 8) if args.small else (MODELS, FILES)
     cases = [(arch, size) for arch, sizes in models.items() if args.only in arch for size in sizes]
@@ -255,7 +255,7 @@ def main() -> None:
         for row in itertools.chain.from_iterable(rows(*case, args, Path(folder)) for case in cases):
             lines.append(row)
             print(" | ".join(map(str, row)), f"| after {time.monotonic() - start:.0f} s", flush=True)
-            if args.output:  # after each row: a run that is cut off has said this much
+            if args.output:  # after each row, so that an interrupted run keeps its results
                 args.output.write_text(_page(args, lines, state))
             if time.monotonic() - start > args.minutes * 60:
                 break

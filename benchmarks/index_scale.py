@@ -1,12 +1,12 @@
-"""Print what a collection costs as it grows: start-up, memory of each process, listing.
+"""Measure the cost of a growing collection: start-up, memory of each process, listing.
 
     python -m benchmarks.index_scale                      # simulated sources of 1e4 .. 1e9 images
-    python -m benchmarks.index_scale --files 1000000      # and list that many (empty) files made in --folder
+    python -m benchmarks.index_scale --files 1000000      # also list that many (empty) files created in --folder
 
-Two tables. The first: "computed names" is a source without any index, so what is left is the order and the loader;
-"mapped index" has a packed index file of that many paths, as a listing leaves it. The second: real files. Every row is
-a process of its own; private memory is what a process has for itself (Private_Dirty in smaps_rollup, so Linux only),
-which leaves out pages of the mapped file. Read :func:`measure_loader` first.
+Two tables. The first: "computed names" is a source without an index, which leaves the sampler and the loader; "mapped
+index" has a packed index file of that many paths, as a listing writes it. The second table uses real files. Every row
+is measured in a separate process; private memory is Private_Dirty in smaps_rollup (Linux only), which excludes pages of
+the mapped file.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def run(task: str, args: argparse.Namespace, **changed) -> list:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
 
 
-# the loader over sources that are not there
+# the loader over simulated sources
 
 
 def measure_loader(args: argparse.Namespace, indexed: bool = False) -> list:
@@ -93,7 +93,7 @@ def measure_loader(args: argparse.Namespace, indexed: bool = False) -> list:
     Image.new("RGB", (256, 256), (200, 30, 90)).save(picture, "JPEG")
 
     class Simulated(Source):
-        """``size`` times the same picture; its names come from the index file, or are made up."""
+        """``size`` copies of one image; the names come from the index file or are computed."""
 
         def __init__(self):
             self.names = PathTable(index=load(file)) if indexed else None
@@ -140,7 +140,7 @@ def config(workers: int) -> SimpleNamespace:
 
 
 def write_index(file: str, size: int) -> None:
-    """Write the index of ``size`` paths of equal length, without making them as Python objects."""
+    """Write the index of ``size`` paths of equal length, without creating Python objects."""
     from dinov2_custom.data.index import save
 
     text = np.frombuffer(b"/simulated/".ljust(PATH_BYTES - 4, b"x") + b".jpg", np.uint8)
@@ -165,13 +165,13 @@ def children(pid: int) -> list[int]:
 
 
 def private(pid: int) -> int:
-    """Return the bytes that this process alone has and wrote."""
+    """Return the private dirty bytes of this process."""
     with open(f"/proc/{pid}/smaps_rollup") as file:
         rows = [line.split() for line in file if line.startswith("Private_Dirty")]
     return 1024 * sum(int(row[1]) for row in rows)
 
 
-# listing files that are there
+# listing existing files
 
 
 def make_files(folder: str, number: int) -> str:

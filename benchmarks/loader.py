@@ -1,8 +1,7 @@
-"""Images a second delivered to the trainer's process by two data-loading processes: torch's DataLoader with upstream's
+"""Measure images/s delivered to the trainer's process by two data-loading processes: torch's DataLoader with upstream's
 pipeline, and ours.
 
-Wall time of windows that take turns; the delivered batch is touched, not copied.
-``python -m benchmarks.loader [--write]``. Read :func:`main` first.
+Wall time of alternating windows; the delivered batch is read, not copied. ``python -m benchmarks.loader [--write]``.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def _ours(files: list[bytes], workers: int, late: bool) -> Iterator[int]:
 
 
 def _measure(batches: Iterator[int], seconds: float) -> tuple[float, float, float]:
-    """Return images a second and CPU milliseconds an image over ``seconds``, and the memory at their end in MiB."""
+    """Return images/s and CPU milliseconds per image over ``seconds``, and the final memory in MiB."""
     with closing(batches):
         for _ in itertools.islice(batches, WARM_UP_BATCHES * WORKERS):
             pass
@@ -137,7 +136,7 @@ def _processes() -> list[str]:
 
 
 def _cpu_s() -> float:
-    """Return the CPU time of this process and its children so far (Linux; else of this process)."""
+    """Return the CPU time of this process and its children so far (on Linux; otherwise of this process)."""
     total = 0
     try:
         for pid in _processes():
@@ -150,7 +149,7 @@ def _cpu_s() -> float:
 
 
 def _memory_mib() -> float:
-    """Return the proportional set size of this process and its children (Linux; else 0)."""
+    """Return the proportional set size of this process and its children (on Linux; otherwise 0)."""
     total = 0
     try:
         for pid in _processes():

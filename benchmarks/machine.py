@@ -1,4 +1,4 @@
-"""What a benchmark says of itself: machine, versions, command; its processor time, and where its page goes."""
+"""Describe a benchmark run (machine, versions, command), measure its CPU time, and write its page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def describe(module: str, *more: str) -> str:
 
 
 def core_seconds() -> float:
-    """Return the processor time of all processes started so far that have ended: waiting is not in it."""
+    """Return the CPU time of all child processes that have ended, excluding waiting."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -1,7 +1,7 @@
 """Count the memory of a training step for architectures, batches and numbers of GPUs, without any GPU.
 
-The counts are exact for tensors and independent of the machine; ``dinov2_custom/train/memory.py`` says what they leave
-out. ``python -m benchmarks.memory --write`` writes results/memory.md. Read :func:`main` first.
+The counts are exact for tensors and independent of the machine; ``dinov2_custom/train/memory.py`` lists what they leave
+out. ``python -m benchmarks.memory --write`` writes results/memory.md.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def config(overrides: str, batch_size: int):
 
 
 def student_of(cfg) -> nn.ModuleDict:
-    """Return the student without data."""
+    """Return the student on the meta device."""
     with torch.device("meta"):
         return SSLMetaArch(cfg).student
 
 
 def step_operations(cfg) -> float:
-    """Return the operations of a step by the closed formula of ``dinov2_custom/train/flops.py``."""
+    """Return the FLOPs of a step by the formula of ``dinov2_custom/train/flops.py``."""
     backbone = student_of(cfg)["backbone"]
     return cfg.train.batch_size_per_gpu * flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks)
 

@@ -1,7 +1,7 @@
-"""Print, as a markdown table, how far our training step is from upstream's in every case of the parity tests.
+"""Print, as a markdown table, the deviation of our training step from upstream's for every parity test case.
 
-Not a timing: the figures are relative errors in fp32 on a CPU. ``python -m benchmarks.parity_table`` prints the tables
-of docs/parity.md; the oracle is fetched on first use. Read :func:`main` first.
+The figures are relative errors in fp32 on a CPU. ``python -m benchmarks.parity_table`` prints the tables of
+docs/parity.md; the oracle is fetched on first use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Train ViT-S/14 beside lightly-train, each as its user would: its own command, process and default precision, in turn.
+"""Compare ViT-S/14 training with lightly-train, each with its own command, process and default precision, in turn.
 
-Both get the same files, crops, batch, prototypes, registers and centering; what still differs is on the page. A step's
-seconds are those that each product writes into its own metrics, waits for data included. lightly-train's usage events
-are switched off. Not a comparison of accuracy. ``python -m benchmarks.peers --lightly-python VENV/bin/python --write``
-writes results/peers.md; lightly-train has to be installed for that Python. Read :func:`main` first.
+Both get the same files, crops, batch, prototypes, registers and centering; the page lists the remaining differences. A
+step's duration is what each product writes to its own metrics, including waits for data. lightly-train's usage events
+are disabled. Accuracy is not compared. ``python -m benchmarks.peers --lightly-python VENV/bin/python --write`` writes
+results/peers.md; lightly-train must be installed for that Python.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Run(NamedTuple):
-    """Seconds of each counted step, and the process's peak resident GB."""
+    """Seconds of each measured step, and the process's peak resident memory in GB."""
 
     seconds: list[float]
     peak_gb: float
 
 
 def their_seconds(lines: Iterable[str]) -> list[float]:
-    """Return seconds a step from lightly-train's metrics.jsonl: the batch and the wait for it."""
+    """Return seconds per step from lightly-train's metrics.jsonl, including the wait for the batch."""
     rows = [row for row in map(json.loads, lines) if "profiling/batch_time" in row]
     return [row["profiling/batch_time"] + row.get("profiling/data_time", 0.0) for row in rows]
 
 
 def our_seconds(lines: Iterable[str]) -> list[float]:
-    """Return seconds a step from our training_metrics.json of at most 20 steps, whose rows have running means."""
+    """Return seconds per step from our training_metrics.json of at most 20 steps, whose rows are running means."""
     sums = [(i + 1) * json.loads(line)["iter_time"] for i, line in enumerate(lines)]
     return [after - before for before, after in zip([0.0, *sums], sums, strict=False)]
 
 
 def run(command: list[str], log: Path) -> float:
-    """Run ``command`` to its end and return its peak resident GB; its output goes to ``log``."""
+    """Run ``command`` to completion and return its peak resident GB; its output goes to ``log``."""
     env = {**os.environ, "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=REPOSITORY)
@@ -112,7 +112,7 @@ def their_versions(python: Path) -> str:
 
 
 def page(runs: dict[str, list[Run]], versions: str) -> str:
-    """Return the page; the first of ``runs`` is what the others are compared with."""
+    """Return the page; the first of ``runs`` is the baseline."""
     rows, medians = [], []
     for name, turns in runs.items():
         seconds = [second for one in turns for second in one.seconds]

@@ -1,7 +1,7 @@
-"""Photographs to time with: the ones that scikit-image and scikit-learn ship, cut and resized to a wanted size.
+"""Photographs for benchmarks: those shipped with scikit-image and scikit-learn, cropped and resized.
 
-Sources are small; larger sizes are upscaled, with film grain on top so that files have a photograph's size (about 2
-bits a pixel at quality 90). Read :func:`encoded` first.
+The sources are small; larger sizes are upscaled, with added film grain so that file sizes are realistic (about 2 bits
+per pixel at quality 90).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIZES = {
 
 @functools.cache
 def sources() -> list[Image.Image]:
-    """Return the shipped photographs; without those packages pictures with structure at every scale."""
+    """Return the shipped photographs; without those packages, synthetic images with structure at every scale."""
     found = {name: importlib.util.find_spec(name) for name in ("skimage", "sklearn")}
     skimage, sklearn = (Path(spec.origin).parent if spec else Path("/nowhere") for spec in found.values())
     paths = [skimage / "data" / name for name in SHIPPED] + sorted((sklearn / "datasets/images").glob("*.jpg"))

@@ -1,9 +1,8 @@
-"""Predict what bounds a training step on an H100, kernel by kernel, without one: products, or moving bytes.
+"""Predict what bounds a training step on an H100, kernel by kernel, without a GPU: compute or memory traffic.
 
-The step runs on tensors without data, as ``dinov2_custom/train/memory.py`` does it. Each kernel takes the longest of
-its operations and its bytes at the rates below, and a launch at least; nothing overlaps and no cache helps. A model,
-not a measurement: ``benchmarks.gpu`` measures. ``python -m benchmarks.roofline --write`` writes results/roofline.md.
-Read :class:`Roofline` first.
+The step runs on tensors without data, as in ``dinov2_custom/train/memory.py``. Each kernel takes the maximum of its
+compute time, its memory time and the launch latency; no overlap and no caching is assumed. This is a model, not a
+measurement: ``benchmarks.gpu`` measures. ``python -m benchmarks.roofline --write`` writes results/roofline.md.
 """
 
 from __future__ import annotations
@@ -24,14 +23,15 @@ from benchmarks.memory import config, step_operations, student_of
 from dinov2_custom.train import memory
 from dinov2_custom.train.flops import PEAK_FLOPS
 
-PRODUCTS = 0.7 * PEAK_FLOPS["H100"]  # operations/s that large 16-bit products reach
-TF32_SHARE = 0.45  # of that for products of float32
+PRODUCTS = 0.7 * PEAK_FLOPS["H100"]  # FLOP/s that large 16-bit products reach
+TF32_SHARE = 0.45  # of that for float32 products
 ATTENTION = 0.4 * PEAK_FLOPS["H100"]  # fused, head width 64
-BYTES = 0.85 * 3.35e12  # a second
-LAUNCH = 4e-6  # seconds a kernel at least
-OPTIMIZER_BYTES = 28 + 12  # a parameter: AdamW reads p, g, m, v and writes p, m, v; the moving average t, s and t
+BYTES = 0.85 * 3.35e12  # bytes per second
+LAUNCH = 4e-6  # minimum seconds per kernel
+OPTIMIZER_BYTES = 28 + 12  # per parameter: AdamW reads p, g, m, v and writes p, m, v; the moving average t, s and t
 MODELS = (("vit_small", 64), ("vit_base", 64), ("vit_large", 64), ("vit_large", 128))
-# What only looks at a tensor, or makes one without touching its bytes. Indices (int64) are the host's work.
+# Operators that only view a tensor, or allocate one without touching its bytes. Indices (int64) are handled by the
+# host.
 FREE = frozenset(
     "alias as_strided detach device dtype empty empty_like empty_strided expand lift_fresh new_empty permute select "
     "size slice split split_with_sizes squeeze stride t transpose unbind unfold unsqueeze view _reshape_alias "
@@ -40,7 +40,7 @@ FREE = frozenset(
 
 
 class Roofline(TorchDispatchMode):
-    """Sum the seconds of kernels by kind: ``products``, ``attention``, or the operator's name."""
+    """Sum the time of kernels in seconds by kind: ``products``, ``attention``, or the operator's name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class Roofline(TorchDispatchMode):
         return result
 
     def add(self, kind: str, operations: int, rate: float, moved: int) -> None:
-        """Count one kernel with so many operations, at ``rate`` a second, and bytes moved."""
+        """Add one kernel with ``operations`` at ``rate`` per second and ``moved`` bytes."""
         self.kernels += 1
         self.operations += operations
         self.seconds[kind] += max(operations / rate, moved / BYTES, LAUNCH)
 
     def as_kernels(self, function: Callable) -> Callable:
-        """Return ``function`` as torch.compile makes it: what is between its inputs and its results moves nothing."""
+        """Return ``function`` as if fused by torch.compile: only inputs and results cause memory traffic."""
 
         def run(*args):
             self._inside = True
@@ -85,7 +85,7 @@ class Roofline(TorchDispatchMode):
 
 
 def product_operations(name: str, args: tuple, result: object) -> int:
-    """Return the operations of a matrix product or convolution, 0 for anything else."""
+    """Return the FLOPs of a matrix product or convolution, 0 for anything else."""
     if name in ("mm", "addmm", "bmm"):
         first, second = args[-2:] if name != "addmm" else args[1:3]
         return 2 * first.numel() * second.shape[-1]
@@ -99,7 +99,7 @@ def tensors_in(tree: object) -> list[Tensor]:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
-    """Return their bytes."""
+    """Return the size of ``tensors`` in bytes."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -111,13 +111,13 @@ def moved_bytes(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
         return (0 if name.endswith("_") else 2 * size(outputs)) + 3 * size(inputs[-1:])
     if name.startswith(("zeros", "new_zeros", "fill", "ones")):
         return size(outputs)
-    if name == "copy_":  # what was there is not read
+    if name == "copy_":  # the previous content is not read
         return size(inputs[1:]) + size(outputs)
     return size({id(x): x for x in inputs}.values()) + size(outputs)  # ``out=`` may name an input
 
 
-# Compiled pieces of several kernels: passes over all inputs, and small kernels that finish sums, as inductor and Triton
-# of torch 2.15 make them for sm_90.
+# Compiled pieces of several kernels: passes over all inputs, and small kernels that finish reductions, as generated by
+# inductor and Triton of torch 2.15 for sm_90.
 PASSES = {"fused_cross_entropy": 3, "gated_backward": 2}
 FINISHING = {"norm_backward": 4, "sum_of_rows": 1, "fused_cross_entropy": 4}
 
@@ -136,7 +136,7 @@ def moved_by_piece(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> li
 
 @contextmanager
 def counting_attention(roofline: Roofline):
-    """Let the stand-in of the fused attention kernel tell ``roofline`` its operations."""
+    """Make the stand-in of the fused attention kernel report its FLOPs to ``roofline``."""
 
     class Counted(memory._FusedAttention):
         @staticmethod
@@ -148,7 +148,7 @@ def counting_attention(roofline: Roofline):
         @staticmethod
         def backward(ctx, gradient):
             moved = 8 * gradient.numel() * gradient.element_size()
-            roofline.add("attention", ctx.operations * 5 // 2, ATTENTION, moved)  # the scores again
+            roofline.add("attention", ctx.operations * 5 // 2, ATTENTION, moved)  # the scores are recomputed
             return memory_attention.backward(ctx, gradient)
 
     memory_attention, memory._FusedAttention = memory._FusedAttention, Counted
@@ -159,7 +159,7 @@ def counting_attention(roofline: Roofline):
 
 
 def predict(cfg, compiled: bool = False) -> tuple[Roofline, float, float]:
-    """Return what a step's kernels take, the seconds of the optimizer and the teacher, and MFU."""
+    """Return the kernels of a step, the seconds of the optimizer and the teacher update, and the MFU."""
     roofline = Roofline()
     with counting_attention(roofline):
         memory.measure_step(cfg, inside=roofline, compiler=roofline.as_kernels if compiled else None)

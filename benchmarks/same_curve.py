@@ -1,8 +1,8 @@
-"""Train 300 steps on real photographs with all, all compiled, and none of what makes the step lean: the same curve.
+"""Train 300 steps on photographs with all, all compiled, and none of the lean options, and compare the loss curves.
 
 The photographs are the quickstart's tiles (scikit-image ships them), the recipe is ``configs/quickstart.yaml`` with
 drop path .1. ``python -m benchmarks.same_curve --write`` writes results/same_curve.md and docs/images/same_curve.png.
-Needs the extra ``quickstart``. Read :func:`main` first.
+Needs the extra ``quickstart``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dinov2_custom.quickstart.photos import cut_photos
 ROOT = Path(__file__).parents[1]
 ALL = "train.lean=true train.view_groups=4 train.activation_checkpointing=selective"
 NONE = "train.lean=false train.view_groups=1 train.activation_checkpointing=none"
-VARIANTS = {"none": NONE, "all": ALL, "compiled": f"{ALL} train.compile=on"}  # compiled: with constant shapes
+VARIANTS = {"none": NONE, "all": ALL, "compiled": f"{ALL} train.compile=on"}  # compiled steps use constant shapes
 TERMS = ("total_loss", "dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
 
 
 def train(images: Path, out: Path, args, options: str, precision: str) -> list[dict]:
-    """Return the rows of ``training_metrics.json``, one a step."""
+    """Return the rows of ``training_metrics.json``, one per step."""
     dtypes = [
         f"compute_precision.{model}.{part}.mixed_precision.param_dtype={precision}"
         for model in ("student", "teacher")
@@ -44,7 +44,7 @@ def train(images: Path, out: Path, args, options: str, precision: str) -> list[d
     command += [f"train.dataset_path={images}", f"train.OFFICIAL_EPOCH_LENGTH={args.steps}", "optim.epochs=1"]
     command += ["optim.warmup_epochs=0.1", "student.drop_path_rate=0.1", "train.log_every=1", "train.num_workers=0"]
     command += [f"train.batch_size_per_gpu={args.batch_size}"]
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(out.parent / "compiled")}  # nothing compiled before
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(out.parent / "compiled")}  # start with an empty cache
     subprocess.run([*command, *dtypes, *options.split()], check=True, cwd=ROOT, env=env, capture_output=True)
     return [json.loads(line) for line in (out / "training_metrics.json").read_text().splitlines()]
 
@@ -107,7 +107,7 @@ def apart(expected: list[float], got: list[float]) -> float:
 
 
 def plot(curves: dict, precisions: list[str], path: Path) -> None:
-    """Draw total losses, one line over the other."""
+    """Plot the total losses in one figure."""
     figure = new_figure(figsize=(4.5 * len(precisions), 3.2))
     for column, precision in enumerate(precisions):
         axes = figure.add_subplot(1, len(precisions), column + 1)

@@ -1,7 +1,7 @@
-"""What more processes cost a step: gloo on this CPU, measured; hundreds of GPUs, predicted from a stated model.
+"""Scaling cost of a step: measured with gloo on this CPU, and predicted for hundreds of GPUs from a stated model.
 
-Measured: the same step of each process with and without the reduction of gradients, for 1, 2 and 4 processes.
-``python -m benchmarks.scaling --write`` writes results/scaling.md. Read :func:`main` first.
+The measurement runs the same step with and without gradient reduction, for 1, 2 and 4 processes. ``python -m
+benchmarks.scaling --write`` writes results/scaling.md.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SMALL = (
     "crops.local_crops_number=2 train.batch_size_per_gpu=4 dino.head_n_prototypes=4096"
 )
 LARGE = "student.arch={arch} student.patch_size=14 crops.local_crops_size=98 train.batch_size_per_gpu={batch}"
-# Share of a step in which gradients can travel unseen: the last group's backward pass (a quarter of the student's
+# Fraction of a step that can hide the gradient reduction: the last group's backward pass (a quarter of the student's
 # tokens, two of the step's three and a bit units of work)
 OVERLAP = 0.15
 
 
 class Link(NamedTuple):
-    """Bytes a second that one GPU can send while it receives as many: published, and the share that is reached."""
+    """Full-duplex bandwidth of one GPU in bytes per second (published), and the fraction reached in practice."""
 
     name: str
     rate: float
@@ -52,7 +52,7 @@ def config(overrides: str):
 
 
 def bytes_on_wire(gradient_bytes: int, processes: int) -> float:
-    """Return what each process sends in a ring all-reduce: 2 (W - 1) / W of the gradients."""
+    """Return the bytes that each process sends in a ring all-reduce: 2 (W - 1) / W of the gradients."""
     return 2 * (processes - 1) / processes * gradient_bytes
 
 
@@ -90,7 +90,7 @@ def measure(processes: int, steps: int) -> dict[str, float]:
 
 
 def predict(arch: str, batch: int, gpus: int, network: Link, gradient_bytes: int, step: float) -> list[str]:
-    """Return a row: images/s and efficiency when the reduction hides behind the last group's backward pass."""
+    """Return a row: images/s and efficiency when the reduction overlaps with the last group's backward pass."""
     inside = bytes_on_wire(gradient_bytes, min(gpus, 8)) / (NVLINK.rate * NVLINK.reached)
     # between nodes each GPU reduces the eighth of the gradients that it holds after the reduction inside its node
     nodes = gpus // 8

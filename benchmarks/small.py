@@ -1,10 +1,9 @@
-"""Train ``configs/small.yaml`` on small sets of every kind: kNN before and after training, beside raw pixels.
+"""Train ``configs/small.yaml`` on small datasets; compare kNN before and after training, and on raw pixels.
 
-``python -m benchmarks.small --write`` takes the quickstart's tiles of photographs, generated textures
-(``tests/data/textures.py``) and, where Debian's package ``dataset-fashion-mnist`` is installed, 3,000 of its images;
-``--folder NAME=PATH`` adds folders of one's own, a folder a class. The same command goes on where it was stopped:
-every run that has a ``result.json`` is only read. Writes results/small.md. Needs the extra ``quickstart``. Read
-:func:`main` first.
+``python -m benchmarks.small --write`` uses the quickstart's tiles of photographs, generated textures
+(``tests/data/textures.py``) and, if Debian's package ``dataset-fashion-mnist`` is installed, 3,000 of its images;
+``--folder NAME=PATH`` adds your own data, one folder per class. The same command resumes an interrupted benchmark: runs
+with a ``result.json`` are not repeated. Writes results/small.md. Needs the extra ``quickstart``.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from tests.data.textures import make_textures
 
 ROOT = Path(__file__).parents[1]
 NEIGHBOURS = 5
-PIXELS = 32  # a side, of what stands for an image without any network
+PIXELS = 32  # side in pixels of the thumbnails used as raw-pixel features
 GAIN = 0.10
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 FASHION_PER_CLASS = 300
 
 
 class LabelledSet(NamedTuple):
-    """Folders of images, a folder a class: ``train`` is trained on; ``held_out``, if any, is classified by it."""
+    """Image folders, one folder per class: ``train`` for training; ``held_out``, if any, for classification."""
 
     name: str
     train: Path
@@ -87,7 +86,7 @@ def main() -> None:
 
 
 def labelled_sets(args: argparse.Namespace) -> list[LabelledSet]:
-    """Make what is not there yet; return all sets, those with every seed first."""
+    """Create missing datasets; return all of them, those trained with every seed first."""
     tiles, textures, fashion = (args.work.absolute() / name for name in ("tiles", "textures", "fashion_mnist"))
     cut_photos(tiles)
     if not textures.exists():
@@ -117,7 +116,7 @@ def unpack_fashion(folder: Path) -> None:
 
 
 def measured(one: LabelledSet, run: Path, seed: int, config_file: str, overrides: list[str]) -> dict:
-    """Return the run's figures, from ``result.json`` if it is there, else after training."""
+    """Return the run's figures, from ``result.json`` if it exists, else after training."""
     done = run / "result.json"
     if done.is_file():
         return json.loads(done.read_text())
@@ -143,7 +142,7 @@ def measure(one: LabelledSet, run: Path) -> dict:
     size = cfg.crops.global_crops_size
     transform = make_classification_eval_transform(
         resize_size=size * 256 // 224, crop_size=size, **cfg.data.normalize
-    )  # as run/embed.py
+    )  # as in run/embed.py
     for name, model in (("untrained", untrained), ("trained", trained)):
         backbone = model.teacher["backbone"].eval()
         result[name], result[f"rankme_{name}"] = accuracy_and_rank(backbone, one, transform)
@@ -161,9 +160,9 @@ def pixel_accuracies(one: LabelledSet) -> list[float]:
 
 
 def accuracy_and_rank(model: nn.Module, one: LabelledSet, transform, centred: bool = False) -> tuple[float, float]:
-    """Return the kNN accuracy of ``model``'s features, and the RankMe of those trained on.
+    """Return the kNN accuracy of ``model``'s features, and the RankMe of the training features.
 
-    In float64: an untrained network's features are nearly the same for all images.
+    Computed in float64, as an untrained network's features are nearly the same for all images.
     """
     folders = [folder for folder in (one.train, one.held_out) if folder]
     found = [extract_features(model, LabelledFolder(str(f), transform=transform), 64, 0) for f in folders]

@@ -1,8 +1,8 @@
-"""Time one training step beside upstream's on this CPU: same configuration, batch and precision, turn by turn.
+"""Time one training step against upstream's on this CPU: same configuration, batch and precision, alternating.
 
 Upstream is its unmodified package as the tests drive it, under bf16 autocast, with torch's fused attention in place of
-xformers (the faster of what a CPU has for it). Peak memory is that of a process of its own each.
-``python -m benchmarks.step --write`` writes results/step.md. Read :func:`main` first.
+xformers (the fastest on a CPU). Peak memory is measured in a separate process each. ``python -m benchmarks.step
+--write`` writes results/step.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.oracle import OracleTrainer, ensure_oracle, load_oracle, make_batch, 
 from tests.oracle.trainer import oracle_config
 
 COMMON = "student.patch_size=14 crops.local_crops_size=98 dino.head_n_prototypes=65536"
-FIRST = 100  # iteration of the schedules
+FIRST = 100  # iteration at which the schedules are evaluated
 Step = Callable[[int], dict[str, torch.Tensor]]
 
 
@@ -64,10 +64,10 @@ def _fused_attention(q, k, v):
 
 
 def our_step(overrides: list[str], batch: dict | Iterator[dict], device: str = "cpu", made_on: str = "cpu") -> Step:
-    """Return our whole step, as the training loop does it, on one batch or on the next of several.
+    """Return our whole step, as in the training loop, on one batch or on the next of several.
 
-    ``made_on``: where the weights are drawn. Those of a ViT-L take a CPU half a minute; the stand-in of the CUDA
-    runtime has no random numbers, and torch draws again until they are in their range.
+    ``made_on``: device on which the weights are drawn. A ViT-L takes half a minute on a CPU; the CUDA stand-in has no
+    random numbers, and torch redraws until they are in range.
     """
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
     with torch.device(made_on):
@@ -101,14 +101,14 @@ def batch_for(overrides: list[str], batch_size: int) -> dict:
 
 
 class Seconds(NamedTuple):
-    """Of one step: on the clock, and of processor time, which other work on the machine does not lengthen much."""
+    """Wall time and CPU time of one step; the latter depends little on other load."""
 
     clock: float
     processor: float
 
 
 def timed(steps: dict[str, Step], repetitions: int) -> dict[str, list[Seconds]]:
-    """Run the engines in turn, once unmeasured, and return what each step took."""
+    """Run the engines alternately, after one warm-up, and return the time of each step."""
     seconds: dict[str, list[Seconds]] = {name: [] for name in steps}
     for index in range(repetitions + 1):
         for name, step in steps.items():
@@ -120,7 +120,7 @@ def timed(steps: dict[str, Step], repetitions: int) -> dict[str, list[Seconds]]:
 
 
 def peak_memory(engine: str, arguments: list[str]) -> float:
-    """Return the peak resident GB of a process that runs three steps of one engine."""
+    """Return the peak resident memory in GB of a process that runs three steps of one engine."""
     command = [sys.executable, "-m", "benchmarks.step", *arguments, "--only", engine]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["peak_gb"]

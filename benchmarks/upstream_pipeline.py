@@ -1,8 +1,8 @@
-"""Upstream's own augmentation and collate classes, run as they are: the wheel's files with torchvision beside them.
+"""Upstream's augmentation and collate classes, unmodified: the wheel's files together with torchvision.
 
 The registry's Linux wheel of torchvision does not load its compiled operators next to a CPU build of torch. None of
-them is used here, but its import wants them to exist; so they are declared, without a body. Everything is fetched into
-git-ignored folders on first use. Read :func:`load` first.
+them is used here, but its import requires them, so they are declared without a body. Everything is downloaded to
+git-ignored folders on first use.
 """
 
 from __future__ import annotations
@@ -68,6 +68,6 @@ def import_torchvision() -> ModuleType:
 
 
 def seed(number: int) -> None:
-    """Seed the two global generators that upstream draws from."""
+    """Seed the two global generators that upstream uses."""
     random.seed(number)
     torch.manual_seed(number)

@@ -1,9 +1,9 @@
 """Verification against a plain Pillow loop, CPU time of one core: python benchmarks/verify.py [folder of JPEG files]
 
-Both get the same files in memory, in turns, in one process; the figure is the median over the rounds of
+Both process the same files in memory, alternating in one process; the result is the median over the rounds of
 CPU(Pillow ``convert("RGB")``) / CPU(verify's check). The last row is the whole command with one decoder process,
 reading, results file and report included, against reading and ``convert("RGB")`` of the same files. Without a folder
-it makes photographs-like pictures. ``--damage`` prints instead what share of damaged files each way finds.
+it generates synthetic photographs. ``--damage`` prints instead the fraction of damaged files that each method finds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _folder(folder: Path, limit: int) -> dict[str, list[bytes]]:
 
 
 def _make(count: int, width: int, height: int) -> list[bytes]:
-    """Make JPEG files (quality 90, 4:2:0) of about two bits a pixel: smooth noise at every scale."""
+    """Make JPEG files (quality 90, 4:2:0) of about two bits per pixel: smooth noise at every scale."""
     files = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def _make(count: int, width: int, height: int) -> list[bytes]:
 
 
 def by_pillow(data: bytes) -> bool:
-    """Return whether a Pillow loop would notice that the file is bad."""
+    """Return whether a Pillow loop would detect the damage."""
     try:
         Image.open(io.BytesIO(data)).convert("RGB")
         return False
@@ -107,7 +107,7 @@ def _print_speed(name: str, files: list[bytes], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         images.mkdir()
-        # the command starts processes once: what it costs an image needs many of them
+        # amortise the command's process start-up over many images
         copies = max(1, MEGABYTES * 10**6 // sum(map(len, files)))
         paths = [images / f"{i:05}.jpg" for i in range(copies * len(files))]
         for i, path in enumerate(paths):
@@ -153,7 +153,7 @@ def _print_damage(name: str, files: list[bytes], count: int) -> None:
 
 
 def _damage(data: bytes, size: int | None, rng: random.Random) -> bytes:
-    """Change bytes at a random place of the last nine tenths: ``size`` random ones, zeros if negative, 0: a bit."""
+    """Change bytes at a random position in the last nine tenths: ``size`` random ones, zeros if negative, 0: a bit."""
     broken = bytearray(data)
     place = rng.randrange(max(700, len(data) // 10), len(data) - abs(size or 0) - 2)
     if size is None:

@@ -1,10 +1,10 @@
-"""``python -m dinov2_custom COMMAND ...``: what the scripts in ``run/`` do, where there is no checkout."""
+"""``python -m dinov2_custom COMMAND ...`` runs the scripts of ``run/`` without a checkout."""
 
 import sys
 
 from dinov2_custom.cli import main
 
 if __name__ == "__main__":
-    # logs and job scripts show it as it was typed: by its path, this file would hide Python's logging behind ours
+    # keep the command as typed for logs and job scripts; run by path, this file would shadow Python's logging with ours
     sys.argv[:1] = ["-m", "dinov2_custom"]
     main(None, sys.argv[2:])

@@ -1,7 +1,6 @@
-"""The programs that a user can start: their flags, the modules that do the work, and how they end. Torch-free.
+"""The commands of the package: their flags, the modules that implement them, and their exit codes. Torch-free.
 
 :data:`COMMANDS` lists them; :func:`main` runs one, for the scripts in ``run/`` and ``python -m dinov2_custom``.
-Not here: the flags of the evaluations (``eval/args.py``) and those of the launcher (``run/args.py``).
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ EXPORT_FORMATS = {
     "onnx": "one .onnx for any batch size: image -> cls_token, patch_tokens",
 }
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_ROOT = Path(__file__).resolve().parents[1]  # of the checkout, if there is one
+_ROOT = Path(__file__).resolve().parents[1]  # the root of the checkout, if there is one
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that answers a mistake with the mistake and where help is, not with all its flags.
+    """An ArgumentParser that reports a mistake and how to get help, instead of printing all its flags.
 
-    Flags are not abbreviated.
+    Abbreviated flags are not accepted.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized arguments") and unknown:
             flags = self._option_string_actions
-            shown = [f for f in flags if "_" not in f or f.replace("_", "-") not in flags]  # not a flag's second form
+            shown = [f for f in flags if "_" not in f or f.replace("_", "-") not in flags]  # without second spellings
             near = difflib.get_close_matches(unknown[0], shown, n=1)
             message += f" -> did you mean {near[0]}?" if near else ""
         print(f"error: {message}\nhelp: {self.prog} --help", file=sys.stderr)
@@ -53,10 +52,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class OverridesParser(Parser):
-    """A Parser whose positional ``opts``, key=value, may stand before, between and after the flags.
+    """A Parser whose positional ``opts``, key=value, may precede, separate or follow the flags.
 
-    Arguments that are neither a flag nor key=value end in one error that names them all. A parser made with
-    parents=[...] must be of this class too.
+    Arguments that are neither a flag nor key=value cause a single error that names them all. A parser created with
+    parents=[...] must also be of this class.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +65,7 @@ class OverridesParser(Parser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as argparse does, then move the overrides it left over to ``opts``, in order."""
+        """Parse as argparse does, then move the remaining overrides to ``opts``, in order."""
         namespace, left = super().parse_known_args(args, namespace)
         unknown = [text for text in left if text.startswith("-") and text != "--"]
         if hasattr(namespace, "opts"):
@@ -78,7 +77,7 @@ class OverridesParser(Parser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse and check; on mistakes print all of them, and exit with status 2."""
+        """Parse and check; print all mistakes, if any, and exit with status 2."""
         arguments = list(sys.argv[1:] if args is None else args)
         namespace, unknown = self.parse_known_args(arguments, namespace)
         problems = [self._explain_flag(text) for text in unknown]
@@ -107,11 +106,11 @@ def _explain_override(text: str) -> str:
     return f"{text}: expected key=value -> {explain_bad_override(text)}"
 
 
-# flags that several programs have
+# flags shared by several programs
 
 
 def add_output_dir(parser: argparse.ArgumentParser, help: str, **options: Any) -> None:
-    """Add ``--output-dir``, in upstream's spelling too."""
+    """Add ``--output-dir``, also in upstream's spelling."""
     parser.add_argument("--output-dir", "--output_dir", metavar="DIR", help=help, **{"default": "", **options})
 
 
@@ -136,7 +135,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         "--num-workers",
         type=number_or_auto,
         default=AUTO,
-        help="data-loading processes; 0: in the main process; auto: one a core that this process may use, at most 16",
+        help="data-loading processes; 0: in the main process; auto: one per core that this process may use, at most 16",
     )
 
 
@@ -160,14 +159,14 @@ def _teacher_parser(
 
 
 def number_or_auto(text: str) -> int | str:
-    """Parse a whole number of at least 0, or ``auto``."""
+    """Parse a non-negative integer, or ``auto``."""
     if text != AUTO and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number or {AUTO}, got {text!r}")
     return text if text == AUTO else int(text)
 
 
 def _whole(least: int, most: int = 1 << 30) -> Callable[[str], int]:
-    """Return the parser of a whole number in [least, most]."""
+    """Return a parser for integers in [least, most]."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) <= most:
@@ -178,7 +177,7 @@ def _whole(least: int, most: int = 1 << 30) -> Callable[[str], int]:
 
 
 def _num_bytes(text: str) -> int:
-    """Parse a number of bytes: 500MB, 1GB, 1.5GB, 0."""
+    """Parse a size in bytes: 500MB, 1GB, 1.5GB, 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 1GB, got {text!r}")
@@ -189,7 +188,7 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-# the programs; with ``add_help=False`` a parser serves as a parent of others
+# the programs; with ``add_help=False`` a parser can be used as a parent of others
 
 
 def train_parser(add_help: bool = True) -> OverridesParser:
@@ -233,7 +232,7 @@ def memory_parser() -> OverridesParser:
         type=float,
         default=0.0,
         metavar="GB",
-        help="also find the largest batch for a GPU of so many GB (10^9)",
+        help="also find the largest batch for a GPU with this many GB (10^9 bytes)",
     )
     parser.add_argument(
         "--ngpus", type=int, default=1, metavar="N", help="also estimate the step with weights sharded over N GPUs"
@@ -248,7 +247,7 @@ def _add_overrides(parser: OverridesParser, such_as: str) -> None:
 
 
 def quickstart_parser() -> OverridesParser:
-    """Return the parser of the quickstart; its recipe is in a checkout alone."""
+    """Return the parser of the quickstart; its recipe exists only in a checkout."""
     recipe = _ROOT / "configs" / "quickstart.yaml"
     parser = OverridesParser(
         description="Train DINOv2 for a few minutes on tiles of real photographs and show what it has learned."
@@ -305,7 +304,7 @@ def prepare_parser() -> Parser:
     _add_datasets(parser)
     add_output_dir(
         parser,
-        "where the shards go: an empty folder, or that of an interrupted run of the same command to go on",
+        "where the shards go: an empty folder, or that of an interrupted run of the same command to continue",
         default=None,
         required=True,
     )
@@ -359,9 +358,9 @@ def prepare_parser() -> Parser:
 
 
 def embed_parser(add_help: bool = True) -> Parser:
-    """Return the parser of the features, without the launcher's flags."""
+    """Return the parser of the feature extraction, without the launcher's flags."""
     parser = _teacher_parser(
-        "Write the features of every image of a dataset. The same command goes on where it was stopped; several "
+        "Write the features of every image of a dataset. The same command continues where it stopped; several "
         "processes share the work.",
         add_help=add_help,
     )
@@ -387,7 +386,7 @@ def embed_parser(add_help: bool = True) -> Parser:
         help="side of the central square that is seen, after the shorter side was resized to 256/224 of it; several "
         "sizes give a folder each (default: that of the training, 224 for released weights)",
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     add_workers(parser)
     _add_device(parser)
     parser.add_argument(
@@ -437,7 +436,7 @@ def export_parser() -> Parser:
 
 
 def history_parser() -> Parser:
-    """Return the parser of the curves of runs."""
+    """Return the parser of the plots of training curves."""
     parser = Parser(
         description="Draw losses, schedules, entropies, gradient norms and throughput of a run, or of several to "
         "compare them, into history.png and history.html. Works at any time during training.",
@@ -454,11 +453,11 @@ def history_parser() -> Parser:
 
 
 def features_parser() -> Parser:
-    """Return the parser of the pictures of features."""
+    """Return the parser of the feature images."""
     parser = _teacher_parser(
         "Draw what a trained backbone sees in images: pca.png (principal components of patch features), "
         "attention.png (where the class token looks, all heads) and scatter.png (each image a point, coloured by class "
-        "where there are classes: LabelledFolder, or a folder a class)."
+        "where there are classes: LabelledFolder, or one folder per class)."
     )
     parser.add_argument("dataset", help="folder of images, or a dataset string")
     add_output_dir(parser, "folder of the pictures (empty: ./outputs/features/<name of the run>)")
@@ -482,13 +481,13 @@ def features_parser() -> Parser:
 def patches_parser() -> Parser:
     """Return the parser of the patches."""
     parser = Parser(
-        description="Apply this project's fixes to a checkout of dinov2, take them out again, or tell which are "
+        description="Apply this project's fixes to a checkout of dinov2, take them out again, or show which are "
         "applied. Each appends a marked block to the modules it concerns; no other line is touched.",
     )
     parser.add_argument("checkout", help="folder that holds the package dinov2")
     parser.add_argument("--only", default="", metavar="a,b", help="these patches instead of all of the series")
     parser.add_argument("--revert", action="store_true", help="take the blocks out, to the byte")
-    parser.add_argument("--status", action="store_true", help="tell the state of each patch; change nothing")
+    parser.add_argument("--status", action="store_true", help="show the state of each patch; change nothing")
     parser.add_argument("--diff", action="store_true", help="show what would change; change nothing")
     parser.add_argument(
         "--patches", default="", metavar="DIR", help="folder with the series (default: patches/ of this repository)"
@@ -497,15 +496,14 @@ def patches_parser() -> Parser:
 
 
 class Command(NamedTuple):
-    """A program.
+    """A command.
 
     Attributes:
-        script: where a checkout has it.
-        module: its ``main(args)`` does the work and returns the exit code.
-        parser: makes the parser of ``args``; None: the module is the launcher's, whose ``main`` takes the words as they
-            were typed.
-        does: one line of help.
-        error_code: what it ends with after an error that a user can fix.
+        script: its path in a checkout.
+        module: its ``main(args)`` runs the command and returns the exit code.
+        parser: creates the parser of ``args``; None for the launcher, whose ``main`` takes the raw arguments.
+        does: one line of help text.
+        error_code: exit code after a user-fixable error.
         quiet_threads: see :func:`entry.run`.
     """
 
@@ -541,8 +539,8 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> NoR
     """Run the command ``name`` and end this process with its exit code.
 
     Args:
-        name: a key of ``COMMANDS``; None: the first of ``arguments``.
-        arguments: words of the command line; None: those of this process.
+        name: a key of ``COMMANDS``; None for the first of ``arguments``.
+        arguments: command-line arguments; None for those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if name is None:

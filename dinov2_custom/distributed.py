@@ -1,8 +1,7 @@
 """Ranks, world size, device of this process, default process group: gloo on CPU, nccl on CUDA, none for one process.
 
-Upstream's names. The place of a process comes from the environment (``world.py``) when :func:`enable` is called, not
-at import; before that, and in a single process, the rank is 0 and the size 1. Nothing here changes ``print``. Not here:
-wrapping models (``parallel.py``). Read :func:`enable` first.
+Upstream's names. :func:`enable` reads the rank from the environment (``world.py``) when it is called, not at import;
+before that, and in a single process, the rank is 0 and the world size 1. ``print`` is unchanged.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ from dinov2_custom.world import TORCHRUN_VARIABLES, World, world_from_environmen
 
 _world: World | None = None  # set by enable(), cleared by disable()
 _group_is_ours = False
-_timeout: timedelta | None = None  # of a collective; None: torch's
-# With --gpus-per-task each task of srun sees its own GPU only, as number 0; so may processes that started a group.
+_timeout: timedelta | None = None  # timeout of a collective; None for torch's default
+# With --gpus-per-task each task of srun only sees its own GPU, as number 0; the same may hold for processes that
+# started a group.
 _OWN_GPU_SOURCES = ("SLURM", "existing process group")
-_LONGEST = timedelta(days=24)  # in milliseconds below 2^31, which is how sockets take it
-_environment_before: dict[str, str | None] = {}  # what enable() changed in os.environ
+_LONGEST = timedelta(days=24)  # below 2^31 milliseconds, the limit of sockets
+_environment_before: dict[str, str | None] = {}  # environment variables changed by enable()
 
 
 def is_enabled() -> bool:
-    """Return whether a process group is running. False in a single process, unless ``enable(alone=True)``."""
+    """Return whether a process group is running; False in a single process, unless ``enable(alone=True)``."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -42,12 +42,12 @@ def get_global_size() -> int:
 
 
 def get_global_rank() -> int:
-    """Return the number of this process, 0 <= rank < :func:`get_global_size`."""
+    """Return the rank of this process, 0 <= rank < :func:`get_global_size`."""
     return dist.get_rank() if is_enabled() else 0
 
 
 def get_local_rank() -> int:
-    """Return the number of this process on its node."""
+    """Return the rank of this process on its node."""
     return current_world().local_rank
 
 
@@ -57,22 +57,22 @@ def get_local_size() -> int:
 
 
 def is_main_process() -> bool:
-    """Return whether this is the process that writes files and talks to the user (rank 0)."""
+    """Return whether this is the process that writes files and prints output (rank 0)."""
     return get_global_rank() == 0
 
 
 def current_world() -> World:
-    """Return what :func:`enable` found; a single process before that."""
+    """Return the world found by :func:`enable`; a single process before that."""
     if _world is not None:
         return _world
     return _world_of_foreign_group() if is_enabled() else World()
 
 
 def get_device() -> torch.device:
-    """Return the device that this process computes on: its own GPU where there is CUDA, else the CPU.
+    """Return the device that this process computes on: its own GPU if CUDA is available, else the CPU.
 
-    Precision: float32 means float32 on a GPU too. Convolutions do not use TF32, which torch lets them by default, and
-    neither do products; what should be fast is computed in 16 bits by autocast.
+    Float32 is computed in full precision on GPUs as well: this disables TF32, which torch enables for convolutions by
+    default, for convolutions and matrix products. Code that should be fast uses 16-bit autocast.
 
     Raises:
         LaunchError: fewer GPUs than processes, or this build of torch has no kernels for the GPU.
@@ -88,18 +88,19 @@ def enable(
     alone: bool = False,
     timeout_s: float | None = None,
 ) -> None:
-    """Find this process's place and, where there are several processes, start the default process group.
+    """Determine this process's rank and, with several processes, start the default process group.
 
-    Calling it again changes nothing as long as the environment says the same. A group that the caller started before is
+    Calling it again with the same environment has no effect. A group that the caller started before is
     adopted. The six torchrun variables are exported for the libraries that read them, until :func:`disable`.
 
     Args:
         set_cuda_current_device: make this process's GPU the current CUDA device.
-        overwrite: replace what an earlier call set up from another environment.
-        allow_nccl_timeout: upstream's, unused: a collective that takes longer than ``timeout_s`` ends the process.
-        alone: start a group in a single process too, for code of upstream's kind that calls ``torch.distributed``
-            itself.
-        timeout_s: for a collective, and for all processes to come together; 0: none; None: torch's, 10 minutes with
+        overwrite: replace the setup of an earlier call with another environment.
+        allow_nccl_timeout: unused, kept for upstream's signature: a collective that exceeds ``timeout_s`` ends the
+            process.
+        alone: also start a group in a single process, for code that calls ``torch.distributed`` directly, as
+                upstream's does.
+        timeout_s: timeout of collectives and of the rendezvous; 0 for none; None for torch's default, 10 minutes with
             nccl and 30 with gloo.
 
     Raises:
@@ -118,7 +119,7 @@ def enable(
                 "Call disable() first, or pass overwrite=True."
             )
         disable()
-    world = _world or world  # the first one knows its source; its export reads as torchrun's
+    world = _world or world  # keep the first one's source; its exports look like torchrun's
     if set_cuda_current_device and torch.cuda.is_available():
         torch.cuda.set_device(_device_of(world))
     _world = world
@@ -134,10 +135,10 @@ def enable(
 
 @contextmanager
 def enabled(*, overwrite: bool = False, timeout_s: float | None = None) -> Iterator[None]:
-    """:func:`enable` before the body, :func:`disable` after it, but only if it succeeds.
+    """Context manager that calls :func:`enable` before the body and, if it succeeds, :func:`disable` after it.
 
-    After an error the others may be in a collective that this process never joins, and taking the group apart would
-    wait for them, with nccl for ever. So it is left as it is, and ``entry.leave`` ends the process, which they notice.
+    After an error, other processes may be in a collective that this process never joins, and destroying the group would
+    wait for them, with nccl forever. So the group is kept, and ``entry.leave`` ends the process, which they detect.
     """
     enable(overwrite=overwrite, timeout_s=timeout_s)
     try:
@@ -150,9 +151,9 @@ def enabled(*, overwrite: bool = False, timeout_s: float | None = None) -> Itera
 
 
 def disable() -> None:
-    """Stop the process group that :func:`enable` started and put its variables back; harmless without one.
+    """Stop the process group that :func:`enable` started and restore the environment variables; a no-op without one.
 
-    Not after an error: see :func:`enabled`.
+    Do not call it after an error: see :func:`enabled`.
     """
     global _world, _group_is_ours, _timeout
     if _group_is_ours and is_enabled():
@@ -176,13 +177,13 @@ def all_reduce(tensor: torch.Tensor, *, average: bool = False) -> torch.Tensor:
 
 
 def barrier() -> None:
-    """Wait until every process has come here. Does nothing in a single process."""
+    """Wait until all processes reach this call. Does nothing in a single process."""
     if is_enabled():
         dist.barrier()
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return the main process's ``value`` (anything that can be pickled) in every process."""
+    """Return the main process's ``value`` (any picklable object) in every process."""
     if not is_enabled():
         return value
     values = [value]
@@ -191,7 +192,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return every process's ``value`` (anything that can be pickled), by rank, in every process."""
+    """Return every process's ``value`` (any picklable object), by rank, in every process."""
     if not is_enabled():
         return [value]
     values = [None] * get_global_size()
@@ -200,23 +201,23 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def second_group() -> dist.ProcessGroup | None:
-    """Start a gloo group of all processes for a thread of its own; None in a single process. All must call it."""
+    """Start a gloo group of all processes for a separate thread; None in a single one. All processes must call it."""
     return dist.new_group(backend="gloo", timeout=_timeout) if is_enabled() else None
 
 
 def make_grad_scaler(device_type: str) -> torch.amp.GradScaler:
-    """Return a loss scaler; of several processes, all of which must call it, one that lowers their scales together."""
+    """Return a loss scaler; with several processes, which must all call it, one with a common scale."""
     if not is_enabled():
         return torch.amp.GradScaler(device_type)
-    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # imports much
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler  # a slow import
 
     return ShardedGradScaler(device_type, process_group=dist.group.WORLD)
 
 
 def share_of_cores() -> int:
-    """Return how many of the cores that this process may use are its own, at least 1.
+    """Return this process's share of the cores that it may use, at least 1.
 
-    One that several processes of this node may use is shared among them: without binding, all are. All must call it.
+    A core that several processes of this node may use is shared among them. All processes must call it.
     """
     own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     here = socket.gethostname()
@@ -225,7 +226,7 @@ def share_of_cores() -> int:
 
 
 def _world_of_foreign_group() -> World:
-    """Describe a group that somebody else started: ranks from torch, the place on the node from the environment."""
+    """Describe a group started by other code: ranks from torch, local ranks from the environment."""
     rank, size = get_global_rank(), get_global_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return World(rank, size, local_rank, local_size, source="existing process group")
@@ -249,16 +250,16 @@ def _cuda_index(world: World) -> int:
     if count == 1 and world.source in _OWN_GPU_SOURCES:
         return 0
     raise LaunchError(
-        f"expected at most {count} processes on this node (one a GPU), got {world.local_size} ({world.source}). "
+        f"expected at most {count} processes on this node (one per GPU), got {world.local_size} ({world.source}). "
         f"Start {count} on each node, or hide the GPUs with `CUDA_VISIBLE_DEVICES=` to run on CPU."
     )
 
 
 def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Return whether a torch built for ``architectures`` (as ``torch.cuda.get_arch_list``) runs on such a GPU.
+    """Return whether a torch built for ``architectures`` (see ``torch.cuda.get_arch_list``) supports such a GPU.
 
-    ``sm_86`` is machine code: for 8.6 and later minor versions of 8, with an "a" for 8.6 alone. ``compute_86`` is PTX,
-    which the driver translates for any later GPU.
+    ``sm_86`` is machine code for 8.6 and later minor versions of 8, with suffix "a" for 8.6 only. ``compute_86`` is
+    PTX, which the driver translates for any later GPU.
 
     Source: CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".
     """
@@ -306,10 +307,10 @@ def _backend() -> str:
 
 
 def _start_group(world: World) -> None:
-    # Its functions take the group of the moment of its import as a default, and would keep it for ever.
+    # its functions bind the default group at import, and would keep it forever
     importlib.import_module("torch.distributed.nn.functional")
     try:
-        # from the environment: the only way that finds torchrun's own store
+        # env:// is the only method that uses torchrun's own store
         dist.init_process_group(_backend(), timeout=_timeout)
     except Exception as e:
         disable()

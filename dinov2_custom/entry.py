@@ -1,4 +1,4 @@
-"""How every script in ``run/`` ends: its main function's exit code, or one line of error. Imports no torch itself."""
+"""Run the scripts in ``run/``: return the main function's exit code, or print a one-line error. Torch-free."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ REQUIREMENTS = (
 def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool = False) -> int:
     """Import ``module``, call its ``main(args)`` and return the exit code; ``error_code`` after a DINOv2Error.
 
-    Ctrl-C ends it without a traceback, wherever it strikes.
+    Ctrl-C ends it without a traceback at any point.
 
-    ``quiet_threads``: compute threads sleep while they wait. Spinning ones slow a CPU run tenfold when data loading
-    shares the cores. Torch reads this when it is imported, so it has to be set here.
+    ``quiet_threads``: compute threads sleep while they wait. Spinning threads slow down a CPU run tenfold if data
+    loading shares the cores. Torch reads this setting at import, so it must be set here.
     """
     if quiet_threads:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,10 +40,10 @@ def run(module: str, args: Any, *, error_code: int = ERROR, quiet_threads: bool 
 
 
 def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
-    """Call ``main`` and return its exit code; ``error_code``, after one line, when it raises a DINOv2Error.
+    """Call ``main`` and return its exit code; ``error_code``, after a one-line message, if it raises a DINOv2Error.
 
-    The same where a disk is full, over quota or read-only: any write may meet that. Any other error is raised, or in
-    one of several processes, which Python must not take apart (see :func:`leave`), printed with its traceback.
+    A disk that is full, over quota or read-only is handled the same way. Any other error is raised, or, in
+    one of several processes, which must skip interpreter shutdown (see :func:`leave`), printed with its traceback.
     When what reads standard output is gone, as in ``... | head -1``, it ends silently: with 128 + SIGPIPE where
     that stopped ``main``.
     """
@@ -64,7 +64,7 @@ def _reported(main: Callable[[], int], error_code: int) -> int:
         _flush()
         return code
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _reader_is_gone():
             raise
         _flush()
         return stopped_by(signal.SIGPIPE)
@@ -80,12 +80,12 @@ def _reported(main: Callable[[], int], error_code: int) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process, one of a script, with ``code``.
+    """End this script process with ``code``.
 
-    Where it is one of several, without taking Python apart. The threads of a process group (gloo's) can outlive
-    ``distributed.disable``: torch keeps the group in its caches of sharded tensors. One that lets go of its last tensor
-    while Python, before 3.14, goes down ends the process with SIGABRT, after a run that was in order. After an error
-    the group is still there (``distributed.enabled``), and taking it apart could wait for the others for ever.
+    One of several processes skips interpreter shutdown. The threads of a process group (gloo's) can outlive
+    ``distributed.disable``, as torch caches the group in sharded tensors. If such a thread frees its last tensor during
+    the shutdown of Python before 3.14, the process aborts with SIGABRT after a successful run. After an error the group
+    still exists (``distributed.enabled``), and destroying it could wait for the other processes forever.
     """
     _end_workers()
     if _is_alone():
@@ -95,7 +95,7 @@ def leave(code: int) -> NoReturn:
             thread.join()
     atexit._run_exitfuncs()
     _flush()
-    with suppress(OSError):  # nobody reads it
+    with suppress(OSError):  # the reader is gone
         sys.stderr.flush()
     os._exit(code)
 
@@ -103,27 +103,27 @@ def leave(code: int) -> NoReturn:
 def _is_alone() -> bool:
     try:
         return world_from_environment(os.environ).size == 1
-    except DINOv2Error:  # nothing was started then
+    except DINOv2Error:  # nothing was started in that case
         return True
 
 
 def sentence_of(error: Exception) -> str:
-    """Return the one sentence for an error that a user can fix, "" for any other."""
+    """Return the one-sentence message of a user-fixable error, "" for any other error."""
     if isinstance(error, DINOv2Error):
-        return words_of(error)
+        return message_of(error)
     if isinstance(error, OSError):
-        return describe_no_room(error)
+        return describe_full_disk(error)
     return missing_requirement(error) if isinstance(error, ModuleNotFoundError) else ""
 
 
-def words_of(error: DINOv2Error) -> str:
-    """Return the sentence of ``error`` alone, where a data-loading process of torch's put its traceback before it."""
+def message_of(error: DINOv2Error) -> str:
+    """Return the message of ``error`` without the traceback that a torch data-loading process prepends."""
     text, name = str(error), f"{type(error).__module__}.{type(error).__qualname__}: "
     return text.rpartition(name)[2].rstrip() if text.startswith("Caught ") and name in text else text
 
 
-def describe_no_room(error: OSError) -> str:
-    """Return one sentence for a disk that is full, over quota or read-only, "" for anything else."""
+def describe_full_disk(error: OSError) -> str:
+    """Return one sentence if a disk is full, over quota or read-only, "" for any other error."""
     if error.errno not in NO_ROOM:
         return ""
     place = f" for {error.filename}" if error.filename else ""
@@ -132,7 +132,7 @@ def describe_no_room(error: OSError) -> str:
 
 
 def missing_requirement(error: ModuleNotFoundError) -> str:
-    """Say that a package everything here needs is not installed; "" for any other module."""
+    """Return a message if a required package is not installed, "" for any other module."""
     name = (error.name or "").partition(".")[0]
     if name not in REQUIREMENTS:
         return ""
@@ -143,33 +143,33 @@ def missing_requirement(error: ModuleNotFoundError) -> str:
 
 
 def _end_workers() -> None:
-    """Kill the data-loading processes that an error has left behind.
+    """Kill data-loading processes left behind by an error.
 
-    They ignore the SIGTERM that multiprocessing sends them when Python ends, which would then wait for ever.
+    They ignore the SIGTERM that multiprocessing sends at interpreter exit, which would then wait forever.
     """
     if "multiprocessing" not in sys.modules:
         return
     left = [process for process in sys.modules["multiprocessing"].active_children() if process.daemon]
     if left and hasattr(signal, "SIGCHLD"):
-        with suppress(ValueError):  # not the main thread; torch's handler would raise an error for each
+        with suppress(ValueError):  # not in the main thread; torch's handler would raise an error for each
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in left:
         process.kill()
         process.join()
 
 
-def _nobody_reads() -> bool:
-    """Return whether standard output is a pipe whose other end is closed; any other broken pipe is an error."""
+def _reader_is_gone() -> bool:
+    """Return whether standard output is a pipe whose reader has closed it; any other broken pipe is an error."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no such thing as poll, or no file behind sys.stdout
+    except (AttributeError, OSError, ValueError):  # poll is unavailable, or sys.stdout has no file descriptor
         return False
 
 
 def _flush() -> None:
-    """Write out what standard output holds; drop it if nobody reads, or Python complains at its end."""
+    """Flush standard output; discard it if the reader is gone, otherwise Python prints an error at exit."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -179,7 +179,7 @@ def _flush() -> None:
 
 
 def import_quietly(module: str) -> ModuleType:
-    """Import ``module``; a Ctrl-C then ends the process at once, as libraries print or swallow the exception."""
+    """Import ``module``; Ctrl-C ends the process at once, as libraries may print or swallow the exception."""
     is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_pythons or threading.current_thread() is not threading.main_thread():
         return importlib.import_module(module)

@@ -1,14 +1,14 @@
-"""What goes wrong: exit codes, the errors a user can fix, packages that are not installed, and what to do about it.
+"""Exit codes, user-fixable errors, messages for missing packages, and the remedies that they give.
 
-Any other exception is a bug of this package. Every message says what was expected, what was found, where (file, key or
-path) and what to do about it. What a process of ours ends with, for shells, launchers and schedulers:
+Any other exception is a bug of this package. Messages state what was expected, what was found, where (file, key or
+path) and what to do. The exit codes, for shells, launchers and schedulers:
 
 =========  ==================================================================================================
 0          done, or nothing to do
-1          a mistake or fault that a person has to look at; one line of error, or a traceback, is in the log
-2          a command line that cannot be understood
-75         a process of the job is gone or hangs (this one too); the same command goes on from the newest checkpoint
-128 + n    asked to stop by signal n: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2; in training, saved first
+1          an error that needs attention; a one-line message or a traceback is in the log
+2          an invalid command line
+75         a process of the job (or this one) died or hangs; the same command resumes from the newest checkpoint
+128 + n    stopped by signal n: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2; in training, saved first
 =========  ==================================================================================================
 """
 
@@ -26,28 +26,29 @@ DONE = 0
 ERROR = 1
 USAGE = 2
 LOST_PROCESS = 75  # sysexits.h calls it EX_TEMPFAIL: try again
-# what a child ends with, as Python has it, because another one did: it lost that one, or a launcher stopped it
+# exit codes, as Python reports them, of a child that ended because another one did: it lost it, or a launcher stopped
+# it
 CONSEQUENCES = (LOST_PROCESS, -signal.SIGTERM)
-# a user's Ctrl-C, a kill, and what schedulers send some minutes before they take a node away
+# a user's Ctrl-C, a kill, and the signals that schedulers send some minutes before they reclaim a node
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
 )
 
 
 def stopped_by(signum: int) -> int:
-    """Return the exit code of a run that signal ``signum`` asked to stop."""
+    """Return the exit code of a run stopped by signal ``signum``."""
     return 128 + signum
 
 
 def to_shell_code(code: int) -> int:
-    """Return ``code``, where Python's for a child killed by a signal, which is negative, becomes 128 + signal."""
+    """Return ``code``, with Python's negative code for a child killed by a signal converted to 128 + signal."""
     return code if code >= 0 else stopped_by(-code)
 
 
 def should_restart(code: int) -> bool:
-    """Return whether the same command, started again by a machine, has work to do and a chance to do it.
+    """Return whether restarting the same command automatically is useful.
 
-    So after a preemption, a kill and a lost process; not after the end, a mistake, or a person's Ctrl-C.
+    True after a preemption, a kill or a lost process; False after success, a user error or Ctrl-C.
     """
     code = to_shell_code(code)
     return code == LOST_PROCESS or (code > 128 and code != stopped_by(signal.SIGINT))
@@ -57,7 +58,7 @@ class DINOv2Error(Exception):
     """Base of all errors that the user, not the developer, can fix.
 
     Attributes:
-        exit_code: what a script ends with (:data:`LOST_PROCESS`); None: as it does after any error.
+        exit_code: exit code of the script (:data:`LOST_PROCESS`); None for the usual one after an error.
     """
 
     exit_code: int | None = None
@@ -72,7 +73,7 @@ class DataError(DINOv2Error):
 
 
 class UnreadableImageError(DataError, RuntimeError):
-    """One image that cannot be read or decoded; a RuntimeError too, which upstream's datasets raise then."""
+    """One image that cannot be read or decoded; also a RuntimeError, as upstream's datasets raise."""
 
 
 class CheckpointError(DINOv2Error):
@@ -84,13 +85,13 @@ class LaunchError(DINOv2Error):
 
 
 class LostProcessError(LaunchError):
-    """Another process of the job that is gone."""
+    """Another process of the job has died."""
 
     exit_code = LOST_PROCESS
 
 
 class ResourceError(DINOv2Error):
-    """Too little memory, or too few open files, for what was asked for."""
+    """Too little memory, or too low a limit on open files."""
 
 
 class NumericsError(DINOv2Error):
@@ -105,9 +106,9 @@ _SHORTAGES = {
 
 
 def shortage(error: BaseException, what: str) -> ResourceError | None:
-    """Return the error to raise where ``error`` is about this process and not about ``what`` it read, else None.
+    """Return the error to raise if ``error`` is caused by this process and not by ``what`` it read, else None.
 
-    A process without memory or file descriptors fails on every file; none of them is bad for that.
+    A process without memory or file descriptors fails on every file, which says nothing about the files.
     """
     number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
     if number not in _SHORTAGES:
@@ -118,13 +119,13 @@ def shortage(error: BaseException, what: str) -> ResourceError | None:
 
 
 _SOURCE_PLACE = re.compile(r"\[[^\s\]]+\.\w+:\d+\]\s*")
-_GLOOS_ADVICE = " This is typically caused by a remote worker"  # crashing, or hanging or bugs in the application
+_GLOOS_ADVICE = " This is typically caused by a remote worker"  # the rest lists crashes, hangs, application bugs
 
 
 def reason_of(error: BaseException | str) -> str:
-    """Return the first line of ``error``, without what torch's C++ adds for its developers.
+    """Return the first line of ``error``, without torch's additions for developers.
 
-    That is the place in the source tree it was built from, and gloo's advice on crashed workers, which callers replace.
+    Removed are the C++ source location, and gloo's advice on crashed workers, which callers replace.
     """
     line = str(error).partition("\n")[0].partition(_GLOOS_ADVICE)[0]
     return _SOURCE_PLACE.sub("", line).strip().removesuffix(".")
@@ -140,7 +141,7 @@ _REMEDIES = {
 
 
 def remedy(reason: str) -> str:
-    """Return what to do, as a command, about a file that could not be written for ``reason``, the system's words."""
+    """Return what to do, as a command, about a file that could not be written for ``reason``, a system message."""
     return next(
         (what for what, codes in _REMEDIES.items() if any(os.strerror(c) in reason for c in codes)), "fix that"
     )
@@ -169,11 +170,11 @@ def optional(name: str, purpose: str, error: type[DINOv2Error] = ConfigError, ot
     """Import and return module ``name``, in or below a key of ``OF_EXTRA``.
 
     Args:
-        purpose: what needs it, the beginning of the sentence.
-        otherwise: what to do instead, its end.
+        purpose: what needs it; begins the sentence.
+        otherwise: what to do instead; ends the sentence.
 
     Raises:
-        DINOv2Error: of class ``error``, when it cannot be imported.
+        DINOv2Error: of class ``error``, if it cannot be imported.
     """
     try:
         return importlib.import_module(name)
@@ -182,9 +183,9 @@ def optional(name: str, purpose: str, error: type[DINOv2Error] = ConfigError, ot
 
 
 def class_of_torchvision(module: str, name: str, otherwise: type) -> type:
-    """Return torchvision's class, for ours to be told by users' ``isinstance``; ``otherwise`` without torchvision.
+    """Return torchvision's class, so that users' ``isinstance`` checks hold; ``otherwise`` without torchvision.
 
-    Nothing of it is used. A torchvision that was built for another torch is like none.
+    Only the class identity is used. A torchvision built for another torch counts as missing.
     """
     try:
         return getattr(importlib.import_module(f"torchvision.{module}"), name)
@@ -193,21 +194,21 @@ def class_of_torchvision(module: str, name: str, otherwise: type) -> type:
 
 
 def missing(name: str, purpose: str, otherwise: str = "", got: str = "got none") -> str:
-    """Return the sentence for ``purpose`` without module ``name``, and what to do."""
+    """Return a message that ``purpose`` lacks module ``name``, with the remedy."""
     package = OF_EXTRA[name.partition(".")[0]][0]
     return f"{purpose}: expected the package {package}, {got}; {install(name)}{otherwise and f', or {otherwise}'}"
 
 
 def install(name: str) -> str:
-    """Return the command that installs module ``name`` where this package is installed already."""
+    """Return the command that installs module ``name`` into the environment of this package."""
     return f"pip install 'dinov2_custom[{OF_EXTRA[name.partition('.')[0]][1]}]'"
 
 
-# what a user can type: the scripts of a checkout, or without one the same as commands of the package
+# what a user can type: the scripts of a checkout, or without one the equivalent commands of the package
 
 
 def command(script: str) -> str:
-    """Return what starts ``script``: itself where the current directory has it, else the command of that name.
+    """Return the command for ``script``: itself if the current directory has it, else the package's command.
 
     Both take the same arguments (``cli.COMMANDS``).
     """
@@ -216,11 +217,11 @@ def command(script: str) -> str:
 
 
 def small_recipe(recipe: str = "configs/vits.yaml") -> str:
-    """Return the argument that chooses ``recipe`` where the current directory has it, else the key for a ViT-S."""
+    """Return the argument that selects ``recipe`` if the current directory has it, else the key for a ViT-S."""
     return f"--config-file {recipe}" if Path(recipe).is_file() else "student.arch=vit_small"
 
 
 def list_of_keys() -> str:
-    """Return where all configuration keys are explained: the page, or the command that prints it."""
+    """Return where all configuration keys are documented: the page, or the command that prints it."""
     page = "docs/configuration.md"
     return page if Path(page).is_file() else "`python -m dinov2_custom.configs.document`"

@@ -1,4 +1,4 @@
-"""Files that outlive a process or are shared by several: written whole or by rows, locked, in the cache; JSON."""
+"""Files that outlive a process or are shared by several: atomic writes, appended rows, locks, the cache, JSON."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class LockedError(Exception):
 def atomic_write(
     path: str | os.PathLike[str], mode: str = "w", *, fsync: bool = False, exclusive: bool = False
 ) -> Iterator[IO[Any]]:
-    """Open a new file that becomes ``path`` when the body ends well: readers find the old one or all of the new one.
+    """Open a new file that replaces ``path`` if the body succeeds: readers see the old file or the whole new one.
 
-    Until then it is ``<name>.tmp`` beside it, removed after an error. What a killed process left is written over.
+    Until then it is ``<name>.tmp`` beside it, removed after an error. A file left by a killed process is overwritten.
 
     Args:
-        mode: "w", which is UTF-8 and takes any file name as text, or "wb".
-        fsync: have the data on the disk before the name changes, so that a power cut costs the new file at most.
-        exclusive: several processes may write ``path`` at once; each takes a temporary name of its own.
+        mode: "w", which is UTF-8 and can encode any file name, or "wb".
+        fsync: flush the data to disk before the rename, so that a power failure loses at most the new file.
+        exclusive: several processes may write ``path`` at once; each uses its own temporary name.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp" if exclusive else f"{path.name}.tmp")
@@ -55,7 +55,7 @@ def atomic_write(
 
 
 def flush(descriptor: int) -> None:
-    """Ask for the data of an open file to be on the disk; a file system that cannot be asked is no error.
+    """Flush the data of an open file to disk; a file system without that operation is not an error.
 
     Raises:
         OSError: the data could not be written, for example because the disk is full.
@@ -68,9 +68,9 @@ def flush(descriptor: int) -> None:
 
 
 def append_row(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
-    """Add ``row`` to a JSON-lines file, in one write; a torn line that a killed run left is ended first.
+    """Append ``row`` to a JSON-lines file in a single write; a torn last line is terminated first.
 
-    NaN and infinities are written as ``json`` reads them.
+    NaN and infinities are written in the form that ``json`` reads.
     """
     line = (json.dumps(row) + "\n").encode()
     if os.path.exists(path) and os.path.getsize(path):
@@ -82,13 +82,13 @@ def append_row(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
-    """Return what ``text`` says: the one reader of JSON that a start of this or another process depends on.
+    """Parse JSON; used for all JSON that the start of this or another process depends on.
 
     Args:
-        finite: refuse NaN and infinities, which JSON does not have and Python's writer writes all the same.
+        finite: refuse NaN and infinities, which are not JSON but which Python's writer emits.
 
     Raises:
-        ValueError: no JSON, a name twice in an object, a number of thousands of digits, or nested too deeply.
+        ValueError: invalid JSON, a duplicate key, a number with thousands of digits, or too deep nesting.
     """
     try:
         numbers = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
@@ -98,7 +98,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
 
 
 def parse_json_object(text: str | bytes, *, finite: bool = True) -> dict[str, Any]:
-    """Do as :func:`parse_json`, for a JSON object alone."""
+    """Parse JSON as :func:`parse_json` does, but accept only an object."""
     found = parse_json(text, finite=finite)
     if not isinstance(found, dict):
         raise ValueError(f"expected a JSON object, got a {type(found).__name__}")
@@ -129,7 +129,7 @@ def cache_folder() -> Path:
     """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinov2_custom"
-    except RuntimeError as e:  # HOME is not set, and the system does not know this user
+    except RuntimeError as e:  # HOME is not set, and the system has no entry for this user
         raise OSError(f"no cache folder: {e}; set XDG_CACHE_HOME") from e
     if folder.exists() and not ours(folder):
         raise OSError(f"{folder} belongs to another user, or others may write to it; chmod go-w, or set XDG_CACHE_HOME")
@@ -137,9 +137,9 @@ def cache_folder() -> Path:
 
 
 def ours(path: str | os.PathLike[str]) -> bool:
-    """Return whether ``path`` belongs to this user and only this user may change it.
+    """Return whether ``path`` belongs to this user and is writable by this user only.
 
-    What a cache holds is used as it is, so anybody who can write to it decides what this process does.
+    Cached content is trusted, so anyone who can write to a cache controls this process.
     """
     if not hasattr(os, "geteuid"):
         return True
@@ -149,24 +149,24 @@ def ours(path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str], *, timeout_s: float = 0.2) -> Iterator[None]:
-    """Hold the lock file ``path``, which is made if it is missing, until the body or the process ends.
+    """Hold the lock file ``path``, which is created if missing, until the body or the process ends.
 
-    A forked child does not hold it with its parent: it would keep the lock after a ``kill -9`` of the parent. The
-    holder alone may delete the file. On a file system without locks the body runs unprotected, after a warning.
+    A forked child does not inherit the lock, which it would keep after a ``kill -9`` of the parent. Only the
+    holder may delete the file. On a file system without locks the body runs unprotected, after a warning.
 
     Args:
-        timeout_s: how long to wait for another holder, negative: until it is free. Not 0: a file that its holder
-            deletes at that moment has to be opened again.
+        timeout_s: how long to wait for another holder; negative to wait without limit. Must not be 0: a file that its
+            holder deletes at that moment must be reopened.
 
     Raises:
-        LockedError: it is held by another.
-        OSError: it cannot be opened.
+        LockedError: another process or thread holds it.
+        OSError: the file cannot be opened.
     """
-    import filelock  # takes as long as all of a --help, which locks nothing
+    import filelock  # its import is slow, and --help needs no lock
 
     with contextlib.ExitStack() as stack:
         try:
-            # its own substitute for missing locks, a file with the holder's pid, would outlive a kill on another host
+            # its fallback, a file with the holder's pid, would outlive a kill on another host
             stack.enter_context(filelock.FileLock(path, timeout=timeout_s, fallback_to_soft=False))
         except filelock.Timeout as e:
             raise LockedError(str(path)) from e

@@ -1,8 +1,7 @@
-"""Several processes: which part of the networks each holds, and how their gradients are averaged.
+"""Data parallelism: shard or replicate the networks' parts, and average gradients over processes.
 
-A part (backbone, head) is either whole in every process, its gradients averaged in buckets while the backward pass
-still runs, or sharded (``sharding.py``). Parameters keep their names. Not here: ranks and groups (``distributed.py``).
-Read :func:`parallelize` first, then :class:`GradientReducer`.
+A part (backbone, head) is either replicated, with its gradients averaged in buckets while the backward pass runs, or
+sharded (``sharding.py``). Parameters keep their names.
 """
 
 from __future__ import annotations
@@ -18,47 +17,47 @@ from dinov2_custom.utils.transfer import HostCopy, to_device, to_host
 
 BUCKET_MIB = 25.0
 NO_SHARD, SHARD_GRAD_OP, FULL_SHARD = "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"
-# weights, gradient and AdamW's two means of the student, and the teacher's weights, all float32
+# weights, gradients and AdamW's two moments of the student, and the teacher's weights, all float32
 BYTES_A_PARAMETER = 20
 MOST_OF_A_DEVICE = 0.25
 
 
 def parallelize(cfg, model: nn.Module) -> GradientReducer:
-    """Shard the parts of ``model`` for which ``compute_precision`` says so; return what reduces its gradients.
+    """Shard the parts of ``model`` for which ``compute_precision`` requests it; return the reducer of its gradients.
 
-    Call it once, when the weights are those to start from and before the optimizer is made: sharding replaces
+    Call it once, after the initial weights are loaded and before the optimizer is created, as sharding replaces
     parameters. All processes must hold the same weights.
     """
-    model.averages_gradients = False  # what is returned does
+    model.averages_gradients = False  # the returned reducer does
     strategies = choose_strategies(cfg, model)
     for name, strategy in strategies.items():
         if strategy != NO_SHARD:
-            from dinov2_custom.sharding import shard_part  # imports much, which most runs do not need
+            from dinov2_custom.sharding import shard_part  # a slow import that most runs do not need
 
             precision = cfg.compute_precision
             gathered = {"gather_dtype": precision.gather_dtype}
             shard_part(model.student[name], precision.student[name], reshard=strategy == FULL_SHARD, **gathered)
-            # freed after the forward pass: no backward pass does it, and they change before the next one
+            # freed after the forward pass: there is no backward pass to do so, and they change before the next forward
             shard_part(model.teacher[name], precision.teacher[name], reshard=True, **gathered)
     sharded = {name: model.student[name] for name, strategy in strategies.items() if strategy != NO_SHARD}
     parts = {name: part for name, part in model.student.items() if name not in sharded}
     whole = [(f"{name}.{key}", p) for name, part in parts.items() for key, p in part.named_parameters()]
-    # the last backward pass may be over local crops, which never reach the patches' own head
+    # the last backward pass may be over local crops, which do not use the separate patch head
     held = [part for name, part in sharded.items() if strategies[name] == SHARD_GRAD_OP and name != "ibot_head"]
     return GradientReducer(whole, sharded=held, strategies=strategies)
 
 
 def choose_strategies(cfg, model: nn.Module) -> dict[str, str]:
-    """Return part -> strategy. ``auto`` is NO_SHARD while everything fits into a quarter of the smallest device, else
-    SHARD_GRAD_OP; a single process, and ``auto`` on CPUs, never shard. All must call it.
+    """Return part -> strategy. ``auto`` is NO_SHARD if everything fits into a quarter of the smallest device's memory,
+    else SHARD_GRAD_OP; a single process, and ``auto`` on CPUs, never shard. All processes must call it.
     """
-    # of all processes: with different choices their collectives would not match
+    # decided over all processes: different choices would give mismatched collectives
     smallest = min(distributed.gather_objects(_device_bytes(model.device)))
     return strategies_on(cfg, model.student, smallest, distributed.get_global_size())
 
 
 def strategies_on(cfg, student: nn.ModuleDict, smallest: float, world_size: int) -> dict[str, str]:
-    """Return part -> strategy for so many processes, where the smallest device has ``smallest`` bytes."""
+    """Return part -> strategy for ``world_size`` processes whose smallest device has ``smallest`` bytes."""
     if world_size == 1:
         return dict.fromkeys(student, NO_SHARD)
     num_bytes = BYTES_A_PARAMETER * sum(p.numel() for p in student.parameters())
@@ -68,31 +67,31 @@ def strategies_on(cfg, student: nn.ModuleDict, smallest: float, world_size: int)
 
 
 def bytes_elsewhere(student: nn.ModuleDict, strategies: dict[str, str], world_size: int) -> float:
-    """Return how many bytes of weights, gradients and AdamW's means the other processes hold, where these are sharded.
+    """Return the bytes of sharded weights, gradients and AdamW's moments that other processes hold.
 
-    Parts that are gathered for their computation are not taken off.
+    Weights gathered for the computation are not subtracted.
     """
     sharded = (part for name, part in student.items() if strategies[name] != NO_SHARD)
     return BYTES_A_PARAMETER * sum(p.numel() for part in sharded for p in part.parameters()) * (1 - 1 / world_size)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether each process holds some rows of the tensor only (torch's DTensor)."""
+    """Return whether each process holds only some rows of the tensor (torch's DTensor)."""
     return hasattr(tensor, "to_local")
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return the tensor that all processes hold a share of; of one that is not sharded, itself. All must call it."""
+    """Gather a sharded tensor; return any other tensor itself. All processes must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def own_share(tensor: Tensor) -> Tensor:
-    """Return the rows that this process holds, sharing memory; of a tensor that is not sharded, itself."""
+    """Return the rows that this process holds, sharing memory; return a tensor that is not sharded itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def first_row(tensor: Tensor) -> int:
-    """Return the number of the first row of :func:`own_share`: shares are as ``torch.chunk`` cuts them."""
+    """Return the index of the first row of :func:`own_share`; shards are those of ``torch.chunk``."""
     if not is_sharded(tensor):
         return 0
     rows, parts = tensor.shape[0], tensor.device_mesh.size()
@@ -106,7 +105,7 @@ def _device_bytes(device: torch.device) -> float:
 
 
 class _Bucket:
-    """Parameters whose gradients are reduced together; ``flat`` has these end to end, then for each how many exist."""
+    """Parameters whose gradients are reduced together; ``flat`` holds these, then the number of processes with each."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -115,14 +114,14 @@ class _Bucket:
         self.work: dist.Work | None = None
 
     def launch(self) -> None:
-        """Start the sum over all processes of what is there; a parameter without gradient counts as zeros."""
+        """Start the sum over all processes; a parameter without gradient contributes zeros."""
         parts = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self.parameters]
         has_one = torch.tensor([float(p.grad is not None) for p in self.parameters], dtype=parts[0].dtype)
         self.flat = torch.cat([*parts, to_device(has_one, parts[0].device)])
         self.work = dist.all_reduce(self.flat, async_op=True)
 
     def finish(self, world_size: int) -> Tensor:
-        """Wait, and write the means back where there was a gradient; return the share of processes that had one."""
+        """Wait, and write back the means where there was a gradient; return the fraction of processes that had one."""
         self.work.wait()
         sizes = [p.numel() for p in self.parameters]
         *means, have_one = self.flat.div_(world_size).split([*sizes, len(sizes)])
@@ -134,13 +133,14 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Average gradients over all processes, in buckets, each sent as soon as its last gradient is there.
+    """Average gradients over all processes, in buckets, each sent as soon as its last gradient is computed.
 
-    In every step the same parameters have to have a gradient in all processes, if only zeros, as where a batch has no
-    masked patch. It is looked at in the step after, when it can be read without waiting for the device. Of sharded
-    parts, FSDP2 does the work; those in ``sharded`` do it in the last backward pass only, which has to reach all of
-    them, and keep their weights gathered until then; the others do it in every one. In a single process nothing
-    happens. Use::
+    In every step, the same parameters must have a gradient in all processes, possibly zero (for example if a batch has
+    no masked patch). This is checked one step later, when it can be read without waiting for the device. FSDP2 reduces
+    the
+    gradients of sharded parts: those in ``sharded`` only in the last backward pass, which must reach all of them, with
+    their weights kept gathered until then; the others in every backward pass. In a single process nothing happens.
+    Usage::
 
         reducer.arm()           # before the last backward pass of a step
         loss.backward()
@@ -165,7 +165,7 @@ class GradientReducer:
         self._shares: HostCopy | None = None
         if self.world_size == 1:
             return
-        # the last layers' gradients come first
+        # the gradients of the last layers are ready first
         named = list(named_parameters)[::-1]
         self._names = [name for name, _ in named]
         for run in _grouped([parameter for _, parameter in named], bucket_mib * 2**20):
@@ -174,17 +174,17 @@ class GradientReducer:
                 parameter.register_post_accumulate_grad_hook(self._hook(self.buckets[-1]))
 
     def arm(self) -> None:
-        """Expect the last backward pass of this step."""
+        """Prepare for the last backward pass of this step."""
         self.armed, self._next = True, 0
         self._sync_sharded(True)
         for bucket in self.buckets:
             bucket.waiting = {id(parameter) for parameter in bucket.parameters}
 
     def finish(self) -> None:
-        """Send what is left, wait for everything and write the means into ``.grad``.
+        """Send the remaining buckets, wait for all of them and write the means to ``.grad``.
 
         Raises:
-            RuntimeError: in the step before, some processes had a gradient of a parameter and some had none.
+            RuntimeError: in the step before, only some processes had a gradient of a parameter.
         """
         self.check()
         self.armed = False
@@ -195,7 +195,7 @@ class GradientReducer:
         self._shares = to_host(torch.cat(shares)) if shares else None
 
     def check(self) -> None:
-        """Compare the gradients of the last step over the processes; raises as :meth:`finish`."""
+        """Compare the gradients of the last step over the processes; raise as :meth:`finish` does."""
         if self._shares is None:
             return
         unlike = [name for name, share in zip(self._names, self._shares.tolist(), strict=True) if 0 < share < 1]
@@ -227,7 +227,7 @@ class GradientReducer:
 
 
 def _grouped(parameters: list[nn.Parameter], max_bytes: float) -> Iterable[list[nn.Parameter]]:
-    """Cut the list into runs of one dtype and at most ``max_bytes`` (a larger parameter is a run of its own)."""
+    """Split the list into runs of one dtype and at most ``max_bytes`` (a larger parameter is a run of its own)."""
     run: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:

@@ -1,7 +1,6 @@
-"""The range of values of a dataset's images of more than 8 bits, and the page that is read, for all processes.
+"""Choose how a dataset's images of more than 8 bits are read (value range and page), for all processes.
 
-Taken from a run's configuration where it has them, else measured. Not in here: measuring (``data/intensity``). Read
-:func:`choose_reading` first.
+They come from the run's configuration if it sets them, and are measured otherwise.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ KEY = "data.intensity"
 
 
 def choose_reading(dataset: Any, given: Reading | None = None, seed: int = 0) -> Reading:
-    """Set ``dataset.reading`` and return it: ``given``, with a range measured on ``dataset`` where it has none.
+    """Set ``dataset.reading`` and return it: ``given``, with a range measured on ``dataset`` if it has none.
 
-    The main process reads a sample and logs what the range, also a given one, does to it. All processes must call it.
+    The main process reads a sample and logs the effect of the range, whether given or measured. All processes must call
+    it.
     """
     given = given or Reading()
     found = distributed.broadcast_object(_measured(dataset, given, seed) if distributed.is_main_process() else None)
@@ -35,17 +35,17 @@ def choose_reading(dataset: Any, given: Reading | None = None, seed: int = 0) ->
 
 
 def reading_of(cfg: DictConfig) -> Reading:
-    """Return what a configuration says; a range that was not measured yet is None."""
+    """Return the reading that a configuration describes; a range not measured yet is None."""
     return Reading(as_range(cfg.data.intensity), cfg.data.page)
 
 
 def as_range(intensity: Any) -> tuple[float, float] | None:
-    """Return ``data.intensity`` as numbers; None for "auto"."""
+    """Return ``data.intensity`` as a pair of numbers; None for "auto"."""
     return None if intensity == AUTO else (float(intensity[0]), float(intensity[1]))
 
 
 def to_facts(reading: Reading | None) -> dict[str, Any]:
-    """Return what an export says of it, by the names of the keys in ``data``; nothing where it has the defaults."""
+    """Return the facts stored in an export, under the key names of ``data``; defaults are omitted."""
     if reading is None:
         return {}
     facts = {"intensity": None if reading.intensity is None else list(reading.intensity), "page": reading.page}
@@ -53,16 +53,16 @@ def to_facts(reading: Reading | None) -> dict[str, Any]:
 
 
 def from_facts(facts: Mapping[str, Any]) -> Reading:
-    """Return what :func:`to_facts` was given.
+    """Return the reading from the result of :func:`to_facts`.
 
     Raises:
-        TypeError, ValueError, LookupError: values that it does not return.
+        TypeError, ValueError, LookupError: values that it does not produce.
     """
     return Reading(as_range(facts.get("intensity", AUTO)), int(facts.get("page", 0)))
 
 
 def describe(reading: Reading) -> list[str]:
-    """Return the settings that are not the defaults, one a line."""
+    """Return the settings that are not the defaults, one per line."""
     lines = [f"page: {reading.page} of images with several (data.page)"] if reading.page else []
     if reading.intensity is not None:
         low, high = reading.intensity
@@ -72,7 +72,7 @@ def describe(reading: Reading) -> list[str]:
 
 def _measured(dataset: Any, given: Reading, seed: int) -> Measured:
     own = getattr(type(dataset), "get_image_data", None)
-    if own in (None, ExtendedVisionDataset.get_image_data):  # a user's own class that gives no bytes
+    if own in (None, ExtendedVisionDataset.get_image_data):  # a user's class that provides no bytes
         return Measured(None, 0, 0)
     found = measure(len(dataset), Looker(dataset, given.page), seed, intensity=given.intensity)
     found.log()
@@ -83,10 +83,10 @@ def choose_for_training(cfg: DictConfig, dataset: Any, resumed: Path | None) -> 
     """Set ``dataset.reading`` and return ``cfg`` with the range in ``data.intensity``.
 
     Args:
-        resumed: directory of a run that is resumed: its range is kept, if it has one, and never measured again.
+        resumed: directory of the resumed run, whose range, if any, is kept and never measured again.
 
     Raises:
-        ConfigError: the configuration in it cannot be read.
+        ConfigError: its configuration cannot be read.
     """
     if resumed is None:
         reading = choose_reading(dataset, reading_of(cfg), cfg.train.seed)
@@ -101,10 +101,10 @@ def choose_for_training(cfg: DictConfig, dataset: Any, resumed: Path | None) -> 
 
 
 def _range_in(path: Path) -> tuple[float, float] | None:
-    """Return the range that a run wrote into its configuration; None for "auto", without images of more than 8 bits.
+    """Return the range in a run's configuration; None for "auto", i.e. without images of more than 8 bits.
 
     Raises:
-        ConfigError: it cannot be read, or says nothing.
+        ConfigError: it cannot be read, or has no range.
     """
     advice = f"restore the file, or give the range of its start, {ADVICE} ([0, 255] where all images have 8 bits)"
     data = read_config(path, advice).get("data")

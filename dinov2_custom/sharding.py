@@ -1,7 +1,4 @@
-"""Networks whose weights, gradients and optimizer state are shared out over all processes, by torch's FSDP2.
-
-Not here: which part is sharded (``parallel.py``). Read :func:`shard_part` first.
-"""
+"""Shard weights, gradients and optimizer state over all processes with torch's FSDP2."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ from dinov2_custom.utils.dtype import as_torch_dtype, resolve_dtype
 
 
 def shard_part(part: nn.Module, precision, *, reshard: bool, gather_dtype: str = "fp32") -> None:
-    """Shard a backbone or a head over all processes, by rows of its parameters, which must be equal everywhere.
+    """Shard a backbone or a head over all processes, by rows of its parameters, which must be equal in all processes.
 
-    Each block of a backbone is gathered and freed on its own, and so is what is left of the backbone.
+    Each block of a backbone is gathered and freed separately, as is the rest of the backbone.
 
     Args:
         precision: the part's ``compute_precision`` section; gradients are summed in :func:`reduce_dtype`.
-        gather_dtype: ``fp32``: weights are rounded to ``param_dtype`` where they are multiplied in it, as without
-            sharding, so the results are the same; ``param_dtype``: all weights are before they are sent.
+        gather_dtype: ``fp32``: weights are rounded to ``param_dtype`` when multiplied, as without
+            sharding, so the results are the same; ``param_dtype``: all weights are rounded before they are sent.
         reshard: free gathered weights after the forward pass and gather them again in the backward pass.
     """
     device = next(part.parameters()).device
@@ -45,15 +42,15 @@ def shard_part(part: nn.Module, precision, *, reshard: bool, gather_dtype: str =
     if hasattr(part, "cross_entropy"):
         register_fsdp_forward_method(part, "cross_entropy")
         register_fsdp_forward_method(part, "factors")
-    # True of a backbone's features, and harmless: no operation on them is in place (tests/test_parallel.py)
+    # true for a backbone's features, and harmless, as no operation on them is in place (tests/test_parallel.py)
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view tensor")
 
 
 def reduce_dtype(name: str, param_dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which sharded gradients are summed.
+    """Return the dtype in which sharded gradients are summed.
 
-    ``auto`` is float32. So is ``fp16``, upstream's default, where there is no loss scaler to keep gradients within its
-    range, that is unless the weights are in fp16 too.
+    ``auto`` is float32. So is ``fp16``, upstream's default, if there is no loss scaler to keep gradients within its
+    range, i.e. unless the weights are also fp16.
     """
     if name == "auto" or (name == "fp16" and param_dtype != torch.float16):
         return torch.float32

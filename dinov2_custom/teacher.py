@@ -1,7 +1,6 @@
-"""Weights of any layout into any model, and from a run or a weight file to a frozen backbone with what feeds it images.
+"""Load weights of any layout into a model, and build a frozen backbone from a run or a weight file.
 
-Every start from weights goes through :func:`load_weights`: training, evaluations, export, features, plots, torch.hub.
-Not the training state (``train/checkpoint``). Read :func:`load_weights` and :func:`load_teacher` first.
+All loading of weights goes through :func:`load_weights`: training, evaluations, export, features, plots, torch.hub.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dinov2")
 _HEAD_DIM = 64  # of every architecture here and upstream
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-RELEASED_CROP_SIZE = 224  # of upstream's evaluations, whatever the size of the positions
-# Released weights before registers lack them, and some converted files the mask token, which starts at 0.
+RELEASED_CROP_SIZE = 224  # of upstream's evaluations, regardless of the position embeddings
+# Released weights without registers lack them, and some converted files lack the mask token, initialised to 0.
 _OPTIONAL = ("mask_token", "register_tokens")
 
 
 class Fit(NamedTuple):
-    """How tensors fit a model: ``found`` by the model's own names; names that are ``missing`` from the file,
-    ``unexpected`` in it, and ``misfits`` as "name: expected shape, got shape", or another kind of number, or NaN.
+    """How tensors fit a model: ``found`` under the model's own names; names that are ``missing`` from the file,
+    ``unexpected`` in it, and ``misfits`` as "name: expected shape, got shape", or another kind of dtype, or NaN.
     """
 
     found: dict[str, Tensor]
@@ -49,12 +48,12 @@ class Fit(NamedTuple):
     misfits: list[str]
 
     def examples(self, count: int = 3) -> list[str]:
-        """Return up to ``count`` lines of each kind of trouble."""
+        """Return up to ``count`` lines for each kind of mismatch."""
         missing = [f"{name}: missing" for name in self.missing[:count]]
         return [*self.misfits[:count], *missing, *(f"{name}: unexpected" for name in self.unexpected[:count])]
 
     def describe(self) -> str:
-        """Return how many of each kind there are."""
+        """Return the number of mismatches of each kind."""
         return (
             f"{len(self.missing)} missing, {len(self.unexpected)} unexpected and {len(self.misfits)} of another shape "
             "or without finite numbers"
@@ -62,10 +61,10 @@ class Fit(NamedTuple):
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> Fit:
-    """Compare :func:`flat_state`'s tensors with ``model``'s, chunked or not; nothing is changed.
+    """Compare :func:`flat_state`'s tensors with ``model``'s, chunked or not; nothing is modified.
 
-    What a model without LayerScale or biases may have and not notice, ones and zeros, is not unexpected: exports for
-    libraries that always have them write it.
+    LayerScales of ones and biases of zeros do not count as unexpected for a model without them: exports for
+    libraries that always have them write these.
     """
     own = model.state_dict()
     names = {flat_name(name): name for name in own}
@@ -76,12 +75,12 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor]) -> Fit:
 
 
 def misfit(own: Tensor, value: Tensor) -> str:
-    """Return why ``value`` cannot take the place of ``own``, "" where it can."""
+    """Return why ``value`` cannot replace ``own``, or "" if it can."""
     if own.shape != value.shape:
         return f"expected {tuple(own.shape)}, got {tuple(value.shape)}"
     if own.is_floating_point() and not value.is_floating_point():
         return f"expected floating-point numbers, got {str(value.dtype).removeprefix('torch.')}"
-    finite = torch.isfinite(value if value.element_size() > 1 else value.float())  # not known for 8 bits
+    finite = torch.isfinite(value if value.element_size() > 1 else value.float())  # not supported for 8 bits
     if not finite.all():
         return f"expected finite numbers, got {int((~finite).sum())} of {value.numel()} NaN or infinite"
     return ""
@@ -106,20 +105,21 @@ def load_weights(
     resample: bool = False,
     assign: bool = False,
 ) -> None:
-    """Copy the tensors of a weight file into ``model``, all that it has or none, and log one line about them.
+    """Copy the tensors of a weight file into ``model``, all or none, and log a one-line summary.
 
     Args:
         source: path or URL of a file of any layout.
-        state: :func:`flat_state` of what it holds, where it has been read already.
-        key, what, advice: the flag or key that named the file, what ``model`` is and what to do, for the error.
+        state: :func:`flat_state` of the file, if it has already been read.
+        key, what, advice: the flag or key that names the file, a description of ``model``, and the remedy, for the
+            error.
         optional: tensors of the model that the file may lack; they keep their values.
-        allow_unexpected: the file may have other tensors besides.
-        resample: positions of another grid are resampled to the model's.
-        assign: make the tensors, in float32, the model's own instead.
+        allow_unexpected: the file may have additional tensors.
+        resample: resample position embeddings of another grid to the model's.
+        assign: use the tensors, in float32, as the model's parameters instead of copying.
 
     Raises:
-        CheckpointError: unreadable; or tensors that are missing, unexpected, of another shape or not finite, with
-            counts and the first names; nothing is changed then.
+        CheckpointError: the file is unreadable, or tensors are missing, unexpected, of another shape or not finite;
+            gives counts and the first names, and the model is unchanged.
     """
     state = dict(flat_state(read_weights(source)) if state is None else state)
     resampled = []
@@ -157,7 +157,7 @@ def _some(names: Sequence[str], count: int = 4) -> str:
 
 
 def _can_be_resampled(given: Tensor | None, own: Tensor) -> bool:
-    """Return whether ``given`` differs from ``own`` in nothing but its number of patches, which form a square."""
+    """Return whether ``given`` differs from ``own`` only in its number of patches, which form a square."""
     if given is None or given.shape[1] == own.shape[1] or not given.is_floating_point():
         return False
     return math.isqrt(given.shape[1] - 1) ** 2 == given.shape[1] - 1 and given[:, 0].shape == own[:, 0].shape
@@ -170,7 +170,7 @@ def load_pretrained_backbone(
     *,
     key: str = "student.pretrained_weights",
 ) -> None:
-    """Load a backbone that will be trained, whatever image size the file is for; see :func:`load_weights`."""
+    """Load a backbone to be trained, from a file for any image size; see :func:`load_weights`."""
     load_weights(
         backbone,
         source,
@@ -186,7 +186,7 @@ def load_pretrained_backbone(
 
 
 def load_teacher_backbone(model: nn.Module, source: str, state: Mapping[str, Tensor] | None = None) -> None:
-    """Load a backbone that is used as it is: no tensor may be missing, over or of another shape; heads are left out."""
+    """Load a backbone for inference: tensors must match exactly in name and shape; heads are ignored."""
     load_weights(
         model,
         source,
@@ -198,14 +198,14 @@ def load_teacher_backbone(model: nn.Module, source: str, state: Mapping[str, Ten
 
 
 class Teacher(NamedTuple):
-    """A backbone in evaluation mode without gradients, and how it was trained.
+    """A backbone in evaluation mode without gradients, with facts about its training.
 
     Attributes:
-        image_size: pixels a side that ``pos_embed`` is sized for.
+        image_size: side in pixels that ``pos_embed`` is sized for.
         normalize: ``{"mean": (3 floats), "std": (3 floats)}`` of images in 0..1.
-        weights: the file they came from, or the URL.
-        config_file: the configuration that describes it; empty when the shapes of the tensors had to.
-        reading: ``data.intensity`` and ``data.page`` of its training, see ``reading.py``; None: not known.
+        weights: the source file or URL.
+        config_file: the configuration that describes it; empty if the architecture was derived from tensor shapes.
+        reading: ``data.intensity`` and ``data.page`` of its training, see ``reading.py``; None if unknown.
     """
 
     backbone: DinoVisionTransformer
@@ -217,7 +217,7 @@ class Teacher(NamedTuple):
 
     @property
     def described_by(self) -> str:
-        """Say where the architecture comes from."""
+        """Describe where the architecture comes from."""
         return self.config_file or "the shapes of its tensors"
 
 
@@ -231,10 +231,10 @@ def load_teacher(
     shapes of the tensors (released weights).
 
     Raises:
-        ConfigError: a configuration that cannot be read.
-        CheckpointError: nothing there, unreadable, or of another architecture.
+        ConfigError: the configuration cannot be read.
+        CheckpointError: the weights are missing, unreadable, or of another architecture.
     """
-    # in here: torch.hub, which needs no configurations, loads weights without OmegaConf and Pillow
+    # imported here: torch.hub, which needs no configurations, loads weights without OmegaConf and Pillow
     from dinov2_custom.configs.load import load_run_config
     from dinov2_custom.reading import reading_of
 
@@ -254,7 +254,7 @@ def load_teacher(
             require_dataset=False,
             training=False,
         )
-        size = _side_of(state) * cfg.student.patch_size or cfg.crops.global_crops_size  # an export may have another
+        size = _side_of(state) * cfg.student.patch_size or cfg.crops.global_crops_size  # exports may have another
         backbone, _ = build_model(cfg.student, only_teacher=True, img_size=size)
         normalize = {key: tuple(cfg.data.normalize[key]) for key in ("mean", "std")}
         reading = reading_of(cfg)
@@ -263,16 +263,17 @@ def load_teacher(
 
 
 def is_released(config_file: str) -> bool:
-    """Return whether ``config_file`` is "" or, as those of released weights, describes a network and no training."""
+    """Return whether ``config_file`` is "" or, like those of released weights, describes a network but no training."""
     from dinov2_custom.configs.load import read_yaml
 
     return not config_file or not {"train", "optim"} & set(read_yaml(Path(config_file).expanduser()))
 
 
 def _of_an_export(weights: str, file: Any) -> tuple[dict[str, tuple[float, ...]], Reading]:
-    """Return what an export says of its images, else ImageNet's mean and deviation and no range of values.
+    """Return an export's normalisation and reading, else ImageNet's mean and standard deviation and no range.
 
-    One for timm or transformers says it in a file beside the weights, others in ``file`` itself, see ``export.write``.
+    Exports for timm or transformers have them in a file beside the weights, others in ``file`` itself, see
+    ``export.write``.
     """
     from dinov2_custom.reading import Reading, from_facts
 
@@ -293,38 +294,38 @@ def _of_an_export(weights: str, file: Any) -> tuple[dict[str, tuple[float, ...]]
 
 
 def _side_of(state: Mapping[str, Tensor]) -> int:
-    """Return the patches a side that the positions are for; 0 when they are missing or form no square."""
+    """Return the patches per side of the position embeddings; 0 if they are missing or form no square."""
     num_patches = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else 0
     return math.isqrt(num_patches) if math.isqrt(num_patches) ** 2 == num_patches else 0
 
 
 def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransformer:
-    """Build the backbone whose flat state dict is ``state``: width, depth, patch, registers and FFN by their shapes.
+    """Build the backbone whose flat state dict is ``state``: width, depth, patch, registers and FFN from its shapes.
 
-    Resampling of positions, which no shape tells, is as in the released models: with registers antialiased.
+    The resampling of positions cannot be derived and is that of the released models: antialiased with registers.
 
     Raises:
-        CheckpointError: not a DINOv2 backbone.
+        CheckpointError: ``state`` is not a DINOv2 backbone.
     """
     try:
         return DinoVisionTransformer(**arguments_of(state))
     except (LookupError, ValueError) as e:
         raise CheckpointError(
-            f"expected the weights of a DINOv2 backbone at {where}, could not tell its architecture: {e}; give the "
+            f"expected the weights of a DINOv2 backbone at {where}, its architecture is unclear: {e}; give the "
             "configuration that it was trained with"
         ) from e
 
 
 def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the arguments of ``DinoVisionTransformer`` that a backbone's flat state dict was built with.
+    """Return the arguments of ``DinoVisionTransformer`` from a backbone's flat state dict.
 
     Raises:
-        LookupError, ValueError: not a DINOv2 backbone's.
+        LookupError, ValueError: ``state`` is not a DINOv2 backbone.
     """
     dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    if depth > len(state):  # each block has tensors; building so many could exhaust the memory
+    if depth > len(state):  # each block has tensors; building arbitrarily many could exhaust the memory
         raise ValueError(f"tensors of block {depth - 1}, and {len(state)} tensors in all")
     if not dim or dim % _HEAD_DIM or side * side != state["pos_embed"].shape[1] - 1:
         raise ValueError(f"width {dim} is no multiple of {_HEAD_DIM}, or the positions form no square")
@@ -355,10 +356,10 @@ def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def device_of_choice(name: str = "auto", flag: str = "--device") -> torch.device:
-    """Return the device called ``name``; ``auto`` and ``cuda`` are this process's own.
+    """Return the device ``name``; ``auto`` and ``cuda`` mean this process's own.
 
     Raises:
-        ConfigError: a device that is not there.
+        ConfigError: the device does not exist.
         LaunchError: see :func:`dinov2_custom.distributed.get_device`.
     """
     if name == "auto" or (name == "cuda" and torch.cuda.is_available()):

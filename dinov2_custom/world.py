@@ -1,8 +1,7 @@
-"""The place of a process among all processes of a run (rank, world size), read from environment variables. Torch-free.
+"""Read rank and world size of a process from environment variables. Torch-free.
 
-A complete torchrun environment wins, then a task of a multi-task SLURM step, then a task of submitit's local executor;
-else the process is alone, which ``WORLD_SIZE=1`` by itself says too. Not here: process groups (``distributed.py``).
-Read :func:`world_from_environment` first.
+A complete torchrun environment takes precedence, then a task of a multi-task SLURM step, then one of submitit's local
+executor; otherwise the process is alone, as with only ``WORLD_SIZE=1``.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ def num_cores() -> int:
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process: 0 <= rank < size over all nodes, 0 <= local_rank < local_size on its node.
+    """Ranks and sizes of this process: 0 <= rank < size over all nodes, 0 <= local_rank < local_size on its node.
 
-    ``source`` says in words where the figures come from; it does not count in comparisons.
+    ``source`` describes where the values come from; it is ignored in comparisons.
 
     Raises:
-        LaunchError: figures that contradict each other.
+        LaunchError: the values contradict each other.
     """
 
     rank: int = 0
@@ -60,13 +59,13 @@ class World:
 
 
 def world_from_environment(environment: Mapping[str, str]) -> World:
-    """Return the place that ``environment`` gives this process; see the module docstring for the order.
+    """Return this process's world from ``environment``; see the module docstring for the precedence.
 
-    ``MASTER_ADDR`` and ``MASTER_PORT`` override what SLURM implies; alone they mean nothing, since some clusters set
-    them for everybody.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` override what SLURM implies; on their own they have no effect, since some
+    clusters set them for all jobs.
 
     Raises:
-        LaunchError: some, but not all, of torchrun's variables are set, or those of mpirun alone.
+        LaunchError: some, but not all, of torchrun's variables are set, or only those of mpirun.
     """
     missing = [name for name in TORCHRUN_VARIABLES if not environment.get(name)]
     if not missing:
@@ -95,7 +94,7 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
 
 
 def _world_from_slurm(environment: Mapping[str, str]) -> World | None:
-    """Return None unless srun started this process as one of several (batch scripts and interactive shells are not)."""
+    """Return None unless srun started this process as one of several (not batch scripts and interactive shells)."""
     step = environment.get("SLURM_STEP_ID") or environment.get("SLURM_STEPID")
     if not step or not environment.get("SLURM_PROCID") or not environment.get("SLURM_NTASKS"):
         return None
@@ -152,7 +151,7 @@ def expand_nodelist(nodelist: str) -> list[str]:
 
 
 def _numbers(ranges: str) -> Iterator[str]:
-    """Yield the numbers of ``01-03,07``, zero padding kept."""
+    """Yield the numbers of ``01-03,07``, keeping zero padding."""
     for item in ranges.split(","):
         first, dash, last = item.partition("-")
         if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))):
@@ -175,7 +174,7 @@ def _tasks_on_node(per_node: str, node: int) -> int:
 
 
 def _master_port(environment: Mapping[str, str], job_variable: str, step: int) -> int:
-    """Return MASTER_PORT, else a port that all tasks agree on, below those the system hands out to clients."""
+    """Return MASTER_PORT, else a port common to all tasks, below the ephemeral range."""
     if environment.get("MASTER_PORT"):
         return _integer(environment, "MASTER_PORT")
     job = re.sub(r"\D", "", environment.get(job_variable, "")) or "0"

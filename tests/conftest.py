@@ -1,4 +1,4 @@
-"""The last line of a test run: what was skipped for want of a tool, and how to run it.
+"""Print, as the last line of a test run, the tests skipped for a missing tool and how to run them.
 
 Such a test skips with the reason ``needs <tool>``, or ``needs <tool>: <how to get it>``. With ``DINOV2_SKIPPED`` in the
 environment, the names of all tests that were skipped are added to that file, for ``pytest @FILE``.
@@ -14,22 +14,22 @@ import pytest
 
 
 def pytest_configure():
-    """Let tests send Ctrl-C, also where this run was started in the background of a script, which has it ignored."""
+    """Restore SIGINT, which is ignored in a background job of a script, so that tests can send Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Name long values by their argument: every process keeps and sends all names, and values have had 73 MB."""
+    """Name long values by their argument: every process stores and sends all names, and values reached 73 MB."""
     is_long = len(val) > 100 if isinstance(val, str | bytes) else isinstance(val, int) and abs(val) >= 10**100
     return argname if is_long else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the markers
 def pytest_collection_modifyitems(items):
-    """Let one process of pytest-xdist (``--dist loadgroup``) run the tests of a file that share a fixture of the file.
+    """Group the tests of a file that share a fixture of the file in one process of pytest-xdist (``--dist loadgroup``).
 
-    Each process would make its own: a training, most often.
+    Otherwise each process would create the fixture, usually a training run.
     """
     for item in items:
         used = [definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values()]
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Give memory back after each file: a training in this process has told glibc to keep what is freed, gigabytes."""
+    """Return memory to the system after each file: a training run made glibc keep freed memory, gigabytes of it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim and (nextitem is None or nextitem.path != item.path):
         trim(0)

@@ -1,7 +1,4 @@
-"""Start commands and sources, as one process or several, and wait for what processes do.
-
-Read :class:`Job` first. Not here: starts under SLURM or ``--ngpus``.
-"""
+"""Start commands and sources, as one process or several, and wait for their effects."""
 
 import atexit
 import multiprocessing
@@ -21,11 +18,11 @@ from torch.distributed import TCPStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-CEILING_S = 600  # of any wait: a machine may be busy with other things, and no test says anything about speed
+CEILING_S = 600  # limit of any wait: a machine may be busy, and no test measures speed
 GRACE_S = 30  # from the failure of one process until the others are killed
 # As scripts in run/ end: a model at module level keeps its process group, whose threads must not meet Python's end.
 LEAVE = "\nfrom dinov2_custom import entry\nentry.leave(0)\n"
-# What a training imports at its start and on its way, two to four seconds of computing in each process
+# Modules that training imports, which takes two to four seconds of CPU time per process
 LOADED = (
     "dinov2_custom.train.train", "torch._dynamo", "torch.distributed.fsdp", "dinov2_custom.embed",
     "dinov2_custom.eval.knn", "dinov2_custom.eval.linear", "dinov2_custom.eval.log_regression",
@@ -45,9 +42,9 @@ class Job:
 
     Args:
         command: what follows ``python``: a script, ``-m`` and a module or ``-c`` and a source, and arguments.
-        processes: how many; None: one that is no part of a group.
-        log: takes the standard output and errors of all of them.
-        errors: takes the standard errors instead.
+        processes: number of processes; None for one without a process group.
+        log: receives the standard output and errors of all of them.
+        errors: receives the standard errors instead.
         environment: all of it, with OMP_NUM_THREADS and, as its folders come first, PYTHONPATH.
     """
 
@@ -76,11 +73,11 @@ class Job:
 
     @property
     def pid(self) -> int:
-        """The process id of the first one."""
+        """Return the process id of the first process."""
         return self.processes[0].pid
 
     def poll(self) -> int | None:
-        """Return the exit code, minus a signal's number where that ended it; None while one still runs."""
+        """Return the exit code, or minus the number of the signal that ended it; None while any process is running."""
         return None if self._running() else self._first_failure()
 
     def wait(self) -> int:
@@ -99,7 +96,7 @@ class Job:
         return code
 
     def kill(self) -> None:
-        """Kill those that still run."""
+        """Kill the processes that are still running."""
         for process in self._running():
             process.kill()
 
@@ -120,7 +117,7 @@ def _group(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def _become(command: Sequence[str], environment: dict[str, str], cwd: str | Path, log: str, errors: str) -> None:
-    """Be what ``python <command>`` starts."""
+    """Run as ``python <command>`` would."""
     multiprocessing.set_start_method(None, force=True)  # Python's own again: multiprocessing hands its choice down
     os.setsid()
     os.chdir(cwd)
@@ -151,14 +148,14 @@ def _become(command: Sequence[str], environment: dict[str, str], cwd: str | Path
 
 
 def launch(processes: int, *command: str) -> subprocess.CompletedProcess:
-    """Run ``command`` in so many processes, all of which have to end with 0."""
+    """Run ``command`` in ``processes`` processes, which must all exit with 0."""
     done = run(*command, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def run(*command: str, **options) -> subprocess.CompletedProcess:
-    """Run ``command`` to its end and return its exit code, its output and its errors; options: those of Job."""
+    """Run ``command`` to completion and return exit code, output and errors; ``options`` are those of Job."""
     with tempfile.TemporaryDirectory() as folder:
         log, errors = Path(folder) / "log", Path(folder) / "errors"
         code = Job(*command, log=log, errors=errors, **options).wait()
@@ -173,9 +170,9 @@ def launch_source(folder: Path, source: str, *arguments: str) -> subprocess.Comp
 
 
 def state(pid: int) -> str:
-    """Return the letter that Linux has for the state of a process, or "" where it has ended.
+    """Return Linux's state letter of a process, or "" if it has ended.
 
-    One that nobody has waited for yet has ended, too: a container's first process may take its time.
+    A zombie counts as ended: a container's init process may be slow to reap it.
     """
     try:
         found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -185,17 +182,17 @@ def state(pid: int) -> str:
 
 
 def children(process: subprocess.Popen | Job) -> list[int]:
-    """Return the ids of the processes that the main thread of ``process`` has started."""
+    """Return the ids of the processes started by the main thread of ``process``."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def running(pids: Iterable[int]) -> list[int]:
-    """Return those of ``pids`` that have not ended."""
+    """Return those of ``pids`` that are still running."""
     return [pid for pid in pids if state(pid)]
 
 
 def wait_until(condition: Callable[[], Any], what: str, of: Sequence[subprocess.Popen | Job] = ()) -> Any:
-    """Return what ``condition()`` returns once it is true; fail when a process of ``of``, which bring it, ended."""
+    """Return the first true result of ``condition()``; fail if a process in ``of`` ends first."""
     deadline = time.monotonic() + CEILING_S
     while not (found := condition()):
         assert all(process.poll() is None for process in of), f"a process ended before {what}"

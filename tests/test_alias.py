@@ -47,7 +47,7 @@ def site(tmp_path):
 
 
 def fill_site(folder):
-    """Fill ``folder`` as pip would: the alias under its name, the package beside it."""
+    """Fill ``folder`` as pip does: the alias under its name, the package beside it."""
     shutil.copytree(REPOSITORY / "dinov2_custom" / "_dinov2", folder / "dinov2", ignore=shutil.ignore_patterns("__py*"))
     (folder / "dinov2_custom").symlink_to(REPOSITORY / "dinov2_custom")
     return folder

@@ -1,6 +1,6 @@
-"""The rules of the code base that a machine can check: who may import whom, no work at import, no patched packages.
+"""Rules of the code base: permitted imports, no work at import, no patched packages.
 
-Every check is a function over source text, tried on a bad example too. A new module has to be placed in ``ALLOWED`` or
+Every check is a function of source text, also tested on a bad example. A new module must be added to ``ALLOWED`` or
 ``SATELLITES``.
 """
 
@@ -203,7 +203,7 @@ def work_at_import(source: str) -> list[str]:
 
 
 def patched(source: str) -> list[str]:
-    """Return the attributes of other packages that ``source`` assigns or deletes, but for ``SETTINGS``."""
+    """Return the attributes of other packages that ``source`` assigns or deletes, except ``SETTINGS``."""
     tree, others = ast.parse(source), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -289,7 +289,7 @@ def test_no_other_package_is_patched(file):
 
 
 def test_no_modules_import_each_other():
-    """Not inside functions either."""
+    """This includes imports inside functions."""
     imports: dict[str, set[str]] = {}
     for name, file in MODULES.items():
         found = _imports(ast.parse(file.read_text()), name, file.name == "__init__.py")
@@ -307,7 +307,7 @@ def test_files_are_renamed_and_locked_in_one_module():
     assert {name for name, calls in found.items() if calls} == RENAMES
 
 
-def test_only_the_backend_knows_xformers_and_nobody_torchvision():
+def test_only_the_backend_imports_xformers_and_no_module_torchvision():
     users = {name: third_party(file.read_text(), name) for name, file in MODULES.items()}
     assert {name for name, used in users.items() if "xformers" in used} <= {"layers.backend"}
     assert {name for name, used in users.items() if "torchvision" in used} == set()

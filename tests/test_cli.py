@@ -1,4 +1,4 @@
-"""The table of commands, flags and overrides; what hints name in a checkout, and where only a wheel is installed."""
+"""The table of commands, flags and overrides; hints in a checkout and in an installed wheel."""
 
 import os
 import re
@@ -24,7 +24,7 @@ SHORT = ["train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=1", "optim.warmup_epochs
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """An interpreter of its own environment, with our wheel and this environment's other packages."""
+    """Return the interpreter of an environment with our wheel and this environment's other packages."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     shutil.copytree(
@@ -101,12 +101,12 @@ def test_a_command_ends_with_what_its_module_returns_or_with_its_code_for_errors
 def test_modules_of_commands_are_not_silent_when_they_are_run():
     for name, one in COMMANDS.items():
         source = (REPOSITORY / "dinov2_custom" / f"{one.module.replace('.', '/')}.py").read_text()
-        if name not in ("quickstart", "apply"):  # which are in a checkout alone
+        if name not in ("quickstart", "apply"):  # which only a checkout has
             assert source.endswith(f'if __name__ == "__main__":\n    cli.main("{name}")\n'), one.module
 
 
 def test_readmes_trainings_have_a_directory_each():
-    """One after the other, as a reader gives them: a run of another architecture is refused in the first one's."""
+    """Run them in order, as a reader would: a run of another architecture is rejected in the first one's directory."""
     blocks = re.findall(r"```\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     trainings = [shlex.split(line) for line in lines if line.startswith("python run/train/train.py ")]
@@ -239,7 +239,7 @@ def test_flags_are_not_abbreviated(capsys):
     assert "--config: unknown flag -> did you mean --config-file?" in error_of(capsys, "--config", "x")
 
 
-def test_eval_is_said_to_be_unused(capsys):
+def test_eval_is_reported_as_unused(capsys):
     assert parse("--eval", "knn").eval == "knn"
     assert "--eval is accepted" in capsys.readouterr().err
     parse("--eval-only")
@@ -253,7 +253,7 @@ def test_it_serves_as_a_parent():
     assert (args.nodes, args.opts, args.output_dir) == (2, ["a=1", "b=2"], "o")
 
 
-def test_known_args_leave_what_is_not_ours():
+def test_known_args_keep_foreign_arguments():
     args, unknown = get_args_parser().parse_known_args(["a=1", "--foo", "b=2"])
     assert (args.opts, unknown) == (["a=1", "b=2"], ["--foo"])
 

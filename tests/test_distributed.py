@@ -54,7 +54,7 @@ def test_second_enable_with_another_environment():
     assert distributed.current_world().size == 1
 
 
-def test_group_of_somebody_else_is_adopted_and_left_alone(tmp_path):
+def test_a_foreign_group_is_adopted_and_kept(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         distributed.enable()
@@ -143,7 +143,7 @@ def _check_files(folder, printed):
     assert "hello from rank 0" in (logs / "log.txt").read_text()
     assert "hello from rank 1" in (logs / "log.txt.rank1").read_text()
     assert "hello from rank 0" in printed[0] and "hello" not in printed[1]
-    assert "print of rank 1" in printed[1]  # print() is left alone
+    assert "print of rank 1" in printed[1]  # print() is unchanged
     assert (folder / "config.yaml").read_text() == "rank: 0\n"
     rows = [json.loads(line) for line in (folder / "training_metrics.json").read_text().splitlines()]
     assert rows == [{"iteration": 1, "iter_time": 0.5, "data_time": 0.25, "loss": 1.0}]
@@ -191,13 +191,13 @@ def test_cores_that_several_processes_may_use_are_shared(monkeypatch):
 
     here = socket.gethostname()
     assert share() == 8
-    assert share(*[(here, list(range(8)))] * 3) == 2  # nobody is bound
+    assert share(*[(here, list(range(8)))] * 3) == 2  # no process is bound
     assert share((here, [8, 9]), ("elsewhere", list(range(8)))) == 8
     assert share(*[(here, list(range(8)))] * 9) == 1
 
 
 def two_ranks(code, *arguments):
-    """Return (exit code, stdout, stderr) of two processes that nothing ends but they themselves, unlike a launcher."""
+    """Return (exit code, stdout, stderr) of two processes; unlike a launcher, nothing else ends them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -241,8 +241,8 @@ def test_the_time_out_is_that_of_every_group(timeout_s, found_s):
         assert [float(line) for line in said.split()] == [found_s] * 2
 
 
-# One process raises an error in the middle of its work, where the other goes on to a collective. Taking groups apart
-# waits for ever, as nccl's does for a collective that the others are in.
+# One process raises an error in the middle of its work, while the other enters a collective. Taking groups apart
+# waits forever, as nccl does for a collective that other processes are in.
 RAISES = """
 import importlib, os, sys, time
 import torch.distributed as dist

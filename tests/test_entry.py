@@ -1,4 +1,4 @@
-"""What every script says when a disk is full, a package missing or its reader gone, and what stays a fault."""
+"""Messages of scripts for a full disk, a missing package or a closed pipe, and errors that stay tracebacks."""
 
 import errno
 import os
@@ -189,7 +189,7 @@ entry.leave(0) if how == "leave" else sys.exit(0)
 
 
 def leave_in_order(folder, how):
-    """Return the exit codes of two processes; a thread of the first one's group ends its work while it leaves."""
+    """Return the exit codes of two processes; a thread of the first one's group finishes while it exits."""
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Exit codes, what users read of errors that are not ours, and the one sentence for a package that is not installed."""
+"""Exit codes, messages for errors of other libraries, and the message for a missing package."""
 
 import re
 import signal
@@ -65,11 +65,11 @@ def test_every_extra_brings_its_package():
         assert package in [re.split(r"[<>=]", one)[0] for one in extras[extra]]
 
 
-def test_what_is_there_is_returned():
+def test_an_installed_package_is_returned():
     assert optional("matplotlib.figure", "figures").__name__ == "matplotlib.figure"
 
 
-def test_what_is_not_there_is_one_sentence(monkeypatch):
+def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ConfigError) as caught:
         optional("sklearn", "--solver sklearn", otherwise="--solver torch")

@@ -1,4 +1,4 @@
-"""Files written whole; the lock of a folder, among processes that are killed, forked and started at once."""
+"""Atomic writes, and folder locks with processes that are killed, forked and started simultaneously."""
 
 import errno
 import fcntl
@@ -119,7 +119,7 @@ def test_a_child_does_not_keep_it_for_a_parent_that_was_killed(tmp_path):
 
 
 def enter(path, number, barrier, entered):
-    """Try to get in; whoever does deletes the file, as a refused start in a new directory does."""
+    """Try to take the lock; a holder deletes the file, as a rejected start in a new directory does."""
     barrier.wait()
     try:
         with locked(path):
@@ -135,8 +135,8 @@ def enter(path, number, barrier, entered):
         os._exit(1)
 
 
-def test_a_lock_that_its_holder_deletes_lets_nobody_else_in_meanwhile(tmp_path):
-    inside, rounds = 0, 15  # a lock that lets others in does so in more than a third of them
+def test_a_lock_deleted_by_its_holder_stays_exclusive(tmp_path):
+    inside, rounds = 0, 15  # a broken lock fails in more than a third of the rounds
     for number in range(rounds):
         path, barrier, entered = tmp_path / f"{number}.lock", FORK.Barrier(4), FORK.Value("i", 0)
         processes = [FORK.Process(target=enter, args=(path, i, barrier, entered)) for i in range(4)]
@@ -150,7 +150,7 @@ def test_a_lock_that_its_holder_deletes_lets_nobody_else_in_meanwhile(tmp_path):
     assert inside >= rounds
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_is_the_callers_error(tmp_path):
         pass
 
 
-def test_a_cache_that_others_may_write_to_is_not_used(tmp_path, monkeypatch):
+def test_a_cache_writable_by_others_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "dinov2_custom"
     assert cache_folder() == folder and not folder.exists()
@@ -197,7 +197,7 @@ def test_without_a_home_there_is_no_cache(monkeypatch):
     + ["1e999", "9" * 5000, b"\xff\xfe", b"\x80"],
     ids=range(12),
 )
-def test_what_is_no_json_is_a_value_error(text):
+def test_invalid_json_is_a_value_error(text):
     with pytest.raises(ValueError):
         parse_json(text)
 

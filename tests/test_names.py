@@ -1,4 +1,4 @@
-"""Upstream's importable names (``tests/contracts/names.txt``): each is there, is ours, and takes upstream's calls."""
+"""Upstream's importable names (``tests/contracts/names.txt``): each exists, is ours, and accepts upstream's calls."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_all_names_through_the_alias(site):  # noqa: F811
     assert done.returncode == 0, done.stderr
 
 
-# against upstream's source, read, not run
+# against upstream's source, parsed but not run
 
 
 @pytest.fixture(scope="module")
 def upstream():
-    """``{(module, name): parameters or None}`` of everything public that upstream's modules define."""
+    """Return ``{(module, name): parameters or None}`` of everything public that upstream's modules define."""
     try:
         root = ensure_oracle() / "dinov2"
     except OracleUnavailable as e:
@@ -108,7 +108,7 @@ def _members(node, constants):
 
 
 def test_contract_is_upstreams(upstream):
-    """Names marked HEAD, of 7764ea0, may take more than f896929 did; all others are exactly as there."""
+    """Names marked HEAD, of 7764ea0, may accept more than in f896929; all others are identical."""
     wrong = []
     for entry in ENTRIES:
         theirs = upstream.get((entry.module, entry.name))

@@ -1,4 +1,4 @@
-"""What an installation contains: every package of the source tree, and the data files that code reads."""
+"""Contents of an installation: every package of the source tree, and the data files that code reads."""
 
 import sys
 from pathlib import Path

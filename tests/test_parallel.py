@@ -36,7 +36,7 @@ def test_one_process_needs_nothing():
 
 
 def facts_of_two(folder: Path, source: str) -> list[dict]:
-    """Run ``source`` in two processes, each of which writes a JSON file into ``folder``; return these, by rank."""
+    """Run ``source`` in two processes, each of which writes a JSON file into ``folder``; return these by rank."""
     launch_source(folder, source, str(folder))
     files = sorted(folder.glob("*.json"))
     assert len(files) == 2
@@ -44,7 +44,7 @@ def facts_of_two(folder: Path, source: str) -> list[dict]:
 
 
 def test_two_processes_average_and_must_have_the_same_gradients(tmp_path):
-    """A parameter that one of them has no gradient of is named in the step after; one that none uses has none."""
+    """A parameter without a gradient in one process is named one step later; an unused one has no gradient."""
     source = """
 import json, sys, torch
 from torch import nn
@@ -92,7 +92,7 @@ distributed.disable()
 
 
 def gradients_of(ranks: list[int]) -> dict[str, torch.Tensor]:
-    """Return the gradients from the batches of ``ranks`` as one, the second of which has no masked patch."""
+    """Return the gradients of the joined batches of ``ranks``, the second of which has no masked patch."""
     results = {}
     for options in (("lean=true", "view_groups=4"), ("lean=false", "view_groups=1")):
         for centering in ("centering", "sinkhorn_knopp"):
@@ -109,7 +109,7 @@ def gradients_of(ranks: list[int]) -> dict[str, torch.Tensor]:
 
 
 def joined(batches: list[dict]) -> dict:
-    """Return collated batches as one: the images of both, first crops first."""
+    """Join collated batches: the images of both, first crops first."""
     whole = {"upperbound": sum(batch["upperbound"] for batch in batches)}
     for name, parts in {"collated_global_crops": 2, "collated_local_crops": 2, "collated_masks": 2}.items():
         views = zip(*(batch[name].chunk(parts) for batch in batches), strict=True)
@@ -130,7 +130,7 @@ def test_a_process_without_masked_patches_has_gradients_of_zero(tmp_path):
 
 
 def tiny_run(images: Path, *options: str, strategy: str = "auto", dtype: str = "fp32") -> list[str]:
-    """Return the command of a run whose result may not depend on how its batches are cut."""
+    """Return the command of a run whose result must not depend on how its batches are split."""
     parts = [
         f"compute_precision.{m}.{p}" for m in ("student", "teacher") for p in ("backbone", "dino_head", "ibot_head")
     ]
@@ -162,7 +162,7 @@ def losses_apart(one: Path, other: Path) -> list[tuple[int, str, float]]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Check that two runs differ by rounding only; else say in which losses they did."""
+    """Check that two runs differ by rounding only; else name the losses that differ."""
     apart, losses = compare(one, other)
     found = "\n".join(map(str, losses_apart(one, other)))
     bad = [out.name for out in (one, other) if (out / "bad_images.jsonl").exists()]
@@ -180,7 +180,7 @@ CUTS = [  # processes, accumulated batches, strategy, centering, activation chec
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Return a function that trains in one process with a batch of 8, once for the same options."""
+    """Return a function that trains in one process with a batch of 8, once per set of options."""
     folder, done = tmp_path_factory.mktemp("alone"), {}
     images = write_images(folder / "images", 12)
 
@@ -199,7 +199,7 @@ def alone(tmp_path_factory):
 def test_however_a_batch_is_cut_losses_and_weights_are_the_same(
     alone, tmp_path, processes, accumulated, strategy, centering, recompute, groups
 ):
-    """Lean blocks on both sides; sharding, groups of views and checkpointing on one."""
+    """Both sides use lean blocks; one uses sharding, groups of views and checkpointing."""
     options = [f"train.centering={centering}", "ibot.separate_head=true"]
     images, expected = alone(*options)
     cut = ["optim.global_batch=8", f"optim.accumulation_steps={accumulated}"]
@@ -234,7 +234,7 @@ entry.leave(code)
     [("NO_SHARD", 4, "selective"), ("FULL_SHARD", 1, "full")],
 )
 def test_compiled_in_two_processes_losses_and_weights_are_those_of_one(alone, tmp_path, strategy, groups, recompute):
-    """Constant shapes too. What FSDP2 hooks into lies around the compiled branches: no graph breaks."""
+    """This includes constant shapes. FSDP2's hooks lie outside the compiled branches, so there are no graph breaks."""
     options = ["train.centering=sinkhorn_knopp", "ibot.separate_head=true"]
     images, expected = alone(*options)
     cut = ["train.batch_size_per_gpu=4", "train.compile=on", f"train.view_groups={groups}"]

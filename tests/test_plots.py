@@ -20,7 +20,7 @@ from dinov2_custom.plots import (
 
 
 class Position(torch.nn.Module):
-    """A backbone whose patch features are the mean colours of the patches."""
+    """A backbone whose patch features are the patches' mean colours."""
 
     patch_size = 4
     embed_dim = 3

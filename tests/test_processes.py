@@ -1,4 +1,4 @@
-"""Forked commands are what ``python <command>`` starts; names of tests are short, their groups right."""
+"""Forked commands are what ``python <command>`` starts; test names are short, and their groups correct."""
 
 import multiprocessing
 import signal
@@ -51,7 +51,7 @@ def test_the_first_to_fail_ends_the_others(state):
 
 
 def test_names_of_tests_are_short_and_who_shares_a_files_fixture_shares_a_process(request):
-    """Every process of pytest-xdist sends, receives and keeps all names."""
+    """Every process of pytest-xdist sends, receives and stores all names."""
     for item in request.session.items:
         assert len(item.nodeid) < 1000, item.nodeid[:200]
         scopes = [definitions[-1].scope for definitions in item._fixtureinfo.name2fixturedefs.values()]

@@ -1,4 +1,4 @@
-"""The range of a run's deep images is that of its first start, wherever the run or its teacher sees images again."""
+"""The range of a run's deep images is fixed at its first start, wherever the run or its teacher reads images later."""
 
 import json
 from types import SimpleNamespace
@@ -58,7 +58,7 @@ def test_a_run_and_what_comes_after_it(tmp_path, monkeypatch):
     assert f"intensity: {low:g} to {high:g} become 0 to 255" in log and "of their values clipped" in log
     assert OmegaConf.load(out / "config.yaml").data.page == 0
 
-    write(images, 30_000, 60_000)  # which would give another range
+    write(images, 30_000, 60_000)  # which would give a different range
     assert train(images, out, "optim.epochs=2", "checkpointing.period=1") == [low, high]
     changed = [line for line in (out / "logs" / "log.txt").read_text().splitlines() if "other settings" in line]
     assert len(changed) == 1 and "intensity" not in changed[0]

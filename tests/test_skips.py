@@ -1,4 +1,4 @@
-"""The last line of a run says which tools were missing, and the tests that need them can be run again by name."""
+"""The last line of a run names the missing tools, and the tests that need them can be rerun by name."""
 
 import os
 import subprocess

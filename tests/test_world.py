@@ -1,4 +1,4 @@
-"""Where a process stands, from environments as torchrun, SLURM and submitit really set them."""
+"""World of a process, from environments as set by torchrun, SLURM and submitit."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What each of two processes does in ``test_distributed.py``: run as ``python -m tests.two_processes <folder>``."""
+"""Program of each of two processes in ``test_distributed.py``: run as ``python -m tests.two_processes <folder>``."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from dinov2_custom.utils.config import write_config
 
 def main(folder: Path) -> None:
     distributed.enable()
-    distributed.enable()  # the same environment: harmless
+    distributed.enable()  # the environment is unchanged: no effect
     distributed.enable(overwrite=True)
     rank = distributed.get_global_rank()
     facts = {

@@ -1,8 +1,8 @@
-"""Installed as the package ``dinov2``: ``import dinov2.x.y`` gives the module object ``dinov2_custom.x.y`` itself,
+"""Installed as the package ``dinov2``: ``import dinov2.x.y`` returns the module object ``dinov2_custom.x.y`` itself,
 or the one that ``_ELSEWHERE`` names.
 
-So upstream's import lines keep working and no module is ever loaded twice. Under any other name than ``dinov2`` this
-file does nothing. Read :class:`_AliasFinder`.
+So upstream's imports keep working and no module is loaded twice. Under any name other than ``dinov2`` this
+file does nothing. Read :class:`_AliasFinder` first.
 """
 
 import importlib
@@ -12,11 +12,11 @@ import importlib.util
 import sys
 
 _REAL = "dinov2_custom"
-_ELSEWHERE = {"fsdp": "compat.fsdp"}  # upstream's module -> where it is here
+_ELSEWHERE = {"fsdp": "compat.fsdp"}  # upstream's module -> the module here
 
 
 class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answer for ``dinov2.<name>`` with the module of :func:`_real_name`."""
+    """Resolve ``dinov2.<name>`` to the module of :func:`_real_name`."""
 
     def find_spec(self, fullname, path=None, target=None):
         if not fullname.startswith("dinov2."):
@@ -29,7 +29,7 @@ class _AliasFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec):
         module = importlib.import_module(_real_name(spec.name))
-        spec.loader_state = module.__spec__  # the import system is about to put the alias's spec in its place
+        spec.loader_state = module.__spec__  # the import system will replace it with the alias's spec
         return module
 
     def exec_module(self, module):

@@ -1,1 +1,1 @@
-"""What is here for upstream's names alone: nothing in this package uses it, ``dinov2.<name>`` answers with it."""
+"""Modules that exist only for upstream's names: this package does not use them; ``dinov2.<name>`` resolves to them."""

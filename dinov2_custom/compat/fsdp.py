@@ -1,8 +1,8 @@
 """Upstream's names for sharded modules and their checkpoints, on torch's public ``fully_shard`` (FSDP2).
 
-Training here does not use them: its parallelism is ``parallel.py``, its checkpoints ``train/checkpoint.py``. They are
-for scripts that import them from upstream, and need fvcore as those do. In a single process nothing is sharded and
-everything works on plain modules. Read :func:`get_fsdp_wrapper` first.
+Training does not use them: its parallelism is in ``parallel.py``, its checkpoints in ``train/checkpoint.py``. They are
+for scripts that import them from upstream, and require fvcore as upstream does. In a single process nothing is sharded
+and everything works on plain modules.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ __all__ = [
 logger = logging.getLogger("dinov2")
 Checkpointer = optional("fvcore.common.checkpoint", "dinov2.fsdp").Checkpointer
 PathManager = optional("iopath.common.file_io", "dinov2.fsdp").PathManager
-# what a section's sharding_strategy means for fully_shard's reshard_after_forward
+# a section's sharding_strategy -> fully_shard's reshard_after_forward
 _RESHARD = {"auto": False, "SHARD_GRAD_OP": False, "FULL_SHARD": True}
 
 
 def get_fsdp_wrapper(
     model_cfg: Any, modules_to_wrap: Iterable[type[nn.Module]] = ()
 ) -> Callable[[nn.Module], nn.Module]:
-    """Return a function that shards a module in place over all processes and returns it; does nothing in a single one.
+    """Return a function that shards a module in place over all processes and returns it; a no-op in a single one.
 
     Args:
         model_cfg: a section such as ``cfg.compute_precision.student.backbone``.
-        modules_to_wrap: classes whose instances inside are units of their own.
+        modules_to_wrap: classes whose instances become separate units.
 
     Raises:
-        ConfigError: several processes and a ``sharding_strategy`` without shards.
+        ConfigError: several processes with a ``sharding_strategy`` that does not shard.
     """
     strategy, precision = model_cfg.sharding_strategy, model_cfg.mixed_precision
     classes = tuple(modules_to_wrap)
@@ -99,7 +99,7 @@ def is_sharded_fsdp(x: nn.Module) -> bool:
 
 
 def free_if_fsdp(x: nn.Module) -> None:
-    """Give up the gathered parameters of ``x`` if it is a sharded unit."""
+    """Free the gathered parameters of ``x`` if it is a sharded unit."""
     if is_fsdp(x):
         x.reshard()
 
@@ -110,7 +110,7 @@ def get_fsdp_modules(x: nn.Module) -> list[nn.Module]:
 
 
 def reshard_fsdp_model(x: nn.Module) -> None:
-    """Give up all gathered parameters in ``x``."""
+    """Free all gathered parameters in ``x``."""
     for module in get_fsdp_modules(x):
         free_if_fsdp(module)
 
@@ -121,7 +121,7 @@ def rankstr() -> str:
 
 
 class _SharedFiles(PathManager):
-    """Let the main process alone remove a file: all processes share it."""
+    """Let only the main process remove a file, which all processes share."""
 
     def rm(self, path: str) -> None:
         if distributed.is_main_process():
@@ -129,10 +129,10 @@ class _SharedFiles(PathManager):
 
 
 class FSDPCheckpointer(Checkpointer):
-    """fvcore's Checkpointer for models that may be sharded: one file, which any number of processes reads.
+    """fvcore's Checkpointer for models that may be sharded: a single file, which any number of processes can read.
 
-    Takes what fvcore's does (``save_to_disk=False`` saves nothing) and works under its ``PeriodicCheckpointer``. Not
-    upstream's files: those hold one rank's shards each and need unpickling.
+    Takes the same arguments as fvcore's (``save_to_disk=False`` saves nothing) and works with ``PeriodicCheckpointer``.
+    It does not read upstream's files, which hold one rank's shards each and need unpickling.
     """
 
     def __init__(self, model: nn.Module, save_dir: str | os.PathLike = "", **kwargs: Any) -> None:
@@ -140,7 +140,7 @@ class FSDPCheckpointer(Checkpointer):
         self.path_manager = _SharedFiles()
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<save_dir>/<name>.pth``; all ranks call it, the first writes. ``kwargs`` are stored beside."""
+        """Write ``<save_dir>/<name>.pth``; all ranks must call it, the first writes. ``kwargs`` are stored too."""
         if not self.save_dir or not self.save_to_disk:
             return
         whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -156,10 +156,10 @@ class FSDPCheckpointer(Checkpointer):
         distributed.barrier()
 
     def load(self, path: str | os.PathLike, checkpointables: Iterable[str] | None = None) -> dict[str, Any]:
-        """Restore the model, and ``checkpointables`` (None: all), from ``path``; return what else is in the file.
+        """Restore the model, and ``checkpointables`` (None for all), from ``path``; return the file's other values.
 
         Raises:
-            CheckpointError: not a file of :meth:`save`, or one that does not fit the model.
+            CheckpointError: the file was not written by :meth:`save`, or does not fit the model.
         """
         if not path:
             return {}
@@ -173,7 +173,7 @@ class FSDPCheckpointer(Checkpointer):
             raise CheckpointError(f"expected the tensors of {type(self.model).__name__} in {path}: {e}") from e
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key not in state:
-                logger.warning(f"{path}: no state of {key}, which stays as it is")
+                logger.warning(f"{path}: no state of {key}, which is unchanged")
             elif isinstance(part := self.checkpointables[key], torch.optim.Optimizer):
                 dcp.set_optimizer_state_dict(self.model, part, state.pop(key), options=whole)
             else:
@@ -181,6 +181,6 @@ class FSDPCheckpointer(Checkpointer):
         return state
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the file that :meth:`get_checkpoint_file` returns."""
+        """Record the file that :meth:`get_checkpoint_file` returns."""
         with atomic_write(Path(self.save_dir) / "last_checkpoint") as file:
             file.write(last_filename_basename)

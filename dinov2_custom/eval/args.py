@@ -1,6 +1,6 @@
 """Command lines of the evaluations, without torch, so that --help is instant.
 
-Not the evaluations (``knn.py``, ``linear.py``, ``log_regression.py``). Read :func:`get_knn_args_parser` first.
+The evaluations are in ``knn.py``, ``linear.py`` and ``log_regression.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MetricType(Enum):
 
 
 class AccuracyAveraging(Enum):
-    """Over samples, over classes, or not at all; the values are torchmetrics' names."""
+    """Averaging over samples, over classes, or none; the values are torchmetrics' names."""
 
     MEAN_ACCURACY = "micro"
     MEAN_PER_CLASS_ACCURACY = "macro"
@@ -42,7 +42,7 @@ class AccuracyAveraging(Enum):
 def get_args_parser(
     description: str | None = None, parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True
 ) -> argparse.ArgumentParser:
-    """Return the flags that every evaluation has; with ``add_help=False`` it serves as a parent of other parsers."""
+    """Return a parser of the flags common to all evaluations; with ``add_help=False`` for use as a parent parser."""
     parser = Parser(
         description=description,
         parents=list(parents),
@@ -81,7 +81,7 @@ def get_knn_args_parser(
     )
     parser.add_argument("--temperature", type=float, default=0.07, help="of the softmax that weighs the votes")
     parser.add_argument("--gather-on-cpu", action="store_true", help="keep the features in CPU memory")
-    parser.add_argument("--batch-size", type=int, default=256, help="images a step")
+    parser.add_argument("--batch-size", type=int, default=256, help="images per step")
     add_workers(parser)
     parser.add_argument(
         "--n-per-class-list", nargs="+", type=int, default=[-1], help="neighbours kept a class; -1: all of them"
@@ -107,7 +107,7 @@ def get_linear_args_parser(
         help="where the classifier that is best on --val-dataset is scored too; none: only there",
     )
     add("--epochs", type=int, default=10, help="of --epoch-length iterations each")
-    add("--batch-size", type=int, default=128, help="images a step on each GPU")
+    add("--batch-size", type=int, default=128, help="images per step on each GPU")
     add_workers(parser)
     add("--epoch-length", type=int, default=1250, help="iterations")
     add("--save-checkpoint-frequency", type=int, default=20, help="epochs between checkpoints that are kept")
@@ -117,7 +117,7 @@ def get_linear_args_parser(
         nargs="+",
         type=float,
         default=[1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1],
-        help="for 256 images a step, scaled to the real number",
+        help="for 256 images per step, scaled to the real number",
     )
     add("--no-resume", action="store_true", help="do not go on from a checkpoint in the output directory")
     add("--val-metric-type", choices=metrics, default="mean_accuracy", help="what --val-dataset is scored by")
@@ -163,7 +163,7 @@ def get_log_regression_args_parser(
     )
     add("--max-train-iters", type=int, default=1000, help="L-BFGS iterations for each strength")
     add("--solver", choices=("torch", "sklearn"), default="torch", help="sklearn needs the extra [eval], on a CPU")
-    add("--batch-size", type=int, default=256, help="images a step on each GPU")
+    add("--batch-size", type=int, default=256, help="images per step on each GPU")
     add_workers(parser)
     _add_sizes(parser, "--crop-size")
     return parser

@@ -1,7 +1,4 @@
-"""The labelled datasets of an evaluation: opened, checked, and with one numbering of the classes.
-
-Not the reading of images (``data/``). Read :func:`open_pair` first.
-"""
+"""Open and check the labelled datasets of an evaluation, with a common numbering of the classes."""
 
 from __future__ import annotations
 
@@ -54,19 +51,19 @@ class Relabelled(Dataset):
 def open_labelled(
     flag: str, dataset_str: str, transform: Callable | None = None, reading: Reading | None = None
 ) -> Any:
-    """Open the dataset that the command-line flag ``flag`` gives; without a range in ``reading`` one is measured.
+    """Open the dataset given by the command-line flag ``flag``; measure a range if ``reading`` has none.
 
     Raises:
-        ConfigError: a dataset without labels.
-        DataError: missing folders or no image in them.
+        ConfigError: the dataset has no labels.
+        DataError: folders are missing or empty.
     """
     try:
         dataset = make_dataset(dataset_str=dataset_str, transform=transform)
-    except (ConfigError, DataError) as e:  # the same sentences as in training, with its key or none
+    except (ConfigError, DataError) as e:  # the message of training, but naming the flag
         raise type(e)(f"{flag}: {str(e).removeprefix(f'{KEY}: ')}") from e
     if not hasattr(dataset, "get_targets") or dataset.get_targets() is None:
         raise ConfigError(
-            f"{flag}: expected images with labels, got {dataset_str}; write LabelledFolder:root=<a folder a class>"
+            f"{flag}: expected images with labels, got {dataset_str}; write LabelledFolder:root=<one folder per class>"
         )
     choose_reading(dataset, reading)
     return dataset
@@ -75,13 +72,14 @@ def open_labelled(
 def open_pair(
     train: tuple[str, str, Callable | None], other: tuple[str, str, Callable | None], reading: Reading | None = None
 ) -> tuple[Any, Any]:
-    """Open two datasets, each given as (flag, dataset string, transform); the second has the first one's class indices.
+    """Open two datasets, each given as (flag, dataset string, transform); the second uses the first's class indices.
 
-    And its range, where ``reading`` has none. The same string and transform twice are one dataset, opened once.
+    The second also uses the first one's range if ``reading`` has none. Two equal strings and transforms give one
+    dataset.
 
     Raises:
-        ConfigError: a dataset without labels.
-        DataError: nothing found, or a class folder of the second that the first one lacks.
+        ConfigError: a dataset has no labels.
+        DataError: nothing is found, or the first dataset lacks a class folder of the second.
     """
     train_dataset = open_labelled(*train, reading)
     if other[1:] == train[1:]:
@@ -91,10 +89,10 @@ def open_pair(
 
 
 def match_classes(train_dataset: Any, other_dataset: Any, train_flag: str, other_flag: str) -> Any:
-    """Return ``other_dataset`` with the class indices of ``train_dataset`` where both have a folder a class.
+    """Return ``other_dataset`` with the class indices of ``train_dataset`` if both have a folder per class.
 
     Raises:
-        DataError: a class folder that has no training images.
+        DataError: a class folder has no training images.
     """
     train_classes, other_classes = (getattr(d, "class_to_idx", None) for d in (train_dataset, other_dataset))
     if train_classes is None or other_classes is None or train_classes == other_classes:
@@ -110,9 +108,9 @@ def match_classes(train_dataset: Any, other_dataset: Any, train_flag: str, other
 
 
 def find_same_files(train_dataset: Any, other_dataset: Any) -> np.ndarray:
-    """Return, for each image of ``other_dataset``, the index of the same file in ``train_dataset``; -1: not there.
+    """Return, for each image of ``other_dataset``, the index of the same file in ``train_dataset``; -1 if absent.
 
-    int64 (len(other_dataset),). Links are followed. Images that have no path are in no other dataset.
+    int64 (len(other_dataset),). Links are resolved. Images without a path match none.
     """
     places = {path: index for index, path in enumerate(_paths_of(train_dataset))}
     found = [places.get(path, -1) for path in _paths_of(other_dataset)] if places else []
@@ -120,7 +118,7 @@ def find_same_files(train_dataset: Any, other_dataset: Any) -> np.ndarray:
 
 
 def warn_of_same_files(train_dataset: Any, other_dataset: Any, train_flag: str, other_flag: str) -> None:
-    """Warn where images that are scored have been trained on."""
+    """Warn if scored images are also training images."""
     if count := int((find_same_files(train_dataset, other_dataset) >= 0).sum()):
         logger.warning(
             f"{other_flag}: {count:,} of {len(other_dataset):,} images are images of {train_flag}, too; the accuracy "
@@ -129,7 +127,7 @@ def warn_of_same_files(train_dataset: Any, other_dataset: Any, train_flag: str, 
 
 
 def _paths_of(dataset: Any) -> list[str]:
-    """Return the real path of every image, or nothing where images have none."""
+    """Return the real path of every image, or an empty list if images have no paths."""
     owner = dataset.dataset if isinstance(dataset, Relabelled) else dataset
     if getattr(type(owner), "name", ExtendedVisionDataset.name) is ExtendedVisionDataset.name:
         return []
@@ -148,10 +146,10 @@ def num_classes_of(dataset: Any) -> int:
 
 
 class Draws(Dataset):
-    """Augmented training samples by draw number: image, crop and flip follow from (``seed``, number) alone.
+    """Augmented training samples by draw number: image, crop and flip depend only on (``seed``, number).
 
     Args:
-        dataset: gives (PIL image, class index).
+        dataset: yields (PIL image, class index).
     """
 
     def __init__(self, dataset: Any, transform: Callable, seed: int) -> None:
@@ -171,12 +169,13 @@ class Draws(Dataset):
 def draws_for_training(
     dataset: Any, transform: Callable, seed: int, batch_size: int, *, num_workers: int, start_iteration: int = 0
 ) -> ImageLoader:
-    """Return an endless loader of batches of :class:`Draws`, each rank its block of every global batch.
+    """Return an endless loader of batches of :class:`Draws`, with each rank's block of every global batch.
 
-    Global batch i has the draws [i*b*W, (i+1)*b*W), of which rank r takes the r-th block of b = ``batch_size``.
+    Global batch i consists of the draws [i*b*W, (i+1)*b*W), of which rank r receives the r-th block of b =
+    ``batch_size``.
 
     Args:
-        start_iteration: batches that were taken before.
+        start_iteration: number of batches already consumed.
     """
     rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
     indices = functools.partial(_block, batch_size, rank, world_size)
@@ -192,10 +191,10 @@ def _block(batch_size: int, rank: int, world_size: int, iteration: int) -> range
 def every_image_once(
     dataset: Any, batch_size: int, num_workers: int, collate: Callable[[list[Any]], Any] = default_collate
 ) -> ImageLoader:
-    """Return a loader in which all ranks together see every image exactly once, in the dataset's order.
+    """Return a loader that yields every image exactly once over all ranks, in the dataset's order.
 
     Args:
-        collate: of a batch's targets.
+        collate: collates a batch's targets.
     """
     own = range(distributed.get_global_rank(), len(dataset), distributed.get_global_size())
     indices, number = of_list(own, batch_size)

@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbour classification on frozen features, as upstream's ``eval/knn.py``.
 
-Each test image asks its nearest training images by cosine similarity; votes are weighted by a softmax over the
-similarities. Not the model or its weights (``setup.py``). Read :class:`KnnModule` first.
+Each test image is classified by its nearest training images in cosine similarity, weighted by a softmax over the
+similarities.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ __all__ = [
 
 logger = logging.getLogger("dinov2")
 _QUERIES_A_STEP = 256
-_ALIKE = 0.01  # mean squared distance from the mean below which cosines, rounded by 1e-7, lose their order
+_ALIKE = 0.01  # mean squared distance from the mean below which cosines, with rounding errors of 1e-7, lose their order
 
 
 class KnnModule(nn.Module):
     """Score classes by the votes of the nearest training features.
 
-    Numbers of neighbours above the number of training features are cut to it.
+    ``nb_knn`` is limited to the number of training features.
 
     Args:
         train_features: (N, D), rows of length 1.
         train_labels: (N,) in 0..num_classes-1.
         nb_knn: numbers of neighbours to score with.
-        T: temperature of the softmax over the max(nb_knn) similarities that weighs the votes.
-        device: where to compute; None: where ``train_features`` are.
+        T: temperature of the softmax over the max(nb_knn) similarities that weights the votes.
+        device: device of the computation; None for that of ``train_features``.
 
     Features of an untrained network with a small LayerScale are so alike that their float32 cosines all round to 1. In
     that case the mean is subtracted and distances are compared instead, which gives the same order and weights.
@@ -85,7 +85,7 @@ class KnnModule(nn.Module):
             self.half_squares = self.train_features.square().sum(dim=1) / 2
 
     def _similarity(self, features: Tensor) -> Tensor:
-        """Return cosines (B, N); where the mean is subtracted, cosines minus a constant of each row."""
+        """Return cosines (B, N); if the mean is subtracted, cosines minus a constant per row."""
         features = features.to(self.train_features.device)
         if self.mean is None:
             return features @ self.train_features.T
@@ -95,7 +95,7 @@ class KnnModule(nn.Module):
         """Return ``{k: class scores (B, C)}``, rows summing to at most 1, for ``features_rank`` (B, D) of length 1.
 
         Args:
-            exclude: (B,) index of a training feature that has no vote on each row; -1: all have.
+            exclude: (B,) index of a training feature excluded from each row's votes; -1 for none.
         """
         similarity = self._similarity(features_rank)
         available = len(self.train_features)
@@ -107,7 +107,7 @@ class KnnModule(nn.Module):
             available -= 1
         nearest, indices = similarity.topk(min(max(self.nb_knn), available), dim=1)
         if self.mean is not None:
-            nearest = nearest.double()  # float32 would lose which of two classes with equal votes is nearer
+            nearest = nearest.double()  # float32 would lose the order of two classes with equal votes
         weights = F.softmax(nearest / self.T, dim=1)
         labels = self.train_labels[indices]
         scores = {k: weights.new_zeros(len(features_rank), self.num_classes) for k in self.nb_knn}
@@ -131,21 +131,21 @@ def eval_knn_features(
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
     """Classify ``val_features`` (M, D) by ``train_features`` (N, D), both with rows of length 1.
 
-    With several processes, which must all have all features, each classifies its share.
+    With several processes, each of which must have all features, each classifies its shard.
 
     Args:
-        n_per_class_list: training images kept a class, -1 for all; only numbers of neighbours up to it are used, and
+        n_per_class_list: training images kept per class, -1 for all; only numbers of neighbours up to it are used, and
             it is added to them.
-        n_tries: random subsets over which a limited number a class is averaged.
-        exclude: (M,) index of the training feature that is the same image and so has no vote; -1: none is.
+        n_tries: number of random subsets to average over, if the images per class are limited.
+        exclude: (M,) index of the training feature that is the same image and is excluded; -1 for none.
 
-    Numbers of neighbours above that of the training features are replaced by it, with a warning.
+    Numbers of neighbours above the number of training features are reduced to it, with a warning.
 
     Returns:
         ``{("full", k) or ("<n> per class", k): {"top-1": accuracy in 0..1, "top-5": ...}}``.
 
     Raises:
-        DataError: no features on one side.
+        DataError: one of the feature sets is empty.
     """
     if not len(train_features) or not len(val_features):
         counts = f"{len(train_features)} for training, {len(val_features)} to classify"
@@ -184,9 +184,9 @@ def eval_knn(
     n_per_class_list: Sequence[int] = (-1,),
     n_tries: int = 1,
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Extract the features of two labelled datasets with ``model``, which gives rows of length 1, and compare them.
+    """Extract the features of two labelled datasets with ``model``, whose outputs have length 1, and classify them.
 
-    Returns what :func:`eval_knn_features` does.
+    Returns the result of :func:`eval_knn_features`.
     """
     same_files = torch.from_numpy(find_same_files(train_dataset, val_dataset))
     if count := int((same_files >= 0).sum()):
@@ -237,16 +237,16 @@ def _classify(
 
 
 def _among(chosen: slice | Tensor, indices: Tensor, count: int) -> Tensor:
-    """Return where each of ``indices``, in 0..count-1 or -1, is among ``chosen`` ones; -1: it is not."""
+    """Return the position of each of ``indices``, in 0..count-1 or -1, in ``chosen``; -1 if absent."""
     if isinstance(chosen, slice):
         return indices
-    place = torch.full((count + 1,), -1)  # the last one is that of -1
+    place = torch.full((count + 1,), -1)  # the last element is for index -1
     place[chosen.cpu()] = torch.arange(len(chosen))
     return place[indices]
 
 
 def _at_most(available: int, ks: Sequence[int], name: str) -> list[int]:
-    """Return ``ks`` without those above the ``available`` training images, for which these stand once."""
+    """Return ``ks`` without those above the ``available`` training images, which are replaced by that number, once."""
     if too_many := [k for k in ks if k > available]:
         logger.warning(
             f"--nb_knn, {name}: expected at most the {available} training images, got k = "
@@ -256,7 +256,7 @@ def _at_most(available: int, ks: Sequence[int], name: str) -> list[int]:
 
 
 def _subset(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
-    """Return the indices of ``n_per_class`` random samples of each class (all of a smaller one)."""
+    """Return the indices of ``n_per_class`` random samples per class (all of a smaller class)."""
     generator = torch.Generator().manual_seed(seed)
     labels = labels.cpu()
     members = [(labels == label).nonzero().flatten() for label in labels.unique()]
@@ -288,11 +288,12 @@ def eval_knn_with_model(
     """Evaluate ``model`` and append the accuracies, in percent, to ``results_eval_knn.json`` in ``output_dir``.
 
     Args:
-        transform: of an RGB image to a tensor; default: shorter side 256, central 224 pixels, ImageNet's normalisation.
-        reading: of images of more than 8 bits, as in the model's training; None: measured.
+        transform: maps an RGB image to a tensor; default: shorter side 256, central 224 pixels, ImageNet's
+            normalisation.
+        reading: of images of more than 8 bits, as in the model's training; None to measure it.
 
     Returns:
-        ``{"('full', 10) Top 1": percent, ...}``, also what the file gets, one pair a line.
+        ``{"('full', 10) Top 1": percent, ...}``, which is also written to the file, one pair per line.
     """
     transform = transform or make_classification_eval_transform()
     train_dataset, val_dataset = open_pair(

@@ -1,7 +1,7 @@
-"""Train linear classifiers on frozen features, as upstream's ``eval/linear.py``: 52 at once, the best one counts.
+"""Train linear classifiers on frozen features, as upstream's ``eval/linear.py``: 52 at once, the best is reported.
 
-Every combination of 13 learning rates, the last or the last four blocks, with or without the mean patch. Not the
-classifiers themselves (``linear_classifiers.py``) or their scores (``linear_evaluate.py``). Read :func:`eval_linear`.
+One for every combination of 13 learning rates, the last or the last four blocks, with or without the mean patch.
+``linear_classifiers.py`` has the classifiers, ``linear_evaluate.py`` their scoring.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def eval_linear(
     classifier_fpath: str | None = None,
     val_class_mapping: Sequence[int] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], nn.Module, nn.Module, int]:
-    """Train until ``max_iter`` and score; return (scores, feature model, classifiers, last iteration).
+    """Train until ``max_iter`` and evaluate; return (scores, feature model, classifiers, last iteration).
 
-    ``train_data_loader`` must begin where the checkpoint in ``output_dir`` ended. Periods are in iterations.
+    ``train_data_loader`` must start where the checkpoint in ``output_dir`` ended. Periods are in iterations.
     """
     checkpointer = LinearCheckpointer(linear_classifiers, output_dir, optimizer, scheduler)
     iteration = start = checkpointer.resume_or_load(classifier_fpath, resume=resume) + 1
@@ -160,21 +160,21 @@ def run_eval_linear(
     eval_transform: Callable | None = None,
     reading: Reading | None = None,
 ) -> dict[str, Any]:
-    """Train and score linear classifiers on ``model``; everything goes to ``output_dir``.
+    """Train and score linear classifiers on ``model``; all output goes to ``output_dir``.
 
     Args:
-        batch_size: images a step on each rank. epoch_length: iterations. save_checkpoint_frequency: epochs.
-        learning_rates: for 256 images a step.
-        test_dataset_strs: where the best classifier on ``val_dataset_str`` is scored too, each with its entry of
-            ``test_metric_types`` and ``test_class_mapping_fpaths``.
-        train_transform, eval_transform: None: upstream's, 224 pixels with ImageNet's normalisation.
-        reading: of images of more than 8 bits, as in the model's training; None: measured.
+        batch_size: images per step on each rank. epoch_length: iterations. save_checkpoint_frequency: epochs.
+        learning_rates: for 256 images per step.
+        test_dataset_strs: datasets on which the best classifier on ``val_dataset_str`` is also scored, each with its
+            entry of ``test_metric_types`` and ``test_class_mapping_fpaths``.
+        train_transform, eval_transform: None for upstream's, 224 pixels with ImageNet's normalisation.
+        reading: of images of more than 8 bits, as in the model's training; None to measure it.
 
     Returns:
         ``{"best_classifier": name, "<dataset string>_accuracy": percent, ...}``.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see the flags they name.
+        ConfigError, DataError, CheckpointError: see the flags that they name.
     """
     tests, types, mappings = plan_tests(
         val_dataset_str, test_dataset_strs, val_metric_type, test_metric_types, test_class_mapping_fpaths

@@ -1,7 +1,4 @@
-"""Files from which the training of linear classifiers goes on: upstream's names, written whole or not at all.
-
-Read :class:`LinearCheckpointer` first.
-"""
+"""Checkpoints of the training of linear classifiers, under upstream's names, written atomically."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ class LinearCheckpointer:
         self.model, self.folder, self.optimizer, self.scheduler = model, Path(folder), optimizer, scheduler
 
     def save(self, name: str, iteration: int) -> None:
-        """Write ``<name>.pth`` on the main process, after ``iteration`` (0-based) is done, and name it the last one."""
+        """Write ``<name>.pth`` on the main process, after ``iteration`` (0-based) and record it as the last."""
         if not distributed.is_main_process():
             return
         state = {
@@ -47,17 +44,17 @@ class LinearCheckpointer:
         except OSError as e:
             raise CheckpointError(
                 f"expected to write {name}.pth in {self.folder}, got {e.strerror or e}; {remedy(str(e))}, then the "
-                "same command goes on from the checkpoint before"
+                "same command resumes from the checkpoint before"
             ) from e
 
     def resume_or_load(self, path: str | None, *, resume: bool) -> int:
         """Restore everything from the folder's last file if ``resume``, else the classifiers from ``path``.
 
         Returns:
-            The iteration the file was written after, -1 without a file.
+            The last iteration before the file was written, -1 without a file.
 
         Raises:
-            CheckpointError: a file that cannot be read, or of other classifiers.
+            CheckpointError: the file cannot be read, or is for other classifiers.
         """
         last = last_checkpoint(self.folder) if resume else ""
         resume = bool(last)

@@ -1,7 +1,4 @@
-"""Linear classifiers on the tokens of a frozen backbone, many at once. Upstream's names; no training loop in here.
-
-Read :func:`setup_linear_classifiers` first.
-"""
+"""Linear classifiers on the tokens of a frozen backbone, many at once. Upstream's names."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _MIN_DECIMALS, _MAX_DECIMALS = 5, 15
 
 
 def create_linear_input(x_tokens_list: Tokens, use_n_blocks: int, use_avgpool: bool) -> Tensor:
-    """Return (B, (use_n_blocks [+ 1]) * D) float32: the last blocks' class tokens [and the last one's mean patch]."""
+    """Return (B, (use_n_blocks [+ 1]) * D) float32: the last blocks' class tokens [and the last block's mean patch]."""
     blocks = x_tokens_list[-use_n_blocks:]
     parts = [class_token for _, class_token in blocks]
     if use_avgpool:
@@ -33,8 +30,8 @@ class LinearClassifier(nn.Module):
     """One linear layer over :func:`create_linear_input`; weights start at N(0, 0.01), biases at 0.
 
     Args:
-        out_dim: length of its input.
-        generator: of the weights; None: torch's global one.
+        out_dim: length of its input features.
+        generator: for the weights; None for torch's global one.
     """
 
     def __init__(
@@ -59,14 +56,14 @@ class LinearClassifier(nn.Module):
 
 
 class AllClassifiers(nn.Module):
-    """Classifiers by name, on the same tokens."""
+    """Named classifiers applied to the same tokens."""
 
     def __init__(self, classifiers_dict: Mapping[str, LinearClassifier]) -> None:
         super().__init__()
         self.classifiers_dict = nn.ModuleDict(classifiers_dict)
 
     def forward(self, inputs: Tokens) -> dict[str, Tensor]:
-        """Return ``{name: logits}``; inputs that classifiers have in common are made once."""
+        """Return ``{name: logits}``; inputs shared by classifiers are computed once."""
         made: dict[tuple[int, bool], Tensor] = {}
         logits = {}
         for name, classifier in self.classifiers_dict.items():
@@ -81,10 +78,10 @@ class AllClassifiers(nn.Module):
 
 
 class LinearPostprocessor(nn.Module):
-    """From tokens to what a metric takes: ``{"preds": logits, "target": targets}``.
+    """Map tokens to a metric's arguments: ``{"preds": logits, "target": targets}``.
 
     Args:
-        class_mapping: index of a training class for each class of the targets; None: they are the same.
+        class_mapping: index of the training class for each target class; None if they are the same.
     """
 
     def __init__(self, linear_classifier: LinearClassifier, class_mapping: Sequence[int] | None = None) -> None:
@@ -100,7 +97,7 @@ class LinearPostprocessor(nn.Module):
 
 
 def scale_lr(learning_rates: float, batch_size: int) -> float:
-    """Return the rate for this global batch: the one given is for 256 images."""
+    """Scale a learning rate given for 256 images to the global batch."""
     return learning_rates * (batch_size * distributed.get_global_size()) / 256.0
 
 
@@ -111,12 +108,12 @@ def setup_linear_classifiers(
     batch_size: int,
     num_classes: int = 1000,
 ) -> tuple[AllClassifiers, list[dict]]:
-    """Make one classifier for each number of blocks, with and without mean patch, and learning rate.
+    """Create one classifier for each number of blocks, with and without mean patch, and each learning rate.
 
     Args:
-        sample_output: tokens of any image, for their widths and device.
+        sample_output: tokens of any image, which determine widths and device.
         learning_rates: for 256 images; see :func:`scale_lr`.
-        batch_size: images a step on each rank.
+        batch_size: images per step on each rank.
 
     Returns:
         The classifiers, by upstream's names (see :func:`rate_names`), and the optimizer's groups.
@@ -136,9 +133,9 @@ def setup_linear_classifiers(
 
 
 def rate_names(rates: Sequence[float]) -> dict[str, float]:
-    """Return ``{text: rate}``: five decimals as upstream, more where two rates would have one text, or none is left.
+    """Return ``{text: rate}``: five decimals as upstream, more if two rates would share a name or round to zero.
 
-    Upstream's later classifier takes the place of the earlier one then: of 13 rates, 10 are left at 8 images a step.
+    In upstream the later classifier replaces the earlier one then: of 13 rates, 10 are left at 8 images per step.
     """
     distinct = list(dict.fromkeys(rates))
     return {next(_texts(rate, distinct)).replace(".", "_"): rate for rate in distinct}
@@ -159,10 +156,10 @@ def has_ddp_wrapper(m: nn.Module) -> bool:
 
 
 def remove_ddp_wrapper(m: nn.Module) -> nn.Module:
-    """Return the module inside :func:`has_ddp_wrapper`'s wrapper, or ``m``."""
+    """Return the module inside a data-parallel wrapper, or ``m``."""
     return m.module if has_ddp_wrapper(m) else m
 
 
 def sum_of_losses(logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    """Return the sum over all classifiers of their mean cross-entropy; each one's gradient is its own loss's."""
+    """Return the sum over all classifiers of their mean cross-entropy; each one's gradient is that of its own loss."""
     return torch.stack([F.cross_entropy(one, labels) for one in logits.values()]).sum()

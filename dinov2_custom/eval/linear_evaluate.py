@@ -1,6 +1,4 @@
 """Score trained linear classifiers on a dataset, choose the best, write ``results_eval_linear.json``. Upstream's names.
-
-Not their training (``linear.py``). Read :func:`evaluate_linear_classifiers` first.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ def evaluate_linear_classifiers(
     """Score all classifiers; return ``{"best_classifier": {"name": ..., "accuracy": 0..1}}``, also added to the file.
 
     Args:
-        best_classifier_on_val: report this one instead of looking for the best.
+        best_classifier_on_val: report this classifier instead of selecting the best.
     """
     num_classes = training_num_classes if class_mapping is None else len(class_mapping)
     classifiers = remove_ddp_wrapper(linear_classifiers).classifiers_dict
@@ -59,7 +57,7 @@ def evaluate_linear_classifiers(
     )
     accuracies = {}
     for name, score in scores.items():
-        top1, top5 = (float(score[key].mean()) for key in ("top-1", "top-5"))  # per-class accuracies become one
+        top1, top5 = (float(score[key].mean()) for key in ("top-1", "top-5"))  # average over classes
         accuracies[name] = top1
         logger.info(f"{prefixstring} classifier={name} top1={top1:.2%} top5={top5:.2%}")
     best = max(accuracies, key=accuracies.get)
@@ -83,17 +81,17 @@ def make_eval_data_loader(
     flag: str = "--val-dataset",
     reading: Reading | None = None,
 ) -> ImageLoader:
-    """Return a loader of every image once, over all ranks together.
+    """Return a loader that yields every image once over all ranks.
 
     Args:
-        transform: None: shorter side 256, central 224 pixels, ImageNet's normalisation.
-        train_dataset: its class indices are used where both have a folder for each class, unless ``has_mapping``.
-        flag: what gave ``test_dataset_str``, for errors.
-        reading: of images of more than 8 bits; None: measured.
+        transform: None for shorter side 256, central 224 pixels, ImageNet's normalisation.
+        train_dataset: its class indices are used if both have a folder for each class, unless ``has_mapping``.
+        flag: the flag that gave ``test_dataset_str``, for error messages.
+        reading: of images of more than 8 bits; None to measure it.
 
     Raises:
-        ConfigError: no labels.
-        DataError: nothing found, or a class folder that ``train_dataset`` lacks.
+        ConfigError: the dataset has no labels.
+        DataError: nothing is found, or ``train_dataset`` lacks a class folder.
     """
     dataset = open_labelled(flag, test_dataset_str, transform or make_classification_eval_transform(), reading)
     if train_dataset is not None:
@@ -105,7 +103,7 @@ def make_eval_data_loader(
 
 
 def _pad(targets: Sequence[Any]) -> Tensor:
-    """Return several true labels (or one) of each image as int64 (B, most labels), padded with -1."""
+    """Return the true labels (one or several) of each image as int64 (B, most labels), padded with -1."""
     labels = [np.atleast_1d(np.asarray(target, dtype=np.int64)) for target in targets]
     padded = np.full((len(labels), max(1, *map(len, labels))), -1)
     for row, own in zip(padded, labels, strict=True):
@@ -181,10 +179,10 @@ def plan_tests(
     types: Sequence[MetricType] | None,
     mapping_files: Sequence[str | None],
 ) -> tuple[list[str], list[MetricType], list]:
-    """Return test datasets, their metrics and class mappings, of one length.
+    """Return test datasets, their metrics and class mappings, all of the same length.
 
     Raises:
-        ConfigError: lists of different lengths, or a class mapping that cannot be read.
+        ConfigError: the lists have different lengths, or a class mapping cannot be read.
     """
     tests = list(datasets or [val_dataset])
     types = list(types or [val_type] * len(tests))

@@ -1,7 +1,7 @@
-"""Logistic regression on frozen features for 45 strengths of regularization, as upstream's, but without cuML.
+"""Logistic regression on frozen features for 45 regularization strengths, as in upstream but without cuML.
 
-Features are extracted once; the strength is chosen on held-out images, and the last fit uses them too. Not the fit
-itself (``log_regression_fit.py``). Read :func:`eval_log_regression` first.
+Features are extracted once; the strength is chosen on held-out images, and the final fit uses them too.
+``log_regression_fit.py`` has the fit.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def eval_log_regression(
     max_train_iters: int = DEFAULT_MAX_ITER,
     solver: str = "torch",
 ) -> dict[str, Any]:
-    """Extract features, choose C, fit again with the images C was chosen on, and score on ``val_dataset``.
+    """Extract features, choose C, refit including the images used to choose C, and score on ``val_dataset``.
 
     C is chosen on ``finetune_dataset``; without one on ``val_dataset`` (``finetune_on_val``, no second fit), or on the
     first tenth of a fixed shuffle of ``train_dataset``.
@@ -153,11 +153,11 @@ def eval_log_regression_with_model(
     solver: str = "torch",
     reading: Reading | None = None,
 ) -> dict[str, Any]:
-    """Run :func:`eval_log_regression` on datasets by their strings.
+    """Run :func:`eval_log_regression` on datasets given by their strings.
 
     Args:
-        transform: None: shorter side and centre 224 pixels, ImageNet's normalisation.
-        reading: of images of more than 8 bits, as in the model's training; None: measured.
+        transform: None for shorter side and centre 224 pixels, ImageNet's normalisation.
+        reading: of images of more than 8 bits, as in the model's training; None to measure it.
     """
     transform = transform or make_classification_eval_transform(resize_size=224)
     train_dataset, val_dataset = open_pair(
@@ -187,10 +187,10 @@ def eval_log_regression_with_model(
 
 
 def dtype_of_choice(name: str, device: torch.device) -> torch.dtype:
-    """Return the number type called ``name`` for fits on ``device``; ``auto`` is float64 unless that is slow there.
+    """Return the dtype ``name`` for fits on ``device``; ``auto`` is float64 unless the device is slow at it.
 
     Raises:
-        ConfigError: another name, or one that the device does not have.
+        ConfigError: an unknown name, or a dtype that the device does not support.
     """
     if name == "auto":
         return torch.float64 if has_fast_float64(device) else torch.float32

@@ -1,6 +1,6 @@
-"""Logistic regressions on features in memory: one, and a sweep over strengths of regularization. Upstream's names.
+"""Logistic regressions on features in memory: one fit, and a sweep over regularization strengths. Upstream's names.
 
-Not the features (``log_regression.py``) or the arithmetic (``log_regression_solvers.py``). Read :func:`sweep_C_values`.
+``log_regression.py`` has the features, ``log_regression_solvers.py`` the solvers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class LogRegModule(nn.Module):
-    """One regression with strength ``C`` (small is strong); computes in ``dtype`` on ``device``.
+    """A logistic regression with inverse regularization strength ``C``; computes in ``dtype`` on ``device``.
 
     Args:
-        num_classes: None: the largest label + 1.
+        num_classes: None for the largest label + 1.
         solver: ``torch`` or ``sklearn``.
     """
 
@@ -50,7 +50,7 @@ class LogRegModule(nn.Module):
         self.solution: tuple[Tensor, Tensor] | None = None
 
     def fit(self, train_features: Tensor, train_labels: Tensor) -> None:
-        """Fit to features (N, D) and labels (N,); starts from :attr:`solution`, if that is set and of this size."""
+        """Fit to features (N, D) and labels (N,); start from :attr:`solution` if it is set and has this size."""
         features = train_features.to(self.device, self.dtype)
         labels = train_labels.to(self.device).long()
         num_classes = self.num_classes or int(labels.max()) + 1
@@ -72,7 +72,7 @@ def evaluate_model(
     logreg_metric.to(device)
     for features, labels in test_data_loader:
         logreg_metric.update(**logreg_model(to_device(features, device), to_device(labels, device)))
-    return {name: value.cpu() for name, value in logreg_metric.compute().items()}  # which processes send each other
+    return {name: value.cpu() for name, value in logreg_metric.compute().items()}  # gathered over processes
 
 
 def train_for_C(
@@ -134,9 +134,9 @@ def sweep_C_values(  # noqa: N802 - upstream's name
     max_train_iters: int = DEFAULT_MAX_ITER,
     solver: str = "torch",
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the accuracies and C of the regression that is best in top-1; of equal ones the most regularized.
+    """Return the accuracies and C of the regression with the best top-1, the most regularized one on ties.
 
-    Several processes share the values of C.
+    The values of C are distributed over the processes.
     """
     rank, size = distributed.get_global_rank(), distributed.get_global_size()
     powers = C_POWER_RANGE.double()
@@ -146,7 +146,7 @@ def sweep_C_values(  # noqa: N802 - upstream's name
     )
     for index in track(range(rank, len(powers), size), "regularization", unit="fit"):
         model.C = float(10.0 ** powers[index])
-        model.fit(train_features, train_labels)  # from the solution for the C before
+        model.fit(train_features, train_labels)  # warm start from the solution for the previous C
         metric = build_metric(metric_type, num_classes=num_classes, sync_on_compute=False)
         scores[index] = evaluate_model(
             logreg_model=model,
@@ -170,5 +170,5 @@ def _from_all_processes(value: Any) -> list[Any]:
 
 
 def text_of(scores: dict[str, Tensor]) -> str:
-    """Return accuracies as a log line has them."""
+    """Format accuracies for a log line."""
     return " ".join(f"{name}={float(value.mean()):.2%}" for name, value in scores.items())

@@ -1,6 +1,6 @@
-"""Multinomial logistic regression with an L2 penalty, by L-BFGS: torch's, on any device, or scikit-learn's, on a CPU.
+"""Multinomial logistic regression with an L2 penalty, by L-BFGS: torch's on any device, or scikit-learn's on a CPU.
 
-Both minimise C * (sum of cross-entropies) + |weight|^2 / 2; the bias is free. Read :func:`fit` first.
+Both minimise C * (sum of cross-entropies) + |weight|^2 / 2; the bias is not penalised.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dinov2_custom.errors import ConfigError, DataError, optional
 
 logger = logging.getLogger("dinov2")
 SOLVERS = ("torch", "sklearn")
-_HISTORY = 20  # pairs of steps that L-BFGS remembers
+_HISTORY = 20  # size of the L-BFGS history
 _CHUNK_ELEMENTS = 1 << 26  # logits at a time: 512 MiB in float64
-# largest element of the scaled gradient, smallest change, by number type
+# largest element of the scaled gradient, smallest change, by dtype
 _TOLERANCES = {torch.float64: (1e-7, 1e-14), torch.float32: (1e-5, 1e-9)}
-_MOST_IN_FLOAT32 = 1e-4  # of that element, told by float64, where float32 came to rest
+_MOST_IN_FLOAT32 = 1e-4  # largest acceptable ratio of the float64 gradient to that tolerance after a float32 fit
 Solution = tuple[Tensor, Tensor]  # weight (classes, D), bias (classes,)
 
 
@@ -33,13 +33,13 @@ def fit(
     solver: str = "torch",
     start: Solution | None = None,
 ) -> Solution:
-    """Return the minimum for features (N, D) and labels (N,) in 0..num_classes-1, in ``features``' type and place.
+    """Return the minimum for features (N, D) and labels (N,) in 0..num_classes-1, with ``features``' dtype and device.
 
     Classes without a sample get the bias -inf: they are never predicted.
 
     Args:
         solver: one of :data:`SOLVERS`.
-        start: solution for another ``C``; the minimum is the same, torch takes fewer iterations.
+        start: solution for another ``C``; the minimum is the same, but torch needs fewer iterations.
 
     Raises:
         ConfigError: unknown solver, or scikit-learn is not installed.
@@ -69,18 +69,18 @@ def fit_torch(
     start: Solution | None = None,
     dtype: torch.dtype | None = None,
 ) -> Solution:
-    """Find the minimum where every class has samples; see :func:`fit`.
+    """Find the minimum if every class has samples; see :func:`fit`.
 
-    L-BFGS sees centred features and variables scaled so that the diagonal of the Hessian is about 1. Where it comes to
-    rest in float32, the gradient is computed once in float64, and if it is not small there, float64 takes over.
+    L-BFGS uses centred features, and variables scaled so that the diagonal of the Hessian is about 1. After a
+    float32 fit converges, the gradient is computed once in float64; if it is not small, the fit continues in float64.
 
     Args:
-        dtype: to compute in; None: that of ``features``.
+        dtype: dtype of the computation; None for that of ``features``.
     """
     dtype = dtype or features.dtype
     num_classes, count = int(labels.max()) + 1, len(features)
     mean = features.mean(dim=0)
-    curvature = (num_classes - 1) / num_classes**2  # p (1 - p) of a sample that could be anything
+    curvature = (num_classes - 1) / num_classes**2  # p (1 - p) of a sample with equal probability for all classes
     centred = features - mean
     scale = (curvature * centred.square().mean(dim=0) + 1 / (C * count)).rsqrt()
     bias_scale = curvature**-0.5
@@ -125,9 +125,9 @@ def fit_torch(
 def mean_objective(
     features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, C: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the objective divided by C * N, and its gradients by weight and bias; rows are taken in chunks.
+    """Return the objective divided by C * N, and its gradients with respect to weight and bias, computed in chunks.
 
-    It is computed in the type of ``weight`` and ``bias``.
+    Computed in the dtype of ``weight`` and ``bias``.
     """
     count = len(features)
     rows_at_once = max(1, _CHUNK_ELEMENTS // len(weight))
@@ -146,10 +146,10 @@ def mean_objective(
 
 
 def check_solver(solver: str) -> None:
-    """Look whether ``solver`` is installed, before features are computed for it.
+    """Check that ``solver`` is installed, before features are computed for it.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not installed.
     """
     if solver == "sklearn":
         optional("sklearn", "--solver sklearn", otherwise="--solver torch")
@@ -165,11 +165,11 @@ def fit_sklearn(features: Tensor, labels: Tensor, C: float, max_iter: int) -> So
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    # of two classes it fits one vector w; the pair -w/2, w/2 has half its penalty
+    # for two classes it fits one vector w; the pair -w/2, w/2 has half its penalty
     is_pair = int(labels.max()) == 1
     model = LogisticRegression(C=2 * C if is_pair else C, tol=1e-12, max_iter=max_iter)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # its tolerance is never reached: it stops at the last bit
+        warnings.simplefilter("ignore", ConvergenceWarning)  # it never reaches its tolerance
         model.fit(features.cpu().double().numpy(), labels.cpu().numpy())
     weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
     if is_pair:

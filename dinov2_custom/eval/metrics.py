@@ -1,7 +1,6 @@
 """Top-k accuracies as torchmetrics, averaged over samples or over classes. Upstream's names.
 
-``update`` never waits for the device; ``compute`` adds up the counts of all processes. Read :class:`TopKAccuracy`
-first.
+``update`` never waits for the device; ``compute`` adds up the counts of all processes.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from dinov2_custom.eval.args import AccuracyAveraging, MetricType
 
 
 class TopKAccuracy(Metric):
-    """Share of samples whose label is among the ``top_k`` highest scores; ``top_k`` is cut to the number of classes.
+    """Fraction of samples whose label is among the ``top_k`` highest scores; ``top_k`` is cut to the number of classes.
 
-    torchmetrics' ``MulticlassAccuracy`` is not used: its update waits for the device, and its macro average counts a
-    class that never occurs as 0 where it was predicted.
+    torchmetrics' ``MulticlassAccuracy`` is not used: its update synchronises with the device, and its macro average
+    counts a class that never occurs as 0 if it was predicted.
 
     Args:
-        average: over samples (micro), over the classes that occur (macro), or one value a class (none; 0 where a class
+        average: over samples (micro), over the classes that occur (macro), or one value per class (none; 0 if a class
             does not occur).
     """
 
@@ -41,7 +40,7 @@ class TopKAccuracy(Metric):
         """Count scores (B, C) against labels (B,) in 0..C-1."""
         best = preds.topk(self.top_k, dim=1).indices
         hit = (best == target[:, None]).any(dim=1).long()
-        # not in place: what inference mode made may be read outside it, not changed
+        # not in place: tensors made in inference mode cannot be modified outside it
         self.correct = self.correct.index_add(0, target, hit)
         self.seen = self.seen.index_add(0, target, torch.ones_like(hit))
 
@@ -57,7 +56,7 @@ class TopKAccuracy(Metric):
 
 
 class ImageNetReaLAccuracy(Metric):
-    """Share of samples of which one of the ``top_k`` highest scores is among several true labels.
+    """Fraction of samples for which one of the ``top_k`` highest scores is among several true labels.
 
     Source: Beyer et al. 2020 (ReaL labels).
     """
@@ -73,7 +72,7 @@ class ImageNetReaLAccuracy(Metric):
         self.add_state("seen", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count scores (B, C) against labels (B, A), padded by -1; samples without any label do not count."""
+        """Count scores (B, C) against labels (B, A), padded with -1; samples without labels are ignored."""
         best = preds.topk(self.top_k, dim=1).indices
         labelled = (target >= 0).any(dim=1)
         hit = (best[:, :, None] == target[:, None, :]).any(dim=2).any(dim=1)
@@ -88,7 +87,7 @@ class ImageNetReaLAccuracy(Metric):
 def build_metric(
     metric_type: MetricType, *, num_classes: int, ks: tuple[int, ...] | None = None, **kwargs: Any
 ) -> MetricCollection:
-    """Return the metrics ``top-<k>`` for each of ``ks`` (1 and 5); ``kwargs`` are torchmetrics', for each of them."""
+    """Return the metrics ``top-<k>`` for each of ``ks`` (1 and 5); ``kwargs`` are passed to each of them."""
     ks = ks or (1, 5)
     if metric_type.accuracy_averaging is None:
         return build_topk_imagenet_real_accuracy_metric(num_classes, ks, **kwargs)
@@ -108,5 +107,5 @@ def build_topk_imagenet_real_accuracy_metric(
 
 
 def _collect(metrics: dict[str, Metric]) -> MetricCollection:
-    # groups would be formed of metrics that agree on the first batch: top-1 and top-5 may, and differ later
+    # compute groups are formed of metrics that agree on the first batch: top-1 and top-5 may, and differ later
     return MetricCollection(metrics, compute_groups=False)

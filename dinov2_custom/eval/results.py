@@ -1,4 +1,4 @@
-"""The results file of an evaluation. Read :func:`append_lines`."""
+"""The results file of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger("dinov2")
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Add ``lines`` to ``path``, on the main process only; make its folder."""
+    """Append ``lines`` to ``path``, on the main process only; create its folder."""
     if not distributed.is_main_process():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
-"""From the flags of an evaluation to a frozen teacher on its device. Upstream's names.
+"""Build a frozen teacher on its device from the flags of an evaluation. Upstream's names.
 
-Not the evaluations. Nothing is written into the training run that the weights come from. Read
-:func:`setup_and_build_model` first.
+Nothing is written into the training run that the weights come from.
 """
 
 from __future__ import annotations
@@ -44,20 +43,20 @@ _LINEAR_FILES = ("running_checkpoint_linear_eval.pth", "results_eval_linear.json
 
 
 def setup_and_build_model(args: argparse.Namespace, *, hold_log: bool = False) -> tuple[nn.Module, torch.dtype]:
-    """Return (teacher backbone on its device in evaluation mode, number type to compute in).
+    """Return (teacher backbone on its device in evaluation mode, dtype to compute in).
 
-    Starts the ranks and the logs, makes the output directory and sets ``args.output_dir`` to it; ``args.normalize``
-    becomes the ``{"mean": ..., "std": ...}`` that the model was trained with, ``args.training_crop_size`` the pixels,
-    ``args.reading`` how it read images of more than 8 bits.
+    Starts ranks and logs, creates the output directory and sets ``args.output_dir`` to it; ``args.normalize``
+    is set to the ``{"mean": ..., "std": ...}`` that the model was trained with, ``args.training_crop_size`` the crop
+    size in pixels, ``args.reading`` the reading of images of more than 8 bits.
 
     Args:
-        args: what :func:`get_args_parser` parses; flags that upstream does not have may be missing.
-        hold_log: of our own programs: no process group in a single process, and the caller makes the output directory
-            with :func:`dinov2_custom.logging.open_log`, below the last user-fixable error.
+        args: parsed by :func:`get_args_parser`; flags that upstream does not have may be missing.
+        hold_log: for this package's programs: no process group in a single process, and the caller creates the output
+            directory with :func:`dinov2_custom.logging.open_log`, below the last user-fixable error.
 
     Raises:
-        ConfigError: no weights given, no configuration found, or an output directory that belongs to a training run.
-        CheckpointError: unreadable weights, or weights of another architecture.
+        ConfigError: no weights, no configuration, or the output directory belongs to a training run.
+        CheckpointError: the weights are unreadable or of another architecture.
     """
     if not args.pretrained_weights:
         raise ConfigError(
@@ -108,11 +107,11 @@ def _weights_of(given: str) -> str:
 
 
 def find_run_config(weights: str) -> Path:
-    """Return the config.yaml of the run directory that ``weights`` lies in (up to three folders above the file).
+    """Return the config.yaml of the run directory that contains ``weights`` (up to three folders above the file).
 
     Raises:
-        ConfigError: there is none.
-        CheckpointError: there is no such file either.
+        ConfigError: there is no such configuration.
+        CheckpointError: the weight file does not exist either.
     """
     found = run_config_near(weights)
     if found is not None:
@@ -128,7 +127,7 @@ def find_run_config(weights: str) -> Path:
 
 
 def check_not_a_run(folder: str) -> None:
-    """Keep results out of training runs.
+    """Raise if ``folder`` is a training run, which results must not be written to.
 
     Raises:
         ConfigError: ``folder`` holds a run.
@@ -144,10 +143,10 @@ def check_not_a_run(folder: str) -> None:
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Refuse flags of ``args``, numbers or lists of them, that are not above 0.
+    """Raise if a named flag of ``args``, a number or a list of numbers, is not positive.
 
     Raises:
-        ConfigError: with those that are not.
+        ConfigError: names the invalid flags.
     """
     values = {name: getattr(args, name) for name in names if getattr(args, name) != "auto"}
     wrong = [
@@ -160,10 +159,10 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def choose_sizes(args: argparse.Namespace, model: nn.Module, resize_ratio: float = 256 / 224) -> None:
-    """Replace "auto" in ``args``: the crop is the training's, the shorter side ``resize_ratio`` of it, workers: cores.
+    """Replace "auto" in ``args``: the training's crop size, ``resize_ratio`` times that for the side, all cores.
 
     Raises:
-        ConfigError: a crop that is no multiple of the patch size.
+        ConfigError: the crop is not a multiple of the patch size.
     """
     if args.crop_size == "auto":
         args.crop_size = args.training_crop_size
@@ -182,10 +181,10 @@ def choose_sizes(args: argparse.Namespace, model: nn.Module, resize_ratio: float
 
 
 def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = None) -> torch.dtype:
-    """Return the number type that the teacher's backbone computes in; fp16 becomes fp32 on a CPU.
+    """Return the dtype that the teacher's backbone computes in; fp16 becomes fp32 on a CPU.
 
     Args:
-        device: None for the device an evaluation would choose.
+        device: None for the default device of an evaluation.
     """
     device = torch.device(device or distributed.get_device())
     name = config.compute_precision.teacher.backbone.mixed_precision.param_dtype
@@ -194,7 +193,7 @@ def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = N
 
 
 def build_model_for_eval(config: DictConfig, pretrained_weights: str) -> nn.Module:
-    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on a GPU if there is one.
+    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on a GPU if available.
 
     Raises:
         ConfigError: unknown architecture.

@@ -1,6 +1,4 @@
-"""Features of a whole dataset from a frozen model, in the dataset's order, on one process or several. Upstream's names.
-
-Not the classifiers. Read :func:`extract_features` first.
+"""Features of a whole dataset from a frozen model, in the dataset's order, in one process or several. Upstream's names.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ logger = logging.getLogger("dinov2")
 
 
 class ModelWithAutocast(nn.Module):
-    """Give a model's features in float32, computed in ``autocast_dtype``."""
+    """Return a model's features in float32, computed in ``autocast_dtype``."""
 
     def __init__(self, model: nn.Module, autocast_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -38,7 +36,7 @@ class ModelWithAutocast(nn.Module):
 
 
 class ModelWithNormalize(ModelWithAutocast):
-    """Scale a model's features to length 1 too."""
+    """Return a model's features, scaled to length 1."""
 
     def forward(self, samples: Tensor) -> Tensor:
         """Map images (B, C, H, W) to features (B, D) of length 1."""
@@ -46,10 +44,10 @@ class ModelWithNormalize(ModelWithAutocast):
 
 
 class ModelWithIntermediateLayers(nn.Module):
-    """Give the (patches, class token) pairs of a backbone's last blocks, computed without gradients.
+    """Return the (patches, class token) pairs of a backbone's last blocks, computed without gradients.
 
     Args:
-        autocast_ctx: called for a context manager around the forward pass.
+        autocast_ctx: returns a context manager for the forward pass.
     """
 
     def __init__(self, feature_model: nn.Module, n_last_blocks: int, autocast_ctx=nullcontext) -> None:
@@ -66,7 +64,7 @@ class ModelWithIntermediateLayers(nn.Module):
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Return a context that computes in ``dtype``; nothing for float32."""
+    """Return a context manager that computes in ``dtype``; a null context for float32."""
     return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
 
 
@@ -79,14 +77,14 @@ def evaluate(
     device: torch.device,
     criterion: nn.Module | None = None,
 ) -> tuple[dict[str, float], dict]:
-    """Feed the outputs of ``model`` through each postprocessor into the metrics of the same name.
+    """Pass the outputs of ``model`` through each postprocessor into the metrics of the same name.
 
     Args:
         postprocessors: each maps (outputs, targets) to ``{"preds": ..., "target": ...}``.
         metrics: torchmetrics; moved to ``device``.
 
     Returns:
-        The mean loss (empty without ``criterion``), and ``{name: metric.compute()}``, of the images of all processes.
+        The mean loss (empty without ``criterion``), and ``{name: metric.compute()}``, over the images of all processes.
     """
     model.eval()
     for metric in metrics.values():
@@ -109,7 +107,7 @@ def evaluate(
 
 
 def all_gather_and_flatten(tensor_rank: Tensor) -> Tensor:
-    """Join the tensors (n, ...) of all ranks, of equal shape, to one (ranks * n, ...), rank by rank."""
+    """Concatenate the tensors (n, ...) of all ranks, of equal shape, to (ranks * n, ...) in rank order."""
     if not distributed.is_enabled():
         return tensor_rank
     gathered = [torch.empty_like(tensor_rank) for _ in range(distributed.get_global_size())]
@@ -120,19 +118,19 @@ def all_gather_and_flatten(tensor_rank: Tensor) -> Tensor:
 def extract_features(
     model: nn.Module, dataset, batch_size: int, num_workers: int, gather_on_cpu: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return float32 features (N, D) and labels (N,) of ``dataset``, in its order, the same on every rank.
+    """Return float32 features (N, D) and labels (N,) of ``dataset``, in its order, equal on every rank.
 
     Args:
-        batch_size: images a step on each rank.
-        gather_on_cpu: keep the result in CPU memory even when the model is on a GPU.
+        batch_size: images per step on each rank.
+        gather_on_cpu: keep the result in CPU memory even if the model is on a GPU.
 
     Raises:
-        DataError: an empty dataset.
+        DataError: the dataset is empty.
     """
     if not len(dataset):
         raise DataError("dataset: expected labelled images, got none")
     rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
-    share = -(-len(dataset) // world_size)  # of equal size, since features of all ranks are gathered step by step
+    share = -(-len(dataset) // world_size)  # equal shares, since the features of all ranks are gathered in each step
     indices, number = of_list([(i * world_size + rank) % len(dataset) for i in range(share)], batch_size)
     enumerated = DatasetWithEnumeratedTargets(dataset)
     loader = ImageLoader(enumerated, indices, batch_size, num_workers=num_workers, stop=number)
@@ -143,10 +141,10 @@ def extract_features(
 def extract_features_with_dataloader(
     model: nn.Module, data_loader, sample_count: int, gather_on_cpu: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Run :func:`extract_features` on a loader of ``(images, (indices, labels))``, each rank its own share.
+    """Run :func:`extract_features` on a loader of ``(images, (indices, labels))``, where each rank has its own shard.
 
     Raises:
-        DataError: some of the ``sample_count`` indices never came.
+        DataError: some of the ``sample_count`` indices are missing.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     keep_on = torch.device("cpu") if gather_on_cpu else device
@@ -158,7 +156,7 @@ def extract_features_with_dataloader(
         features[indices], labels[indices] = new_features, new_labels
         seen.index_fill_(0, indices, True)
 
-    coming: list[HostCopy] = []  # with ``gather_on_cpu``, the batch before: the device computes while it is awaited
+    coming: list[HostCopy] = []  # with ``gather_on_cpu``, the previous batch: the device computes during its copy
     for samples, (indices, labels_rank) in data_loader:
         features_rank = model(to_device(samples, device)).float()
         if features is None:

@@ -1,1 +1,1 @@
-"""Trained weights in the layouts of other libraries, each checked there. Read ``main.main``."""
+"""Export trained weights to the formats of other libraries, each checked in that library. Read ``main.main`` first."""

@@ -1,8 +1,8 @@
-"""Load an export in the library it was written for and compare its tensors and features with the model's own.
+"""Load an export in the library it was written for and compare its tensors and features with the model's.
 
-Two comparisons, as either alone is blind to something. Every tensor that the library holds is the model's, bit for bit:
-features hardly depend on a branch whose LayerScale is near 1e-5, nor on the mask token. And features agree while both
-sides' LayerScale is near 1: the library computes what the model computes. Read :func:`check` first.
+There are two comparisons, as each alone misses some faults. All tensors must equal the model's bit for bit, because
+features hardly depend on a branch whose LayerScale is near 1e-5, or on the mask token. And features must agree while
+both sides' LayerScale is near 1, which shows that both compute the same function.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _LIBRARY = {"hf": "transformers", "timm": "timm", "onnx": "onnxruntime", "torch"
 
 
 class _Loaded(NamedTuple):
-    """An export in its library.
+    """An export loaded by its library.
 
     Attributes:
-        tensors: what it holds, under the released names.
-        features: LayerScales by name, (B, C, H, W) -> class and patch features (B, 1 + N, D) with those LayerScales.
+        tensors: its tensors, under the released names.
+        features: maps LayerScales by name, (B, C, H, W) -> class and patch features (B, 1 + N, D) with those
+            LayerScales.
     """
 
     tensors: dict[str, Tensor]
@@ -40,10 +41,11 @@ class _Loaded(NamedTuple):
 
 @torch.inference_mode()
 def check(model: Portable, form: str, path: Path) -> str:
-    """Return a line on the comparison; "not compared" when the library is not installed.
+    """Return a line on the comparison; "not compared" if the library is not installed.
 
     Raises:
-        CheckpointError: a tensor is not the model's, or features are further than ``TOLERANCE`` of the largest one.
+        CheckpointError: a tensor differs from the model's, or features differ by more than ``TOLERANCE`` of the largest
+            one.
     """
     library = _LIBRARY[form]
     try:
@@ -66,7 +68,7 @@ def check(model: Portable, form: str, path: Path) -> str:
 
 
 def _wanted(model: Portable, form: str) -> dict[str, Tensor]:
-    """Return the tensors that the library has to hold, from the backbone itself."""
+    """Return the expected tensors, from the backbone itself."""
     backbone, side = model.backbone, model.image_size
     state = {flat_name(name): value.detach().float().cpu() for name, value in backbone.state_dict().items()}
     num_patches = (side // backbone.patch_size) ** 2
@@ -82,14 +84,14 @@ def _wanted(model: Portable, form: str) -> dict[str, Tensor]:
 
 
 def _class_token_with_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same model with the class token's position in the token, which is how timm has it with registers."""
+    """Return the same model with the class token's position added to the token, as timm stores it with registers."""
     positions = state["pos_embed"].clone()
     positions[:, :1] = 0
     return state | {"cls_token": state["cls_token"] + state["pos_embed"][:, :1], "pos_embed": positions}
 
 
 def _unlike(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    """Return a line for every tensor that is missing, over, or not the same."""
+    """Return a line for every tensor that is missing, unexpected or different."""
     lines = [f"{name}: missing" for name in wanted if name not in got]
     lines += [f"{name}: unexpected" for name in got if name not in wanted]
     for name, value in wanted.items():
@@ -101,10 +103,10 @@ def _unlike(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 
 
 def _difference(model: Portable, loaded: _Loaded, wanted: dict[str, Tensor]) -> float:
-    """Return the largest difference of class and patch features on two random images, over the largest feature.
+    """Return the largest difference of class and patch features on two random images, relative to the largest feature.
 
-    The LayerScales of both sides are divided by their mean magnitude. Equal ones stay equal, as an ONNX file may hold
-    them once.
+    The LayerScales of both sides are divided by their mean magnitude. Equal ones stay equal, because an ONNX file may
+    store them only once.
     """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, model.in_chans, model.image_size, model.image_size, generator=generator)
@@ -134,7 +136,7 @@ class _Tokens(torch.nn.Module):
 
 
 def _in_place(tensors: dict[str, Tensor], tokens: Callable[[Tensor], Tensor]) -> _Loaded:
-    """Return what was loaded as a torch module, whose memory ``tensors`` are."""
+    """Wrap a loaded torch module whose memory ``tensors`` share."""
 
     def features(scales: dict[str, Tensor], images: Tensor) -> Tensor:
         for name, value in scales.items():
@@ -166,11 +168,11 @@ def _hugging_face(path: Path, model: Portable) -> _Loaded:
 def _timm(path: Path, model: Portable) -> _Loaded:
     try:
         import timm
-    except (RuntimeError, AttributeError) as e:  # a torchvision of another torch
+    except (RuntimeError, AttributeError) as e:  # a torchvision built for another torch
         raise ImportError(str(e)) from e
     loaded = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     tensors = from_timm(loaded.state_dict())
-    del tensors["mask_token"]  # not timm's
+    del tensors["mask_token"]  # timm has none
     return _in_place(tensors, lambda images: _without_registers(loaded.forward_features(images), model))
 
 
@@ -188,7 +190,7 @@ def _onnx(path: Path, model: Portable) -> _Loaded:
     held = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in onnx.load(path).graph.initializer}
     names = {flat_name(name): name for name in held if name.startswith("backbone.")}
     tensors = {name: held[full] for name, full in names.items()}
-    # the exporter stores a linear layer's weight transposed and without its name, equal tensors once, no bias of zeros
+    # the exporter stores a linear layer's weight transposed and unnamed, equal tensors once, and no zero biases
     for name, value in _wanted(model, "onnx").items():
         forms = [value, value.T] if value.ndim == 2 else [value]
         same = name not in tensors and any(torch.equal(one, form) for one in held.values() for form in forms)
@@ -200,11 +202,11 @@ def _onnx(path: Path, model: Portable) -> _Loaded:
         values = {
             names[n]: onnxruntime.OrtValue.ortvalue_from_numpy(v.numpy()) for n, v in scales.items() if n in names
         }
-        for name, value in values.items():  # ``values`` has to live as long as the session
+        for name, value in values.items():  # ``values`` must outlive the session
             options.add_initializer(name, value)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         rows = []
-        for batch in (images, images[:1]):  # the batch is free
+        for batch in (images, images[:1]):  # the batch dimension is dynamic
             cls_token, patches = (torch.from_numpy(a) for a in session.run(None, {INPUT: batch.numpy()}))
             rows.append(torch.cat([cls_token[:, None], patches], dim=1))
         return torch.cat([rows[1], rows[0][1:]])

@@ -1,7 +1,6 @@
-"""A folder that ``transformers.AutoModel.from_pretrained`` loads: Dinov2Model, or Dinov2WithRegistersModel.
+"""Write a folder for ``transformers.AutoModel.from_pretrained``: Dinov2Model, or Dinov2WithRegistersModel.
 
 Names are those of the published ``facebook/dinov2-*`` checkpoints, which every version of transformers reads.
-Read :func:`write_hugging_face` first.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ _QKV = ("query", "key", "value")
 
 
 def write_hugging_face(model: Portable, folder: Path) -> None:
-    """Write model.safetensors, config.json and preprocessor_config.json into ``folder``, which exists.
+    """Write model.safetensors, config.json and preprocessor_config.json into the existing ``folder``.
 
     Raises:
-        ConfigError: a model without a feed-forward network.
+        ConfigError: the model has no feed-forward network.
     """
     save_safetensors(to_hugging_face(completed(model)), folder / "model.safetensors")
     for name, content in (("config.json", _config(model)), ("preprocessor_config.json", _preprocessor(model))):
@@ -51,7 +50,7 @@ def write_hugging_face(model: Portable, folder: Path) -> None:
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the released weights' names; ``qkv`` is split into its three parts."""
+    """Rename tensors from the released names, and split ``qkv`` into its three parts."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(\.weight|\.bias)?", name)

@@ -1,7 +1,4 @@
-"""Export a trained backbone: load, write beside the target, compare in the other library, move into place.
-
-Read :func:`main`.
-"""
+"""Export a trained backbone: load it, write beside the target, compare in the other library, move into place."""
 
 from __future__ import annotations
 
@@ -35,11 +32,11 @@ _WRITERS = {
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what ``args`` (``cli.export_parser``) ask for and say what was written; return the exit code.
+    """Run the export that ``args`` (``cli.export_parser``) describe and print what was written; return the exit code.
 
     Raises:
-        ConfigError: a size, path or model that cannot be exported.
-        CheckpointError: unreadable weights, or features that the other library does not reproduce.
+        ConfigError: the size, path or model cannot be exported.
+        CheckpointError: the weights are unreadable, or the other library does not reproduce the features.
     """
     if args.normalize and args.to != "onnx":
         raise ConfigError(f"--normalize: expected --to onnx, whose graph it becomes a part of, got --to {args.to}")
@@ -64,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
 def export(model, form: str, path: Path, overwrite: bool = False) -> str:
     """Write ``model`` (:func:`portable`) as ``form`` to ``path``; return a line on the comparison.
 
-    Nothing is at ``path`` before all is written and compared.
+    ``path`` is created only after everything is written and compared.
 
     Raises:
         ConfigError: see :func:`main`.

@@ -1,4 +1,4 @@
-"""One ONNX file for any batch size at one image size. Read :func:`write_onnx` first."""
+"""Write an ONNX file for any batch size at one image size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INPUT, OUTPUTS = "image", ("cls_token", "patch_tokens")
 
 
 def normalized(images: Tensor, normalize: dict[str, tuple[float, ...]]) -> Tensor:
-    """Return (images - mean) / std of (B, C, H, W) in 0..1."""
+    """Return (images - mean) / std for images (B, C, H, W) in 0..1."""
     mean, std = (images.new_tensor(normalize[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     return (images - mean) / std
 
@@ -39,7 +39,7 @@ class _TwoOutputs(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes to itself off the terminal."""
+    """Suppress the exporter's diagnostic output."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -53,13 +53,13 @@ def _quiet() -> Iterator[None]:
 def write_onnx(model: Portable, path: Path) -> None:
     """Write a graph ``image (batch, C, S, S) -> cls_token (batch, D), patch_tokens (batch, N, D)``, float32.
 
-    Positions of ``model.image_size`` are part of the graph; other sizes need an export of their own. The file's
+    Positions of ``model.image_size`` are part of the graph; other sizes need separate exports. The file's
     metadata has ``mean``, ``std``, ``image_size``, ``patch_size`` and ``normalizes``, and ``intensity`` and ``page``
-    where they are not the defaults, each as JSON. Images are in 0..1 and normalized in the graph where
-    ``model.normalizes``, else normalized already.
+    if they are not the defaults, each as JSON. Images are in 0..1 and normalized in the graph if
+    ``model.normalizes``, else already normalized.
 
     Raises:
-        ConfigError: a library is missing.
+        ConfigError: a library is not installed.
     """
     for name in ("onnx", "onnxscript"):
         optional(name, "--to onnx")

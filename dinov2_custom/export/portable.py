@@ -1,7 +1,4 @@
-"""A backbone as flat tensors for one image size, complete enough for libraries that know no optional parts.
-
-Not the libraries' names (``hugging_face``, ``timm_folder``). Read :func:`portable` first.
-"""
+"""A backbone as flat tensors for one image size, complete for libraries without optional parts."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ from dinov2_custom.utils.weights import flat_name
 
 
 class Portable(NamedTuple):
-    """What every format needs.
+    """The model data that every format needs.
 
     Attributes:
-        backbone: the model that the tensors came from, the reference for comparisons.
+        backbone: the source of the tensors and reference for comparisons.
         state: float32 tensors under the released weights' names, positions sized for ``image_size``.
         hidden: width inside the feed-forward network: rows of ``fc1``, or columns of ``w3``; 0 without one.
-        reading: of images of more than 8 bits or several pages, as in its training.
+        reading: of images of more than 8 bits or several pages, as in the model's training.
         normalizes: the export takes images of 0..1 and applies ``normalize`` itself; only ONNX can.
     """
 
@@ -41,10 +38,10 @@ class Portable(NamedTuple):
 
 
 def portable(teacher: Teacher, image_size: int = 0) -> Portable:
-    """Return ``teacher`` for images of ``image_size`` pixels a side (0: that of its training).
+    """Return ``teacher`` for images of ``image_size`` pixels a side (0 for that of its training).
 
     Raises:
-        ConfigError: a size that is no multiple of the patch.
+        ConfigError: the size is not a multiple of the patch size.
     """
     backbone = teacher.backbone
     size, patch = image_size or teacher.image_size, backbone.patch_size
@@ -77,10 +74,10 @@ def portable(teacher: Teacher, image_size: int = 0) -> Portable:
 
 
 def completed(model: Portable) -> dict[str, Tensor]:
-    """Return the state with LayerScale and biases where the model has none: ones and zeros, which change nothing.
+    """Return the state with missing LayerScales and biases filled in by ones and zeros, which have no effect.
 
     Raises:
-        ConfigError: blocks without a feed-forward network, which no other library knows.
+        ConfigError: blocks without a feed-forward network, which no other library supports.
     """
     if not model.hidden:
         raise ConfigError(

@@ -1,7 +1,4 @@
-"""A folder that ``timm.create_model("local-dir:<folder>")`` loads: config.json and model.safetensors.
-
-Read :func:`write_timm` first.
-"""
+"""Write a folder for ``timm.create_model("local-dir:<folder>")``: config.json and model.safetensors."""
 
 from __future__ import annotations
 
@@ -21,10 +18,10 @@ _WIDTHS = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40
 
 
 def write_timm(model: Portable, folder: Path) -> None:
-    """Write the two files into ``folder``, which exists.
+    """Write the two files into the existing ``folder``.
 
     Raises:
-        ConfigError: a model without a feed-forward network.
+        ConfigError: the model has no feed-forward network.
     """
     state = to_timm(completed(model))
     save_safetensors(state, folder / "model.safetensors")
@@ -32,7 +29,7 @@ def write_timm(model: Portable, folder: Path) -> None:
 
 
 def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return timm's names. With registers, timm adds positions to patches only: the class token takes its own along."""
+    """Return timm's names. With registers, timm adds positions to patches only: the class token includes its own."""
     state = {re.sub(r"mlp\.(w12|w3)", lambda m: _RENAMED[m[0]], name): value for name, value in state.items()}
     state.pop("mask_token", None)
     if "register_tokens" in state:
@@ -44,7 +41,7 @@ def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _config(model: Portable) -> dict[str, Any]:
-    """Name timm's nearest model and every argument in which this one may differ from it."""
+    """Return the name of timm's closest model and every argument in which this model may differ."""
     backbone, side = model.backbone, model.image_size
     nearest = "giant" if model.swiglu else _WIDTHS.get((backbone.embed_dim, backbone.n_blocks), "small")
     nearest = "small" if nearest == "giant" and not model.swiglu else nearest
@@ -79,5 +76,5 @@ def _config(model: Portable) -> dict[str, Any]:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        **to_facts(model.reading),  # timm refuses names in pretrained_cfg that it does not know
+        **to_facts(model.reading),  # timm rejects unknown names in pretrained_cfg
     }

@@ -1,8 +1,8 @@
-"""The teacher of a run of facebookresearch/dinov2 whose processes wrote a file each, gathered into one.
+"""Gather the teacher of a facebookresearch/dinov2 run from the files written by its processes.
 
-Such a file holds a process's part of every FSDP unit: the unit's flat parameter as a ShardedTensor and, as upstream
-uses ``use_orig_params``, the pieces of each parameter that fall into it. Nothing of ``torch.distributed`` is unpickled:
-its classes are replaced by stand-ins that keep what is stored and do nothing. Read :func:`gather` first.
+Each file holds one process's part of every FSDP unit: the unit's flat parameter as a ShardedTensor and, as upstream
+uses ``use_orig_params``, the pieces of each parameter in it. Nothing of ``torch.distributed`` is unpickled: its classes
+are replaced by stand-ins that only hold the stored values.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ _INERT = (
 
 
 class _Inert:
-    """Takes the place of a class of torch's sharded tensors: keeps what it is given, does nothing with it."""
+    """Stand-in for a class of torch's sharded tensors that only holds its arguments."""
 
     def __new__(cls, *args: Any) -> _Inert:
         return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
-        self.kept = state[1] if isinstance(state, tuple) else state  # of a class with slots: a pair
+        self.kept = state[1] if isinstance(state, tuple) else state  # a pair for a class with slots
 
 
 class _InertTensor(Tensor):
-    """Takes the place of ShardedTensor, which is rebuilt as a subclass of Tensor without numbers of its own."""
+    """Stand-in for ShardedTensor, which is rebuilt as a Tensor subclass without data."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise NotImplementedError(f"{func} of a stand-in")
 
     def __setstate__(self, state: Any) -> None:
-        self.shards = state[0]  # of this process; metadata, process group and placement are not needed
+        self.shards = state[0]  # this process's; metadata, process group and placement are not needed
 
 
 def _nested_class(*_: Any) -> type:
-    """Take the place of ``getattr``, by which pickle names a class inside another, and an enumeration's member."""
+    """Replace ``getattr``, by which pickle refers to nested classes and enumeration members."""
     return _Inert
 
 
@@ -70,15 +70,15 @@ _STAND_INS = [
 def gather(
     shards: Sequence[Path], config_file: str = "", opts: Sequence[str] = (), allow_unknown_keys: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """Return ``{"teacher": {backbone.*, dino_head.*, ...}}``, as ``teacher_checkpoint.pth`` holds it.
+    """Return ``{"teacher": {backbone.*, dino_head.*, ...}}``, as in ``teacher_checkpoint.pth``.
 
     Args:
-        shards: the files of one checkpoint, by rank.
-        config_file: of the run; "" for config.yaml beside them. ``opts`` are overrides of it.
+        shards: the files of one checkpoint, in rank order.
+        config_file: the run's configuration; "" for config.yaml beside the files. ``opts`` override it.
 
     Raises:
-        ConfigError: no configuration.
-        CheckpointError: a file that cannot be read, is missing, or of another architecture.
+        ConfigError: there is no configuration.
+        CheckpointError: a file is missing, unreadable, or of another architecture.
     """
     folder = shards[0].parent
     cfg = load_run_config(
@@ -116,7 +116,7 @@ def gather(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Return the teacher's parts in one process's file, one-dimensional; mapped, so that no others are read."""
+    """Return the teacher's parts in one process's file, one-dimensional; memory-mapped, so nothing else is read."""
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -125,7 +125,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             if name.startswith("teacher."):
                 held = [shard.kept["tensor"] for shard in value.shards] if isinstance(value, _InertTensor) else [value]
                 parts[name.removeprefix("teacher.")] = torch.cat([torch.empty(0), *(one.flatten() for one in held)])
-    except Exception as e:  # torch raises many kinds on torn files, and a file of others has other classes and keys
+    except Exception as e:  # torch raises many types on torn files; foreign files have other classes and keys
         lines = [line for line in str(e).splitlines() if "GLOBAL" in line] or str(e).splitlines() or [""]
         reason = "it is cut short; copy it again" if is_cut(path) else f"{type(e).__name__}: {lines[0][:200]}"
         raise CheckpointError(
@@ -135,9 +135,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _split(flat: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Cut the flat parameter of each unit, by its prefix, into those of its parameters, which follow each other.
+    """Split the flat parameter of each unit (by its prefix) into its consecutive parameters.
 
-    A parameter belongs to the innermost unit around it.
+    A parameter belongs to its innermost enclosing unit.
     """
     pieces = {}
     done = dict.fromkeys(flat, 0)

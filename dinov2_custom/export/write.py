@@ -1,4 +1,4 @@
-"""Files of tensors in the released weights' layout, and where an export goes. Read :func:`write_torch` first."""
+"""Write tensor files in the released weights' layout, and manage the output path of an export."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.portable import Portable
 from dinov2_custom.reading import to_facts
 
-EXPORTED = {"model.safetensors", "config.json", "preprocessor_config.json"}  # all that an exported folder has
+EXPORTED = {"model.safetensors", "config.json", "preprocessor_config.json"}  # all files of an exported folder
 
 
 def write_torch(model: Portable, path: Path) -> None:
-    """Save a flat dict of tensors, as the released .pth files hold: for ``load_state_dict`` of a ViT without chunks.
+    """Save a flat dict of tensors, as in the released .pth files, for ``load_state_dict`` of a ViT without chunks.
 
-    What is known of its images is where state dicts have facts beside their tensors: ``_metadata[""]``.
+    Facts about its input images are stored in ``_metadata[""]``, the metadata of state dicts.
     """
     state = OrderedDict(model.state)
     if facts := to_facts(model.reading):
@@ -46,11 +46,11 @@ def save_safetensors(state: dict[str, Tensor], path: Path, facts: Mapping[str, A
 
 @contextlib.contextmanager
 def replacing(path: Path, overwrite: bool, suffix: str = "", folder: bool = False) -> Iterator[Path]:
-    """Give a place beside ``path`` for a file or folder, which is moved to ``path`` when the body has ended well.
+    """Yield a temporary path beside ``path`` for a file or folder, and move it to ``path`` if the body succeeds.
 
     Args:
-        suffix: that the place has, as files are read by theirs.
-        overwrite, folder: see :func:`make_room`, which may raise.
+        suffix: suffix of the temporary path, which may determine the file format.
+        overwrite, folder: see :func:`make_room`, whose errors apply.
     """
     partial = make_room(path, overwrite, folder)
     written = partial / (path.name if path.name.endswith(suffix) else path.name + suffix)
@@ -59,7 +59,7 @@ def replacing(path: Path, overwrite: bool, suffix: str = "", folder: bool = Fals
             written.mkdir()
         yield written
         remove(path)
-        for beside in partial.iterdir():  # ONNX above 2 GB has its tensors in a second file, found by its name
+        for beside in partial.iterdir():  # ONNX above 2 GB stores its tensors in a second file, referred to by name
             if beside != written:
                 beside.replace(path.parent / beside.name)
         written.rename(path)
@@ -68,14 +68,14 @@ def replacing(path: Path, overwrite: bool, suffix: str = "", folder: bool = Fals
 
 
 def make_room(path: Path, overwrite: bool, folder: bool) -> Path:
-    """Return a new folder beside ``path`` to write into before its files are moved; an empty folder may be at ``path``.
+    """Return a new folder beside ``path`` in which to write; an empty folder may exist at ``path``.
 
     Args:
-        overwrite: an earlier export of the same kind may be there, too.
-        folder: a folder will be written, and not a file.
+        overwrite: an earlier export of the same kind may also exist there.
+        folder: the export is a folder, not a file.
 
     Raises:
-        ConfigError: something else is at ``path``, or nothing can be written there.
+        ConfigError: something else exists at ``path``, or it is not writable.
     """
     check_output_dir(path.parent, "--output")
     inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -96,7 +96,7 @@ def make_room(path: Path, overwrite: bool, folder: bool) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if there is one."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

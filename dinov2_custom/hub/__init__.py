@@ -1,1 +1,1 @@
-"""What ``hubconf.py`` offers to ``torch.hub.load``. Read ``backbones.py`` first."""
+"""Entry points of ``hubconf.py`` for ``torch.hub.load``. Read ``backbones.py`` first."""

@@ -1,6 +1,6 @@
-"""The eight released backbones, random, with Meta's weights, or with the weights of a run of this project.
+"""The eight released backbones, randomly initialised, with Meta's weights, or with those of a run of this project.
 
-Read :func:`make_backbone` first; :func:`make_by_file` is for ``cell_dino`` and ``xray_dino``.
+:func:`make_by_file` is for ``cell_dino`` and ``xray_dino``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import check_sha256, flat_state, read_weights, to_local
 
-_OF_THE_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # which the name says
+_OF_THE_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio")  # determined by the name
 _IN_NO_SHAPE = ("interpolate_antialias", "interpolate_offset", "channel_adaptive")
 
 
 class Weights(Enum):
-    """Released weights, by the data they were trained on."""
+    """Released weights, named after their training data."""
 
     LVD142M = "LVD142M"
     XRAY_DINO = "XRay-DINO"  # no public address
@@ -48,14 +48,15 @@ def make_backbone(
 
     Args:
         arch: ``vit_small``, ``vit_base``, ``vit_large`` or ``vit_giant2``.
-        pretrained: load ``weights``; False: random ones.
+        pretrained: load ``weights``; if False, keep the random ones.
         weights: ``LVD142M``; or a path or URL of Meta's file or of a run's ``teacher_checkpoint.pth``, or a run
-            directory (its newest teacher); patch size, image size, registers, FFN and LayerScale are then the file's.
-        check_hash: compare the file's SHA-256 with the start of it that the file's name ends in, as torch.hub does.
-        kwargs: of :class:`DinoVisionTransformer`; they win.
+            directory (its newest teacher); patch size, image size, registers, FFN and LayerScale are then those of the
+            file.
+        check_hash: compare the file's SHA-256 with the prefix at the end of its name, as torch.hub does.
+        kwargs: arguments of :class:`DinoVisionTransformer`; they take precedence.
 
     Raises:
-        CheckpointError: unknown ``weights``, no download, or a file of another architecture.
+        CheckpointError: unknown ``weights``, a failed download, or a file of another architecture.
     """
     factory = getattr(vision_transformer, arch)
     options = {
@@ -91,17 +92,17 @@ def make_by_file(
     sha256: str = "",
     **kwargs: Any,
 ) -> DinoVisionTransformer:
-    """Build a backbone whose weights Meta gives out under a non-commercial licence, from the user's copy of them.
+    """Build a backbone whose weights Meta releases under a non-commercial licence, from the user's copy.
 
     Args:
-        name: what ``hubconf.py`` calls it.
-        own: what of :class:`DinoVisionTransformer` is this backbone's; its ``img_size`` holds without a file.
+        name: its name in ``hubconf.py``.
+        own: arguments of :class:`DinoVisionTransformer`; ``img_size`` is only used without a file.
         weights: path or URL of the file.
-        sha256: the start of the file's digest, for ``check_hash``, where it is known.
-        kwargs: of :class:`DinoVisionTransformer`; they win.
+        sha256: prefix of the file's digest for ``check_hash``, if known.
+        kwargs: arguments of :class:`DinoVisionTransformer`; they take precedence.
 
     Raises:
-        CheckpointError: no ``weights``, no download, or a file of another architecture.
+        CheckpointError: missing ``weights``, a failed download, or a file of another architecture.
     """
     factory = getattr(vision_transformer, arch)
     options = {"init_values": 1.0, "block_chunks": 4, **own}
@@ -129,7 +130,7 @@ def _read(file: str | os.PathLike, check_hash: bool, sha256: str = "") -> dict[s
 def _loaded(
     factory: Any, options: Mapping[str, Any], state: Mapping[str, Tensor], file: str | os.PathLike, name: str
 ) -> DinoVisionTransformer:
-    with torch.device("meta"):  # no memory and no random numbers for what is replaced at once
+    with torch.device("meta"):  # no memory and no random numbers for tensors that are replaced at once
         model = factory(**options)
     advice = "load it under the name of its own architecture; delete the file where its download was cut"
     load_weights(model, file, state, key="weights", what=name, advice=advice, assign=True)
@@ -144,7 +145,7 @@ def _make_dinov2_model(
     weights: Weights | str | os.PathLike = Weights.LVD142M,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
-    """Call :func:`make_backbone` by upstream's private name for it, which others' code imports."""
+    """Call :func:`make_backbone` under upstream's private name, which other projects import."""
     if num_register_tokens:
         kwargs["num_register_tokens"] = num_register_tokens
     return make_backbone(arch_name, registers=num_register_tokens > 0, pretrained=pretrained, weights=weights, **kwargs)
@@ -164,8 +165,8 @@ def _existing(weights: str | os.PathLike) -> str | os.PathLike:
 
 
 def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[str, Any]:
-    """Return how the backbone of ``file`` was built: from its tensors, and the config.yaml of the run around it."""
-    from dinov2_custom.configs.load import read_config  # needs more than torch
+    """Return the backbone's arguments, from the tensors of ``file`` and the config.yaml of its run."""
+    from dinov2_custom.configs.load import read_config  # has dependencies other than torch
 
     try:
         options = arguments_of(state)
@@ -179,40 +180,40 @@ def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[st
 
 
 def dinov2_vits14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """ViT-S/14: width 384, 22 M weights."""
+    """Build ViT-S/14: width 384, 22 M parameters."""
     return make_backbone("vit_small", pretrained=pretrained, weights=weights, **kwargs)
 
 
 def dinov2_vitb14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """ViT-B/14: width 768, 87 M weights."""
+    """Build ViT-B/14: width 768, 87 M parameters."""
     return make_backbone("vit_base", pretrained=pretrained, weights=weights, **kwargs)
 
 
 def dinov2_vitl14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """ViT-L/14: width 1024, 304 M weights."""
+    """Build ViT-L/14: width 1024, 304 M parameters."""
     return make_backbone("vit_large", pretrained=pretrained, weights=weights, **kwargs)
 
 
 def dinov2_vitg14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """ViT-g/14: width 1536, SwiGLU, 1.1 G weights."""
+    """Build ViT-g/14: width 1536, SwiGLU, 1.1 G parameters."""
     return make_backbone("vit_giant2", pretrained=pretrained, weights=weights, **kwargs)
 
 
 def dinov2_vits14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """ViT-S/14 with four registers."""
+    """Build ViT-S/14 with four registers."""
     return make_backbone("vit_small", registers=True, pretrained=pretrained, weights=weights, **kwargs)
 
 
 def dinov2_vitb14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """ViT-B/14 with four registers."""
+    """Build ViT-B/14 with four registers."""
     return make_backbone("vit_base", registers=True, pretrained=pretrained, weights=weights, **kwargs)
 
 
 def dinov2_vitl14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """ViT-L/14 with four registers."""
+    """Build ViT-L/14 with four registers."""
     return make_backbone("vit_large", registers=True, pretrained=pretrained, weights=weights, **kwargs)
 
 
 def dinov2_vitg14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """ViT-g/14 with four registers."""
+    """Build ViT-g/14 with four registers."""
     return make_backbone("vit_giant2", registers=True, pretrained=pretrained, weights=weights, **kwargs)

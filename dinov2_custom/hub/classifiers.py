@@ -1,7 +1,4 @@
-"""The eight released classifiers: a backbone and a linear layer over its class tokens and mean patch.
-
-Read :class:`LinearClassifierWrapper` first.
-"""
+"""The eight released classifiers: a backbone and a linear layer over its class tokens and mean patch."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ from dinov2_custom.utils.weights import read_weights
 
 
 class Weights(Enum):
-    """Released linear layers, by the data they were trained on."""
+    """Released linear layers, named after their training data."""
 
     IMAGENET1K = "IMAGENET1K"
 
 
 class LinearClassifierWrapper(nn.Module):
-    """Class scores of images (B, C, H, W).
+    """Compute class logits of images (B, C, H, W).
 
-    With ``layers`` 1 the linear layer sees the class token and the mean patch of the last block; with 4 the class
-    tokens of the last four, and that mean.
+    With ``layers`` 1 the input of the linear layer is the class token and the mean patch of the last block; with 4 the
+    class tokens of the last four, and the same mean patch.
     """
 
     def __init__(self, *, backbone: nn.Module, linear_head: nn.Module, layers: int = 4) -> None:
@@ -61,13 +58,13 @@ def make_classifier(
     """Build a classifier, as upstream's hub does.
 
     Args:
-        layers: 1 or 4 blocks that the linear layer sees.
+        layers: 1 or 4, the number of blocks whose tokens the linear layer uses.
         weights: ``IMAGENET1K``, or a path or URL of a file with the linear layer's ``weight`` and ``bias``.
-        backbone_weights, kwargs: of :func:`make_backbone`.
+        backbone_weights, kwargs: passed to :func:`make_backbone`.
 
     Raises:
-        ConfigError: another ``layers``.
-        CheckpointError: weights that cannot be had or do not fit.
+        ConfigError: ``layers`` is neither 1 nor 4.
+        CheckpointError: the weights cannot be loaded or do not fit.
     """
     if layers not in (1, 4):
         raise ConfigError(f"layers: expected 1 or 4, got {layers}")

@@ -1,4 +1,4 @@
-"""Upstream's module of the depth heads; see ``elsewhere.py``."""
+"""Upstream's module for depth heads; see ``elsewhere.py``."""
 
 from dinov2_custom.hub.elsewhere import (
     dinov2_vitb14_dd,

@@ -1,4 +1,4 @@
-"""Upstream's module of dino.txt; see ``elsewhere.py``."""
+"""Upstream's module for dino.txt; see ``elsewhere.py``."""
 
 from dinov2_custom.hub.elsewhere import dinov2_vitl14_reg4_dinotxt_tet1280d20h24l, get_tokenizer
 

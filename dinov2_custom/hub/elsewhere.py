@@ -1,4 +1,4 @@
-"""Hub names of upstream that need parts this project does not have: depth heads and dino.txt. Each raises one error."""
+"""Upstream's hub names for depth heads and dino.txt, which this project does not provide. Each raises an error."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ dinov2_vitg14_dd = _depther("dinov2_vitg14", "dd")
 
 
 def dinov2_vitl14_reg4_dinotxt_tet1280d20h24l(*args: Any, **kwargs: Any) -> NoReturn:
-    """dino.txt, image and text; not here: raises an error that says what to use."""
+    """Raise an error: dino.txt is not provided; the message says what to use instead."""
     _refuse("dinov2_vitl14_reg4_dinotxt_tet1280d20h24l", "dino.txt's text tower", "dinov2_vitl14_reg for images")
 
 
 def get_tokenizer(*args: Any, **kwargs: Any) -> NoReturn:
-    """The tokenizer of dino.txt; not here: raises an error that says what to use."""
+    """Raise an error: dino.txt's tokenizer is not provided; the message says what to use instead."""
     _refuse("dinov2_vitl14_reg4_dinotxt_tet1280d20h24l", "dino.txt's tokenizer", "dinov2_vitl14_reg for images")

@@ -1,4 +1,4 @@
-"""Names and addresses of the released files, and padding to whole patches."""
+"""Names and URLs of the released files, and padding to whole patches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def model_name(arch_name: str, patch_size: int = 14, num_register_tokens: int = 
     return f"dinov2_{_LETTERS[arch_name]}{patch_size}{registers}"
 
 
-_make_dinov2_model_name = model_name  # upstream's names
+_make_dinov2_model_name = model_name  # upstream's name
 _DINOV2_BASE_URL = RELEASED_URL
 
 
 def released_file(arch: str, num_register_tokens: int, ending: str) -> Path:
-    """Return the local copy, in torch.hub's folder, of a released file: ``ending`` is ``pretrain`` or of a head.
+    """Return the local copy, in torch.hub's folder, of a released file: ``ending`` is ``pretrain`` or that of a head.
 
     Raises:
-        CheckpointError: it cannot be downloaded.
+        CheckpointError: the file cannot be downloaded.
     """
     url = f"{RELEASED_URL}/{model_name(arch)}/{model_name(arch, 14, num_register_tokens)}_{ending}.pth"
     return fetch(url, Path(torch.hub.get_dir()) / "checkpoints")
@@ -43,5 +43,5 @@ class CenterPadding(nn.Module):
         self.multiple = multiple
 
     def forward(self, x: Tensor) -> Tensor:
-        missing = [-side % self.multiple for side in (x.shape[-1], x.shape[-2])]  # F.pad wants the last dimension first
+        missing = [-side % self.multiple for side in (x.shape[-1], x.shape[-2])]  # F.pad takes the last dimension first
         return F.pad(x, list(itertools.chain.from_iterable((m // 2, m - m // 2) for m in missing)))

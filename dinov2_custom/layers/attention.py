@@ -1,4 +1,4 @@
-"""Multi-head self-attention. Kernels live in ``backend.py``."""
+"""Multi-head self-attention. ``backend.py`` chooses the kernels."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Attention(nn.Module):
     def init_weights(
         self, init_attn_std: float | None = None, init_proj_std: float | None = None, factor: float = 1.0
     ) -> None:
-        """Draw both layers' weights by normal distributions: 1/sqrt(dim), and ``factor`` times the first; no bias.
+        """Draw weights from normal distributions of std 1/sqrt(dim), times ``factor`` for ``proj``; zero the biases.
 
-        A backbone starts by ``init_weights_vit_timm`` instead; this is for others' text towers, as upstream's.
+        A backbone is initialised by ``init_weights_vit_timm`` instead; this serves users' text towers, as in upstream.
         """
         init_attn_std = init_attn_std or self.dim**-0.5
         nn.init.normal_(self.qkv.weight, std=init_attn_std)

@@ -1,7 +1,7 @@
-"""Which kernel computes attention, decided per call. The only file that may import xformers.
+"""The choice of the attention kernel, made per call. The only file that may import xformers.
 
-xformers' fused SwiGLU is not used: it left xformers with 0.0.34, the first one for a torch that is supported here.
-Not a model: it knows tensors, not tokens or crops. Read :func:`attention` first.
+xformers' fused SwiGLU is not used: xformers removed it in 0.0.34, the first one for a torch that is supported here.
+It works on tensors, not on tokens or crops.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = ("auto", "sdpa", "products", "xformers")
-# On CPUs in bf16 two batched products beat the fused kernel, whose backward is slow; above this
+# On CPUs in bf16 two batched products are faster than the fused kernel, whose backward is slow; above this
 # many tokens the (length x length) matrix costs more memory than the products save time.
 _PRODUCTS_MAX_LENGTH = 1024
 _REPETITIONS = 5
@@ -26,7 +26,7 @@ _REPETITIONS = 5
 
 @functools.cache
 def xformers_ops():
-    """Return ``xformers.ops`` or None. ``XFORMERS_DISABLED`` in the environment is honoured, as upstream does."""
+    """Return ``xformers.ops`` or None. ``XFORMERS_DISABLED`` in the environment is respected, as in upstream."""
     if os.environ.get("XFORMERS_DISABLED") is not None:
         return None
     try:
@@ -37,10 +37,10 @@ def xformers_ops():
 
 
 def xformers_flag(name: str) -> bool:
-    """Return what upstream's modules of layers call ``name``; for their ``__getattr__``, as xformers is slow to import.
+    """Return upstream's module flag ``name``; called by ``__getattr__``, since xformers is slow to import.
 
     Raises:
-        AttributeError: another name.
+        AttributeError: unknown name.
     """
     if name == "XFORMERS_ENABLED":
         return os.environ.get("XFORMERS_DISABLED") is None
@@ -52,20 +52,20 @@ def xformers_flag(name: str) -> bool:
 def fastest_attention(
     segments: Sequence[tuple[int, int]], num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, str]:
-    """Time attention forward and backward where xformers can be imported.
+    """Time attention forward and backward if xformers can be imported.
 
     Args:
-        segments: [(number of sequences, tokens a sequence), ...] of one step.
+        segments: [(number of sequences, tokens per sequence), ...] of one step.
 
     Returns:
-        One of :data:`BACKENDS`, and a line for the log on why; an empty one without xformers.
+        One of :data:`BACKENDS`, and a log line with the reason; empty without xformers.
     """
     if xformers_ops() is None:
         return "auto", ""
     shapes = [(number, length, 3, num_heads, head_dim) for number, length in segments]
     try:
         theirs = _seconds("xformers", shapes, dtype, device)
-    except (NotImplementedError, ValueError, RuntimeError) as e:  # another device, dtype, card or torch than it is for
+    except (NotImplementedError, ValueError, RuntimeError) as e:  # unsupported device, dtype, card or torch
         return "auto", f"attention: torch's (xformers: {str(e).strip().splitlines()[0]})"
     ours = _seconds("auto", shapes, dtype, device)
     times = f"{ours * 1e3:.2f} ms a block with torch's, {theirs * 1e3:.2f} ms with xformers'"
@@ -75,10 +75,10 @@ def fastest_attention(
 
 
 def _seconds(backend: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> float:
-    """Return the least seconds of ``_REPETITIONS`` passes forward and backward over all ``shapes``."""
+    """Return the minimum seconds of ``_REPETITIONS`` passes forward and backward over all ``shapes``."""
     least = float("inf")
     packed = [torch.zeros(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
-    for _ in range(1 + _REPETITIONS):  # the first one loads kernels
+    for _ in range(1 + _REPETITIONS):  # the first repetition loads kernels
         _wait(device)
         start = time.perf_counter()
         for qkv in packed:
@@ -95,15 +95,15 @@ def _wait(device: torch.device) -> None:
 
 
 def without_plans() -> AbstractContextManager:
-    """Return a region, forward and backward pass in it, without cuDNN's attention.
+    """Return a context manager, for the forward and backward pass, that disables cuDNN's attention.
 
-    torch prefers it on an H100, but it builds a plan for each new shape, on the host; the others take any.
+    torch prefers it on an H100, but it builds a plan on the host for each new shape; the other kernels need none.
     """
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def choose(q: Tensor) -> str:
-    """Name the backend for ``q`` of shape (batch, heads, length, head_dim)."""
+    """Return the name of the backend for ``q`` of shape (batch, heads, length, head_dim)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= _PRODUCTS_MAX_LENGTH:
         return "products"
     return "sdpa"
@@ -118,7 +118,7 @@ def attention(
         q, k, v: (batch, heads, length, head_dim), one dtype, one device.
         backend: one of :data:`BACKENDS`; ``auto`` decides from device, dtype and length.
         dropout_p: probability of dropping an attention weight; 0 outside training.
-        is_causal: no key after its query counts; by ``sdpa``, whatever ``backend`` says.
+        is_causal: each query attends only to keys up to its own position; always uses ``sdpa``.
 
     Returns:
         (batch, heads, length, head_dim).
@@ -130,7 +130,7 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     if backend == "auto":
         backend = choose(q)
-    if q.numel() == 0:  # a drop-path subset without a sequence: cuDNN's kernel returns None (torch 2.11, sm_90)
+    if q.numel() == 0:  # an empty drop-path subset: cuDNN's kernel returns None (torch 2.11, sm_90)
         backend = "products"
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)

@@ -1,6 +1,6 @@
-"""Transformer blocks, whose calls are upstream's: each module is called, with (B, N, D).
+"""Transformer blocks with upstream's interface: each module is called, on (B, N, D).
 
-Training computes a block from its weights instead where all its modules are as they were built: ``packed``,
+Training computes a block from its weights instead if all its modules are as they were built: see ``packed`` and
 ``unmodified``.
 """
 
@@ -36,8 +36,8 @@ class Block(nn.Module):
     """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))), each with stochastic depth in training.
 
     Args:
-        init_values: start of the two LayerScales; None or 0 for none.
-        drop_path: share of samples whose branch is skipped.
+        init_values: initial value of the two LayerScales; None or 0 for none.
+        drop_path: fraction of samples whose branch is skipped.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Block(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
     def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None = None) -> list[Draw]:
-        """Draw what the two branches, attention and FFN, are computed for, in tensors of ``num_sequences``."""
+        """Draw the samples that the attention and FFN branches are computed for, in tensors of ``num_sequences``."""
         ratio = self.sample_drop_ratio if self.training else 0.0
         return [draw_kept(num_sequences, ratio, generator) for _ in range(2)]
 
@@ -90,12 +90,12 @@ class Block(nn.Module):
             draws: the samples that the attention branch and the FFN branch are computed for (None: all), in training.
                 Without ``draws`` they come from torch's global CPU generator; a ratio of at most 0.1 zeroes
                 samples instead, as upstream does.
-            recompute_ffn: compute the FFN branch once more in the backward pass instead of keeping it.
+            recompute_ffn: recompute the FFN branch in the backward pass instead of saving it.
         """
         if draws is None and self.training and 0.0 < self.sample_drop_ratio <= 0.1:
             x = x + self.drop_path1(self.attn_residual(x))
             return x + self.drop_path1(self.ffn_residual(x))
-        # not len(x), which fixes the batch size of an exported graph
+        # not len(x), which would fix the batch size of an exported graph
         attention, ffn = of_tensor(self.draw([x.shape[0]]), 0) if draws is None else draws
         x = _add_branch(x, self.attn_residual, attention)
         if recompute_ffn and torch.is_grad_enabled():
@@ -103,7 +103,7 @@ class Block(nn.Module):
         return _add_branch(x, self.ffn_residual, ffn)
 
     def forward_packed(self, *args, **kwargs) -> Tensor:
-        """Run from the weights alone, see :func:`packed.forward_packed`; a method, around which FSDP2 gathers them."""
+        """Compute the block from its weights, see :func:`packed.forward_packed`; FSDP2 gathers them around it."""
         return forward_packed(self, *args, **kwargs)
 
 
@@ -115,15 +115,15 @@ def _add_branch(x: Tensor, branch: Callable[[Tensor], Tensor], kept: Kept | None
 
 
 def of_tensor(draws: Sequence[Draw], index: int) -> list[Kept | None]:
-    """Return what ``draws`` over several tensors say of one."""
+    """Return the part of ``draws``, which cover several tensors, that belongs to one."""
     return [None if draw is None else draw[index] for draw in draws]
 
 
 class NestedTensorBlock(Block):
-    """A block that takes a list of tensors, too."""
+    """A block that also takes a list of tensors."""
 
     def forward_nested(self, x_list: Sequence[Tensor]) -> list[Tensor]:
-        """Map a list of (B_i, N_i, D) to the same shapes, one after the other."""
+        """Map a list of (B_i, N_i, D) to the same shapes, one at a time."""
         draws = self.draw([x.shape[0] for x in x_list])
         return [Block.forward(self, x, of_tensor(draws, index)) for index, x in enumerate(x_list)]
 
@@ -146,11 +146,11 @@ class BlockChunk(nn.ModuleList):
         return x
 
 
-_FORWARDS = (Block.forward, NestedTensorBlock.forward)  # as they are defined; users may replace them
+_FORWARDS = (Block.forward, NestedTensorBlock.forward)  # as defined here; users may replace them
 
 
 def has_own_forward(block: nn.Module) -> bool:
-    """Return whether calling ``block`` runs :meth:`Block.forward` as it is here, whatever its modules are."""
+    """Return whether calling ``block`` runs :meth:`Block.forward` as defined here, regardless of its modules."""
     return (
         isinstance(block, Block)
         and type(block).forward in _FORWARDS
@@ -160,12 +160,12 @@ def has_own_forward(block: nn.Module) -> bool:
 
 
 def call_block(block: nn.Module, x: Tensor, draws: Sequence[Kept | None], recompute: str = "none") -> Tensor:
-    """Call a block, or whatever stands in its place, on (B, N, D) in training.
+    """Call a block, or the module that replaces it, on (B, N, D) in training.
 
-    A ``forward`` that is not this file's gets x alone: it draws for itself, and is recomputed as a whole.
+    A ``forward`` from elsewhere gets x only: it makes its own draws and is recomputed as a whole.
 
     Args:
-        recompute: "none", or what the backward pass computes again, "selective": the FFN; "full": everything.
+        recompute: "none", or what the backward pass recomputes: "selective": the FFN; "full": everything.
     """
     options = {}
     again = recompute != "none" and torch.is_grad_enabled()

@@ -27,13 +27,13 @@ class WeightNormLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw ``weight_v`` uniformly within 1/sqrt(in_features), ``nn.Linear``'s range; set ``weight_g`` to 1."""
+        """Draw ``weight_v`` uniformly in +-1/sqrt(in_features), as ``nn.Linear`` does; set ``weight_g`` to 1."""
         bound = self.in_features**-0.5
         nn.init.uniform_(self.weight_v, -bound, bound, generator=generator)
         nn.init.ones_(self.weight_g)
 
     def weight(self) -> Tensor:
-        """Return the (out_features, in_features) matrix that is applied."""
+        """Return the effective (out_features, in_features) weight matrix."""
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,22 +77,22 @@ class DINOHead(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
-        self.chunk_loss = None  # or what stands in for prototype_loss.chunk_cross_entropy
+        self.chunk_loss = None  # or a replacement for prototype_loss.chunk_cross_entropy
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(self.embed(x))
 
     def cross_entropy(self, x: Tensor, jobs: Sequence[PrototypeJob]) -> tuple[Tensor, Tensor]:
-        """Return the jobs' summed loss over the prototypes of features (R, in_dim), and each job's without gradient.
+        """Return the jobs' summed loss over the prototypes of features (R, in_dim), and the losses without gradient.
 
-        Equal to cross-entropies of ``forward``'s logits, which are never there all at once.
+        Equal to cross-entropies of ``forward``'s logits, which are never materialised in full.
         """
         last = self.last_layer
         return prototype_cross_entropy(self.embed(x), last.weight_v, last.weight_g, jobs, self.chunk_loss)
 
     @torch.no_grad()
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (R, bottleneck_dim) and (out_dim, bottleneck_dim), both in the products' precision, without gradient.
+        """Return (R, bottleneck_dim) and (out_dim, bottleneck_dim), both in the product's precision, without gradient.
 
         The first times the second's transpose are ``forward``'s logits of features (R, in_dim).
         """
@@ -100,7 +100,7 @@ class DINOHead(nn.Module):
         return features, normalised(self.last_layer.weight_v, self.last_layer.weight_g, features.dtype)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scale the gradients down to a total norm of at most ``max_norm``; return the norm before. FSDP's name."""
+        """Scale the gradients down to a total norm of at most ``max_norm``; return the original norm. FSDP's name."""
         return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
 
     def embed(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Stochastic depth, in its two forms: zeroed samples (:class:`DropPath`) and skipped samples (:func:`draw_kept`).
 
-DINOv2 trains with the second: a residual branch is computed for a random subset of the samples only, which saves its
-cost, and the result is scaled by batch / kept so that its expectation is unchanged. Which samples is drawn on the CPU,
+DINOv2 trains with the second: a residual branch is computed for a random subset of the samples only, which saves the
+cost, and the result is scaled by batch / kept so that its expectation is unchanged. The samples are drawn on the CPU,
 for a whole pass at once if wanted; :func:`restrict` cuts such a draw for passes over parts of the samples.
 """
 
@@ -46,24 +46,24 @@ def num_kept(batch: int, drop_ratio: float) -> int:
 
 
 class Kept(NamedTuple):
-    """What one residual branch is computed for in one tensor of sequences: their numbers, in the order drawn, and the
+    """The sequences of one tensor that a residual branch is computed for: their indices, in the order drawn, and the
     factor total / kept of their results."""
 
     sequences: Tensor
     scale: float
 
 
-# For one branch: its Kept in each tensor, or None where it is computed for all sequences.
+# For one branch: its Kept for each tensor, or None if it is computed for all sequences.
 Draw = list[Kept] | None
 
 
 class Subset(NamedTuple):
-    """A draw, as rows of the packed tensor.
+    """A draw in terms of rows of the packed tensor.
 
     Attributes:
         rows: (T_kept,) indices of the kept token rows, or None for all.
         segments: the kept sequences' segments, in the same order.
-        scale: the factor of all kept rows, or (T_kept, 1) where segments differ in it.
+        scale: the factor of all kept rows, or (T_kept, 1) if segments differ.
     """
 
     rows: Tensor | None
@@ -86,7 +86,7 @@ def draw_kept(num_sequences: Sequence[int], drop_ratio: float, generator: torch.
 
 
 def restrict(draw: Draw, parts: Sequence[tuple[int, range]]) -> Draw:
-    """Return what of ``draw`` lies in ``parts``, each (which tensor, which of its sequences); numbers start there at 0.
+    """Return the part of ``draw`` in ``parts``, each (tensor index, range of its sequences); indices restart at 0.
 
     The factors stay those of the whole, so that passes over parts add up to one pass over everything.
     """
@@ -101,7 +101,7 @@ def restrict(draw: Draw, parts: Sequence[tuple[int, range]]) -> Draw:
 
 
 def to_subsets(draws: Sequence[Draw], segments: Segments, device: torch.device) -> list[Subset]:
-    """Turn draws over the tensors that ``segments`` describes into rows on ``device``, with one transfer for all."""
+    """Turn draws over the tensors that ``segments`` describes into rows on ``device``, with a single transfer."""
     starts = [0]
     for total, length in segments:
         starts.append(starts[-1] + total * length)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class LayerScale(nn.Module):
-    """Multiply the last dimension by ``gamma`` (D,), which starts at ``init_values``."""
+    """Multiply the last dimension by ``gamma`` (D,), initialised to ``init_values``."""
 
     def __init__(
         self,

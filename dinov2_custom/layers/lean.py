@@ -1,9 +1,8 @@
-"""Linear layers that keep for their backward pass the smallest tensor it can be computed from.
+"""Linear layers that save for the backward pass the smallest tensor it can be computed from.
 
-A norm or an activation in front of a linear layer is computed twice instead of kept, and the LayerScale behind it needs
-no tensor at all. What is kept is half of what autograd would keep. Same formulas; products in the precision of the
-autocast region. What lies between the products is in ``pieces``. Read :func:`norm_linear` and
-:func:`activation_linear`.
+A norm or an activation before a linear layer is recomputed instead of saved, and the LayerScale after it needs no
+tensor at all. This saves half of what autograd would. The formulas are unchanged; products use the precision of the
+autocast region. The functions between the products are in ``pieces``.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Activation(NamedTuple):
     """A function without parameters, applied to (T, D).
 
     Attributes:
-        backward: (gradient of the result, which it may overwrite, x) -> (the result once more, the gradient of x).
+        backward: (gradient of the result, which it may overwrite, x) -> (the result, recomputed, the gradient of x).
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -40,18 +39,18 @@ def gelu_activation(approximate: str, pieces: Pieces) -> Activation:
 
 
 def gated_activation(pieces: Pieces) -> Activation:
-    """Return the activation of SwiGLU."""
+    """Return the activation of SwiGLU, silu(gate) * value."""
     return Activation(pieces.gated, pieces.gated_backward)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision of products with ``x`` here: the autocast region's, else its own."""
+    """Return the precision of products with ``x`` in this context: the autocast region's, else its own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, pieces: Pieces = EAGER) -> Tensor:
-    """Return linear(norm(x)) of (T, D), keeping x alone, in the precision of the product."""
+    """Return linear(norm(x)) of (T, D), saving only x, in the precision of the product."""
     weights = norm.weight, norm.bias, linear.weight, linear.bias
     return _NormLinear.apply(x, *weights, norm.eps, compute_dtype(x), pieces)
 
@@ -64,12 +63,12 @@ def activation_linear(
     scale: float = 1.0,
     pieces: Pieces = EAGER,
 ) -> Tensor:
-    """Return scale * gamma * linear(activation(x)) of (T, D'), keeping x alone; None: no activation, no gamma.
+    """Return scale * gamma * linear(activation(x)) of (T, D'), saving only x; None: no activation or no gamma.
 
     Source: d / d gamma = rowsum(dW * W) + db * b, where dW and db are the layer's gradients before scaling.
     """
     dtype = compute_dtype(x)
-    in_weights = gamma is not None and dtype != torch.float16  # times 1e-5 they are below its smallest number
+    in_weights = gamma is not None and dtype != torch.float16  # times 1e-5, weights are below float16's smallest number
     factor = times(gamma, scale) if in_weights else None
     out = _ActivationLinear.apply(x, linear.weight, linear.bias, factor, activation, dtype, pieces)
     if in_weights:
@@ -78,7 +77,7 @@ def activation_linear(
 
 
 def times(x: Tensor, scale: float) -> Tensor:
-    """Return scale * x, x itself for 1."""
+    """Return scale * x, or x itself if ``scale`` is 1."""
     return x if scale == 1.0 else x * scale
 
 
@@ -87,7 +86,7 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Return the region in which nothing is cast; compiled pieces are compiled once more for any other."""
+    """Return a region without autocast; compiled pieces would be compiled again for an autocast region."""
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -1,7 +1,6 @@
-"""Upstream's functions for stochastic depth over single tensors and lists of them, for code that calls them by name.
+"""Upstream's functions for stochastic depth over single tensors and lists of them, for code that imports them.
 
-The model itself does not: ``block.py`` packs tokens and draws subsets in its own way. Read
-:func:`drop_add_residual_stochastic_depth_list` first.
+The model itself does not use them: ``block.py`` packs tokens and draws subsets itself.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from dinov2_custom.layers.segments import Segments, split_segments
 
 
 class PackedSequences:
-    """Which rows of a (1, T, D) tensor belong to one sequence; what upstream gives attention as ``attn_bias``."""
+    """Row ranges of the sequences in a (1, T, D) tensor; what upstream passes to attention as ``attn_bias``."""
 
     def __init__(self, segments: Segments) -> None:
         self.segments = segments
 
     def split(self, packed: Tensor) -> list[Tensor]:
-        """Cut (1, T, D) into one (B, N, D) tensor a segment."""
+        """Cut (1, T, D) into one (B, N, D) tensor per segment."""
         parts = split_segments(packed[0], self.segments)
         return [part.view(*segment, -1) for part, segment in zip(parts, self.segments, strict=True)]
 
 
 def get_branges_scales(x: Tensor, sample_drop_ratio: float = 0.0) -> tuple[Tensor, float]:
-    """Draw the samples of ``x`` (B, ...) that a branch is computed for; return their indices and B / their number."""
+    """Draw the samples of ``x`` (B, ...) that a branch is computed for; return their indices and B / count."""
     kept = num_kept(len(x), sample_drop_ratio)
     return torch.randperm(len(x), device=x.device)[:kept], len(x) / kept
 
@@ -47,7 +46,7 @@ def add_residual(
 def get_attn_bias_and_cat(
     x_list: Sequence[Tensor], branges: Sequence[Tensor] | None = None
 ) -> tuple[PackedSequences, Tensor]:
-    """Lay tensors (B_i, N_i, D), or their samples ``branges``, end to end; return who is where, and (1, T, D)."""
+    """Concatenate tensors (B_i, N_i, D), or their samples ``branges``; return their layout and (1, T, D)."""
     if branges is not None:
         x_list = [x[brange] for x, brange in zip(x_list, branges, strict=True)]
     packed = torch.cat([x.flatten(0, 1) for x in x_list])
@@ -71,7 +70,7 @@ def drop_add_residual_stochastic_depth_list(
     sample_drop_ratio: float = 0.0,
     scaling_vector: Tensor | None = None,
 ) -> list[Tensor]:
-    """Do the same for several tensors (B_i, N_i, D) with one call of ``residual_func((1, T, D), attn_bias=...)``."""
+    """Apply the same to several tensors (B_i, N_i, D) with one call of ``residual_func((1, T, D), attn_bias=...)``."""
     drawn = [get_branges_scales(x, sample_drop_ratio) for x in x_list]
     packing, packed = get_attn_bias_and_cat(x_list, [brange for brange, _ in drawn])
     residuals = packing.split(residual_func(packed, attn_bias=packing))
@@ -82,7 +81,7 @@ def drop_add_residual_stochastic_depth_list(
 
 
 class CausalAttentionBlock(nn.Module):
-    """The block of dino.txt's text tower, which is not here."""
+    """Placeholder for the block of dino.txt's text tower, which this package does not have."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise DINOv2Error(

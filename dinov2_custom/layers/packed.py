@@ -1,9 +1,9 @@
-"""A block on packed tokens, computed from its weights: crops of every size in one pass that keeps little.
+"""A block on packed tokens, computed from its weights: crops of all sizes in one pass that saves few tensors.
 
 Token-wise work (norms, linear layers, FFN) runs on the (T, D) concatenation of all crops, attention on each segment.
-None of the block's modules is called, so this stands in for :class:`block.Block` only where they are all as they were
-built (``unmodified``). Training alone takes it; ``model(x)`` calls modules. How a branch is added is in ``residual``,
-what its layers keep in ``lean``. Read :func:`forward_packed` first.
+The block's modules are not called, so this replaces :class:`block.Block` only if all of them are as they were built
+(``unmodified``). Only training uses it; ``model(x)`` calls the modules. ``residual`` adds a branch to the stream,
+``lean`` has its layers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Packed(NamedTuple):
     """How a pass runs a backbone's blocks.
 
     Attributes:
-        blocks: those that run from their weights; the others are called as modules.
-        recompute: what the backward pass computes again: "none"; "selective": the FFN; "full": everything.
-        pieces: of the blocks that run from their weights: as they are, or compiled.
+        blocks: the blocks computed from their weights; the others are called as modules.
+        recompute: what the backward pass recomputes: "none"; "selective": the FFN; "full": everything.
+        pieces: the pieces for blocks computed from their weights, compiled or not.
     """
 
     blocks: frozenset[nn.Module] = frozenset()
@@ -47,16 +47,16 @@ def forward_packed(
     recompute: str = "none",
     pieces: Pieces = EAGER,
 ) -> Tensor:
-    """Run a block whose modules are all as they were built.
+    """Run a block whose modules are all unmodified.
 
     Args:
-        x_TD: (T, D), the crops of every segment end to end.
-        subsets: what the attention branch and the FFN branch are computed for.
+        x_TD: (T, D), the crops of all segments concatenated.
+        subsets: the rows that the attention branch and the FFN branch are computed for.
         owned: whether x and the gradient of the result may be overwritten.
         recompute, pieces: see :class:`Packed`.
     """
     if recompute == "full" and torch.is_grad_enabled():
-        owned = owned._replace(x=False)  # it is what is kept
+        owned = owned._replace(x=False)  # x is what is saved
         return checkpoint(
             _forward, block, x_TD, subsets, owned, False, pieces, use_reentrant=False, preserve_rng_state=False
         )
@@ -68,7 +68,7 @@ def _forward(
 ) -> Tensor:
     attention, ffn = subsets
     options = compute_dtype(x_TD), pieces
-    # between the two branches nothing else reads x, nor its gradient
+    # between the two branches, nothing else reads x or its gradient
     first = Owned(owned.x, ffn.rows is not None)
     x_TD = add_residual_subset(x_TD, partial(_attention_branch, block, pieces), attention, first, *options)
     last = Owned(attention.rows is not None, owned.gradient)
@@ -94,13 +94,13 @@ def _ffn_branch(block: nn.Module, pieces: Pieces, x_TD: Tensor, segments: Segmen
 
 
 def _ffn_branch_again(block: nn.Module, pieces: Pieces, x_TD: Tensor, segments: Segments, scale: float) -> Tensor:
-    x_TD = x_TD.to(compute_dtype(x_TD))  # this is what is kept
+    x_TD = x_TD.to(compute_dtype(x_TD))  # the saved tensor
     branch = partial(_ffn_branch, block, pieces)
     return checkpoint(branch, x_TD, segments, scale, use_reentrant=False, preserve_rng_state=False)
 
 
 def attend(qkv_TE: Tensor, segments: Segments, num_heads: int, backend: str = "auto") -> Tensor:
-    """Map (T, 3 D) queries, keys and values to (T, D), each sequence by itself; ``backend``: of the kernels."""
+    """Map (T, 3 D) queries, keys and values to (T, D), within each sequence; ``backend``: see :mod:`backend`."""
     parts = _SplitHeads.apply(qkv_TE, segments, num_heads)
     outputs = []
     for q, k, v in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
@@ -119,7 +119,7 @@ def split_heads(qkv_TE: Tensor, segments: Segments, num_heads: int) -> tuple[Ten
 
 
 class _SplitHeads(torch.autograd.Function):
-    """:func:`split_heads`, whose backward writes each gradient to its place: autograd's own passes over them thrice."""
+    """:func:`split_heads`, whose backward writes each gradient in place; autograd would make three passes."""
 
     @staticmethod
     def forward(ctx, qkv_TE: Tensor, segments: Segments, num_heads: int) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def make_2tuple(value: int | tuple[int, int]) -> tuple[int, int]:
-    """Return (value, value), or a given pair as it is."""
+    """Return (value, value), or a pair unchanged."""
     if isinstance(value, int):
         return (value, value)
     height, width = value
@@ -16,9 +16,10 @@ def make_2tuple(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-    """Cut (B, C, H, W) into patches and project each: (B, N, D), or (B, h, w, D) when not flattened.
+    """Split images (B, C, H, W) into patches and project each: (B, N, D), or (B, h, w, D) when not flattened.
 
-    The convolution's kernel equals its stride, so it is one linear layer a patch; its names are the released weights'.
+    The convolution's kernel equals its stride, so it is one linear layer per patch; parameters are named as in released
+    weights.
     """
 
     def __init__(

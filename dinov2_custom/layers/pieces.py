@@ -1,8 +1,7 @@
-"""The small pieces between the matrix products of lean layers: pure functions of tensors, each of them what a compiler
-may make one pass over memory.
+"""Pure tensor functions between the matrix products of lean layers, each of which a compiler may turn into one pass
+over memory.
 
-Nothing here is differentiated by autograd: backward passes are pieces too. Not here: the products, and what is kept
-between the two passes (``lean``, ``residual``). Read :class:`Pieces` first.
+Autograd differentiates nothing here: backward passes are pieces too.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def cast_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return x in another precision, and its norm."""
+    """Return x cast to ``dtype``, and its norm."""
     cast = x.to(dtype)
     return cast, norm(cast, weight, bias, eps)
 
 
 def norm_again(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norm, and the means and inverse deviations that its backward pass wants."""
+    """Return the norm, and the means and inverse deviations that its backward pass needs."""
     return torch.native_layer_norm(x, x.shape[-1:], *_as_kernels_want(x, weight, bias), eps)
 
 
@@ -55,7 +54,7 @@ def norm_backward(
 
 
 def _as_kernels_want(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    return weights if x.device.type == "cpu" else tuple(one.to(x.dtype) for one in weights)  # a CPU's take any
+    return weights if x.device.type == "cpu" else tuple(one.to(x.dtype) for one in weights)  # CPU kernels accept any
 
 
 def sum_of_rows(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,7 +63,7 @@ def sum_of_rows(gradient: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scaled(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return (D', D) weights whose rows, or a (D',) bias whose numbers, are multiplied by those of ``factor``."""
+    """Return (D', D) weights whose rows, or a (D',) bias whose elements, are multiplied by those of ``factor``."""
     return (weight * (factor[:, None] if weight.dim() == 2 else factor)).to(dtype)
 
 
@@ -74,7 +73,7 @@ def scaled_backward(of_scaled: Tensor, weight: Tensor, factor: Tensor) -> tuple[
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
-    """Return GELU(x), the exact one ("none") or by "tanh".
+    """Return GELU(x), exact ("none") or approximated by "tanh".
 
     Source: Hendrycks & Gimpel 2016, section 2.
     """
@@ -82,7 +81,7 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 
 def gelu_backward_(gradient: Tensor, x: Tensor, approximate: str) -> Tensor:
-    """Return GELU(x) once more; turn ``gradient`` of it into that of x, in place."""
+    """Return GELU(x), recomputed; turn ``gradient`` of it into that of x, in place."""
     active = F.gelu(x, approximate=approximate)
     aten.gelu_backward.grad_input(gradient, x, approximate=approximate, grad_input=gradient)
     return active
@@ -95,7 +94,7 @@ def gated(gate_and_value: Tensor) -> Tensor:
 
 
 def gated_backward(gradient: Tensor, gate_and_value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return :func:`gated` once more, and the gradient of ``gate_and_value``."""
+    """Return :func:`gated` recomputed, and the gradient of ``gate_and_value``."""
     gate, value = gate_and_value.chunk(2, dim=-1)
     open_ = F.silu(gate)
     return open_ * value, torch.cat((aten.silu_backward(gradient * value, gate), gradient * open_), dim=-1)
@@ -103,7 +102,7 @@ def gated_backward(gradient: Tensor, gate_and_value: Tensor) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Pieces:
-    """The functions of this file that lean layers call: as they are here, or :meth:`compiled`."""
+    """The functions of this file that lean layers call: eager, or :meth:`compiled`."""
 
     take_rows: Callable = take_rows
     add_rows_: Callable = add_rows_
@@ -120,7 +119,7 @@ class Pieces:
     gated_backward: Callable = gated_backward
 
     def compiled(self, compiler: Callable[[Callable], Callable]) -> Pieces:
-        """Return these pieces, each as ``compiler`` makes it."""
+        """Return these pieces, each compiled by ``compiler``."""
         return Pieces(**{one.name: compiler(getattr(self, one.name)) for one in fields(self)})
 
 

@@ -1,8 +1,7 @@
-"""Cross-entropy against prototypes without a (rows x prototypes) tensor that outlives a chunk of rows.
+"""Cross-entropy against prototypes without a full (rows x prototypes) tensor.
 
-The logits of a chunk are computed, their loss and gradient taken, and dropped; kept for the backward pass are the
-gradients of the bottleneck features and of the prototypes, which a scalar loss only scales. Not here: what the targets
-are (``loss/soft_targets``), the head's MLP (``dino_head``). Read :func:`prototype_cross_entropy` first.
+The logits of a chunk are computed, their loss and gradient taken, and then freed; saved for the backward pass are the
+gradients of the bottleneck features and of the prototypes, which a scalar loss only scales.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from dinov2_custom.layers.weight_norm import normalised, normalised_backward_, row_chunks
 
-# Logits of a chunk, for memory: 16 Mi are 256 rows of 65,536 prototypes. On CPUs as few as give fast products.
+# Logits of a chunk, for memory: 16 Mi are 256 rows of 65,536 prototypes. On CPUs, the fewest that give fast products.
 _CHUNK_LOGITS = {"cuda": 2**24, "cpu": 2**22}
 # Gradients of logits that are multiplied with their features at once: each product adds to a (K, D) tensor in float32,
 # which on a CPU takes longer than the product of a small chunk. Elsewhere a chunk at a time.
@@ -33,8 +32,8 @@ class PrototypeJob:
         targets: (start, stop) -> probabilities (stop - start, K) in float32.
         num_rows: n, rows of targets.
         weights: (n,) float32, by which the rows' losses are summed.
-        num_views: J, rows of features that each row of targets is for; features lie as (J, n).
-        mass: what a row of targets sums to.
+        num_views: J, rows of features per row of targets; features have the layout (J, n).
+        mass: the sum of a row of targets.
         temperature: of the student's softmax.
     """
 
@@ -47,7 +46,7 @@ class PrototypeJob:
 
 
 def chunk_size(num_prototypes: int, device: torch.device) -> int:
-    """Return how many rows of logits are computed at a time."""
+    """Return the number of rows of logits per chunk."""
     return max(1, _CHUNK_LOGITS.get(device.type, 2**24) // num_prototypes)
 
 
@@ -58,12 +57,12 @@ def prototype_cross_entropy(
     jobs: Sequence[PrototypeJob],
     chunk_loss: Callable | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of the jobs' losses, and each job's (num_jobs,) without gradient.
+    """Return the sum of the jobs' losses, and the losses of the jobs (num_jobs,) without gradient.
 
     Args:
-        features: (R, D) normalised bottleneck features, the jobs' rows end to end; products are in their precision.
+        features: (R, D) normalised bottleneck features, the jobs' rows concatenated; products use their precision.
         weight_v, weight_g: (K, D) and (K, 1) of the weight-normalised prototypes.
-        chunk_loss: :func:`chunk_cross_entropy`, or what stands in for it.
+        chunk_loss: :func:`chunk_cross_entropy`, or a replacement for it.
     """
     return _PrototypeCrossEntropy.apply(features, weight_v, weight_g, list(jobs), chunk_loss or chunk_cross_entropy)
 
@@ -93,7 +92,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
 
 def _split(rows: Tensor | None, jobs: Sequence[PrototypeJob]) -> Sequence[Tensor | None]:
-    """Cut (R, D) into one (J, n, D) view a job."""
+    """Cut (R, D) into one (J, n, D) view per job."""
     if rows is None:
         return [None] * len(jobs)
     parts = rows.split([job.num_views * job.num_rows for job in jobs])
@@ -101,7 +100,7 @@ def _split(rows: Tensor | None, jobs: Sequence[PrototypeJob]) -> Sequence[Tensor
 
 
 def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight, chunk_loss) -> Tensor:
-    """Return a job's loss, write its gradient into ``of_rows_JnD`` and add that of the prototypes, if needed."""
+    """Return a job's loss, write its gradient to ``of_rows_JnD`` and add that of the prototypes, if needed."""
     loss = weight.new_zeros((), dtype=_ACCUMULATE)
     at_a_time = chunk_size(len(weight), weight.device) // job.num_views
     for rows in row_chunks(job.num_rows, at_a_time):
@@ -116,7 +115,7 @@ def _run_job(job, rows_JnD, weight, of_rows_JnD, of_weight, chunk_loss) -> Tenso
             of_rows_JnD[:, rows] = ((gradient @ weight).to(_ACCUMULATE) * factor).unflatten(0, (job.num_views, -1))
         if of_weight is not None:
             of_weight.add(gradient, features, factor)
-        del logits, targets, losses, gradient  # before the next chunk's
+        del logits, targets, losses, gradient  # free before the next chunk's are allocated
     return loss
 
 
@@ -131,8 +130,8 @@ class _WeightGradient:
     def add(self, gradient: Tensor, features: Tensor, factor: Tensor) -> None:
         """Add a chunk: (r, K) gradients of logits, (r, D) features, (r, 1) factors in float32."""
         weighted = features.to(_ACCUMULATE) * factor
-        if gradient.dtype == torch.float16:  # the products are far below its smallest number
-            gain = _FP16_LARGEST_FACTOR / factor.amax().clamp_min(1e-30)  # 0 where all rows are padding
+        if gradient.dtype == torch.float16:  # the products are far below float16's smallest number
+            gain = _FP16_LARGEST_FACTOR / factor.amax().clamp_min(1e-30)  # 0 if all rows are padding
             self._add((gradient.T @ (weighted * gain).to(features.dtype)).to(_ACCUMULATE).div_(gain))
             return
         self._chunks.append((gradient, weighted.to(features.dtype)))
@@ -140,7 +139,7 @@ class _WeightGradient:
             self._multiply()
 
     def sum(self) -> Tensor:
-        """Return the sum, (K, D) in float32; no chunks: zeros."""
+        """Return the sum, (K, D) in float32; zeros without chunks."""
         self._multiply()
         return self._weight.new_zeros(self._weight.shape, dtype=_ACCUMULATE) if self._sum is None else self._sum
 
@@ -169,8 +168,8 @@ def chunk_cross_entropy(logits_JnK: Tensor, targets_nK: Tensor, inverse_temp: fl
 def fused_cross_entropy(logits_JnK: Tensor, targets_nK: Tensor, inverse_temp: float, mass: float):
     """Return :func:`chunk_cross_entropy`'s results in three passes over the chunk, if compiled.
 
-    The largest logit is subtracted before scaling: of a softmax of scaled logits, torch 2.15's inductor makes several
-    passes more.
+    The largest logit is subtracted before scaling: for a softmax of scaled logits, torch 2.15's inductor needs several
+    more passes.
     """
     logits = logits_JnK.to(_ACCUMULATE)
     below = (logits - logits.amax(dim=-1, keepdim=True)) * inverse_temp

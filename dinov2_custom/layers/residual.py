@@ -1,8 +1,8 @@
-"""Add a branch to the residual stream for some of its rows only, which is how stochastic depth skips samples.
+"""Add a branch to some rows of the residual stream; stochastic depth skips the other samples.
 
-Rows are added in place where the buffer is not aliased (:class:`Owned`), which saves half of the cost. Autograd does
-not see it, so that hooks on the stream (FSDP2's) stay where they are; it still checks that nothing that is overwritten
-was kept for a backward pass. Not here: what a branch computes (``packed``). Read :func:`add_residual_subset` first.
+Rows are added in place where the buffer is not aliased (:class:`Owned`), which halves the cost. Autograd does not see
+this, so that hooks on the stream (FSDP2's) stay in place; it still checks that no overwritten tensor was saved for a
+backward pass.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dinov2_custom.layers.segments import Segments
 
 
 class Owned(NamedTuple):
-    """What may be overwritten.
+    """Tensors that may be overwritten.
 
     Attributes:
-        x: the input, which nothing else reads.
-        gradient: that of the result, as it comes from another residual branch, and from nothing else.
+        x: the input, if nothing else reads it.
+        gradient: the gradient of the result, if it comes from another residual branch only.
     """
 
     x: bool = False
@@ -39,7 +39,7 @@ def add_residual_subset(
     dtype: torch.dtype | None = None,
     pieces: Pieces = EAGER,
 ) -> Tensor:
-    """Return x + residual(x) computed for the rows of ``subset`` only, scaled so that its expectation is the full one.
+    """Return x + residual(x) computed for the rows of ``subset`` only, scaled so that the expectation is unchanged.
 
     Args:
         residual: (rows of x, in ``dtype`` or x's own; their segments; a factor) -> the branch times the factor.
@@ -56,8 +56,8 @@ def add_residual_subset(
 
 
 class _Take(torch.autograd.Function):
-    """Return (x, x[rows]). Its backward adds the second gradient to the rows of the first: one pass less than two uses
-    of x, whose gradients autograd would spread out and sum."""
+    """Return (x, x[rows]). The backward adds the second gradient to the rows of the first: one pass less than for two
+    uses of x, whose gradients autograd would materialise and sum."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, dtype: torch.dtype, overwrite: bool, pieces: Pieces):
@@ -73,7 +73,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Add(torch.autograd.Function):
-    """Return x with scale * branch added to its rows. Unlike ``index_add`` it keeps no ``branch``."""
+    """Return x with scale * branch added to its rows. Unlike ``index_add`` it does not save ``branch``."""
 
     @staticmethod
     def forward(ctx, x: Tensor, branch: Tensor, rows: Tensor, scale: Tensor | None, overwrite: bool, pieces: Pieces):

@@ -35,7 +35,7 @@ class SwiGLUFFN(nn.Module):
 
 
 def aligned_hidden_features(hidden_features: int, multiple: int = 8) -> int:
-    """Return two thirds of ``hidden_features``, rounded up to ``multiple``: equal parameters to an MLP, fast shapes."""
+    """Return two thirds of ``hidden_features``, rounded up to ``multiple``: an MLP's parameter count, fast shapes."""
     return -(-int(hidden_features * 2 / 3) // multiple) * multiple
 
 

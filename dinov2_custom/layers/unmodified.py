@@ -1,7 +1,7 @@
-"""Whether modules are still as this package built them, so that computing from their weights is calling them.
+"""Detect whether modules are as this package built them, so that computing from their weights equals calling them.
 
-People hook, patch, wrap, subclass and replace modules, at any time. Training looks before each step
-(``train/ssl_meta_arch.py``); what it finds is called as a module. Read :func:`find_change` first.
+Users may hook, patch, wrap, subclass or replace modules at any time. Training checks before each step
+(``train/ssl_meta_arch.py``); and calls modified ones as modules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OF_A_BLOCK = {
 }
 _OF_ATTENTION = dict.fromkeys(("qkv", "proj"), (nn.Linear,)) | dict.fromkeys(("attn_drop", "proj_drop"), (nn.Dropout,))
 _OF_SWIGLU = dict.fromkeys(("w12", "w3"), (nn.Linear,))
-# class -> its modules, which are not called where it is computed from weights, and what they have to be
+# class -> its modules, which are bypassed when it is computed from weights, and their required classes
 _PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     Block: _OF_A_BLOCK,
     NestedTensorBlock: _OF_A_BLOCK,
@@ -46,7 +46,7 @@ _PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     **dict.fromkeys((DropPath, LayerScale, WeightNormLinear), {}),
     **dict.fromkeys((nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear), {}),
 }
-_FORWARDS = {cls: cls.forward for cls in _PARTS}  # as they are defined; users may replace them
+_FORWARDS = {cls: cls.forward for cls in _PARTS}  # as defined here; users may replace them
 _HOOKS = {
     "_forward_hooks": "a forward hook",
     "_forward_pre_hooks": "a forward pre-hook",
@@ -57,7 +57,7 @@ _FSDP = "torch.distributed.fsdp"
 
 
 def find_change_of_all() -> str | None:
-    """Name what was changed in all modules at once, a class's ``forward`` or a hook on every module; None: nothing."""
+    """Return what was changed for all modules at once (a class's ``forward`` or a global hook), or None."""
     for cls, forward in _FORWARDS.items():
         if cls.forward is not forward:
             return f"another {cls.__name__}.forward"
@@ -70,14 +70,14 @@ def find_change_of_all() -> str | None:
 def find_change(
     module: nn.Module, expected: Iterable[type] = (Block, NestedTensorBlock), name: str = "", sharded_for: str = ""
 ) -> str | None:
-    """Name the first of ``module`` and the modules in it that computing from weights would pass over, and why; None:
-    there is none. See :func:`find_change_of_all`, too.
+    """Return the first of ``module`` and its submodules that computing from weights would bypass, with the reason, or
+    None. See also :func:`find_change_of_all`.
 
     Args:
-        expected: classes, and no others, that the module may be of.
-        name: to begin with.
-        sharded_for: method around which FSDP2 gathers the weights: where it does, its class and its hooks on the module
-            are no change.
+        expected: the exact classes that the module may have.
+        name: prefix of the reported name.
+        sharded_for: method around which FSDP2 gathers the weights; if it does, its class and its hooks on the module
+            are not modifications.
     """
     cls, own = type(module), vars(module) if module is not None else {}
     sharded = bool(sharded_for) and sharded_for in own and _is_fsdps(cls.__mro__[1:2])
@@ -108,7 +108,7 @@ def _is_fsdps(things: Iterable) -> bool:
 
 
 def unmodified_blocks(blocks: nn.ModuleList, name: str) -> tuple[frozenset[nn.Module], list[str]]:
-    """Return which of ``blocks``, or of the blocks in its chunks, are as they were built, and what is changed of the
+    """Return which of ``blocks``, or of the blocks in their chunks, are unmodified, and what is modified in the
     others."""
     found, changes = [], []
     for index, stage in blocks.named_children():
@@ -118,7 +118,7 @@ def unmodified_blocks(blocks: nn.ModuleList, name: str) -> tuple[frozenset[nn.Mo
             continue
         for number, block in stage.named_children() if chunked else [(index, stage)]:
             if chunked and isinstance(block, nn.Identity):
-                continue  # in front of the chunk's own
+                continue  # before the chunk's own blocks
             change = find_change(block, name=f"{name}.{index}.{number}" if chunked else f"{name}.{index}",
                                  sharded_for="forward_packed")
             if change is None:
@@ -129,6 +129,6 @@ def unmodified_blocks(blocks: nn.ModuleList, name: str) -> tuple[frozenset[nn.Mo
 
 
 def methods_of(cls: type, package: str = "dinov2_custom") -> dict[str, Callable]:
-    """Return the methods that a class has from this package, by name."""
+    """Return the methods of a class that this package defines, by name."""
     bases = [base for base in reversed(cls.__mro__) if base.__module__.startswith(package)]
     return {name: value for base in bases for name, value in vars(base).items() if callable(value)}

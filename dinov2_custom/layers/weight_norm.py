@@ -1,6 +1,6 @@
-"""Weight-normalised matrices a few rows at a time, so that large ones are read once and copied nowhere.
+"""Weight-normalised matrices processed a few rows at a time, so that large ones are read once and never copied.
 
-Not a module: ``dino_head.WeightNormLinear`` holds the parameters. Read :func:`normalised` first.
+The parameters are held by ``dino_head.WeightNormLinear``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _ROWS_AT_A_TIME = 8192
 
 
 def row_chunks(num_rows: int, at_most: int) -> Iterator[slice]:
-    """Cut ``num_rows`` into slices of ``at_most`` rows (at least one); the last may be shorter."""
+    """Yield slices of ``at_most`` rows that cover ``num_rows``, at least one; the last may be shorter."""
     step = max(1, at_most)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
@@ -34,7 +34,7 @@ def normalised(weight_v: Tensor, weight_g: Tensor, dtype: torch.dtype) -> Tensor
 
 @torch.no_grad()
 def normalised_backward_(gradient: Tensor, weight_v: Tensor, weight_g: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn the gradient of the normalised matrix into those of v, in its place, and of g (K, 1).
+    """Return the gradients of v and g (K, 1) from that of the normalised matrix; the first overwrites ``gradient``.
 
     Source: Salimans & Kingma 2016, eq. 3.
     """

@@ -1,4 +1,4 @@
-"""The running mean of teacher logits that keeps one prototype from winning everything (Caron et al. 2021, eq. 4)."""
+"""The running mean of teacher logits that prevents one prototype from dominating (Caron et al. 2021, eq. 4)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits, sum_of_l
 
 
 class CenteredLoss(nn.Module):
-    """Hold ``center`` and blend each batch's mean into it, one call late so that the reduction overlaps the backward.
+    """Hold ``center`` and update it with each batch's mean, one call late so that the reduction overlaps the backward.
 
     Args:
         center_shape: (1, K) or (1, 1, K).
@@ -20,8 +20,9 @@ class CenteredLoss(nn.Module):
         center_momentum: weight of the old centre.
 
     Attributes:
-        hold_center: while set, updates are collected and the centre stays: for the later micro-batches of one step.
-        over_all_ranks: False: centre and Sinkhorn-Knopp take this rank's rows alone, as if there were no others.
+        hold_center: while set, updates are collected and the centre is unchanged, for the later micro-batches of one
+            step.
+        over_all_ranks: if False, centre and Sinkhorn-Knopp use the rows of this rank only.
     """
 
     def __init__(self, center_shape: tuple[int, ...], student_temp: float, center_momentum: float) -> None:
@@ -44,7 +45,7 @@ class CenteredLoss(nn.Module):
     def update_center(self, teacher_output: Tensor, real_rows: Tensor | None = None) -> None:
         """Start the update from this rank's logits (..., K); it takes effect at the next call.
 
-        ``real_rows`` (R,) is 1, or 0 for rows of padding; None: all are real.
+        ``real_rows`` (R,) is 1, or 0 for rows of padding; None if all are real.
         """
         self.reduce_center_update(teacher_output, real_rows)
 
@@ -57,13 +58,13 @@ class CenteredLoss(nn.Module):
     def lazy_targets(
         self, features: Tensor, weight: Tensor, teacher_temp: float, real_rows: Tensor | None = None, keep: bool = False
     ) -> SoftTargets:
-        """Return :meth:`softmax_center_teacher`'s result for the logits features weight^T, which never exist all
-        at once, and start :meth:`update_center`.
+        """Return :meth:`softmax_center_teacher` of the logits features weight^T, which are never materialised in full,
+        and start :meth:`update_center`.
 
         Args:
             features, weight: (R, D) and (K, D), in the precision to compute the product in.
-            real_rows: as there; rows of padding become zeros.
-            keep: whether rows will be read more than once.
+            real_rows: as in :meth:`update_center`; rows of padding become zeros.
+            keep: set if rows are read more than once.
         """
         if not self.hold_center:
             self.apply_center_update()
@@ -80,13 +81,13 @@ class CenteredLoss(nn.Module):
 
     @torch.no_grad()
     def cancel_center_update(self, where: Tensor) -> None:
-        """Discard the started updates where the 0-dim ``where`` is 1: the step that they belong to is left out."""
+        """Discard the pending updates if the 0-dim ``where`` is 1, as their step is skipped."""
         for sum_and_count in self._finished_updates():
             sum_and_count.masked_fill_(where > 0, 0.0)
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Blend in the mean over all started updates; without rows, or where it is not finite, the centre stays."""
+        """Apply the mean over all pending updates; without rows, or if it is not finite, the centre is unchanged."""
         if not self._pending:
             return
         sum_and_count = sum(self._finished_updates())
@@ -98,7 +99,7 @@ class CenteredLoss(nn.Module):
         self.center.copy_(torch.where(usable, blended, self.center))
 
     def _finished_updates(self) -> list[Tensor]:
-        """Return the sums of the started updates, reduced over all ranks."""
+        """Return the sums of the pending updates, reduced over all ranks."""
         for _, handle in self._pending:
             if handle is not None:
                 handle.wait()

@@ -28,8 +28,8 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
         """Return assignments (M, K) balanced over the masked patches of all ranks.
 
         Args:
-            n_masked_patches_tensor: not used, as the number of rows cancels; upstream's argument.
-            real_rows: (M,) 1, or 0 for rows of padding, which become zeros; None: all are real.
+            n_masked_patches_tensor: unused, as the number of rows cancels; kept for upstream's signature.
+            real_rows: (M,) 1, or 0 for rows of padding, which become zeros; None if all are real.
         """
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations, real_rows, self.over_all_ranks)
 
@@ -52,7 +52,7 @@ class iBOTPatchLoss(CenteredLoss):  # noqa: N801 - upstream's name
         n_masked_patches: int | None = None,
         masks_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return the same loss from the masked patches alone.
+        """Return the same loss from the masked patches only.
 
         Args:
             student_patch_tokens_masked, teacher_patch_tokens_masked: (M, K), crop by crop; rows beyond

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dinov2_custom import distributed
 
-# Two identical features lie eps * sqrt(D) < 1e-6 apart and have no direction to be pushed in, only a huge gradient.
+# Two identical features are eps * sqrt(D) < 1e-6 apart: their gradient is huge and has no meaningful direction.
 _DUPLICATE_DISTANCE = 1e-6
 
 
@@ -17,9 +17,9 @@ class KoLeoLoss(nn.Module):
     """Minus the mean log distance to the nearest neighbour, computed in float32 whatever the input.
 
     Args:
-        over_all_ranks: look for neighbours among the features of all processes, each of which has the same number. Then
-            loss and gradient are those of one process with all features: the loss is the same everywhere, and gradients
-            are meant to be averaged over the processes, as those of all other losses.
+        over_all_ranks: look for neighbours among the features of all processes, each of which has the same number. The
+            loss and gradient are then those of one process with all features: the loss is the same everywhere,
+            and gradients must be averaged over the processes, like those of all other losses.
     """
 
     def __init__(self, over_all_ranks: bool = False) -> None:
@@ -31,7 +31,7 @@ class KoLeoLoss(nn.Module):
         return nearest_neighbours(x)
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
-        """Return the loss of features (B, D); 0 of a single one, and without gradient for exact duplicates."""
+        """Return the loss of features (B, D); 0 for a single one, and without gradient for exact duplicates."""
         with torch.autocast(student_output.device.type, enabled=False):
             features = F.normalize(student_output.float(), p=2.0, dim=-1, eps=eps)
             if self.over_all_ranks and distributed.is_enabled():
@@ -52,8 +52,9 @@ def _spread(features: Tensor, eps: float) -> Tensor:
 def _spread_of_all_ranks(features: Tensor, eps: float) -> Tensor:
     """Return the loss of all ranks' features.
 
-    Every rank computes the gradient for all of them and keeps its own rows' part, which includes what it is as
-    others' neighbour. So the backward pass has no reduction that could run among those of the parameters' gradients.
+    Every rank computes the gradient for all of them and keeps its own rows' part, including its contribution as
+    others' neighbour. So the backward pass has no reduction that could interleave with those of the parameters'
+    gradients.
     """
     rank, size, rows = dist.get_rank(), dist.get_world_size(), len(features)
     gathered = [torch.empty_like(features) for _ in range(size)]
@@ -66,7 +67,7 @@ def _spread_of_all_ranks(features: Tensor, eps: float) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient with respect to ``features`` is known already."""
+    """A value whose gradient with respect to ``features`` is precomputed."""
 
     @staticmethod
     def forward(ctx, features: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -82,5 +83,5 @@ class _WithGradient(torch.autograd.Function):
 def nearest_neighbours(features: Tensor) -> Tensor:
     """Return for each row of normalised (B, D) the index of the other row with the largest dot product."""
     similarity = features @ features.T
-    similarity.fill_diagonal_(-2.0)  # below a cosine of -1 that was rounded down
+    similarity.fill_diagonal_(-2.0)  # below -1, the smallest cosine, even after rounding
     return similarity.argmax(dim=1)

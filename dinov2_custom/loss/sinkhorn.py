@@ -1,7 +1,6 @@
-"""Sinkhorn-Knopp: teacher logits to assignments that use all prototypes equally. Shared by the DINO and iBOT losses.
+"""Sinkhorn-Knopp: turn teacher logits into assignments that use all prototypes equally. Used by both losses.
 
-Its last normalisation is a softmax of each row, so it comes down to a centre. Not in here: how rows are computed
-(``soft_targets``). Read :func:`sinkhorn_targets` first.
+Its last normalisation is a softmax of each row, so the algorithm reduces to finding a centre.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch import Tensor
 from dinov2_custom import distributed
 from dinov2_custom.loss.soft_targets import SoftTargets, TeacherLogits
 
-# What stands for a maximum and for a sum where there is no row: finite, so that rows of padding are too.
+# Values for a maximum and a sum over no rows: finite, so that rows of padding are finite too.
 _LOWEST = -1e30
 _LEAST_SUM = 1e-30
 
@@ -26,19 +25,19 @@ def sinkhorn_targets(
     real_rows: Tensor | None = None,
     over_all_ranks: bool = True,
 ) -> SoftTargets:
-    """Return Sinkhorn-Knopp's assignments of ``logits`` (R, K), R >= 0, balanced over the rows of all ranks.
+    """Return Sinkhorn-Knopp assignments for ``logits`` (R, K), R >= 0, balanced over the rows of all ranks.
 
     exp(logits / temp) is scaled alternately by prototype and by sample, ``n_iterations`` >= 1 times each. A sample's
-    scale makes its row a softmax, so what is iterated is the centre: the prototypes' scales are exp(-center / temp),
-    first one over the columns' sums, then less by the sums of the softmaxes. Each logit is read ``n_iterations``
-    times, and again when its assignment is computed.
+    scale makes its row a softmax, so the iteration is over the centre: the prototypes' scales are exp(-center / temp),
+    initialised from the column sums and then reduced by the column sums of the softmaxes. Each logit is read
+    ``n_iterations`` times, and again when its assignment is computed.
 
-    Nothing overflows, as sums are taken relative to their largest term and kept as logarithms. Nothing underflows
-    that counts: of a column, once scaled, one entry is at least 1 / R, and none of its row is above 1.
+    Nothing overflows, as sums are taken relative to their largest term and kept as logarithms. No significant term
+    underflows: in each column, once scaled, one entry is at least 1 / R, and no entry of its row is above 1.
 
     Args:
-        real_rows: (R,) 1, or 0 for rows of padding, which become zeros and change nothing else; None: all are real.
-        over_all_ranks: False: over the rows of this rank.
+        real_rows: (R,) 1, or 0 for rows of padding, which become zeros and change nothing else; None if all are real.
+        over_all_ranks: if False, balance over the rows of this rank only.
 
     Source: Cuturi 2013, algorithm 1; SwAV (Caron et al. 2020), section 3.1; three iterations as in DINOv2.
     """
@@ -55,7 +54,7 @@ def sinkhorn_targets(
 def _log_sums_of_columns(logits: TeacherLogits, scale: float, real_rows: Tensor | None, parallel: bool) -> Tensor:
     """Return log sum exp(scale * logits) over the real rows, (K,) float32; finite if there are none.
 
-    ``parallel``: of all ranks.
+    ``parallel``: over all ranks.
     """
     sums = torch.zeros(logits.num_prototypes, dtype=torch.float32, device=logits.device)
     largest = torch.full_like(sums, _LOWEST)

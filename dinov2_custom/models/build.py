@@ -1,4 +1,4 @@
-"""From a configuration to student and teacher backbones, and to heads."""
+"""Build student and teacher backbones, and heads, from a configuration."""
 
 from __future__ import annotations
 

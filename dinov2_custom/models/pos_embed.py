@@ -21,12 +21,12 @@ def resample_pos_embed(
 
     Args:
         grid: (rows, columns) of patches wanted. Under ``torch.jit.trace`` they may be scalar tensors.
-        source_grid: (rows, columns) of the M positions given; None: a square.
-        offset: when not 0, the scale factor is (rows + offset) / source rows instead of an exact size. The values
-            differ a little, and the released models without registers were trained with 0.1.
+        source_grid: (rows, columns) of the M given positions; None for a square.
+        offset: when not 0, the scale factor is (rows + offset) / source rows instead of giving the size. The values
+            differ slightly, and the released models without registers were trained with 0.1.
 
     Raises:
-        ValueError: the given positions do not form ``source_grid``.
+        ValueError: M is not the size of ``source_grid``.
     """
     num_positions = pos_embed.shape[1] - 1
     source_rows, source_columns = source_grid or (math.isqrt(num_positions),) * 2
@@ -37,10 +37,10 @@ def resample_pos_embed(
     pos_embed = pos_embed.float()
     patches = pos_embed[:, 1:].reshape(1, source_rows, source_columns, -1).permute(0, 3, 1, 2)
     if offset:
-        # float: a trace records the factors as numbers, interpolate refuses tensors
+        # float: a trace records the factors as numbers; interpolate rejects tensors
         factors = float(rows + offset) / source_rows, float(columns + offset) / source_columns
         patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", antialias=antialias)
-    elif antialias and torch.onnx.is_in_onnx_export():  # the exporter of traced graphs does not have this operation
+    elif antialias and torch.onnx.is_in_onnx_export():  # the exporter of traced graphs lacks this operator
         vertical, horizontal = _cubic_weights(int(rows), source_rows), _cubic_weights(int(columns), source_columns)
         patches = vertical.to(patches) @ patches @ horizontal.to(patches).T
     else:
@@ -51,9 +51,9 @@ def resample_pos_embed(
 
 
 def _cubic_weights(size: int, source_size: int) -> Tensor:
-    """Return (size, source_size): row i is what ``F.interpolate(mode="bicubic", antialias=True)`` weights inputs with.
+    """Return (size, source_size): row i holds the input weights of ``F.interpolate(mode="bicubic", antialias=True)``.
 
-    Source: Keys 1981, eq. 4 with a = -1/2; stretched by the ratio of the sizes when reducing.
+    Source: Keys 1981, eq. 4 with a = -1/2; stretched by the ratio of the sizes when downsampling.
     """
     ratio = source_size / size
     stretch = max(ratio, 1.0)

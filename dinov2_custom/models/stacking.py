@@ -1,4 +1,4 @@
-"""How blocks are stacked and initialised: FFN by name, drop-path rates, chunks, weights."""
+"""Stack and initialise blocks: FFN by name, drop-path rates, chunks, weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLUFFNFused, "swiglufused": SwiGLUFFNFuse
 
 def drop_path_rates(depth: int, rate: float, uniform: bool) -> list[float]:
     """Return each block's drop ratio: ``rate`` everywhere, or rising linearly from 0 to ``rate``."""
-    # torch's float32 steps: a last-bit difference can change how many samples a block keeps
+    # computed in torch's float32 steps: a last-bit difference can change how many samples a block keeps
     return [rate] * depth if uniform else torch.linspace(0, rate, depth, device="cpu").tolist()
 
 
 def chunk_blocks(blocks: list[nn.Module], num_chunks: int) -> list[BlockChunk]:
-    """Group blocks into chunks of depth // num_chunks, padding each in front so that names count globally."""
+    """Group blocks into chunks of depth // num_chunks, each padded at the front so that names use global indices."""
     size = len(blocks) // num_chunks
     return [
         BlockChunk([nn.Identity() for _ in range(start)] + blocks[start : start + size])

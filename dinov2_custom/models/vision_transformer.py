@@ -1,8 +1,8 @@
 """The Vision Transformer of DINOv2: class token, optional registers, masks, several crop sizes in one pass.
 
-Single-device code: no precision, compilation or parallelism in here. Names of parameters and methods are upstream's, so
-released weights and users' scripts fit. Every module is called, but for the blocks of a training step that
-:meth:`DinoVisionTransformer.forward_features_list` is told to run from their weights.
+Single-device code without precision, compilation or parallelism. Names of parameters and methods are upstream's, so
+released weights and users' scripts work. Every module is called, except those of blocks in a training step that
+:meth:`DinoVisionTransformer.forward_features_list` computes from their weights.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class DinoVisionTransformer(nn.Module):
 
     Args:
         img_size: side, or (height, width), in pixels for which ``pos_embed`` is sized; other sizes are resampled.
-        init_values: start of LayerScale; None or 0 for none.
+        init_values: initial value of LayerScale; None or 0 for none.
         ffn_layer: one of :data:`FFN_LAYERS`.
         block_chunks: 0 for a flat block list; n > 0 for n chunks (changes only the parameters' names).
-        num_register_tokens: extra tokens without position (Darcet et al. 2023).
+        num_register_tokens: extra tokens without a position embedding (Darcet et al. 2023).
         interpolate_antialias, interpolate_offset: how ``pos_embed`` is resampled; the released plain models use
             False and 0.1, those with registers True and 0.0.
         channel_adaptive: for ``in_chans`` 1: :meth:`get_intermediate_layers` takes images of any number of channels,
@@ -113,7 +113,7 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw tokens and linear layers by truncated normal; LayerScale and patches start as their classes do."""
+        """Draw tokens and linear layers by truncated normal; LayerScale and patch embedding use their own defaults."""
         trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
@@ -121,7 +121,7 @@ class DinoVisionTransformer(nn.Module):
         named_apply(init_weights_vit_timm, self)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scale the gradients down to a total norm of at most ``max_norm``; return the norm before. FSDP's name."""
+        """Scale the gradients down to a total norm of at most ``max_norm``; return the original norm. FSDP's name."""
         return nn.utils.clip_grad_norm_(self.parameters(), max_norm, norm_type)
 
     def all_blocks(self) -> list[nn.Module]:
@@ -131,17 +131,17 @@ class DinoVisionTransformer(nn.Module):
         blocks, places = [], 0
         for stage in self.blocks:
             if isinstance(stage, nn.ModuleList):
-                blocks += list(stage)[places:]  # after the chunk's padding; an Identity there stands for a block
+                blocks += list(stage)[places:]  # skip the chunk's padding; an Identity in place of a block is kept
                 places = len(stage)
             else:
                 blocks.append(stage)
         return blocks
 
     def draw(self, num_sequences: Sequence[int], generator: torch.Generator | None = None) -> list[Draw]:
-        """Draw the stochastic-depth subsets of one pass over tensors of ``num_sequences``, two a block, in order.
+        """Draw the stochastic-depth subsets of one pass over tensors of ``num_sequences``, two per block, in order.
 
-        ``generator`` is a CPU generator (None: torch's global one). Blocks with a ``forward`` of their own draw
-        themselves.
+        ``generator`` is a CPU generator (None: torch's global one). Blocks with a ``forward`` of their own make their
+        own draws.
         """
         drawn = [b.draw(num_sequences, generator) if has_own_forward(b) else (None, None) for b in self.all_blocks()]
         return [draw for pair in drawn for draw in pair]
@@ -152,9 +152,10 @@ class DinoVisionTransformer(nn.Module):
         return self.num_tokens + self.num_register_tokens + rows * columns
 
     def position_grid(self) -> tuple[int, int]:
-        """Return (rows, columns) of the patches that ``pos_embed`` is for: of ``img_size``, else a square.
+        """Return (rows, columns) of the patch grid of ``pos_embed``: that of ``img_size``, else a square.
 
-        ``pos_embed`` may have been replaced by one of another, square size, and ``embed_layer`` need not know its grid.
+        ``pos_embed`` may have been replaced by one for another, square grid, and ``embed_layer`` may have no grid
+        attribute.
         """
         num_positions = self.pos_embed.shape[1] - self.num_tokens
         rows, columns = getattr(self.patch_embed, "patches_resolution", (0, 0))
@@ -163,7 +164,7 @@ class DinoVisionTransformer(nn.Module):
     def interpolate_pos_encoding(self, x: Tensor, w: int, h: int) -> Tensor:
         """Return ``pos_embed`` (1, 1+n, D) for tokens ``x`` (B, 1+n, D) of an image ``w`` pixels high and ``h`` wide.
 
-        The argument names are upstream's; the first is the image's height.
+        The argument names are upstream's: ``w`` is the image's height.
         """
         grid, own_grid = (w // self.patch_size, h // self.patch_size), self.position_grid()
         if grid == own_grid and (w == h or own_grid[0] != own_grid[1]):  # as upstream for sizes between multiples
@@ -196,17 +197,17 @@ class DinoVisionTransformer(nn.Module):
         draws: Sequence[Draw] | None = None,
         packed: Packed = Packed(),  # noqa: B008 - immutable
     ) -> list[dict[str, Tensor | None]]:
-        """Run crops of several sizes, block by block.
+        """Run crops of several sizes through the blocks.
 
         Args:
             x_list: images, each (B_i, C, H_i, W_i).
             masks_list: (B_i, N_i) bool or None, each.
             draws: the stochastic-depth subsets, as :meth:`draw` returns them, cut to ``x_list``; None: draw them here.
-            packed: which blocks take all crops in one pass from their weights; the others are called for one after
-                the other.
+            packed: which blocks process all crops in one pass from their weights; the others are called once per
+                tensor.
 
         Returns:
-            One dict a tensor: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
+            One dict per tensor: ``x_norm_clstoken`` (B, D), ``x_norm_regtokens`` (B, R, D), ``x_norm_patchtokens``
             (B, N, D), ``x_prenorm`` (B, 1+R+N, D), ``masks`` as given.
         """
         tokens = [self.prepare_tokens_with_masks(*pair) for pair in zip(x_list, masks_list, strict=True)]
@@ -216,15 +217,15 @@ class DinoVisionTransformer(nn.Module):
             if blocks[0] in packed.blocks:
                 tokens = _run_packed(blocks, tokens, [drawn[block] for block in blocks], packed)
                 continue
-            (block,) = blocks  # or a chunk
+            (block,) = blocks  # a single block or a chunk
             of_block = drawn.get(block, (None, None))
             tokens = [call_block(block, x, of_tensor(of_block, i), packed.recompute) for i, x in enumerate(tokens)]
         normed = [self.norm(x) for x in tokens]
         return [self._features(*parts) for parts in zip(normed, tokens, masks_list, strict=True)]
 
     def _runs(self, packed: frozenset[nn.Module]) -> list[list[nn.Module]]:
-        """Return the blocks in order, those in ``packed`` that follow each other together, and the chunks that are
-        hooked or replaced in place of their blocks."""
+        """Return the blocks in order, with consecutive blocks in ``packed`` grouped, and chunks in place of their
+        blocks if they are hooked or replaced."""
         whole = not self.chunked_blocks or find_change_of_all() is not None
         runs: list[list[nn.Module]] = []
         for stage in self.blocks:
@@ -247,7 +248,7 @@ class DinoVisionTransformer(nn.Module):
         }
 
     def forward_features(self, x, masks=None, **options):
-        """Return the feature dict of (B, C, H, W), or a list of them for a list of images.
+        """Return the feature dict of (B, C, H, W), or a list of dicts for a list of image tensors.
 
         ``options``: of :meth:`forward_features_list`.
         """
@@ -267,7 +268,7 @@ class DinoVisionTransformer(nn.Module):
             ValueError: a block index that does not exist, or is given twice.
         """
         tokens = self.prepare_tokens_with_masks(x)
-        blocks = self.all_blocks()  # users shorten models: `model.blocks = model.blocks[:6]`
+        blocks = self.all_blocks()  # users truncate models: `model.blocks = model.blocks[:6]`
         wanted = range(len(blocks) - n, len(blocks)) if isinstance(n, int) else n
         outputs = []
         for index, block in enumerate(blocks):
@@ -292,12 +293,12 @@ class DinoVisionTransformer(nn.Module):
 
         Args:
             n: an int for the last n blocks, or block indices; the result is in order of depth.
-            return_class_token: give (patches, class token (B, D)) pairs.
+            return_class_token: return (patches, class token (B, D)) pairs.
             norm: apply the final norm.
 
         Returns:
-            One entry a block. A bag of channels gives pairs always, of an image (B, C, H, W) patches (B, C, N, D), with
-            ``reshape`` (B, C, D, h, w), and the channels' class tokens one after the other (B, C * D).
+            One entry per block. A bag of channels always returns pairs: for an image (B, C, H, W), patches (B, C, N,
+            D), with ``reshape`` (B, C, D, h, w), and the channels' class tokens concatenated (B, C * D).
 
         Raises:
             ValueError: a block index that does not exist.
@@ -333,7 +334,7 @@ class DinoVisionTransformer(nn.Module):
 def _run_packed(
     blocks: list[nn.Module], tokens: list[Tensor], draws: list[Sequence[Draw]], packed: Packed
 ) -> list[Tensor]:
-    """Run blocks, one after the other, each on all of ``tokens`` at once."""
+    """Run blocks in order, each on all of ``tokens`` at once."""
     x_TD, segments = pack(tokens)
     subsets = to_subsets([draw for pair in draws for draw in pair], segments, x_TD.device)
     for index, block in enumerate(blocks):

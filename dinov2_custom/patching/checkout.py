@@ -1,6 +1,6 @@
-"""Marked blocks at the end of a checkout's modules: put there, found again, taken out to the byte.
+"""Append marked blocks to a checkout's modules, find them, and remove them byte for byte.
 
-Nothing outside the markers is ever changed. Read :func:`plan` first.
+Nothing outside the markers is changed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class File(NamedTuple):
     """A module of the checkout.
 
     Attributes:
-        base: its bytes without our blocks.
-        blocks: code of our blocks by patch, in the file's order.
+        base: its bytes without this package's blocks.
+        blocks: patch name -> code of its block, in the file's order.
     """
 
     path: Path
@@ -46,7 +46,7 @@ def find_package(checkout: str) -> Path:
     """Return the folder that holds the checkout's package ``dinov2``.
 
     Raises:
-        ConfigError: there is none, or it is this project's own alias.
+        ConfigError: there is none, or it is this project's alias.
     """
     folder = Path(checkout).expanduser()
     for root in (folder, folder.parent):
@@ -61,21 +61,21 @@ def find_package(checkout: str) -> Path:
 
 
 def read_file(path: Path) -> File:
-    """Read a module and set our blocks apart."""
+    """Read a module and separate this package's blocks."""
     now = path.read_bytes()
     blocks = {m["name"].decode(): m["code"].decode().replace("\r\n", "\n") for m in _BLOCK.finditer(now)}
     first = next(_BLOCK.finditer(now), None)
     base = now
     if first:
         rest = _BLOCK.sub(b"", now[first.start() :])
-        # a line ending that was added goes with the blocks, unless something has been written after them
+        # an added line ending is removed with the blocks, unless something was written after them
         ending = first["added"].split(_NO_NEWLINE.encode())[0] if first["added"] and rest else b""
         base = now[: first.start()] + ending + rest
     return File(path, now, base, blocks)
 
 
 def names_of_blocks(content: bytes) -> list[str]:
-    """Return the patches whose blocks a module's bytes hold."""
+    """Return the names of the patches whose blocks a module contains."""
     return [match["name"].decode() for match in _BLOCK.finditer(content)]
 
 
@@ -118,7 +118,7 @@ def _parsed(path: Path) -> tuple[ast.Module | None, str]:
 
 
 def _bound_names(body: list[ast.stmt], prefix: str = "") -> set[str]:
-    """Return the names that statements bind, in branches too; of classes also ``Class.member``."""
+    """Return the names that statements bind, in branches too; for classes also ``Class.member``."""
     names: set[str] = set()
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -139,9 +139,9 @@ def _bound_names(body: list[ast.stmt], prefix: str = "") -> set[str]:
 
 
 def unused_names(patch: Patch, root: Path) -> list[str]:
-    """Return "path: name" for what ``patch`` rebinds and the checkout's own training never uses, a fork's for instance.
+    """Return "path: name" for names that ``patch`` rebinds and the checkout's training, such as a fork's, never uses.
 
-    Training is ``dinov2/train/train.py`` and every module that it imports; what nothing in there names is not used.
+    Training is ``dinov2/train/train.py`` and every module that it imports; a name that none of them mentions is unused.
     """
     trees = _training_modules(root)
     used = {name for tree in trees for statement in tree.body for name in _used_names(statement)}
@@ -170,7 +170,7 @@ def _training_modules(root: Path) -> list[ast.Module]:
 
 
 def _imported_files(tree: ast.Module, path: Path, root: Path) -> list[Path]:
-    """Return where the modules that one module's imports name would be, their packages included."""
+    """Return the possible paths of the modules imported by one module, including their packages."""
     own = path.relative_to(root).with_suffix("").parts
     names: list[list[str]] = []
     for node in ast.walk(tree):
@@ -185,7 +185,7 @@ def _imported_files(tree: ast.Module, path: Path, root: Path) -> list[Path]:
 
 
 def _used_names(statement: ast.stmt) -> set[str]:
-    """Return the names and attributes that a statement reads; a definition's own name does not count inside it."""
+    """Return the names and attributes that a statement reads; excluding a definition's own name inside it."""
     read = [node for node in ast.walk(statement) if isinstance(getattr(node, "ctx", None), ast.Load)]
     names = {node.id for node in read if isinstance(node, ast.Name)}
     names |= {node.attr for node in read if isinstance(node, ast.Attribute)}
@@ -193,13 +193,13 @@ def _used_names(statement: ast.stmt) -> set[str]:
 
 
 def plan(root: Path, series: list[Patch], chosen: list[Patch], revert: bool) -> dict[Path, tuple[bytes, bytes]]:
-    """Return (bytes now, bytes wanted) of every module that changes when ``chosen`` are applied or taken out.
+    """Return (bytes now, bytes wanted) of every module that changes if ``chosen`` are applied or reverted.
 
     Blocks of other patches stay; the order in a module is that of ``series``. Blocks of patches that ``series`` no
-    longer has are taken out when all are reverted.
+    longer has are removed when all are reverted.
 
     Raises:
-        ConfigError: names every module and symbol that a patch to apply does not find; nothing is to be written then.
+        ConfigError: a module or symbol required by a patch is missing; names all of them, and nothing may be written.
     """
     problems = [] if revert else [line for patch in chosen for line in missing_symbols(patch, root)]
     if problems:
@@ -246,7 +246,7 @@ def state_of(patch: Patch, root: Path) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace a file in one step, keeping its mode."""
+    """Replace a file atomically, keeping its mode."""
     with atomic_write(path, "wb", exclusive=True) as file:
         os.chmod(file.name, path.stat().st_mode)
         file.write(content)

@@ -1,7 +1,4 @@
-"""Configuration of a checkout: where it writes, how long an epoch is, when the teacher is saved.
-
-Read :func:`with_output_dir` first.
-"""
+"""Patches of a checkout's configuration: output directory, epoch length, saving of the teacher."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ _FLAGS = ("--output-dir", "--output_dir")
 
 
 def with_output_dir(original: Callable) -> Callable:
-    """Return a ``get_cfg_from_args`` that honours ``train.output_dir`` and a ``--output-dir`` behind the overrides."""
+    """Return a ``get_cfg_from_args`` that honours ``train.output_dir`` and a ``--output-dir`` after the overrides."""
 
     @functools.wraps(original)
     def honouring(args: Any) -> Any:
@@ -31,7 +28,7 @@ def with_output_dir(original: Callable) -> Callable:
 
 
 def with_submit_dir(original: Callable) -> Callable:
-    """Return a ``submit_jobs`` that honours the same."""
+    """Return a ``submit_jobs`` that honours the same settings."""
 
     @functools.wraps(original)
     def honouring(task_class: Any, args: Any, *rest: Any, **options: Any) -> Any:
@@ -44,11 +41,11 @@ def with_submit_dir(original: Callable) -> Callable:
 def take_output_dir(args: argparse.Namespace) -> None:
     """Set ``args.output_dir`` from flags among ``args.opts``, else from ``train.output_dir``, unless it is set.
 
-    Evaluations keep to their flag: the configuration they are given is that of a training run, which they must not
-    write into.
+    Evaluations keep to their flag: they are given the configuration of a training run, into which they must not
+    write.
 
     Raises:
-        ConfigError: ``--output-dir`` as the last word.
+        ConfigError: ``--output-dir`` as the last argument.
     """
     args.opts = list(args.opts or [])
     for place in [i for i, word in enumerate(args.opts) if word.partition("=")[0] in _FLAGS][::-1]:
@@ -66,21 +63,21 @@ def take_output_dir(args: argparse.Namespace) -> None:
 
 
 def with_epoch_length(original: Callable, count: Callable[[Any], int], world_size: Callable[[], int]) -> Callable:
-    """Return an ``apply_scaling_rules_to_cfg`` that puts a number for ``OFFICIAL_EPOCH_LENGTH: auto``.
+    """Return an ``apply_scaling_rules_to_cfg`` that replaces ``OFFICIAL_EPOCH_LENGTH: auto`` by a number.
 
     ``auto`` is one pass over the data: images / global batch, rounded up.
 
     Args:
-        count: number of images of a dataset string.
+        count: returns the number of images of a dataset string.
 
     Raises:
-        ConfigError: from the returned function: a warm-up longer than the run, fractional epochs.
+        ConfigError: (from the returned function) the warm-up is longer than the run, or epochs are fractional.
     """
 
     @functools.wraps(original)
     def computing(cfg: Any) -> Any:
         cfg = original(cfg) or cfg
-        if cfg.train.get("OFFICIAL_EPOCH_LENGTH") is None:  # a fork with epochs of its own
+        if cfg.train.get("OFFICIAL_EPOCH_LENGTH") is None:  # a fork that defines epochs differently
             return cfg
         batch = cfg.train.batch_size_per_gpu * world_size()
         if cfg.train.OFFICIAL_EPOCH_LENGTH == "auto":
@@ -110,7 +107,7 @@ def _check_epochs(cfg: Any) -> None:
 
 
 def with_last_teacher(original: Callable) -> Callable:
-    """Return an ``apply_scaling_rules_to_cfg`` after which the last iteration of a short run saves a teacher too."""
+    """Return an ``apply_scaling_rules_to_cfg`` after which the last iteration of a short run also saves a teacher."""
 
     @functools.wraps(original)
     def shortening(cfg: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Data for a checkout: unlabeled folders, bad images, samples without target, resuming. Read :func:`with_unlabeled`."""
+"""Data for a checkout: unlabeled folders, bad images, samples without target, resuming."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_TRIES = 100
 
 
 def with_unlabeled(original: Callable) -> Callable:
-    """Return a ``make_dataset`` that knows this project's names, paths and lists, and else asks ``original``."""
+    """Return a ``make_dataset`` that handles this project's names, paths and lists, and else calls ``original``."""
 
     @functools.wraps(original)
     def extended(
@@ -58,10 +58,10 @@ def with_skipping(original: Callable) -> Callable:
 
 
 class SkipBadImages(Dataset):
-    """``dataset``, in which an unreadable image is replaced by the next readable one and said once a process.
+    """``dataset``, with unreadable images replaced by the next readable one, and logged once per process.
 
     Attributes:
-        bad: reason of each image that could not be read, by index, as far as this process met it.
+        bad: index -> reason, for each unreadable image that this process encountered.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -72,7 +72,7 @@ class SkipBadImages(Dataset):
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "dataset":  # while it is being unpickled
+        if name.startswith("__") or name == "dataset":  # during unpickling
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -88,7 +88,7 @@ class SkipBadImages(Dataset):
                 continue
             try:
                 return self.dataset[place]
-            except Exception as e:  # upstream's datasets raise RuntimeError from whatever it was
+            except Exception as e:  # upstream's datasets raise RuntimeError for any cause
                 self.bad[place] = f"{e} ({e.__cause__})" if e.__cause__ else str(e)
                 name = self.dataset.name(place) if hasattr(self.dataset, "name") else f"image {place}"
                 logger.warning(f"bad image skipped, {len(self.bad)} in this process: {name}: {self.bad[place]}")
@@ -106,7 +106,7 @@ def collate_data_and_cast(
     n_tokens: int | None = None,
     mask_generator: Callable | None = None,
 ) -> dict[str, Any]:
-    """Collate as ``data.collate`` does, with a mask generator of upstream's signature, which draws by itself."""
+    """Collate as ``data.collate`` does, with a mask generator of upstream's signature, which makes its own draws."""
     return collate.collate_data_and_cast(
         samples_list, mask_ratio_tuple, mask_probability, dtype, n_tokens, lambda count, rng: mask_generator(count)
     )
@@ -115,8 +115,8 @@ def collate_data_and_cast(
 def with_exact_resume(original: Callable) -> Callable:
     """Return a ``make_data_loader`` for a training loop that passes ``seed=<first iteration>`` and no advance.
 
-    The order of images then has one seed, 0, and what this rank has had already is skipped. Worker processes of a
-    resumed run draw crops and masks from seeds of their own.
+    The image order then has the fixed seed 0, and samples that this rank has consumed are skipped. Workers of a
+    resumed run draw crops and masks from their own seeds.
     """
 
     @functools.wraps(original)
@@ -129,7 +129,7 @@ def with_exact_resume(original: Callable) -> Callable:
         # the process's seed differs between ranks
         loader.generator = torch.Generator().manual_seed(seed_for(torch.initial_seed(), "resumed", seed))
         logger.info(
-            f"order of images: goes on at iteration {seed}, {options['sampler_advance']:,} images a rank skipped"
+            f"order of images: continues at iteration {seed}, {options['sampler_advance']:,} images per rank skipped"
         )
         return loader
 

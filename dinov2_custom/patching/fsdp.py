@@ -1,4 +1,4 @@
-"""What upstream does to FSDP's insides, for every version of torch. Read :func:`free_if_sharded` first."""
+"""Upstream's operations on FSDP internals, for every version of torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def free_if_sharded(module: Any, is_sharded: Callable[[Any], bool], reshard: Cal
 
 
 def synchronize_streams(arch: Any) -> None:
-    """Let the networks of an SSLMetaArch, the iBOT heads included, share the teacher backbone's streams, once."""
+    """Make the networks of an SSLMetaArch, including the iBOT heads, share the teacher backbone's streams, once."""
     if not arch.need_to_synchronize_fsdp_streams:
         return
     if torch.cuda.is_available():

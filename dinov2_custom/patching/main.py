@@ -1,4 +1,4 @@
-"""Apply, revert, show. Read :func:`main`."""
+"""Apply, revert and show patches."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MARKERS = ("<!-- table: made by python -m dinov2_custom.patching.main -->\n", "
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what ``args`` (``cli.patches_parser``) ask for and say what changed; return the exit code.
+    """Run the action that ``args`` (``cli.patches_parser``) describe and print what changed; return the exit code.
 
     Raises:
-        ConfigError: no checkout, no such patch, or a checkout without what a patch rebinds.
+        ConfigError: no checkout, no such patch, or the checkout lacks a name that a patch rebinds.
     """
     root = find_package(args.checkout)
     series = read_series(patches_folder(args.patches))
@@ -70,7 +70,7 @@ def _chosen(series: list[Patch], only: str) -> list[Patch]:
 
 
 def patches_folder(given: str = "") -> Path:
-    """Return the folder of the series: ``given``, or ``patches/`` beside the package.
+    """Return the folder of the patch series: ``given``, or ``patches/`` beside the package.
 
     Raises:
         ConfigError: the package is installed without its repository.
@@ -84,7 +84,7 @@ def patches_folder(given: str = "") -> Path:
 
 
 def readme_with_table(readme: str, patches: list[Patch]) -> str:
-    """Return ``readme`` with the table between its markers made anew."""
+    """Return ``readme`` with the table between its markers regenerated."""
     before, _, rest = readme.partition(_MARKERS[0])
     return before + _MARKERS[0] + table(patches) + _MARKERS[1] + rest.partition(_MARKERS[1])[2]
 

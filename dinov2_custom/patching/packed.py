@@ -1,7 +1,6 @@
-"""xformers' names that upstream uses, in plain torch: attention over packed sequences and the two index operations.
+"""xformers' functions used by upstream, in plain torch: attention over packed sequences and the two index operations.
 
-They run on every device, width and number type. Not a fast path of this project (``layers`` is). Read
-:func:`memory_efficient_attention` first.
+They support every device, width and dtype. Training in this project uses ``layers`` instead.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ unbind = torch.unbind
 
 
 class BlockDiagonalMask:
-    """Sequences end to end in a (1, tokens, ...) tensor, each attending to itself only.
+    """Mask for sequences concatenated in a (1, tokens, ...) tensor, each attending only to itself.
 
-    ``_batch_sizes``: how many of them in a row make one tensor for :meth:`split`; upstream sets it too.
+    ``_batch_sizes``: numbers of consecutive sequences that form one tensor in :meth:`split`; upstream also sets it.
     """
 
     def __init__(self, lengths: Sequence[int], batch_sizes: Sequence[int] | None = None) -> None:
@@ -35,7 +34,7 @@ class BlockDiagonalMask:
 
     @classmethod
     def from_seqlens(cls, q_seqlen: Sequence[int], kv_seqlen: Any = None) -> BlockDiagonalMask:
-        """Make the mask of sequences of these lengths."""
+        """Create the mask for sequences of these lengths."""
         return cls(q_seqlen)
 
     @classmethod
@@ -46,7 +45,7 @@ class BlockDiagonalMask:
         return cls(lengths, [len(t) for t in tensors]), packed
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Cut a packed tensor into the tensors (batch, length, ...) that it was made of."""
+        """Split a packed tensor into the original tensors (batch, length, ...)."""
         rest, parts, first = tensor[0], [], 0
         for count in self._batch_sizes or [1] * len(self.lengths):
             length = self.lengths[first]
@@ -69,7 +68,7 @@ def memory_efficient_attention(
     """Return softmax(q k^T / sqrt(head_dim)) v for (batch, length, heads, head_dim), within each sequence of the mask.
 
     Raises:
-        ValueError: a mask of another kind, or a scale.
+        ValueError: another kind of mask, or a scale.
     """
     if scale is not None or not (attn_bias is None or isinstance(attn_bias, BlockDiagonalMask)):
         raise ValueError(
@@ -86,14 +85,14 @@ def memory_efficient_attention(
 
 
 def index_select_cat(sources: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-    """Return rows ``indices[i]`` of each ``sources[i]`` (rows, width), all flattened into one."""
+    """Return rows ``indices[i]`` of each ``sources[i]`` (rows, width), flattened and concatenated."""
     return torch.cat([source.index_select(0, rows).flatten() for source, rows in zip(sources, indices, strict=True)])
 
 
 def scaled_index_add(
     input: Tensor, index: Tensor, source: Tensor, scaling: Tensor | None = None, alpha: float = 1.0
 ) -> Tensor:
-    """Return ``input`` with ``alpha * scaling * source`` added to rows ``index``; ``scaling`` is a value a column."""
+    """Return ``input`` with ``alpha * scaling * source`` added to rows ``index``; ``scaling``: one per column."""
     source = source if scaling is None else source * scaling.to(source.dtype)
     return input.index_add(0, index, source, alpha=alpha)
 
@@ -102,7 +101,7 @@ fmha = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask, MemoryEfficientAtten
 
 
 def stand_in_for_xformers() -> None:
-    """Answer ``from xformers.ops import fmha`` until :func:`remove_stand_in`, where xformers cannot be imported."""
+    """Serve ``from xformers.ops import fmha`` until :func:`remove_stand_in`, if xformers cannot be imported."""
     if "xformers" in sys.modules or xformers_ops() is not None:
         return
     for name in _NAMES:
@@ -115,7 +114,7 @@ def stand_in_for_xformers() -> None:
 
 
 def remove_stand_in() -> None:
-    """Undo :func:`stand_in_for_xformers`; a real xformers stays."""
+    """Undo :func:`stand_in_for_xformers`; a real xformers is kept."""
     for name in _NAMES:
         if getattr(sys.modules.get(name), "__doc__", None) == _STAND_IN:
             del sys.modules[name]

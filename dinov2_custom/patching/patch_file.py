@@ -1,7 +1,7 @@
-"""A patch: one Python file with a header and the lines for each module it changes. Nothing is applied in here.
+"""Read patches: Python files with a header and the lines to append to each module.
 
 The header is the module's docstring: a title, then fields ``Name: text``, continued by indented lines. The code below
-is cut at lines ``# in <module's path>``; without any, all of it is for the one target. Read :func:`read_series` first.
+is split at lines ``# in <module's path>``; without any, all of it belongs to the single target.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _SECTION = re.compile(r"^# in (\S+)\n", re.MULTILINE)
 
 
 class Patch(NamedTuple):
-    """What a file in ``patches/`` says.
+    """The content of a file in ``patches/``.
 
     Attributes:
         symbols: names that each module (path in the checkout) must have.
-        requires: keyword arguments (``name=value``) that a call in each module must have.
-        elsewhere: those of ``symbols`` that launchers or evaluations use, and training does not.
+        requires: keyword arguments (``name=value``) that a call in each module must pass.
+        elsewhere: those of ``symbols`` used by launchers or evaluations but not by training.
         blocks: lines to append to each module.
     """
 
@@ -38,10 +38,10 @@ class Patch(NamedTuple):
 
 
 def read_series(folder: Path) -> list[Patch]:
-    """Return the patches of ``folder`` in the order of its file ``series``.
+    """Return the patches of ``folder`` in the order given by its file ``series``.
 
     Raises:
-        ConfigError: no such folder, or a file whose header or code is not as described; all of them at once.
+        ConfigError: the folder is missing, or headers or code are malformed; reports all of them at once.
     """
     try:
         lines = (folder / "series").read_text(encoding="utf-8").splitlines()
@@ -60,10 +60,10 @@ def read_series(folder: Path) -> list[Patch]:
 
 
 def read_patch(path: Path) -> Patch:
-    """Read one file.
+    """Read one patch file.
 
     Raises:
-        ConfigError: a missing file, a missing field, or code for other modules than the header names.
+        ConfigError: the file or a field is missing, or the code is for modules that the header does not name.
     """
     try:
         source = path.read_text(encoding="utf-8")

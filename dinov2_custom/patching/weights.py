@@ -1,4 +1,4 @@
-"""Existing weights for a checkout's student. Read :func:`with_flexible_weights`."""
+"""Load existing weights into a checkout's student."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from dinov2_custom.teacher import load_pretrained_backbone
 
-# of checkouts from before registers, whose backbones do not say how they resample positions
+# for checkouts from before registers, whose backbones have no resampling attributes
 _RESAMPLING = {"interpolate_antialias": False, "interpolate_offset": 0.1}
 
 
 def with_flexible_weights(original: Callable) -> Callable:
-    """Return an ``SSLMetaArch.__init__`` that reads ``student.pretrained_weights`` of any layout, or refuses them.
+    """Return an ``SSLMetaArch.__init__`` that loads ``student.pretrained_weights`` of any layout, or raises.
 
-    The teacher starts as a copy of the student later, as always.
+    The teacher is still initialised later as a copy of the student.
     """
 
     @functools.wraps(original)

@@ -1,6 +1,6 @@
-"""Cut the tiles, train, measure, draw, report. Read :func:`main` first.
+"""Run the quickstart: cut tiles, train, measure, draw, report.
 
-Not the tiles (``photos.py``), the measuring (``measure.py``) or the figures (``plots/``).
+``photos.py`` has the tiles, ``measure.py`` the measurements, ``plots/`` the figures.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ POOL_RADIUS = 2
 
 
 def main(args: argparse.Namespace, tiling: Tiling = DEFAULT_TILING) -> int:
-    """Run the quickstart; return 0, 1 when a run collapsed, or the exit code of a training that was stopped.
+    """Run the quickstart; return 0, 1 if a run collapsed, or the exit code of a training that was stopped.
 
     Writes below ``args.output_dir``: ``tiles/``, ``seed_<n>/`` (a training run each), ``loss_curve.png``, ``pca.png``
     (both of the first seed) and ``quickstart.json``.
 
     Raises:
-        DINOv2Error: bad configuration, or scikit-image or matplotlib missing; before any training.
+        DINOv2Error: the configuration is invalid, or scikit-image or matplotlib is missing; raised before any training.
     """
     out = Path(args.output_dir).expanduser().absolute()
     check_output_dir(str(out))
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace, tiling: Tiling = DEFAULT_TILING) -> int:
 
 
 def training_args(args: argparse.Namespace, run: Path, tiles: Path, seed: int) -> argparse.Namespace:
-    """Return what the training's own parser would give for one seed."""
+    """Return the arguments of the training command for one seed."""
     opts = [*args.opts, f"train.dataset_path={tiles / 'train'}", f"train.seed={seed}"]
     return argparse.Namespace(
         config_file=args.config_file,
@@ -87,7 +87,7 @@ def training_args(args: argparse.Namespace, run: Path, tiles: Path, seed: int) -
 
 
 def describe(results: dict[int, Measurement], num_tiles: int, num_photos: int) -> list[str]:
-    """Return the report, a line each: accuracies, gain, entropies, and an alarm for every collapsed run."""
+    """Return the report, one line each: accuracies, gain, entropies, and a warning for every collapsed run."""
     lines = [f"kNN accuracy (k={NEIGHBOURS}) on {num_tiles:,} held-out tiles of {num_photos} photographs"]
     fields = {"raw pixels": "raw_pixels", "untrained network": "untrained", "trained teacher": "trained"}
     for label, field in fields.items():
@@ -111,7 +111,7 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 
 def describe_files(out: Path, seed: int) -> list[str]:
-    """Return where to look, and how to go on."""
+    """Return lines on where the results are and what to do next."""
     return [
         f"loss curve: {out / 'loss_curve.png'}",
         f"patch features: {out / 'pca.png'} (their first three principal components as red, green, blue)",

@@ -1,7 +1,4 @@
-"""What a network has learned: kNN accuracy on held-out tiles, and how the teacher spreads images over prototypes.
-
-Not the cutting of tiles (``photos.py``) nor the report (``main.py``). Read :func:`measure_run` first.
-"""
+"""Measure a trained network: kNN accuracy on held-out tiles, and the teacher's distribution over prototypes."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ BATCH_SIZE = 256
 
 
 class Measurement(NamedTuple):
-    """Accuracies in 0..1, entropies in nats; ``collapse`` says how the run collapsed, empty if it did not."""
+    """Accuracies in 0..1, entropies in nats; ``collapse`` describes how the run collapsed, "" if it did not."""
 
     raw_pixels: float
     untrained: float
@@ -51,7 +48,7 @@ def measure_run(run: Path, tiles: Path, final_dino_loss: float) -> tuple[Measure
 
     Args:
         run: a finished training run.
-        tiles: folder with ``train``, whose tiles are the neighbours, and ``held_out``, whose tiles are classified.
+        tiles: folder with ``train``, the neighbours, and ``held_out``, the tiles to classify.
         final_dino_loss: local + global loss at the end.
 
     Returns:
@@ -120,12 +117,12 @@ class _ClassTokenLogits(nn.Module):
 
 
 def describe_collapse(dino_loss: float, teacher_entropy: float, prototype_entropy: float, num_prototypes: int) -> str:
-    """Say how a run collapsed; empty if it did not.
+    """Describe how a run collapsed; return "" if it did not.
 
     Args:
-        dino_loss: local + global, near ln(``num_prototypes``) for a network that tells no images apart.
+        dino_loss: local + global, near ln(``num_prototypes``) for a network with the same output for all images.
         teacher_entropy: mean over the assignments, in nats; near ln(``num_prototypes``) if the teacher is undecided.
-        prototype_entropy: of the mean assignment, in nats; near 0 when one prototype takes every image.
+        prototype_entropy: of the mean assignment, in nats; near 0 if one prototype takes every image.
     """
     uniform = math.log(num_prototypes)
     if abs(dino_loss - uniform) < COLLAPSE_MARGIN * uniform:

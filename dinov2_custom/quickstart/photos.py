@@ -1,7 +1,7 @@
-"""Photographs that scikit-image ships in its package, cut into tiles to train on and tiles held out from training.
+"""Cut photographs shipped with scikit-image into training tiles and held-out tiles.
 
-Every photograph is laid out in blocks; one block in five is held out. A training tile keeps a margin from all held-out
-blocks, so the two sets share no pixel. Not the training. Read :func:`cut_photos` first.
+Each photograph is divided into blocks, of which one in five is held out. Training tiles keep a margin to all held-out
+blocks, so the two sets share no pixel.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ DONE = "tiles.json"
 
 
 class Tiling(NamedTuple):
-    """How photographs are cut; all lengths in pixels.
+    """Parameters of the tiling; all lengths in pixels.
 
-    ``size`` side of a tile; ``block`` side of the blocks, about; ``gap`` between training tiles and held-out blocks;
-    ``step`` grid on which tiles start; ``flat`` standard deviation of the grey levels below which a tile is left out;
-    ``train`` and ``held_out`` most tiles a photograph; ``longest`` longer side to which larger photographs are reduced.
+    ``size`` side of a tile; ``block`` approximate side of the blocks; ``gap`` between training tiles and held-out
+    blocks; ``step`` grid spacing of the tiles' corners; ``flat`` standard deviation of the grey levels below which a
+    tile is skipped; ``train`` and ``held_out`` maximum tiles per photograph; ``longest`` longer side to which larger
+    photographs are reduced.
     """
 
     size: int = 64
@@ -79,9 +80,9 @@ def open_photo(name: str, longest: int = Tiling().longest) -> Image.Image:
 
 
 def cut_photos(folder: str | Path, tiling: Tiling | None = None, seed: int = 0) -> dict[str, dict[str, int]]:
-    """Write ``train/<photo>/*.png`` and ``held_out/<photo>/*.png`` below ``folder``; return how many, by set and photo.
+    """Write ``train/<photo>/*.png`` and ``held_out/<photo>/*.png`` below ``folder``; return counts by set and photo.
 
-    Tiles are grey, so that colour alone does not tell the photographs apart. A file's name says where it was cut:
+    Tiles are grey, so that colour alone does not identify a photograph. A file's name gives its position:
     ``y<top>_x<left>.png``. A folder that holds the same tiles already is left as it is.
 
     Raises:
@@ -91,7 +92,7 @@ def cut_photos(folder: str | Path, tiling: Tiling | None = None, seed: int = 0) 
     folder = Path(folder)
     design = {"photos": PHOTOS, "tiling": tiling._asdict(), "seed": seed}
     done = folder / DONE
-    with contextlib.suppress(OSError, ValueError):  # not there, or torn: cut anew
+    with contextlib.suppress(OSError, ValueError):  # missing or torn: cut again
         known = parse_json_object(done.read_text())
         if known.get("design") == design:
             return known["counts"]
@@ -127,7 +128,7 @@ def choose_corners(gray: np.ndarray, tiling: Tiling, seed: int, name: str) -> di
 
 
 def held_out_blocks(height: int, width: int, block: int) -> list[tuple[int, int, int, int]]:
-    """Return (top, left, bottom, right) of one block in five of a photograph, spread like a knight's moves."""
+    """Return (top, left, bottom, right) of one block in five of a photograph, spaced like a knight's moves."""
     rows, columns = max(height // block, 1), max(width // block, 1)
     return [
         (i * height // rows, j * width // columns, (i + 1) * height // rows, (j + 1) * width // columns)
@@ -138,7 +139,7 @@ def held_out_blocks(height: int, width: int, block: int) -> list[tuple[int, int,
 
 
 def corners_inside(blocks: list[tuple[int, int, int, int]], tiling: Tiling) -> list[tuple[int, int]]:
-    """Return the corners of all tiles that lie whole in one of ``blocks``."""
+    """Return the corners of all tiles that lie entirely in one of ``blocks``."""
     return [
         (y, x)
         for top, left, bottom, right in blocks

@@ -1,8 +1,7 @@
-"""Everything a run needs to go on, on disk: written whole or not at all, and read without unpickling code.
+"""Save and restore the complete state of a run: written atomically, read without unpickling code.
 
-Each process writes and reads the rows that it holds, so a run can go on with any number of processes, sharded or not.
-Not here: which files, and in which order (``checkpoint_store``), which tensors (``training_state``). Read
-:class:`Checkpointer` first.
+Each process writes and reads the rows that it holds, so a run can be resumed with any number of processes, sharded or
+not.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ logger = logging.getLogger("dinov2")
 
 
 class Resumed(NamedTuple):
-    """What a run goes on from: the last ``iteration`` done, the number of the next draw (None: it was not given), and
-    all else that the checkpoint holds beside tensors."""
+    """The state a run continues from: the last completed ``iteration``, the number of the next draw (None: not stored),
+    and all other values of the checkpoint besides tensors."""
 
     iteration: int
     draws: int | None
@@ -46,10 +45,10 @@ class Checkpointer:
 
     Args:
         model, optimizer, scaler: restored in place by :meth:`load_latest`; ``scaler`` may be None.
-        keep_last: how many periodic checkpoints stay; older ones are removed after a new one is complete.
-        keep_every: those of every so many iterations stay for good; 0 for none.
-        on_error: ``warn`` goes on with the checkpoint before when a new one cannot be written, ``stop`` raises.
-        async_save: copy the state and write it while training goes on; errors show at the next save.
+        keep_last: how many periodic checkpoints are kept; older ones are removed after a new one is complete.
+        keep_every: keep a checkpoint permanently every so many iterations; 0: none.
+        on_error: ``warn`` keeps the previous checkpoint and continues if a new one cannot be written; ``stop`` raises.
+        async_save: copy the state and write it while training continues; errors are raised at the next save.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Checkpointer:
         self._group = distributed.second_group() if async_save else None
         self._writing: threading.Thread | None = None
         self._outcome: tuple[Path, str | None] | Exception = (self.folder, None)
-        self._failures: Counter[str] = Counter()  # by reason
+        self._failures: Counter[str] = Counter()  # reason -> count
 
     def save(
         self,
@@ -80,17 +79,17 @@ class Checkpointer:
         draws: int | None = None,
         extra: dict[str, Any] | None = None,
     ) -> Path:
-        """Write the state after ``iteration`` (0-based, done) and return its path.
+        """Write the state after ``iteration`` (0-based, completed) and return its path.
 
-        No process returns before the checkpoint is complete, unless ``async_save`` lets it; then ``wait`` does not.
+        No process returns before the checkpoint is complete; with ``async_save``, :meth:`wait` gives that guarantee.
 
         Args:
-            draws: number of the next draw.
-            extra: plain values to keep, by name.
+            draws: the number of the next draw.
+            extra: plain values to store, by name.
 
         Raises:
-            CheckpointError: it, or with ``async_save`` the one before, cannot be written and ``on_error`` is ``stop``
-                or it is the last one; the one before is intact.
+            CheckpointError: this checkpoint, or with ``async_save`` the previous one, cannot be written, and
+                ``on_error`` is ``stop`` or it is the last one; the previous checkpoint is intact.
         """
         self.wait()
         self._check_there()
@@ -111,7 +110,7 @@ class Checkpointer:
         def write() -> None:
             try:
                 self._outcome = path, self._write(pieces, values, path, final)[1]
-            except Exception as e:  # nobody sees it in this thread
+            except Exception as e:  # an exception in this thread would be lost
                 self._outcome = e
 
         self._writing = threading.Thread(target=write, name="checkpoint")
@@ -119,7 +118,7 @@ class Checkpointer:
         return path
 
     def wait(self) -> None:
-        """Wait for a checkpoint that is still being written.
+        """Wait for a checkpoint that is being written.
 
         Raises:
             CheckpointError: it could not be written and ``on_error`` is ``stop``.
@@ -132,16 +131,16 @@ class Checkpointer:
             self._report(*outcome, required=False)
 
     def close(self) -> None:
-        """Wait for a checkpoint that is still being written, with a warning if it cannot be, and leave the others."""
+        """Wait for a checkpoint that is being written, log a warning if it fails, and release the process group."""
         try:
             self.wait()
-        except Exception as e:  # the end is near, often for a better reason
+        except Exception as e:  # the process is ending, often because of a more important error
             logger.warning(f"the checkpoint that was being written is not complete: {reason_of(e)}")
-        self._group = None  # else its threads live on wherever an error holds on to this object
+        self._group = None  # otherwise its threads stay alive wherever an error refers to this object
 
     def save_teacher(self, name: str, *, final: bool = False) -> Path:
-        """Write the teacher as :func:`save_teacher` does, with the errors and the waiting of :meth:`save`."""
-        self.wait()  # the thread and this one may not talk to the other processes at once
+        """Write the teacher as :func:`save_teacher` does, with the errors and synchronisation of :meth:`save`."""
+        self.wait()  # the writer thread and this one may not use collectives at the same time
         self._check_there()
         path, teacher = teacher_path(self.folder, name), teacher_weights(self.model)
         _, trouble = self._on_main(lambda: save_atomically(teacher, path))
@@ -149,7 +148,7 @@ class Checkpointer:
         return path
 
     def load_latest(self) -> Resumed | None:
-        """Restore the newest readable checkpoint and return where it was, or None when there is none.
+        """Restore the newest readable checkpoint and return its state, or None if there is none.
 
         Raises:
             CheckpointError: checkpoints exist but none is readable, or the newest is of another architecture.
@@ -178,7 +177,7 @@ class Checkpointer:
 
     def _check_there(self) -> None:
         lost, _ = self._on_main(self.store.describe_loss)
-        if lost:  # whatever ``on_error`` says: all that follows would be written to nowhere, or somewhere else
+        if lost:  # regardless of ``on_error``: later files would go nowhere, or to the wrong place
             raise CheckpointError(lost)
 
     def newest(self) -> str:
@@ -195,7 +194,7 @@ class Checkpointer:
         return {
             "iteration": iteration,
             "draws": draws,
-            "seed": config["train"]["seed"],  # all random numbers are functions of it and of the two above
+            "seed": config["train"]["seed"],  # all random numbers are functions of it and of the two values above
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "world_size": distributed.get_global_size(),
             "saved_at": time.time(),
@@ -204,8 +203,8 @@ class Checkpointer:
         }
 
     def _write(self, pieces: dict, values: dict[str, Any], path: Path, final: bool) -> tuple[Path | None, str | None]:
-        """Write a checkpoint; return where it is, or what went wrong."""
-        if final and self._on_main(self.store.has_final)[0]:  # no complete one goes before its successor is complete
+        """Write a checkpoint; return its path, or the reason of the failure."""
+        if final and self._on_main(self.store.has_final)[0]:  # its successor has to be complete first
             complete, trouble = self._write(pieces, values, path, final=False)
             if complete is None:
                 return None, trouble
@@ -239,35 +238,36 @@ class Checkpointer:
     def _story(self, path: Path, trouble: str) -> str:
         newest = self.newest()
         what = f"; {remedy(trouble)}, then the same command"
-        kept = f"the newest complete one ({newest}) is intact{what} goes on from it"
+        kept = f"the newest complete one ({newest}) is intact{what} resumes from it"
         none = f"there is none from before{what} begins again"
         return f"checkpoint: expected to write {path}, got {trouble}; {none if newest == 'none' else kept}"
 
     def _report(self, path: Path, trouble: str | None, required: bool) -> None:
-        """Raise, or warn the first time that there is this ``trouble``, and count it."""
+        """Raise, or warn on the first occurrence of this ``trouble``, and count it."""
         if not trouble:
             return
         if required or self.on_error == "stop":
             raise CheckpointError(self._story(path, trouble))
         self._failures[trouble] += 1
         if self._failures[trouble] == 1:
-            logger.warning(f"{self._story(path, trouble)}; training goes on, and this is said once")
+            logger.warning(f"{self._story(path, trouble)}; training continues; this is logged once")
 
     def _on_main(self, action: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Run ``action`` in the main process; return, everywhere, what it returned or what went wrong."""
+        """Run ``action`` in the main process; return, in all processes, its result or the reason of the failure."""
         return distributed.gather_objects(_try(action) if distributed.is_main_process() else None, self._group)[0]
 
     def _everywhere(self, action: Callable[[], Any]) -> tuple[list[Any], str | None]:
-        """Run ``action`` in all processes; return, everywhere, what they returned and the first trouble."""
+        """Run ``action`` in all processes; return, in all of them, all results and the first failure."""
         outcomes = distributed.gather_objects(_try(action), self._group)
         return [value for value, _ in outcomes], next((trouble for _, trouble in outcomes if trouble), None)
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Return whether there is one to go on from, readable or not; all processes get the main one's answer.
+    """Return whether ``folder`` holds a checkpoint, readable or not; all processes get the main process's answer.
 
     Raises:
-        CheckpointError: only ones of facebookresearch/dinov2: a run of this package would begin at 0 beside them.
+        CheckpointError: all checkpoints are facebookresearch/dinov2's; a run of this package would start at 0 beside
+            them.
     """
     found = bool(CheckpointStore(folder, 1, 0).complete())
     found, foreign = distributed.broadcast_object((found, [] if found else upstream_shards(folder)))

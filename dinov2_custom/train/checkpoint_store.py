@@ -1,9 +1,8 @@
-"""The checkpoints in a run directory: which are complete, how one becomes so, which are removed.
+"""The checkpoints in a run directory: which are complete, how one is committed, which are removed.
 
 ``model_<iteration>/`` or ``model_final/`` is written under another name, flushed, renamed, and declared complete by a
-marker written last. A file system has to rename, and to give back what was written: where there is no flushing, sizes
-and checksums tell. Only the main process calls any of this. Not here: what is in a checkpoint. Read
-:meth:`CheckpointStore.begin` and :meth:`CheckpointStore.commit` first.
+marker written last. The file system must support renaming and read-after-write; where it cannot flush, sizes and
+checksums detect damage. Only the main process calls this module.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def folder_name(iteration: int, final: bool = False) -> str:
 
 
 class CheckpointStore:
-    """Keep the newest ``keep_last`` periodic checkpoints in ``folder`` and those of every ``keep_every`` iterations."""
+    """Keep the newest ``keep_last`` periodic checkpoints in ``folder`` plus one every ``keep_every`` iterations."""
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int) -> None:
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
@@ -44,20 +43,20 @@ class CheckpointStore:
         self._is_locked = self._lock.exists()
 
     def describe_loss(self) -> str:
-        """Return a sentence where the run directory was renamed, removed or emptied during the run, else "".
+        """Return a sentence if the run directory was renamed, removed or emptied during the run, else "".
 
-        The lock that the run holds there is looked for: other parts of the run may make the directory again.
+        This checks the run's lock file: other parts of the run may create the directory again.
         """
         if not self._is_locked or self._lock.exists():
             return ""
         return (
             f"expected the run directory {self.folder}, which is not there any more, or without this run's files: it "
-            "was renamed, removed or emptied during the run; put it back, then the same command goes on from its "
+            "was renamed, removed or emptied during the run; put it back, then the same command resumes from its "
             "newest checkpoint"
         )
 
     def complete(self) -> list[Path]:
-        """Return the checkpoints that look complete, newest first, as counted when they were written."""
+        """Return the checkpoints that look complete, newest first, in the order they were written."""
         if not self.folder.is_dir():
             return []
         found = [p for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and is_complete(p)]
@@ -71,11 +70,11 @@ class CheckpointStore:
         return found
 
     def last(self) -> str:
-        """Return what ``last_checkpoint`` says, or nothing."""
+        """Return the content of ``last_checkpoint``, or "" if there is none."""
         return last_checkpoint(self.folder)
 
     def begin(self, iteration: int, final: bool) -> Path:
-        """Clear away what earlier attempts left, and return the empty folder to write to."""
+        """Remove leftovers of earlier attempts and return the empty folder to write to."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if _UNFINISHED.fullmatch(path.name) or (
@@ -88,11 +87,11 @@ class CheckpointStore:
         return path
 
     def commit(self, path: Path, files: dict[str, Written], values: dict[str, Any]) -> Path:
-        """Declare the checkpoint written to ``path`` complete and return where it is.
+        """Declare the checkpoint written to ``path`` complete and return its final path.
 
         Raises:
-            OSError: it cannot be; the former ones are intact.
-            CheckpointError: what other processes wrote is not here.
+            OSError: this failed; earlier checkpoints are intact.
+            CheckpointError: files written by other processes are missing here.
         """
         if missing := [name for name in files if not (path / name).is_file()]:
             raise CheckpointError(
@@ -108,11 +107,11 @@ class CheckpointStore:
         return target
 
     def tidy(self, newest: Path, iteration: int) -> None:
-        """Remove what the new checkpoint makes superfluous and name it in ``last_checkpoint``."""
+        """Remove the checkpoints that the new one supersedes and name it in ``last_checkpoint``."""
         if newest.name == FINAL:
-            _remove(self.folder / folder_name(iteration))  # the same, written first where a former final one was
+            _remove(self.folder / folder_name(iteration))  # same name, written to replace an earlier final one
         periodic = [p for p in self.complete() if not p.name.startswith(FINAL)]
-        periodic.sort(key=lambda p: p != newest and _number(p) is None)  # those that cannot be read go first
+        periodic.sort(key=lambda p: p != newest and _number(p) is None)  # unreadable ones are removed first
         for old in periodic[self.keep_last :]:
             done = int(_NAME.fullmatch(old.name)[1]) + 1
             if not self.keep_every or done % self.keep_every:
@@ -120,17 +119,17 @@ class CheckpointStore:
         self._set_last(newest.name)
 
     def abandon(self, path: Path) -> None:
-        """Remove what a failed attempt left."""
+        """Remove the files of a failed attempt."""
         for left in (path, path.with_name(path.name.removesuffix(".tmp"))):
             if not is_complete(left):
                 _remove(left)
 
     def has_final(self) -> bool:
-        """Return whether there is a complete final one already, of a shorter run."""
+        """Return whether a complete final checkpoint of an earlier, shorter run exists."""
         return is_complete(self.folder / FINAL)
 
     def remove_final(self) -> None:
-        """Remove the final one, to make room for another; whoever calls it has written that one by another name."""
+        """Remove the final checkpoint, to make room for another, which the caller has written under another name."""
         _remove(self.folder / FINAL)
 
     def _set_last(self, name: str) -> None:
@@ -139,9 +138,9 @@ class CheckpointStore:
 
 
 def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
-    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that, None if there were none.
+    """Move a former run's files in ``folder`` to ``previous_<clock()>`` there; return that path, or None.
 
-    Where that exists, of another start in the same second, it is ``previous_<clock()>_2`` and so on.
+    If that exists (another start in the same second), the name is ``previous_<clock()>_2`` and so on.
     """
     paths = folder.iterdir() if folder.is_dir() else ()
     old = [p for p in paths if p.name in _RUN_FILES or _NAME.fullmatch(p.name) or _OF_UPSTREAM.fullmatch(p.name)]
@@ -155,7 +154,7 @@ def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:
 
 
 def _number(path: Path) -> int | None:
-    """Return a checkpoint's number in its run, which no clock can set back; None of a torn marker."""
+    """Return a checkpoint's number in its run, which does not depend on a clock; None for a torn marker."""
     try:
         return read_marker(path).get("number")
     except CheckpointError:
@@ -163,13 +162,13 @@ def _number(path: Path) -> int | None:
 
 
 def _age(path: Path) -> float:
-    """Return what sorts checkpoints, newest last; first those with a torn marker, so that a warning names them."""
+    """Return a sort key for checkpoints, newest last; torn markers sort first, so that a warning names them."""
     number = _number(path)
     return math.inf if number is None else number
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, its marker first: what is left of one half removed is incomplete."""
+    """Remove a checkpoint, marker first: one removed halfway is incomplete."""
     if path.is_dir() and not path.is_symlink():
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path)

@@ -1,7 +1,4 @@
-"""The length of a run and its position in it: in epochs, in steps, or by the clock. Read :class:`Course` first.
-
-Not here: the schedules themselves (``optimization.py``).
-"""
+"""The length of a run and its position in it: in epochs, in steps, or by the clock."""
 
 from __future__ import annotations
 
@@ -12,16 +9,16 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any, NamedTuple
 
-# Points of the schedules of a run by the clock, whose number of steps is not known beforehand.
+# Number of schedule points of a run limited by time, whose number of steps is not known in advance.
 TICKS = 100_000
 
 
 class RunLength(NamedTuple):
-    """How long a run is: ``epoch_length`` iterations an epoch, ``total`` points of its schedules.
+    """Length of a run: ``epoch_length`` iterations per epoch, ``total`` points of its schedules.
 
-    ``global_batch``: images a step. A point is an iteration, in a run by the clock 1 / ``TICKS`` of ``max_hours``.
-    ``epochs`` is ``optim.epochs``; ``stretched``: the run has another length, and lengths in epochs
-    keep their share of it.
+    ``global_batch``: images per step. A point is one iteration or, in a run limited by time, 1 / ``TICKS`` of
+    ``max_hours``. ``epochs`` is ``optim.epochs``; ``stretched``: the run has another length, and lengths given in
+    epochs keep their share of it.
     """
 
     epoch_length: int
@@ -32,16 +29,16 @@ class RunLength(NamedTuple):
     max_hours: float = 0.0
 
     def iterations(self, length: float | str) -> int:
-        """Turn (fractional) epochs, or a share of the run such as "10%", into points of the schedules, rounded."""
+        """Convert (fractional) epochs, or a share of the run such as "10%", to points of the schedules, rounded."""
         if isinstance(length, str):
             return round(float(length.rstrip("%")) / 100 * self.total)
         return round(length / self.epochs * self.total if self.stretched else length * self.epoch_length)
 
 
 def run_length(cfg, num_images: int, world_size: int) -> RunLength:
-    """Resolve ``train.max_hours``, ``train.max_steps`` or ``optim.epochs``, the first that is set, and an epoch.
+    """Resolve ``train.max_hours``, ``train.max_steps`` or ``optim.epochs`` (the first set) and the epoch length.
 
-    An epoch is ``train.OFFICIAL_EPOCH_LENGTH``: iterations, or ``auto`` for one pass over ``num_images``.
+    An epoch is ``train.OFFICIAL_EPOCH_LENGTH`` iterations, or with ``auto`` one pass over ``num_images``.
     """
     global_batch = cfg.train.batch_size_per_gpu * world_size * cfg.optim.accumulation_steps
     length = cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -57,15 +54,15 @@ def run_length(cfg, num_images: int, world_size: int) -> RunLength:
 
 
 class Course:
-    """Where a run stands between its first and its last step, the same in all processes.
+    """The position of a run between its first and its last step, the same in all processes.
 
-    In a run by the clock the main process's seconds count; all processes get them with the reductions of a step
+    A run limited by time uses the main process's clock; all processes receive it with the reductions of a step
     (:meth:`read_clock`, :meth:`update`), one step late. Time between a stop and the resume does not count.
 
     Args:
-        state: of an earlier process's course, from a checkpoint.
-        late: how many steps after a :meth:`read_clock` the :meth:`update` with it comes.
-        clock: seconds, monotonic.
+        state: :meth:`state` of an earlier process, from a checkpoint.
+        late: number of steps between a :meth:`read_clock` and the :meth:`update` with its value.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -85,29 +82,29 @@ class Course:
         self._updates = 0
 
     def position(self, iteration: int) -> int:
-        """Return the index into the schedules for the step ``iteration``."""
+        """Return the index into the schedules of step ``iteration``."""
         if not self.limit_s:
             return iteration
         return min(int(self.elapsed_s / self.limit_s * self.length.total), self.length.total - 1)
 
     def is_last(self, iteration: int) -> bool:
-        """Return whether the step ``iteration`` is the run's last: after it there is no time for another."""
+        """Return whether ``iteration`` is the run's last step: no time is left for another one after it."""
         if not self.limit_s:
             return iteration >= self.length.total - 1
         return self.elapsed_s + (self.late + 2) * self.step_s > self.limit_s
 
     def is_finished(self, iteration: int) -> bool:
-        """Return whether there is nothing left for the step ``iteration`` to do."""
+        """Return whether the run is complete, so that step ``iteration`` need not run."""
         if not self.limit_s:
             return iteration >= self.length.total
         return self.ended_at_h >= self.length.max_hours
 
     def read_clock(self) -> float:
-        """Return the seconds that this process's clock shows, of training in all."""
+        """Return the total training time in seconds by this process's clock."""
         return self._clock() - self._began if self.limit_s else 0.0
 
     def update(self, seconds: float) -> None:
-        """Set the time to the main process's ``seconds``; the length of a step is the mean of the newest 20."""
+        """Set the time to the main process's ``seconds``; the step time is the mean of the latest 20."""
         if not self.limit_s or seconds <= self.elapsed_s:
             return
         self._updates += 1
@@ -117,23 +114,23 @@ class Course:
         self.step_s, self.elapsed_s = fmean(self._steps), seconds
 
     def expected_total(self, iteration: int) -> float:
-        """Return the number of iterations of the whole run; where time ends it, an estimate from its mean speed."""
+        """Return the total iterations of the run; an estimate from the mean speed if the run is limited by time."""
         if not self.limit_s:
             return self.length.total
         return iteration * self.limit_s / self.elapsed_s if self.elapsed_s else math.inf
 
     def left_s(self) -> float:
-        """Return the seconds until the end, in a run by the clock."""
+        """Return the remaining seconds of a run limited by time."""
         return max(0.0, self.limit_s - self.elapsed_s)
 
     def state(self, ended: bool = False) -> dict[str, Any]:
-        """Return what a checkpoint has to hold to continue the course; ``ended``: after the last step."""
+        """Return what a checkpoint stores to continue from here; ``ended``: after the last step."""
         ended_at_h = self.length.max_hours if ended else 0.0
         state = {"elapsed_s": self.elapsed_s, "step_s": self.step_s, "ended_at_h": ended_at_h}
         return {"course": state} if self.limit_s else {}
 
     def describe(self, num_images: int) -> str:
-        """Return the length in words: what it is, in images and in passes over ``num_images``."""
+        """Describe the run's length, also in images and in passes over ``num_images``."""
         length = self.length
         epoch = f"epoch={length.epoch_length:,} iterations = {length.epoch_length * length.global_batch:,} images"
         if self.limit_s:
@@ -146,12 +143,12 @@ class Course:
     def how_to_extend(self) -> str:
         """Return what to change to continue a finished run."""
         if self.limit_s:
-            return f"all {in_words(self.limit_s)} of training are over; raise train.max_hours to go on"
+            return f"all {in_words(self.limit_s)} of training are over; raise train.max_hours to continue"
         key = "train.max_steps" if self.length.stretched else "optim.epochs"
-        return f"all {self.length.total:,} iterations are done; raise {key} to go on"
+        return f"all {self.length.total:,} iterations are done; raise {key} to continue"
 
 
 def in_words(seconds: float) -> str:
-    """Return a length of time in the unit that suits it: ``48 s``, ``12.5 min``, ``7.25 h``."""
+    """Format a duration in a suitable unit: ``48 s``, ``12.5 min``, ``7.25 h``."""
     size, unit = next(((s, u) for s, u in ((3600, "h"), (60, "min")) if seconds >= s), (1, "s"))
     return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"

@@ -1,9 +1,8 @@
-"""Faster ways through the step that give the same numbers: from weights instead of by calling modules
-(``train.lean``), compiled (``train.compile``), with the attention kernel that is faster for the run's shapes.
+"""Faster paths through the step that give the same numbers: computing from weights instead of calling modules
+(``train.lean``), compilation (``train.compile``), and the attention kernel that is faster for the run's shapes.
 
-Users hook, patch and replace modules at any time, so they are checked in every step; blocks whose modules are
-changed are called as they are. Not here: what counts as a change (``layers/unmodified``), and the computations. Read
-:func:`find_shortcuts` and :func:`compile_step` first.
+Users hook, patch and replace modules at any time, so they are checked in every step; blocks whose modules are changed
+are called as they are.
 """
 
 from __future__ import annotations
@@ -33,29 +32,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dinov2")
 Compiler = Callable[[Callable], Callable]
 _BRANCHES = ("attn_residual", "ffn_residual")
-_LOSSES = {cls: methods_of(cls) for cls in (DINOLoss, iBOTPatchLoss)}  # as they are defined; users may replace them
+_LOSSES = {cls: methods_of(cls) for cls in (DINOLoss, iBOTPatchLoss)}  # as defined here; users may replace them
 
 
 def takes_options(backbone: nn.Module) -> bool:
-    """Return whether the methods of ``backbone`` take ``draws`` and ``packed``; others' overrides have upstream's
+    """Return whether the methods of ``backbone`` accept ``draws`` and ``packed``; users' overrides have upstream's
     parameters."""
     methods = (getattr(backbone, name) for name in ("forward", "forward_features", "forward_features_list"))
     return all(_takes_options(getattr(method, "__func__", method)) for method in methods)
 
 
-@functools.lru_cache(maxsize=64)  # looked at in every step, for a fifth of a millisecond
+@functools.lru_cache(maxsize=64)  # called in every step, and takes a fifth of a millisecond
 def _takes_options(function: Callable) -> bool:
     taken = inspect.signature(function).parameters
     return "packed" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values())
 
 
 class Shortcuts(NamedTuple):
-    """What is as it was built.
+    """Which parts of the model are unmodified.
 
     Attributes:
         student, teacher: blocks of the two backbones.
-        heads: whether all heads are, and the losses on them.
-        changes: of everything else, what is changed.
+        heads: whether all heads and their losses are unmodified.
+        changes: descriptions of all other modifications.
     """
 
     student: frozenset[nn.Module] = frozenset()
@@ -64,7 +63,7 @@ class Shortcuts(NamedTuple):
     changes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Describe what is changed and what that costs."""
+        """Describe the modifications and their cost."""
         others = f" and {len(self.changes) - 1} more" if len(self.changes) > 1 else ""
         return (
             f"train.lean: expected modules as they were built, got {self.changes[0]}{others}; the blocks, "
@@ -75,7 +74,7 @@ class Shortcuts(NamedTuple):
 
 
 def find_shortcuts(model: SSLMetaArch) -> Shortcuts:
-    """Look at the modules of ``model`` as they are now."""
+    """Check the modules of ``model`` in their current state."""
     everywhere = find_change_of_all()
     if everywhere is not None:
         return Shortcuts(changes=(everywhere,))
@@ -105,24 +104,24 @@ def _find_changed_loss(loss: nn.Module, name: str) -> str | None:
 
 
 def should_compile(setting: str) -> bool:
-    """Resolve ``train.compile``; ``auto`` is off, as no device has been measured yet on which it pays."""
+    """Resolve ``train.compile``; ``auto`` is off, as no device has been measured yet on which it is faster."""
     return setting == "on"
 
 
 def compile_step(model: SSLMetaArch, backend: str = "inductor") -> bool:
     """Compile the blocks and the heads' loss in place; return whether that was possible.
 
-    Compiled are the pieces of lean blocks, which keep for the backward pass what they keep without, or without
-    ``train.lean`` the two branches of each block, which keep what the compiler chooses; and the cross-entropy of a
+    This compiles the pieces of lean blocks, which save the same tensors for the backward pass either way, or without
+    ``train.lean`` the two branches of each block, which save what the compiler chooses; and the cross-entropy of a
     chunk of logits.
 
-    Compilation itself happens in the first step, and again for a shape that is new in kind. Without a working compiler
-    (a C++ compiler on CPUs, Triton on GPUs) one warning says so and nothing changes.
+    Compilation itself happens in the first step, and again for a new kind of shape. Without a working compiler
+    (a C++ compiler on CPUs, Triton on GPUs) a warning is logged and nothing changes.
     """
     start = time.perf_counter()
     try:
         _probe(model.device, backend)
-    except Exception as e:  # the compiler's own errors share no base class
+    except Exception as e:  # the compiler's errors share no base class
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         logger.warning(f"train.compile: expected a working compiler, got {reason[:200]}; going on without")
         return False
@@ -134,12 +133,12 @@ def compile_step(model: SSLMetaArch, backend: str = "inductor") -> bool:
 
 
 def install(model: SSLMetaArch, compiler: Compiler) -> None:
-    """Let ``model`` call functions as ``compiler`` makes them; nothing is called yet.
+    """Make ``model`` call functions compiled by ``compiler``; nothing is called yet.
 
     Args:
-        compiler: function -> the function that stands in for it, for any number of tokens.
+        compiler: maps a function to its compiled version, for any number of tokens.
     """
-    model.look_at_modules()
+    model.update_shortcuts()
     if model.lean:
         model.pieces = compile_pieces(compiler)
     else:
@@ -152,13 +151,13 @@ def install(model: SSLMetaArch, compiler: Compiler) -> None:
 
 
 def compile_pieces(compiler: Compiler) -> Pieces:
-    """Return the pieces of lean blocks as ``compiler`` makes them."""
+    """Return the pieces of lean blocks compiled by ``compiler``."""
     return EAGER.compiled(lambda piece: _on_numbers(compiler(piece), piece))
 
 
 def _on_numbers(compiled: Callable, piece: Callable) -> Callable:
-    """Give it tensors alone, not what autograd knows of them, for which it would be compiled once more. Parameters stay
-    what they are: the compiler takes their shape for fixed, and so the width of what is normalised by them."""
+    """Pass detached tensors, as autograd metadata would cause another compilation. Parameters are passed unchanged: the
+    compiler treats their shape, and so the width of the norms, as static."""
 
     @functools.wraps(piece)
     def call(*args):
@@ -174,7 +173,7 @@ def compile_block(block: nn.Module, compiler: Compiler) -> None:
 
 
 def leave_out_changed(model: SSLMetaArch) -> None:
-    """Let blocks with changed modules have their branches as they are: what was compiled would pass over the change."""
+    """Restore the uncompiled branches of blocks with changed modules: compiled code would ignore the change."""
     unchanged = model.shortcuts.student | model.shortcuts.teacher
     for part in (model.student, model.teacher):
         for block in part["backbone"].all_blocks():
@@ -183,10 +182,10 @@ def leave_out_changed(model: SSLMetaArch) -> None:
 
 
 def _time_first_step(model: SSLMetaArch) -> None:
-    """Let the next call of ``forward_backward``, and only that, log how long it took."""
+    """Make the next call of ``forward_backward``, and only that, log its duration."""
 
     def first(*args, **kwargs):
-        del model.forward_backward  # the method is back
+        del model.forward_backward  # restores the method
         start = time.perf_counter()
         losses = model.forward_backward(*args, **kwargs)
         logger.info(f"train.compile: the first batch took {time.perf_counter() - start:.1f} s, compilation included")
@@ -196,19 +195,19 @@ def _time_first_step(model: SSLMetaArch) -> None:
 
 
 def _probe(device: torch.device, backend: str) -> None:
-    """Compile and run something small, forward and backward."""
+    """Compile and run a small function, forward and backward."""
     x = torch.ones(8, device=device, requires_grad=True)
     torch.compile(lambda x: F.gelu(x).sum(), backend=backend)(x).backward()
 
 
 def choose_attention(model) -> str:
-    """Set the kernel of student and teacher, the main process's choice everywhere; return a line for the log.
+    """Set the kernel of student and teacher, as the main process chooses; return a line for the log.
 
-    All processes must call it, when the model (``SSLMetaArch``) is on its device.
+    All processes must call it after the model (``SSLMetaArch``) is on its device.
     """
     cfg, backbone = model.cfg, model.student["backbone"]
     if should_compile(cfg.train.compile):
-        return ""  # a compiled block may hold no kernel that the compiler cannot look into
+        return ""  # a compiled block may only contain kernels that the compiler can trace
     batch, crops = cfg.train.batch_size_per_gpu, cfg.crops
     segments = [
         (number * batch, 1 + backbone.num_register_tokens + (size // backbone.patch_size) ** 2)
@@ -223,6 +222,6 @@ def choose_attention(model) -> str:
     backend, line = distributed.broadcast_object(found)
     for part in (model.student, model.teacher):
         for block in part["backbone"].all_blocks():
-            if hasattr(getattr(block, "attn", None), "backend"):  # one of ours, and not a user's own
+            if hasattr(getattr(block, "attn", None), "backend"):  # one of this package's, not a user's
                 block.attn.backend = backend
     return line

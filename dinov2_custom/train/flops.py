@@ -1,8 +1,7 @@
-"""How many floating-point operations a training step has, and what share of a GPU's best that is.
+"""Floating-point operations of a training step, and the model FLOPs utilisation (MFU) that they give.
 
-A multiply-add counts as two. Counted: the matrix products of the definition, forward and backward, in student, teacher
-and heads; not norms, activations, the optimizer, nor anything that is computed again to save memory. Read
-:func:`flops_per_image` first.
+A multiply-add counts as two. The count covers the matrix products of the definition, forward and backward, in student,
+teacher and heads; it excludes norms, activations, the optimizer and anything recomputed to save memory.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from dinov2_custom.layers.drop_path import num_kept
 from dinov2_custom.layers.swiglu_ffn import aligned_hidden_features
 
-# Dense bf16 or fp16 tensor-core rates without sparsity, operations a second. Source: the makers' data sheets. The
-# longest name that a device's name contains counts.
+# Dense bf16 or fp16 tensor-core rates without sparsity, FLOP/s. Source: vendors' data sheets. The
+# longest name that a device's name contains is used.
 PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
@@ -36,31 +35,31 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return a GPU's dense 16-bit rate in operations a second, or None for one that is not known."""
+    """Return a GPU's dense 16-bit rate in FLOP/s, or None for an unknown device."""
     known = [name for name in PEAK_FLOPS if name in device_name]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def flops_per_image(cfg, width: int, depth: int) -> float:
-    """Return the operations of one image's step; ``width`` and ``depth`` are the backbone's."""
+    """Return the FLOPs per image of one step; ``width`` and ``depth`` are the backbone's."""
     b, crops, patch = cfg.train.batch_size_per_gpu, cfg.crops, cfg.student.patch_size
     num_local = crops.local_crops_number if cfg.dino.loss_weight > 0 else 0
     global_patches = (crops.global_crops_size // patch) ** 2
     views = [(2, global_patches)] + ([(num_local, (crops.local_crops_size // patch) ** 2)] if num_local else [])
     kept = [num_kept(count * b, cfg.student.drop_path_rate) / (count * b) for count, _ in views]
     if not cfg.student.drop_path_uniform:
-        kept = [(1 + share) / 2 for share in kept]  # rates rise linearly
+        kept = [(1 + share) / 2 for share in kept]  # drop rates rise linearly with depth
     extra = 1 + cfg.student.num_register_tokens
     student = teacher = 0.0
     for (count, patches), share in zip(views, kept, strict=True):
         embed = count * patches * 2 * 3 * patch**2 * width
-        student += 2 * embed + 3 * share * count * depth * _block(cfg, patches + extra, width)  # no gradient of pixels
+        student += 2 * embed + 3 * share * count * depth * _block(cfg, patches + extra, width)  # no pixel gradient
     teacher = 2 * (global_patches * 2 * 3 * patch**2 * width + depth * _block(cfg, global_patches + extra, width))
     return student + teacher + _heads(cfg, width, global_patches, num_local)
 
 
 def _block(cfg, tokens: int, width: int) -> float:
-    """Forward operations of one block for one sequence."""
+    """Return the forward FLOPs of one block for one sequence."""
     hidden = 4 * width
     ffn = {"mlp": 2 * hidden * width, "identity": 0}.get(
         cfg.student.ffn_layer, 3 * aligned_hidden_features(hidden) * width
@@ -69,7 +68,7 @@ def _block(cfg, tokens: int, width: int) -> float:
 
 
 def _heads(cfg, width: int, patches: int, num_local: int) -> float:
-    """Operations of the heads for one image: forward in the teacher, three times that in the student."""
+    """Return the FLOPs of the heads for one image: forward in the teacher, three times that in the student."""
     masked = 0.0
     if cfg.ibot.loss_weight > 0:
         masked = 2 * cfg.ibot.mask_sample_probability * patches * sum(cfg.ibot.mask_ratio_min_max) / 2
@@ -80,14 +79,14 @@ def _heads(cfg, width: int, patches: int, num_local: int) -> float:
 
 
 def _head(section, width: int) -> float:
-    """Forward operations of a head for one row."""
+    """Return the forward FLOPs of a head for one row."""
     hidden, bottleneck, layers = section.head_hidden_dim, section.head_bottleneck_dim, max(section.head_nlayers, 1)
     widths = [width, *[hidden] * (layers - 1), bottleneck, section.head_n_prototypes]
     return 2 * sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
 
 
 def speed_report(cfg, model, world_size: int) -> Callable[[float], dict[str, float]]:
-    """Return a function from images/s of all to ``tflops`` of one device and, on a known GPU, ``mfu`` (0..1)."""
+    """Return a function from global images/s to ``tflops`` per device and, on a known GPU, ``mfu`` (0..1)."""
     backbone = model.student["backbone"]
     operations = flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks) / world_size
     peak = peak_flops(torch.cuda.get_device_name(model.device)) if model.device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Is the run still healthy: readable images, a teacher that has not collapsed. Finite numbers: ``step_guard.py``."""
+"""Monitor the health of a run: readable images, a teacher that has not collapsed."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ WHAT_TO_DO = (
     "--config-file configs/small.yaml"
 )
 ALIKE = 1.5  # RankMe of features that hardly differ
-MAX_RANKME_ROWS = 128  # images of a step: enough to distinguish 1 from 20, in a hundredth of a second or two
+MAX_RANKME_ROWS = 128  # images per step: enough to distinguish 1 from 20, in 10 to 20 ms
 
 
 class LearningAlarm:
-    """Warn, once each, of a run that does not learn or has collapsed; a sink of rows (``logging/sinks.py``).
+    """Warn once per kind of failure if a run does not learn or has collapsed; a sink of rows (``logging/sinks.py``).
 
     Warnings depend on the rows alone, so that a resumed run only has to :meth:`read` the earlier ones.
 
     Kinds, each over a stretch of rows (:data:`MIN_ROWS` at least):
 
-    * ``flat``: the DINO loss is that of a network whose output is the same for all images. An untrained network has it
-      too: until the loss has been below ``LEARNED`` of that, the stretch has to be ``STRETCH`` of the run, and twice as
-      long while the entropy of the teacher's assignments falls or the features' RankMe rises.
+    * ``flat``: the DINO loss equals that of a network with the same output for all images. An untrained network has
+      that
+      loss too: until the loss has been below ``LEARNED`` of it, the stretch must be ``STRETCH`` of the run, and twice
+      as long while the entropy of the teacher's assignments falls or the features' RankMe rises.
     * ``single``: one prototype takes every image.
     * ``rank``: the features fill less than a quarter of the dimensions (RankMe) that they once filled.
 
     Args:
-        num_prototypes: K of the head whose assignments are watched.
-        flat_loss: DINO loss where every image is spread evenly; None: there is no such loss, only entropies count.
-        total: from an iteration to the run's length in iterations, as far as known then.
+        num_prototypes: K, prototypes of the monitored head.
+        flat_loss: DINO loss if every image is spread evenly; None: there is no such loss, only entropies are checked.
+        total: maps an iteration to the run's length in iterations, as far as known then.
     """
 
     name, retries = "alarm", True
@@ -56,18 +57,18 @@ class LearningAlarm:
         self.warned: dict[str, str] = {}
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Take in the row of iteration ``step``; warn where it completes a stretch of a kind for the first time."""
+        """Record the row of iteration ``step``; warn if it completes the first stretch of a kind."""
         for kind in self.check(row, self.total(step)):
             logger.warning(f"{self.warned[kind]}; {WHAT_TO_DO}")
 
     def read(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Take in the rows from before a resume."""
+        """Record the rows from before a resume."""
         for row in rows:
             self.check(row, self.total(rows[-1]["iteration"]))
 
     def check(self, row: Mapping[str, float], total: float) -> list[str]:
-        """Take in one row of a run of ``total`` iterations; return the kinds that are to be warned of now."""
-        if "teacher_entropy" not in row or not self.uniform_entropy:  # another program's, or a single prototype
+        """Record one row of a run of ``total`` iterations; return the kinds to warn about now."""
+        if "teacher_entropy" not in row or not self.uniform_entropy:  # another program's row, or a single prototype
             return []
         self.num_rows += 1
         row = dict(row) | {"loss": self._share_of_flat(row)}
@@ -107,7 +108,7 @@ class LearningAlarm:
         pass
 
     def _share_of_flat(self, row: Mapping[str, float]) -> float:
-        """Return the DINO loss of ``row``, else the teacher's entropy, as a share of what it is for an even spread."""
+        """Return the DINO loss of ``row``, else the teacher's entropy, divided by its value for an even spread."""
         if self.flat_loss is None:
             return row["teacher_entropy"] / self.uniform_entropy
         return (row.get("dino_local_crops_loss", 0.0) + row.get("dino_global_crops_loss", math.nan)) / self.flat_loss
@@ -152,7 +153,7 @@ class LearningAlarm:
 
 
 def flat_dino_loss(model) -> float | None:
-    """Return the reported DINO loss of a network that spreads every image evenly; None: there is no such loss."""
+    """Return the reported DINO loss of a network that spreads every image evenly; None if there is no such loss."""
     if not model.do_dino:
         return None
     num_local = model.num_local_crops
@@ -174,7 +175,7 @@ def rankme(features: Tensor) -> float:
 class BadImageLog:
     """Append each unreadable image once, with its reason, to a JSON-lines file, and count them.
 
-    What is in the file from before counts; it is read at the first bad image.
+    Entries already in the file count; it is read at the first bad image.
     """
 
     def __init__(self, path: Path) -> None:
@@ -196,5 +197,5 @@ class BadImageLog:
 def _parse(line: str) -> dict:
     try:
         return parse_json_object(line)
-    except ValueError:  # torn by a kill
+    except ValueError:  # a line torn by a kill
         return {}

@@ -1,8 +1,8 @@
-"""Count the bytes that a training step has alive, for any configuration, without a device and without computing.
+"""Count the bytes alive during a training step, for any configuration, without a device and without computing.
 
 The step runs on tensors without data (torch's fake tensors) and every allocation and release is counted, so the count
 is exact for tensors; what an allocator loses between them, a CUDA context (about 0.5 GB) and libraries' workspaces are
-not in it. The optimizer is counted as AdamW's two moments. Read :func:`measure_step` first; :func:`main` is the script
+not in it. The optimizer is counted as AdamW's two moments. :func:`main` is the script
 ``run/train/memory.py``, which prints the count and the largest batch that fits on a GPU.
 """
 
@@ -34,19 +34,19 @@ from dinov2_custom.train import fast_paths
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
 
-# Of a device's memory, for nccl's buffers of all connections to other devices, which it allocates itself: an allowance.
+# Share of a device's memory reserved for nccl's buffers, which it allocates itself: an allowance.
 NCCL_BYTES = 10**9
-SHARE_OF_TENSORS = 7 / 8  # of a device's memory; the rest is for what the count does not know
+SHARE_OF_TENSORS = 7 / 8  # of a device's memory; the rest is for what the count does not include
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "heads", "batch")
 MODES = ("none", "selective", "full")  # of train.activation_checkpointing
-LARGEST_BATCH = 1024  # that the search for one that fits considers
+LARGEST_BATCH = 1024  # upper limit of the search for the largest batch that fits
 
 
 class StepMemory(NamedTuple):
-    """Bytes alive at the peak of a step: in all, and by category.
+    """Bytes alive at the peak of a step: in total, and by category.
 
-    parameters: of student and teacher. heads: logits, targets and gradients of the prototypes. batch: the images,
-    and the next ones, which are copied ahead.
+    parameters: of student and teacher. heads: logits, targets and gradients of the prototypes. batch: the images of
+    this step and of the next one, which is copied ahead.
     """
 
     peak: int
@@ -54,7 +54,7 @@ class StepMemory(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the storages alive, each under the category that was current when it was made."""
+    """Count the storages alive, each under the category that was current when it was allocated."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def as_one_operation(self, function: Callable) -> Callable:
-        """Return ``function`` as a compiler may make it: what it makes inside takes no memory."""
+        """Return ``function`` as if compiled: intermediate tensors inside it take no memory."""
 
         def run(*args):
             self._inside = True
@@ -118,7 +118,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def under(self, category: str):
-        """Count what the body makes under ``category``."""
+        """Count allocations in the body under ``category``."""
         former, self.category = self.category, category
         try:
             yield
@@ -127,7 +127,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Shapes and kept tensors of a fused attention kernel on a GPU."""
+    """Output shapes and saved tensors of a fused attention kernel on a GPU."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -142,7 +142,7 @@ class _FusedAttention(torch.autograd.Function):
 
 @contextmanager
 def as_on_a_gpu():
-    """Let attention keep what a fused kernel keeps, and chunks of logits be a GPU's."""
+    """Make attention save what a fused kernel saves, and use a GPU's chunks of logits."""
     attention, chunks = kernels.attention, prototype_loss._CHUNK_LOGITS["cpu"]
     products = prototype_loss._PRODUCT_LOGITS.pop("cpu")
     kernels.attention = lambda q, k, v, **_: _FusedAttention.apply(q, k, v)
@@ -155,9 +155,10 @@ def as_on_a_gpu():
 
 
 def memory_for_steps(model: SSLMetaArch) -> int:
-    """Return how many bytes the tensors of a step, ``model`` included, may take in the process that has the least.
+    """Return how many bytes the tensors of a step, ``model`` included, may take in the process with the least memory.
 
-    Of its device, that is what is free or torch's already; see :func:`room_on`. All processes must call it.
+    This counts memory of the device that is free or already reserved by torch; see :func:`room_on`. All processes must
+    call it.
     """
     available = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device)
     if distributed.is_enabled():
@@ -167,10 +168,10 @@ def memory_for_steps(model: SSLMetaArch) -> int:
 
 
 def room_on(available: float, student: nn.ModuleDict, strategies: dict[str, str], world_size: int) -> float:
-    """Return how large a step may be, counted with whole weights, of which ``SHARE_OF_TENSORS`` is to be used.
+    """Return the limit for a step counted with whole weights, of which ``SHARE_OF_TENSORS`` is to be used.
 
-    ``available`` bytes of a device of one of several processes: without the buckets in which gradients are averaged
-    and what nccl takes, with what others hold of sharded weights.
+    ``available`` bytes of one process's device, less the gradient buckets and nccl's buffers, plus the shards of the
+    weights that other processes hold.
     """
     if world_size == 1:
         return available
@@ -180,9 +181,9 @@ def room_on(available: float, student: nn.ModuleDict, strategies: dict[str, str]
 
 
 def least_checkpointing(cfg, available: int) -> str:
-    """Return the least activation checkpointing that keeps a step below ``available`` bytes; ``full`` if nothing does.
+    """Return the least activation checkpointing that keeps a step below ``available`` bytes; ``full`` if none does.
 
-    ``SHARE_OF_TENSORS`` leaves room for what the count does not know.
+    ``SHARE_OF_TENSORS`` leaves room for what the count does not include.
     """
     room = available * SHARE_OF_TENSORS
     return next((mode for mode in ("none", "selective") if measure_step(cfg, mode).peak < room), "full")
@@ -191,8 +192,8 @@ def least_checkpointing(cfg, available: int) -> str:
 def split_over_memory(cfg) -> None:
     """With ``optim.global_batch``, lower the batch of a process to what fits on its GPU, and accumulate the rest.
 
-    How large the smallest GPU is decides, not what is free on it: started again, a run has the same batches. All
-    processes must call it.
+    The limit is the memory of the smallest GPU, not what is free on it, so that a restarted run has the same batches.
+    All processes must call it.
     """
     device = distributed.get_device()
     if not cfg.optim.global_batch or device.type != "cuda":
@@ -206,9 +207,9 @@ def split_over_memory(cfg) -> None:
 
 
 def largest_batch(cfg, device_bytes: float, world_size: int) -> int:
-    """Return the largest divisor of ``train.batch_size_per_gpu`` whose step fits on a GPU of so many bytes, else 1.
+    """Return the largest divisor of ``train.batch_size_per_gpu`` whose step fits on a GPU of ``device_bytes``, else 1.
 
-    With ``train.activation_checkpointing: auto`` without computing anything again: accumulating costs less than that.
+    With ``train.activation_checkpointing: auto`` this assumes no recomputation, as accumulation costs less.
     """
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
     mode = {"auto": "none"}.get(cfg.train.activation_checkpointing, cfg.train.activation_checkpointing)
@@ -223,7 +224,7 @@ def largest_batch(cfg, device_bytes: float, world_size: int) -> int:
         if memory.peak <= room:
             break
         state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-        guess = divisors[0] * (room - state) / (memory.peak - state)  # on a straight line, which it nearly is
+        guess = divisors[0] * (room - state) / (memory.peak - state)  # memory is nearly linear in the batch
         divisors = [n for n in divisors[1:] if n <= guess] or [1]
     return divisors[0]
 
@@ -237,9 +238,9 @@ def measure_step(
     """Run one step of ``cfg`` on fake tensors and return its peak; ``auto`` precisions count as bf16.
 
     Args:
-        checkpointing: none, selective or full.
-        inside: entered for the step alone, to look at what it does.
-        compiler: stands in for torch.compile, as with ``train.compile: on``.
+        checkpointing: ``none``, ``selective`` or ``full``.
+        inside: context manager entered for the step only, to observe it.
+        compiler: used in place of torch.compile, as with ``train.compile: on``.
     """
     live, mode = LiveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
     batch = _batch(cfg)
@@ -249,7 +250,7 @@ def measure_step(
     if compiler is not None:
         fast_paths.install(model, lambda function: live.as_one_operation(compiler(function)))
     crops = {name: torch.empty(shape, device="meta") for name, (shape, _) in batch.items() if "crops" in name}
-    groups = model.plan_groups(crops, torch.Generator().manual_seed(0))  # draws need values
+    groups = model.plan_groups(crops, torch.Generator().manual_seed(0))  # draws need real values
     with as_on_a_gpu(), mode, live:
         with live.under("parameters"):
             model.to_empty(device="cpu")
@@ -264,7 +265,7 @@ def measure_step(
         images["upperbound"] = batch["mask_indices_list"][0][0]
         model.constant_shapes = True
         for loss in (model.dino_loss, model.ibot_patch_loss, model.koleo_loss):
-            loss.over_all_ranks = False  # fake tensors cannot be sent, and the other processes may not be counting
+            loss.over_all_ranks = False  # fake tensors cannot be sent, and other processes may not be counting
         model.precision = lambda *names: _bf16_unless_given(cfg, *names)
         model.plan_groups = lambda *_: groups
         model.masked_in_first = lambda images: batch["mask_indices_list"][0][0] // 2
@@ -277,7 +278,7 @@ def measure_step(
 
 
 def _label(model: SSLMetaArch, live: LiveBytes) -> None:
-    """Count what heads and losses make under ``heads``."""
+    """Count allocations of heads and losses under ``heads``."""
 
     def labelled(call):
         def run(*args, **kwargs):
@@ -296,7 +297,7 @@ def _bf16_unless_given(cfg, model: str, part: str) -> torch.dtype:
 
 
 def _batch(cfg) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return shape and type of each tensor of a batch with the mean number of masked patches."""
+    """Return shape and dtype of each tensor of a batch with the mean number of masked patches."""
     crops, b = cfg.crops, cfg.train.batch_size_per_gpu
     patches = (crops.global_crops_size // cfg.student.patch_size) ** 2
     masked_crops = int(2 * b * cfg.ibot.mask_sample_probability)
@@ -316,10 +317,10 @@ def main(args) -> int:
     """Print the table, and with ``--fits`` the largest batches; return the exit code.
 
     Args:
-        args: what ``cli.memory_parser`` parses.
+        args: parsed by ``cli.memory_parser``.
 
     Raises:
-        ConfigError: a configuration that training would refuse too, or no step of it fits.
+        ConfigError: a configuration that training would also refuse, or one with no step that fits.
     """
     notes: list[str] = []
     cfg = load_run_config(
@@ -353,9 +354,9 @@ def main(args) -> int:
 
 
 def report(cfg, count: Callable[[str], StepMemory], ngpus: int = 1) -> Iterable[str]:
-    """Yield the lines of the table: each activation checkpointing, in all and by category, in GB (10^9 bytes).
+    """Yield the lines of the table: each activation checkpointing, in total and by category, in GB (10^9 bytes).
 
-    ``count``: activation checkpointing -> what a step of ``cfg`` needs.
+    ``count``: maps an activation checkpointing to the memory of a step of ``cfg``.
     """
     crops, batch_size = cfg.crops, cfg.train.batch_size_per_gpu
     yield (
@@ -376,7 +377,7 @@ def report(cfg, count: Callable[[str], StepMemory], ngpus: int = 1) -> Iterable[
 
 
 def sharded(memory: StepMemory, gpus: int) -> int:
-    """Estimate the peak with weights, gradients and optimizer state shared out; no gathered block is in it."""
+    """Estimate the peak with weights, gradients and optimizer state sharded; gathered blocks are not included."""
     state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
     return memory.peak - state * (gpus - 1) // gpus
 
@@ -384,7 +385,7 @@ def sharded(memory: StepMemory, gpus: int) -> int:
 def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterator[tuple[str, int]]:
     """Yield each activation checkpointing with the largest batch whose step leaves enough of ``gigabytes`` free, or 0.
 
-    ``count``: activation checkpointing -> what a step of ``cfg``, with its own batch, needs; default: it is counted.
+    ``count``: maps an activation checkpointing to the memory of a step of ``cfg`` at its own batch; default: count it.
     """
     own, count = cfg.train.batch_size_per_gpu, count or functools.partial(measure_step, cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
@@ -404,7 +405,7 @@ def split_on(cfg, gigabytes: float, ngpus: int) -> str:
     share = cfg.train.batch_size_per_gpu
     batch = largest_batch(cfg, gigabytes * 1e9, ngpus)
     return (
-        f"optim.global_batch={cfg.optim.global_batch}: {batch} a process x {ngpus} processes x "
+        f"optim.global_batch={cfg.optim.global_batch}: {batch} per process x {ngpus} processes x "
         f"{cfg.optim.accumulation_steps * share // batch} accumulated"
     )
 
@@ -412,12 +413,12 @@ def split_on(cfg, gigabytes: float, ngpus: int) -> str:
 def largest_below(
     size: Callable[[int], int], limit: float, first: tuple[float, float], second: tuple[float, float]
 ) -> int:
-    """Return an n up to ``LARGEST_BATCH`` with size(n) <= limit, within an eighth of the largest; 0: not even 1.
+    """Return an n up to ``LARGEST_BATCH`` with size(n) <= limit, within an eighth of the largest; 0 if 1 does not fit.
 
-    ``size`` must not fall. It is slow, and nearly a straight line, so that a guess or two on it are mostly enough.
+    ``size`` must be non-decreasing. It is slow and nearly linear, so one or two interpolated guesses usually suffice.
 
     Args:
-        first, second: (n, about size(n)) of two n, to begin the line with.
+        first, second: (n, approximate size(n)) for two n, to start the interpolation.
     """
     fitting, too_large = 0, LARGEST_BATCH + 1
     while too_large - fitting > 1:
@@ -427,7 +428,7 @@ def largest_below(
         if found[1] <= limit:
             fitting = guess
             if guess == LARGEST_BATCH or limit - found[1] < slope * max(1, guess / 8) / 2:
-                break  # a straight line would end within the half of an eighth
+                break  # interpolation would stop at half of an eighth
         else:
             too_large = guess
             if fitting and too_large - fitting <= max(1, fitting // 8):

@@ -1,7 +1,4 @@
-"""The optimizer, its schedules, a step's gradients, and an update that a flag on the device can cancel.
-
-Not here: how the flag is found (``step_guard.py``). Read :func:`step_unless` first.
-"""
+"""The optimizer, its schedules, a step's gradients, and an update that a flag on the device can cancel."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from dinov2_custom.utils.schedules import CosineScheduler
 def build_optimizer(cfg, params_groups: Iterable[dict]) -> torch.optim.AdamW:
     """Build AdamW over ``params_groups``; their lr and weight decay are set by :func:`apply_optim_scheduler`.
 
-    Only the fused kernels take a flag on the device that makes them change nothing; see :func:`step_unless`.
+    Only the fused kernels accept a device flag that cancels the update; see :func:`step_unless`.
     """
     return torch.optim.AdamW(params_groups, betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2), fused=True)
 
@@ -29,9 +26,9 @@ def build_optimizer(cfg, params_groups: Iterable[dict]) -> torch.optim.AdamW:
 def build_schedulers(cfg, length: RunLength | None = None):
     """Return (lr, weight decay, momentum, teacher temperature, last layer's lr), each indexed by iteration.
 
-    In a run by the clock by ``Course.position`` instead.
+    In a run limited by time the index is ``Course.position``.
 
-    ``length`` is needed when ``train.OFFICIAL_EPOCH_LENGTH`` is ``auto``; else it follows from the configuration.
+    ``length`` is needed if ``train.OFFICIAL_EPOCH_LENGTH`` is ``auto``; otherwise it follows from the configuration.
     """
     cfg = with_defaults(cfg)
     length = length or run_length(cfg, num_images=1, world_size=1)
@@ -66,9 +63,10 @@ def build_schedulers(cfg, length: RunLength | None = None):
 def apply_optim_scheduler(
     optimizer, lr: float, wd: float, last_layer_lr: float, *, frozen_backbone: bool = False
 ) -> None:
-    """Write this iteration's lr and weight decay into every group, times the group's multipliers.
+    """Write this iteration's lr and weight decay into every group, in place, scaled by the group's multipliers.
 
-    ``frozen_backbone``: the backbone's lr is 0, which holds it bitwise while AdamW's means of its gradients build up.
+    ``frozen_backbone``: set the backbone's lr to 0, so that its weights stay bitwise equal while AdamW's moments build
+    up.
     """
     for group in optimizer.param_groups:
         group["weight_decay"] = wd * group["wd_multiplier"]
@@ -86,7 +84,7 @@ def accumulate_gradients(
     teacher_temp: float,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Run ``batch``, and the next ones of ``batches`` up to ``optim.accumulation_steps``; return their mean losses."""
+    """Run ``batch``, then batches from ``batches`` up to ``optim.accumulation_steps``; return their mean losses."""
     count, sums = cfg.optim.accumulation_steps, {}
     for index in range(count):
         if index > 0:
@@ -99,7 +97,7 @@ def accumulate_gradients(
 
 
 def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:
-    """Undo the loss scale, clip each part's gradient to ``optim.clip_grad`` and return its norm before that."""
+    """Undo the loss scale, clip each part's gradient to ``optim.clip_grad`` and return the norms before clipping."""
     if model.fp16_scaler is not None:
         unscale(model.fp16_scaler, optimizer)
     largest = cfg.optim.clip_grad or float("inf")
@@ -111,24 +109,25 @@ def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-    """Divide this process's shares of the gradients by the loss scale, in place.
+    """Divide this process's shards of the gradients by the loss scale, in place.
 
-    Torch's kernel takes no mixture of sharded and whole gradients, as where a backbone is sharded and its head is not.
+    Torch's kernel does not accept sharded and whole gradients together, which occur if a backbone is sharded and its
+    head not.
     """
     shares = []
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         if parameter.grad is not None:
             shares.append(own_share(parameter).detach())
             shares[-1].grad = own_share(parameter.grad)
-    scaler.unscale_(SimpleNamespace(param_groups=[{"params": shares}]))  # of an optimizer, it looks at nothing else
+    scaler.unscale_(SimpleNamespace(param_groups=[{"params": shares}]))  # the only attribute that it reads
 
 
 @torch.no_grad()
 def step_unless(skip: Tensor, model, optimizer, momentum: float) -> None:
-    """Update student and teacher; where the 0-dim ``skip`` on their device is 1, leave everything bitwise as it is.
+    """Update student and teacher; if the 0-dim ``skip`` on their device is 1, leave all state bitwise unchanged.
 
-    Everything: weights, AdamW's two means and step counts, the teacher, the centres. A loss scale is lowered.
-    The host does not wait for the flag.
+    This covers weights, AdamW's moments and step counts, the teacher and the centres. A loss scale is lowered. The host
+    does not wait for the flag.
 
     Source: ``found_inf`` is how torch.amp.GradScaler passes an overflow to fused optimizers.
     """

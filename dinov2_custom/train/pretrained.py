@@ -1,7 +1,4 @@
-"""Starting a run from existing weights: released files, Hugging Face's, teacher checkpoints, whole runs.
-
-Read :func:`start_from_weights` first. Not here: files of any layout (``teacher``), resuming a run (``checkpoint.py``).
-"""
+"""Starting a run from existing weights: released files, Hugging Face's, teacher checkpoints, whole runs."""
 
 from __future__ import annotations
 
@@ -22,15 +19,15 @@ logger = logging.getLogger("dinov2")
 
 
 def start_from_weights(cfg, model: nn.Module) -> None:
-    """Give a fresh model the weights that ``MODEL.WEIGHTS`` or ``student.pretrained_weights`` name, if any.
+    """Load the weights that ``MODEL.WEIGHTS`` or ``student.pretrained_weights`` name, if any, into a fresh model.
 
-    ``student.pretrained_weights`` goes into the student: the backbone, and the heads of the file that fit. The
-    teacher becomes its copy. ``MODEL.WEIGHTS`` wins; where that file holds a whole run, student, teacher and centres
-    are taken each from their own part. A run directory means its newest teacher.
-    Optimizer, iteration and draws start from zero either way.
+    ``student.pretrained_weights`` is loaded into the student: the backbone, and those heads of the file that fit. The
+    teacher becomes a copy of it. ``MODEL.WEIGHTS`` takes precedence; if that file holds a whole training state,
+    student, teacher and centres are each loaded from their own part. A run directory stands for its newest teacher.
+    Optimizer, iteration and random streams start from zero either way.
 
     Raises:
-        CheckpointError: a backbone that does not fit; nothing is changed then.
+        CheckpointError: the backbone does not fit; the model is unchanged.
     """
     source, key = cfg.MODEL.WEIGHTS or cfg.student.pretrained_weights, "student.pretrained_weights"
     if not source:
@@ -38,7 +35,7 @@ def start_from_weights(cfg, model: nn.Module) -> None:
     if cfg.MODEL.WEIGHTS:
         key = "MODEL.WEIGHTS"
         if cfg.student.pretrained_weights:
-            logger.warning("MODEL.WEIGHTS wins over student.pretrained_weights, which is not read")
+            logger.warning("MODEL.WEIGHTS takes precedence over student.pretrained_weights, which is not read")
     try:
         source = find_weights(source)
     except CheckpointError as e:
@@ -60,7 +57,7 @@ def start_from_weights(cfg, model: nn.Module) -> None:
 
 
 def _load_heads(network: nn.ModuleDict, heads: dict[str, dict[str, Tensor]], source: str | Path) -> None:
-    """Load the heads that the file has, each as a whole or not at all, and say which."""
+    """Load those heads of the file that fit completely, and log which."""
     shown = without_credentials(source)
     for name, head in network.items():
         if name == "backbone":
@@ -76,7 +73,7 @@ def _load_heads(network: nn.ModuleDict, heads: dict[str, dict[str, Tensor]], sou
 
 
 def _training_state(file: Any) -> dict[str, Tensor] | None:
-    """Return the tensors of a whole run's file (student and teacher), None of any other."""
+    """Return the tensors of a file with a whole training state (student and teacher), None for any other file."""
     if isinstance(file, Mapping) and isinstance(file.get("model"), Mapping):
         file = file["model"]
     if not isinstance(file, Mapping):

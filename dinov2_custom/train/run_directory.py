@@ -1,4 +1,4 @@
-"""One run at a time in a run directory, and what a resumed run does differently from before."""
+"""Exclusive use of a run directory, and what differs between a resumed run and its earlier part."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ OF_THE_BATCH = ("optim.global_batch", "train.batch_size_per_gpu", "optim.accumul
 
 @contextmanager
 def made_and_locked(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and hold it (:func:`locked`); a start that is refused before its log is open leaves nothing new.
+    """Make ``folder`` and hold it (:func:`locked`); a start that fails before its log is open leaves no new files.
 
     Raises:
-        LaunchError: another process holds it.
+        LaunchError: another process holds the folder.
     """
     missing, lock = missing_folders(folder), folder / LOCK
     ours = not lock.exists()
@@ -37,22 +37,22 @@ def made_and_locked(folder: Path) -> Iterator[None]:
             yield
         except BaseException as e:
             if is_refusal(e) and ours and not (folder / "logs").exists():
-                lock.unlink(missing_ok=True)  # while it is held: without it, the file may be another run's
+                lock.unlink(missing_ok=True)  # while still locked: afterwards the file may belong to another run
                 remove_empty(missing)
             raise
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether ``error`` is one that the user can fix, or the user's Ctrl-C; not a bug or a lost process."""
+    """Return whether ``error`` is user-fixable or a Ctrl-C, not a bug or a lost process."""
     return isinstance(error, (DINOv2Error, KeyboardInterrupt)) and not isinstance(error, LostProcessError)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the system releases it however the process ends.
+    """Hold ``folder`` for this process; the operating system releases it when the process ends.
 
     Raises:
-        LaunchError: another process holds it.
+        LaunchError: another process holds the folder.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -66,13 +66,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def changed_keys(before: Mapping[str, Any], folder: Path, cfg: DictConfig) -> list[str]:
-    """Return "key: before -> now" of every key that may change results and differs from the checkpoint's.
+    """Return "key: before -> now" for every key that may change results and differs from the checkpoint's.
 
-    How the global batch is made is not a change; whether it changed: :func:`changed_batch`.
+    How the global batch is composed is not a change; for its size see :func:`changed_batch`.
 
     Args:
-        before: values of the checkpoint. One of the former format has no configuration; ``folder``'s config.yaml, which
-            is that of the last start, then counts.
+        before: values of the checkpoint. If they lack a configuration (an earlier format), ``folder``'s config.yaml,
+            written by the last start, is used.
     """
     earlier, now = before.get("config") or _read_config(folder / "config.yaml"), OmegaConf.to_container(cfg)
     changes = []
@@ -84,10 +84,10 @@ def changed_keys(before: Mapping[str, Any], folder: Path, cfg: DictConfig) -> li
 
 
 def changed_batch(before: Mapping[str, Any], cfg: DictConfig, world_size: int) -> list[str]:
-    """Return "global batch: before -> now", and what the learning rate becomes, where a resume has another one.
+    """Return "global batch: before -> now", and the new learning rate, if a resume changes the global batch.
 
     Args:
-        before: values of the checkpoint; checkpoints of the former format do not say what their batch was.
+        before: values of the checkpoint; earlier formats do not store the batch.
     """
     if not before.get("world_size") or not before.get("config"):
         return []
@@ -100,9 +100,9 @@ def changed_batch(before: Mapping[str, Any], cfg: DictConfig, world_size: int) -
 
 
 def changed_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
-    """Return "images: before -> now" where the data are not those of the checkpoint, and what else makes other pixels.
+    """Return "images: before -> now" if the data differ from the checkpoint's, and other changes that alter pixels.
 
-    Each has images and digest, and resize: what resizes crops on the machine.
+    Both mappings have ``images``, ``digest`` and ``resize`` (the library that resizes crops on this machine).
     """
     changes = []
     if not before or not now or before == now:
@@ -121,17 +121,17 @@ def changed_data(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> li
 
 
 def _global_batch(config: Mapping[str, Any], world_size: int) -> tuple[int, str]:
-    """Return images a step, and what they are the product of; 0 where ``config`` does not say."""
+    """Return images per step and the factors of that product; 0 if ``config`` does not give them."""
     batch, accumulated = _value(config, "train.batch_size_per_gpu"), _value(config, "optim.accumulation_steps") or 1
     numbers = (batch, accumulated, _value(config, "optim.lr"))
     if not all(isinstance(number, int | float) for number in numbers):
         return 0, ""
-    how = f"{batch} a process x {world_size} processes" + (f" x {accumulated} accumulated" if accumulated > 1 else "")
+    how = f"{batch} per process x {world_size} processes" + (f" x {accumulated} accumulated" if accumulated > 1 else "")
     return batch * world_size * accumulated, how
 
 
 def _value(config: Mapping[str, Any], key: str) -> Any:
-    """Return what ``config`` has under the dotted ``key``, as it was written: no reference is resolved."""
+    """Return the value of ``config`` at the dotted ``key`` as written, with references unresolved."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

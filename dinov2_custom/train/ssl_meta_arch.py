@@ -1,10 +1,10 @@
 """Student, teacher and losses of DINOv2: one training step as named stages.
 
 ``forward_backward`` = ``get_teacher_output``, then for each group of views ``get_student_output`` -> ``compute_losses``
--> ``backprop_loss``. Not in here: the optimizer, schedules, data, checkpoints. Parameters are float32; each part
+-> ``backprop_loss``. Parameters are float32; each part
 computes in the precision that its ``compute_precision`` section names, losses in float32.
 
-Heads and their losses are computed in two ways that give the same numbers: from all logits at once, through the public
+Heads and their losses are computed in one of two ways that give the same numbers: from all logits at once, through the
 loss classes, or a chunk of logits at a time (``train.lean``).
 """
 
@@ -53,19 +53,19 @@ logger = logging.getLogger("dinov2")
 __all__ = ["Features", "SSLMetaArch", "Targets", "assignment_entropies"]
 
 LOSS_NAMES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
-Terms = tuple[Tensor, dict[str, Tensor]]  # (the loss to train on, the terms as upstream reports them)
+Terms = tuple[Tensor, dict[str, Tensor]]  # (loss to train on, terms as upstream reports them)
 
 
 class Targets(NamedTuple):
-    """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: not trained."""
+    """Teacher probabilities: ``cls`` (2b, K), the second crop's rows first; ``patches`` (M, K'). None: untrained."""
 
     cls: Tensor | SoftTargets | None
     patches: Tensor | SoftTargets | None
 
 
 class Features(NamedTuple):
-    """A group's student features ``local_cls`` (L*b, D), ``global_cls`` (G*b, D) and ``patches`` (M, D), the masked
-    ones; None: not in the group, or not trained."""
+    """A group's student features: ``local_cls`` (L*b, D), ``global_cls`` (G*b, D) and ``patches`` (M, D) of the masked
+    patches; None if not in the group, or not trained."""
 
     local_cls: Tensor | None
     global_cls: Tensor | None
@@ -73,7 +73,7 @@ class Features(NamedTuple):
 
 
 class _HeadWork(NamedTuple):
-    """What one head has to do: features and jobs in the same order, and the reported name and factor of each job."""
+    """Work of one head: features and jobs in the same order, and the reported name and factor of each job."""
 
     features: list[Tensor]
     jobs: list[PrototypeJob]
@@ -84,7 +84,7 @@ class SSLMetaArch(nn.Module):
     """Hold ``student`` and ``teacher`` (backbone, dino_head[, ibot_head]) and compute gradients for a batch.
 
     Raises:
-        ConfigError: an architecture that does not exist.
+        ConfigError: the architecture does not exist.
     """
 
     def __init__(self, cfg) -> None:
@@ -115,10 +115,10 @@ class SSLMetaArch(nn.Module):
         self.shortcuts = fast_paths.find_shortcuts(self)
         self._warned: set[str] = set()
         self.fp16_scaler: torch.amp.GradScaler | None = None
-        self.constant_shapes = False  # or True: each batch gets rows of padding, see ``pad_patches``
-        self.averages_gradients = False  # or True: of several processes, for a loop that does not ``parallelize``
-        self._reducer: GradientReducer | None = None  # which does it
-        self.need_to_synchronize_fsdp_streams = False  # upstream's name; nothing here has streams of its own
+        self.constant_shapes = False  # if True, each batch is padded, see ``pad_patches``
+        self.averages_gradients = False  # if True, average over processes, for a loop without ``parallelize``
+        self._reducer: GradientReducer | None = None  # averages them
+        self.need_to_synchronize_fsdp_streams = False  # upstream's name; this implementation uses no extra streams
         self.diagnose = False
         self.diagnostics: dict[str, Tensor] = {}
 
@@ -129,7 +129,8 @@ class SSLMetaArch(nn.Module):
     def prepare_for_distributed_training(self, *, load_weights: bool = True) -> None:
         """Fix precision and checkpointing for the device the parameters are on; call once, after moving the model.
 
-        From then on :meth:`forward_backward` averages gradients over all processes, until ``parallelize`` does it.
+        From then on :meth:`forward_backward` averages gradients over all processes, unless ``parallelize`` takes this
+        over.
 
         Args:
             load_weights: start from ``student.pretrained_weights``, if any.
@@ -148,16 +149,16 @@ class SSLMetaArch(nn.Module):
         wanted = self.cfg.train.activation_checkpointing
         if wanted != "auto" or self.device.type != "cuda":
             return "none" if wanted == "auto" else wanted
-        from dinov2_custom.train.memory import least_checkpointing, memory_for_steps  # which runs this class
+        from dinov2_custom.train.memory import least_checkpointing, memory_for_steps  # which imports this class
 
         return least_checkpointing(self.cfg, available=memory_for_steps(self))
 
     def set_checkpointing(self, mode: str) -> None:
-        """Let the student's blocks compute ``none``, ``selective`` or ``full`` again in the backward pass."""
+        """Let the student's blocks recompute ``none``, ``selective`` or ``full`` in the backward pass."""
         self.recompute = mode
 
-    def look_at_modules(self) -> None:
-        """Find what may be computed from weights in this step, and warn once of what keeps something from it."""
+    def update_shortcuts(self) -> None:
+        """Find what can be computed from weights in this step, and warn once about anything that prevents it."""
         self.shortcuts = fast_paths.find_shortcuts(self)
         if self.shortcuts.changes:
             fast_paths.leave_out_changed(self)
@@ -168,9 +169,9 @@ class SSLMetaArch(nn.Module):
 
     @property
     def lean_heads(self) -> bool:
-        """Whether heads and their losses are computed a chunk of logits at a time."""
+        """Return whether heads and their losses are computed a chunk of logits at a time."""
         weights = [self.dino_loss_weight] * self.do_dino + [self.ibot_loss_weight] * self.do_ibot
-        return self.lean and self.shortcuts.heads and all(weights)  # the reported terms are divided by them
+        return self.lean and self.shortcuts.heads and all(weights)  # the reported terms are divided by the weights
 
     def _packed(self, side: str) -> Packed:
         blocks = getattr(self.shortcuts, side) if self.lean else frozenset()
@@ -195,21 +196,22 @@ class SSLMetaArch(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute the losses of one batch and add their gradients to the student's parameters.
 
-        The student's views are forwarded and backwarded group by group (``train.view_groups``); neither the losses nor
-        the gradients depend on the groups, but for rounding.
+        The student's views are processed (forward and backward) group by group (``train.view_groups``); the grouping
+        affects losses and gradients by rounding only.
 
         Args:
-            images: what ``collate_data_and_cast`` returns.
+            images: the dict returned by ``collate_data_and_cast``.
             teacher_temp: temperature of the teacher's softmax or Sinkhorn-Knopp.
-            generator: CPU generator of the drop-path subsets (None: torch's global one).
+            generator: CPU generator for the drop-path subsets (None: torch's global one).
             micro_batch: (index, count) when ``count`` batches make one step: gradients are divided by ``count``, and
-                the centres move once a step.
-            on_last_backward: called right before the last of this call's backward passes.
+                the centres are updated once per step.
+            on_last_backward: called right before the last backward pass of this call.
 
         Returns:
-            0-dim losses on the device, detached. KoLeo and iBOT are half of what is trained, as upstream reports them.
+            0-dim losses on the device, detached. KoLeo and iBOT are half of the trained terms, as upstream reports
+            them.
         """
-        self.look_at_modules()
+        self.update_shortcuts()
         groups = self.plan_groups(images, generator)
         masked_in_first = self.masked_in_first(images)
         if self.constant_shapes:
@@ -224,7 +226,7 @@ class SSLMetaArch(nn.Module):
         self.dino_loss.hold_center = self.ibot_patch_loss.hold_center = index > 0
         targets = self.get_teacher_output(images, teacher_temp)
         reported: dict[str, Tensor] = {}
-        # of a cut tensor, drop path keeps another number of sequences in each branch of each step
+        # for a cut tensor, drop path keeps a different number of sequences in each branch and step
         shapes_vary = len(groups) > 2 and any(draw is not None for _, draws in groups for draw in draws)
         with without_plans() if shapes_vary else nullcontext():
             for group, draws in groups:
@@ -234,7 +236,7 @@ class SSLMetaArch(nn.Module):
                 if group is groups[-1][0] and on_last_backward is not None:
                     on_last_backward()
                 self.backprop_loss(total / count)
-                del features, total  # before the next group's
+                del features, total  # free before the next group's are allocated
                 for name, value in terms.items():
                     reported[name] = reported[name] + value.detach() if name in reported else value.detach()
         if self.averages_gradients:
@@ -242,7 +244,7 @@ class SSLMetaArch(nn.Module):
         return {name: reported[name] for name in LOSS_NAMES if name in reported}
 
     def masked_in_first(self, images: dict) -> int:
-        """Return how many patches of the first global crops are masked (waits for the device if they are there)."""
+        """Return the number of masked patches of the first global crops (waits for the device if they are on it)."""
         return int(images["collated_masks"].chunk(2)[0].sum())
 
     def plan_groups(self, images: dict, generator: torch.Generator | None) -> list[tuple[ViewGroup, list[Draw]]]:
@@ -252,7 +254,7 @@ class SSLMetaArch(nn.Module):
         tokens = [batch_size * backbone.num_tokens_of(crop) for crop in crops]
         groups = group_views(
             self.cfg.train.view_groups,
-            self.num_local_crops if self.do_dino else 0,  # else nothing looks at local crops
+            self.num_local_crops if self.do_dino else 0,  # otherwise the local crops are unused
             tokens[0],
             tokens[-1],
             backbone.embed_dim * backbone.n_blocks,
@@ -263,7 +265,7 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def get_teacher_output(self, images: dict, teacher_temp: float) -> Targets:
-        """Turn the unmasked global crops into target probabilities."""
+        """Compute target probabilities from the unmasked global crops."""
         if not (self.do_dino or self.do_ibot):
             return Targets(None, None)
         with self.autocast("teacher", "backbone"):
@@ -279,7 +281,7 @@ class SSLMetaArch(nn.Module):
         return targets
 
     def assign(self, cls: Tensor | None, patches: Tensor | None, images: dict, teacher_temp: float) -> Targets:
-        """Turn the teacher's features of class tokens and masked patches into targets by the configured centering."""
+        """Compute targets from the teacher's class tokens and masked patches by the configured centering."""
         rows = {"real_rows": (images["masks_weight"] > 0).float()} if self.constant_shapes else {}
         if self.lean_heads:
             return self._assign_lazily(cls, patches, teacher_temp, rows)
@@ -292,18 +294,18 @@ class SSLMetaArch(nn.Module):
         return Targets(of_cls, self._assign_logits(self.ibot_patch_loss, patch_logits, teacher_temp, **rows))
 
     def _assign_logits(self, loss: nn.Module, logits: Tensor, teacher_temp: float, **rows: Tensor) -> Tensor:
-        """``rows``: what is known of rows of patches."""
+        """Compute targets from all logits; ``rows``: keyword arguments about rows of patches."""
         if self.cfg.train.centering == "sinkhorn_knopp":
             return loss.sinkhorn_knopp_teacher(logits, teacher_temp, **rows)
         targets = loss.softmax_center_teacher(logits, teacher_temp=teacher_temp)
         loss.update_center(logits, **rows)
-        targets = targets.view_as(logits)  # the centre of patches has one dimension more
+        targets = targets.view_as(logits)  # the centre of patches has an extra dimension
         return targets * rows["real_rows"][:, None] if rows else targets
 
     def _assign_lazily(
         self, cls: Tensor | None, patches: Tensor | None, teacher_temp: float, rows: dict[str, Tensor]
     ) -> Targets:
-        """Return targets whose rows are computed when they are needed, so that all logits never exist at once."""
+        """Return targets whose rows are computed on demand, so that the full logits are never materialised."""
 
         def assign(loss: nn.Module, factors: tuple[Tensor, Tensor] | None, keep: bool, **rows: Tensor):
             if factors is None:
@@ -314,13 +316,13 @@ class SSLMetaArch(nn.Module):
             return loss.lazy_targets(*factors, teacher_temp, keep=keep, **rows)
 
         of_cls, of_patches = self._logit_factors(cls, patches)
-        return Targets(  # several groups of views use a class token's targets, one those of a patch
+        return Targets(  # a class token's targets are used by several groups of views, a patch's by one
             assign(self.dino_loss, of_cls, keep=True), assign(self.ibot_patch_loss, of_patches, keep=False, **rows)
         )
 
     def _logit_factors(self, cls: Tensor | None, patches: Tensor | None) -> list[tuple[Tensor, Tensor] | None]:
-        """Return the teacher's bottleneck features and prototypes for class tokens and for patches (None where there
-        are none), in one pass where they share the head."""
+        """Return the teacher's bottleneck features and prototypes for class tokens and for patches (None if there are
+        none), in one pass if they share the head."""
         shared = cls is not None and patches is not None and not self.ibot_separate_head
         parts = [("dino_head", cls), (self.patch_head, patches)]
         if shared:
@@ -350,7 +352,7 @@ class SSLMetaArch(nn.Module):
         )
 
     def compute_losses(self, features: Features, targets: Targets, group: ViewGroup, views: Views) -> Terms:
-        """Return a group's part of the loss to train on, and of the terms as upstream reports them."""
+        """Return a group's part of the loss to train on, and the same part of the terms as upstream reports them."""
         head_terms = self._chunked_terms if self.lean_heads else self._dense_terms
         total, reported = head_terms(features, targets, group, views)
         if self.do_koleo and features.global_cls is not None:
@@ -443,9 +445,9 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, m: float, skip: Tensor | None = None) -> None:
-        """Move the teacher towards the student: t <- m t + (1 - m) s, over all parameters.
+        """Update the teacher in place: t <- m t + (1 - m) s, over all parameters.
 
-        Where the 0-dim ``skip`` is 1 it stays where it is.
+        If the 0-dim ``skip`` is 1, it is unchanged.
         """
         teacher, student = ([own_share(p) for p in side.parameters()] for side in (self.teacher, self.student))
         if [p.shape for p in teacher] != [p.shape for p in student]:
@@ -454,7 +456,7 @@ class SSLMetaArch(nn.Module):
                 f"{len(teacher)}; what is put into model.student (LoRA, adapters) has to be put into model.teacher, too"
             )
         # SGD with decay 1 and the negated student as gradient: t <- t - (1 - m) (t - s). Of torch's multi-tensor
-        # kernels, those of fused optimizers alone take the flag; lerp with a weight on the device runs once a tensor.
+        # kernels, only those of fused optimizers take the flag; lerp with a weight on the device runs once per tensor.
         torch._fused_sgd_(
             *(teacher, student, []),
             lr=1.0 - m,
@@ -486,15 +488,15 @@ class SSLMetaArch(nn.Module):
         )
 
     def fsdp_synchronize_streams(self) -> None:
-        """Do nothing: no streams of FSDP's own have to wait for each other here. Upstream's name."""
+        """Do nothing: FSDP uses no streams here that would need synchronisation. Upstream's name."""
 
     def precision(self, model: str, part: str) -> torch.dtype:
-        """Return the number format in which ``part`` of ``model`` computes."""
+        """Return the dtype in which ``part`` of ``model`` computes."""
         precision = self.cfg.compute_precision[model][part].mixed_precision
         return resolve_dtype(precision.param_dtype, self.device)
 
     def autocast(self, model: str, part: str) -> AbstractContextManager:
-        """Return the region in which ``part`` of ``model`` computes in its configured precision."""
+        """Return a context manager in which ``part`` of ``model`` computes in its configured precision."""
         dtype = self.precision(model, part)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -504,7 +506,7 @@ class SSLMetaArch(nn.Module):
     def run_heads(
         self, model: str, cls_list: list[Tensor], patches: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the logits of class tokens and masked patches; they share a pass where they share the head."""
+        """Return the logits of class tokens and masked patches; in one pass if they share the head."""
         heads = getattr(self, model)
         shared = cls_list if patches is None or self.ibot_separate_head else [*cls_list, patches]
         logits: list[Tensor] = []
@@ -525,9 +527,9 @@ def _rows_from(targets: SoftTargets, first: int) -> Callable[[int, int], Tensor]
 
 
 def assignment_entropies(targets: Targets) -> dict[str, Tensor]:
-    """Return, in nats, how undecided the teacher is: ``teacher_entropy`` the mean entropy of a row, and
-    ``prototype_entropy`` that of the mean row. Both at ln K: uniform collapse. The second near 0: one prototype won.
-    """
+    """Return two entropies of the teacher's assignments, in nats: ``teacher_entropy``, the mean entropy of a row, and
+    ``prototype_entropy``, the entropy of the mean row. Both at ln K mean uniform collapse; the second near 0 means that
+    one prototype takes all images."""
     assignments = targets.cls if targets.cls is not None else targets.patches
     chunks = [assignments] if isinstance(assignments, Tensor) else assignments.chunks()
     of_rows, mean = torch.zeros(()), torch.zeros(())
@@ -536,5 +538,5 @@ def assignment_entropies(targets: Targets) -> dict[str, Tensor]:
         mean = mean + probabilities.sum(dim=0)
     num_rows = mean.sum().round().clamp_min(1)  # each row sums to 1, padding to 0
     mean = mean / num_rows
-    # not torch.special.entr, which on a GPU is compiled when it is first used
+    # not torch.special.entr, which is compiled on its first use on a GPU
     return {"teacher_entropy": of_rows / num_rows, "prototype_entropy": -torch.xlogy(mean, mean).sum()}

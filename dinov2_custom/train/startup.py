@@ -18,17 +18,17 @@ from dinov2_custom.train.course import Course
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.utils import get_sha
 
-SHORT_RUN = 10_000  # iterations, a tenth of what upstream's values are made for
+SHORT_RUN = 10_000  # iterations; a tenth of the length that upstream's values are tuned for
 FEW_PROTOTYPES = 256
 
 
 def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -> list[str]:
-    """Return the start-up block, one fact a line."""
+    """Return the start-up block, one fact per line."""
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     dtype = str(resolve_dtype(cfg.compute_precision.student.backbone.mixed_precision.param_dtype, device))
     millions = sum(p.numel() for p in model.student.parameters()) / 1e6
-    length, dataset = course.length, OmegaConf.to_container(cfg.train)["dataset_path"]  # not what ${oc.env:...} gives
+    length, dataset = course.length, OmegaConf.to_container(cfg.train)["dataset_path"]  # with ${oc.env:...} unresolved
     return [
         f"command: {shlex.join(sys.argv)}",
         f"versions: dinov2_custom={__version__} torch={torch.__version__} python={platform.python_version()} "
@@ -40,21 +40,21 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
         f"{num_images / model.num_prototypes:.3g} images each",
         f"images: {num_images:,} found in {dataset}",
         *describe(reading_of(cfg)),
-        f"batch: {cfg.train.batch_size_per_gpu} a process x {world_size} processes x {cfg.optim.accumulation_steps} "
+        f"batch: {cfg.train.batch_size_per_gpu} per process x {world_size} processes x {cfg.optim.accumulation_steps} "
         f"accumulated = {length.global_batch}, lr={cfg.optim.lr:.3g}",
         f"length: {course.describe(num_images)}",
         f"files: {cfg.train.output_dir} (complete configuration: config.yaml)",
     ]
 
 
-def describe_doubts(cfg, course: Course, num_images: int) -> str:
-    """Return a sentence on the values of ``cfg`` that are meant for longer runs or more images; "" where none is.
+def short_run_warning(cfg, course: Course, num_images: int) -> str:
+    """Return a sentence on values of ``cfg`` that are meant for longer runs or more images, or "" if there are none.
 
-    Runs from pretrained weights are exempt: these bring their LayerScale, and features that need no long start.
+    Runs from pretrained weights are exempt: these have a trained LayerScale and need no long warm-up.
     """
     if cfg.student.pretrained_weights:
         return ""
-    steps = math.inf if course.limit_s else course.length.total  # not known in advance where time ends the run
+    steps = math.inf if course.limit_s else course.length.total  # unknown in advance if the run is limited by time
     is_short, layerscale, momentum = steps < SHORT_RUN, cfg.student.layerscale, cfg.teacher.momentum_teacher
     prototypes, smallest = cfg.dino.head_n_prototypes, cfg.crops.global_crops_scale[0]
     found = []
@@ -76,11 +76,11 @@ def describe_doubts(cfg, course: Course, num_images: int) -> str:
 
 
 def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
-    """Return what was written and what to do next."""
+    """Return lines on what was written and what to do next."""
     out = Path(cfg.train.output_dir)
     return [
         f"teacher weights: {teacher_path}",
-        f"training state: {checkpoint_path} (the same command, made longer, goes on from it)",
+        f"training state: {checkpoint_path} (to extend the run, increase its length and rerun the same command)",
         f"losses: {out / 'training_metrics.json'}",
         f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
         "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",

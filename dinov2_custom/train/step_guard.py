@@ -1,6 +1,4 @@
 """Skip steps with non-finite numbers: decided on the device, read by the host one step later, so that it never waits.
-
-Not here: how a step is left out (``optimization.py``). Read :meth:`StepGuard.check` first.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ from dinov2_custom.errors import NumericsError
 from dinov2_custom.utils.transfer import HostCopy, to_device, to_host
 
 logger = logging.getLogger("dinov2")
-# A loss scaler that starts too high overflows a gradient in each of its first steps while it halves itself.
+# A loss scale that starts too high overflows a gradient in each of the first steps, while it is halved.
 MAX_STEPS_SCALED = 40
 _NUM_SIGNALS = 64
 
 
 class Flags(NamedTuple):
-    """What a process shares with the others in each step: the signal that asks it to stop, or 0; the main process its
+    """What the processes share in each step: the signal that requests a stop (0: none) and, from the main process, the
     training time."""
 
     stop_signal: int = 0
@@ -35,7 +33,7 @@ _NO_FLAGS = Flags()
 
 
 class _Report(NamedTuple):
-    """What the host will read of a step: ``facts`` has a finite flag for each of ``terms``, then the sum of flags."""
+    """What the host reads of a step: ``facts`` holds a finite flag for each of ``terms``, then the sum of flags."""
 
     iteration: int
     terms: list[str]
@@ -43,15 +41,15 @@ class _Report(NamedTuple):
 
 
 class StepGuard:
-    """Agree with all processes on each step: whether its numbers are finite, and whether one of them was asked to stop.
+    """Agree over all processes, in each step, on whether its numbers are finite and whether a stop was requested.
 
     Args:
-        max_in_a_row: steps left out in a row that end the run; 40 at least for gradients while ``scaled``.
-        scaled: whether a loss scaler is at work.
-        last_good: names the newest checkpoint.
+        max_in_a_row: number of consecutive skipped steps that ends the run; at least 40 for gradients while ``scaled``.
+        scaled: whether a loss scaler is in use.
+        last_good: returns the name of the newest checkpoint.
 
     Attributes:
-        skipped: steps left out so far, as far as the host has read.
+        skipped: number of steps skipped so far, as far as the host has read.
     """
 
     def __init__(self, max_in_a_row: int, scaled: bool, last_good: Callable[[], str]) -> None:
@@ -64,12 +62,12 @@ class StepGuard:
     def check(
         self, iteration: int, losses: dict[str, Tensor], grad_norms: dict[str, Tensor], flags: Flags = _NO_FLAGS
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the losses averaged over all processes, and 0-dim 1.0 if the step has to be left out, else 0.0.
+        """Return the losses averaged over all processes, and 0-dim 1.0 if the step must be skipped, else 0.0.
 
-        Both stay on the device, and are the same in all processes.
+        Both are on the device and equal in all processes.
 
         Args:
-            losses: 0-dim, this process's.
+            losses: this process's, 0-dim.
             grad_norms: 0-dim, of the averaged gradients, so the same everywhere.
             flags: this process's.
         """
@@ -87,23 +85,23 @@ class StepGuard:
         return dict(zip(losses, values, strict=True)), 1.0 - finite.all().float()
 
     def poll(self) -> Flags:
-        """Read the report of the step before the one checked last; return the flags shared in it.
+        """Read the report of the step before the latest checked one; return the flags shared in it.
 
         Raises:
-            NumericsError: too many steps in a row were left out; names the terms.
+            NumericsError: too many consecutive steps were skipped; names the non-finite terms.
         """
         flags = _NO_FLAGS
         while len(self._reports) > 1:
             flags = self._read(self._reports.popleft())
-        return flags if distributed.is_enabled() else self._own_flags  # nothing to wait for in a single process
+        return flags if distributed.is_enabled() else self._own_flags  # a single process need not wait for a reduction
 
     def state(self) -> dict[str, int]:
-        """Return what a checkpoint has to hold: the steps left out, including those not yet read on the host."""
+        """Return what a checkpoint stores: the number of skipped steps, including those not yet read on the host."""
         waiting = sum(not all(report.facts.tolist()[: len(report.terms)]) for report in self._reports)
         return {"skipped_steps": self.skipped + waiting}
 
     def drain(self) -> None:
-        """Read every report, waiting for the device. Raises as :meth:`poll`."""
+        """Read every report, waiting for the device. Raise as :meth:`poll` does."""
         while self._reports:
             self._read(self._reports.popleft())
 
@@ -127,12 +125,12 @@ class StepGuard:
             raise NumericsError(
                 f"loss: expected finite values, got non-finite {named} in {self.in_a_row} steps running, the last "
                 f"iteration={iteration}; lower optim.base_lr, lengthen optim.warmup_epochs, or set param_dtype to bf16 "
-                f"or fp32; the last good checkpoint is {self.last_good()}, the same command goes on from it"
+                f"or fp32; the last good checkpoint is {self.last_good()}, the same command resumes from it"
             )
 
 
 def _encode(flags: Flags) -> Tensor:
-    """Return a vector whose sum over all processes :func:`_decode` reads."""
+    """Return a vector whose sum over all processes :func:`_decode` can read."""
     encoded = torch.zeros(1 + _NUM_SIGNALS)
     encoded[0] = flags.seconds if distributed.is_main_process() else 0.0
     if flags.stop_signal:

@@ -12,19 +12,19 @@ from typing import Any
 from dinov2_custom.errors import STOP_SIGNALS
 
 logger = logging.getLogger("dinov2")
-# A launcher that passes a signal on, and the scheduler that sent it to the whole group: that is one request.
+# A launcher forwards a signal that the scheduler also sent to the whole process group: both are one request.
 SAME_REQUEST_S = 1.0
 
 
 class StopRequests:
-    """While entered, remember a signal of ``STOP_SIGNALS`` instead of dying of it.
+    """Context manager that records a signal of ``STOP_SIGNALS`` instead of ending the process.
 
-    A second SIGINT or SIGTERM, more than ``SAME_REQUEST_S`` after the first of its kind, acts as it did before.
-    Handlers that somebody else installed are replaced, and put back at the end. Outside the main thread, where Python
-    takes no handlers, nothing is remembered.
+    A second SIGINT or SIGTERM, more than ``SAME_REQUEST_S`` after the first of its kind, has its previous effect.
+    Handlers installed by other code are replaced, and restored on exit. Outside the main thread, where Python accepts
+    no handlers, no signal is recorded.
 
     Attributes:
-        signum: the first signal that came, 0 before.
+        signum: the first signal received, 0 before any.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +39,7 @@ class StopRequests:
             return self
         for signum in STOP_SIGNALS:
             former = signal.signal(signum, self._remember)
-            self._former[signum] = signal.SIG_DFL if former is None else former  # None: a handler of foreign code
+            self._former[signum] = signal.SIG_DFL if former is None else former  # None: not installed from Python
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,4 +1,4 @@
-"""The teacher's weights in upstream's layout, the file that a run is for. Read :func:`save_teacher` first."""
+"""The teacher's weights in upstream's layout: the result of a run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def teacher_path(folder: Path, name: str) -> Path:
 def teacher_weights(model: nn.Module) -> dict[str, dict[str, torch.Tensor]] | None:
     """Return upstream's layout, {"teacher": {backbone.*, dino_head.*, ...}}, whole, in float32, in host memory.
 
-    Only the main process gets it, the others None. All must call it: sharded tensors are gathered one at a time. In
-    host memory already, tensors are the model's own, not copies.
+    Only the main process gets the dict, the others None. All processes must call it: sharded tensors are gathered one
+    at a time. Tensors that are in host memory already are not copied.
     """
     weights = {}
     for key, tensor in model.teacher.state_dict().items():
         whole = whole_tensor(tensor).detach()
         if distributed.is_main_process():
-            # what was gathered may be part of a larger buffer, which torch.save would write
+            # a gathered tensor may be a view of a larger buffer, all of which torch.save would write
             weights[key] = whole.to("cpu", torch.float32, copy=is_sharded(tensor))
     return {"teacher": weights} if distributed.is_main_process() else None
 
@@ -44,11 +44,11 @@ def save_atomically(obj: Any, path: Path) -> None:
     """Write ``obj`` with ``torch.save`` through :func:`files.atomic_write`.
 
     Raises:
-        OSError: it cannot be written; nothing is left of the attempt.
+        OSError: the file cannot be written; no partial file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, "wb", fsync=True) as file:
         try:
             torch.save(obj, file)
-        except RuntimeError as e:  # torch's writer on a write that failed, for example on a full disk
+        except RuntimeError as e:  # raised by torch's writer when a write fails, for example on a full disk
             raise e.__context__ if isinstance(e.__context__, OSError) else OSError(str(e)) from e

@@ -1,7 +1,4 @@
-"""The training loop. Read :func:`do_train`: everything that happens in a step is in it, in order.
-
-Not in here: the mathematics of the step (``ssl_meta_arch``), files (``checkpoint``), configuration, launching.
-"""
+"""The training loop. :func:`do_train` contains everything that happens in a step, in order."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ from dinov2_custom.train.optimization import (
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.run_directory import changed_batch, changed_data, changed_keys, is_refusal, made_and_locked
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.train.startup import describe_doubts, describe_end, describe_run
+from dinov2_custom.train.startup import describe_end, describe_run, short_run_warning
 from dinov2_custom.train.step_guard import Flags, StepGuard
 from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.utils.allocator import keep_freed_memory
@@ -67,7 +64,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger("dinov2")
-MIN_COLLECTIVE_S = 1800.0  # all processes have to start within it, too
+MIN_COLLECTIVE_S = 1800.0  # all processes must also start within this time
 
 
 def do_test(cfg, model: SSLMetaArch, iteration: int | str) -> Path:
@@ -76,14 +73,14 @@ def do_test(cfg, model: SSLMetaArch, iteration: int | str) -> Path:
 
 
 def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> int:
-    """Train ``model`` and return the exit code, see ``errors``.
+    """Train ``model`` and return the exit code, as defined in ``errors``.
 
     Args:
         resume: continue from the newest checkpoint in the run directory, if there is one.
-        loader: of :func:`make_train_loader`; None: as ``cfg`` says.
+        loader: returned by :func:`make_train_loader`; None: made as ``cfg`` describes.
 
     Raises:
-        NumericsError: the loss or a gradient was non-finite in ``train.max_nonfinite_steps`` steps running.
+        NumericsError: the loss or a gradient was non-finite in ``train.max_nonfinite_steps`` consecutive steps.
         DataError: more images than ``train.max_bad_fraction`` cannot be read.
         CheckpointError: the run directory holds a checkpoint of another architecture.
     """
@@ -96,7 +93,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     resume = resume and has_checkpoints(out)
     if not resume:
         start_from_weights(cfg, model)
-        if rank == 0:  # left by a start that failed; its images may have been repaired since
+        if rank == 0:  # left by a failed start; its images may have been repaired since
             (out / BAD_IMAGES_FILE).unlink(missing_ok=True)
     reducer = parallelize(cfg, model)
     optimizer = build_optimizer(cfg, model.get_params_groups())
@@ -119,7 +116,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     for line in (*describe_run(cfg, model, course, loader.num_images, world_size), reducer.describe(), kernel):
         if line:
             logger.info(line)
-    if doubts := describe_doubts(cfg, course, loader.num_images):
+    if doubts := short_run_warning(cfg, course, loader.num_images):
         logger.warning(doubts)
     if rank == 0:
         truncate_after(out / METRICS_FILE, iteration - kept.get("has_row_of_stop", 0))
@@ -191,7 +188,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 reducer.check()
                 metrics.end_after_this()
             metrics.counts["skipped_steps"] = guard.skipped
-            metrics.write_now()  # a checkpoint without its row would leave a gap after a kill
+            metrics.write_now()  # otherwise a kill after the save would leave a gap in the metrics
 
             # save
             watch.mark(iteration, patience=3)
@@ -210,10 +207,10 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             iteration += 1
         if not last:
             sinks.close(stopped_by(flags.stop_signal))
-            distributed.barrier()  # a launcher ends the others when the first one leaves
+            distributed.barrier()  # a launcher ends the other processes when the first one exits
             for warning in alarm.final_warnings():
                 logger.warning(warning)
-            logger.warning(f"stopped after iteration={iteration - 1}; the same command goes on from {checkpoint_path}")
+            logger.warning(f"stopped after iteration={iteration - 1}; the same command resumes from {checkpoint_path}")
             return stopped_by(flags.stop_signal)
 
     for line in describe_end(cfg, teacher_path, checkpoint_path):
@@ -239,13 +236,13 @@ def main(args) -> int:
     """Run one training or, with ``--eval-only``, write the newest checkpoint's teacher; return the exit code.
 
     Args:
-        args: what :func:`get_args_parser` parses.
+        args: parsed by :func:`get_args_parser`.
 
     Raises:
-        DINOv2Error: bad configuration, data or checkpoint; before any work is done where that is possible.
+        DINOv2Error: bad configuration, data or checkpoint; raised before any work is done where possible.
     """
     hang_s = load_cfg_from_args(args, warn=lambda text: None).train.hang_timeout
-    # a hang is the watchdog's, which leaves stacks; the time-out of collectives has to allow for what it allows
+    # hangs are left to the watchdog, which writes stacks; the collectives' timeout must exceed the watchdog's
     with distributed.enabled(overwrite=True, timeout_s=max(4 * hang_s, MIN_COLLECTIVE_S) if hang_s else 0):
         return _run(args, distributed.get_global_rank())
 
@@ -271,7 +268,7 @@ def _run(args, rank: int) -> int:
                 open_log("dinov2")
             return _train_or_write(args, cfg, loader)
     except Exception as e:
-        if not is_refusal(e):  # else nothing is left behind
+        if not is_refusal(e):  # otherwise nothing is left behind
             open_log("dinov2")
         raise
 
@@ -280,14 +277,14 @@ def _train_or_write(args, cfg, loader) -> int:
     if (device := distributed.get_device()).type == "cpu":
         keep_freed_memory()
     model = SSLMetaArch(cfg).to(device)
-    model.prepare_for_distributed_training(load_weights=False)  # do_train does, unless it resumes
+    model.prepare_for_distributed_training(load_weights=False)  # do_train loads them, unless it resumes
     if args.eval_only:
         return write_newest_teacher(cfg, model)
     return do_train(cfg, model, resume=not args.no_resume, loader=loader)
 
 
 def write_newest_teacher(cfg, model: SSLMetaArch) -> int:
-    """Write the newest checkpoint's teacher under upstream's name for it, ``manual_<next iteration>``."""
+    """Write the newest checkpoint's teacher under upstream's name, ``manual_<next iteration>``."""
     optimizer = build_optimizer(cfg, model.get_params_groups())
     out = Path(cfg.train.output_dir)
     done = Checkpointer(out, model, optimizer).load_latest() if has_checkpoints(out) else None

@@ -1,8 +1,8 @@
-"""What a checkpoint holds of the networks and the optimizer, by name, whole or sharded.
+"""The networks and the optimizer as named tensors of a checkpoint, whole or sharded.
 
-Tensors have the names of ``model.state_dict()``; what the optimizer keeps for a parameter is
-``optimizer.<key>.<parameter>``. Each process gives and takes only the rows that it holds, so the numbers of processes
-before and after need not agree. Not here: files. Read :func:`own_pieces` and :func:`restore` first.
+Tensors have the names of ``model.state_dict()``; optimizer state of a parameter is named
+``optimizer.<key>.<parameter>``. Each process saves and loads only the rows that it holds, so a checkpoint may be loaded
+by a different number of processes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dinov2_custom.utils.checkpoint_folder import Piece, StoredState
 
 
 def own_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> dict[str, Piece]:
-    """Return what this process has to write: its rows of sharded tensors, and in the main process all the others.
+    """Return what this process writes: its rows of sharded tensors and, in the main process, all other tensors.
 
     Args:
-        copy: to the CPU, so that training can go on while they are written.
+        copy: copy to host memory, so that training can continue while the tensors are written.
     """
     tensors = dict(model.state_dict())
     for name, parameter in _trained(model).items():
@@ -43,10 +43,10 @@ def own_pieces(model: nn.Module, optimizer: torch.optim.Optimizer, *, copy: bool
 
 @torch.no_grad()
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, source: StoredState, path: Path) -> None:
-    """Copy this process's rows of every tensor from ``source`` (which was read from ``path``).
+    """Copy this process's rows of every tensor from ``source``, which was read from ``path``, in place.
 
     Raises:
-        CheckpointError: of another architecture, and nothing is changed; or it cannot be read after all.
+        CheckpointError: the checkpoint is of another architecture (nothing is changed), or it cannot be read.
     """
     own = model.state_dict()
     stored = {name: shape for name, shape in source.shapes.items() if not name.startswith("optimizer.")}
@@ -66,7 +66,7 @@ def check_same_architecture(own: dict[str, tuple], got: dict[str, tuple], path: 
     """Compare names and shapes.
 
     Raises:
-        CheckpointError: they differ; names the first differences and both shapes.
+        CheckpointError: names or shapes differ; names the first differences and both shapes.
     """
     differences = [
         f"{name}: expected {own.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
@@ -92,10 +92,10 @@ def _copy_rows(tensor: Tensor, source: StoredState, name: str) -> None:
 
 
 def _state_like(parameter: nn.Parameter, source: StoredState, name: str) -> Tensor:
-    """Return the optimizer's tensor ``name``: as sharded as its parameter, or a plain one if it is a count."""
+    """Return the optimizer's tensor ``name``: sharded as its parameter is, or replicated if it is a step count."""
     shape = source.shapes[name]
     if not shape:
-        return source.rows(name, 0, 0).to(parameter.device, copy=True)  # fused kernels want step counts there
+        return source.rows(name, 0, 0).to(parameter.device, copy=True)  # fused kernels expect step counts there
     if shape != tuple(parameter.shape):
         raise CheckpointError(f"resume: expected {name} of shape {tuple(parameter.shape)}, got {shape}")
     state = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -1,4 +1,4 @@
-"""Which views go through the student together, and what of a batch belongs to them. Read :func:`group_views` first.
+"""Group the views that pass through the student together, and cut them from a batch.
 
 The loss is a sum over the student's views, so their gradients may be computed group by group, and only one group's
 activations are alive at a time. Where kernels are compiled or memory is kept for the next step, :func:`pad_patches`
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dinov2_custom.layers.drop_path import Draw, restrict
 
-# ``auto`` splits until a group's activations are estimated below this; what is smaller is not worth a further pass. On
-# a GPU a pass over little takes longer to submit than to compute.
+# ``auto`` splits until a group's activations are estimated below this; smaller groups do not justify another pass. On
+# a GPU a small pass takes longer to launch than to compute.
 _ENOUGH_BYTES = {"cpu": 512 * 2**20, "cuda": 4 * 2**30}
-_BYTES_PER_CHANNEL = 20  # kept for the backward pass by a block in 16 bits, for each token and channel
-# Numbers of rows are multiples of this share of all patches: few different ones, and not many rows too many.
+_BYTES_PER_CHANNEL = 20  # saved for the backward pass by a block in 16 bits, per token and channel
+# Numbers of rows are multiples of this share of all patches: few distinct shapes, little padding.
 _ROWS_SHARE = 16
 
 
@@ -45,14 +45,14 @@ def group_views(
 ) -> list[ViewGroup]:
     """Return the groups, all views in one or global crops before local ones.
 
-    1: everything together. 2: global crops, local crops. n > 2: each global crop alone, the local crops in n - 2 parts,
-    as far as there are so many.
+    1: all views together. 2: global crops, local crops. n > 2: each global crop alone, and the local crops in n - 2
+    parts (at most one part per crop).
 
     Args:
         setting: ``train.view_groups``.
-        tokens_global: tokens of one global crop of all images, ``tokens_local`` of one local crop.
-        channels: width times depth of the backbone, by which ``auto`` estimates memory.
-        device: its type; others than a CPU count as GPUs.
+        tokens_global: tokens of one global crop over all images; ``tokens_local``: of one local crop.
+        channels: width times depth of the backbone, from which ``auto`` estimates memory.
+        device: only its type matters; any other than a CPU is treated as a GPU.
     """
     if setting == "auto":
         total = 2 * tokens_global + num_local * tokens_local
@@ -71,13 +71,13 @@ def group_views(
 
 
 class Views(NamedTuple):
-    """What of a batch of b = ``batch_size`` images belongs to a group.
+    """The part of a batch of b = ``batch_size`` images that belongs to a group.
 
     Attributes:
         global_crops: (G*b, 3, H, W), ``masks`` (G*b, N); None without global crops.
         local_crops: (L*b, 3, h, w), or None.
-        patches: (M,) positions of the masked patches in G*b*N, ``patch_weights`` (M,), and which rows of the teacher's
-            patch targets theirs are.
+        patches: (M,) positions of the masked patches in G*b*N, ``patch_weights`` (M,), and the rows of the teacher's
+                patch targets that correspond to them.
     """
 
     batch_size: int
@@ -90,7 +90,7 @@ class Views(NamedTuple):
 
 
 def cut_views(images: dict, group: ViewGroup, masked_in_first: int) -> Views:
-    """Cut a collated batch; ``masked_in_first``: masked patches of the first global crops."""
+    """Cut a collated batch; ``masked_in_first`` is the number of masked patches of the first global crops."""
     batch_size = len(images["collated_global_crops"]) // 2
     num_patches = images["collated_masks"].shape[1]
     edges = (0, masked_in_first, len(images["mask_indices_list"]))
@@ -126,16 +126,17 @@ def padded_count(count: int, num_patches: int) -> int:
 
 
 def pad_patches(images: dict, masked_in_first: int, apart: bool) -> tuple[dict, int]:
-    """Return the collated batch with padded masked patches, and how many rows are now the first global crops'.
+    """Return the collated batch with padded masked patches, and the number of rows of the first global crops.
 
-    There is at least one row, so that no kernel gets none. ``n_masked_patches`` stays the real number, and rows of
-    padding are those with ``masks_weight`` 0. Each stands for a patch that exists, so its features are finite; it is
+    There is at least one row, so that no kernel gets an empty input. ``n_masked_patches`` stays the real number; rows
+    of padding are those with ``masks_weight`` 0. Each stands for a patch that exists, so its features are finite; it is
     left out of the teacher's sums over rows.
 
     Args:
-        masked_in_first: masked patches of the first global crops.
-        apart: first and second global crops are cut apart later: each half is padded, to the same length. Otherwise the
-            end is, to the batch's upper bound, which a process that draws its masks alone has the same in every step.
+        masked_in_first: number of masked patches of the first global crops.
+        apart: first and second global crops are separated later, so each half is padded to the same length. Otherwise
+            the end is padded to the batch's upper bound, which is constant over steps for a process that draws its own
+            masks.
     """
     positions, weights = images["mask_indices_list"], images["masks_weight"]
     num_patches, total = images["collated_masks"].numel(), len(positions)

@@ -1,7 +1,7 @@
-"""Let a CPU run keep the memory it frees: a step asks for the same large tensors again and again.
+"""Keep freed memory in a CPU run, as each step allocates the same large tensors again.
 
-glibc gives large blocks back to the kernel when they are freed, which fills each page with zeros when it is asked for
-the next time. In a step that takes as long as a third of the computation. Read :func:`keep_freed_memory` first.
+glibc returns large blocks to the kernel when they are freed, and the kernel zeroes each page on the next allocation.
+That takes as long as a third of a step's computation.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _TOP_PAD_BYTES = 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Tell this process's allocator not to return memory to the system; return whether it is one that can be told.
+    """Stop this process's allocator from returning memory to the system; return whether that is supported.
 
-    Only glibc's can: not that of macOS, Windows or musl, where nothing changes. The peak stays about what it was; what
-    was needed once stays with the process until it ends.
+    Only glibc supports it; on macOS, Windows and musl nothing changes. The peak stays about the same; memory allocated
+    once stays with the process until it ends.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

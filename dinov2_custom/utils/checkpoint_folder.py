@@ -1,10 +1,8 @@
 """A training checkpoint on disk: a folder of safetensors files and, written last, ``checkpoint.json``.
 
-A tensor may be in several files, some of its rows in each; where they lie is in the files' metadata. The marker names
-the files with their sizes and checksums and holds all that is no tensor. A folder without it, or whose
-files do not fit it, is no checkpoint. Only JSON and raw numbers are read, never a pickle. Not here: which checkpoint is
-the newest, and in which order files are written (``train.checkpoint``). Read :func:`write_pieces` and
-:class:`StoredState` first.
+A tensor may be in several files, some of its rows in each; the files' metadata gives their position. The marker names
+the files with their sizes and checksums and holds all values that are not tensors. A folder without it, or whose files
+do not match it, is not a checkpoint. Only JSON and raw numbers are read, never a pickle.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _CHECKSUM = re.compile(r',\n "crc32": (\d{1,10})\n}\s*\Z')
 _INT64 = 2**63
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch.amp.GradScaler
 _FILE = re.compile(r"rank_\d{5}\.safetensors")
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in safetensors' words
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as formatted by safetensors
 
 
 class Piece(NamedTuple):
@@ -49,7 +47,7 @@ class Piece(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What was written: its size and its CRC-32."""
+    """A written file: its size and its CRC-32."""
 
     num_bytes: int
     crc32: int
@@ -60,15 +58,15 @@ def file_of_rank(rank: int) -> str:
 
 
 def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> Written:
-    """Write ``pieces`` to ``path`` and flush them to the disk; those on a device are in host memory meanwhile.
+    """Write ``pieces`` to ``path`` and flush them to the disk; tensors on a device are copied to host memory.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     tensors = {name: piece.tensor.detach().cpu().contiguous() for name, piece in pieces.items()}
     rows = {name: [p.start, *p.shape] for name, p in pieces.items() if p.shape != tuple(p.tensor.shape)}
     path.touch()
-    mode = path.stat().st_mode  # what the umask gives; safetensors' file, which takes this one's place, is the owner's
+    mode = path.stat().st_mode  # from the umask; the file by safetensors that replaces it has mode 0600
     try:
         save_file(tensors, path, {"rows": json.dumps(rows)})
     except SafetensorError as e:
@@ -80,7 +78,7 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> Written:
         header = file.read(8)
         header += file.read(int.from_bytes(header, "little"))
     crc, size = zlib.crc32(header), len(header)
-    for name in safe_open(path, "pt").offset_keys():  # from memory: a checksum of what should be there
+    for name in safe_open(path, "pt").offset_keys():  # from memory: the checksum of the intended content
         data = memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
         crc, size = zlib.crc32(data, crc), size + len(data)
     return Written(size, crc)
@@ -96,12 +94,12 @@ def checksum(path: Path) -> Written:
 
 
 def write_marker(folder: Path, files: dict[str, Written], values: dict[str, Any]) -> None:
-    """Declare ``folder`` complete. A torn marker lacks its checksum, so it is written in place and never renamed.
+    """Declare ``folder`` complete. A torn marker lacks its checksum, so it is written in place.
 
-    The last entry, ``crc32``, is the checksum of the file's text without it.
+    The last entry, ``crc32``, is the checksum of the text before it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the marker cannot be written.
     """
     marker = {"format": FORMAT, **values, "files": {name: written._asdict() for name, written in files.items()}}
     text = json.dumps(marker, indent=1)
@@ -113,7 +111,7 @@ def write_marker(folder: Path, files: dict[str, Written], values: dict[str, Any]
 
 
 def flush_folder(folder: Path) -> None:
-    """Ask for the names in ``folder`` to be on the disk, where the system can be asked."""
+    """Flush the directory entries of ``folder`` to disk, if the system supports it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -125,15 +123,15 @@ def flush_folder(folder: Path) -> None:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """Return what the marker in ``folder`` holds.
+    """Return the content of the marker in ``folder``.
 
     Raises:
-        CheckpointError: none, or one that is not as it was written: another checksum, or values that cannot be.
+        CheckpointError: no marker, a wrong checksum, or invalid values.
     """
     path = folder / MARKER
     try:
         text = path.read_text(encoding="utf-8")
-        values = parse_json_object(text, finite=False)  # a run may keep numbers that are not; those below have to be
+        values = parse_json_object(text, finite=False)  # a run may store non-finite numbers; those below must be finite
         values.pop("crc32", None)
         if values.get("format") != FORMAT:
             raise CheckpointError(
@@ -159,10 +157,10 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Look at the values of a checkpoint that a run goes on from; keys that are not known here may hold anything.
+    """Check the values of a checkpoint that a run resumes from; unknown keys may hold anything.
 
     Raises:
-        ValueError: one of a type or outside a range that no run writes.
+        ValueError: a value has a type or range that no run writes.
     """
     check_whole(values, "iteration", 0, _INT64)
     for name, least in (("number", 1), ("world_size", 1), ("draws", 0), ("skipped_steps", 0), ("has_row_of_stop", 0)):
@@ -189,15 +187,15 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether ``value`` is what a window of a series has: a number, or the text of one that is not finite."""
+    """Return whether ``value`` is an entry of a series' window: a number, or the string of a non-finite one."""
     return type(value) is float or (type(value) is int and abs(value) < _INT64) or value in ("nan", "inf", "-inf")
 
 
 def check_whole(values: Mapping[str, Any], name: str, least: int, below: int) -> None:
-    """Check that ``values[name]`` is a whole number of [least, below).
+    """Check that ``values[name]`` is an integer in [least, below).
 
     Raises:
-        ValueError: it is not.
+        ValueError: otherwise.
     """
     value = values.get(name)
     if type(value) is not int or not least <= value < below:
@@ -207,7 +205,7 @@ def check_whole(values: Mapping[str, Any], name: str, least: int, below: int) ->
 class Part(NamedTuple):
     """Rows [start, stop) of a tensor of shape ``whole``, in one file."""
 
-    stored: Any  # safetensors' slice
+    stored: Any  # a lazy slice of safetensors
     start: int
     stop: int
     whole: tuple[int, ...]
@@ -216,10 +214,10 @@ class Part(NamedTuple):
 class StoredState:
     """Read the checkpoint in ``folder``.
 
-    ``values``: what the marker holds. ``shapes``: of each whole tensor by name.
+    ``values``: the content of the marker. ``shapes``: shape of each whole tensor by name.
 
     Raises:
-        CheckpointError: no marker, one that is damaged, or files that do not fit it or each other.
+        CheckpointError: no marker, a damaged one, or files inconsistent with it or with each other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -258,7 +256,7 @@ class StoredState:
         """Compare the checksums of every ``parts``-th file from number ``part`` on.
 
         Raises:
-            CheckpointError: a file is not what was written.
+            CheckpointError: a file differs from what was written.
         """
         for name in list(self.written)[part::parts]:
             path = self.folder / name
@@ -270,7 +268,7 @@ class StoredState:
                 raise CheckpointError(f"expected the file that was written at {path}, got another checksum")
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return a copy of rows [start, stop) of ``name`` on the CPU; a tensor without dimensions whole."""
+        """Return a copy of rows [start, stop) of ``name`` on the CPU; a 0-dim tensor is returned whole."""
         parts = self._parts[name]
         if not self.shapes[name]:
             return parts[0].stored[...].clone()
@@ -284,10 +282,10 @@ class StoredState:
 
 
 def _part(stored: Any, rows: list[int] | None) -> Part:
-    """Return where the rows of ``stored`` lie: ``rows`` is the first one and the whole shape.
+    """Return the position of the rows of ``stored``; ``rows`` is the first row and the whole shape.
 
     Raises:
-        ValueError, TypeError: where they cannot lie.
+        ValueError, TypeError: invalid position.
     """
     shape = tuple(stored.get_shape())
     start, *whole = rows or (0, *shape)
@@ -299,10 +297,10 @@ def _part(stored: Any, rows: list[int] | None) -> Part:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """Return {"model": {name: tensor}, ...}: weights and loss centres, and the marker's values; no optimizer.
+    """Return {"model": {name: tensor}, ...}: weights and loss centres, and the marker's values, without the optimizer.
 
     Raises:
-        CheckpointError: no checkpoint, or a damaged one.
+        CheckpointError: the checkpoint is missing or damaged.
     """
     state = StoredState(folder)
     state.verify()

@@ -1,7 +1,6 @@
-"""What a cluster needs from a job, under upstream's names; nothing in here names an institute's partitions or paths.
+"""Cluster settings of a job, under upstream's names, without any institute's partitions or paths.
 
-Every default can be given in the environment variable that SLURM itself reads, or by the caller. Torch-free. Not here:
-submitting (``run/submit.py``). Read :func:`get_slurm_executor_parameters` first.
+Every default can be set by the environment variable that SLURM itself reads, or by the caller. Torch-free.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ CHECKPOINT_VARIABLE = "DINOV2_CHECKPOINT_PATH"
 
 
 class ClusterType(Enum):
-    """What can run a job from here."""
+    """The kind of scheduler that runs jobs."""
 
     SLURM = "slurm"
     LOCAL = "local"
 
 
 def get_cluster_type(cluster_type: ClusterType | None = None) -> ClusterType:
-    """Return ``cluster_type`` if given, else SLURM where its commands are installed, else LOCAL."""
+    """Return ``cluster_type`` if given, else SLURM if its commands are installed, else LOCAL."""
     if cluster_type is not None:
         return cluster_type
     installed = shutil.which("sbatch") and shutil.which("srun")
@@ -38,7 +37,7 @@ def get_checkpoint_path(cluster_type: ClusterType | None = None) -> Path | None:
 
 
 def get_user_checkpoint_path(cluster_type: ClusterType | None = None) -> Path | None:
-    """Return this user's folder in :func:`get_checkpoint_path`; None without one."""
+    """Return this user's folder in :func:`get_checkpoint_path`; None if that is None."""
     path = get_checkpoint_path(cluster_type)
     return path / getpass.getuser() if path else None
 
@@ -51,9 +50,9 @@ def get_slurm_partition(cluster_type: ClusterType | None = None) -> str | None:
 def get_slurm_executor_parameters(
     nodes: int, num_gpus_per_node: int, cluster_type: ClusterType | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    """Return submitit's parameters for one task a GPU, with 10 CPUs each; ``kwargs`` add to them and win.
+    """Return submitit's parameters for one task per GPU, with 10 CPUs each; ``kwargs`` add to and override them.
 
-    No memory is asked for: the cluster's default holds unless ``mem_gb`` is given.
+    No memory is requested unless ``mem_gb`` is given, so the cluster's default applies.
     """
     parameters: dict[str, Any] = {
         "nodes": nodes,

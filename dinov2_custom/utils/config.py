@@ -1,7 +1,4 @@
-"""From parsed arguments to a run that is set up: configuration, ranks, seeds, logs. Upstream's names.
-
-Not here: the keys and their checks (``configs/``). Read :func:`setup` first.
-"""
+"""Set up a run from parsed arguments: configuration, ranks, seeds, logs. Upstream's names."""
 
 from __future__ import annotations
 
@@ -26,14 +23,14 @@ logger = logging.getLogger("dinov2")
 def setup(args: argparse.Namespace) -> DictConfig:
     """Prepare everything a run needs before its model, and return its configuration, which may be changed.
 
-    Ranks (a process group in a single process too), configuration, output directory (made, also set as
+    This sets up ranks (a process group even in a single process), configuration, output directory (created, also set as
     ``args.output_dir``), log files, seeds, ``config.yaml``.
 
     Args:
-        args: ``config_file``, ``opts`` (``key=value`` texts), ``output_dir``; optional ``allow_unknown_keys``.
+        args: ``config_file``, ``opts`` (``key=value`` strings), ``output_dir``; optional ``allow_unknown_keys``.
 
     Raises:
-        ConfigError: every mistake in the configuration at once, or an output directory that cannot be written.
+        ConfigError: all mistakes in the configuration, or an output directory that cannot be written.
         LaunchError: see :func:`dinov2_custom.distributed.enable`.
     """
     distributed.enable(alone=True)
@@ -48,7 +45,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
 def get_cfg_from_args(args: argparse.Namespace, warn: Callable[[str], None] | None = None) -> DictConfig:
     """Load the configuration that ``args`` describe, with the learning rate for this number of processes.
 
-    It may be changed, keys added, as upstream's may. All processes get the main one's output directory, which is set
+    It may be changed and extended, like upstream's. All processes get the main one's output directory, which is set
     as ``args.output_dir`` too. ``warn`` is called with each warning; default: a logger.
     """
     cfg = load_cfg_from_args(args, warn)
@@ -57,7 +54,7 @@ def get_cfg_from_args(args: argparse.Namespace, warn: Callable[[str], None] | No
 
 
 def load_cfg_from_args(args: argparse.Namespace, warn: Callable[[str], None] | None = None) -> DictConfig:
-    """Load the configuration that ``args`` describe, without any collective, so also before there is a group."""
+    """Load the configuration that ``args`` describe, without collectives, so also before a process group exists."""
     cfg = load_run_config(
         args.config_file,
         args.opts or [],
@@ -75,7 +72,7 @@ def default_setup(args: argparse.Namespace, seed: int | None = None) -> None:
     """Start ranks and log files in ``args.output_dir``, seed the global generators with ``seed`` + rank, log ``args``.
 
     Args:
-        seed: None: ``args.seed`` if there is one, else 0.
+        seed: None for ``args.seed`` if it exists, else 0.
     """
     distributed.enable(alone=True)
     setup_logging(args.output_dir, level=logging.INFO)
@@ -89,10 +86,10 @@ def default_setup(args: argparse.Namespace, seed: int | None = None) -> None:
 def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
     """Set ``cfg.optim.lr`` to base_lr * sqrt(global batch / 1024), in place, and return ``cfg``.
 
-    What :func:`get_cfg_from_args` returns has it already.
+    The result of :func:`get_cfg_from_args` has it already.
 
     Raises:
-        ConfigError: another ``optim.scaling_rule``.
+        ConfigError: unknown ``optim.scaling_rule``.
     """
     rule = cfg.optim.scaling_rule
     if rule != "sqrt_wrt_1024":
@@ -105,7 +102,7 @@ def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
 
 
 def write_config(cfg: DictConfig, output_dir: str | os.PathLike, name: str = "config.yaml") -> str:
-    """Write ``cfg`` to ``output_dir/name`` and return that path. Atomic, and done by the main process only."""
+    """Write ``cfg`` to ``output_dir/name`` and return that path. Atomic; only the main process writes."""
     path = Path(output_dir) / name
     if distributed.is_main_process():
         with atomic_write(path) as file:

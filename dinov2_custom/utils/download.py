@@ -1,7 +1,7 @@
-"""One file from a URL to disk: with a progress bar, all of it or nothing.
+"""Download a file from a URL completely or not at all, with a progress bar.
 
-Not ``torch.hub.download_url_to_file``, which keeps a file that is cut, or an HTML page, and waits for ever for a server
-that stopped. Not the reading of the file (``weights.py``). Read :func:`fetch` first.
+``torch.hub.download_url_to_file`` keeps truncated files and HTML pages, and waits forever for a server that stopped
+responding.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _STARTS = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2,
 
 
 def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path:
-    """Return ``folder/<last part of url>``, downloaded if it is not there yet.
+    """Return ``folder/<last part of url>``, downloaded if it does not exist yet.
 
     Args:
         progress: show a bar on stderr.
 
     Raises:
-        CheckpointError: no answer, a cut or garbled one, no weight file, or a full disk; nothing is left behind then.
+        CheckpointError: no response, a truncated or corrupt one, not a weight file, or a full disk; no partial file is
+            left.
     """
     from tqdm import tqdm
 
@@ -69,7 +70,7 @@ def fetch(url: str, folder: str | os.PathLike, *, progress: bool = True) -> Path
 
 
 def describe_start(path: Path) -> str:
-    """Return "" for a file that begins as weight files do (torch's zip and pickle, safetensors), else what it is."""
+    """Return "" if a file begins like a weight file (torch's zip or pickle, safetensors), else a description."""
     try:
         with open(path, "rb") as file:
             start = file.read(200)

@@ -1,7 +1,4 @@
-"""Names of floating-point types, and which one is native where: fp32, fp16, bf16, ``auto``.
-
-Read :func:`resolve_dtype` first.
-"""
+"""Names of floating-point types, and the native one of each device: fp32, fp16, bf16, ``auto``."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ _SHORT_NAMES = {
 # P100, V100, A100, H100 and H200, B200.
 # Source: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"
 _FAST_FLOAT64_CAPABILITIES = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
-_NATIVE_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is ARM's
+_NATIVE_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one is Arm's
 
 
 def as_torch_dtype(dtype: str | np.dtype | torch.dtype) -> torch.dtype:
@@ -43,7 +40,7 @@ def as_torch_dtype(dtype: str | np.dtype | torch.dtype) -> torch.dtype:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
-    """Return :func:`as_torch_dtype`, and for ``auto`` the fastest safe type of ``device``.
+    """Return :func:`as_torch_dtype`, or for ``auto`` the fastest safe type of ``device``.
 
     ``auto`` is bf16 where the device computes in it natively (CUDA from compute capability 8.0, CPUs with AVX512-BF16
     or AMX), fp16 on older CUDA devices, fp32 anywhere else.
@@ -62,14 +59,14 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def has_fast_float64(device: torch.device) -> bool:
-    """Return whether ``device`` computes in float64 at half the rate of float32, not at a 32nd or 64th of it."""
+    """Return whether ``device`` computes in float64 at half the rate of float32, rather than 1/32 or 1/64."""
     return device.type == "cpu" or (
         device.type == "cuda" and torch.cuda.get_device_capability(device) in _FAST_FLOAT64_CAPABILITIES
     )
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether this CPU has instructions for bf16 products: torch is asked, then the file ``cpuinfo``."""
+    """Return whether this CPU has bf16 matrix instructions, by torch's report or the file ``cpuinfo``."""
     ask = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = ask()
     return any(capabilities.get(flag, False) for flag in _NATIVE_BF16_FLAGS) or _has_flag(cpuinfo)

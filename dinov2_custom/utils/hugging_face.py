@@ -1,6 +1,6 @@
-"""Weights of Hugging Face's Dinov2 and Dinov2WithRegisters under the released names. Read :func:`from_hugging_face`.
+"""Convert weights of Hugging Face's Dinov2 and Dinov2WithRegisters to the released names.
 
-Not the other direction (``export/hugging_face.py``).
+``export/hugging_face.py`` has the inverse.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _IN_LAYER = {
     "mlp.weights_out.": "mlp.w3.",
     "mlp.down_proj.": "mlp.w3.",
 }
-# What is several tensors there, of files as published and of models in the memory of transformers 5, and one here.
+# Several tensors in published files and in transformers 5 models that are a single tensor here.
 _MERGED = {
     "attn.qkv": (
         ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
@@ -51,12 +51,12 @@ def is_hugging_face(names: Mapping[str, object]) -> bool:
 
 
 def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename, and merge query, key and value into ``qkv``, a SwiGLU's gate and input into ``w12``.
+    """Rename tensors, and merge query, key and value into ``qkv`` and a SwiGLU's gate and input into ``w12``.
 
-    Names that belong to nothing here stay as they are.
+    Unknown names are kept.
 
     Raises:
-        CheckpointError: a layer has some of the tensors that are merged, but not all.
+        CheckpointError: a layer has only some of the tensors to merge.
     """
     renamed: dict[str, Tensor] = {}
     found: dict[tuple[str, tuple[str, ...]], dict[str, Tensor]] = {}

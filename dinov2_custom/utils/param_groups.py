@@ -1,7 +1,6 @@
 """Learning-rate and weight-decay multipliers of every parameter, and optimizer groups made of them.
 
-Names of wrapped modules (FSDP, DDP, torch.compile, activation checkpointing) are understood. Not here: the schedules
-that the multipliers apply to. Read :func:`get_params_groups_with_decay` first.
+Names of wrapped modules (FSDP, DDP, torch.compile, activation checkpointing) are supported.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ logger = logging.getLogger("dinov2")
 
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _EMBEDDINGS = ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.(?:(\d+)\.)?")  # blocks.<i>. or blocks.<chunk>.<i>., i counting all blocks
+_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.(?:(\d+)\.)?")  # i is global in both forms
 
 
 def get_vit_lr_decay_rate(
@@ -34,7 +33,7 @@ def get_vit_lr_decay_rate(
 
     Args:
         force_is_backbone: ``name`` belongs to a backbone even if it does not begin with ``backbone``.
-        chunked_blocks: not needed, chunked names are recognised; kept for upstream's signature.
+        chunked_blocks: unused, as chunked names are recognised; kept for upstream's signature.
 
     Source: upstream utils/param_groups.py; layer-wise decay as in BEiT (Bao et al. 2022, appendix).
     """
@@ -85,7 +84,7 @@ def fuse_params_groups(
     all_params_groups: Iterable[dict[str, Any]],
     keys: Sequence[str] = ("lr_multiplier", "wd_multiplier", "is_last_layer"),
 ) -> list[dict[str, Any]]:
-    """Merge the groups that agree on ``keys``; the order is that of first appearance."""
+    """Merge the groups that agree on ``keys``, in order of first appearance."""
     fused: dict[tuple, dict[str, Any]] = {}
     for group in all_params_groups:
         values = {key: group[key] for key in keys}
@@ -94,7 +93,7 @@ def fuse_params_groups(
 
 
 def _plain_name(name: str) -> str:
-    """Return ``name`` without the parts that wrappers put in."""
+    """Return ``name`` without the parts that wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

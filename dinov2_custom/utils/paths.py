@@ -1,4 +1,4 @@
-"""Paths that are no local files, through iopath's handlers. Read :func:`local_path`."""
+"""Resolve paths that are not local files through iopath's handlers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def local_path(source: str | os.PathLike) -> Path:
-    """Return a local file or folder with what ``source`` names: itself, or a copy that iopath's handler fetches.
+    """Return a local file or folder for ``source``: the path itself, or a copy fetched by iopath's handler.
 
-    Handlers that the program registered with iopath's ``g_pathmgr`` come first, then iopath's own for ``s3://``.
+    Handlers that the program registered with iopath's ``g_pathmgr`` are tried first, then iopath's own for ``s3://``.
 
     Raises:
         CheckpointError: no package or no handler for such a path, or the handler failed.
@@ -31,17 +31,17 @@ def local_path(source: str | os.PathLike) -> Path:
         return Path(_manager_for(text, file_io).get_local_path(text))
     except CheckpointError:
         raise
-    except Exception as e:  # each handler has errors of its own
+    except Exception as e:  # each handler raises its own errors
         raise CheckpointError(f"expected to fetch {shown}, got {type(e).__name__}: {e}; check path and access") from e
 
 
 def path_of_file_url(source: str) -> str:
-    """Return the path of a ``file://`` URL, its ``%20`` a space; anything else as it is."""
+    """Return the path of a ``file://`` URL, with ``%20`` decoded; anything else unchanged."""
     return urllib.parse.unquote(urllib.parse.urlparse(source).path) if source.startswith("file://") else source
 
 
 def without_credentials(source: str | os.PathLike) -> str:
-    """Return ``source``, where it is a URL without user, password and query, which may hold secrets; for messages."""
+    """Return ``source``, for messages; a URL loses user, password and query, which may hold secrets."""
     if not _SCHEME.match(str(source)):
         return str(source)
     parts = urllib.parse.urlsplit(str(source))

@@ -1,7 +1,7 @@
 """Random generators as pure functions of a seed and counters: no draw in this project reads global random state.
 
-``generator_for(seed, "drop_path", iteration)`` always gives the same stream, in every process, whatever ran before.
-That is what makes a resumed run equal to an uninterrupted one. Read :func:`seed_for` first.
+``generator_for(seed, "drop_path", iteration)`` gives the same stream in every process, independent of earlier draws.
+This makes a resumed run equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def seed_for(seed: int, *counters: int | str) -> int:
-    """Mix ``seed`` and ``counters`` into 63 well-spread bits (BLAKE2b of their text)."""
+    """Hash ``seed`` and ``counters`` to 63 bits (BLAKE2b of their text)."""
     text = "\x1f".join(str(part) for part in (seed, *counters))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

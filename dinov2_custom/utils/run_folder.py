@@ -1,7 +1,6 @@
-"""What a user means by a run: its newest teacher, its config.yaml, and its name for what is made from it.
+"""Files of a run directory: its newest teacher and config.yaml, and the name of outputs derived from it.
 
-Not the reading of weights (``utils/weights``). Without torch, so that command lines can ask it. Read
-:func:`find_weights` first.
+Torch-free, so that command lines can import it.
 """
 
 from __future__ import annotations
@@ -13,21 +12,21 @@ from pathlib import Path
 from dinov2_custom.errors import CheckpointError, command
 from dinov2_custom.utils.paths import path_of_file_url, without_credentials
 
-LOCK = ".lock"  # held by the process that writes into a run directory
+LOCK = ".lock"  # held by the process that writes to a run directory
 MARKER = "checkpoint.json"  # the last file of a training checkpoint
 LAST = "last_checkpoint"
-_FILE_NAME = re.compile(r"[\w-][\w.-]{0,250}", re.ASCII)  # one file's, in this folder
-_SHARD = re.compile(r"(model_(?:\d{7,}|final))\.rank_(\d+)\.pth")  # of upstream
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,250}", re.ASCII)  # of a file in this folder
+_SHARD = re.compile(r"(model_(?:\d{7,}|final))\.rank_(\d+)\.pth")  # upstream's
 _NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
 
 
 def find_weights(source: str) -> str:
-    """Return the weights that ``source`` means; of a run directory the newest teacher, else the last checkpoint.
+    """Return the weights for ``source``; for a run directory its newest teacher, else its last checkpoint.
 
     Files, URLs, training checkpoints and folders as Hugging Face writes them stand for themselves.
 
     Raises:
-        CheckpointError: a directory without any.
+        CheckpointError: the directory has none.
     """
     source = path_of_file_url(str(source))
     if "://" in source:
@@ -54,7 +53,7 @@ def find_weights(source: str) -> str:
 
 
 def last_checkpoint(folder: Path) -> str:
-    """Return the name in ``folder`` that its file ``last_checkpoint`` holds, "" where it holds none."""
+    """Return the name in ``folder`` that its file ``last_checkpoint`` gives, or ""."""
     try:
         name = (folder / LAST).read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
@@ -63,7 +62,7 @@ def last_checkpoint(folder: Path) -> str:
 
 
 def is_upstream_shard(path: Path) -> bool:
-    """Return whether ``path`` has the name of a file of :func:`upstream_shards`, of any checkpoint."""
+    """Return whether ``path`` is named like a file of :func:`upstream_shards`, of any checkpoint."""
     return _SHARD.fullmatch(path.name) is not None
 
 
@@ -81,7 +80,7 @@ def upstream_shards(folder: Path) -> list[Path]:
 
 
 def how_to_gather(folder: Path) -> str:
-    """Return what to do with the files of :func:`upstream_shards`."""
+    """Return the instruction for the files of :func:`upstream_shards`."""
     gather = f"{command('run/export/export.py')} {shlex.quote(str(folder))} --to torch --output teacher.pth"
     return f"gather its teacher with `{gather}`, then start elsewhere with student.pretrained_weights=teacher.pth"
 
@@ -92,7 +91,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def run_config_near(weights: str) -> Path | None:
-    """Return the config.yaml of the run directory that ``weights`` lies in (up to three folders above), or None."""
+    """Return the config.yaml of the run directory that contains ``weights`` (up to three folders above), or None."""
     if "://" in str(weights):
         return None
     path = Path(weights).expanduser().absolute()
@@ -100,10 +99,10 @@ def run_config_near(weights: str) -> Path | None:
 
 
 def default_output(command: str, source: str) -> Path:
-    """Return ./outputs/<command>/<name of the run that ``source`` is or lies in, else of the file>.
+    """Return ./outputs/<command>/<name of the run that is or contains ``source``, else of the file>.
 
     Raises:
-        CheckpointError: a directory without weights.
+        CheckpointError: the directory has no weights.
     """
     weights = find_weights(source)
     config = run_config_near(weights)

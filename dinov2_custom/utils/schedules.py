@@ -1,6 +1,6 @@
-"""Values that change with the iteration: frozen, then a linear warm-up, then half a cosine.
+"""A scalar schedule over iterations: frozen, then a linear warm-up, then half a cosine.
 
-Counts are iterations; whoever has epochs converts them. Read :class:`CosineScheduler` first.
+All counts are in iterations.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 
 
 class CosineScheduler:
-    """A number for every iteration, computed once: ``scheduler[iteration]``.
+    """A precomputed value for every iteration: ``scheduler[iteration]``.
 
     ``freeze_iters`` zeros; ``warmup_iters`` values from ``start_warmup_value`` to ``base_value``, both included; for
-    the n that are left, final + (base - final) (1 + cos(pi i / n)) / 2, i = 0 .. n-1; from ``total_iters`` on
+    the n remaining ones, final + (base - final) (1 + cos(pi i / n)) / 2, i = 0 .. n-1; from ``total_iters`` on
     ``final_value``.
 
     Attributes:
         schedule: float64 array of ``total_iters`` values; may be changed in place.
 
     Raises:
-        ValueError: a negative count, or a warm-up and freeze that are longer than the whole.
-        TypeError: a count that is not an integer.
+        ValueError: a count is negative, or warm-up and freeze exceed ``total_iters``.
+        TypeError: a count is not an integer.
 
     Source: upstream utils/utils.py; the cosine is SGDR's (Loshchilov and Hutter 2017, equation 5).
     """

@@ -1,7 +1,4 @@
-"""Small helpers under upstream's names: weights into a model, seeds, git revision.
-
-Read :func:`load_pretrained_weights` first.
-"""
+"""Small helpers under upstream's names: weights into a model, seeds, git revision."""
 
 from __future__ import annotations
 
@@ -24,17 +21,17 @@ __all__ = ["CosineScheduler", "fix_random_seeds", "get_sha", "has_batchnorms", "
 def load_pretrained_weights(
     model: nn.Module, pretrained_weights: str | os.PathLike, checkpoint_key: str | None
 ) -> None:
-    """Copy the tensors of a weight file into ``model`` by name, and say how many matched.
+    """Copy the tensors of a weight file into ``model`` by name, and log how many matched.
 
-    The file may hold the tensors directly or under ``checkpoint_key`` (else teacher, model, state_dict or student).
-    Prefixes of wrappers and ``backbone.`` do not count, block names with and without chunks fit each other, DINO and
-    iBOT heads are left out. Tensors of the model that the file lacks keep their values, with a warning.
+    The tensors may be at the top level or under ``checkpoint_key`` (else teacher, model, state_dict or student).
+    Prefixes of wrappers and ``backbone.`` are ignored, block names match with and without chunks, and DINO and
+    iBOT heads are skipped. Tensors of the model that the file lacks keep their values, with a warning.
 
     Args:
-        pretrained_weights: path or http(s) URL of a ``.pth`` file; only tensors and plain containers are unpickled.
+        pretrained_weights: path or http(s) URL of a ``.pth`` file; only tensors and plain containers are loaded.
 
     Raises:
-        CheckpointError: no such file, not a weight file, tensors of other shapes, or not one name that matches.
+        CheckpointError: the file is missing or not a weight file, shapes differ, or no name matches.
     """
     load_weights(
         model,
@@ -51,15 +48,15 @@ def load_pretrained_weights(
 def fix_random_seeds(seed: int = 31) -> None:
     """Seed the global generators of torch, numpy and Python.
 
-    Nothing of this project draws from them; it is for the user's own datasets and models.
+    This project does not use them; users' datasets and models may.
     """
-    torch.manual_seed(seed)  # all CUDA devices too
+    torch.manual_seed(seed)  # also seeds all CUDA devices
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def get_sha() -> str:
-    """Describe the git revision this package runs from: ``sha: ..., status: ..., branch: ...``.
+    """Return the git revision of this package as text: ``sha: ..., status: ..., branch: ...``.
 
     The status is ``clean`` or ``has uncommitted changes``; all three are N/A outside a git checkout.
     """
@@ -70,7 +67,7 @@ def get_sha() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # an environment inside somebody else's repository is not it
+        git("ls-files", "--error-unmatch", here.name)  # a virtual environment inside another repository does not count
         status = "has uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else "clean"
         return f"sha: {git('rev-parse', 'HEAD')}, status: {status}, branch: {git('rev-parse', '--abbrev-ref', 'HEAD')}"
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,4 @@
-"""Reading a weight file, from a disk, a URL or an iopath handler; never any code from it.
-
-Not here: names, wrappers and models (``weights``). Read :func:`read_weights` first.
-"""
+"""Read a weight file from a disk, a URL or an iopath handler, without running any code from it."""
 
 from __future__ import annotations
 
@@ -34,17 +31,17 @@ logger = logging.getLogger("dinov2")
 RELEASED_URL = "https://dl.fbaipublicfiles.com/dinov2"
 _INDEX = "model.safetensors.index.json"
 _MAX_DEPTH = 100
-_DIGEST = re.compile(r"-([a-f0-9]{8,64})\.")  # as torch.hub reads it
+_DIGEST = re.compile(r"-([a-f0-9]{8,64})\.")  # as torch.hub parses it
 
 
 def read_weights(source: str | os.PathLike) -> Any:
-    """Read a file of tensors and plain values: a path, an http(s) URL, or what one of iopath's handlers serves.
+    """Read a file of tensors and plain values: a path, an http(s) URL, or a path for one of iopath's handlers.
 
-    A folder stands for the ``model.safetensors`` in it, whole or in parts, as Hugging Face writes it, or is
+    A folder stands for the ``model.safetensors`` in it, whole or sharded, as Hugging Face writes it, or is
     a training checkpoint.
 
     Raises:
-        CheckpointError: missing, torn, or holding anything but tensors and plain values.
+        CheckpointError: the file is missing, torn, or holds anything but tensors and plain values.
     """
     path = to_local(source)
     if is_upstream_shard(path) and path.is_file():
@@ -64,21 +61,21 @@ def read_weights(source: str | os.PathLike) -> Any:
 
 
 def _read_file(path: Path) -> Any:
-    if path.exists() and not path.is_file():  # opening a pipe waits for ever, a device has no end
+    if path.exists() and not path.is_file():  # opening a pipe blocks, a device has no end
         raise CheckpointError(f"expected a weight file at {path}, got no regular file; copy its content to one")
     try:
-        if path.suffix == ".safetensors" or _start(path)[8:] == b"{":  # an export goes to a file of any name
+        if path.suffix == ".safetensors" or _start(path)[8:] == b"{":  # the file name of an export is arbitrary
             return _with_metadata(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise CheckpointError(f"expected a weight file at {path}, found nothing; check the path") from e
-    except Exception as e:  # torch raises many kinds on torn files, safetensors one of its own
+    except Exception as e:  # torch raises many types on torn files, safetensors its own
         reason = _reason(e, path)
         raise CheckpointError(f"expected a weight file of tensors at {path}, could not read it: {reason}") from e
 
 
 def _with_metadata(path: Path) -> OrderedDict[str, Tensor]:
-    """Read a safetensors file; the texts in its header become ``_metadata[""]``, where state dicts have theirs."""
+    """Read a safetensors file; the strings in its header become ``_metadata[""]``, as in state dicts."""
     state = OrderedDict(load_file(path))
     with safe_open(path, "pt") as file:
         state._metadata = {"": file.metadata() or {}}
@@ -87,11 +84,11 @@ def _with_metadata(path: Path) -> OrderedDict[str, Tensor]:
 
 def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(9)  # of safetensors: 8 bytes of a length, then JSON
+        return file.read(9)  # safetensors: an 8-byte length, then JSON
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Say why a file cannot be read. torch's own words are many lines, and advise to read it without the safeguard."""
+    """Return why a file cannot be read. torch's messages are long, and advise disabling the safeguard."""
     if is_cut(path) or "unexpected EOF" in str(error):
         return f"it is cut short, at {path.stat().st_size:,} bytes; copy or download it again"
     if found := re.search(r"\bGLOBAL (\S+)", str(error)):
@@ -107,9 +104,9 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def is_cut(path: Path) -> bool:
-    """Return whether a file begins as one of torch's or safetensors and ends before what is in it does.
+    """Return whether a file begins as a torch or safetensors file and ends prematurely.
 
-    Nothing of it is unpickled. Of torch's old format, in which tensors follow pickles, only the pickles are looked at.
+    Nothing is unpickled. For torch's legacy format, in which tensors follow pickles, only the pickles are scanned.
     """
     try:
         with path.open("rb") as file:
@@ -131,17 +128,17 @@ def is_cut(path: Path) -> bool:
                 except (ValueError, struct.error):
                     return not file.read(1)
     except (OSError, ValueError, LookupError, AttributeError, TypeError, MemoryError, OverflowError):
-        pass  # damaged otherwise
+        pass  # damaged in another way
     return False
 
 
 def _checked(file: Any, path: Path) -> Any:
-    """Return ``file`` when every tensor in it has its numbers in memory and nothing holds itself.
+    """Return ``file`` if all its tensors are materialised and it contains no cycles.
 
     Raises:
-        CheckpointError: one that does not; names where it is.
+        CheckpointError: otherwise; names the position.
     """
-    found: dict[int, bool] = {}  # containers by identity: whether all of it has been seen
+    found: dict[int, bool] = {}  # container id -> whether all of it has been visited
 
     def look(value: Any, where: str, depth: int = 0) -> None:
         if isinstance(value, Tensor):
@@ -177,15 +174,15 @@ def _unusual(tensor: Tensor) -> str:
 
 
 def to_local(source: str | os.PathLike) -> Path:
-    """Return the file or folder of ``source``, downloaded where it is an http(s) URL or of one of iopath's handlers."""
+    """Return the file or folder of ``source``, downloaded if it is an http(s) URL or handled by iopath."""
     return _local_copy(str(source)) if is_url(source) else local_path(source)
 
 
 def check_sha256(path: Path, start: str = "") -> None:
-    """Compare a file's SHA-256 with the ``start`` of it, else with what its name has: ``<name>-<start>.pth``.
+    """Compare a file's SHA-256 with its ``start``, else with the one in its name: ``<name>-<start>.pth``.
 
     Raises:
-        CheckpointError: another digest.
+        CheckpointError: the digest differs.
     """
     named = _DIGEST.search(path.name)
     start = named[1] if named else start
@@ -229,7 +226,7 @@ def is_url(source: str | os.PathLike) -> bool:
 
 
 def _local_copy(url: str) -> Path:
-    """Return the file of ``url`` in torch.hub's folder; only released files have names that are nobody else's."""
+    """Return the file of ``url`` in torch.hub's folder; only released files have globally unique names."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     return fetch(
         url, folder if url.startswith(RELEASED_URL) else folder / hashlib.sha256(url.encode()).hexdigest()[:16]

@@ -1,7 +1,4 @@
-"""Weight files in, flat tensors out: any wrapper, prefix and block chunking.
-
-Not here: reading (``weight_file``), loading into a model (``teacher``). Read :func:`flat_state` first.
-"""
+"""Normalise the tensors of a weight file: any wrapper, prefix and block chunking."""
 
 from __future__ import annotations
 
@@ -41,12 +38,12 @@ _TIMM = {"cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"}  # 
 def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor]:
     """Return a backbone's tensors under the released, flat names, without heads.
 
-    The tensors may lie under ``checkpoint_key`` (else teacher, model, state_dict or student); of a whole training state
-    the teacher's are taken. ``blocks.<chunk>.<i>.`` becomes ``blocks.<i>.``,
-    and the names of Hugging Face's and timm's models the released ones.
+    The tensors may be under ``checkpoint_key`` (else teacher, model, state_dict or student); in a whole training state,
+    the teacher's are used. ``blocks.<chunk>.<i>.`` becomes ``blocks.<i>.``,
+    and names of Hugging Face's and timm's models become the released ones.
 
     Raises:
-        CheckpointError: no dict of tensors, or positions, which set a model's size, of a shape that none have.
+        CheckpointError: no dict of tensors, or position embeddings of an impossible shape.
     """
     state = _unwrapped(file, checkpoint_key)
     if "pos_embed" in state and (state["pos_embed"].ndim != 3 or state["pos_embed"].shape[1] < 2):
@@ -86,7 +83,7 @@ def _unwrapped(file: Any, checkpoint_key: str | None) -> dict[str, Tensor]:
         if is_hugging_face(state):
             return from_hugging_face(state)
         return from_timm(state) if _TIMM <= set(state) and "mask_token" not in state else state
-    except (LookupError, RuntimeError) as e:  # tensors that are missing, or do not go together
+    except (LookupError, RuntimeError) as e:  # missing or inconsistent tensors
         reason = str(e).partition("\n")[0]
         raise CheckpointError(
             f"expected the tensors of a DINOv2 of timm or transformers, could not rename them: {reason}"
@@ -94,10 +91,10 @@ def _unwrapped(file: Any, checkpoint_key: str | None) -> dict[str, Tensor]:
 
 
 def _of_one_model(state: dict[str, Tensor], checkpoint_key: str | None) -> dict[str, Tensor]:
-    """Return a backbone's tensors and those beside it without the prefix that all of them have.
+    """Return a backbone's tensors and the other tensors, without their common prefix.
 
-    The prefix is what stands before ``cls_token``. Of several, as of a student and a teacher, ``checkpoint_key``'s is
-    taken, else the teacher's.
+    The prefix is the part before ``cls_token``. Of several (student and teacher), ``checkpoint_key``'s is
+    used, else the teacher's.
     """
     prefixes = [match[1] for name in state if (match := _CLS_TOKEN.fullmatch(name))]
     if not prefixes or "" in prefixes:
@@ -107,10 +104,10 @@ def _of_one_model(state: dict[str, Tensor], checkpoint_key: str | None) -> dict[
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a timm ``vit_*_dinov2``'s tensors under the released names, which most of them have.
+    """Return a timm ``vit_*_dinov2``'s tensors under the released names.
 
-    timm has no mask token (zeros here, what training starts from); with registers its positions are those of patches,
-    and the class token has its own in it. A SwiGLU's ``fc1`` is ``w12``, twice as wide as ``fc2`` takes.
+    timm has no mask token (zeros here, the initial value in training); with registers, positions cover patches only
+    and the class token includes its own. A SwiGLU's ``fc1`` is ``w12``, with twice ``fc2``'s input width.
     """
     state = dict(state)
     dim = state["cls_token"].shape[-1]

@@ -1,7 +1,7 @@
 """Build the stand-in of the CUDA runtime for the torch of this interpreter; see :func:`build`.
 
-Functions that torch imports and the sources do not define become stubs that return 0 and say so once on stderr, but for
-those of ``QUIET``.
+Functions that torch imports and the sources do not define become stubs that return 0 and report it once on stderr,
+except for those in ``QUIET``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ QUIET = re.compile(r"cublas(Set|Get|Create|Destroy|Lt)\w+|cublas\w*(Gemm|gemm|Ge
 
 
 class Unavailable(RuntimeError):
-    """The stand-in cannot be built here; says what is missing."""
+    """The stand-in cannot be built here; the message names what is missing."""
 
 
 def build(folder: Path) -> Path:
-    """Return the library to preload, built into ``folder`` unless it is there.
+    """Return the library to preload, built into ``folder`` unless it exists.
 
     Raises:
-        Unavailable: torch is no CUDA build, or there is no compiler or no header of CUDA.
+        Unavailable: torch is not a CUDA build, or a compiler or CUDA header is missing.
     """
     torch_lib = Path(importlib.util.find_spec("torch").origin).parent / "lib"
     if not (torch_lib / "libtorch_cuda.so").exists():
@@ -53,8 +53,8 @@ def build(folder: Path) -> Path:
     stubs = library.parent / f"stubs{os.getpid()}.cpp"
     stubs.write_text(_stubs(torch_lib, b"".join(texts).decode()))
     sources = [here / name for name in SOURCES] + [stubs]
-    # the name that Triton and torch load the driver by, so that they find this library there already
-    made = f"{library}.{os.getpid()}"  # another process may be building it, too
+    # the name that Triton and torch load the driver by, so that they find this library already loaded
+    made = f"{library}.{os.getpid()}"  # another process may also be building it
     linked = ["-shared", "-Wl,-soname,libcuda.so.1", "-o", made]
     options = ["-std=c++17", "-O1", "-fPIC", "-Wall", f"-I{include}", f"-I{here}"]
     done = subprocess.run([compiler, *options, *map(str, sources), *linked, "-ldl"], capture_output=True, text=True)

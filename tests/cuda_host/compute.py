@@ -1,9 +1,8 @@
-"""Give the stand-in's "device" tensors real values: after each operation, do it once more on the CPU.
+"""Give the stand-in's "device" tensors real values: repeat each operation on the CPU.
 
 Device memory is host memory, so a CUDA tensor has a CPU tensor over the same bytes, and what a kernel should have
-written is written there. Slow, and for what a program does with numbers that it computes on a GPU: nothing of a kernel
-is tested by it, nor the lateness of copies, since all are finished before each operation. Read
-:meth:`Computing.__torch_dispatch__` first.
+written is written there. Slow, and meant to test a program's use of numbers computed on a GPU: it tests neither kernels
+nor the asynchrony of copies, since all are finished before each operation.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _LIBRARY = ctypes.CDLL(None)
 _UNCHANGED = ("aten::record_stream", "aten::set_")
-_REAL = "c10d::"  # gloo copies to the host and back, which is really done
+_REAL = "c10d::"  # gloo really copies to the host and back
 _ATTENTION = ("cudnn_attention", "flash_attention", "efficient_attention")
 
 
@@ -33,7 +32,7 @@ def on_cpu(tensor: Tensor) -> Tensor:
 
 
 class Computing(TorchDispatchMode):
-    """While entered, operations on CUDA tensors have their real results."""
+    """Mode in which operations on CUDA tensors have their real results."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -50,7 +49,7 @@ class Computing(TorchDispatchMode):
         wanted = _compute(func, *tree_map(_mirrored, (args, kwargs)))
         if isinstance(given, Tensor):
             return _filled(given, wanted)
-        if isinstance(given, (tuple, list)):  # of an attention, the output alone is known
+        if isinstance(given, (tuple, list)):  # only the output of an attention is known
             values = [_filled(*pair) for pair in zip(given, wanted, strict=False)]
             return type(given)([*values, *given[len(values) :]])
         return wanted  # a number: whether two tensors are equal
@@ -61,7 +60,7 @@ def _is_cuda(one) -> bool:
 
 
 def _is_view(func, given, arguments) -> bool:
-    """Whether the result has the memory of an argument; ``to``, ``reshape`` and others do or do not, case by case."""
+    """Return whether the result shares memory with an argument; for ``to``, ``reshape`` and others this varies."""
     if func._schema.is_mutable or not any(argument.alias_info for argument in func._schema.arguments):
         return False
     memory = {one.untyped_storage().data_ptr() for one in tree_leaves(arguments) if isinstance(one, Tensor)}
@@ -77,12 +76,12 @@ def _mirrored(one):
 
 
 def _moved(one):
-    """Return a CPU tensor's values as a CUDA tensor."""
+    """Copy a CPU tensor's values to a CUDA tensor."""
     return _filled(torch.empty_like(one, device="cuda"), one) if isinstance(one, Tensor) else one
 
 
 def _compute(func, args, kwargs):
-    """Return func(*args, **kwargs) on the CPU, in float32 where the CPU has no kernel for 16 bits."""
+    """Return func(*args, **kwargs) on the CPU, in float32 if the CPU has no 16-bit kernel."""
     name = func._schema.name
     if any(kind in name for kind in _ATTENTION):
         return _attention(name, args)

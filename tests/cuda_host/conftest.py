@@ -6,7 +6,7 @@ from tests.cuda_host.run import environment
 
 @pytest.fixture(scope="session")
 def preloaded():
-    """The environment of a process that has the stand-in of the CUDA runtime."""
+    """Return the environment of a process with the stand-in of the CUDA runtime."""
     try:
         return environment()
     except Unavailable as e:

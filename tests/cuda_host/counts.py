@@ -1,6 +1,6 @@
-"""What the preloaded stand-in counted, from inside the process: copies, launches, and each time the host waited.
+"""Read the counters of the preloaded stand-in from inside the process: copies, launches, host waits.
 
-Read :func:`counted` first. Without the stand-in, :func:`is_loaded` is False and nothing else works.
+Without the stand-in, :func:`is_loaded` is False and nothing else works.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def syncs(found: Counter[str]) -> int:
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Yield a counter that at the end of the block has what the block added."""
+    """Yield a counter that is filled with the block's counts at its end."""
     before, found = counts(), Counter()
     yield found
     found.update(counts() - before)
@@ -43,7 +43,7 @@ def counted() -> Iterator[Counter[str]]:
 
 @contextmanager
 def sync_stacks() -> Iterator[list[str]]:
-    """Yield a list that gets ``WHAT`` and the Python stack of each time the host waits inside the block."""
+    """Yield a list that collects ``WHAT`` and the Python stack of each host wait inside the block."""
     stacks: list[str] = []
     listener = _LISTENER(lambda what: stacks.append(f"{what.decode()}\n{''.join(traceback.format_stack()[-8:-1])}"))
     _LIBRARY.cuda_host_listen(listener)

@@ -1,4 +1,4 @@
-"""Copies on the stand-in: late ones arrive whole where the engine waits for them, and torn where nobody does.
+"""Copies on the stand-in: delayed ones arrive intact if the engine waits for them, and torn otherwise.
 
 Run by ``test_cuda_host.py``.
 """
@@ -15,11 +15,11 @@ from tests.data.pictures import make_folder, train_config
 CUDA = torch.device("cuda", 0)
 
 
-def test_a_copy_that_nobody_waits_for_is_seen():
+def test_a_copy_without_a_wait_is_detected():
     host = torch.arange(4.0).pin_memory()
     device = host.to(CUDA, non_blocking=True)
     host.fill_(7)
-    values = device.tolist()  # no tensor of the device in an assertion: to show it takes kernels
+    values = device.tolist()  # no device tensor in an assertion: printing it would need kernels
     assert values == [7.0] * 4  # what the host wrote too early
 
 
@@ -45,7 +45,7 @@ def test_numbers_on_their_way_to_the_host_are_waited_for():
 
 
 def test_batches_of_other_processes_reach_the_device_whole(tmp_path):
-    """Crops as they are: changing and normalising them takes kernels, see ``inside_compute.py``."""
+    """Crops are unprocessed: changing and normalising them needs kernels, see ``inside_compute.py``."""
     make_folder(tmp_path / "images", [f"{i}.png" for i in range(20)])
 
     def loader(**train):
@@ -59,7 +59,7 @@ def test_batches_of_other_processes_reach_the_device_whole(tmp_path):
         on_device = loader(num_workers=2).batches(device=CUDA)
         copied = next(on_device)
         for wanted in on_host:
-            following = next(on_device)  # the slot of the former is filled again from now on
+            following = next(on_device)  # from now on, the previous slot is refilled
             for name in ("collated_global_crops", "collated_local_crops"):
                 arrived = copied[name].cpu()
                 assert torch.equal(arrived, wanted[name])

@@ -1,6 +1,6 @@
-"""Launches, waits, pinned and copied bytes on the stand-in: what the host side costs, and what it leaves behind.
+"""Launches, waits, pinned and copied bytes on the stand-in: the cost of the host side, and its leftovers.
 
-Run by ``test_lean.py``. Kernels are not run, so no number means anything.
+Run by ``test_lean.py``. Kernels are not run, so values are meaningless.
 """
 
 import itertools
@@ -92,7 +92,7 @@ def test_memory_is_given_back_after_the_copies_from_it(builder, tmp_path, monkey
 
 
 def test_the_host_sleeps_while_it_waits_for_an_event(builder, tmp_path, monkeypatch):
-    """Without ``blocking`` CUDA asks again and again, which keeps a core busy."""
+    """Without ``blocking`` CUDA polls, which keeps a core busy."""
     waited = []
 
     class Event(torch.cuda.Event):
@@ -128,7 +128,7 @@ def test_the_teacher_moves_in_few_launches(arch, most, skip):
 
 
 class Planned(TorchDispatchMode):
-    """Note the shapes for which cuDNN's attention is asked, each of which takes a plan."""
+    """Record the shapes used with cuDNN's attention, each of which needs a plan."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Planned(TorchDispatchMode):
 def test_no_step_asks_cudnn_for_another_shape_of_attention(groups, recompute):
     options = [*COMMON.split(), "student.arch=vit_tiny", "train.batch_size_per_gpu=8", "student.drop_path_rate=0.4"]
     options += [f"train.view_groups={groups}", f"train.activation_checkpointing={recompute}"]
-    options += ["train.max_nonfinite_steps=1000000"]  # nothing is computed
+    options += ["train.max_nonfinite_steps=1000000"]  # nothing is really computed
     batch = {name: v.pin_memory() if torch.is_tensor(v) else v for name, v in batch_for(options, 8).items()}
     step = our_step(options, batch, device="cuda")
     with Planned() as planned:
@@ -160,7 +160,7 @@ def test_no_step_asks_cudnn_for_another_shape_of_attention(groups, recompute):
 
 
 class Watched:
-    """Batches in pinned memory; ``syncs``: how often the host waited between one and the next."""
+    """Batches in pinned memory; ``syncs``: number of host waits between consecutive batches."""
 
     def __init__(self, batches):
         self.batches, self.syncs = batches, []
@@ -264,7 +264,7 @@ def test_knn_waits_for_no_batch_and_does_not_copy_the_training_features(monkeypa
 
 
 class HostBytes(LiveBytes):
-    """Count what is made in host memory only."""
+    """Count allocations in host memory only."""
 
     def _add_all(self, result):
         if isinstance(result, torch.Tensor) and result.device.type == "cpu":

@@ -1,6 +1,6 @@
-"""Whole runs on the stand-in: how often a step waits for the device, what a full device says.
+"""Whole runs on the stand-in: how often a step waits for the device, and the error of a full device.
 
-Run by ``test_cuda_host.py``. Kernels are not run, so no number is finite and every step is left out.
+Run by ``test_cuda_host.py``. Kernels are not run, so no number is finite and every step is skipped.
 """
 
 import os
@@ -51,8 +51,8 @@ def test_a_step_waits_for_what_is_there_and_a_log_line_once(workers, dataset, tm
         assert step["cudaMalloc"] == 0 or number < 8
 
 
-def test_a_run_goes_on_where_memory_cannot_be_pinned(dataset, tmp_path):
-    """A failed call stays CUDA's last error, and torch raises it at the launch of the next kernel."""
+def test_a_run_continues_if_memory_cannot_be_pinned(dataset, tmp_path):
+    """A failed call remains CUDA's last error, which torch raises at the next kernel launch."""
     command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
     command += ["train.num_workers=2", "train.max_steps=4"]
     refusing = os.environ | {"CUDA_HOST_NO_PINNING": "1"}
@@ -61,11 +61,11 @@ def test_a_run_goes_on_where_memory_cannot_be_pinned(dataset, tmp_path):
     assert done.returncode == 0 and "memory could not be pinned (CUDA error 801)" in said, said
 
 
-def test_a_full_device_is_said_in_one_sentence(dataset, tmp_path):
+def test_a_full_device_is_reported_in_one_sentence(dataset, tmp_path):
     command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
     command += ["student.arch=vit_small", "train.batch_size_per_gpu=16", "train.num_workers=0"]
     small = os.environ | {"CUDA_HOST_MEMORY": str(500 * 2**20)}
     done = subprocess.run(command, cwd=REPOSITORY, env=small, capture_output=True, text=True, timeout=300)
     last = done.stderr.splitlines()[-1]
-    assert done.returncode and last.startswith("error: memory: expected room for a batch of 16 images a process")
+    assert done.returncode and last.startswith("error: memory: expected room for a batch of 16 images per process")
     assert "Tried to allocate" in last and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""One training step on the stand-in: every option runs, nothing waits for the device, memory is what was counted.
+"""One training step on the stand-in: every option runs, nothing waits for the device, memory matches the count.
 
 Run by ``test_cuda_host.py``.
 """
@@ -50,7 +50,7 @@ def test_a_step_never_waits_for_the_device(options):
     with counted() as found, sync_stacks() as stacks:
         losses = step(1)
     assert {loss.device.type for loss in losses.values()} == {"cuda"}
-    assert syncs(found) == found["sync event"] == 1, stacks  # the report of the step before
+    assert syncs(found) == found["sync event"] == 1, stacks  # the report of the previous step
     assert found["copy pageable to device"] == 0 and found["launches"] > 1000
 
 

@@ -1,4 +1,4 @@
-"""The update on the stand-in with real values: a step that is left out, and fp16 with its loss scale.
+"""The update on the stand-in with real values: a skipped step, and fp16 with its loss scale.
 
 Run by ``test_cuda_host.py``.
 """

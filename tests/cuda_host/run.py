@@ -1,7 +1,7 @@
 """Run Python under the stand-in of the CUDA runtime: ``python -m tests.cuda_host.run SCRIPT|-m MODULE [arguments]``.
 
 With ``--compute`` first, operations on "device" tensors have real values (``compute.py``), and several processes can
-talk to each other: through gloo, since there is no NCCL. Read :func:`main` first.
+communicate: through gloo, since there is no NCCL.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDER = Path(tempfile.gettempdir()) / f"dinov2_custom_cuda_host_{os.getuid()}"
 
 
 def environment() -> dict[str, str]:
-    """Return the environment in which a Python process has the stand-in. Raises as :func:`build`."""
+    """Return the environment in which a Python process has the stand-in. Raise as :func:`build` does."""
     own = {"LD_PRELOAD": str(build(FOLDER)), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return os.environ | own
 

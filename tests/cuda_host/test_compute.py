@@ -1,4 +1,4 @@
-"""On the stand-in with real values, training, evaluations and features on a "GPU" are those of the CPU."""
+"""On the stand-in with real values, training, evaluations and features on a "GPU" equal those on the CPU."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def start(python, *command, **variables):
 
 
 def end(*processes):
-    """Wait for the processes; return what the first one printed."""
+    """Wait for the processes; return the output of the first one."""
     printed = [process.communicate(timeout=500)[0] for process in processes]
     for process, text in zip(processes, printed, strict=True):
         assert process.returncode == 0, text
@@ -75,7 +75,7 @@ def test_training_on_the_device_is_training_on_the_cpu(more, dataset, tmp_path):
 
 
 def test_two_processes_with_one_visible_gpu_each(dataset, tmp_path):
-    """As ``srun --ntasks=2 --gpus-per-task=1`` starts them: a GPU each, which both see as number 0."""
+    """As ``srun --ntasks=2 --gpus-per-task=1`` starts them: one GPU each, which both see as number 0."""
     options = ["train.batch_size_per_gpu=2"]
     for python, folder in ((ON_CPU, "cpu"), (ON_GPU, "gpu")):
         command = train(dataset, tmp_path / folder, *options)

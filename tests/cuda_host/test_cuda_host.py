@@ -1,4 +1,4 @@
-"""Run the checks of the host side of CUDA, ``inside_*.py``, in a process that has the stand-in of the CUDA runtime."""
+"""Run the checks of the host side of CUDA, ``inside_*.py``, in a process with the stand-in of the CUDA runtime."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def test_host_side_of_cuda(part, preloaded):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_is_to_run_on_a_real_card_runs_here(preloaded):
+def test_scripts_for_a_real_card_run_here(preloaded):
     command = [sys.executable, "-m", "tests.cuda_host.run", "--compute", "-m", "pytest", "-q", "-rs", "tests/gpu"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Run ``inside_lean.py``: what the host side of CUDA may cost, in a process that has the stand-in of the runtime."""
+"""Run ``inside_lean.py``: limits on the cost of CUDA's host side, in a process with the stand-in of the runtime."""
 
 import subprocess
 import sys

@@ -36,7 +36,7 @@ def train(images, out, *options, compute=False):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(preloaded, images, tmp_path):
-    """3 + 3 steps are 6, with real values."""
+    """3 + 3 steps equal 6, with real values."""
     options = ["train.max_steps=6", "checkpointing.period=3", "optim.warmup_epochs=0"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     finished(train(images, straight, *options, compute=True), preloaded)
@@ -58,7 +58,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(preloaded, images, tmp_path):
 
 @pytest.mark.parametrize("lean", ["true", "false"])
 def test_drop_path_may_leave_no_sequence_of_a_group(preloaded, images, tmp_path, lean):
-    """Each global crop alone: of its two sequences, one in six draws keeps none."""
+    """Each global crop is a group; one draw in six keeps neither of its two sequences."""
     precision = [f"compute_precision.{m}.backbone.mixed_precision.param_dtype=bf16" for m in ("student", "teacher")]
     options = ["train.view_groups=4", "train.batch_size_per_gpu=2", "student.drop_path_rate=0.4", f"train.lean={lean}"]
     options += ["train.max_steps=6", "train.max_nonfinite_steps=1000", *precision]
@@ -113,7 +113,7 @@ entry.leave(0)
 """
 
 
-def test_the_process_with_the_least_memory_decides_what_is_computed_again(preloaded):
+def test_the_least_memory_over_processes_decides_the_recomputation(preloaded):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,7 +1,7 @@
-"""What people do to DINOv2's modules, written once for upstream's model and ours.
+"""Common modifications of DINOv2's modules, written once for upstream's model and ours.
 
-Each idiom is a function of (backbone, monkeypatch) that returns a list; what a hook or patch sees is added to it.
-Classes are found through the modules, so that no name of a package is in here. Read :data:`IDIOMS` first.
+Each idiom is a function of (backbone, monkeypatch) that returns a list; observations of hooks and patches are added to
+it. Classes are found through the modules, so that no package is named here. Read :data:`IDIOMS` first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def blocks_of(backbone):
 
 
 def recorded(seen):
-    """Return a hook that keeps what goes in and what comes out."""
+    """Return a hook that records inputs and outputs."""
     return lambda module, args, out: seen.extend([args[0].detach().clone(), out.detach().clone()])
 
 
@@ -82,8 +82,8 @@ def on_each(x, function):
 
 
 def attention_with_map(seen):
-    """Return a ``forward`` that keeps the map, as scripts that show attention have it; packed sequences go the old
-    way."""
+    """Return a ``forward`` that records the attention map, as visualisation scripts do; packed sequences use the
+    original forward."""
 
     def forward(self, x, attn_bias=None):
         if attn_bias is not None:
@@ -150,7 +150,7 @@ def class_swap_of_blocks(backbone, monkeypatch):
 
 
 class Halved(nn.Module):
-    """A module in the place of another."""
+    """A module that replaces another."""
 
     def __init__(self, inner):
         super().__init__()

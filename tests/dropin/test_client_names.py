@@ -1,4 +1,4 @@
-"""Names and behaviour of upstream that published code uses, beside those of ``tests/contracts``."""
+"""Names and behaviour of upstream that published code uses, in addition to ``tests/contracts``."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_steps_are_called_as_upstreams(image):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_replaced_step_takes_effect(name, image):
-    """Set after ``super().__init__()``, as upstream's have to be; on an instance; and as a method."""
+    """Replace it after ``super().__init__()``, as upstream requires; on an instance; and as a method."""
 
     def seen(*arguments):
         calls.append(arguments[-1].size)
@@ -119,7 +119,7 @@ def test_parse_dataset_str():
 
 
 def test_a_patched_parser_of_dataset_strings_takes_effect(monkeypatch):
-    """How forks add a dataset of their own."""
+    """Forks add their own datasets this way."""
 
     class Mine(ExtendedVisionDataset):
         def __init__(self, *, colour, **kwargs):
@@ -191,7 +191,7 @@ print(made[0](image).double().sum().item(), np.asarray(made[1](image, random.Ran
 
 
 @pytest.mark.parametrize("built_for", ["this torch", "another torch"])
-def test_torchvisions_base_classes_where_it_is_there(built_for, site, tmp_path):  # noqa: F811
+def test_torchvisions_base_classes_if_it_is_installed(built_for, site, tmp_path):  # noqa: F811
     fake = tmp_path / "torchvision for tests"
     for name, text in FAKE_TORCHVISION.items():
         (fake / name).parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ def test_attention_of_a_text_tower(kind):
     assert float(attention.proj.weight.detach().std()) == pytest.approx(0.5, rel=0.05)
     assert not attention.qkv.bias.any() and not attention.proj.bias.any()
     whole = Attention.forward(attention, x, is_causal=True)
-    for length in (1, 4, 7):  # what comes later does not count
+    for length in (1, 4, 7):  # later entries are ignored
         last = attention(x[:, :length])[:, -1]
         torch.testing.assert_close(whole[:, length - 1], last, atol=1e-4, rtol=1e-4)
 
@@ -263,7 +263,7 @@ def test_hub_names(monkeypatch):
 
 
 def raw_config(oracle_root):
-    """Upstream's whole default configuration as its loader gives it, for a tiny model."""
+    """Upstream's whole default configuration as returned by its loader, for a tiny model."""
     tiny = ["student.arch=vit_nano", "student.patch_size=4", "crops.global_crops_size=16", "crops.local_crops_size=8"]
     tiny += ["dino.head_n_prototypes=32", "ibot.head_n_prototypes=24", "ibot.separate_head=true"]
     tiny += ["crops.local_crops_number=2", "train.batch_size_per_gpu=2", "train.OFFICIAL_EPOCH_LENGTH=2"]

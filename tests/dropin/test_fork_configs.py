@@ -1,4 +1,4 @@
-"""A fork's YAML: the keys that were adopted work, the others are listed with what is here instead."""
+"""A fork's YAML: adopted keys work, the others are listed with their replacements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_all_that_is_not_adopted_is_refused_at_once(tmp_path):
     assert "--allow-unknown-keys" in lines[-1]
 
 
-def test_it_loads_with_a_list_of_what_is_not_used(tmp_path):
+def test_it_loads_with_a_list_of_unused_keys(tmp_path):
     told = []
     cfg = load_run_config(FORK, output_dir=str(tmp_path), allow_unknown_keys=True, warn=told.append)
     (listed,) = [text for text in told if text.startswith("unknown keys, kept but not used:")]

@@ -1,4 +1,4 @@
-"""Hooks, patches, wrappers and subclasses of a backbone's modules see and do what they see and do upstream."""
+"""Hooks, patches, wrappers and subclasses of a backbone's modules behave as in upstream."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def outcome(backbone):
 
 
 class Patches(pytest.MonkeyPatch):
-    """Patches of one side that are undone before the other side's turn."""
+    """Patches for one side that are undone before the other side runs."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class Patches(pytest.MonkeyPatch):
 
 
 def after(apply, backbone):
-    """Return what is seen and computed once ``apply`` was done to a model in use."""
+    """Return the observations and results after ``apply`` modified a model in use."""
     patches = Patches()
     backbone(images())
     try:
@@ -97,7 +97,7 @@ def test_idiom(oracle, idiom):
         assert len(seen) == 2 * 3 * 3  # in and out, of three blocks in three calls
         assert all(x.dim() == 3 and x.shape[:2] == (2, 17) for x in seen)
     elif idiom not in ("hook_on_one_block", "full_backward_hook"):
-        assert (features - before).abs().max() > 0.05  # it did something
+        assert (features - before).abs().max() > 0.05  # it had an effect
 
 
 @pytest.mark.parametrize("apply", [class_patch_of_attention, instance_patch_of_attention])
@@ -117,7 +117,7 @@ def test_patches_of_the_plain_attention_class(oracle, apply):
 
 
 def test_attention_maps_are_softmax_of_what_qkv_gives(oracle):
-    """The hook on ``qkv`` that most scripts for attention maps are made of."""
+    """Most attention-map scripts use this hook on ``qkv``."""
     maps = []
     for backbone in make_pair(oracle):
         seen = HOOKS["hook on attn.qkv"](backbone, None)
@@ -129,7 +129,7 @@ def test_attention_maps_are_softmax_of_what_qkv_gives(oracle):
 
 @pytest.mark.parametrize("chunks", [0, 1])
 def test_chunks_and_blocks_are_called(oracle, chunks):
-    """By ``for blk in model.blocks: x = blk(x)``, here and in the user's own loop."""
+    """Test ``for blk in model.blocks: x = blk(x)``, here and in the user's own loop."""
     results = []
     for backbone in make_pair(oracle, block_chunks=chunks):
         seen = []
@@ -176,7 +176,7 @@ def test_layers_of_models_with_other_blocks_than_they_were_built_with(oracle, ch
 
 
 def test_block_subclasses(oracle):
-    """With a ``forward(self, x)``, and with an ``__init__`` that does not call ``Block``'s."""
+    """Test a ``forward(self, x)``, and an ``__init__`` that does not call ``Block``'s."""
     made = []
     for module in (oracle.vits, vits):
         nested = type(blocks_of(module.vit_small(**KWARGS))[0])

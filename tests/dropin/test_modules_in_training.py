@@ -1,4 +1,4 @@
-"""The same idioms in a training step: put into a model in use, its losses and gradients stay upstream's."""
+"""The same idioms in a training step: applied to a model in use, losses and gradients equal upstream's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNKS = Case("chunks", "vit_small", f"{SMALL} {SWIGLU} {DROP} student.block_chu
 NO_DROP = Case("no drop path", "vit_small", f"{SMALL} student.drop_path_rate=0", depth=2)
 # where upstream's training has no such call: it runs blocks on lists, through MemEffAttention alone
 NOT_UPSTREAMS = ("replaced_attention", "hook_on_one_block", "full_backward_hook")
-OWN_DRAWS = ("class_swap_of_blocks", "replaced_block")  # their ``forward`` is not ours, which is given what is drawn
+OWN_DRAWS = ("class_swap_of_blocks", "replaced_block")  # their ``forward`` does not take our draws
 
 
 def two_steps(oracle, case, change, tmp_path, means=Means(groups=4, lean=True)):  # noqa: B008 - immutable
@@ -120,7 +120,7 @@ def test_heads_and_losses(oracle, part, tmp_path):
 
 @pytest.mark.parametrize("idiom", ["replaced_attention", "hook_on_one_block", "full_backward_hook"])
 def test_what_upstreams_training_cannot_do(idiom):
-    """It is what plain modules do."""
+    """The result is that of plain modules."""
     cfg = tiny_config(DROP, "train.view_groups=1")
     losses, gradients = [], []
     for lean in (True, False):
@@ -152,7 +152,7 @@ def test_only_what_is_changed_is_called_and_only_while_it_is():
 
 
 def test_the_draws_of_a_hooked_block_are_the_steps():
-    """Not torch's global generator's: a hook that only looks changes nothing."""
+    """They do not come from torch's global generator: a hook that only observes changes nothing."""
     cfg = tiny_config(DROP, "student.drop_path_uniform=true")
     found = []
     for hooked in (False, True):
@@ -167,7 +167,7 @@ def test_the_draws_of_a_hooked_block_are_the_steps():
 
 
 def test_a_backbone_whose_methods_have_upstreams_parameters():
-    """As those of a subclass written for upstream: called as upstream calls it."""
+    """A subclass written for upstream is called as upstream calls it."""
     cfg, found = tiny_config("student.drop_path_rate=0"), []
     for changed in (False, True):
         model = SSLMetaArch(cfg).train()
@@ -191,7 +191,7 @@ def test_a_backbone_whose_methods_have_upstreams_parameters():
         torch.testing.assert_close(found[1][name], loss, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_put_into_the_student_alone_has_no_teacher():
+def test_modules_added_to_the_student_only_have_no_teacher():
     model = SSLMetaArch(tiny_config())
     for block in blocks_of(model.student["backbone"]):
         block.attn.qkv = LoRA(block.attn.qkv)

@@ -1,6 +1,6 @@
-"""The YAML files of upstream at 7764ea0, as it ships them and as it writes them into a run, build here.
+"""The YAML files of upstream at 7764ea0, as shipped and as written into a run, build here.
 
-Those that this package does not ship, of cell images, are written down from their keys and values.
+Those for cell images, which this package does not ship, are reproduced from their keys and values.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def upstreams_defaults():
 
 @pytest.fixture(params=["as it is", "as a run writes it"])
 def written(request, tmp_path):
-    """A function that writes the YAML of a name, alone or over all of upstream's defaults, and returns its path."""
+    """Return a function that writes the YAML of a name, alone or over all of upstream's defaults."""
 
     def write(name):
         cfg = FILES[name] if request.param == "as it is" else OmegaConf.merge(upstreams_defaults(), FILES[name])

@@ -1,6 +1,6 @@
-"""Upstream's own programs, the files of its package, run on this one: whatever ``dinov2.<x>`` they import is ours.
+"""Upstream's own programs, run on this package: every ``dinov2.<x>`` that they import is ours.
 
-They ask for a GPU by name; the copies that run here ask for the CPU, nothing else is changed.
+They request a GPU by name; the copies used here request the CPU and are otherwise unchanged.
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ def test_train(upstream, trained):
 
     before = torch.load(trained / "model_final.pth", weights_only=True)
     assert before["iteration"] == 2 and len(before["optimizer"]["state"]) > 0
-    upstream.train(trained, "optim.epochs=4")  # goes on from there
+    upstream.train(trained, "optim.epochs=4")  # resumes from there
     after = torch.load(trained / "model_final.pth", weights_only=True)
     assert after["iteration"] == 3
     assert not torch.equal(after["model"]["student.backbone.cls_token"], before["model"]["student.backbone.cls_token"])
 
 
-def test_train_keeps_as_many_checkpoints_as_fvcore_is_told(upstream, tmp_path):
+def test_train_keeps_as_many_checkpoints_as_fvcore_is_configured_for(upstream, tmp_path):
     """Upstream's period is three epochs; with epochs of one iteration that is a checkpoint every third."""
     upstream.train(tmp_path, "optim.epochs=14")
     names = {path.name for path in tmp_path.glob("*.pth")}

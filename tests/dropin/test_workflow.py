@@ -89,7 +89,7 @@ def test_prepare(imagenet, site):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def trained(imagenet, home):
-    """The run directory of upstream's training command. A flag after the overrides is understood too."""
+    """The run directory of upstream's training command. A flag after the overrides is accepted too."""
     folder, (train, _) = imagenet
     command = ["run/train/train.py", "--config-file", "dinov2_custom/configs/train/vitl16_short.yaml"]
     done = run(home, *command, f"train.dataset_path={train}", *TINY, "--output-dir", folder / "out", "--eval", "unused")
@@ -109,7 +109,7 @@ def test_train_leaves_upstreams_files(trained):
 
 
 def evaluation(home, trained, imagenet, name, *more):
-    """Run upstream's command for an evaluation; return its output directory, inside the run as there."""
+    """Run upstream's command for an evaluation; return its output directory, inside the run, as in upstream."""
     _, (train, val) = imagenet
     out = trained / "eval" / "training_4" / name
     run(
@@ -129,7 +129,7 @@ def test_knn(home, trained, imagenet):
 
 
 def assert_knn_results(out):
-    """Check the file in ``out`` of an evaluation with 3 and 10 neighbours: its keys, and values that can be."""
+    """Check the file in ``out`` of an evaluation with 3 and 10 neighbours: its keys, and the range of its values."""
     results = {}
     for line in (out / "results_eval_knn.json").read_text().splitlines():
         results |= json.loads(line)

@@ -21,7 +21,7 @@ TEMPERATURE = 0.07
 
 
 def slow_scores(train, labels, query, k, max_k, num_classes, skip=None):
-    """Vote one query at a time: weights are a softmax over the ``max_k`` nearest, the first ``k`` of them vote."""
+    """Classify one query at a time: weights are a softmax over the ``max_k`` nearest, the first ``k`` of them vote."""
     similarity = [(float(np.dot(row, query)), i) for i, row in enumerate(train) if i != skip]
     nearest = sorted(similarity, key=lambda pair: -pair[0])[:max_k]
     total = sum(math.exp(s / TEMPERATURE) for s, _ in nearest)
@@ -32,7 +32,7 @@ def slow_scores(train, labels, query, k, max_k, num_classes, skip=None):
 
 
 def features_of(seed, labels, dim=12):
-    """Unit vectors around one direction a class, with much noise."""
+    """Return unit vectors around one direction per class, with strong noise."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(int(labels.max()) + 1, dim, generator=torch.Generator().manual_seed(99))
     return F.normalize(centres[labels] + 1.5 * torch.randn(len(labels), dim, generator=generator), dim=1)
@@ -59,7 +59,7 @@ def test_accuracies_equal_a_slow_reference():
         top5 = np.mean([label in r[:5] for r, label in zip(ranked, labels.tolist(), strict=True)])
         got = results["full", k]
         assert (float(got["top-1"]), float(got["top-5"])) == (pytest.approx(top1), pytest.approx(top5, abs=0.02))
-        assert 0.3 < top1 < 1.0  # else the comparison says nothing
+        assert 0.3 < top1 < 1.0  # otherwise the comparison shows nothing
 
 
 def test_fewer_classes_than_five_and_fewer_samples_than_neighbours(caplog):
@@ -86,7 +86,7 @@ def test_leave_one_out():
 
 
 def test_features_that_are_nearly_alike_keep_their_neighbours():
-    """As of an untrained network whose LayerScale is 1e-5: float32 cosines all round to 1."""
+    """As for an untrained network whose LayerScale is 1e-5: float32 cosines all round to 1."""
     labels = torch.arange(200) % 5
     common = F.normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(1)), dim=1)
     inputs = (common + 1e-5 * features_of(seed, labels, dim=64) for seed in (0, 1))
@@ -97,7 +97,7 @@ def test_features_that_are_nearly_alike_keep_their_neighbours():
     votes.scatter_add_(1, labels[indices], F.softmax(nearest / TEMPERATURE, dim=1))
     scores = KnnModule(train, labels, [5], TEMPERATURE, num_classes=5)(queries)[5]
     assert (scores.argmax(dim=1) == votes.argmax(dim=1)).float().mean() > 0.95
-    assert ((train @ queries.T) == 1).float().mean() > 0.1  # else the cosines would have done
+    assert ((train @ queries.T) == 1).float().mean() > 0.1  # otherwise cosines would have sufficed
     assert leave_one_out_accuracy(train, labels, k=5) > 0.5
 
 
@@ -113,7 +113,7 @@ def test_features_that_differ_are_compared_by_their_cosines(monkeypatch):
 
 @pytest.mark.parametrize("val", ["train", "linked", "relabelled"])
 def test_an_image_is_not_its_own_neighbour(tmp_path, caplog, val):
-    """Two images of each class, of other classes' colours: with itself as neighbour each would be right."""
+    """Each class has two images in other classes' colours, so only an image itself would be a correct neighbour."""
     rng = np.random.default_rng(0)
     colours = [tuple(int(c) for c in rng.integers(0, 255, 3)) for _ in range(4)]
     for index, colour in enumerate(colours):
@@ -133,7 +133,7 @@ def test_an_image_is_not_its_own_neighbour(tmp_path, caplog, val):
         options = {"nb_knn": [1, 100], "num_workers": 0, "n_per_class_list": [-1, 2]}
         results = eval_knn_with_model(MeanColour(), str(tmp_path / "out"), *datasets, **options)
     assert results["('full', 1) Top 1"] == results["('2 per class', 1) Top 1"] == 0.0
-    assert "('full', 7) Top 1" in results  # 8 images but itself
+    assert "('full', 7) Top 1" in results  # 8 images except itself
     count = 4 if val == "relabelled" else 8
     assert f"kNN: {count} of the {count} images to classify are training images, too" in caplog.text
 

@@ -1,4 +1,4 @@
-"""The linear evaluation on small images and a small network: its files, its arithmetic, going on after a stop."""
+"""The linear evaluation on small images and a small network: its files, its arithmetic, resuming after a stop."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_files_have_upstreams_names_and_form(run, tmp_path):
 
 
 def test_training_is_sgd_with_momentum_and_a_cosine(run, tmp_path):
-    """One classifier of the twelve, trained by itself with a loop written out here."""
+    """Train one of the twelve classifiers separately with an explicit loop."""
     folder, cfg, weights = run
     evaluate(run, tmp_path)
     dataset = open_labelled("", f"LabelledFolder:root={folder}/train")
@@ -114,10 +114,10 @@ def test_training_is_sgd_with_momentum_and_a_cosine(run, tmp_path):
             parameter.sub_(lr * speed)
     torch.testing.assert_close(got[f"{name}.weight"], weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got[f"{name}.bias"], bias, rtol=1e-4, atol=1e-7)
-    assert torch.equal(still[f"{name}.weight"], got[f"{name}.weight"])  # the other classifiers do not matter
+    assert torch.equal(still[f"{name}.weight"], got[f"{name}.weight"])  # the other classifiers have no influence
 
 
-def test_a_stopped_evaluation_goes_on_bit_for_bit(run, tmp_path):
+def test_a_stopped_evaluation_resumes_bitwise(run, tmp_path):
     evaluate(run, tmp_path / "whole")
     evaluate(run, tmp_path / "parts")
     for name in ("model_final.pth", "running_checkpoint_linear_eval.pth"):  # as if killed after iteration 8
@@ -143,7 +143,7 @@ def test_a_finished_evaluation_only_scores_again(run, tmp_path):
     assert len(blocks_of(tmp_path / "results_eval_linear.json")) == 5
 
 
-def test_another_evaluations_files_are_not_gone_on_from(run, tmp_path):
+def test_another_evaluations_files_are_not_resumed(run, tmp_path):
     evaluate(run, tmp_path)
     with pytest.raises(CheckpointError, match="of other classifiers.*\n.*\n.*\n.*\n.*\n.*--no-resume"):
         evaluate(run, tmp_path, "--learning-rates", "0.02")
@@ -169,7 +169,7 @@ def test_other_datasets_and_their_class_numbers(run, tmp_path):
         evaluate(run, tmp_path / "out", "--test-datasets", test, val, "--test-metric-types", "mean_accuracy")
 
 
-def test_mistakes_are_told_before_training(run, tmp_path):
+def test_mistakes_are_reported_before_training(run, tmp_path):
     folder, *_ = run
     with pytest.raises(ConfigError, match="--train-dataset: expected images with labels"):
         evaluate(run, tmp_path, f"--train-dataset={folder}/train")

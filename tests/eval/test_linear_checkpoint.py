@@ -1,4 +1,4 @@
-"""What a linear evaluation says when its checkpoint cannot be written; the rest is in test_linear.py."""
+"""The error if the checkpoint of a linear evaluation cannot be written; the rest is in test_linear.py."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def make(folder):
 @pytest.mark.parametrize(
     "number, words",
     [
-        (errno.ENOSPC, "make room, then the same command goes on"),
+        (errno.ENOSPC, "make room, then the same command resumes"),
         (errno.EACCES, "allow it (owner, permissions), or choose another directory, then"),
         (errno.EROFS, "have the file system mounted for writing"),
         (errno.EBADF, "fix that, then"),

@@ -33,7 +33,7 @@ def no_handlers_left():
 
 
 def problem(count=400, dim=12, classes=5, seed=0, noise=2.0):
-    """Overlapping clouds of very different scale along the axes, as features have."""
+    """Return overlapping clusters with very different scales per dimension, as features have."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(count) % classes
@@ -104,7 +104,7 @@ def test_sweeps_of_both_solvers_agree_to_a_fifth_of_a_percent(kind):
     ]
     (ours, _), (theirs, _) = found
     assert abs(float(ours["top-1"]) - float(theirs["top-1"])) <= 0.002
-    assert 0.3 < float(ours["top-1"]) < 0.95  # else the comparison says nothing
+    assert 0.3 < float(ours["top-1"]) < 0.95  # otherwise the comparison shows nothing
     for C in (1e-3, 1.0, 100.0):
         models = [
             train_for_C(C=C, max_iter=1000, train_features=train[0], train_labels=train[1], solver=solver)
@@ -143,7 +143,7 @@ class Points(torch.utils.data.Dataset):
 
 
 def test_where_the_strength_is_chosen(monkeypatch):
-    """A tenth of the training images, another dataset, or the validation set without a second fit."""
+    """Use a tenth of the training images, another dataset, or the validation set without a second fit."""
     from dinov2_custom.eval import log_regression
 
     sizes = []
@@ -195,16 +195,16 @@ def test_command(tmp_path):
         evaluate(tmp_path, weights, tmp_path / "none", f"--train-dataset=LabelledFolder:root={tmp_path}/few")
 
 
-def test_a_solver_that_is_not_installed_is_told_before_anything_is_computed(monkeypatch):
+def test_a_missing_solver_is_reported_before_any_computation(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     args = get_log_regression_args_parser().parse_args(["--solver", "sklearn"])
     with pytest.raises(ConfigError, match="--solver sklearn: expected the package scikit-learn"):
         main(args)
 
 
-def test_float32_at_rest_away_from_the_minimum_goes_on_in_float64(monkeypatch, caplog):
+def test_a_float32_fit_stuck_off_the_minimum_continues_in_float64(monkeypatch, caplog):
     features, labels = problem()
-    features = features.float() + 300  # so that float32 has few digits for what matters
+    features = features.float() + 300  # so that float32 has few significant digits
     wanted = fit(features.double(), labels, 10.0, 1000, 5)
     with caplog.at_level("INFO", logger="dinov2"):
         got = fit(features, labels, 10.0, 1000, 5)

@@ -42,7 +42,7 @@ def no_handlers_left():
 
 
 def make_run(folder, *overrides):
-    """Write what a training run leaves: its configuration and a teacher checkpoint; return both in memory."""
+    """Write the configuration and teacher checkpoint of a training run; return both in memory."""
     cfg = tiny_config(*overrides)
     model = SSLMetaArch(cfg)
     folder.mkdir()
@@ -81,7 +81,7 @@ def test_evaluates_a_run_without_touching_it(tmp_path):
     results = [json.loads(line) for line in (out / "results_eval_knn.json").read_text().splitlines()]
     assert [key for row in results for key in row] == [
         f"('full', {k}) Top {n}" for k in (3, 11) for n in (1, 5)
-    ]  # 12 images but itself
+    ]  # 12 images except itself
     assert results[0]["('full', 3) Top 1"] > 60
 
 
@@ -111,7 +111,7 @@ def test_images_are_seen_at_the_size_of_the_training_by_as_many_processes_as_cor
 
 @pytest.mark.parametrize("flag", ["--num-workers", "--crop-size", "--resize-size"])
 @pytest.mark.parametrize("value", ["-1", "many", "1.5"])
-def test_what_is_no_number_is_refused_by_the_command_line(flag, value, capsys):
+def test_non_numbers_are_rejected_by_the_command_line(flag, value, capsys):
     with pytest.raises(SystemExit, match="2"):
         get_knn_args_parser().parse_args([f"{flag}={value}"])
     said = capsys.readouterr().err
@@ -214,7 +214,7 @@ def test_weights_of_every_layout(tmp_path, layout, chunks):
     model = SSLMetaArch(cfg)
     with torch.no_grad():
         for parameter in model.student.parameters():
-            parameter.add_(1)  # the teacher's are wanted
+            parameter.add_(1)  # the teacher's weights are expected
     backbone = model.teacher["backbone"].state_dict()
     file = {
         "teacher": {"teacher": model.teacher.state_dict()},
@@ -267,7 +267,7 @@ def test_autocast_dtype(name, device, expected):
     assert get_autocast_dtype(cfg, device) == expected
 
 
-def test_a_missing_weight_file_is_said_before_its_configuration(tmp_path):
+def test_a_missing_weight_file_is_reported_before_its_configuration(tmp_path):
     with pytest.raises(CheckpointError, match="expected a weight file at .*absent.pth, found nothing"):
         find_run_config(str(tmp_path / "absent.pth"))
     with pytest.raises(ConfigError, match="the configuration of https://lab/w.pth, got none"):

@@ -1,4 +1,4 @@
-"""Evaluations on two real processes (gloo) give what one process gives, and only the first writes."""
+"""Evaluations in two real processes (gloo) give the results of one process, and only the first writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.processes import launch
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run directory's weights, and images of 3 classes that overlap; 27 and 21 do not divide by 2 processes."""
+    """Return a run's weights, and images of 3 overlapping classes; 27 and 21 are not divisible by 2 processes."""
     folder = tmp_path_factory.mktemp("two_processes")
     _, _, weights = make_run(folder / "run", "student.layerscale=1.0")
     overlapping_classes(folder / "train", count=9, seed=0)
@@ -50,7 +50,7 @@ def test_knn(run):
 
 
 def test_linear(run):
-    """Two processes of 3 images a step are one of 6: the same draws, rates and steps."""
+    """Two processes with 3 images per step equal one with 6: the same draws, rates and steps."""
     folder, data = run
     small = ["--num-workers=0", "--resize-size=16", "--crop-size=16", "--epochs=2", "--epoch-length=5"]
     small += ["--learning-rates", "0.1", "1.0"]

@@ -1,4 +1,4 @@
-"""Small backbones with random weights of every kind that an export has to carry over."""
+"""Small backbones with random weights of every kind that an export must support."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def make_teacher(kind="patch 14", **kwargs):
-    """Return a frozen vit_nano with weights far from their start, so that every tensor matters."""
+    """Return a frozen vit_nano with weights far from their initial values, so that every tensor matters."""
     options = {"img_size": 32, "patch_size": 8, "init_values": 1.0, "block_chunks": 0} | KINDS[kind] | kwargs
     backbone = vits.vit_nano(**options).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The ``timm`` fixture: the real library, fetched without its dependencies, or a skip that says why."""
+"""The ``timm`` fixture: the real library, fetched without its dependencies, or a skip with the reason."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 class _Names(type):
-    """The class of classes in which every name is a value of its own (members of an enumeration)."""
+    """A metaclass in which every name is a distinct value (members of an enumeration)."""
 
     def __getattr__(cls, name: str):
         if name.startswith("__"):
@@ -45,7 +45,7 @@ class _Finder:
 
 @contextlib.contextmanager
 def empty_torchvision():
-    """Answer ``import torchvision`` and all below it while the body runs; nothing of it stays afterwards."""
+    """Serve ``import torchvision`` and its submodules while the body runs, and remove them afterwards."""
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:

@@ -1,4 +1,4 @@
-"""Every format is loaded by the library that it is for, and its features are compared with the model's own."""
+"""Every format is loaded by its library, and its features are compared with the model's own."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_timm(timm, kind, tmp_path):
 
 
 def test_timm_loads_the_giants_architecture(timm):
-    """The released g's feed-forward width, by timm's own definition and by ours."""
+    """The released g's feed-forward width must agree between timm and this package."""
     with torch.device("meta"):
         own = vit_giant2(patch_size=14, img_size=28, ffn_layer="swiglufused", init_values=1.0, block_chunks=0)
         config = _config(Portable(own, {}, 28, NORMALIZE, in_chans=3, swiglu=True, hidden=4096))
@@ -106,8 +106,8 @@ def test_timm_loads_the_giants_architecture(timm):
     assert sum(p.numel() for p in theirs.parameters()) == count
 
 
-def test_transformers_knows_the_giants_architecture(transformers):
-    """The released g, by transformers' own definition of its feed-forward width and by ours."""
+def test_transformers_supports_the_giants_architecture(transformers):
+    """The released g's feed-forward width must agree between transformers and this package."""
     with torch.device("meta"):
         own = vit_giant2(patch_size=14, img_size=28, ffn_layer="swiglufused", init_values=1.0, block_chunks=0)
         config = hugging_face._config(Portable(own, {}, 28, NORMALIZE, in_chans=3, swiglu=True, hidden=4096))
@@ -153,7 +153,7 @@ def test_timms_own_files_are_read(timm, name, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_timm_folder_comes_back(kind, tmp_path):
-    """As a run directory's weights do, mask token apart, which timm does not have."""
+    """It loads like a run directory's weights, except for the mask token, which timm does not have."""
     teacher = make_teacher(kind)
     write_timm(portable(teacher), tmp_path)
     images = random_images(teacher.image_size)
@@ -192,7 +192,7 @@ def test_the_range_of_values_and_the_page_come_back(form, tmp_path):
         teacher = make_teacher()._replace(reading=given)
         export(portable(teacher), form, path, overwrite=True)
         assert load_teacher(str(path)).reading == given
-        if form == "torch":  # the facts are in nobody's way
+        if form == "torch":  # the facts do not interfere
             teacher.backbone.load_state_dict(torch.load(path, weights_only=True))
 
 
@@ -220,7 +220,7 @@ def test_default_output_is_named_after_the_run(tmp_path, monkeypatch, capsys):
 
 
 def barely_trained(kind):
-    """Return a model whose LayerScale is near 1e-5, as it starts: its blocks hardly change the features."""
+    """Return a model whose LayerScale is near 1e-5, its initial value: its blocks hardly change the features."""
     teacher = make_teacher(kind)
     for name, value in teacher.backbone.named_parameters():
         if "gamma" in name:
@@ -229,7 +229,7 @@ def barely_trained(kind):
 
 
 class Faulty:
-    """Writes ``model`` as ``form`` with some of its tensors changed, as a writer at fault would."""
+    """Write ``model`` as ``form`` with some tensors changed, like a faulty writer."""
 
     def __init__(self, model, form, folder):
         self.model, self.form, self.folder = model, form, folder
@@ -307,7 +307,7 @@ def test_one_wrong_tensor_is_refused(form, kind, request, tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_other_blocks_behind_a_small_layerscale_are_refused(form, request, tmp_path):
-    """They change the features by less than is allowed."""
+    """They change the features by less than the tolerance."""
     request.getfixturevalue({"timm": "timm", "hf": "transformers", "onnx": "onnx_runtime"}.get(form, "tmp_path"))
     model = barely_trained("patch 14")
     generator = torch.Generator().manual_seed(2)
@@ -329,7 +329,7 @@ WRONG_NAMES = {  # released -> transformers' and back, in both tables
 
 @pytest.mark.parametrize("tables", WRONG_NAMES.values(), ids=WRONG_NAMES)
 def test_names_that_are_wrong_in_both_directions_are_refused(transformers, tables, tmp_path, monkeypatch):
-    """The tensors are then those expected, so that the features have to differ, small as LayerScale is."""
+    """The tensors are then as expected, so the features must differ, even with a small LayerScale."""
     for table, wrong in zip((hugging_face._IN_BLOCK, reading._IN_LAYER), tables, strict=True):
         for key, value in wrong.items():
             monkeypatch.setitem(table, key, value)
@@ -339,7 +339,7 @@ def test_names_that_are_wrong_in_both_directions_are_refused(transformers, table
 
 
 def test_an_untrained_model_is_exported_to_onnx(onnx_runtime, tmp_path):
-    """Most of its tensors are equal, and the exporter stores such once."""
+    """Most of its tensors are equal, and the exporter stores equal tensors once."""
     backbone = vit_nano(img_size=32, patch_size=8, init_values=1e-5, block_chunks=2).requires_grad_(False).eval()
     said = export(portable(Teacher(backbone, 32, NORMALIZE, "weights")), "onnx", tmp_path / "model.onnx")
     assert "tensors are the same" in said
@@ -362,7 +362,7 @@ def test_a_large_onnx_export_finds_its_tensors(onnx_runtime, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_onnx_says_how_to_prepare_images(onnx_runtime, normalize, tmp_path):
+def test_onnx_metadata_describes_the_preprocessing(onnx_runtime, normalize, tmp_path):
     teacher = make_teacher("patch 14")._replace(reading=Reading((0, 4095)))
     export(portable(teacher)._replace(normalizes=normalize), "onnx", tmp_path / "model.onnx")
     session = onnx_runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -401,7 +401,7 @@ def test_transformers_backbone_classes(transformers, kind, tmp_path):
         torch.testing.assert_close(got, own, **TOLERANCE)
 
 
-def test_a_missing_library_is_said(tmp_path, monkeypatch):
+def test_a_missing_library_is_reported(tmp_path, monkeypatch):
     def missing(*_):
         raise ImportError("No module named 'timm'")
 
@@ -411,7 +411,7 @@ def test_a_missing_library_is_said(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["patch_size"] == 14
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path):
+def test_models_that_cannot_be_exported_are_rejected(tmp_path):
     teacher = make_teacher()
     with pytest.raises(ConfigError, match="expected a multiple of the patch size 14, got 60; take 56 or 70"):
         portable(teacher, 60)
@@ -431,7 +431,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
 
 @pytest.mark.parametrize("form", ["hf", "timm", "torch"])
 def test_only_an_earlier_export_is_overwritten(form, tmp_path):
-    """Not the folder of images or of a run that the flag was meant for."""
+    """A folder of images or of a run is never overwritten by mistake."""
     model, path = portable(make_teacher()), tmp_path / "run"
     path.mkdir()
     (path / "config.json").write_text("{}")

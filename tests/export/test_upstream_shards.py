@@ -1,4 +1,4 @@
-"""The directory of a run of upstream, written by its own code in two processes: gathered, and refused elsewhere."""
+"""A run directory of upstream, written by its own code in two processes: gathered, and rejected elsewhere."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def test_the_teacher_is_gathered_whole_with_its_heads(runs, tmp_path, kind):
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
-def test_what_is_gathered_starts_a_run_and_is_a_teacher(run, tmp_path, monkeypatch):
+def test_the_gathered_file_starts_a_run_and_is_a_teacher(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export(run) == 0
     file = tmp_path / "outputs" / "export" / "run_torch.pth"
@@ -100,7 +100,7 @@ def test_the_newest_checkpoint_counts(run):
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_a_missing_file_and_another_configuration_are_said(runs, run, tmp_path, kind):
+def test_a_missing_file_and_another_configuration_are_reported(runs, run, tmp_path, kind):
     shutil.copytree(runs / kind, tmp_path / "missing")
     (tmp_path / "missing" / "model_0003749.rank_1.pth").unlink()
     with pytest.raises(CheckpointError, match=r"got 1 in .*not whole:\n  backbone.*\n.*\n.*\ncheck that no process"):
@@ -121,7 +121,7 @@ class Bomb:
 
 
 class Getattr:
-    """Pickled as a call of getattr, which gives a method to whoever really calls it."""
+    """An object pickled as a call of getattr, which returns a method if really called."""
 
     def __reduce__(self):
         return (getattr, ("text", "encode"))

@@ -1,4 +1,4 @@
-"""What each of two processes does for ``test_upstream_shards.py``: ``python -m tests.export.upstream_fsdp <folder>``.
+"""Program of each of two processes for ``test_upstream_shards.py``: ``python -m tests.export.upstream_fsdp <folder>``.
 
 Upstream's model, wrapped by upstream's own function with torch's FSDP1, is saved as upstream's checkpointer does: by
 each process, as LOCAL_STATE_DICT. Only what needs a GPU is replaced: the device, and the broadcast of states.

@@ -1,4 +1,4 @@
-"""A local web server for a folder, and one that answers with whatever a broken one might."""
+"""A local web server for a folder, and one with broken responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(folder, answer=None):
-    """Yield (URL, list of the paths asked for).
+    """Yield (URL, list of the requested paths).
 
     Args:
         answer: bytes, status line included, to send in place of any file before the connection is closed.

@@ -1,4 +1,4 @@
-"""The backbones whose weights the user brings: chunked like upstream's, filled whole or refused, checked on request."""
+"""Backbones whose weights the user provides: chunked like upstream's, loaded fully or rejected, checked on request."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _saved(model, folder):
 
 def test_a_digest_that_differs_is_refused(file, upstreams, tmp_path, caplog):
     torn = file.rename(file.with_name("cell_dino-0123abcd.pth"))
-    cells.cell_dino_cp_vits8(weights=torn)  # not asked to look
+    cells.cell_dino_cp_vits8(weights=torn)  # no check requested
     with pytest.raises(CheckpointError, match="SHA-256 that starts with 0123abcd"):
         cells.cell_dino_cp_vits8(weights=torn, check_hash=True)
     with pytest.raises(CheckpointError, match="SHA-256 that starts with ad31c2b0"):

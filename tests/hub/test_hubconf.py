@@ -1,4 +1,4 @@
-"""Every name of ``hubconf.py`` through ``torch.hub.load`` in a fresh interpreter, somewhere else on the disk."""
+"""Every name of ``hubconf.py`` through ``torch.hub.load`` in a fresh interpreter, in another directory."""
 
 from __future__ import annotations
 

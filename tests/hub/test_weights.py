@@ -1,4 +1,4 @@
-"""Weights into hub models: Meta's layout by "download", own runs by path; the features are upstream's."""
+"""Load weights into hub models: Meta's layout by download, own runs by path; the features equal upstream's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_features_are_upstreams(upstreams, released, size):
 
 @torch.no_grad()
 def test_antialiased_positions_without_offset(upstreams, released, oracle):  # noqa: F811
-    """Upstream's revision here has only the offset of .1, so it gets positions that are resampled already."""
+    """Upstream's revision here has only the offset of .1, so it gets resampled positions."""
     ours = backbones.dinov2_vits14(interpolate_antialias=True, interpolate_offset=0.0).eval()
     with preserved_rng(0):
         theirs = oracle.vits.vit_small(**{**SMALL, "img_size": 224}).eval()
@@ -123,7 +123,7 @@ def test_a_runs_own_teacher(tmp_path, registers):
 
 @torch.no_grad()
 def test_a_run_with_channels_of_its_own(tmp_path):
-    """What no shape tells, a bag of channels, follows the run's configuration."""
+    """Bag of channels, which no shape shows, follows the run's configuration."""
     model = vision_transformer.vit_small(4, 0, 1, True, img_size=8, block_chunks=0)
     torch.save({"teacher": model.state_dict()}, tmp_path / "teacher_checkpoint.pth")
     alone = backbones.dinov2_vits14(weights=tmp_path / "teacher_checkpoint.pth")

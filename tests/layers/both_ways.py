@@ -1,4 +1,4 @@
-"""A block as training runs it: called as a module, or computed from its weights on packed tokens."""
+"""Run a block as in training: called as a module, or computed from its weights on packed tokens."""
 
 from dinov2_custom.layers.block import call_block, of_tensor
 from dinov2_custom.layers.drop_path import to_subsets

@@ -1,5 +1,5 @@
-"""Which kernel computes attention. xformers has none for a CPU: the real package is asked where that matters, and
-where its kernel has to answer, a stand-in with its signature and layout does.
+"""Which kernel computes attention. xformers has none for a CPU: the tests use the real package where that matters, and
+elsewhere a stand-in with its signature and layout.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def test_unknown_backend_is_refused():
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
-    """What xformers computes: (B, length, heads, head_dim) throughout."""
+    """Compute what xformers does: (B, length, heads, head_dim) throughout."""
     assert attn_bias is scale is op is output_dtype is None and p == 0.0
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
@@ -51,7 +51,7 @@ def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=N
 
 @contextlib.contextmanager
 def xformers_with(kernel):
-    """Have ``import xformers.ops`` find a module whose ``memory_efficient_attention`` is ``kernel``."""
+    """Make ``import xformers.ops`` return a module whose ``memory_efficient_attention`` is ``kernel``."""
     package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
     package.ops, ops.memory_efficient_attention = ops, kernel
     with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +142,7 @@ print(json.dumps(found))
 
 
 def test_the_real_xformers_has_no_kernel_for_a_cpu():
-    """It is imported when it is asked for, has the stand-in's signature, and torch's kernel stays."""
+    """It is imported on request, has the stand-in's signature, and torch's kernel is used."""
     folder = package_or_skip("xformers", Path(__file__).with_name("xformers_requirements.txt"))
     environment = {"PYTHONPATH": f"{folder}:{REPOSITORY}", "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WITH_THE_REAL_ONE]
@@ -160,7 +160,7 @@ def test_the_real_xformers_has_no_kernel_for_a_cpu():
 @pytest.mark.parametrize("name", backend.BACKENDS)
 @pytest.mark.parametrize("sequences, length", [(0, 7), (3, 0)])
 def test_nothing_to_attend_from_has_an_empty_result_and_gradients(name, sequences, length, autocast):
-    """As of a drop-path subset without a sequence; some kernels return None."""
+    """This occurs for an empty drop-path subset; some kernels return None."""
     q = torch.zeros(sequences, 2, length, 16, requires_grad=True)
     k, v = (torch.zeros(sequences, 2, 7, 16, requires_grad=True) for _ in range(2))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

@@ -47,7 +47,7 @@ def test_without_drop_it_is_a_plain_residual():
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_dropped_samples_stay_and_the_others_are_scaled(listed):
+def test_dropped_samples_are_unchanged_and_the_others_are_scaled(listed):
     torch.manual_seed(0)
     (x,) = tensors((10, 3, 8))
     if listed:
@@ -67,6 +67,6 @@ def test_residual_keeps_the_type_of_x():
     assert got.dtype == x.dtype and torch.equal(got[0], x[0])
 
 
-def test_text_tower_says_that_it_is_not_here():
+def test_text_tower_raises_an_error():
     with pytest.raises(DINOv2Error, match="dino.txt"):
         CausalAttentionBlock(8, 2)

@@ -29,7 +29,7 @@ def jobs_of(targets, weights):
 
 
 def plain(features, v, g, targets, weights):
-    """The definition: all logits, log-softmax, cross-entropy."""
+    """Compute the loss by definition: all logits, log-softmax, cross-entropy."""
     logits = F.linear(features, v * (g / v.norm(dim=1, keepdim=True)))
     first = F.log_softmax(logits[:12] / 0.1, dim=-1).unflatten(0, (3, 4))
     second = F.log_softmax(logits[12:] / 0.2, dim=-1)
@@ -110,7 +110,7 @@ def test_no_rows():
 
 
 def test_nothing_as_large_as_the_logits_is_kept():
-    """Double the rows: what is kept for the backward pass grows by their features alone."""
+    """With twice the rows, saved memory grows only by their features."""
     head = DINOHead(8, 512, hidden_dim=8, bottleneck_dim=4)
 
     def kept_bytes(rows):

@@ -69,7 +69,7 @@ def test_the_models_stream_is_overwritten_but_in_the_first_and_the_last_branch(m
 
 @pytest.mark.parametrize("lean", [True, False])
 def test_a_blocks_callers_keep_their_tensors(lean):
-    """Two results that share a gradient, which is an expanded number besides."""
+    """Two results share a gradient, which is also an expanded scalar."""
     block = Block(16, 2, init_values=0.5, drop_path=0.4).train()
 
     def drawn(x, seed):
@@ -89,10 +89,10 @@ def test_a_blocks_callers_keep_their_tensors(lean):
     torch.testing.assert_close(leaf.grad, of_x)
 
 
-def test_overwriting_what_is_kept_is_an_error():
+def test_overwriting_a_saved_tensor_is_an_error():
     leaf = torch.randn(5, 4, requires_grad=True)
     x = leaf * 2
-    kept = x.square()  # wants x in its backward pass
+    kept = x.square()  # its backward pass needs x
     out = add_residual_subset(x, lambda x, *_: x * 3, ROWS, Owned(x=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (kept + out).sum().backward()

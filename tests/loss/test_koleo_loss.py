@@ -39,7 +39,7 @@ def test_two_processes_are_one(tmp_path):
     whole = features().requires_grad_()
     loss = KoLeoLoss()(whole)
     (3 * loss).backward()
-    assert torch.equal(KoLeoLoss(over_all_ranks=True)(whole), loss)  # alone there is nothing to gather
+    assert torch.equal(KoLeoLoss(over_all_ranks=True)(whole), loss)  # a single process has nothing to gather
     launch_source(tmp_path, SCRIPT, str(tmp_path / "rank"))
     for rank in (0, 1):
         results = json.loads((tmp_path / f"rank{rank}").read_text())

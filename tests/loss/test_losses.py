@@ -72,14 +72,14 @@ def test_koleo_golden():
 
 
 def test_koleo_of_opposite_features_is_that_of_the_farthest():
-    """Their cosine may be rounded to less than -1, and is still no reason to be one's own neighbour."""
+    """Their cosine may be rounded to below -1, which must not make a feature its own neighbour."""
     rows = draws(100, 1, 8)
     for row in rows:
         assert KoLeoLoss()(torch.cat((row, -row))).item() == pytest.approx(-math.log(2), abs=1e-6)
 
 
 def test_koleo_gradient_by_finite_differences(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # else the differences are rounding
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)  # otherwise the differences are rounding
     assert torch.autograd.gradcheck(KoLeoLoss(), draws(6, 5).double().requires_grad_())
 
 

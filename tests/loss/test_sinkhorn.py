@@ -19,13 +19,13 @@ def draws(*shape, seed=0, scale=1.0):
 
 
 def factors(dtype=torch.float32):
-    """Return features (ROWS, D) and prototypes (K, D), which are not all liked equally."""
+    """Return features (ROWS, D) and prototypes (K, D), which are not used equally."""
     weight = 3 * draws(K, D, seed=1) + draws(D, seed=2)
     return F.normalize(draws(ROWS, D), dim=-1).to(dtype), weight.to(dtype)
 
 
 def reference(logits, temp, iterations=3):
-    """The algorithm as written in the paper, in float64: normalise prototypes, then samples, over and over."""
+    """Run the paper's algorithm in float64: normalise prototypes and samples alternately."""
     q = torch.exp(logits.double() / temp).T
     q /= q.sum()
     prototypes, samples = q.shape
@@ -36,7 +36,7 @@ def reference(logits, temp, iterations=3):
 
 
 def in_logarithms(logits, temp, iterations=3):
-    """The same, where exp would overflow or underflow."""
+    """Do the same in logarithms, for logits whose exp overflows or underflows."""
     log_q = logits.double() / temp
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(dim=0, keepdim=True)
@@ -46,7 +46,7 @@ def in_logarithms(logits, temp, iterations=3):
 
 @pytest.fixture(params=[0, 10, ROWS], ids=["computed", "some kept", "kept"])
 def rows_kept(request, monkeypatch):
-    """Let there be room for some rows; chunks have 7 rows."""
+    """Allow keeping some rows; chunks have 7 rows."""
     monkeypatch.setattr(soft_targets, "_KEPT_LOGITS", request.param * K)
     monkeypatch.setattr(prototype_loss, "_CHUNK_LOGITS", {"cpu": 7 * K})
 
@@ -62,7 +62,7 @@ def test_it_is_the_algorithm_as_written(shape, iterations):
 def test_recomputed_logits_equal_kept_ones(rows_kept):
     features, weight = factors()
     expected = reference(features @ weight.T, 0.07)
-    with torch.autocast("cpu", torch.bfloat16):  # the student's region, in which rows are asked for
+    with torch.autocast("cpu", torch.bfloat16):  # the student's region, in which rows are computed
         targets = sinkhorn_targets(TeacherLogits.of_factors(features, weight, keep=True), 0.07)
         got = torch.cat([targets.rows(0, 11), targets.rows(11, ROWS)])
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-8)
@@ -79,7 +79,7 @@ def test_half_precision_is_that_of_the_product_alone(rows_kept, dtype):
 def test_rows_of_padding_are_zero_and_change_nothing_else(rows_kept):
     features, weight = factors()
     real_rows = torch.tensor([1.0, 1.0, 0.0] * (ROWS // 3))
-    features[real_rows == 0] *= 50  # so large that their exponentials are all that a sum would see
+    features[real_rows == 0] *= 50  # so large that their exponentials would dominate a sum
     targets = sinkhorn_targets(TeacherLogits.of_factors(features, weight, keep=True), 0.07, real_rows=real_rows)
     got = targets.rows(0, ROWS)
     assert not got[real_rows == 0].any()
@@ -104,7 +104,7 @@ SPREAD = {
 def test_wherever_the_logits_lie(name):
     logits = SPREAD[name].clone()
     got = sinkhorn_knopp(logits, 0.04)
-    spread = float(logits.abs().max()) / 0.04 * 2**-24  # a float32's steps at the largest exponent
+    spread = float(logits.abs().max()) / 0.04 * 2**-24  # float32 resolution at the largest exponent
     torch.testing.assert_close(got, in_logarithms(logits, 0.04), rtol=1e-5 + 10 * spread, atol=1e-7)
     torch.testing.assert_close(got.sum(dim=1), torch.ones(len(logits)))
 
@@ -122,8 +122,8 @@ def test_its_input_is_not_changed():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_a_number_is_in_all_rows(bad):
-    """So that the step is left out; a centre of 0 or a clamped sum would hide it."""
+def test_nan_spreads_to_all_rows(bad):
+    """This makes the step be skipped; a centre of 0 or a clamped sum would hide it."""
     logits = draws(6, 5)
     logits[2] = bad
     assert sinkhorn_knopp(logits, 0.07).isnan().all()

@@ -21,7 +21,7 @@ def factors(rows=12, dtype=torch.float32):
 
 @pytest.fixture(params=[0, 7, 12], ids=["computed", "some kept", "kept"])
 def rows_kept(request, monkeypatch):
-    """Of logits that are to be kept, let there be room for some rows; chunks have 5 rows."""
+    """Allow keeping the logits of some rows; chunks have 5 rows."""
     monkeypatch.setattr(soft_targets, "_KEPT_LOGITS", request.param * K)
     monkeypatch.setattr(prototype_loss, "_CHUNK_LOGITS", {"cpu": 5 * K})
     return request.param
@@ -38,7 +38,7 @@ def test_logits_are_the_product_wherever_they_come_from(rows_kept, keep, dtype):
     for start, stop in ((0, 7), (5, 9), (7, 12), (12, 12)):
         got = logits.rows(start, stop)
         torch.testing.assert_close(got, (features[start:stop] @ weight.T).float(), **tolerance)
-        got.zero_()  # its own memory
+        got.zero_()  # it owns its memory
     torch.testing.assert_close(logits.rows(0, 12), (features @ weight.T).float(), **tolerance)
     assert [(rows.start, rows.stop) for rows in logits.chunks()] == [(0, 5), (5, 10), (10, 12)]
 
@@ -54,7 +54,7 @@ def test_lazy_targets_are_those_of_the_logits(rows_kept, real_rows, keep, cls, s
     expected = plain.softmax_center_teacher(logits, 0.05).view_as(logits)
     expected = expected if real_rows is None else expected * real_rows[:, None]
     plain.update_center(logits, real_rows)
-    with torch.autocast("cpu", torch.bfloat16):  # the student's region, in which rows are asked for
+    with torch.autocast("cpu", torch.bfloat16):  # the student's region, in which rows are computed
         targets = late.lazy_targets(features, weight, 0.05, real_rows, keep)
         got = torch.cat([targets.rows(0, 5), targets.rows(5, 12)])
     torch.testing.assert_close(got, expected)

@@ -1,4 +1,4 @@
-"""Position embeddings of other grids: squares or not, eager, traced and in a traced ONNX graph."""
+"""Position embeddings for other grids, square or not: eager, traced and in a traced ONNX graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ tracer_warns = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ig
 
 
 def hub_model(name, img_size=56):
-    """Return a hub model cut to two blocks, whose positions matter."""
+    """Return a hub model cut to two blocks, whose positions affect the output."""
     torch.manual_seed(0)
     model = getattr(backbones, name)(pretrained=False, img_size=img_size).eval().requires_grad_(False)
     model.blocks, model.n_blocks = model.blocks[:2], 2
@@ -35,13 +35,13 @@ def random_images(size, count=1):
 def test_a_hub_model_is_traced_at_any_size(name, size):
     model = hub_model(name)
     traced = torch.jit.trace(model, random_images(size))
-    images = random_images(size, count=2) + 1  # not those of the trace
+    images = random_images(size, count=2) + 1  # other sizes than in the trace
     torch.testing.assert_close(traced(images), model(images), rtol=0, atol=1e-5)
 
 
 @tracer_warns
 def test_a_trace_of_exact_sizes_serves_others():
-    """Released models with registers resample to an exact size, which a trace keeps as a computation."""
+    """Released models with registers resample to an exact size, which a trace records as a computation."""
     model = hub_model("dinov2_vits14_reg")
     traced = torch.jit.trace(model, random_images((84, 70)))
     for size in ((56, 42), (98, 70)):
@@ -74,7 +74,7 @@ def test_a_traced_onnx_graph_at_any_size(name, size):
 @pytest.mark.parametrize("sizes", [(5, 5), (8, 5), (3, 5), (1, 5), (37, 16), (16, 37), (1, 37)], ids=str)
 def test_cubic_weights_are_those_of_interpolate(sizes):
     size, source_size = sizes
-    columns = torch.eye(source_size)[None, None]  # a unit vector each
+    columns = torch.eye(source_size)[None, None]  # one unit vector per position
     wanted = F.interpolate(columns, size=(size, source_size), mode="bicubic", antialias=True)
     torch.testing.assert_close(_cubic_weights(size, source_size), wanted[0, 0], rtol=0, atol=1e-6)
 

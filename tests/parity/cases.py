@@ -40,8 +40,8 @@ SMALL = (
 class Case:
     """One configuration: architecture, ``key=value`` overrides, number of blocks (None: all) and images.
 
-    ``as_initialised`` keeps upstream's initial weights. Their LayerScale of 1e-5 hides most of a block, and all class
-    tokens are so alike that KoLeo's gradient is rounding noise, so the rule is noise on every weight.
+    ``as_initialised`` keeps upstream's initial weights. Their LayerScale of 1e-5 hides most of a block, and the class
+    tokens are so similar that KoLeo's gradient is rounding noise, so by default noise is added to every weight.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
     as_initialised: bool = False
 
     def dotlist(self) -> list[str]:
-        """All overrides, in a form that both upstream's configuration and ours understand."""
+        """Return all overrides, in a form that both configurations accept."""
         own = f"student.arch={self.arch} train.batch_size_per_gpu={self.batch_size}"
         return f"{own} {COMMON} {self.overrides}".split()
 

@@ -1,4 +1,4 @@
-"""The ``oracle`` fixture: upstream's modules, or a skip that says why (a failure under ``DINOV2_REQUIRE_ORACLE=1``)."""
+"""The ``oracle`` fixture: upstream's modules, or a skip with a reason (failure under ``DINOV2_REQUIRE_ORACLE=1``)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Our trainer beside upstream's: the same weights, the same batch, and how far apart the results are.
-
-Read :func:`make_pair`, then :func:`compare_step`.
-"""
+"""Our trainer beside upstream's: the same weights, the same batch, and the differences of the results."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ FP32 = [
 
 @dataclass(frozen=True)
 class Means:
-    """What makes our step fast and lean; none of it changes a result.
+    """The optimisations of our step, none of which changes a result.
 
     Attributes:
         groups, lean, recompute: ``train.view_groups``, ``train.lean``, ``train.activation_checkpointing``.
@@ -104,7 +101,7 @@ def make_pair(
 
 
 def load_into_ours(state: dict[str, Tensor], model: SSLMetaArch) -> None:
-    """Load upstream's weights strictly; only the centre of a loss that is switched off may stay what it was."""
+    """Load upstream's weights strictly; only the centre of a disabled loss may keep its value."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     off = {"ibot_patch_loss.center"} if not model.do_ibot else set()
     assert not unexpected and set(missing) <= off, (missing, unexpected)
@@ -139,7 +136,7 @@ class StepErrors:
 
 
 def compare_step(oracle: SimpleNamespace, case: Case, output_dir: str, means: Means = OPTIMISED) -> StepErrors:
-    """Run one forward and backward on both sides and return how far apart they are."""
+    """Run one forward and backward on both sides and return the errors."""
     theirs, ours = make_pair(oracle, case, output_dir, means)
     batch = make_batch(oracle, theirs.cfg, case.batch_size, seed=2)
     expected = theirs.forward_backward(batch, teacher_temp=0.05, seed=3)
@@ -167,7 +164,7 @@ def gradient_errors(expected: nn.ModuleDict, got: nn.ModuleDict) -> dict[str, fl
 
 @dataclass(frozen=True)
 class RunErrors:
-    """How far student and teacher weights are apart after some steps, and how far they have moved.
+    """Differences of student and teacher weights after some steps, and their changes.
 
     Attributes:
         weights: tensor -> largest absolute difference of an element.

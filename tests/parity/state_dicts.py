@@ -1,6 +1,6 @@
 """Names and shapes of state dicts as text: upstream's from the oracle, four of them in ``tests/contracts`` too.
 
-The files are for where the oracle cannot be had; ``python -m tests.parity.state_dicts`` writes them again. Register
+The files are used where the oracle is unavailable; ``python -m tests.parity.state_dicts`` writes them again. Register
 tokens, which the oracle's revision does not have yet, are added by rule: after ``pos_embed``, (1, R, D).
 """
 
@@ -55,7 +55,7 @@ FILES = ("small_p14_518", "small_reg4", "giant2_p14_518", "dino_head")
 
 
 def describe(state_dict: dict[str, torch.Tensor]) -> list[str]:
-    """Return one line a tensor, in order: its name and its shape."""
+    """Return one line per tensor, in order: its name and its shape."""
     return [f"{name} {tuple(value.shape)}" for name, value in state_dict.items()]
 
 

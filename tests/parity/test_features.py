@@ -1,4 +1,4 @@
-"""Teacher checkpoints travel both ways; the same weights give the same features, at native and other image sizes."""
+"""Teacher checkpoints load both ways; the same weights give the same features, at native and other image sizes."""
 
 from __future__ import annotations
 

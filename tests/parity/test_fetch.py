@@ -1,4 +1,4 @@
-"""Fetching the oracle: whole or not at all, safe against a second process, and clear when it cannot be had."""
+"""Fetching the oracle: atomic, safe against a second process, with a clear error if it is unavailable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _install(folder: Path, requirements: Path | None = None, text: str = "new") 
     marker.write_text(text)
 
 
-def test_what_is_there_is_not_fetched_again(tmp_path, monkeypatch):
+def test_existing_files_are_not_fetched_again(tmp_path, monkeypatch):
     _install(tmp_path / "oracle", text="old")
     monkeypatch.setattr(fetch, "_pip_install", lambda folder, requirements: pytest.fail("fetched again"))
     assert fetch.ensure_oracle(tmp_path / "oracle") == tmp_path / "oracle"
@@ -38,7 +38,7 @@ def test_another_process_that_was_faster_wins(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["oracle"]
 
 
-def test_failure_says_why_and_leaves_nothing(tmp_path, monkeypatch):
+def test_failure_gives_the_reason_and_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(OracleUnavailable, match="could not fetch the oracle"):

@@ -1,4 +1,4 @@
-"""Figures measured on upstream's later revision (b8931f7), as literals: they hold where the oracle cannot be had."""
+"""Figures measured on upstream's later revision (b8931f7), as literals: usable where the oracle is unavailable."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_koleo(features, expected):
 
 @pytest.mark.parametrize("width", [384, 1024])
 def test_koleo_of_one_sample_is_zero_by_decision(width):
-    """Upstream gives 15.4 or 14.9, and inf in fp16: a constant without meaning."""
+    """Upstream returns 15.4 or 14.9, and inf in fp16, which has no meaning."""
     assert float(KoLeoLoss()(torch.randn(1, width))) == 0.0
 
 

@@ -13,7 +13,7 @@ RATES = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2,
 
 
 class _Here(torch.nn.Module):
-    """Upstream moves classifiers to the GPU."""
+    """Ignore upstream's moves of classifiers to the GPU."""
 
     def cuda(self):
         return self
@@ -60,7 +60,7 @@ def test_scores_equal_upstreams(upstream):
     with preserved_rng(0):
         theirs, _ = upstream.setup_linear_classifiers(tokens(), [1, 4], RATES, 1024, 7)
     ours, _ = linear.setup_linear_classifiers(tokens(), [1, 4], RATES, 1024, 7)
-    ours.load_state_dict(theirs.state_dict(), strict=True)  # the files fit each other
+    ours.load_state_dict(theirs.state_dict(), strict=True)  # the files are compatible
     expected, got = theirs(tokens()), ours(tokens())
     assert list(expected) == list(got)
     for name, scores in expected.items():

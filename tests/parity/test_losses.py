@@ -73,7 +73,7 @@ def test_koleo_loss(oracle):
 
 
 def _quiet(module):
-    """Upstream asks for CUDA autocast, which warns on a CPU."""
+    """Suppress the warning of upstream's CUDA autocast on a CPU."""
 
     def call(*args):
         with pytest.warns(Warning):
@@ -134,7 +134,7 @@ def test_sinkhorn_of_absurd_logits_stays_a_distribution():
 
 
 def _sinkhorn_in_logs(logits: torch.Tensor, temp: float) -> torch.Tensor:
-    """Three iterations in float64 logarithms: slow, and cannot overflow."""
+    """Run three iterations in float64 logarithms: slow, but without overflow."""
     log_q = logits.double() / temp
     rows, prototypes = log_q.shape
     for _ in range(3):

@@ -47,14 +47,14 @@ def fresh_compiler():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the compiler's own: deprecated names, attributes that it looks at
+        warnings.simplefilter("ignore")  # the compiler's own: deprecated names, attributes that it reads
         yield
     torch.compiler.reset()
 
 
 @pytest.fixture(scope="module")
 def upstream(oracle):
-    """Return a function that gives upstream's trainer after one step of a case: its batch, losses and gradients."""
+    """Return a function that returns upstream's trainer after one step of a case, its batch, losses and gradients."""
     done = {}
 
     def of(case):

@@ -1,4 +1,4 @@
-"""The oracle itself: it trains, its first losses are those upstream's logs show, and it leaves no trace."""
+"""The oracle itself: it trains, its first losses match upstream's logs, and it leaves no trace."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_train_step_moves_student_and_teacher(oracle):
 
 
 def test_importing_it_leaves_no_trace(oracle, monkeypatch):
-    """Ours may be loaded under the same name, or a real xformers: both must be found again untouched."""
+    """Our package may be loaded under the same name, or a real xformers: both must be left unchanged."""
     ours = {name: ModuleType(name) for name in ("dinov2", "dinov2.train", "xformers", "xformers.ops")}
     for name, module in ours.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -55,7 +55,7 @@ def test_importing_it_leaves_no_trace(oracle, monkeypatch):
     assert sys.meta_path == finders
 
 
-def test_random_state_is_left_alone(oracle):
+def test_random_state_is_unchanged(oracle):
     states = random.getstate(), torch.get_rng_state()
     trainer = OracleTrainer(oracle, BASE + FEW, depth=1)
     trainer.forward_backward(make_batch(oracle, trainer.cfg, 2, seed=0), teacher_temp=0.07, seed=5)

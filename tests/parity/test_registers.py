@@ -17,7 +17,7 @@ def _images() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def models():
-    """(without, with 4 registers), otherwise the same weights."""
+    """Return models without and with 4 registers, otherwise with the same weights."""
     kwargs = dict(img_size=112, patch_size=14, init_values=1.0, block_chunks=0)
     with preserved_rng(0), reduced_depth(vits, 2):
         plain, registers = vits.vit_small(**kwargs).eval(), vits.vit_small(num_register_tokens=4, **kwargs).eval()

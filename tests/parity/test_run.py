@@ -1,4 +1,4 @@
-"""Twenty optimizer steps: after schedules, clipping, AdamW and EMA, every weight of both networks is upstream's."""
+"""Twenty optimizer steps: after schedules, clipping, AdamW and EMA, every weight of both networks equals upstream's."""
 
 from __future__ import annotations
 

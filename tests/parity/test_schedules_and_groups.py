@@ -46,7 +46,7 @@ def test_parameter_groups(oracle, overrides, tmp_path):
 
 
 def _multipliers(trainer) -> dict[str, tuple[float, float, bool]]:
-    """name -> (lr multiplier, weight-decay multiplier, is last layer), of every trained parameter."""
+    """Return name -> (lr multiplier, weight-decay multiplier, is last layer), of every trained parameter."""
     names = {id(param): name for name, param in trainer.model.student.named_parameters()}
     found = {}
     for group in trainer.model.get_params_groups():
@@ -59,7 +59,7 @@ def _multipliers(trainer) -> dict[str, tuple[float, float, bool]]:
 
 
 def test_layerwise_decay_of_a_small_model(tmp_path):
-    """Figures from upstream's later revision: ViT-S, decay .9."""
+    """Compare with figures from upstream's later revision: ViT-S, decay .9."""
     overrides = "student.arch=vit_small dino.head_n_prototypes=64 optim.layerwise_decay=0.9".split()
     multipliers = {name: m[0] for name, m in _multipliers(OurTrainer(overrides, str(tmp_path))).items()}
     expected = {

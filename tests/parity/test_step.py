@@ -11,7 +11,7 @@ LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
 
-# every case with all optimisations, two without any too
+# every case with all optimisations, and two also without any
 UNOPTIMISED = ("S/14 no KoLeo", "S/14 sinkhorn, shared head, drop path .05")
 CASES = [(case, OPTIMISED) for case in STEP_CASES] + [(case, PLAIN) for case in STEP_CASES if case.name in UNOPTIMISED]
 

@@ -1,4 +1,4 @@
-"""One of upstream's evaluation modules alone: what it imports for data, metrics and set-up is replaced by mocks."""
+"""Load one of upstream's evaluation modules, with its imports for data, metrics and set-up replaced by mocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under torchrun, from a checkout's folder: do to real FSDP modules what upstream's step does; print what happens."""
+"""Under torchrun, from a checkout's folder: apply upstream's operations to real FSDP modules and print the results."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The wheel with what 7764ea0 (2026-06-03) has otherwise at the places that patches touch, made from its facts."""
+"""The wheel, adapted to 7764ea0 (2026-06-03) at the places that patches touch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""What a checkout of upstream imports and these tests do not have: torchvision, fvcore and submitit, as plainly as
-possible, and the adaptations to a machine without CUDA. Nothing of xformers: that is what a patch is for.
-
-Read :func:`modules` and :func:`adapt_to_cpu`.
+"""Minimal stand-ins for imports of an upstream checkout that these tests lack: torchvision, fvcore and submitit,
+and the adaptations to a machine without CUDA. xformers has no stand-in, as a patch replaces it.
 """
 
 from __future__ import annotations
@@ -82,7 +80,7 @@ class _VisionDataset(torch.utils.data.Dataset):
 
 
 class _Checkpointer:
-    """One file a save, as fvcore's: the model's state, that of the checkpointables, and plain values."""
+    """One file per save, as in fvcore: the model's state, that of the checkpointables, and plain values."""
 
     def __init__(self, model, save_dir="", *, save_to_disk=True, **checkpointables):
         self.model, self.save_dir, self.save_to_disk, self.checkpointables = (
@@ -165,7 +163,7 @@ class _NoFSDP:
 
 
 def adapt_to_cpu() -> None:
-    """Rebind, in this process for good, what upstream's training asks of CUDA; for a process of its own."""
+    """Permanently rebind, in this process, the CUDA calls of upstream's training; run it in a separate process."""
     torch.Tensor.cuda = lambda self, **_: self.clone()
     torch.nn.Module.to = lambda self, *_, **__: self
     torch.cuda.synchronize = lambda: None

@@ -1,4 +1,4 @@
-"""Blocks go in once, come out to the byte, and nothing else is touched; what cannot be patched is refused by name."""
+"""Blocks are inserted once and removed byte for byte, nothing else changes; other checkouts are rejected by name."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_the_series_the_table_and_the_tests_are_current():
 
 
 def test_no_line_of_upstream_is_here(wheel):
-    """Names carry over, lines do not."""
+    """Names may be shared, lines may not."""
     theirs = {line.strip() for path in (wheel / "dinov2").rglob("*.py") for line in path.read_text().splitlines()}
     ours = [*patches_folder().glob("*.py"), *(REPOSITORY / "dinov2_custom" / "patching").glob("*.py")]
     lines = {line.strip() for path in ours for line in path.read_text().splitlines()}

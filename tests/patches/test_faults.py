@@ -1,4 +1,4 @@
-"""Each fault on upstream's unchanged code, with its error; then the patch; then the fault is gone."""
+"""Each fault and its error on upstream's unchanged code, and the same code with the patch applied."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_skip_bad_images(checkout, images):
     (images / "nested" / "05.png").write_bytes(b"no image")
 
     def own_dataset(load):
-        """What a fork adds: a class of its own under a name of its own."""
+        """A dataset class that a fork adds under its own name."""
         loaders, extended = load("data.loaders"), load("data.datasets.extended")
 
         class Folder(extended.ExtendedVisionDataset):
@@ -255,7 +255,7 @@ def test_epoch_length(checkout, images):
             rules(config(load("configs"), optim={"epochs": 2}))
         with pytest.raises(ConfigError, match="optim.epochs: expected a whole number, got 0.5"):
             rules(config(load("configs"), optim={"epochs": 0.5}))
-        fork = config(load("configs"))  # one that counts otherwise
+        fork = config(load("configs"))  # one that counts epochs differently
         del fork.train.OFFICIAL_EPOCH_LENGTH
         assert rules(fork).optim.epochs == 100
 
@@ -277,7 +277,7 @@ def test_last_teacher(checkout):
 
 def test_exact_resume(checkout):
     def batches(load, start, count):
-        """What the training loop does: a loader that is told the first iteration as its seed."""
+        """Do as the training loop does: pass the first iteration to the loader as its seed."""
         data = load("data")
         loader = data.make_data_loader(
             dataset=list(range(20)),
@@ -316,7 +316,7 @@ def test_pretrained_weights(checkout, tmp_path):
         with pytest.raises(KeyError, match="model"):
             arch.SSLMetaArch(cfg)
         cfg.student.pretrained_weights = str(tmp_path / "chunked.pth")
-        student = arch.SSLMetaArch(cfg).student.backbone  # loads nothing, says nothing
+        student = arch.SSLMetaArch(cfg).student.backbone  # loads and logs nothing
         assert not torch.equal(student.blocks[3].attn.qkv.weight, chunked.blocks[1][3].attn.qkv.weight)
         load("utils.utils").load_pretrained_weights(student, str(tmp_path / "others.pth"), "teacher")  # nor does this
     patched(checkout, "pretrained_weights")

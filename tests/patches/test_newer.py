@@ -1,4 +1,4 @@
-"""The patches on what upstream has at 7764ea0 and f896929 has not; see ``newer.py``."""
+"""The patches on what upstream added between f896929 and 7764ea0; see ``newer.py``."""
 
 from __future__ import annotations
 

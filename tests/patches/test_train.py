@@ -1,4 +1,4 @@
-"""The patched checkout trains on unlabeled images on a CPU, from its own folder, resumes, and is put back."""
+"""The patched checkout trains on unlabeled images on a CPU, from its own folder, resumes, and is reverted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ train: {{dataset_path: "{images}", batch_size_per_gpu: 4, num_workers: 0, output
 
 
 def train(checkout, *arguments):
-    """Run the checkout's own training in its folder, with this project in the environment as pip would put it there."""
+    """Run the checkout's own training in its folder, with this project in the environment as installed by pip."""
     env = os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"}
     script = str(Path(__file__).with_name("train_checkout.py"))
     return processes.run(script, *map(str, arguments), cwd=checkout, environment=env)
@@ -62,7 +62,7 @@ def test_trains_resumes_and_is_put_back(checkout, tmp_path):
     second = train(checkout, "--config-file", config, "optim.epochs=2", "--output-dir", out)  # flags in any order
     assert second.returncode == 0, second.stderr[-3000:]
     log = (out / "logs" / "log.txt").read_text()
-    assert "goes on at iteration 2, 8 images a rank skipped" in log and "Starting training from iteration 2" in log
+    assert "continues at iteration 2, 8 images per rank skipped" in log and "Starting training from iteration 2" in log
     assert (out / "eval" / "training_3" / "teacher_checkpoint.pth").is_file()
 
     assert main(get_args_parser().parse_args([str(checkout), "--revert"])) == 0

@@ -1,7 +1,4 @@
-"""Import a checkout in this process, with stand-ins for what it needs, and leave no trace of either.
-
-Read :func:`world` and :func:`patched`.
-"""
+"""Import a checkout in this process, with stand-ins for its dependencies, and remove both afterwards."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ class _Finder:
 
 @contextlib.contextmanager
 def world(checkout: Path, extra: dict | None = None):
-    """Give the body a function that imports ``dinov2.<name>`` of ``checkout``; ``extra``: more modules to be found."""
+    """Yield a function that imports ``dinov2.<name>`` of ``checkout``; ``extra``: more modules to be found."""
     from tests.patches import stand_ins
 
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in _IN_THE_WAY}

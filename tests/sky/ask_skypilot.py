@@ -1,4 +1,4 @@
-"""Load tasks with SkyPilot and say what it makes of them, as JSON: python ask_skypilot.py '<requests>' > answers.
+"""Load tasks with SkyPilot and print the results as JSON: python ask_skypilot.py '<requests>' > answers.
 
 Run by the interpreter that has SkyPilot, from a scratch HOME; imports nothing of this repository. Each request is
 {"task": a task as a dictionary, "file": or a path, "envs": {name: value}, "secrets": {name: value}}.

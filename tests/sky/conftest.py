@@ -26,7 +26,7 @@ class Bucket:
 
 @pytest.fixture(scope="session")
 def s3_environment(tmp_path_factory):
-    """Start the server once; skip, saying why, where it or rclone is not installed."""
+    """Start the server once; skip with the reason if it or rclone is not installed."""
     if shutil.which("rclone") is None:
         pytest.skip("needs rclone: tests/sky/install.sh")
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask_cors") is None:

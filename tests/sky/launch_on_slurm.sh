@@ -145,8 +145,8 @@ code=0; "$SKY" exec -c "$cluster" --num-nodes 1 --secret WANDB_API_KEY "$dir/tas
 
 # what has to be true now
 grep -q "resumed from=" "$dir/exec.log" || fail "the second run did not resume"
-grep -q "4 a process x 2 processes x 1 accumulated = 8" "$run/logs/log.txt" || fail "no run on two nodes in the log"
-grep -q "4 a process x 1 processes x 2 accumulated = 8" "$run/logs/log.txt" || fail "no run on one node in the log"
+grep -q "4 per process x 2 processes x 1 accumulated = 8" "$run/logs/log.txt" || fail "no run on two nodes in the log"
+grep -q "4 per process x 1 processes x 2 accumulated = 8" "$run/logs/log.txt" || fail "no run on one node in the log"
 "$PYTHON" -c "
 import json, sys
 rows = [json.loads(line)['iteration'] for line in open('$run/training_metrics.json')]

@@ -1,6 +1,6 @@
-"""What SkyPilot accepts in a task although it is wrong, or fails at only after machines have been paid for.
+"""Mistakes in a task that SkyPilot accepts, or reports only after machines have been paid for.
 
-Works without SkyPilot; ``test_skypilot.py`` compares the tables with the installed one. Read :func:`mistakes` first.
+Works without SkyPilot; ``test_skypilot.py`` compares the tables with the installed one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ URL = re.compile(r"(s3|gs|r2|cos|oci|https)://")
 
 
 def mistakes(task: dict[str, Any], root: Path) -> list[str]:
-    """Return every mistake of a task, one sentence each; ``root`` is where ``sky`` is called."""
+    """Return every mistake of a task, one sentence each; ``root`` is the directory in which ``sky`` is called."""
     found = [f"unknown key {key}" for key in task.keys() - TASK_KEYS]
     if not (root / task.get("workdir", ".")).is_dir():
         found.append(f"workdir {task['workdir']} does not exist")
@@ -37,14 +37,14 @@ def mistakes(task: dict[str, Any], root: Path) -> list[str]:
 
 
 def candidates(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return each choice of machines, with what is common to all."""
+    """Return each choice of machines, including common settings."""
     resources = dict(task.get("resources", {}))
     choices = resources.pop("any_of", None) or resources.pop("ordered", None) or [{}]
     return [{**resources, **choice} for choice in choices]
 
 
 def num_gpus(accelerators: str) -> int:
-    """Return the number in ``H100:8``; 1 where there is none."""
+    """Return the number in ``H100:8``; 1 if there is none."""
     return int((accelerators.split(":") + ["1"])[1])
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket mounted as MOUNT_CACHED does it (rclone, the same options), and a machine that is taken away.
+"""Checkpoints in a bucket mounted as MOUNT_CACHED does it (rclone, the same options), and a machine that is preempted.
 
 Needs FUSE: /dev/fuse, fusermount3 and the right to mount.
 """
@@ -29,7 +29,7 @@ OPTIONS = [  # what SkyPilot 0.14.1 passes, but for the times: shorter here
 
 
 class Mount:
-    """The bucket on a machine of its own: what another machine has not uploaded is not there."""
+    """The bucket mounted on a separate machine: it lacks what another machine has not uploaded."""
 
     def __init__(self, bucket, folder: Path):
         self.folder, self.cache, self.log = folder / "checkpoints", folder / "cache", folder / "log.txt"
@@ -41,12 +41,12 @@ class Mount:
             pytest.skip(f"needs the right to mount a bucket: {self.log.read_text()[-200:]}")
 
     def uploaded(self) -> bool:
-        """Return whether nothing waits, as SkyPilot asks at the end of a job."""
+        """Return whether no upload is pending, as SkyPilot checks at the end of a job."""
         last = re.findall(r"vfs cache: cleaned:.*", self.log.read_text())[-1:]
         return bool(last) and "in use 0, to upload 0, uploading 0" in last[0]
 
     def take_away(self) -> None:
-        """End rclone without a chance to upload, and lose its cache."""
+        """Kill rclone before it can upload, and delete its cache."""
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 if f"--cache-dir={self.cache}".encode() in entry.read_bytes():
@@ -62,13 +62,13 @@ def in_bucket(bucket) -> set[str]:
 
 
 def complete(files: set[str]) -> set[str]:
-    """Return the checkpoints whose marker is there. The other files may come later: then the one before counts."""
+    """Return the checkpoints with a marker; if their other files arrive later, the previous one is used."""
     return {file for file in files if re.fullmatch(rf"run-1/model_\d+/{re.escape(MARKER)}", file)}
 
 
 @pytest.fixture
 def machines(bucket, tmp_path):
-    """Make machines with the bucket mounted; take all away in the end."""
+    """Create machines with the bucket mounted, and remove all of them at the end."""
     if not os.path.exists("/dev/fuse") or shutil.which("fusermount3") is None:
         pytest.skip("needs FUSE: /dev/fuse, and tests/sky/install.sh")
     made = []
@@ -82,7 +82,7 @@ def machines(bucket, tmp_path):
         mount.take_away()
 
 
-def test_a_machine_is_taken_away_and_another_one_goes_on_from_the_bucket(bucket, machines, tmp_path):
+def test_another_machine_resumes_from_the_bucket_after_a_preemption(bucket, machines, tmp_path):
     images = write_images(tmp_path / "images", 12)
     first = machines("first")
     keep = "checkpointing.period=10 checkpointing.keep_last=100"  # none is removed before it is uploaded

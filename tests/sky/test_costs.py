@@ -1,4 +1,4 @@
-"""The estimate: the training's own count of operations, hours and dollars as a hand would reckon them."""
+"""The estimate: the training's own count of operations, hours and dollars as computed by hand."""
 
 import re
 import runpy

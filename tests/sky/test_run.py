@@ -1,4 +1,4 @@
-"""The run block on two nodes: this machine twice, with SkyPilot's variables made up. Killed, and resumed on one."""
+"""The run block on two nodes: this machine twice, with simulated SkyPilot variables. Killed, and resumed on one."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ TOTAL, WANDB_KEY = 24, "0123456789abcdef0123456789abcdef01234567"
 
 
 class Launch:
-    """The run block on each node of a pretended cluster."""
+    """The run block on each node of a simulated cluster."""
 
     def __init__(self, folder, images, nodes: int, gpus: int = 1, length: int = TOTAL, more: str = "", **changes: str):
         overrides = [
@@ -83,7 +83,7 @@ class Launch:
             self.kill()
 
     def kill(self) -> None:
-        """Pull the plug: torchrun's workers have a session of their own and outlive it otherwise."""
+        """Kill all processes: torchrun's workers have their own session and would outlive it."""
         while found := processes_with(self.mark):
             for pid in found:
                 with contextlib.suppress(ProcessLookupError):
@@ -99,7 +99,7 @@ class Launch:
 
 
 def processes_with(mark: str) -> list[int]:
-    """Return the processes whose environment has ``mark``."""
+    """Return the ids of processes whose environment has ``mark``."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ def processes_with(mark: str) -> list[int]:
 
 
 def wait_for_checkpoint(launch: Launch, line: str = "") -> None:
-    """Return when there is a checkpoint and ``line`` in the log; on any other end of the launch fail."""
+    """Wait for a checkpoint and ``line`` in the log; fail if the launch ends first."""
     marker = launch.out / "last_checkpoint"
     try:
         wait_until(lambda: marker.exists() and line in launch.log(), "a checkpoint", launch.processes)
@@ -128,13 +128,13 @@ def test_two_nodes_killed_then_resumed_on_one(images, tmp_path):
     wait_for_checkpoint(first)
     first.kill()
     assert not (first.out / "model_final").exists()
-    assert "4 a process x 2 processes x 1 accumulated = 8" in first.log()
+    assert "4 per process x 2 processes x 1 accumulated = 8" in first.log()
 
     key = {"WANDB_API_KEY": WANDB_KEY, "WANDB_MODE": "offline"}
     second = Launch(tmp_path, images, nodes=1, gpus=0, **key)
     assert second.wait() == [0], second.log()
     log = second.log()
-    assert "4 a process x 1 processes x 2 accumulated = 8" in log and "resumed from=" in log
+    assert "4 per process x 1 processes x 2 accumulated = 8" in log and "resumed from=" in log
     assert "uploads waited for" in log and "Traceback" not in log
     iterations = [row["iteration"] for row in rows(second.out)]
     assert iterations == sorted(set(iterations)) and iterations[-1] == TOTAL - 1
@@ -174,7 +174,7 @@ def trainers(launch: Launch) -> dict[int, int]:
     return found
 
 
-def test_killed_processes_and_signals_are_told_to_skypilot_as_such(images, tmp_path):
+def test_skypilot_gets_the_exit_codes_of_kills_and_signals(images, tmp_path):
     launch = Launch(tmp_path, images, nodes=1, gpus=2, length=4000)
     wait_for_checkpoint(launch)
     os.kill(trainers(launch)[1], signal.SIGKILL)
@@ -187,12 +187,12 @@ def test_killed_processes_and_signals_are_told_to_skypilot_as_such(images, tmp_p
             if Path(f"/proc/{pid}/comm").read_text().strip() != "bash":
                 os.kill(pid, signal.SIGTERM)
     assert again.wait() == [143], again.log()
-    assert "the same command goes on from" in again.log() and "uploads waited for" in again.log()
+    assert "the same command resumes from" in again.log() and "uploads waited for" in again.log()
     assert {137, 143} <= set(TASK["resources"]["job_recovery"]["recover_on_exit_codes"])
 
 
 def test_the_key_is_not_on_a_command_line(images, tmp_path):
-    """A stand-in for Python writes down its arguments."""
+    """A stand-in for Python records its arguments."""
     seen = tmp_path / "seen.txt"
     fake = tmp_path / "venv" / "bin" / "python"
     fake.parent.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""The setup block as a node runs it: an environment, once, and again after an interruption.
+"""The setup block as a node runs it: the environment is created once, and again after an interruption.
 
-``pip`` and ``venv`` are stand-ins that write down what they are asked for.
+``pip`` and ``venv`` are stand-ins that record their arguments.
 """
 
 import os
@@ -77,7 +77,7 @@ def test_an_install_that_broke_off_is_made_again(tmp_path):
     assert node.setup().returncode == 0 and len(node.installs()) == 2
 
 
-def test_an_environment_of_ones_own_is_used_as_it_is(tmp_path):
+def test_an_existing_environment_is_used_unchanged(tmp_path):
     node = Node(tmp_path / "node")
     own = tmp_path / "own" / "bin" / "python"
     own.parent.mkdir(parents=True)

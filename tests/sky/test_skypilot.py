@@ -1,4 +1,4 @@
-"""The tasks as SkyPilot itself reads them, offline. Needs SkyPilot, in this environment or that of $SKYPILOT_PYTHON."""
+"""The tasks as parsed by SkyPilot, offline. Needs SkyPilot, in this environment or that of $SKYPILOT_PYTHON."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ def interpreter() -> str:
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
-    """Put requests to SkyPilot in one process (its import takes seconds) and return its answers."""
+    """Run requests through SkyPilot in one process (its import takes seconds) and return the answers."""
     python, home = interpreter(), tmp_path_factory.mktemp("home")
     env = {**os.environ, "HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
 
@@ -65,7 +65,7 @@ def test_tasks_load(loaded):
     assert {choice["recovery"]["strategy"] for choice in train["choices"]} == {"EAGER_NEXT_REGION"}
 
 
-def test_what_only_the_user_knows_is_asked_for_before_any_machine_is(ask):
+def test_required_settings_are_requested_before_any_machine(ask):
     files = [{"file": str(REPOSITORY / "sky" / f"{name}.yaml")} for name in NAMES]
     partly = [{"task": TASKS["train"], "envs": {k: v for k, v in GIVEN.items() if k != left_out}} for left_out in GIVEN]
     errors = [answer["error"] for answer in ask(*files, *partly)["answers"]]
@@ -93,7 +93,7 @@ def test_our_tables_are_those_of_this_version(ask):
 
 
 def test_our_rules_are_needed(ask):
-    """SkyPilot still loads these mistakes; where it no longer does, a rule may go."""
+    """SkyPilot still accepts these mistakes; a rule that it enforces may be removed."""
     mistakes = [
         ("resources|job_recovery|strategy", "NOPE"),
         ("resources|ordered|0|accelerators", "H1000:8"),
@@ -105,7 +105,7 @@ def test_our_rules_are_needed(ask):
 
 
 def test_the_wait_for_uploads_is_reached_after_a_failure(loaded, tmp_path):
-    """SkyPilot's own lines after the run block, with commands standing in for a cached mount that has uploaded all."""
+    """Run SkyPilot's lines after the run block, with stand-ins for a cached mount that has uploaded everything."""
     for name, answer in (("findmnt", "echo /checkpoints"), ("sleep", ":")):
         command = tmp_path / "bin" / name
         command.parent.mkdir(exist_ok=True)
@@ -115,7 +115,7 @@ def test_the_wait_for_uploads_is_reached_after_a_failure(loaded, tmp_path):
     log = tmp_path / re.search(r"-d ~/(\S*rclone\S*)", script)[1] / "x.log"
     log.parent.mkdir(parents=True)
     line = "INFO  : vfs cache: cleaned: objects 9 (was 9) in use 0, to upload 0, uploading 0, total size 1Gi\n"
-    log.write_text(line * 20_000)  # longer than a pipe holds: with pipefail the wait would never end
+    log.write_text(line * 20_000)  # longer than a pipe's buffer: with pipefail the wait would never end
     env = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "RUN_NAME": "../x"}
     done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "expected RUN_NAME" in done.stderr

@@ -1,4 +1,4 @@
-"""The tasks keep the rules, and each rule finds what it is for. None of this needs SkyPilot."""
+"""The tasks satisfy the rules, and each rule detects its mistake. None of this needs SkyPilot."""
 
 import copy
 import os
@@ -77,7 +77,7 @@ def test_training_asks_for_spot_first_on_several_kinds_of_gpu_and_counts():
     assert TASKS["train"]["resources"]["autostop"]["down"] is True
 
 
-def test_what_only_the_user_knows_has_to_be_given():
+def test_required_settings_have_no_default():
     null = {name: {key for key, value in task["envs"].items() if value is None} for name, task in TASKS.items()}
     assert null == {"train": {"RUN_NAME", "DATA", "CHECKPOINTS"}, "debug": {"DATA"}}
 
@@ -91,7 +91,7 @@ def test_debug_runs_the_same_commands():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_scripts_use_what_the_task_sets_and_the_other_way_round(name):
-    """Variables without a default in a script are in envs; each env is used by a script or in file_mounts."""
+    """Variables without a default in a script must be in envs; each env must be used by a script or in file_mounts."""
     text = "".join((REPOSITORY / "sky" / script).read_text() for script in ("setup.sh", "run.sh"))
     code = "\n".join(line.partition(" #")[0] for line in text.splitlines() if not line.startswith("#"))
     defaults = set(re.findall(r"\$\{(\w+):?-", code)) | set(re.findall(r"^\s*(?:export )?(\w+)=", code, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Random batches in the shape that the collate function gives, for tests of the step."""
+"""Random batches in the format of the collate function, for tests of the step."""
 
 import torch
 

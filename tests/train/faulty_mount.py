@@ -1,6 +1,6 @@
-"""A file system that cannot do much, and a power cut at any moment: patches of ``os`` for the tests of checkpoints.
+"""Simulate limited file systems and power cuts by patching ``os``, for the tests of checkpoints.
 
-Read :class:`Mount` first. What it does to the disk is real; only which calls succeed, and in how many steps, is not.
+Its effects on the disk are real; only the success of calls and their number of steps are simulated.
 """
 
 import builtins
@@ -19,7 +19,7 @@ class PowerCutError(BaseException):
 class Mount:
     """Patch the calls that change a disk; the ``cut_at``-th of them, and all after it, raise :class:`PowerCutError`.
 
-    ``kind``: ``no_fsync``: flushing is refused. ``copying_rename``: a folder is renamed file by file, and a file
+    ``kind``: ``no_fsync``: flushing fails. ``copying_rename``: a folder is renamed file by file, and a file
     replaced by removing and copying it.
     """
 
@@ -40,7 +40,7 @@ class Mount:
         monkeypatch.setattr(builtins, "open", open_counted)
         save_file = checkpoint_folder.save_file
 
-        def save_file_counted(tensors, path, metadata):  # it writes in Rust, which the patches above do not see
+        def save_file_counted(tensors, path, metadata):  # it writes in Rust, bypassing the patches above
             save_file(tensors, path, metadata)
             data = path.read_bytes()
             with open_counted(path, "wb") as file:

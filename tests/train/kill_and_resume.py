@@ -1,9 +1,9 @@
-"""Kill a run with signal 9 at random moments, again and again, and compare its weights with an uninterrupted run's.
+"""Kill a run with signal 9 at random moments, repeatedly, and compare its weights with an uninterrupted run's.
 
     python -m tests.train.kill_and_resume --kills 50 --seed 0
 
-Checkpoints are written at every second iteration, so many kills fall into a save. Prints a markdown table of the kills,
-and exits with 1 when a single bit differs. Read :func:`survive` first.
+Checkpoints are written at every second iteration, so many kills occur during a save. Prints a markdown table of the
+kills, and exits with 1 when a single bit differs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TOTAL = 400
 
 
 def survive(images: Path, out: Path, kills: int, rng: random.Random, total: int = TOTAL) -> list[dict]:
-    """Start, kill and restart until the run has ended on its own; return one record a kill."""
+    """Start, kill and restart until the run completes; return one record per kill."""
     records: list[dict] = []
     while True:
         process = start(images, out, total)
@@ -34,7 +34,7 @@ def survive(images: Path, out: Path, kills: int, rng: random.Random, total: int 
             progress = out / "last_checkpoint"
             before = progress.read_text() if progress.exists() else ""
             while process.poll() is None and (progress.read_text() if progress.exists() else "") == before:
-                time.sleep(0.005)  # it has come further than the last time: now any moment will do
+                time.sleep(0.005)  # past the previous progress: any moment will do
             time.sleep(rng.uniform(0, 3.0 if len(records) % 5 == 4 else 0.2))
         if process.poll() is None and len(records) < kills:
             torn = unfinished(out)
@@ -49,7 +49,7 @@ def survive(images: Path, out: Path, kills: int, rng: random.Random, total: int 
 
 
 def unfinished(out: Path) -> bool:
-    """Return whether a checkpoint is just being written."""
+    """Return whether a checkpoint is being written."""
     folders = [p for p in out.glob("model_*") if p.is_dir()]
     return any(not is_complete(p) for p in folders) or any(out.glob("*.tmp"))
 

@@ -1,9 +1,9 @@
-"""Stop a run, go on with other processes or another sharding, and compare with a run that was never stopped.
+"""Stop a run, resume it with other processes or another sharding, and compare with an uninterrupted run.
 
     python -m tests.train.reshard
 
-Prints a markdown table: for each chain of settings the largest difference of a weight. Exits with 1 when one is above
-1e-5. Losses are not compared: their rows are medians over a window that starts afresh. Read :func:`go_through` first.
+Prints a markdown table: with the largest difference of a weight for each chain of settings. Exits with 1 when one is
+above 1e-5. Losses are not compared: their rows are medians over a window that restarts.
 """
 
 import json
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 class Setting(NamedTuple):
-    """How the batch of 8 of a part of a run is made."""
+    """How one part of a run composes its batch of 8."""
 
     processes: int
     strategy: str = "NO_SHARD"
@@ -51,7 +51,7 @@ CHAINS = [
 
 
 def train(images: Path, out: Path, setting: Setting) -> None:
-    """Start a run in ``out``, or go on with the one that is there, to the end."""
+    """Start or resume a run in ``out``, and complete it."""
     launch(
         setting.processes,
         *tiny_run(
@@ -70,7 +70,7 @@ def train(images: Path, out: Path, setting: Setting) -> None:
 
 
 def forget_after(out: Path, iteration: int) -> None:
-    """Leave ``out`` as a kill right after the checkpoint of ``iteration`` would have."""
+    """Put ``out`` into the state after a kill right after the checkpoint of ``iteration``."""
     for path in out.glob("model_*"):
         if path.name != f"model_{iteration:07d}":
             shutil.rmtree(path)

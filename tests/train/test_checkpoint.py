@@ -49,8 +49,8 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_what_is_restored_is_on_its_parameters_device(tmp_path):
-    """Step counts too: on a GPU the fused kernels refuse theirs on the CPU. The other device here is "meta"."""
+def test_restored_state_is_on_the_parameters_device(tmp_path):
+    """This includes step counts, which fused kernels need on the GPU. Here the other device is "meta"."""
     cfg, model, saver = make(tmp_path)
     advance(cfg, model, saver.optimizer, range(1))
     saver.save(0)
@@ -75,7 +75,7 @@ def test_nothing_to_load(tmp_path):
     assert make(tmp_path / "absent")[2].load_latest() is None
 
 
-def test_what_is_no_tensor_is_kept_too(tmp_path):
+def test_non_tensor_values_are_kept(tmp_path):
     saver = make(tmp_path, "train.seed=7")[2]
     saver.save(2, draws=123, extra={"wandb_run_id": "abc"})
     resumed = make(tmp_path)[2].load_latest()
@@ -101,7 +101,7 @@ def test_unreadable_newest_falls_back_with_a_warning(tmp_path, caplog, damage):
 
 
 def rewritten(marker, change, *, with_checksum):
-    """Change the marker's values, with its own checksum made anew or left as it was."""
+    """Change the marker's values, and recompute its checksum or keep the old one."""
     values = json.loads(marker.read_text())
     change(values)
     if with_checksum:
@@ -113,7 +113,7 @@ def rewritten(marker, change, *, with_checksum):
 
 
 @pytest.mark.parametrize("key", ["iteration", "draws", "number", "seed", "world_size", "config", "saved_at", "format"])
-def test_a_marker_with_any_value_altered_is_not_believed(tmp_path, caplog, key):
+def test_a_marker_with_any_altered_value_is_rejected(tmp_path, caplog, key):
     saver = make(tmp_path)[2]
     saver.save(1, draws=7)
     marker = saver.save(2, draws=9) / "checkpoint.json"
@@ -142,7 +142,7 @@ def test_a_marker_with_any_value_altered_is_not_believed(tmp_path, caplog, key):
         ("has_row_of_stop", 2), ("skipped_steps", "no"),
     ],
 )  # fmt: skip
-def test_values_that_no_run_writes_are_not_believed_though_the_checksum_fits(tmp_path, caplog, key, value):
+def test_invalid_values_are_rejected_despite_a_valid_checksum(tmp_path, caplog, key, value):
     saver = make(tmp_path)[2]
     saver.save(1)
     marker = saver.save(2) / "checkpoint.json"
@@ -167,7 +167,7 @@ def test_whatever_stands_in_a_marker_the_one_before_is_used_or_one_error_raised(
     (first / "checkpoint.json").write_bytes(text)
     with pytest.raises(CheckpointError, match="expected a readable checkpoint, got 2 unreadable ones.*--no-resume"):
         make(tmp_path)[2].load_latest()
-    make(tmp_path)[2].save(3)  # and a run that is begun anew there is not hindered
+    make(tmp_path)[2].save(3)  # a new run in this folder is not affected
     assert make(tmp_path)[2].load_latest().iteration == 3
 
 
@@ -190,7 +190,7 @@ def test_only_unreadable_checkpoints_is_an_error_that_names_the_way_out(tmp_path
         make(tmp_path)[2].load_latest()
 
 
-def test_the_newest_is_the_one_written_last_whatever_the_clock_says(tmp_path, monkeypatch):
+def test_the_newest_checkpoint_is_the_last_written_one_for_any_clock(tmp_path, monkeypatch):
     saver = make(tmp_path)[2]
     monkeypatch.setattr(ckpt.time, "time", lambda: 2e9)
     os.utime(saver.save(8), (2e9, 2e9))
@@ -271,7 +271,7 @@ def test_failed_save_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_disk_that_stays_full_is_said_once_and_counted_at_the_end(tmp_path, monkeypatch, caplog, async_save):
+def test_a_full_disk_is_reported_once_and_counted_at_the_end(tmp_path, monkeypatch, caplog, async_save):
     saver = make(tmp_path, on_error="warn", async_save=async_save)[2]
     saver.save(0)
     saver.wait()
@@ -296,7 +296,7 @@ def test_a_disk_that_stays_full_is_said_once_and_counted_at_the_end(tmp_path, mo
     ]
 
 
-def test_what_is_written_meanwhile_is_the_state_of_the_save(tmp_path, monkeypatch):
+def test_an_async_save_writes_the_state_at_its_start(tmp_path, monkeypatch):
     cfg, model, saver = make(tmp_path, async_save=True)
     advance(cfg, model, saver.optimizer, [0])
     go, write = threading.Event(), ckpt.write_pieces
@@ -434,7 +434,7 @@ def test_teacher_file_has_upstreams_layout(tmp_path):
 
 @pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
 @pytest.mark.parametrize("what", ["save", "save_teacher"])
-def test_a_run_directory_that_is_gone_is_noticed_at_the_next_save(tmp_path, how, what):
+def test_a_missing_run_directory_is_detected_at_the_next_save(tmp_path, how, what):
     run = tmp_path / "run"
     with made_and_locked(run):
         saver = make(run, on_error="warn")[2]

@@ -1,4 +1,4 @@
-"""Lengths in epochs, in steps and by the clock: of the whole run and of its parts."""
+"""Lengths of a run and its parts, in epochs, in steps and by time."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def test_epochs_are_iterations_and_shares_are_of_the_whole():
     assert [length.iterations(x) for x in (0, 0.5, 3, 7, "10%", "2.5%", "100%")] == [0, 5, 30, 70, 4, 1, 40]
 
 
-def test_steps_stretch_what_is_given_in_epochs():
+def test_max_steps_stretches_lengths_in_epochs():
     length = length_of("optim.epochs=4", "train.max_steps=200")
     assert length.total == 200
     assert [length.iterations(x) for x in (0, 0.5, 3, 7, "10%")] == [0, 25, 150, 350, 20]
@@ -45,14 +45,14 @@ def test_the_same_run_given_in_epochs_and_in_steps():
 
 
 def clocked(hours=1.0, state=None, late=0):
-    """Return a course by a clock that ``now`` moves."""
+    """Return a course whose clock is advanced by ``now``."""
     now = [100.0]
     length = RunLength(10, TICKS, 4, 100, True, hours)
     return Course(length, state, late, clock=lambda: now[0]), now
 
 
 def drive(course, now, seconds, until=10**6):
-    """Take steps until the last one; return how many, and the positions."""
+    """Take steps until the last one; return their number and the positions."""
     positions, told = [], [0.0] * course.late
     for iteration in range(until):
         last = course.is_last(iteration)
@@ -123,7 +123,7 @@ def test_a_run_of_so_many_steps(images, tmp_path, capsys):
     assert [row["iteration"] for row in written] == list(range(6))
     assert "0.5 epochs = 6 iterations" in capsys.readouterr().out
     assert run(images, tmp_path, *options) == 0
-    assert "raise train.max_steps to go on" in capsys.readouterr().out
+    assert "raise train.max_steps to continue" in capsys.readouterr().out
 
 
 def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch, capsys):
@@ -154,7 +154,7 @@ def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch
     log = capsys.readouterr().out
     assert "8 s of training" in log and " s of it done" in log
     assert (tmp_path / "model_final").exists() and run(images, tmp_path, *options) == 0
-    assert "raise train.max_hours to go on" in capsys.readouterr().out
+    assert "raise train.max_hours to continue" in capsys.readouterr().out
 
 
 def test_two_processes_agree_on_the_clock(images, tmp_path):

@@ -1,4 +1,4 @@
-"""What makes the step faster changes none of its numbers, and makes way where modules are changed."""
+"""Faster paths do not change the step's numbers, and are bypassed for modified modules."""
 
 import logging
 from dataclasses import fields
@@ -34,12 +34,12 @@ def fresh_compiler():
 
 
 def aot_eager(function):
-    """What inductor would compile, forward and backward, run operator by operator. A graph break is an error."""
+    """Run what inductor would compile, forward and backward, operator by operator; a graph break is an error."""
     return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
 
 
 def block(lean, compiled, **options):
-    """Return a block, and what runs it."""
+    """Return a block and the function that runs it."""
     torch.manual_seed(0)
     made = Block(32, num_heads=2, init_values=0.5, qkv_bias=True, drop_path=0.4, **options).train()
     if compiled and not lean:
@@ -56,7 +56,7 @@ def results(made, options, num_sequences, dtype):
     return [*outputs, *(p.grad for p in made.parameters())]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler reads it
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options", [{"lean": True}, {"lean": True, "ffn_layer": SwiGLUFFNFused}, {"lean": False}], ids=str
@@ -82,7 +82,7 @@ def test_compiled_pieces_keep_what_lean_blocks_keep(options):
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_compiled_a_step_needs_no_more_memory(checkpointing):
-    """By the count: what is made inside a compiled piece is never in memory."""
+    """By the count, intermediates of a compiled piece are never in memory."""
     cfg = tiny_config("student.arch=vit_micro", "train.batch_size_per_gpu=16", "student.drop_path_rate=0.3")
     plain, compiled = (measure_step(cfg, checkpointing, compiler=one) for one in (None, lambda function: function))
     assert compiled.categories["activations"] <= plain.categories["activations"]
@@ -91,7 +91,7 @@ def test_compiled_a_step_needs_no_more_memory(checkpointing):
 
 @pytest.mark.parametrize("lean", [True, False])
 def test_the_step_uses_what_was_compiled(lean, monkeypatch):
-    """With a compiler that only counts calls: every piece or branch and every chunk goes through it, and nothing
+    """With a compiler that only counts calls, every piece or branch and every chunk goes through it, and no result
     changes."""
     calls = []
 
@@ -106,7 +106,7 @@ def test_the_step_uses_what_was_compiled(lean, monkeypatch):
     plain, compiled = SSLMetaArch(cfg).train(), SSLMetaArch(cfg).train()
     monkeypatch.setattr(torch, "compile", counting)
     assert fast_paths.compile_step(compiled)
-    calls.clear()  # of the trial
+    calls.clear()  # from the trial compilation
     (losses, gradients), (other_losses, other_gradients) = step(plain, cfg), step(compiled, cfg)
     pieces = {field.name for field in fields(Pieces)} - {"gated", "gated_backward", "cast_norm"} | {
         "fused_cross_entropy"
@@ -118,8 +118,8 @@ def test_the_step_uses_what_was_compiled(lean, monkeypatch):
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5)
 
 
-def test_what_is_changed_is_called_as_it_is():
-    """Changed before, or after it was compiled."""
+def test_modified_modules_are_called():
+    """Change the module before or after it was compiled."""
     cfg = tiny_config("train.lean=false")
     model = SSLMetaArch(cfg).train()
     first, second, *others = model.student["backbone"].all_blocks()
@@ -177,7 +177,7 @@ def test_all_processes_take_what_the_first_measured(tmp_path):
 
 
 @pytest.mark.parametrize("compile", ["on", "off"])
-def test_what_is_measured_are_the_shapes_of_the_run(monkeypatch, compile):
+def test_attention_is_timed_with_the_shapes_of_the_run(monkeypatch, compile):
     measured = []
     monkeypatch.setattr(fast_paths, "fastest_attention", lambda *a: measured.append(a) or ("sdpa", "line"))
     options = [*TINY, "crops.global_crops_size=32", "crops.local_crops_size=16", "student.patch_size=8"]
@@ -194,7 +194,7 @@ def test_what_is_measured_are_the_shapes_of_the_run(monkeypatch, compile):
 
 
 def test_a_step_with_xformers_attention(monkeypatch):
-    """The kernel is a stand-in with xformers' signature; the real one has none for CPUs."""
+    """The kernel is a stand-in with xformers' signature, as xformers has none for CPUs."""
     calls = []
 
     def kernel(query, key, value, **kwargs):
@@ -268,8 +268,8 @@ distributed.disable()
 
 
 def looked_at(model):
-    """Return how many blocks and whether heads run from their weights, and what is changed of the others."""
-    model.look_at_modules()
+    """Return how many blocks run from their weights, whether heads do, and the modifications of the others."""
+    model.update_shortcuts()
     found = model.shortcuts
     return [len(found.student), len(found.teacher), found.heads, list(found.changes)]
 

@@ -1,4 +1,4 @@
-"""Processes that die, hang or run out of memory: real ones, which leave their stacks or traceback in the logs."""
+"""Real processes that die, hang or run out of memory, and leave their stacks or traceback in the logs."""
 
 import os
 import signal
@@ -99,20 +99,20 @@ def test_a_single_process_leaves_its_stacks(images, tmp_path):
 
 
 def test_a_file_system_that_does_not_answer_ends_the_job_too(images, tmp_path):
-    """The training and the report wait in an open() that the system never ends, as on a mount whose server is gone."""
+    """Training and report block in an open() that never returns, as on a mount whose server is gone."""
     said = alone(images, tmp_path, "mount")
     assert said.count("\n") == 1 and "error: rank 0: no step for 2 s (train.hang_timeout) at iteration=2" in said
 
 
 @pytest.fixture
 def ended(monkeypatch):
-    """Record what the process would end with."""
+    """Record the exit code of the process."""
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     return codes
 
 
-def test_a_run_that_goes_on_is_left_alone(tmp_path, ended):
+def test_a_running_process_is_not_ended(tmp_path, ended):
     with Watchdog(tmp_path, hang_s=1.0) as watchdog:
         for iteration in range(40):
             watchdog.mark(iteration)
@@ -124,7 +124,7 @@ def test_a_step_that_ends_after_the_report_was_slow(tmp_path, ended, monkeypatch
     reports = []
     monkeypatch.setattr(faults, "GRACE_S", 1000.0)
 
-    def report(watchdog, what):  # the step ends while the thread waits for the others' reports
+    def report(watchdog, what):  # the step ends while the thread waits for the other reports
         reports.append((watchdog.iteration, what))
         watchdog.mark(watchdog.iteration + 1)
 
@@ -143,7 +143,7 @@ def test_time_in_which_the_system_holds_the_process_does_not_count(tmp_path, end
         watchdog.mark(0)
         watchdog.mark(1)
         ahead_s[0] = 1000.0
-        time.sleep(1.2)  # the rest of the step: several looks
+        time.sleep(1.2)  # the rest of the step, for several checks
     assert not ended and not (tmp_path / "logs").exists()
 
 
@@ -156,17 +156,17 @@ def peer():
 
 
 def with_peer(monkeypatch, tmp_path, process, hang_s=0):
-    """Return the watchdog of rank 0, for which ``process`` is rank 1, on this machine."""
+    """Return the watchdog of rank 0, with ``process`` as rank 1 on this machine."""
     monkeypatch.setattr(faults.distributed, "gather_objects", lambda mine: [mine, (mine[0], process.pid)])
     monkeypatch.setattr(faults, "LOOK_S", 0.02)
     monkeypatch.setattr(faults, "GRACE_S", 0.2)
     return Watchdog(tmp_path, hang_s)
 
 
-def test_a_process_of_this_machine_that_is_gone_ends_the_others_without_a_time_out(
+def test_a_dead_local_process_ends_the_others_without_a_timeout(
     monkeypatch, tmp_path, peer, ended, capsys
 ):
-    """Without a broken connection, as where nccl waits for it."""
+    """No connection is broken, as when nccl waits for it."""
     with with_peer(monkeypatch, tmp_path, peer) as watchdog:
         watchdog.mark(7)
         time.sleep(0.5)
@@ -187,8 +187,8 @@ def test_a_stopped_process_is_killed(monkeypatch, tmp_path, peer, ended):
     assert ended[0] == 75 and peer.wait() == -signal.SIGKILL
 
 
-def test_a_suspended_job_goes_on(images, tmp_path):
-    """Every process held for longer than the time-out, as by ``scontrol suspend``, and let go again."""
+def test_a_suspended_job_continues(images, tmp_path):
+    """All processes are suspended for longer than the timeout, as by ``scontrol suspend``, and resumed."""
     (tmp_path / "slow.py").write_text(SCRIPT)
     arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]
     arguments += ["train.max_steps=60", "train.log_every=1", "--output-dir", str(tmp_path / "out")]
@@ -241,7 +241,7 @@ def test_out_of_memory_is_one_sentence(images, tmp_path, monkeypatch):
     with pytest.raises(ResourceError) as caught:
         run(images, tmp_path)
     text = str(caught.value)
-    assert "batch of 4 images a process = 16 crops" in text and "allocate" in text and "\n" not in text
+    assert "batch of 4 images per process = 16 crops" in text and "allocate" in text and "\n" not in text
     assert "train.batch_size_per_gpu to 2 with optim.accumulation_steps=2" in text
     assert text in (tmp_path / "logs" / "log.txt").read_text()
     assert describe_memory(tiny_config("train.batch_size_per_gpu=1"), MemoryError()).count("MemoryError") == 1

@@ -55,7 +55,7 @@ LATE = {
 
 
 def rows(series, every=10):
-    """Return rows as training_metrics.json has them."""
+    """Return rows in the format of training_metrics.json."""
     columns = zip(*(series[key] for key in ("loss", "teacher", "prototype", "rank")), strict=True)
     return [
         {
@@ -75,7 +75,7 @@ def alarm_for(prototypes, total):
 
 
 def alarms(series, prototypes, total, every=10):
-    """Return {iteration: kinds that are warned of there}, and what is repeated at the end."""
+    """Return {iteration: kinds warned about}, and the warnings repeated at the end."""
     alarm = alarm_for(prototypes, total)
     found = {row["iteration"]: kinds for row in rows(series, every) if (kinds := alarm.check(row, total))}
     return found, alarm.final_warnings()
@@ -102,7 +102,7 @@ def test_a_run_that_learns_is_silent(series, total):
 
 
 def long_run(flat_share, falling):
-    """1000 rows of 65,536 prototypes: at ln K for a share of the run, then down to .8 of it."""
+    """Return 1000 rows for 65,536 prototypes: at ln K for a share of the run, then down to .8 of it."""
     uniform, flat = math.log(65536), round(1000 * flat_share)
     loss = [1.0] * flat + [max(0.8, 1 - 0.002 * i) for i in range(1000 - flat)]
     teacher = [max(0.5, 1 - falling * i) for i in range(1000)]
@@ -151,7 +151,7 @@ def test_warnings_from_before_a_resume_are_repeated_only_at_the_end(caplog):
 
 
 def test_the_length_of_a_run_by_the_clock_is_that_of_its_newest_row():
-    """When its former rows are read, the clock stands where the newest was."""
+    """When its earlier rows are read, the clock is at the newest row."""
     alarm = LearningAlarm(65536, math.log(65536), lambda iteration: iteration * 4)
     alarm.read(rows(long_run(0.1, 0.0), every=100)[:250])
     assert alarm.warned == {} and alarm.has_learned
@@ -165,7 +165,7 @@ def test_rows_of_upstream_and_runs_without_a_dino_loss():
 
 
 def test_the_loss_of_an_even_spread_is_what_the_step_reports():
-    """The factors that the terms are reported with depend on the number of local crops."""
+    """The factors of the reported terms depend on the number of local crops."""
     for local in (0, 2):
         cfg = tiny_config(f"crops.local_crops_number={local}")
         model = SSLMetaArch(cfg).train()
@@ -194,7 +194,7 @@ def test_bad_images_are_logged_once_also_after_a_restart(tmp_path):
     log("a.png", "truncated")
     log("a.png", "truncated")
     with open(path, "a") as file:
-        file.write('[]\n{"path": []}\n{"path": "torn')  # by others, and torn
+        file.write('[]\n{"path": []}\n{"path": "torn')  # by other programs, and torn
     again = BadImageLog(path)
     again("a.png", "truncated")
     again("b.png", "empty")

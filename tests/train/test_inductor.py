@@ -20,7 +20,7 @@ FP32 = [
 
 
 def test_a_compiled_run_learns_the_same_and_compiles_in_its_first_step_only(tmp_path):
-    """A process of its own each, as settings of the compiler are the process's."""
+    """Use a separate process for each run, as compiler settings are per process."""
     images = write_images(tmp_path / "images", 12)
     rows, logs = {}, {}
     for setting in ("off", "on"):

@@ -1,4 +1,4 @@
-"""Real processes, really stopped: Ctrl-C, SIGTERM to the whole group, kill -9; then resumed."""
+"""Real processes stopped by Ctrl-C, SIGTERM to the whole group or kill -9, and resumed."""
 
 import os
 import random
@@ -157,7 +157,7 @@ def test_a_killed_run_leaves_no_process_and_no_lock(images, tmp_path):
     wait_for_checkpoint(process, out)
     workers = children(process)
     assert workers
-    for worker in workers:  # as one that waits for a network disk: it cannot notice anything by itself
+    for worker in workers:  # like a worker that waits for a network disk and cannot react
         os.kill(worker, signal.SIGSTOP)
     process.kill()
     process.wait()

@@ -1,4 +1,4 @@
-"""The count is what a real step keeps; run/train/memory.py prints it and finds the largest batch that fits."""
+"""The count matches what a real step keeps; run/train/memory.py prints it and finds the largest batch that fits."""
 
 import functools
 from contextlib import nullcontext
@@ -38,7 +38,7 @@ WIDE = ("student.arch=vit_micro", "train.batch_size_per_gpu=32", "student.drop_p
 
 
 def kept_by_a_forward_pass(cfg, mode=None):
-    """Return bytes of the storages that autograd keeps beside parameters, LiveBytes' count, bytes of results."""
+    """Return the bytes of storages autograd saves besides parameters, LiveBytes' count, and the bytes of results."""
     with torch.device("meta" if mode else "cpu"):
         model = SSLMetaArch(cfg).train()
     batch, live, kept = random_batch(cfg), LiveBytes(), {}
@@ -121,7 +121,7 @@ def test_auto_counts_what_other_processes_hold_of_sharded_weights():
 @pytest.mark.parametrize("lean", ["true", "false"])
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
 def test_one_process_of_several_counts_alone(tmp_path, monkeypatch, centering, lean):
-    """Fake tensors cannot travel, and the others may count at another time."""
+    """Fake tensors cannot be sent, and the other processes may count at another time."""
     cfg = tiny_config(f"train.centering={centering}", f"train.lean={lean}", "dino.koleo_neighbours=all")
     alone, sent = measure_step(cfg), []
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -130,7 +130,7 @@ def test_one_process_of_several_counts_alone(tmp_path, monkeypatch, centering, l
     try:
         assert measure_step(cfg) == alone and sent == []
         SSLMetaArch(cfg).forward_backward(random_batch(cfg), 0.05)
-        assert {"all_reduce", "all_gather"} <= {*sent}  # which a step that is not counted does
+        assert {"all_reduce", "all_gather"} <= {*sent}  # which a step that is not only counted sends
     finally:
         torch.distributed.destroy_process_group()
 
@@ -138,7 +138,7 @@ def test_one_process_of_several_counts_alone(tmp_path, monkeypatch, centering, l
 @pytest.mark.parametrize("separate", ["true", "false"])
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
 def test_memory_of_the_heads_does_not_grow_with_the_batch(monkeypatch, centering, separate):
-    """Beyond the logits that are kept, of which there is room for the class tokens of four images here."""
+    """Apart from the kept logits, limited here to the class tokens of four images."""
     monkeypatch.setattr(soft_targets, "_KEPT_LOGITS", 8 * 65536)
 
     def heads(batch_size):
@@ -153,7 +153,7 @@ def test_memory_of_the_heads_does_not_grow_with_the_batch(monkeypatch, centering
     assert heads(256) - heads(128) < 3 * of_an_image  # features; below this chunks are not full
 
 
-def test_what_is_kept_of_the_logits_has_a_bound():
+def test_kept_logits_are_bounded():
     def heads(batch_size):
         overrides = [f"train.batch_size_per_gpu={batch_size}", "dino.head_n_prototypes=65536", "train.view_groups=4"]
         return measure_step(tiny_config(*overrides, "train.centering=sinkhorn_knopp")).categories["heads"]
@@ -212,7 +212,7 @@ def test_where_nothing_fits_the_command_fails(capsys, monkeypatch):
 def test_how_a_global_batch_is_divided_is_what_training_does():
     cfg = tiny_config("optim.global_batch=48", "train.batch_size_per_gpu=48")
     room = 1.01 * measure_step(tiny_config("train.batch_size_per_gpu=12")).peak / SHARE_OF_TENSORS / 1e9
-    assert split_on(cfg, room, 1) == "optim.global_batch=48: 12 a process x 1 processes x 4 accumulated"
+    assert split_on(cfg, room, 1) == "optim.global_batch=48: 12 per process x 1 processes x 4 accumulated"
 
 
 @pytest.mark.parametrize("limit", [0.5, 1, 2, 3, 7, 8, 9, 100, 1000, 1023, 1024, 5000])
@@ -237,7 +237,7 @@ def counted(batch: int):
 
 
 def room_for(batch: int) -> float:
-    """Return how many bytes a GPU has to have for a step of ``batch`` images in a single process."""
+    """Return the GPU memory in bytes needed for a step of ``batch`` images in a single process."""
     return 1.001 * counted(batch).peak / SHARE_OF_TENSORS
 
 
@@ -254,7 +254,7 @@ def test_it_is_the_largest_divisor_that_fits():
 
 
 def test_several_processes_need_room_for_buffers_and_less_for_sharded_weights():
-    alone, optimizer = room_for(24), counted(24).categories["optimizer"]  # 8 bytes a parameter
+    alone, optimizer = room_for(24), counted(24).categories["optimizer"]  # 8 bytes per parameter
     whole = alone + NCCL_BYTES + optimizer / 2
     assert largest_batch(config(48), whole, 2) == 24 and largest_batch(config(48), whole - 1e6, 2) < 24
     sharded = [

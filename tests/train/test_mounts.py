@@ -1,4 +1,4 @@
-"""Checkpoints on file systems that cannot flush, or rename in steps, and with the power cut at every step of a save."""
+"""Checkpoints on file systems without flushing or atomic renames, and power cuts at every step of a save."""
 
 import torch
 from omegaconf import OmegaConf
@@ -11,7 +11,7 @@ from tests.train.faulty_mount import KINDS, Mount, PowerCutError, names
 
 
 class Small(nn.Module):
-    """As much of a model as a checkpoint asks for: few tensors, so few steps."""
+    """The minimal model that a checkpoint needs: few tensors, so few steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_every_kind_of_mount_keeps_checkpoints_and_no_litter(tmp_path, monkeypat
 @mark.parametrize("final", [False, True], ids=["periodic", "final"])
 @mark.parametrize("kind", KINDS)
 def test_power_cut_at_every_step_of_a_save(tmp_path, monkeypatch, kind, final):
-    """The run goes on from the new checkpoint or the one before, and its next save leaves nothing behind."""
+    """The run resumes from the new checkpoint or the previous one, and its next save leaves no partial files."""
     seen, step = set(), 1
     while True:
         folder = tmp_path / str(step)
@@ -87,7 +87,7 @@ def test_power_cut_at_every_step_of_a_save(tmp_path, monkeypatch, kind, final):
 
 
 def test_a_power_cut_needs_the_marker(tmp_path, monkeypatch):
-    """Without the checksums a torn file in a complete-looking folder would be taken: the test above can fail."""
+    """Without checksums, a torn file in a complete-looking folder would be accepted: the test above can fail."""
     run = Run(tmp_path)
     run.save(1)
     file = run.save(2) / "rank_00000.safetensors"

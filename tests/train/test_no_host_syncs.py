@@ -1,8 +1,8 @@
-"""A step never waits for the device: run on ``meta`` tensors, which stand for a GPU's and cannot be read.
+"""A step never waits for the device: run on ``meta`` tensors, which stand in for GPU tensors and cannot be read.
 
-Whatever looks at a value (``item``, ``tolist``, ``nonzero``, a mask as an index, ``bool``, a copy to the host) raises
-on them. Copies to the device that the host would wait for are caught too. Allowed reads are in :data:`ALLOWED`.
-torch's fused optimizers, which move the teacher too, have no kernel for them and are left out: they take the flag that
+Any operation that reads a value (``item``, ``tolist``, ``nonzero``, a mask as an index, ``bool``, a copy to the host)
+raises on them. Blocking copies to the device are detected too. Allowed reads are in :data:`ALLOWED`.
+torch's fused optimizers, which move the teacher too, have no kernel for them and are not run: they take the flag that
 skips a step as a tensor.
 """
 
@@ -25,7 +25,7 @@ from dinov2_custom.train.step_guard import StepGuard
 from dinov2_custom.utils import transfer
 from tests.train.batches import random_batch, tiny_config
 
-# the only ways to the host in a step; what comes of them is read in the step after
+# the only copies to the host in a step; they are read one step later
 ALLOWED = {
     "StepGuard.check: finite flags and those that processes share": step_guard,
     "GradientReducer.finish: which parameters have gradients in how many processes": parallel,
@@ -33,7 +33,7 @@ ALLOWED = {
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raise where a copy from the host to the device is not ``non_blocking``."""
+    """Raise if a copy from the host to the device is not ``non_blocking``."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -46,7 +46,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 def test_what_this_test_relies_on():
-    """Each of these would be a wait on a GPU, and is an error here."""
+    """Each of these would synchronise with a GPU, and raises here."""
     x = torch.ones(3, device="meta")
     reads = [x.sum().item, x.tolist, x.nonzero, x.cpu, lambda: x[x > 0], lambda: bool(x.sum() > 0), lambda: float(x[0])]
     for read in reads:
@@ -61,7 +61,7 @@ def test_what_this_test_relies_on():
 
 
 def no_list_of_numbers(make):
-    """Return ``make``, a function of torch's that copies numbers to the device and waits, as one that raises there."""
+    """Wrap ``make``, a torch function that copies numbers to the device synchronously, to raise there."""
 
     def checked(*args, **kwargs):
         tensor = make(*args, **kwargs)
@@ -73,7 +73,7 @@ def no_list_of_numbers(make):
 
 @pytest.fixture
 def as_a_gpu(monkeypatch):
-    """Let ``meta`` be good enough for a step, which has no autocast; catch what is sent to the host."""
+    """Make a step run on ``meta``, which has no autocast, and record what is sent to the host."""
     sent = []
     monkeypatch.setattr(SSLMetaArch, "autocast", lambda *args: nullcontext())
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
@@ -125,7 +125,7 @@ def test_a_whole_step_reads_nothing_from_the_device(as_a_gpu, centering, lean, g
 
 
 def test_averaging_gradients_reads_nothing_from_the_device(as_a_gpu, monkeypatch):
-    """The reducer of two processes, with a stand-in for the sum over them."""
+    """Use the reducer of two processes with a stand-in for the all-reduce."""
     sums = []
 
     def all_reduce(tensor, async_op):
@@ -147,7 +147,7 @@ def test_averaging_gradients_reads_nothing_from_the_device(as_a_gpu, monkeypatch
 
 
 def test_small_tensors_reach_a_gpu_through_pinned_memory(monkeypatch):
-    """The real :func:`to_device`, whose CUDA calls are recorded."""
+    """Use the real :func:`to_device` and record its CUDA calls."""
     calls = []
     tensor = torch.ones(3)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)

@@ -18,7 +18,7 @@ def run_of(*overrides):
 
 
 def scrambled(model, seed):
-    """Give every tensor other values, student and teacher different ones."""
+    """Set every tensor to new values that differ between student and teacher."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.state_dict().values():

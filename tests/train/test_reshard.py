@@ -1,4 +1,4 @@
-"""A run goes on with other processes, another sharding, other workers, another batch; the chains are in reshard.py."""
+"""Resume a run with other processes, another sharding, other workers or another batch; reshard.py has the chains."""
 
 import math
 import shutil
@@ -41,13 +41,13 @@ def test_a_chain_of_settings_gives_the_weights_of_one_run(whole, tmp_path, chain
         assert len(sizes) == 2 and max(sizes) < 0.7 * alone
 
 
-def test_the_same_process_goes_on_bit_for_bit_with_other_workers(whole, tmp_path):
+def test_a_resume_with_other_workers_is_bitwise_equal(whole, tmp_path):
     images, expected = whole
     go_through(images, tmp_path / "out", (ALONE, Setting(1, workers=2)), expected)
     assert compare(expected, tmp_path / "out")[0] == 0.0
 
 
-def test_another_batch_goes_on_with_the_next_draw(whole, tmp_path):
+def test_another_batch_size_continues_with_the_next_draw(whole, tmp_path):
     images, expected = whole
     out = tmp_path / "out"
     shutil.copytree(expected, out)
@@ -59,7 +59,7 @@ def test_another_batch_goes_on_with_the_next_draw(whole, tmp_path):
     assert drawn == {7: PERIOD * 8 + 4 * 6, 3: PERIOD * 8}
     assert marker(out, "model_final")["draws"] == PERIOD * 8 + 8 * 6
     (warning,) = [x for x in (out / "logs" / "log.txt").read_text().splitlines() if "other settings than before" in x]
-    assert "global batch: 8 (8 a process x 1 processes) -> 6 (3 a process x 2 processes); optim.lr, by" in warning
+    assert "global batch: 8 (8 per process x 1 processes) -> 6 (3 per process x 2 processes); optim.lr, by" in warning
     before, now = (0.004 * math.sqrt(images / 1024) for images in (8, 6))
     assert f"its square root: {before:.3g} -> {now:.3g}" in warning and "batch_size_per_gpu" not in warning
 

@@ -1,4 +1,4 @@
-"""What the files of a run give away: permissions and secrets."""
+"""Permissions of a run's files, and no secrets in them."""
 
 import os
 
@@ -53,4 +53,4 @@ def test_what_makes_other_pixels_than_before_is_named():
     assert "torch -> Pillow" in found
     images, crops = changed_data(before, {"images": 8, "digest": "b", "resize": "Pillow"})
     assert "9 -> 8" in images and crops == found
-    assert changed_data({"images": 9, "digest": "a"}, before) == []  # a checkpoint that does not say
+    assert changed_data({"images": 9, "digest": "a"}, before) == []  # a checkpoint without this value

@@ -1,4 +1,4 @@
-"""What a training shows of itself: the same numbers in every sink, through a stop and a resume, and none of it changes
+"""Metrics of a training run: the same numbers in every sink, across a stop and a resume, without affecting
 the training."""
 
 import os
@@ -61,7 +61,7 @@ def test_every_sink_through_a_stop_and_a_resume(images, tmp_path, monkeypatch):
     assert train(images, out, *SEEN) == 128 + signal.SIGTERM
     monkeypatch.setattr(sinks.JsonLines, "log", write)
     state = read_weights(out / (out / "last_checkpoint").read_text())
-    (out / "logs" / "wandb_run_id").unlink()  # the checkpoint has it too
+    (out / "logs" / "wandb_run_id").unlink()  # the checkpoint also has it
     assert train(images, out, *SEEN) == 0
     assert train(images, tmp_path / "unseen", "train.log_every=1") == 0
 

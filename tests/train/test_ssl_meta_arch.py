@@ -163,11 +163,11 @@ def test_diagnostics_distinguish_uniform_from_decided():
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_micro_batches_equal_one_large_batch(count):
-    """Where the definition permits: centering; not KoLeo, whose neighbours are those of the micro-batch."""
+    """This holds for centering, but not for KoLeo, whose neighbours are those of the micro-batch."""
     cfg = tiny_config("train.batch_size_per_gpu=8", "dino.koleo_loss_weight=0")
     large = random_batch(cfg)
     whole, parts = SSLMetaArch(cfg).train(), SSLMetaArch(cfg).train()
-    for _ in range(2):  # the second step sees the centres that the first one left
+    for _ in range(2):  # the second step uses the centres updated by the first one
         expected = whole.forward_backward(large, teacher_temp=0.05)
         sums = dict.fromkeys(expected, 0.0)
         for index in range(count):
@@ -219,7 +219,7 @@ def test_activation_checkpointing_changes_no_gradient(mode, lean):
 
 
 def targets_of_two_batches(lean, padded, *overrides):
-    """Return the targets of a second batch, when a first has moved the centres."""
+    """Return the targets of a second batch, after a first one has updated the centres."""
     cfg = tiny_config(f"train.lean={lean}", *overrides)
     model = unsettled(SSLMetaArch(cfg)).train()
     model.constant_shapes = padded
@@ -250,7 +250,7 @@ def test_lazy_targets_are_the_definitions(monkeypatch, overrides, centering, pad
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
 def test_lazy_targets_in_bf16(monkeypatch, centering):
-    """Both ways round the same logits to bf16 and nothing after them, but one centre sums them before they are."""
+    """Both paths round the same logits to bf16 and nothing else, but one centre sums them before rounding."""
     monkeypatch.setattr(soft_targets, "_KEPT_LOGITS", 3 * 32)
     overrides = ("compute_precision.teacher.dino_head.mixed_precision.param_dtype=bf16", f"train.centering={centering}")
     expected, got = (targets_of_two_batches(lean, False, *overrides) for lean in ("false", "true"))

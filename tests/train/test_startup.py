@@ -1,9 +1,9 @@
-"""What a run says before its first step and after its last one."""
+"""What a run logs before its first step and after its last one."""
 
 import pytest
 
 from dinov2_custom.train.course import Course, run_length
-from dinov2_custom.train.startup import describe_doubts
+from dinov2_custom.train.startup import short_run_warning
 from tests.train.batches import tiny_config
 
 SMALL = (
@@ -18,7 +18,7 @@ LONG = (
 
 def doubts(num_images, *overrides):
     cfg = tiny_config(*overrides)
-    return describe_doubts(cfg, Course(run_length(cfg, num_images, 1)), num_images)
+    return short_run_warning(cfg, Course(run_length(cfg, num_images, 1)), num_images)
 
 
 def test_values_of_long_runs_are_named_in_a_short_one():

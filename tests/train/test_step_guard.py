@@ -1,4 +1,4 @@
-"""Steps that are left out: nothing of them stays, all processes leave them out, and the host waits for none of it."""
+"""Skipped steps: they change nothing, all processes skip them, and the host never waits."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def test_alone_a_stop_is_read_at_once():
 
 
 class Trainer:
-    """The loop's step without the loop."""
+    """The training loop's step, without the loop."""
 
     def __init__(self, *overrides, device="cpu"):
         self.cfg = tiny_config(*overrides)
@@ -104,7 +104,7 @@ class Trainer:
 
 
 def owned(state):
-    """Copy nested tensors, of sharded ones this process's part."""
+    """Copy nested tensors; of sharded ones, copy this process's part."""
     if isinstance(state, torch.Tensor):
         return own_share(state).detach().clone()
     if isinstance(state, dict):
@@ -177,7 +177,7 @@ def test_a_loss_scale_is_lowered_by_a_step_left_out():
 class Reads(TorchDispatchMode):
     """Count the operators that would make the host wait for a device.
 
-    Whole numbers do not count: they describe the batch, whose masks are counted before they leave the CPU.
+    Integers are ignored: they describe the batch, whose masks are counted on the CPU.
     """
 
     def __init__(self):

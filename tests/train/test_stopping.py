@@ -20,7 +20,7 @@ def test_a_signal_is_remembered_with_its_echo_and_a_later_one_acts():
         with StopRequests(clock) as stop:
             assert stop.signum == 0
             os.kill(os.getpid(), signal.SIGINT)
-            clock.now = 0.5  # a launcher passes on what the whole group got
+            clock.now = 0.5  # a launcher forwards what the whole group received
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.signum == signal.SIGINT
             clock.now = 2.0

@@ -38,7 +38,7 @@ distributed.disable()
 '''
 
 
-def test_one_process_holds_the_teacher_on_the_host_and_the_others_a_tensor_at_a_time(tmp_path):
+def test_main_process_holds_the_teacher_and_others_one_tensor_at_a_time(tmp_path):
     launch_source(tmp_path, TWO, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for strategy, here in first.items():

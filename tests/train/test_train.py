@@ -1,4 +1,4 @@
-"""Whole runs on generated images, in this process: what is written, what is refused, what is skipped."""
+"""Whole runs on generated images, in this process: written files, rejected settings, skipped steps."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path, monkeypatch):
-    """Run in an empty folder, so that a file written to the working directory is seen; close log files afterwards."""
+    """Run in an empty folder, so that a file written to the working directory is detected; then close log files."""
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     monkeypatch.chdir(cwd)
@@ -69,7 +69,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return read_weights(out / "model_final")["model"]
 
 
-def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, capsys):
+def test_a_run_writes_the_files_documented_in_the_readme_only(images, tmp_path, capsys):
     out = tmp_path / "out"
     assert train(f"train.dataset_path={images}", *RUN, "--output-dir", out, "evaluation.eval_period_iterations=3") == 0
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
@@ -96,12 +96,12 @@ def test_a_run_writes_what_the_readme_says_and_nothing_else(images, tmp_path, ca
     facts.append("accumulated = 4, lr=")
     for fact in facts:
         assert fact in log
-    assert "next: python -m dinov2_custom knn --pretrained-weights" in log  # no checkout here
+    assert "next: python -m dinov2_custom knn --pretrained-weights" in log  # there is no checkout here
     config = OmegaConf.load(out / "config.yaml")
     assert config.optim.lr == pytest.approx(0.004 * math.sqrt(4 / 1024)) and config.train.output_dir == str(out)
 
 
-def test_a_finished_run_is_left_alone_and_goes_on_when_longer(images, tmp_path, capsys):
+def test_a_finished_run_is_unchanged_and_resumes_when_extended(images, tmp_path, capsys):
     command = [f"train.dataset_path={images}", *RUN, "--output-dir", tmp_path / "out"]
     train(*command)
     stamp = (tmp_path / "out" / "model_final" / "checkpoint.json").stat().st_mtime_ns
@@ -187,7 +187,7 @@ def test_a_first_step_without_memory_leaves_the_directory_unchanged(images, tmp_
     ours, expected = weights(tmp_path / "out"), weights(tmp_path / "new")
     assert all(torch.equal(ours[key], expected[key]) for key in expected)
     assert [row["iteration"] for row in rows(tmp_path / "out")] == [0, 7]
-    with monkeypatch.context() as short_of_memory:  # and one that would have gone on
+    with monkeypatch.context() as short_of_memory:  # and a run that would have continued
         short_of_memory.setattr("dinov2_custom.train.train.accumulate_gradients", fail)
         with pytest.raises(ResourceError):
             train(*command, tmp_path / "out", "optim.epochs=3", "optim.base_lr=0.1", "train.batch_size_per_gpu=8")
@@ -262,7 +262,7 @@ def test_a_kill_right_after_a_save_leaves_no_gap_in_the_rows(images, tmp_path, m
 
 
 def test_rows_are_the_same_with_and_without_a_stop(images, tmp_path, monkeypatch):
-    """Medians over 20 iterations, entropies and RankMe over as many, and the count of steps left out."""
+    """This covers medians, entropies and RankMe over 20 iterations, and the count of skipped steps."""
     command = [f"train.dataset_path={images}", *RUN, "train.log_every=2", "checkpointing.period=4"]
     check, save, stop_at = StepGuard.check, Checkpointer.save, None
 
@@ -306,7 +306,7 @@ def test_a_run_that_does_not_learn_is_reported_and_again_at_the_end(images, tmp_
 
 
 def test_the_hint_after_a_run_works_as_it_stands_beside_the_run(images, tmp_path, capsys):
-    """In the default directories of both commands."""
+    """Run both commands with their default directories."""
     assert train(f"train.dataset_path={images}", *RUN) == 0
     (hint,) = [line for line in capsys.readouterr().out.splitlines() if "next: " in line]
     words = shlex.split(hint.partition("next: ")[2])
@@ -414,7 +414,7 @@ def test_every_precision_trains_on_a_cpu(images, tmp_path, dtype):
         for model in ("student", "teacher")
         for part in ("backbone", "dino_head", "ibot_head")
     ]
-    options = ["student.drop_path_rate=0.3", "optim.epochs=8"]  # fp16 spends the first steps on finding its loss scale
+    options = ["student.drop_path_rate=0.3", "optim.epochs=8"]  # fp16 spends the first steps finding its loss scale
     train(f"train.dataset_path={images}", *RUN, *precision, *options, "--output-dir", tmp_path)
     state = read_weights(tmp_path / "model_final")
     assert (state["scaler"] is not None) == (dtype == "fp16")

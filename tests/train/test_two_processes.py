@@ -1,5 +1,5 @@
-"""Two processes to the end: checkpoints written in a thread beside other saves, no thread that outlives the run, and
-data-loading processes that are there before anything is sent."""
+"""Complete runs in two processes: checkpoints written in a thread during other saves, no thread outliving the run, and
+data-loading processes that start before the first collective."""
 
 from tests.processes import launch
 from tests.train.batches import TINY
@@ -26,7 +26,7 @@ entry.leave(code)
 
 
 def test_saving_in_a_thread_beside_other_saves_and_no_thread_of_a_process_group_at_the_end(tmp_path):
-    """Teachers are saved at every step, so that one is due while the thread talks to the other process."""
+    """Teachers are saved at every step, so that one is due while the thread communicates with the other process."""
     (tmp_path / "run.py").write_text(SCRIPT)
     options = [
         f"train.dataset_path={write_images(tmp_path / 'images', 12)}",

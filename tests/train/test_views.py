@@ -62,7 +62,7 @@ def test_cut_draws_are_the_whole_draw():
 
 @torch.no_grad()
 def unsettled(model):
-    """Add noise to the weights: KoLeo's neighbours are rounding noise while all features are alike."""
+    """Add noise to the weights: KoLeo's neighbours are rounding noise while all features are nearly equal."""
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         p.add_(torch.randn(p.shape, generator=generator), alpha=0.05)
@@ -151,11 +151,11 @@ def test_rows_of_padding_weigh_nothing_and_lie_in_their_half(apart):
     if apart:
         assert len(real) == 2 * edge
         assert (padded["mask_indices_list"][:edge] < half).all() and (padded["mask_indices_list"][edge:] >= half).all()
-    assert len(batch["masks_weight"]) == len(positions)  # the batch that was given is as it was
+    assert len(batch["masks_weight"]) == len(positions)  # the given batch is unchanged
 
 
 def two_steps(padded: bool, *overrides):
-    """Return what two steps with their EMA left: losses, gradients, centres, diagnostics."""
+    """Return the state after two steps with EMA: losses, gradients, centres, diagnostics."""
     cfg = tiny_config("crops.global_crops_size=32", *overrides)
     model = unsettled(SSLMetaArch(cfg)).train()
     model.constant_shapes, model.diagnose = padded, True
@@ -195,7 +195,7 @@ def test_nothing_but_the_shapes_changes(centering, lean, overrides):
 @pytest.mark.parametrize("overrides", [("lean=true", "view_groups=4"), ("lean=false", "view_groups=1")], ids=str)
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
 def test_a_batch_without_any_masked_patch(overrides, centering):
-    """All parameters have a gradient, that of the patches' own head is zero; no kernel sees a batch of no rows."""
+    """All parameters have a gradient, that of the separate patch head is zero; no kernel gets an empty batch."""
     options = [f"train.{option}" for option in (*overrides, f"centering={centering}")]
     cfg = tiny_config("ibot.mask_sample_probability=0", "ibot.separate_head=true", *options)
     for rows in (None, 0, 7):

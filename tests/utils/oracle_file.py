@@ -1,4 +1,4 @@
-"""One file of upstream as a module of its own, for functions that need nothing else of it. See ``tests/oracle``."""
+"""Load one file of upstream as a separate module, for functions without other dependencies. See ``tests/oracle``."""
 
 import functools
 import importlib.util
@@ -12,7 +12,7 @@ from tests.oracle import OracleUnavailable, ensure_oracle
 
 @functools.cache
 def load_oracle_file(path: str) -> ModuleType:
-    """Return ``dinov2/<path>`` of upstream; skip the test, saying why, where upstream's package cannot be had."""
+    """Return ``dinov2/<path>`` of upstream; skip the test with the reason if upstream's package is unavailable."""
     try:
         file = ensure_oracle() / "dinov2" / path
     except OracleUnavailable as e:

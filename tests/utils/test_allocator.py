@@ -29,6 +29,6 @@ def test_memory_that_was_freed_is_used_again():
     assert given_back > 5 * kept
 
 
-def test_another_allocator_is_left_alone(monkeypatch):
+def test_another_allocator_is_unchanged(monkeypatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     assert allocator.keep_freed_memory() is False

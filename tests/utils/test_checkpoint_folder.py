@@ -36,8 +36,8 @@ def test_rows_of_any_range_come_from_the_files_that_have_them(tmp_path):
     assert state.read("none").shape == (0, 2) and torch.equal(state.read("turned"), WIDE.T)
 
 
-def test_what_is_read_stays_when_the_file_is_cut(tmp_path):
-    """A tensor in the file's own memory would end the process."""
+def test_read_tensors_survive_truncation_of_the_file(tmp_path):
+    """A memory-mapped tensor would crash the process."""
     written(tmp_path)
     wide = StoredState(tmp_path).read("wide")
     for file in tmp_path.glob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""Parameters of a job without any institute's names in them."""
+"""Job parameters, without any institute's names."""
 
 import getpass
 from pathlib import Path

@@ -39,7 +39,7 @@ def test_setup(tmp_path, logging_as_before, capsys):
     assert "git: sha: " in log and f"output_dir={out}" in log
     assert log == capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "logs"]
-    cfg.optim.lr, cfg.mine = 1.0, {"key": 3}  # as upstream's, which real code changes
+    cfg.optim.lr, cfg.mine = 1.0, {"key": 3}  # as with upstream's, which real code changes
     assert (cfg.optim.lr, cfg.mine.key) == (1.0, 3)
     assert distributed.is_enabled() and distributed.get_global_size() == 1  # upstream's code calls torch.distributed
 

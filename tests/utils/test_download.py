@@ -30,7 +30,7 @@ def test_a_file_is_fetched_once_and_shows_a_bar(tmp_path, capsys):
 
 @pytest.fixture
 def open_sockets():
-    """Collect the sockets that urllib leaves open after a garbled answer or a redirect, without its warnings."""
+    """Collect the sockets that urllib leaves open after a malformed response or a redirect, without its warnings."""
     yield
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
@@ -86,7 +86,7 @@ def test_a_redirect_is_followed_and_every_kind_of_weight_file_kept(tmp_path, zip
             assert path.name == name and read_weights(path)["a"].tolist() == [1, 1, 1]
 
 
-def test_what_may_be_secret_in_an_address_is_not_said(tmp_path):
+def test_secrets_in_a_url_are_not_shown(tmp_path):
     with serve(tmp_path) as (url, _):
         address = url.replace("://", "://user:password@") + "/some.pth?token=abc"
         with pytest.raises(CheckpointError) as e:
@@ -106,7 +106,7 @@ def test_a_downloaded_file_has_the_users_permissions(tmp_path, umask):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_nobody_answers_or_has_the_file(tmp_path):
+def test_unreachable_server_or_missing_file(tmp_path):
     with serve(tmp_path) as (url, _):
         with pytest.raises(CheckpointError, match="404.*give its path instead"):
             fetch(f"{url}/some.pth", tmp_path / "there")

@@ -1,4 +1,4 @@
-"""Hugging Face's Dinov2 models, made by that library itself, give the same features here."""
+"""Hugging Face's Dinov2 models, created by that library, give the same features here."""
 
 import json
 
@@ -17,7 +17,7 @@ transformers = pytest.importorskip(
 
 
 def theirs(swiglu=False, registers=0, head=False, side=16):
-    """Return one of their models with the shape of vit_nano and random weights everywhere."""
+    """Return a transformers model with the shape of vit_nano and random weights in every tensor."""
     ours = ours_like(swiglu, registers)
     config = dict(
         hidden_size=ours.embed_dim,

@@ -18,7 +18,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The names of a ViT, without its arithmetic."""
+    """A module with the parameter names of a ViT, without its computation."""
 
     def __init__(self, depth=12, chunks=0):
         super().__init__()
@@ -27,7 +27,7 @@ class Backbone(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 2, 1)})
         self.n_blocks, self.chunked_blocks = depth, chunks > 0
         blocks, size = [Block() for _ in range(depth)], depth // chunks if chunks else depth
-        if chunks:  # the index inside a chunk counts all blocks
+        if chunks:  # the index inside a chunk is global
             starts = range(0, depth, size)
             blocks = [nn.ModuleList([nn.Identity()] * start + blocks[start : start + size]) for start in starts]
         self.blocks = nn.ModuleList(blocks)
@@ -44,7 +44,7 @@ class Head(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """A wrapper that, like DDP, does not pass attributes on."""
+    """A wrapper that, like DDP, does not forward attributes."""
 
     def __init__(self, name, inner):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Weights into a model under every wrapping, seeds, git revision."""
+"""Loading weights with every kind of wrapper, seeds, git revision."""
 
 import random
 import subprocess
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 def _trained(prefix=""):
-    """The state of a Net whose numbers differ from a new one's."""
+    """Return the state of a Net whose values differ from a new one's."""
     return {prefix + name: torch.full_like(value, 7.0) for name, value in Net().state_dict().items()}
 
 
@@ -62,7 +62,7 @@ def test_every_wrapping_loads(tmp_path, caplog, content, key, chunked):
     assert "WARNING" not in caplog.text  # heads are expected to be left out
 
 
-def test_what_is_missing_or_unused_is_said(tmp_path, caplog):
+def test_missing_and_unused_tensors_are_logged(tmp_path, caplog):
     state = _trained("backbone.")
     del state["backbone.norm.bias"]
     torch.save({"teacher": state | {"extra": torch.ones(1)}}, tmp_path / "weights.pth")
@@ -155,7 +155,7 @@ def test_fix_random_seeds():
         first = draw()
         fix_random_seeds(5)
         assert draw() == first
-        fix_random_seeds(2**40)  # more than numpy takes
+        fix_random_seeds(2**40)  # more than numpy accepts
         assert draw() != first
 
 
@@ -173,7 +173,7 @@ def test_get_sha_in_a_checkout(monkeypatch, tmp_path):
     file.write_text("1")
     git("init")
     monkeypatch.setattr(utils, "__file__", str(file))
-    assert get_sha().startswith("sha: N/A")  # the file is not part of the repository it lies in
+    assert get_sha().startswith("sha: N/A")  # the file does not belong to the repository that contains it
     git("add", "utils.py")
     git("commit", "-m", "x")
     assert get_sha().endswith("status: clean, branch: trunk") and len(get_sha().split()[1]) == 41

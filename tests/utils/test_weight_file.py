@@ -1,4 +1,4 @@
-"""Weight files that are odd, torn or hostile: one sentence that names what is wrong and where."""
+"""Unusual, torn or malicious weight files: a one-sentence error that names the problem and its place."""
 
 import argparse
 import collections
@@ -55,14 +55,14 @@ def deep():
 )
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.filterwarnings("ignore")  # torch's, of nested, quantized and sparse tensors
-def test_what_is_no_plain_tensor_is_named(tmp_path, make, message, zipped):
+def test_non_plain_tensors_are_named(tmp_path, make, message, zipped):
     torch.save(make(), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=message) as e:
         read_weights(tmp_path / "w.pth")
     assert str(tmp_path / "w.pth") in str(e.value) and "\n" not in str(e.value)
 
 
-def test_what_is_there_several_times_is_read(tmp_path):
+def test_shared_entries_are_read(tmp_path):
     shared = [{"weight": WEIGHT}]
     for _ in range(40):  # 2**40 paths to one tensor
         shared = [shared, shared]
@@ -83,7 +83,7 @@ def test_what_is_there_several_times_is_read(tmp_path):
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_what_is_no_weight_file_is_said(tmp_path, content, message, suffix):
+def test_files_that_are_not_weights_are_described(tmp_path, content, message, suffix):
     (tmp_path / f"w{suffix}").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         read_weights(tmp_path / f"w{suffix}")

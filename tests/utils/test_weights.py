@@ -16,7 +16,7 @@ def backbone():
 @pytest.mark.parametrize(
     "change", [{"cls_token": torch.tensor(1.0)}, {"reg_token": torch.zeros(4, 64), "pos_embed": None}]
 )
-def test_timms_tensors_that_cannot_be_renamed_are_said(change):
+def test_timm_tensors_that_cannot_be_renamed_are_reported(change):
     state = {name: value for name, value in backbone().state_dict().items() if name != "mask_token"} | change
     state["pos_embed"] = torch.zeros(16, 64) if state["pos_embed"] is None else state["pos_embed"]
     with pytest.raises(CheckpointError, match="of timm or transformers, could not rename them"):
@@ -44,6 +44,6 @@ def test_an_adapter_that_is_not_merged_is_refused(whole):
 
 
 @pytest.mark.parametrize("state", [{0: torch.ones(1)}, {"model": {1: torch.ones(1)}}, {(1, 2): torch.ones(1)}])
-def test_tensors_by_number_are_said(state):
+def test_tensors_named_by_number_are_reported(state):
     with pytest.raises(CheckpointError, match="expected tensors by name, got"):
         flat_state(state)

@@ -1,1 +1,1 @@
-"""Upstream's place of the backbones for images of cells."""
+"""Upstream's package of the backbones for cell images."""

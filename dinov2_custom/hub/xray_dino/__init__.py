@@ -1,1 +1,1 @@
-"""Upstream's place of the backbone for X-ray images."""
+"""Upstream's package of the backbone for X-ray images."""
