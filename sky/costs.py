@@ -1,7 +1,7 @@
 """Estimate hours and dollars: python sky/costs.py --config-file configs/vitl.yaml --images 1000000 optim.epochs=10
 
-FLOPs are counted as in training (``dinov2_custom/train/flops.py``); the speed of a GPU is an assumption (a fraction of
-its bf16 peak), as are prices. Nothing is measured.
+Operations are counted as in the training log (``dinov2_custom/train/flops.py``). The speed of a GPU (a fraction of its
+bf16 peak) and the prices are assumptions; nothing here is measured. Read :func:`report` first.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.train.course import run_length
 from dinov2_custom.train.flops import flops_per_image, peak_flops
 
-PRICES_OF = "2026-05"  # rounded figures from public overviews of the large clouds
-# US dollars per hour for one GPU: spot, on demand. They vary by week and region; run
+PRICES_OF = "2026-05"  # round figures from public overviews of the large clouds
+# US dollars per hour and GPU: spot, on demand. They change weekly and differ between regions; look them up with
 #   sky gpus list H100:8 --all-regions
-# and enter yours here, or pass --price H100=2.10
+# and edit them here, or pass --price H100=2.10
 PRICES = {"H100": (2.25, 3.90), "H200": (2.75, 5.50), "A100-80GB": (1.10, 2.50)}
-UTILIZATION = (0.4, 0.2)  # fast and slow; published runs of this kind lie in between
+UTILIZATION = (0.4, 0.2)  # fast and slow; published trainings of this kind are in between
 
 
 def report(args: argparse.Namespace) -> int:
     """Print the table; return 0.
 
     Raises:
-        ConfigError: a bad configuration, a price for an unlisted GPU, or an epoch of unknown length.
+        ConfigError: a bad configuration, a price of a GPU that is not in the list, an epoch of unknown length.
     """
     if unknown := [name for name, price in args.price if name not in PRICES or price <= 0]:
         names = ", ".join(PRICES)
@@ -48,8 +48,8 @@ def report(args: argparse.Namespace) -> int:
     drawn, operations = length.total * length.global_batch, flops_of(cfg)
     print(
         f"{args.config_file}: {length.total / length.epoch_length:g} epochs = {length.total:,} steps x "
-        f"{length.global_batch:,} images = {drawn / 1e6:.2f} million images, {operations / 1e9:,.0f} GFLOP an image\n"
-        f"ESTIMATES at {UTILIZATION[0]:.0%} to {UTILIZATION[1]:.0%} of the bf16 peak, data loading never the limit; "
+        f"{length.global_batch:,} images = {drawn / 1e6:.2f} million images, {operations / 1e9:,.0f} GFLOP per image\n"
+        f"ESTIMATES at {UTILIZATION[0]:.0%} to {UTILIZATION[1]:.0%} of the bf16 peak, no time lost to data loading; "
         f"prices of {PRICES_OF}, not checked since\n\n"
         "| GPUs | images/s | hours | spot, $ | on-demand, $ |\n|---|---|---|---|---|"
     )
@@ -64,7 +64,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def flops_of(cfg) -> float:
-    """Return the FLOPs per image of a step, from the network's sizes."""
+    """Return the operations per image of a training step, computed from the sizes of the network."""
     with torch.device("meta"):
         backbone, width = build_model_from_cfg(cfg, only_teacher=True)
     return flops_per_image(cfg, width, backbone.n_blocks)
@@ -86,12 +86,12 @@ def main() -> int:
     """Parse the command line and report; return the exit code."""
     parser = Parser(prog="python sky/costs.py", description="Estimate hours and dollars; measures nothing.")
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--images", type=int, metavar="N", help="images you have, where an epoch is one pass over them")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="of all nodes together")
+    parser.add_argument("--images", type=int, metavar="N", help="number of images; needed if an epoch is one pass")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of all nodes together")
     given = {"type": _price, "action": "append", "default": [], "metavar": "GPU=DOLLARS"}
-    parser.add_argument("--price", **given, help="an hour of one GPU; for several kinds several times")
-    parser.add_argument("--allow-unknown-keys", action="store_true", help="of a fork's YAML file: leave them out")
-    parser.add_argument("opts", nargs="*", metavar="key=value", help="such as optim.global_batch=1024 optim.epochs=10")
+    parser.add_argument("--price", **given, help="price per hour of one GPU; can be repeated for other GPUs")
+    parser.add_argument("--allow-unknown-keys", action="store_true", help="ignore keys of a fork's YAML file")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="e.g. optim.global_batch=1024 optim.epochs=10")
     args = parser.parse_intermixed_args()
     return entry.reported(lambda: report(args))
 

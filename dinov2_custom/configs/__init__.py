@@ -1,7 +1,7 @@
-"""Configuration of a run. Nothing heavy is imported until a name is used.
+"""Configuration of a run. Heavy packages are imported only when a name is used.
 
-Keys: schema.py. Loading and checking: load.py. Upstream's names `dinov2_default_config`, `load_config` and
-`load_and_merge_config` are here.
+The keys are declared in schema.py; load.py loads and checks a configuration. Upstream's names `dinov2_default_config`,
+`load_config` and `load_and_merge_config` are available here.
 """
 
 from typing import Any

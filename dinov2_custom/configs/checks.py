@@ -1,7 +1,7 @@
-"""Find the mistakes of a configuration that are not the type or range of one value, and raise all as one error.
+"""Find all mistakes of a configuration beyond the type and range of single values, and raise them as one error.
 
-Unknown keys, overrides of no known form, values that do not go together, the division of the global batch. Types and
-ranges are in schema.py.
+These are unknown keys, malformed overrides, incompatible values and an indivisible global batch. Types and ranges are
+in schema.py.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from typing import Any
 from dinov2_custom.configs.schema import DEPTH_OF_ARCH, all_keys, section_keys
 from dinov2_custom.errors import ConfigError
 
-# Names people try first, and the key they mean.
+# Common guesses of a key, and the actual key.
 _OTHER_NAMES = {
     "lr": "optim.base_lr",
     "learning_rate": "optim.base_lr",
@@ -26,7 +26,7 @@ _OTHER_NAMES = {
     "registers": "student.num_register_tokens",
     "use_torch_compile": "train.compile",
 }
-# Keys and sections of known forks that are not adopted, and what is here instead.
+# Keys and sections of known forks that are not supported, and their replacements.
 OF_FORKS = {
     "daino": "the supervised side loss of a fork, which is not here",
     "tune": "kNN during training of a fork: not here; run/eval/knn.py, in the command that a run ends with",
@@ -45,12 +45,12 @@ OF_FORKS = {
 }
 GLOBAL, BATCH, ACCUMULATED = "optim.global_batch", "train.batch_size_per_gpu", "optim.accumulation_steps"
 _RGB = 3
-_RELEASED = re.compile(r"(?:dinov2_)?vit_?([sblg])(\d+)?(?:_reg(\d*))?")  # dinov2_vitb14_reg, the name of weights
+_RELEASED = re.compile(r"(?:dinov2_)?vit_?([sblg])(\d+)?(?:_reg(\d*))?")  # names of weights such as dinov2_vitb14_reg
 _ARCH_OF_LETTER = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
 
 
 class Mistakes:
-    """A list of mistakes with one closing advice; the keys are remembered so that no check builds on a bad value."""
+    """A list of mistakes with one final hint; it records their keys, so that no check uses an invalid value."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -58,14 +58,14 @@ class Mistakes:
         self.advice = ""
 
     def add(self, where: str, expected: str, got: str, fix: str = "", *, key: str = "") -> None:
-        """Add one line: where it is (key and source), what was expected, what was found, what to do."""
+        """Add one line: location (key and source), expected and actual value, and how to fix it."""
         advice = f" -> {fix}" if fix else ""
         self.lines.append(f"{where}: expected {expected}, got {got}{advice}")
         if key:
             self.keys.add(key)
 
     def raise_if_any(self) -> None:
-        """Raise one ConfigError naming all mistakes, if there are any."""
+        """Raise one ConfigError that lists all mistakes, if there are any."""
         if not self.lines:
             return
         count = "1 mistake" if len(self.lines) == 1 else f"{len(self.lines)} mistakes"
@@ -74,9 +74,9 @@ class Mistakes:
 
 
 def suggest_key(name: str) -> str:
-    """Name the known keys or sections nearest to an unknown dotted key, in any section; "" if nothing is near.
+    """Suggest the known keys or sections most similar to an unknown dotted key, in any section, or "".
 
-    Of a fork's key, say what is here instead.
+    For a key of a known fork, return its replacement.
     """
     if name in OF_FORKS:
         return OF_FORKS[name]
@@ -94,7 +94,7 @@ def suggest_key(name: str) -> str:
 
 
 def explain_bad_override(text: str) -> str:
-    """Say what to do about an override that is not of the form key=value."""
+    """Return how to fix an override that is not of the form key=value."""
     if text.endswith((".yaml", ".yml")):
         return f"for a config file write --config-file {text}"
     if text in all_keys():
@@ -111,12 +111,12 @@ def explain_bad_override(text: str) -> str:
 def check_combinations(
     values: dict[str, Any], where: Callable[[str], str], mistakes: Mistakes, *, training: bool = True
 ) -> None:
-    """Report every pair of values that cannot work together, and with ``training`` what cannot be trained.
+    """Report all incompatible values and, with ``training``, settings that cannot be trained.
 
     Args:
-        values: value of each key by dotted name; the default for those that are wrong already.
+        values: value of each key by dotted name; invalid values are replaced by their defaults.
         where: names the source of a key's value, such as a file.
-        mistakes: filled; keys already in it are not looked at again.
+        mistakes: extended in place; keys already in it are skipped.
     """
     for holds, keys, expected, fix in [*_combinations(values), *(_for_training(values) if training else ())]:
         if holds or not mistakes.keys.isdisjoint(keys):
@@ -129,7 +129,7 @@ def check_combinations(
 
 
 def _combinations(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str, str]]:
-    """Yield each rule: whether it holds, the keys it is about, what is expected of the first, what to do."""
+    """Yield each rule: whether it holds, the keys involved, the expected value of the first, and the fix."""
 
     def get(*keys: str) -> list[Any]:
         return [values[key] for key in keys]
@@ -175,7 +175,7 @@ def _combinations(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str
     for name, default in (("in_chans", _RGB), ("channel_adaptive", False)):
         teachers, students = get(*(keys := [f"teacher.{name}", f"student.{name}"]))
         yield (
-            teachers in (students, default),  # the default, where a configuration sets the student's alone
+            teachers in (students, default),  # the default is allowed if a configuration sets only the student's
             keys,
             f"the student's, {students!r}",
             "the teacher follows the student's weights: set both or the student's alone",
@@ -191,7 +191,7 @@ def _combinations(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str
 
 
 def _for_training(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str, str]]:
-    """Yield, as `_combinations`, the rules that do not matter where a configuration only describes existing weights."""
+    """Yield, like `_combinations`, the rules that are irrelevant if a configuration describes existing weights."""
     yield (
         values["student.in_chans"] == _RGB,
         ["student.in_chans"],
@@ -212,7 +212,7 @@ def _for_training(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str
         "augmentation.saturation=0 augmentation.gray_p=0 augmentation.solarize_p=0",
     )
     yield (
-        # 1: a fork's default, which holds nothing out without folders
+        # 1 is a fork's default; without folders it holds out nothing
         values["train.frac"] in (0, 1) or bool(values["train.path_preserved"]),
         ["train.frac", "train.path_preserved"],
         "train.path_preserved to say of which images",
@@ -221,11 +221,11 @@ def _for_training(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str
 
 
 def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
-    """Return warnings about settings that work but do not do what one may think.
+    """Return warnings about valid settings whose effect may be unexpected.
 
     Args:
         values: value of each key by dotted name, `optim.lr` computed.
-        given: keys the user set to another value than the default.
+        given: keys that the user set to a value other than the default.
     """
     notes = []
     unused = [key for key, field in all_keys().items() if key in given and field.json_schema_extra["unused"]]
@@ -257,11 +257,11 @@ def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
 def split_global_batch(
     values: dict[str, Any], where: Callable[[str], str], world_size: int, mistakes: Mistakes
 ) -> None:
-    """Set the two keys that follow from `optim.global_batch`, if that is set: processes x images x batches equal it.
+    """Set the two keys that depend on `optim.global_batch`, if set, so that processes x images x batches equal it.
 
-    Overrides of the two are bounds, the most images at once and the fewest batches. In a config file they do not count:
-    there they are a recipe's, or those of a run with another number of processes. How many images fit on a GPU is not
-    known here (train/global_batch.py).
+    Overrides of the two are limits: the maximum number of images and the minimum number of batches. Values in a config
+    file are ignored, because they come from a recipe or from a run with another number of processes. The number of
+    images that fit on a GPU is determined later (train/global_batch.py).
 
     Args:
         values: value of each key by dotted name; changed in place.
@@ -289,7 +289,7 @@ def split_global_batch(
 
 
 def divisors_of(number: int) -> list[int]:
-    """Return all divisors, the largest first."""
+    """Return all divisors in descending order."""
     return [n for n in range(number, 0, -1) if number % n == 0]
 
 
@@ -299,7 +299,7 @@ def plain_arch_name(arch: str) -> str:
 
 
 def share_of_run(length: float | str, epochs: float) -> float:
-    """Return what part of a run of ``epochs`` a length in epochs, or a share such as "10%", is."""
+    """Return a length in epochs, or a percentage such as "10%", as a fraction of a run of ``epochs``."""
     return float(length.rstrip("%")) / 100 if isinstance(length, str) else length / epochs
 
 

@@ -1,7 +1,7 @@
 """Write the reference page and the default YAML file from the schema.
 
 `python -m dinov2_custom.configs.document > docs/configuration.md` writes the page, with `--yaml` it writes
-ssl_default_config.yaml, upstream's file of the defaults. Read `schema_doc` first.
+ssl_default_config.yaml, upstream's file of the defaults.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Load the configuration of a run: defaults < YAML file < overrides, checked, computed, read-only.
 
-Read `load_run_config` first. Upstream's loaders of its own YAML files, which check nothing, are at the end (source:
-upstream dinov2/configs/__init__.py, names and behaviour). The keys are in schema.py.
+Upstream's loaders of its own YAML files, which check nothing, are at the end (source: upstream
+dinov2/configs/__init__.py, names and behaviour). The keys are in schema.py.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setting:
-    """A value given by the user: dotted key, value as YAML has it, and where it stands."""
+    """A value given by the user: dotted key, parsed YAML value, and its location."""
 
     key: str
     value: Any
@@ -78,17 +78,17 @@ def load_run_config(
 
     Args:
         config_file: YAML file; None or "" for the defaults only.
-        overrides: texts `key.sub=value`, the later one wins.
-        output_dir: wins over `train.output_dir`; the result's `train.output_dir` is absolute and not created.
-        allow_unknown_keys: keep unknown keys and warn about them, instead of refusing them.
+        overrides: strings `key.sub=value`; later ones take precedence.
+        output_dir: overrides `train.output_dir`; the result's `train.output_dir` is absolute and is not created.
+        allow_unknown_keys: keep unknown keys and warn about them instead of raising an error.
         require_dataset: whether an empty `train.dataset_path` is a mistake.
-        training: whether to refuse what cannot be trained, and to warn of settings of the training that work but do
-            not do what one may think.
+        training: whether to reject settings that cannot be trained, and to warn about training settings with an
+            unexpected effect.
         world_size: processes of the run, for `optim.lr` and `optim.global_batch`.
         warn: called with each warning; default: this module's logger.
 
     Raises:
-        ConfigError: lists every mistake at once.
+        ConfigError: if there are mistakes; lists all of them.
     """
     mistakes = Mistakes()
     from_file = read_file(config_file, mistakes)
@@ -97,7 +97,7 @@ def load_run_config(
     unknown = [setting for setting in settings if setting.key not in all_keys()]
     notes = _check_unknown(unknown, allow_unknown_keys, mistakes)
     unresolved = _from_environment(given, unknown)
-    # what a finished run read from a variable may be gone where only its model is wanted
+    # environment variables of a finished run may no longer be set when only its model is loaded
     gone = set() if training else {key for key, value in unresolved.items() if _names_unset(value)}
     needed = {key: setting for key, setting in given.items() if key not in gone}
     values = _validate(_resolve(needed, unknown, mistakes), given, mistakes)
@@ -131,7 +131,7 @@ def load_run_config(
 
 
 def scaled_lr(values: dict[str, Any], world_size: int) -> float:
-    """Return the peak learning rate: base_lr times the square root of global batch / 1024, accumulation included.
+    """Return the peak learning rate: base_lr * sqrt(global batch / 1024), including gradient accumulation.
 
     Source: upstream utils/config.py, rule sqrt_wrt_1024.
     """
@@ -140,7 +140,7 @@ def scaled_lr(values: dict[str, Any], world_size: int) -> float:
 
 
 def _is_scaled_lr(lr: float, values: dict[str, Any]) -> bool:
-    """Return whether `lr` follows from the rule for some number of processes, as in the config.yaml of a run."""
+    """Return whether `lr` matches the rule for some number of processes, as in the config.yaml of a run."""
     one_process = scaled_lr(values, 1)
     processes = (lr / one_process) ** 2 if one_process else 0.0
     return processes > 0.5 and math.isclose(processes, round(processes), rel_tol=1e-9)
@@ -150,15 +150,15 @@ def _is_scaled_lr(lr: float, values: dict[str, Any]) -> bool:
 
 
 def to_yaml(cfg: DictConfig) -> str:
-    """Return ``cfg`` as YAML that can be written as UTF-8, also where paths are not UTF-8."""
+    """Return ``cfg`` as YAML that can be encoded as UTF-8, even if it contains paths that are not UTF-8."""
     try:
         return OmegaConf.to_yaml(cfg)
-    except UnicodeEncodeError:  # libyaml writes no surrogates, which stand for the bytes of such a path
+    except UnicodeEncodeError:  # libyaml does not write surrogates, which represent the bytes of such a path
         return yaml.dump(OmegaConf.to_container(cfg), Dumper=yaml.SafeDumper, sort_keys=False)
 
 
 def read_yaml(path: Path) -> DictConfig | ListConfig:
-    """Read a YAML file, also one with the escaped surrogates that :func:`to_yaml` writes and libyaml refuses."""
+    """Read a YAML file, including escaped surrogates, which :func:`to_yaml` writes and libyaml rejects."""
     text = path.read_text(encoding="utf-8")
     if "\\uDC" in text:
         return OmegaConf.create(yaml.load(text, Loader=yaml.SafeLoader))
@@ -166,10 +166,10 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
 
 
 def read_config(path: Path, advice: str) -> dict[str, Any]:
-    """Read the configuration of an earlier run, without resolving what it refers to.
+    """Read the configuration of an earlier run without resolving its interpolations.
 
     Raises:
-        ConfigError: a file that is there and cannot be read, or has no sections; ends with ``advice``.
+        ConfigError: if the file exists but cannot be read or has no sections; the message ends with ``advice``.
     """
     try:
         content = OmegaConf.to_container(read_yaml(path), resolve=False)
@@ -182,12 +182,12 @@ def read_config(path: Path, advice: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Read a text as the value of a YAML key, with omegaconf's numbers (1e-3 is one)."""
+    """Parse text as a YAML value, with omegaconf's number syntax (1e-3 is a number)."""
     return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
 
 
 def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
-    """Read a YAML config file; None and "" are no file. Return None if it cannot be read."""
+    """Read a YAML config file (None and "" mean no file). Return None if it cannot be read."""
     if not path:
         return []
     file = Path(path).expanduser()
@@ -207,7 +207,7 @@ def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
 
 
 def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting]:
-    """Read `key.sub=value` texts; a value is YAML, except that text keys take it as it stands."""
+    """Parse `key.sub=value` strings; values are YAML, except that text keys take them verbatim."""
     settings: list[Setting] = []
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -216,7 +216,7 @@ def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting
             mistakes.add("override", "key=value", repr(override), explain_bad_override(override))
             continue
         try:
-            value = text if _stands_as_it_is(key, text) else parse_yaml(text)
+            value = text if _is_plain_text(key, text) else parse_yaml(text)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             reason = " ".join(str(error).split())
             mistakes.add(f"{key} (override)", "a YAML value", f"{text!r}", f"fix it: {reason}", key=key)
@@ -225,15 +225,15 @@ def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting
     return settings
 
 
-def _stands_as_it_is(key: str, text: str) -> bool:
-    """Return whether an override's value is a text with YAML's special characters, not YAML."""
+def _is_plain_text(key: str, text: str) -> bool:
+    """Return whether an override's value is plain text with YAML's special characters instead of YAML."""
     if key not in all_keys() or "string" not in kinds(key) or _YAML_TEXT.fullmatch(text):
         return False
     return "object" not in kinds(key) or not _MAPPING.fullmatch(text)
 
 
 def _flatten(content: dict[Any, Any], prefix: str, where: str, mistakes: Mistakes) -> list[Setting]:
-    """List the leaves of nested sections; what is no section of the schema stays whole."""
+    """Return the leaves of nested sections; anything that is not a section of the schema is kept whole."""
     sections = section_keys()
     settings: list[Setting] = []
     for name, value in content.items():
@@ -261,7 +261,7 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nearest_files(missing: Path) -> str:
-    """Name config files like the missing one, then all in configs/."""
+    """List config files with names similar to the missing one, then all files in configs/."""
     own = sorted(PACKAGE_DIR.rglob("*.yaml"))
     folders = [missing.parent, Path("configs"), PACKAGE_DIR.parent.parent / "configs"]
     found: dict[Path, str] = {}
@@ -299,9 +299,9 @@ def _check_unknown(unknown: list[Setting], allowed: bool, mistakes: Mistakes) ->
 
 
 def _resolve(given: dict[str, Setting], unknown: list[Setting], mistakes: Mistakes) -> dict[str, Any]:
-    """Return what was given with its `${...}` replaced; one that leads nowhere is reported and left out.
+    """Return the given values with `${...}` resolved; unresolvable ones are reported and omitted.
 
-    What an environment variable holds is read as YAML, unless the key takes any text.
+    The content of an environment variable is parsed as YAML, unless the key accepts any text.
     """
     tree: DictConfig | None = None
     resolved: dict[str, Any] = {}
@@ -322,7 +322,7 @@ def _resolve(given: dict[str, Setting], unknown: list[Setting], mistakes: Mistak
 
 
 def _parsable(settings: Iterable[Setting]) -> DictConfig:
-    """Return defaults and settings in one tree, for `${...}` to look in, without the settings that cannot be parsed."""
+    """Return defaults and settings in one tree for resolving `${...}`, without the settings that cannot be parsed."""
     tree = OmegaConf.create(default_values())
     for setting in settings:
         with contextlib.suppress(OmegaConfBaseException):
@@ -331,7 +331,7 @@ def _parsable(settings: Iterable[Setting]) -> DictConfig:
 
 
 def _validate(resolved: dict[str, Any], given: dict[str, Setting], mistakes: Mistakes) -> dict[str, Any]:
-    """Return the value of each key as its type; a bad one is reported and stands as its default."""
+    """Return each key's value converted to its type; invalid values are reported and replaced by the default."""
     try:
         config = Config.model_validate(_nested(resolved))
     except ValidationError as error:
@@ -345,8 +345,9 @@ def _validate(resolved: dict[str, Any], given: dict[str, Setting], mistakes: Mis
 
 
 def _from_environment(given: dict[str, Setting], unknown: list[Setting]) -> dict[str, Any]:
-    """Return the texts that are read from environment variables, as they were given: they may be secrets, and every
-    file that a run writes has its configuration. OmegaConf resolves them at each access.
+    """Return the values that refer to environment variables, unresolved.
+
+    They may be secrets, and every file that a run writes contains its configuration. OmegaConf resolves them at access.
     """
     written = {setting.key: setting.value for setting in [*given.values(), *unknown]}
 
@@ -380,7 +381,7 @@ def _show(value: Any) -> str:
 
 
 def _hint(key: str, value: Any) -> str:
-    """Say what to do about a value of the wrong type or range."""
+    """Return how to fix a value of the wrong type or range."""
     if isinstance(value, str) and kinds(key) & {"integer", "number"} and _is_number(value):
         return "write the number without quotes"
     if "string" in kinds(key) and isinstance(value, (int, float)):
@@ -408,7 +409,7 @@ def default_config() -> DictConfig:
 
 
 def with_defaults(cfg: DictConfig) -> DictConfig:
-    """Return ``cfg`` with the defaults of the keys that it lacks, as upstream's YAML file does; itself if complete."""
+    """Return ``cfg`` with defaults for its missing keys, as upstream's YAML file does, or ``cfg`` if complete."""
     lacking = object()
     if all(OmegaConf.select(cfg, key, default=lacking) is not lacking for key in all_keys()):
         return cfg
@@ -419,7 +420,7 @@ def load_config(config_name: str) -> DictConfig:
     """Load a YAML file of this package by its name without .yaml, such as "eval/vits14_pretrain".
 
     Raises:
-        ConfigError: there is no such file; the text lists those that exist.
+        ConfigError: if there is no such file; lists the existing files.
     """
     path = PACKAGE_DIR / f"{config_name}.yaml"
     if not path.is_file():

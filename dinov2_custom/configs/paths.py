@@ -1,7 +1,4 @@
-"""The paths of a run: its output directory, and those that its configuration names. Without omegaconf or pydantic.
-
-Not the making of folders, nor the meaning of dataset strings (``data/spec.py``).
-"""
+"""Paths of a run: its output directory and the paths in its configuration. Imports neither omegaconf nor pydantic."""
 
 import contextlib
 import datetime
@@ -16,17 +13,17 @@ from typing import Any
 from dinov2_custom.errors import ConfigError
 
 KEYS = ("train.dataset_path", "train.path_preserved", "student.pretrained_weights", "MODEL.WEIGHTS")
-_NAMES = ("root", "path", "extra")  # options of a dataset that are paths
+_NAMES = ("root", "path", "extra")  # dataset options that are paths
 _OPTION = re.compile(r"""(:(?:root|path|extra)=)("[^"]*"|'[^']*'|[^:]*)""")
 _DATASET = re.compile(r"\w+:\w+=")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def resolve_output_dir(argument: str | None, configured: str | None, now: datetime.datetime | None = None) -> str:
-    """Return as absolute path `argument` (--output-dir), else `configured` (train.output_dir), else a dated one.
+    """Return the absolute path of `argument` (--output-dir), else `configured` (train.output_dir), else a dated one.
 
-    The default is outputs/<yyyy-mm-dd_hh-mm-ss> of `now` (the present) below the working directory, with _2 and so on
-    if that exists. With several processes let one of them choose and tell the others.
+    The default is outputs/<yyyy-mm-dd_hh-mm-ss> of `now` (default: the current time) below the working directory, with
+    _2 and so on if that exists. With several processes, one of them must choose and broadcast the path.
     """
     chosen = argument or configured
     if not chosen:
@@ -35,30 +32,30 @@ def resolve_output_dir(argument: str | None, configured: str | None, now: dateti
 
 
 def numbered(path: Path) -> Path:
-    """Return ``path``, or the first of ``path_2``, ``path_3``, ... that is not there."""
+    """Return ``path``, or the first of ``path_2``, ``path_3``, ... that does not exist."""
     names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
     return next(name for name in names if not name.exists())
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """Return ``folder`` and those above it that do not exist, innermost first."""
+    """Return ``folder`` and its parents as far as they do not exist, innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of ``folders``, innermost first, that are empty."""
+    """Remove the empty ones of ``folders``, given innermost first."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def check_output_dir(path: str | Path, flags: str = "--output-dir or train.output_dir") -> None:
-    """Check that files can be made in `path`, or in its nearest existing parent if it does not exist yet.
+    """Check that files can be created in `path`, or in its nearest existing parent if it does not exist yet.
 
-    A temporary folder is made there and removed again, since permission bits say too little (read-only mounts, root).
+    This creates and removes a temporary folder, since permission bits are insufficient (read-only mounts, root).
 
     Raises:
-        ConfigError: something that is no folder is in the way, or nothing can be written there.
+        ConfigError: if the path is not a folder, or nothing can be written there.
     """
     folder = Path(path).expanduser().absolute()
     advice = f"choose another with {flags}"
@@ -76,12 +73,12 @@ def check_output_dir(path: str | Path, flags: str = "--output-dir or train.outpu
 
 
 def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values`, by dotted key, with relative paths to what exists made absolute; all else as it is."""
+    """Return `values`, by dotted key, with relative paths to existing files made absolute."""
     return {key: _absolute(value) if key in KEYS else value for key, value in values.items()}
 
 
 def absent(value: Any) -> list[str]:
-    """Return the paths in `value`, of one of `KEYS` or a dataset string, where this machine has nothing."""
+    """Return the paths in `value` (of one of `KEYS`, or a dataset string) that do not exist on this machine."""
     if isinstance(value, list):
         return [path for one in value for path in absent(one)]
     if isinstance(value, dict):
@@ -109,7 +106,7 @@ def _absolute(value: Any) -> Any:
 
 
 def _is_pattern(path: str) -> bool:
-    """Return whether ``path`` stands for several, below a folder that exists."""
+    """Return whether ``path`` is a pattern below an existing folder."""
     fixed = re.match(r"[^{*?[]*", path)[0]
     return fixed != path and os.path.isdir(os.path.dirname(fixed) or ".")
 
@@ -119,5 +116,5 @@ def _absolute_option(option: re.Match) -> str:
     quote = text[:1] if text[:1] in ("'", '"') else ""
     plain = _absolute(text.strip(quote) if quote else text)
     if not quote and text != plain and (":" in plain or "=" in plain):
-        quote = '"'  # the working directory's name brought it in
+        quote = '"'  # needed because of the working directory's name
     return f"{option[1]}{quote}{plain}{quote}"

@@ -1,7 +1,8 @@
-"""Declare every key of a configuration once: type, limits, default and what it does. The only source of defaults.
+"""Declare every key of a configuration once: type, limits, default and meaning. The only source of defaults.
 
-One pydantic model a YAML section; docs/configuration.md is generated from them. Names and defaults of upstream's keys:
-upstream `dinov2/configs/ssl_default_config.yaml`; `augmentation` holds what upstream's code has as constants.
+There is one pydantic model per YAML section, and docs/configuration.md is generated from them. Names and defaults of
+upstream's keys are from upstream's `dinov2/configs/ssl_default_config.yaml`; `augmentation` holds constants of
+upstream's code.
 """
 
 import functools
@@ -22,7 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-# without importing torch; a test keeps them equal to dinov2_custom.models.vision_transformer
+# repeated here to avoid importing torch; a test compares them with dinov2_custom.models.vision_transformer
 DEPTH_OF_ARCH = {
     "vit_nano": 4,
     "vit_micro": 6,
@@ -45,7 +46,7 @@ Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else val
 Fraction = Annotated[float, Field(ge=0, le=1)]
 AreaShare = Annotated[float, Field(gt=0, le=1)]
 Percent = Annotated[str, Field(pattern=r"^(\d{1,2}(\.\d*)?|100(\.0*)?)%$", examples=["10%"])]
-Length = NonNegativeInt | NonNegativeFloat | Percent  # in epochs, or as a share of the run
+Length = NonNegativeInt | NonNegativeFloat | Percent  # in epochs, or a percentage of the run
 NonEmpty = Annotated[list[T], Field(min_length=1)]
 Triple = Annotated[list[T], Field(min_length=3, max_length=3)]
 Range = Annotated[
@@ -53,14 +54,14 @@ Range = Annotated[
 ]
 Mapping = Annotated[dict[str, Any], Field(min_length=1)]
 Dtype = Literal["fp32", "fp16", "bf16"]
-Switch = Annotated[  # YAML reads a bare on or off as true or false
+Switch = Annotated[  # YAML parses a bare on or off as true or false
     Literal["auto", "on", "off"],
     BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value),
 ]
 
 
 class Section(BaseModel):
-    """Keys that stand below one name in YAML. Nothing is converted but whole numbers: 4.0 is an int, 1 a float."""
+    """Keys of one YAML section. Only whole numbers are converted: 4.0 is accepted as int, 1 as float."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -73,13 +74,13 @@ class Section(BaseModel):
 def key(
     default: Any, description: str, *, unit: str = "", changes_results: bool = True, unused: bool = False, **limits: Any
 ) -> Any:
-    """Make the field of a key.
+    """Create the field of a key.
 
     Args:
-        unit: unit of the value, empty for a plain number or a name.
-        changes_results: whether another value may change the trained weights.
-        unused: upstream's key that nothing reads; it is accepted and said to be unused.
-        limits: pydantic's, such as ``lt=1``.
+        unit: unit of the value; empty for a plain number or a name.
+        changes_results: whether the value affects the trained weights.
+        unused: whether this is a key of upstream that is accepted but has no effect, and is documented as such.
+        limits: constraints of pydantic, such as ``lt=1``.
     """
     about = {"unit": unit, "changes_results": changes_results, "unused": unused}
     return Field(default, description=description, json_schema_extra=about, **limits)
@@ -132,8 +133,8 @@ class ComputePrecision(Section):
     grad_scaler: bool = key(True, "scale the loss against underflow; takes effect only where fp16 is in use")
     gather_dtype: Literal["fp32", "param_dtype"] = key(
         "fp32",
-        "number format in which processes send each other sharded weights; param_dtype: half the bytes in 16 bits, and "
-        "biases, norms, LayerScale and embeddings are used rounded to it, too",
+        "number format in which sharded weights are gathered; param_dtype: half the traffic in 16 bits, and biases, "
+        "norms, LayerScale and embeddings are also rounded to it",
     )
     teacher: NetworkPrecision = NetworkPrecision()
     student: NetworkPrecision = NetworkPrecision()
@@ -150,8 +151,8 @@ class Dino(Section):
     koleo_loss_weight: NonNegativeFloat = key(0.1, "weight of the KoLeo spreading loss; 0: off")
     koleo_neighbours: Literal["process", "all"] = key(
         "process",
-        "where KoLeo looks for an image's nearest neighbour: among the batch of its process, as upstream, or of all, "
-        "whose result does not depend on their number",
+        "where KoLeo searches an image's nearest neighbour: in the batch of its process, as upstream, or of all "
+        "processes, which makes the result independent of their number",
     )
 
 
@@ -183,7 +184,7 @@ class Train(Section):
     )
     output_dir: Text = key(
         "",
-        "where everything of the run goes; --output-dir wins; empty: outputs/<date>_<time>",
+        "directory for all files of the run; --output-dir takes precedence; empty: outputs/<date>_<time>",
         unit="path",
         changes_results=False,
     )
@@ -191,7 +192,7 @@ class Train(Section):
     seed: NonNegativeInt = key(0, "seed of weights, order, crops and masks")
     num_workers: NonNegativeInt | Literal["auto"] = key(
         10,
-        "data-loading processes per GPU; 0: in the main process; auto: as many as keep up, measured",
+        "data-loading processes per GPU; 0: load in the main process; auto: as many as measured to keep up",
         changes_results=False,
     )
     OFFICIAL_EPOCH_LENGTH: PositiveInt | Literal["auto"] = key(
@@ -199,13 +200,13 @@ class Train(Section):
     )
     max_steps: NonNegativeInt = key(
         0,
-        "length of the run instead of optim.epochs; lengths in epochs keep their share of optim.epochs; 0: not set",
+        "length of the run instead of optim.epochs; lengths in epochs scale with it; 0: not set",
         unit="iterations",
     )
     max_hours: NonNegativeInt | NonNegativeFloat = key(
         0,
-        "length of the run in hours of training, without the time between a stop and the resume; the schedules follow "
-        "the clock, so results depend on the speed; lengths in epochs keep their share of optim.epochs; 0: not set",
+        "length of the run in hours of training, excluding interruptions; the schedules follow the clock, so results "
+        "depend on the speed; lengths in epochs scale with it; 0: not set",
         unit="hours",
     )
     cache_dataset: bool = key(True, "unused, as upstream", changes_results=False, unused=True)
@@ -216,33 +217,33 @@ class Train(Section):
     centering: Literal["centering", "sinkhorn_knopp"] = key("centering", "how teacher outputs are kept from collapsing")
     view_groups: PositiveInt | Literal["auto"] = key(
         "auto",
-        "parts in which the student's crops are computed, one after the other, which divides the memory; 1: all "
-        "together; 2: global, local; more: each global crop alone, local ones in parts; auto: as many as pay",
+        "number of sequential parts in which the student's crops are computed, which divides the memory; 1: all at "
+        "once; 2: global, local; more: single global crops, local crops in parts; auto: as many as are worthwhile",
         changes_results=False,
     )
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
         "auto",
-        "what the backward pass computes again: none; selective: each block's FFN; full: each block; auto: as little "
-        "as fits what is free on the GPU that has the least, by the count of run/train/memory.py",
+        "activations recomputed in the backward pass: none; selective: each block's FFN; full: each block; auto: as "
+        "few as fit into the GPU with the least free memory, by the estimate of run/train/memory.py",
         changes_results=False,
     )
     compile: Switch = key(
         "auto",
-        "torch.compile what lies between the matrix products of the blocks, and the heads' loss; keeps the memory of "
-        "train.lean; needs a C++ compiler on a CPU, Triton on a GPU, else a warning; auto: off, as no device was found "
-        "yet on which it pays",
+        "apply torch.compile to the operations between the matrix products of the blocks and to the heads' loss, with "
+        "the memory use of train.lean; needs a C++ compiler on a CPU or Triton on a GPU, otherwise warns; auto: off, "
+        "because no benefit has been measured on any device yet",
         changes_results=False,
     )
     lean: bool = key(
         True,
-        "keep half of what autograd would for the backward pass, and no logits: norms, activations and targets are "
-        "computed twice instead; false: autograd's own way, for comparison",
+        "store half of autograd's activations for the backward pass and no logits: norms, activations and targets are "
+        "computed twice instead; false: plain autograd, for comparison",
         changes_results=False,
     )
     path_preserved: Text | NonEmpty[str] = key(
         "",
-        "folder or folders of whose images train.frac is held out, listed in the run's preserved_images.txt; or a text "
-        "file for the list, then of all images; empty: none",
+        "folder or folders of whose images train.frac is held out, with the list in the run's preserved_images.txt; "
+        "or a text file for the list, to hold out of all images; empty: none",
     )
     frac: Fraction = key(
         0.0, "share of the images that train.path_preserved names held out; without it 0, or 1 as a fork has it: none"
@@ -250,14 +251,14 @@ class Train(Section):
     max_bad_fraction: Fraction = key(0.01, "stop when more than this share of the images read so far is unreadable")
     max_nonfinite_steps: PositiveInt = key(
         3,
-        "steps in a row with a non-finite loss or gradient, each left out, that end the run",
+        "number of consecutive steps with a non-finite loss or gradient, each skipped, after which the run ends",
         unit="steps",
         changes_results=False,
     )
     hang_timeout: NonNegativeInt | NonNegativeFloat = key(
         480,
-        "without a step for so long, three times that for the first step and for saves, each process writes its stacks "
-        "into its log and ends; a collective gives up after four times that, at least 30 minutes; 0: neither ever",
+        "time without a step (three times that for the first step and for saves) after which each process writes its "
+        "stacks to its log and ends; collectives time out after four times that, at least 30 minutes; 0: never",
         unit="s",
         changes_results=False,
     )
@@ -277,8 +278,8 @@ class Student(Section):
     drop_path_uniform: bool = key(True, "same rate in all blocks; false: rises linearly from 0 with depth")
     pretrained_weights: Text = key(
         "",
-        "weights that student and teacher start from: Meta's files, Hugging Face's Dinov2 (file or folder), teacher "
-        "checkpoints with their heads, a run directory (its newest teacher); a path, a URL, or what iopath serves; "
+        "initial weights of student and teacher: Meta's files, Hugging Face's Dinov2 (file or folder), teacher "
+        "checkpoints with their heads, or a run directory (its newest teacher); a path, a URL, or an iopath URI; "
         "empty: random",
         unit="path",
     )
@@ -298,7 +299,7 @@ class Student(Section):
     )
     channel_adaptive: bool = key(
         False,
-        "bag of channels: get_intermediate_layers takes each channel as an image of its own; for weights of in_chans 1",
+        "bag of channels: get_intermediate_layers treats each channel as a separate image; for weights of in_chans 1",
     )
     interpolate_antialias: bool = key(False, "antialias when position embeddings are resampled")
     interpolate_offset: NonNegativeFloat = key(
@@ -327,10 +328,10 @@ class Optim(Section):
     )
     global_batch: NonNegativeInt = key(
         0,
-        "images of a step, all processes together, whose number has to divide it; train.batch_size_per_gpu and "
-        "optim.accumulation_steps follow: on GPUs, what does not fit at once by the count of run/train/memory.py is "
-        "accumulated; as overrides these two are the most images at once and the fewest batches, in a config file they "
-        "do not count then; 0: not set",
+        "images per step over all processes, a multiple of their number; determines train.batch_size_per_gpu and "
+        "optim.accumulation_steps: on GPUs, batches that do not fit by the estimate of run/train/memory.py are "
+        "accumulated; overrides of these two are the maximum number of images and the minimum number of batches, "
+        "values in a config file are ignored; 0: not set",
         unit="images",
     )
     weight_decay: NonNegativeFloat = key(0.04, "weight decay at the start")
@@ -382,19 +383,20 @@ class Checkpointing(Section):
     keep_last: PositiveInt = key(3, "newest periodic checkpoints kept", unit="checkpoints", changes_results=False)
     keep_every: NonNegativeInt = key(
         0,
-        "checkpoints of every so many iterations are never removed; 0: none such",
+        "interval of checkpoints that are never removed; 0: none",
         unit="iterations",
         changes_results=False,
     )
     on_error: Literal["warn", "stop"] = key(
         "warn",
-        "when a checkpoint cannot be written (disk full): warn and train on with the one before, or stop",
+        "if a checkpoint cannot be written (disk full): warn and continue with the previous one, or stop",
         changes_results=False,
     )
     async_save: bool = key(
         False,
         "copy the state to host memory (16 bytes a parameter, of sharded parts a process's share) and write it while "
-        "training goes on, instead of one tensor after the other while training waits; an error shows at the next save",
+        "training continues, instead of one tensor after the other while training waits; an error shows at the next "
+        "save",
         changes_results=False,
     )
 
@@ -404,7 +406,7 @@ class Wandb(Section):
 
     mode: Literal["disabled", "online", "offline"] = key(
         "disabled",
-        "offline: into <output_dir>/logs/wandb, for wandb sync; online falls back to it; WANDB_MODE can lower it",
+        "offline: write to <output_dir>/logs/wandb for wandb sync; online falls back to it; WANDB_MODE can restrict it",
         changes_results=False,
     )
     project: Text = key("", "empty: WANDB_PROJECT, else dinov2_custom", changes_results=False)
@@ -415,7 +417,7 @@ class Wandb(Section):
         "", "label, or list of labels, of the run", changes_results=False
     )
     id: Text = key(
-        "", "of the run; empty: WANDB_RUN_ID, else the one this run directory had, else new", changes_results=False
+        "", "id of the run; empty: WANDB_RUN_ID, else the id of this run directory, else new", changes_results=False
     )
 
 
@@ -493,7 +495,7 @@ def default_values() -> dict[str, Any]:
 
 @functools.cache
 def all_keys() -> dict[str, FieldInfo]:
-    """Return every key by dotted name, in the order of the schema. Not to be changed by the caller."""
+    """Return every key by dotted name, in the order of the schema. The caller must not modify the result."""
     return _keys_below(Config, "")
 
 
@@ -524,7 +526,7 @@ def _json_schemas(section: str) -> dict[str, Any]:
 
 
 def alternatives(name: str) -> list[dict[str, Any]]:
-    """Return the JSON schemas of which a key's value follows one, without integers where all numbers are legal."""
+    """Return the alternative JSON schemas of a key's value, without integer if all numbers are legal."""
     section, _, leaf = name.rpartition(".")
     schema = _json_schemas(section)[leaf]
     found = schema.get("anyOf", [schema])
@@ -533,7 +535,7 @@ def alternatives(name: str) -> list[dict[str, Any]]:
 
 
 def kinds(name: str) -> set[str]:
-    """Return the JSON types of a key's legal values; "string" only if it takes any text."""
+    """Return the JSON types of a key's legal values, with "string" only if any text is legal."""
     return {one["type"] for one in alternatives(name) if not one.keys() & {"const", "enum", "pattern"}}
 
 

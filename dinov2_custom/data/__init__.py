@@ -1,4 +1,9 @@
-"""Data: datasets, augmentation, masks, loaders. Upstream's names; the training path starts in ``loaders``."""
+"""Datasets, augmentation, masks and loaders, under upstream's names.
+
+Read ``loaders.make_train_loader`` first. It combines a dataset (``sources``, ``decode``), the order of the images
+(``samplers``), the crops (``draws``, ``pixels``, ``augmentations``), the masks (``masking``) and the worker processes
+(``samples``, ``pool``).
+"""
 
 from .adapters import DatasetWithEnumeratedTargets
 from .augmentations import DataAugmentationDINO

@@ -1,4 +1,4 @@
-"""DatasetWithEnumeratedTargets: also tell which image a sample is, so that evaluation can drop a sampler's repeats."""
+"""Return the index of each image with its target, so that evaluation can drop the images a sampler repeats."""
 
 from __future__ import annotations
 

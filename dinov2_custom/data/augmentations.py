@@ -1,8 +1,4 @@
-"""DataAugmentationDINO: one image in, two global and some local crops out.
-
-Not in here: the drawing of parameters (``draws``) and the pixel operations (``pixels``). Read
-:meth:`DataAugmentationDINO.__call__` first.
-"""
+"""DINOv2's multi-crop augmentation: two global and several local crops per image."""
 
 from __future__ import annotations
 
@@ -35,12 +31,13 @@ STEPS += ("global_transfo1", "global_transfo2", "local_transfo", "normalize")
 class DataAugmentationDINO:
     """Cut an image into the crops of DINOv2.
 
-    Every crop: random resized crop (bicubic), flip, then with probability colour jitter, grey, blur; global crop 2 also
-    solarized; then normalised. ``augmentation`` holds the strengths (a mapping or object with :class:`Recipe`'s fields;
-    None for upstream's). ``*_crops_scale``: (low, high) share of the image area; sizes in pixels.
+    Each crop is a random resized crop (bicubic), randomly flipped, then randomly colour-jittered, converted to grey and
+    blurred, and finally normalised; global crop 2 may also be solarized. ``augmentation`` holds the strengths (a
+    mapping or object with :class:`Recipe`'s fields; None uses upstream's). ``*_crops_scale`` is a (low, high) fraction
+    of the image area; sizes are in pixels.
 
-    Source: upstream data/augmentations.py. ``augmentation.blur_p`` are the probabilities really applied (upstream's
-    GaussianBlur inverts its argument).
+    Source: upstream data/augmentations.py. ``augmentation.blur_p`` holds the probabilities actually applied, whereas
+    upstream's GaussianBlur inverts its argument.
     """
 
     def __init__(
@@ -68,8 +65,8 @@ class DataAugmentationDINO:
         """Return the crops of ``image`` (PIL, or uint8 (H, W, 3)) as normalised float32 (3, size, size) tensors.
 
         Keys: ``global_crops`` (two), ``global_crops_teacher`` (the same objects), ``local_crops``
-        (``local_crops_number``), ``offsets`` (empty). All draws are from ``rng``; None takes a fresh one, seeded by the
-        operating system.
+        (``local_crops_number``), ``offsets`` (empty). All random numbers come from ``rng``; None uses a new generator
+        seeded by the operating system.
         """
         rng = rng or random.Random()
         if self._is_changed():
@@ -82,15 +79,15 @@ class DataAugmentationDINO:
         changed = (change_colours(crop, draw) for crop, draw in zip(planes, draws, strict=True))
         return _as_sample([ops.normalize(crop, self.mean, self.std) for crop in changed])
 
-    # The steps of a crop under upstream's names, to call one by one and to replace, on an instance or in a subclass:
-    # where any of them is replaced, :meth:`__call__` calls them, the others with its ``rng``.
+    # The steps of a crop under upstream's names. They can be called individually, and replaced on an instance or in a
+    # subclass: if any of them is replaced, :meth:`__call__` runs all steps through these methods.
 
     def geometric_augmentation_global(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
-        """Cut a random box and flip it: a global crop, PIL, colours unchanged."""
+        """Return a random global crop, possibly flipped, as a PIL image with unchanged colours."""
         return self._cut(image, rng, self.global_crops_size, self.global_crops_scale)
 
     def geometric_augmentation_local(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
-        """Cut a random box and flip it: a local crop, PIL, colours unchanged."""
+        """Return a random local crop, possibly flipped, as a PIL image with unchanged colours."""
         return self._cut(image, rng, self.local_crops_size, self.local_crops_scale)
 
     def global_transfo1(self, image: Image.Image, rng: random.Random | None = None) -> torch.Tensor:
@@ -141,7 +138,7 @@ class DataAugmentationDINO:
 
     @property
     def sizes(self) -> list[int]:
-        """Side of each crop: global 1, global 2, locals."""
+        """Side length of each crop in pixels: global 1, global 2, locals."""
         return [self.global_crops_size] * 2 + [self.local_crops_size] * self.local_crops_number
 
     def draw(self, width: int, height: int, rng: random.Random) -> list[CropDraw]:
@@ -156,19 +153,22 @@ class DataAugmentationDINO:
         return draws
 
     def fraction(self, draws: Sequence[CropDraw]) -> int:
-        """Return 1, 2, 4 or 8: decoded at that fraction of its size, an image still has ``SHRINK_MARGIN`` times the
-        pixels that each crop needs along its shorter side."""
+        """Return the largest decoding denominator (1, 2, 4 or 8) that leaves enough pixels for every crop.
+
+        After decoding at that fraction of its size, the image still has ``SHRINK_MARGIN`` times the pixels that each
+        crop needs along its shorter side.
+        """
         need = min(min(draw.box[2:]) / size for draw, size in zip(draws, self.sizes, strict=True))
         return next((s for s in (8, 4, 2) if need >= SHRINK_MARGIN * s), 1)
 
 
 def _as_sample(crops: list[Any]) -> dict[str, Any]:
-    """Return what :meth:`DataAugmentationDINO.__call__` does, of global 1, global 2 and local crops."""
+    """Return the dict of :meth:`DataAugmentationDINO.__call__` for ``crops`` (global 1, global 2, locals)."""
     return {"global_crops": crops[:2], "global_crops_teacher": crops[:2], "local_crops": crops[2:], "offsets": ()}
 
 
 def shrink_box(box: Box, size: tuple[int, int], shrunk: tuple[int, int]) -> Box:
-    """Return ``box`` of an image of ``size`` = (width, height) in the same image of size ``shrunk``."""
+    """Scale ``box`` from an image of ``size`` (width, height) to the same image resized to ``shrunk``."""
     found = []
     for start, length, full, less in zip(box[:2], box[2:], size, shrunk, strict=True):
         kept = max(1, round(length * less / full))

@@ -1,6 +1,6 @@
 """Turn a list of augmented samples into one batch: crops stacked crop by crop, and the masks of the masked-patch loss.
 
-Needs no labels: a sample is the augmentation's dict, or (dict, anything). Read :func:`collate_data_and_cast` first.
+Needs no labels: a sample is the augmentation's dict, or (dict, anything).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def collate_data_and_cast(
 
 
 def describe_masks(masks: torch.Tensor, upperbound: int) -> dict[str, Any]:
-    """Return what :func:`collate_data_and_cast` says of ``masks`` (crops, patches)."""
+    """Return the mask entries of :func:`collate_data_and_cast`'s batch for ``masks`` (crops, patches)."""
     positions = masks.flatten().nonzero().flatten()
     masked_per_crop = masks.sum(-1)
     return {
@@ -92,10 +92,10 @@ def draw_masks(
     mask_generator: Callable[..., np.ndarray],
     rng: random.Random | ModuleType,
 ) -> tuple[torch.Tensor, int]:
-    """Return the masks (``num_crops``, ``n_tokens``) bool of a batch and an upper bound of their number of True.
+    """Return bool masks (``num_crops``, ``n_tokens``) of a batch and an upper bound on the number of masked patches.
 
-    The bins of the ratios are float32, and so is the arithmetic on them, because the rounding down to a whole number of
-    patches must come out as upstream's.
+    The bins of the ratios and all arithmetic on them are float32, so that rounding down to a whole number of patches
+    gives the same result as upstream.
     """
     num_masked = int(num_crops * mask_probability)
     edges = torch.linspace(*mask_ratio_tuple, num_masked + 1).numpy()

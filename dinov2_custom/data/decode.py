@@ -1,7 +1,7 @@
-"""Bytes of an image file -> RGB pixels, by stated rules; anything that cannot be decoded is a DataError with its name.
+"""Decode the bytes of an image file to RGB pixels by the rules below; undecodable files raise a DataError.
 
 ============================  ==========================================================================================
-8-bit RGB, grey, 1-bit        as they are; grey and 1-bit in all three channels
+8-bit RGB, grey, 1-bit        unchanged; grey and 1-bit are repeated in all three channels
 palette, CMYK, YCbCr, Lab     Pillow's conversion to RGB; an uncompressed YCbCr TIFF needs Pillow 13
 alpha (RGBA, LA, palette)     dropped, as upstream does (transparent pixels show their hidden colour)
 more than 8 bits              linear: ``Reading.intensity``, one range for all images of a dataset, becomes 0..255
@@ -11,14 +11,13 @@ NaN, GDAL's nodata            0
 signed 8-bit grey TIFF        value + 128
 white-is-zero TIFF            turned to black-is-zero first
 TIFF that Pillow cannot read  through tifffile and imagecodecs where they are installed (the extra ``slides``)
-several frames or pages       the one that ``Reading.page`` says, the first if nothing else
-EXIF orientation              ignored, as upstream does, unless ``exif=True``; of a TIFF applied by Pillow itself
-above Pillow's limit          DataError (179 million pixels: a decompression bomb, or a slide to be cut into tiles)
+several frames or pages       the one selected by ``Reading.page``, by default the first
+EXIF orientation              ignored, as upstream does, unless ``exif=True``; Pillow always applies it to TIFF
+above Pillow's limit          DataError (179 million pixels: a decompression bomb, or a slide to cut into tiles)
 ============================  ==========================================================================================
 
-Scaling without a range is logged once for each kind. JPEG files go through simplejpeg where it is
-installed (the extra ``fast``), with the same pixels; what it refuses is Pillow's. Not in here: reading files
-(``sources``), the values of deep images (``depth``). No other module calls a decoder. Read :func:`decode_rgb` first.
+Scaling without a range is logged once per kind of image. JPEG files are decoded by simplejpeg if it is installed (the
+extra ``fast``), with identical pixels, and by Pillow if simplejpeg rejects them. No other module calls a decoder.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ DCT_FRAMES = (b"\xc0", b"\xc1", b"\xc2", b"\xc9", b"\xca")  # baseline, sequenti
 BEFORE_FRAME = tuple(bytes([code]) for code in (0xC4, 0xCC, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGE, STRIP = 1 << 23, 1 << 20  # bytes
-DESCRIPTION, LONGEST = 270, 300  # of a TIFF's page; longer ones are XML about the whole file
+DESCRIPTION, LONGEST = 270, 300  # tag of a TIFF page; longer descriptions are XML about the whole file
 NOT_THE_SLIDE = re.compile(r"(?<![a-z])(label|macro|thumbnail)(?![a-z])", re.IGNORECASE)
 SEVERAL_PAGES = "files with several pages or frames, of which one is used (data.page)"
 OTHER_PAGE = "pages described as label, macro or thumbnail (data.page chooses another)"
@@ -70,10 +69,10 @@ Shrink = Callable[[int, int], int]
 def decode_rgb(data: bytes, source: str = "image", *, exif: bool = False, reading: Reading = READING) -> Image.Image:
     """Decode the bytes of an image file into a PIL image of mode RGB, by the rules above.
 
-    ``source`` names the image in errors. ``exif``: turn the image as its EXIF orientation says.
+    ``source`` names the image in errors. ``exif``: rotate the image according to its EXIF orientation.
 
     Raises:
-        DataError: empty, truncated, broken, not an image, or too large.
+        DataError: if the file is empty, truncated, corrupt, not an image, or too large.
     """
     return _decode_by_pillow(data, source, exif, None, reading)
 
@@ -89,22 +88,22 @@ def decode_array(
 ) -> np.ndarray:
     """Like :func:`decode_rgb`, as a writeable uint8 (H, W, 3) array.
 
-    ``shrink(width, height)`` returns 1, 2, 4 or 8, no more than the shorter side: a JPEG is decoded at that fraction
-    of its size (rounded up), other files in full. ``scratch``: memory to decode into; the array holds until its next
-    use.
+    ``shrink(width, height)`` returns a denominator 1, 2, 4 or 8, at most the shorter side: a JPEG is decoded at that
+    fraction of its size (rounded up), other files in full. ``scratch``: memory to decode into; the returned array is
+    valid until the next use of ``scratch``.
     """
     pixels = None if exif else _decode_by_simplejpeg(data, shrink, scratch)
     return _as_array(_decode_by_pillow(data, source, exif, shrink, reading), scratch) if pixels is None else pixels
 
 
 class Scratch:
-    """Memory for one decoded image that is used again for the next: fresh pages cost more than filling them."""
+    """Memory for one decoded image, reused for the next: allocating new pages costs more than filling them."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
 
     def take(self, size: int) -> np.ndarray:
-        """Return ``size`` bytes, whose former content is lost."""
+        """Return ``size`` bytes; previous contents are lost."""
         if len(self._memory) < size:
             self._memory = np.empty(size, np.uint8)
         return self._memory[:size]
@@ -114,7 +113,7 @@ class Scratch:
 
 
 def _as_array(image: Image.Image, scratch: Scratch | None) -> np.ndarray:
-    """Copy an RGB image; a large one in strips that stay in the cache, where numpy's way makes two whole copies."""
+    """Copy an RGB image to an array; large ones in cache-sized strips, as numpy makes two full copies."""
     width, height = image.size
     size = 3 * width * height
     if size < LARGE:
@@ -137,7 +136,7 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
             fraction = shrink(width, height)
             image.draft(None, (width // fraction, height // fraction))
         rgb = to_rgb(image, data, reading)
-        if exif and image.format != "TIFF":  # which Pillow has turned already
+        if exif and image.format != "TIFF":  # Pillow has already rotated TIFF images
             rgb.getexif().update(image.getexif())
             rgb = ImageOps.exif_transpose(rgb)
         return rgb
@@ -145,7 +144,7 @@ def _decode_by_pillow(data: bytes, source: str, exif: bool, shrink: Shrink | Non
 
 @contextmanager
 def image_errors(data: bytes, source: str) -> Iterator[None]:
-    """Turn what is raised while ``data`` are decoded into errors that name ``source``."""
+    """Convert exceptions raised while decoding ``data`` into errors that name ``source``."""
     if not data:
         raise UnreadableImageError(f"expected an image, got an empty file: {source}")
     try:
@@ -159,13 +158,13 @@ def image_errors(data: bytes, source: str) -> Iterator[None]:
 
 
 def open_page(data: bytes, page: int = 0) -> Image.Image | Deep:
-    """Open page ``page`` of the bytes of an image file; of a file of a single page that one, whatever ``page`` is.
+    """Open page ``page`` of an image file given as bytes; ``page`` is ignored for a file with a single page.
 
-    Returns the values of a TIFF that Pillow cannot read or misreads.
+    For a TIFF that Pillow cannot read or misreads, return its values.
 
     Raises:
-        Image.DecompressionBombError: too many pixels.
-        Exception: not an image, or fewer pages.
+        Image.DecompressionBombError: if there are too many pixels.
+        Exception: if it is not an image, or has fewer pages.
     """
     try:
         image = open_image(data)
@@ -185,30 +184,30 @@ def open_page(data: bytes, page: int = 0) -> Image.Image | Deep:
 
 
 def page_note(image: Image.Image) -> str:
-    """Return a note on the page of an open image, "" where there is nothing to note."""
+    """Return a note on the page of an open image, or "" if there is none."""
     return note_of_page(getattr(image, "tag_v2", {}).get(DESCRIPTION, ""), num_pages(image))
 
 
 def num_pages(image: Image.Image) -> int:
-    """Return the number of pages of an open image; 1 for a JPEG, whose other pictures are a phone's previews."""
+    """Return the number of pages of an open image; 1 for a JPEG, whose further pictures are previews made by phones."""
     return 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1)
 
 
 def note_of_page(description: Any, pages: int) -> str:
-    """Return a note on a page with this description, of a file of ``pages``, "" where there is nothing to note."""
+    """Return a note on a page with this description in a file of ``pages`` pages, or "" if there is none."""
     if isinstance(description, str) and len(description) < LONGEST and NOT_THE_SLIDE.search(description):
         return OTHER_PAGE
     return SEVERAL_PAGES if pages > 1 else ""
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open the bytes of an image file of any format that is read here.
+    """Open the bytes of an image file of any supported format.
 
-    Pillow refuses a PNG with more than a mebibyte of text or colour profile, which is then opened without them.
+    Pillow rejects a PNG with more than 1 MiB of text or colour profile; such a file is opened without them.
 
     Raises:
-        Image.DecompressionBombError: too many pixels.
-        Exception: whatever Pillow raises; not an image.
+        Image.DecompressionBombError: if there are too many pixels.
+        Exception: whatever Pillow raises if it is not an image.
     """
     try:
         return Image.open(io.BytesIO(data), formats=formats())
@@ -219,7 +218,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def loaded(image: Image.Image, data: bytes) -> Image.Image:
-    """Return ``image``, opened from ``data``, with its pixels; see :func:`open_image` about texts after them."""
+    """Load the pixels of ``image``, opened from ``data``; for text chunks after the pixels see :func:`open_image`."""
     try:
         image.load()
     except ValueError:
@@ -232,10 +231,10 @@ def loaded(image: Image.Image, data: bytes) -> Image.Image:
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Return Pillow's names of the formats that are read here.
+    """Return Pillow's names of the supported formats.
 
-    AVIF from Pillow 11.3 on, as a name that Pillow does not know ends in a KeyError; HEIC where the package pillow-heif
-    is installed.
+    AVIF is included from Pillow 11.3 on, because Pillow raises KeyError for an unknown name; HEIC is included if
+    pillow-heif is installed.
     """
     found = FORMATS
     if importlib.util.find_spec("PIL.AvifImagePlugin"):
@@ -248,7 +247,7 @@ def formats() -> tuple[str, ...]:
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a PNG without its texts, colour profile and EXIF data.
+    """Return a PNG without its text chunks, colour profile and EXIF data.
 
     Source: W3C PNG specification section 5.3 (chunk layout).
     """
@@ -262,9 +261,9 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def _decode_by_simplejpeg(data: bytes, shrink: Shrink | None, scratch: Scratch | None) -> np.ndarray | None:
-    """Decode a JPEG file of a kind whose pixels are Pillow's; None: not such a file, or it has errors.
+    """Decode a JPEG file of a kind for which simplejpeg and Pillow give identical pixels, or return None.
 
-    A file with errors may still be good enough for Pillow, which then decides.
+    None is also returned for a file with errors: Pillow may still accept it.
     """
     simplejpeg = find_simplejpeg()
     if simplejpeg is None or not has_dct(data):
@@ -284,10 +283,10 @@ def _decode_by_simplejpeg(data: bytes, shrink: Shrink | None, scratch: Scratch |
 
 
 def has_dct(data: bytes) -> bool:
-    """Return whether these are the bytes of a JPEG with 8-bit DCT coefficients, the only kind that can be scaled.
+    """Return whether ``data`` is a JPEG with 8-bit DCT coefficients, the only kind that can be scaled.
 
-    A lossless JPEG decoded at a fraction of its size overflows the memory that simplejpeg sets aside for it. Anything
-    that is not well-formed up to the frame header counts as another kind.
+    A lossless JPEG decoded at a fraction of its size overflows the buffer that simplejpeg allocates for it. Data that
+    is malformed before the frame header returns False.
 
     Source: ITU-T T.81, annex B.2 and table B.1.
     """
@@ -308,7 +307,7 @@ def has_dct(data: bytes) -> bool:
 
 @functools.cache
 def find_simplejpeg() -> ModuleType | None:
-    """Return the module simplejpeg, None where it is not installed or does not load."""
+    """Return the module simplejpeg, or None if it is not installed or does not load."""
     try:
         return importlib.import_module("simplejpeg")
     except ImportError:
@@ -316,11 +315,11 @@ def find_simplejpeg() -> ModuleType | None:
 
 
 def to_rgb(image: Image.Image, data: bytes, reading: Reading = READING) -> Image.Image:
-    """Convert an open PIL image of any mode, loaded or not, to RGB, by the rules above. ``data``: its file.
+    """Convert an open PIL image of any mode, loaded or not, to RGB by the rules above; ``data`` is its file.
 
     Raises:
-        ValueError: a float image without one finite value and without a range.
-        Exception: whatever Pillow raises for broken files.
+        ValueError: if a float image has no finite value and no range is given.
+        Exception: whatever Pillow raises for corrupt files.
     """
     if is_deep(image) and (reading.intensity is not None or image.mode not in ("RGB", "RGBA")):
         return as_image(values_of(image, data, reading.page), reading)
@@ -336,7 +335,7 @@ def to_rgb(image: Image.Image, data: bytes, reading: Reading = READING) -> Image
 
 
 def values_of(image: Image.Image, data: bytes, page: int) -> Deep:
-    """Return the values of an image of more than 8 bits that is open; raises as :func:`to_rgb`."""
+    """Return the values of an open image with more than 8 bits; raise as :func:`to_rgb` does."""
     try:
         return deep_values(image, lambda: open_page(data, page))
     except ValueError:
@@ -347,7 +346,7 @@ def values_of(image: Image.Image, data: bytes, page: int) -> Deep:
 
 
 def as_image(deep: Deep, reading: Reading) -> Image.Image:
-    """Return values of more than 8 bits as an RGB image; raises as :func:`to_rgb`."""
+    """Return values of more than 8 bits as an RGB image; raise as :func:`to_rgb` does."""
     return _from_levels(to_levels(deep, reading.intensity))
 
 
@@ -356,7 +355,7 @@ def _from_levels(levels: np.ndarray) -> Image.Image:
 
 
 def describe(data: bytes) -> str:
-    """Say in a few words what ``data`` looks like, for an error message."""
+    """Describe briefly what ``data`` looks like, for an error message."""
     start = data[:64]
     if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
         return f"HEIC of {len(data):,} bytes, which needs the package pillow-heif (pip install pillow-heif)"
@@ -369,6 +368,6 @@ def describe(data: bytes) -> str:
 
 
 def _reason(e: Exception) -> str:
-    """Return the exception's text without the address of the buffer that Pillow puts into it."""
+    """Return the exception's text without the buffer address that Pillow includes."""
     text = str(e).split(" <_io.BytesIO", 1)[0]
     return f"{type(e).__name__}: {text}"

@@ -1,6 +1,4 @@
-"""Images of more than 8 bits a channel: their values as the file declares them, and how these become 8 bits.
-
-Not in here: the range of a whole dataset (``intensity``), images of 8 bits (``decode``). Read :func:`deep_values`.
+"""Images of more than 8 bits per channel: their values as declared by the file, and their conversion to 8 bits.
 
 Source: TIFF 6.0, tags BitsPerSample, Compression, PhotometricInterpretation, PlanarConfiguration and SampleFormat;
 GDAL's tag GDAL_NODATA.
@@ -27,16 +25,16 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
 UNSIGNED, SIGNED = 1, 2
 SEPARATE = 2
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# Pillow's names of 16-bit samples of which it keeps the high bytes; with the other order of bytes, the low ones
+# Pillow's names of 16-bit samples of which it keeps the high bytes (with the opposite byte order, the low bytes)
 HIGH_BYTES = {f"{mode};16{order}" for mode in ("RGB", "RGBA", "RGBX") for order in "LBN"} | {"LA;16B"}
 OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 
 class Reading(NamedTuple):
-    """How the files of a dataset become pixels.
+    """Options for decoding the files of a dataset.
 
-    intensity: the values that become 0 and 255 in images of more than 8 bits; None: by the rules of :func:`by_depth`.
-    page: which page or frame of a file with several.
+    intensity: the values mapped to 0 and 255 in images of more than 8 bits; None applies the rules of :func:`by_depth`.
+    page: the page or frame to read from a file with several.
     """
 
     intensity: tuple[float, float] | None = None
@@ -44,10 +42,10 @@ class Reading(NamedTuple):
 
 
 class Deep(NamedTuple):
-    """Pixels of one image as the file declares them.
+    """Pixels of one image as declared by the file.
 
-    values: (H, W) or (H, W, 3). nodata: (H, W), where there is no value; None: one everywhere. top: the greatest
-    value of an unsigned depth of 16 bits or fewer; None: deeper, signed or float.
+    values: (H, W) or (H, W, 3). nodata: (H, W) bool, True where a value is missing, or None if none is. top: the
+    largest value of the depth if that is unsigned and at most 16 bits, otherwise None.
     """
 
     values: np.ndarray
@@ -55,18 +53,18 @@ class Deep(NamedTuple):
     top: int | None = None
 
     def valid(self) -> np.ndarray:
-        """Return the values without nodata, NaN and infinity, in a row."""
+        """Return the values without nodata, NaN and infinity, flattened."""
         values = self.values if self.nodata is None else self.values[~self.nodata]
         return values[np.isfinite(values)] if values.dtype.kind == "f" else values.ravel()
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether an image that is open and not yet loaded has more than 8 bits a channel."""
+    """Return whether an image that is open but not yet loaded has more than 8 bits per channel."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16") or _raw_mode(image) in HIGH_BYTES
 
 
 def is_misread(image: Image.Image) -> bool:
-    """Return whether Pillow would read an open TIFF as other numbers than are in it."""
+    """Return whether Pillow would misread the values of an open TIFF."""
     tags = getattr(image, "tag_v2", None)
     if not tags:
         return False
@@ -75,12 +73,12 @@ def is_misread(image: Image.Image) -> bool:
 
 
 def deep_values(image: Image.Image, reopen: Callable[[], Image.Image]) -> Deep:
-    """Load an image for which :func:`is_deep` holds, and return its values.
+    """Load an image for which :func:`is_deep` is true and return its values.
 
-    ``reopen()`` opens the same page once more.
+    ``reopen()`` opens the same page again.
 
     Raises:
-        Exception: whatever Pillow raises for broken files.
+        Exception: whatever Pillow raises for corrupt files.
     """
     raw, tags = _raw_mode(image), getattr(image, "tag_v2", {})
     if raw not in HIGH_BYTES:
@@ -112,7 +110,7 @@ def _with_raw_mode(tile: tuple, raw: str) -> tuple:
 
 
 def _declared(values: np.ndarray, image: Image.Image, tags: Any) -> Deep:
-    """Return the values of a loaded grey image of mode I;16, I or F: as black-is-zero, unsigned where it is."""
+    """Return the values of a loaded grey image of mode I;16, I or F as black-is-zero, unsigned if declared so."""
     if image.mode == "I" and tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED:
         values = values.view(np.uint32)
     bits = tags.get(BITS, (16,))[0]
@@ -120,14 +118,14 @@ def _declared(values: np.ndarray, image: Image.Image, tags: Any) -> Deep:
 
 
 def declared(values: np.ndarray, bits: int, nodata: str | None, *, white_is_zero: bool) -> Deep:
-    """Return the values of a file as its tags declare them; ``nodata``: the text of GDAL's tag."""
+    """Return the values of a file as declared by its tags; ``nodata`` is the text of GDAL's tag."""
     mask = _nodata(values, nodata)
     top = (1 << bits) - 1 if values.dtype.kind == "u" and bits <= 16 else None
     return Deep(turned(values, top) if white_is_zero else values, mask, top)
 
 
 def signed_bytes(image: Image.Image) -> np.ndarray | None:
-    """Return the values (H, W) of a loaded 8-bit grey image that declares them signed, which Pillow passes over."""
+    """Return the values (H, W) of a loaded 8-bit grey image declared as signed, a tag that Pillow ignores."""
     tags = getattr(image, "tag_v2", None)
     if image.mode != "L" or tags is None or tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] != SIGNED:
         return None
@@ -135,17 +133,17 @@ def signed_bytes(image: Image.Image) -> np.ndarray | None:
 
 
 def turned(values: np.ndarray, top: int | None) -> np.ndarray:
-    """Return values in which white is zero as values in which black is; ``top``: see :class:`Deep`."""
+    """Convert white-is-zero values to black-is-zero; ``top``: see :class:`Deep`."""
     if values.dtype.kind == "f":
-        return 1 - values  # in 0..1 or beyond it as before
+        return 1 - values  # maps 0..1 to itself
     return (np.iinfo(values.dtype).max if top is None else values.dtype.type(top)) - values
 
 
 def _nodata(values: np.ndarray, tag: str | None) -> np.ndarray | None:
-    """Return where ``values`` equal the number in the tag; None: no such tag."""
+    """Return a mask of the ``values`` equal to the number in the tag, or None without such a tag."""
     try:
         number = float(str(tag).strip("\0 "))
-    except ValueError:  # no such tag
+    except ValueError:  # the tag holds no number
         return None
     with np.errstate(over="ignore"):
         mask = values == number
@@ -153,12 +151,12 @@ def _nodata(values: np.ndarray, tag: str | None) -> np.ndarray | None:
 
 
 def values_by_tifffile(data: bytes, page: int = 0) -> Deep:
-    """Return the values of a TIFF of a kind that Pillow does not know: packed 12 bits, 64 bits, float RGB, planes.
+    """Return the values of a TIFF that Pillow does not support: packed 12 bits, 64 bits, float RGB, planes.
 
     Raises:
-        ValueError: tifffile, or for its compression imagecodecs, is not installed; it is no grey or RGB image.
-        Image.DecompressionBombError: too many pixels.
-        Exception: whatever tifffile raises for broken files.
+        ValueError: if tifffile (or imagecodecs, for the compression) is not installed, or the image is not grey or RGB.
+        Image.DecompressionBombError: if there are too many pixels.
+        Exception: whatever tifffile raises for corrupt files.
     """
     try:
         import tifffile
@@ -175,7 +173,7 @@ def values_by_tifffile(data: bytes, page: int = 0) -> Deep:
             raise ValueError(f"expected grey or RGB, got {samples} channels {one.axes} of type {one.dtype}")
         try:
             values = one.asarray(maxworkers=1)
-        except (ValueError, NotImplementedError) as e:  # of compressions, of packed integers
+        except (ValueError, NotImplementedError) as e:  # unsupported compressions, packed integers
             if "imagecodecs" in str(e):
                 raise ValueError(f"decoding it needs the package imagecodecs: {install('imagecodecs')}") from e
             raise
@@ -189,18 +187,18 @@ def values_by_tifffile(data: bytes, page: int = 0) -> Deep:
 
 
 def to_levels(deep: Deep, intensity: tuple[float, float] | None) -> np.ndarray:
-    """Return uint8 levels of the same shape: ``intensity`` becomes 0..255, linearly, what lies outside is clipped.
+    """Return uint8 levels of the same shape, mapping ``intensity`` linearly to 0..255 and clipping values outside.
 
-    NaN and nodata become 0. Without ``intensity``: see :func:`by_depth`.
+    NaN and nodata become 0. Without ``intensity``, apply :func:`by_depth`.
 
     Raises:
-        ValueError: a float image without one finite value.
+        ValueError: if a float image has no finite value.
     """
     if deep.values.dtype.kind == "f" and not np.isfinite(deep.values).any():
         raise ValueError("no finite value")
     if deep.values.dtype == np.uint8 and deep.top == 255:
         return deep.values
-    has_range = intensity is not None and deep.values.dtype.itemsize > 1  # ranges are for more than 8 bits
+    has_range = intensity is not None and deep.values.dtype.itemsize > 1  # ranges apply only above 8 bits
     levels = scaled(deep.values, *intensity) if has_range else by_depth(deep)
     if deep.nodata is not None:
         levels[deep.nodata] = 0
@@ -208,7 +206,7 @@ def to_levels(deep: Deep, intensity: tuple[float, float] | None) -> np.ndarray:
 
 
 def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return uint8 levels: ``low`` becomes 0, ``high`` 255."""
+    """Return uint8 levels, mapping ``low`` to 0 and ``high`` to 255."""
     if values.dtype == np.uint16:
         return _table(low, high)[values]
     return _scaled(values, low, high)
@@ -225,9 +223,10 @@ def _table(low: float, high: float) -> np.ndarray:
 
 
 def by_depth(deep: Deep) -> np.ndarray:
-    """Return uint8 levels without knowing the dataset's range.
+    """Return uint8 levels when the dataset's range is unknown.
 
-    16 bits and fewer linearly by their depth, floats in 0..1 and integers in 0..65535 likewise, others image by image.
+    Depths up to 16 bits are scaled by the depth, floats in 0..1 and integers in 0..65535 by that range, and all other
+    values by the minimum and maximum of the image.
     """
     values = deep.values
     if deep.top is not None:
@@ -251,5 +250,5 @@ def by_depth(deep: Deep) -> np.ndarray:
 
 @functools.cache
 def warn_once(kind: str, rule: str) -> None:
-    """Log ``rule`` for a ``kind`` of values, the first time in this process."""
+    """Log ``rule`` for a ``kind`` of values, once per process."""
     logger.warning(f"images of {kind} found: {rule}; data.intensity=[low, high] sets one range for all")

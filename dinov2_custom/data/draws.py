@@ -1,8 +1,8 @@
-"""Random parameters of one crop, drawn from an explicit ``random.Random``; no pixels in here.
+"""Draw the random parameters of one crop from an explicit ``random.Random``.
 
 The distributions are those of upstream's ``DataAugmentationDINO`` (torchvision's RandomResizedCrop, ColorJitter,
 RandomHorizontalFlip, RandomGrayscale, RandomSolarize). The strengths are in :class:`Recipe`, whose fields are the keys
-of the ``augmentation`` section. Read :func:`draw_crop` first.
+of the ``augmentation`` section.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dinov2_custom.errors import ConfigError
 
 Box = tuple[int, int, int, int]
 Jitter = tuple[tuple[str, float], ...]
-OTHER_KEYS = ("device",)  # of the same section: where, not what
+OTHER_KEYS = ("device",)  # keys of the same section that do not belong to the recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How strongly and how often colours are changed.
+    """Strengths and probabilities of the colour changes.
 
-    brightness, contrast, saturation: factors are drawn from 1 +- this (not below 0). hue: shift drawn from +- this, in
-    turns (at most 0.5). ``*_p`` are the probabilities really applied; ``blur_p`` is for (global 1, global 2, local) and
-    is by default what upstream's inverted GaussianBlur amounts to. blur_sigma: range in pixels.
+    brightness, contrast, saturation: factors are drawn from 1 +- this (at least 0). hue: shift drawn from +- this, in
+    turns (at most 0.5). ``*_p`` are the probabilities actually applied; ``blur_p`` is for (global 1, global 2, local),
+    and its default matches the effect of upstream's inverted GaussianBlur. blur_sigma: range in pixels.
 
     Source: upstream data/augmentations.py and data/transforms.py.
     """
@@ -47,7 +47,7 @@ class Recipe:
         """Read a recipe from a mapping, from an object with these attributes, or from None (the defaults).
 
         Raises:
-            ConfigError: unknown keys or values out of range, all of them in one message.
+            ConfigError: if there are unknown keys or values out of range; lists all of them.
         """
         if section is None or isinstance(section, cls):
             return section or cls()
@@ -71,7 +71,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _wrong(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return (field, what was expected) for every value out of range."""
+    """Return (field, expected values) for every value out of range."""
     rules = {name: ("a number >= 0", lambda v: v >= 0) for name in ("brightness", "contrast", "saturation")}
     rules["hue"] = ("a number in 0..0.5", lambda v: 0 <= v <= 0.5)
     for name in ("jitter_p", "gray_p", "solarize_p", "hflip_p"):
@@ -90,10 +90,10 @@ def _wrong(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 class CropDraw(NamedTuple):
-    """Everything that turns an image into one crop.
+    """All parameters that determine one crop of an image.
 
-    box: (left, top, width, height) in pixels. jitter: (operation, parameter) pairs in the order to apply, empty for
-    none; parameters are factors, for "hue" a shift in turns. sigma: blur in pixels, None for none.
+    box: (left, top, width, height) in pixels. jitter: (operation, parameter) pairs in order of application, possibly
+    empty; the parameter is a factor, or a shift in turns for "hue". sigma: blur in pixels, or None for no blur.
     """
 
     box: Box
@@ -113,7 +113,7 @@ def draw_crop(
     blur_p: float,
     solarize_p: float,
 ) -> CropDraw:
-    """Draw one crop of a ``width`` x ``height`` image. ``scale``: range of the box's share of the image area."""
+    """Draw one crop of a ``width`` x ``height`` image; ``scale`` is the range of the crop's area as a fraction."""
     box, flip = draw_box(rng, width, height, scale), rng.random() < recipe.hflip_p
     return draw_colours(rng, box, flip, recipe, blur_p, solarize_p)
 
@@ -121,7 +121,7 @@ def draw_crop(
 def draw_colours(
     rng: random.Random, box: Box, flip: bool, recipe: Recipe, blur_p: float, solarize_p: float
 ) -> CropDraw:
-    """Draw the colour changes of a crop whose box and flip are drawn."""
+    """Draw the colour changes of a crop whose box and flip are given."""
     return CropDraw(
         box=box,
         flip=flip,
@@ -140,9 +140,9 @@ def draw_box(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     tries: int = 10,
 ) -> Box:
-    """Draw (left, top, width, height): area uniform in ``scale``, aspect log-uniform in ``ratio``, place uniform.
+    """Draw (left, top, width, height): area uniform in ``scale``, aspect log-uniform in ``ratio``, position uniform.
 
-    A box that does not fit is drawn again; after ``tries`` it is the largest centred one with an allowed aspect.
+    A box that does not fit is redrawn; after ``tries`` attempts, return the largest centred box with an allowed aspect.
 
     Source: torchvision's RandomResizedCrop.
     """
@@ -162,7 +162,7 @@ def draw_box(
 
 
 def draw_jitter(rng: random.Random, recipe: Recipe) -> Jitter:
-    """Draw the four colour changes in a random order, each uniform in its range; strength 0 leaves one out.
+    """Draw the four colour changes in random order, each uniform in its range; an operation of strength 0 is omitted.
 
     Source: torchvision's ColorJitter.
     """

@@ -1,9 +1,7 @@
-"""Finish a batch where the model is: uint8 crops in, colour-changed and normalised float crops out.
+"""Finish a batch on the model's device: change the colours of uint8 crops and normalise them to float.
 
-The colour operations are those of ``pixels``, batched, on any device, and exact: all of them are sums and products
-of whole numbers below 2**24, which float32 holds, so the same parameters give the same levels as on the CPU. Not in
-here: drawing parameters (``draws``) and the processes that cut the crops (``pool``). Read :meth:`Finisher.__call__`
-first.
+The colour operations are those of ``pixels``, batched, on any device, and exact: all of them are sums and products of
+whole numbers below 2**24, which float32 holds, so the same parameters give the same levels as on the CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from .pixels import BLUR_RADIUS, SOLARIZE_THRESHOLD, blend_gain, blur_weights, h
 STEPS = ("brightness", "contrast", "saturation", "hue")
 NUM_STEPS = len(STEPS)
 CODES = {name: float(code) for code, name in enumerate(STEPS, start=1)}
-# a row of parameters: code and value of each step in the order to apply, grey, solarize, weights of the blur
+# a row of parameters: code and value of each step in order of application, grey, solarize, blur weights
 GRAY, SOLARIZE, BLUR = 2 * NUM_STEPS, 2 * NUM_STEPS + 1, 2 * NUM_STEPS + 2
 NUM_PARAMETERS = BLUR + BLUR_RADIUS + 1
 
@@ -47,9 +45,9 @@ def pack_draw(draw: CropDraw, row: np.ndarray) -> None:
 
 
 class Finisher:
-    """Turn uint8 crops into what the model takes: on ``device``, normalised, in ``dtype``.
+    """Turn uint8 crops into model input: on ``device``, normalised, in ``dtype``.
 
-    ``mean`` and ``std`` are those of R, G, B in 0..1.
+    ``mean`` and ``std`` are the statistics of R, G, B in 0..1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32):
@@ -61,8 +59,8 @@ class Finisher:
     def __call__(self, crops: Tensor, device: torch.device | str, colours: np.ndarray | None = None) -> Tensor:
         """Return (N, 3, S, S) in ``dtype`` on ``device``.
 
-        ``crops``: uint8, (N, 3, S, S), or (N, S, S, 3) when there are ``colours``: (N, ``NUM_PARAMETERS``) rows of
-        :func:`pack_draw`, which are then applied.
+        ``crops``: uint8 (N, 3, S, S), or (N, S, S, 3) if ``colours`` is given. ``colours``: rows of :func:`pack_draw`,
+        (N, ``NUM_PARAMETERS``), which are applied.
         """
         device = torch.device(device)
         levels = crops.to(device, non_blocking=device.type == "cuda")
@@ -76,7 +74,7 @@ class Finisher:
 
 
 def apply_colours(levels: Tensor, colours: np.ndarray) -> None:
-    """Change the colours of ``levels`` (N, 3, S, S), float32 in 0..255, in place, each by its row of ``colours``."""
+    """Change crops ``levels`` (N, 3, S, S), float32 in 0..255, in place, each by its row of ``colours``."""
     device = levels.device
     groups, names = [], []
     for i in range(NUM_STEPS):
@@ -98,7 +96,7 @@ def apply_colours(levels: Tensor, colours: np.ndarray) -> None:
 
 
 def _change(name: str, x: Tensor, values: Tensor, column: int, on_host: np.ndarray) -> Tensor:
-    """Apply one operation to the crops ``x``, whose rows of parameters are ``values``."""
+    """Apply one operation to the crops ``x`` with the parameter rows ``values``."""
     if name == "gray":
         return luma(x).expand_as(x)
     if name == "blur":
@@ -123,7 +121,7 @@ def luma(x: Tensor) -> Tensor:
 
 
 def turn_hue(x: Tensor, sextants: Tensor, passes: int) -> Tensor:
-    """Turn the hue as ``pixels.adjust_hue`` does; ``sextants`` (N, 1, 1, 1) signed, at most ``passes`` halves."""
+    """Shift the hue as ``pixels.adjust_hue`` does by signed ``sextants`` (N, 1, 1, 1), at most ``passes`` halves."""
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     total = torch.round((high - low) * sextants.abs())
     own_passes = torch.ceil(sextants.abs() / 0.5)
@@ -154,7 +152,7 @@ def blur(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def _reflect(places: Tensor, size: int) -> Tensor:
-    """Mirror places outside 0..size-1 at the border, the edge itself once, as often as it takes."""
+    """Reflect indices outside 0..size-1 at the border without repeating the edge, as often as needed."""
     period = max(1, 2 * (size - 1))
     places = torch.remainder(places, period)
     return torch.minimum(places, period - places)

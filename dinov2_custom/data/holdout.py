@@ -1,7 +1,7 @@
-"""Hold images out of training (``train.path_preserved``, ``train.frac``) and list them in a text file, one path a line.
+"""Hold images out of training (``train.path_preserved``, ``train.frac``) and list them in a text file.
 
-The list is the truth: where it exists it is used as it is, so a resumed run holds out the same images. Kept in memory
-are a hash of every image and the names of those held out. Read :func:`split_off` first.
+The file has one path per line. An existing list is used unchanged, so that a resumed run holds out the same images.
+Memory holds one hash per image and the names of the held-out images.
 """
 
 from __future__ import annotations
@@ -59,17 +59,18 @@ class IndexSubset(Dataset):
 def split_off(
     dataset: Any, path_preserved: str | Sequence[str], frac: float, output_dir: str = ".", write: bool = True
 ) -> Any:
-    """Return ``dataset`` without the images that are held out.
+    """Return ``dataset`` without the held-out images.
 
-    ``path_preserved``: a text file to keep the list in, with ``frac`` of all images held out; or one or several
-    folders, with ``frac`` of the images below them held out and the list in ``output_dir/preserved_images.txt``. Which
-    images is a function of their paths below the common folder alone. ``write``: write the list (one rank only).
+    ``path_preserved`` is either a text file for the list, in which case a fraction ``frac`` of all images is held out,
+    or one or more folders, in which case that fraction of the images below them is held out and the list is
+    ``output_dir/preserved_images.txt``. The choice depends only on the paths relative to the common folder.
+    ``write``: write the list (one rank only).
 
     Raises:
-        ConfigError: one of the two keys without the other.
-        DataError: nothing left to train on.
+        ConfigError: if only one of the two keys is set.
+        DataError: if no training image is left.
     """
-    if not path_preserved and frac in (0, 1):  # 1: a fork's default, which holds nothing out without folders
+    if not path_preserved and frac in (0, 1):  # 1 is a fork's default; without folders it holds out nothing
         return dataset
     folders, list_file = _where(path_preserved, frac, output_dir)
     listed = os.path.isfile(list_file)
@@ -84,7 +85,7 @@ def split_off(
 
 
 def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) -> tuple[list[str] | None, str]:
-    """Return (folders to choose from, None for everything; path of the list)."""
+    """Return (folders to choose from, or None for all images; path of the list)."""
     if not path_preserved:
         raise ConfigError(
             f"train.path_preserved: expected a text file to list the held-out images in (train.frac={frac}), got ''"
@@ -107,10 +108,7 @@ def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) ->
 
 
 class _Names:
-    """The absolute names of the images of a dataset, one at a time: all, or those that may be held out.
-
-    These are the ones below ``folders``.
-    """
+    """Iterable over the absolute names of a dataset's images: all, or only those below ``folders``."""
 
     def __init__(self, dataset: Any, folders: list[str] | None = None):
         self.dataset = dataset
@@ -131,8 +129,10 @@ def _absolute(name: str) -> str:
 
 
 def choose(names: Iterable[str], frac: float) -> set[str]:
-    """Return ``frac`` of ``names`` (iterated more than once), rounded: those whose paths below the common folder have
-    the least hashes. Names with a line break are left out."""
+    """Return a fraction ``frac`` of ``names``: those whose paths relative to the common folder hash lowest.
+
+    ``names`` is iterated over more than once. Names that contain a line break are never chosen.
+    """
     names = _Listable(names)
     least, greatest = min(names, default=None), max(names, default=None)
     if least is None:

@@ -1,6 +1,6 @@
-"""Batches of transformed images for a frozen model, through the same processes and memory as training's.
+"""Batches of transformed images for a frozen model, built by the same processes and shared memory as in training.
 
-They do not use ``/dev/shm``, which has 64 MB in a container. Read :class:`ImageLoader` first.
+The shared memory is not in ``/dev/shm``, which has only 64 MB in a container.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dinov2_custom.errors import DataError, UnreadableImageError, shortage
 
 from .pool import Field, at_most_cores, open_ring
 
-HANG_S = 600.0  # without a batch, after which a process hangs
+HANG_S = 600.0  # time without a batch after which a process is considered to hang
 
 
 class Batch(NamedTuple):
-    """images (n, C, H, W), targets and indices of those that could be read; bad: index -> reason of the others."""
+    """Images (n, C, H, W), targets and indices of the readable images; ``bad``: index -> reason for the others."""
 
     images: Tensor
     targets: list[Any]
@@ -31,12 +31,13 @@ class Batch(NamedTuple):
 
 
 class ImageBatches:
-    """What the ring needs to build batch i: the images ``indices(i)`` of ``dataset``, which gives (image, target).
+    """Builder for :class:`pool.Ring`: batch i has the images ``indices(i)`` of ``dataset``.
 
     Args:
-        transform: from an image of ``dataset`` to a tensor; None: they are tensors.
+        dataset: returns (image, target).
+        transform: converts an image of ``dataset`` to a tensor; None if it is one already.
         shape: (C, H, W) of every tensor.
-        skip_bad: name unreadable images instead of raising.
+        skip_bad: report unreadable images in the batch instead of raising.
     """
 
     def __init__(
@@ -54,20 +55,20 @@ class ImageBatches:
         self._given_up: dict[int, str] = {}
 
     def name(self, index: int) -> str:
-        """Return what to call image ``index``."""
+        """Return the name of image ``index`` for messages."""
         return self.dataset.name(index) if hasattr(self.dataset, "name") else f"image {index}"
 
     def give_up(self, index: int, reason: str) -> None:
-        """Count image ``index`` as one that cannot be read."""
+        """Mark image ``index`` as unreadable."""
         self._given_up[index] = reason
 
     def build(
         self, iteration: int, arrays: dict[str, np.ndarray], note: Callable[[int], Any] = lambda index: None
     ) -> tuple[list[Any], list[int], dict[int, str]]:
-        """Fill the first of ``arrays["images"]``; return targets and indices of these, and the unreadable ones.
+        """Write the readable images to the front of ``arrays["images"]``; return targets, indices and bad images.
 
         Raises:
-            UnreadableImageError: without ``skip_bad``.
+            UnreadableImageError: if an image cannot be read and ``skip_bad`` is false.
         """
         targets, good, bad = [], [], {}
         for index in self.indices(iteration):
@@ -90,16 +91,16 @@ class ImageBatches:
 
 
 class ImageLoader:
-    """(images, targets) of batch ``start``, ``start`` + 1, ..., as often as it is iterated over.
+    """Iterable over (images, targets) of the batches ``start``, ``start`` + 1, ...; may be iterated over repeatedly.
 
     Args:
-        dataset: gives (float tensor (C, H, W), target).
-        indices: of the images of batch i, at most ``batch_size``.
-        stop: number of the batch after the last; None: endless.
-        collate: makes a batch of a list of targets; default: torch's.
+        dataset: returns (float tensor (C, H, W), target).
+        indices: function from i to the indices of the images of batch i, at most ``batch_size``.
+        stop: number of the batch after the last; None for an endless sequence.
+        collate: combines a list of targets into a batch; default: torch's.
 
     Raises:
-        DataError: an image cannot be read, or a process hangs; names it.
+        DataError: if an image cannot be read or a process hangs; names the image.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class ImageLoader:
 
 
 def of_list(indices: Sequence[int], batch_size: int) -> tuple[Callable[[int], Sequence[int]], int]:
-    """Return the images of batch i of a list of images, and the number of batches."""
+    """Return a function from i to the images of batch i, and the number of batches."""
     return partial(_part, indices, batch_size), -(-len(indices) // batch_size)
 
 
@@ -135,9 +136,9 @@ def _part(indices: Sequence[int], batch_size: int, i: int) -> Sequence[int]:
 
 
 def batches(builder: ImageBatches, num_workers: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-    """Yield the batches ``start``..``stop`` of ``builder``, built by ``num_workers`` processes, 0: this one.
+    """Yield the batches ``start``..``stop`` of ``builder``, built by ``num_workers`` processes (0: in this process).
 
-    Images are copied once, on a machine with a GPU into pinned memory. For raised errors see :class:`ImageLoader`.
+    Images are copied once, into pinned memory on a machine with a GPU. For errors raised see :class:`ImageLoader`.
     """
     ring = open_ring(builder, at_most_cores(num_workers), start, stop=stop, hang_s=HANG_S)
     pinned = torch.cuda.is_available()

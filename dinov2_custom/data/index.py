@@ -1,10 +1,9 @@
-"""The index of a large collection: named arrays in one file, memory-mapped by every process that reads it.
+"""Index of a large collection: named arrays in one file, memory-mapped by every process that reads it.
 
-A listing of many files is kept in ``$XDG_CACHE_HOME/dinov2_custom`` (else ``~/.cache/dinov2_custom``) under a key of
-what was listed, with the time stamps of the folders or shards it came from: it is read again while they are unchanged,
-so that data-loading processes share one mapping and no process holds a Python object a file. Of several processes that
-start together one lists, the others wait for its file. Not in here: listing (``listing``, ``tar_shards``). Read
-:func:`cached` first.
+A large listing is cached in ``$XDG_CACHE_HOME/dinov2_custom`` (default ``~/.cache/dinov2_custom``) under a key that
+identifies what was listed, with the time stamps of the folders or shards, and is reused while they are unchanged. Thus
+data-loading processes share one mapping and no process holds one Python object per file. When several processes start
+together, one lists and the others wait for its file.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Build = Callable[[Callable[[int], None]], dict[str, np.ndarray]]
 
 
 class Index:
-    """Named arrays: in memory, or mapped from a file. Pickling a mapped one sends the file's name only."""
+    """Named arrays, in memory or mapped from a file. A mapped index pickles as its file name."""
 
     def __init__(self, arrays: dict[str, np.ndarray], file: str = "", ident: str = ""):
         self.arrays = arrays
@@ -60,7 +59,7 @@ class Index:
 
 
 class PathTable(Sequence):
-    """A read-only sequence of texts in two buffers, in memory or in an :class:`Index` under ``<name>_text, _ends``."""
+    """Read-only sequence of strings in two buffers: in memory, or ``<name>_text`` and ``_ends`` of an ``Index``."""
 
     def __init__(self, paths: Iterable[str] = (), *, index: Index | None = None, name: str = "path"):
         if index is None:
@@ -89,7 +88,7 @@ class PathTable(Sequence):
 
 
 def pack_texts(chunks: Iterable[Sequence[str]], name: str) -> dict[str, np.ndarray]:
-    """Pack texts, given in chunks, into ``<name>_text`` (uint8, all of them) and ``<name>_ends`` (uint64)."""
+    """Pack strings, given in chunks, into ``<name>_text`` (uint8, concatenated) and ``<name>_ends`` (uint64)."""
     parts, lengths = [], []
     for chunk in chunks:
         text = "".join(chunk)
@@ -105,11 +104,11 @@ def pack_texts(chunks: Iterable[Sequence[str]], name: str) -> dict[str, np.ndarr
 
 
 def cached(key: Sequence[str], build: Build, cache_from: int = CACHE_FROM) -> Index:
-    """Return what ``build`` returns, from the cache where its stamps still hold.
+    """Return the arrays of ``build``, from the cache while its stamps are valid.
 
-    ``key``: texts that say what is listed and how. ``build(on_count)`` returns arrays, among them those of
-    :func:`pack_stamps`, and calls ``on_count(n)`` now and then with the number of files so far; listings below
-    ``cache_from`` files stay in memory and leave nothing on disk.
+    ``key``: strings that identify what is listed and how. ``build(on_count)`` returns arrays, including those of
+    :func:`pack_stamps`, and calls ``on_count(n)`` from time to time with the number of files so far. Listings of fewer
+    than ``cache_from`` files stay in memory and are not written to disk.
     """
     try:
         file = cache_file(key)
@@ -124,7 +123,7 @@ def cached(key: Sequence[str], build: Build, cache_from: int = CACHE_FROM) -> In
     with _Lock(file + ".lock", cache_from) as lock:
         try:
             arrays = build(lock.on_count)
-        except _SomebodyElseLists:
+        except _LockHeld:
             logger.info(f"index: waiting for the process that writes {file}")
             lock.wait()
             index = load(file)
@@ -147,7 +146,7 @@ def cache_file(key: Sequence[str]) -> str:
     """Return the path of the index file of ``key``.
 
     Raises:
-        OSError: there is no folder that only this user can write to.
+        OSError: if there is no folder that only this user can write to.
     """
     digest = hashlib.blake2b("\0".join(key).encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
     return str(cache_folder() / f"{digest}.idx")
@@ -159,10 +158,10 @@ def cache_file(key: Sequence[str]) -> str:
 def pack_stamps(
     places: Sequence[str], stats: Sequence[os.stat_result | None], started_ns: int
 ) -> dict[str, np.ndarray]:
-    """Pack the state of folders or files as it was before they were listed; None: never current.
+    """Pack the status of folders or files from before they were listed; None marks one as never up to date.
 
-    What changed within the last two seconds before the listing started (``time.time_ns()``) or later may change again
-    without another time stamp: never current, either.
+    A folder or file that changed less than two seconds before the listing started (``time.time_ns()``), or later, may
+    change again without a new time stamp; it is marked as never up to date as well.
     """
     recent = started_ns - RACY_NS
     times = [status.st_mtime_ns if status and status.st_mtime_ns < recent else -1 for status in stats]
@@ -172,7 +171,7 @@ def pack_stamps(
 
 
 def stamps_hold(index: Index) -> bool:
-    """Return whether every folder or file that the index was made of is as it was."""
+    """Return whether every folder or file in the index is unchanged."""
     stats = PatientMap().map(_stat, PathTable(index=index, name="stamp"))
     return all(
         status is not None and status.st_mtime_ns == time_ns and status.st_size == size
@@ -191,7 +190,7 @@ def _stat(place: str) -> os.stat_result | None:
 
 
 def save(file: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write an index file: under another name first, so that there is a whole one or none."""
+    """Write an index file atomically: under a temporary name, then renamed."""
     os.makedirs(os.path.dirname(file), mode=0o700, exist_ok=True)
     table, offset = {}, 0
     for name, array in arrays.items():
@@ -200,7 +199,7 @@ def save(file: str, arrays: dict[str, np.ndarray]) -> None:
     text = json.dumps({"ident": os.urandom(16).hex(), "size": offset, "arrays": table}).encode()
     text += b" " * (-(HEADER.size + len(text)) % ALIGNMENT)
     with atomic_write(file, "wb", fsync=True, exclusive=True) as out:
-        os.chmod(out.name, 0o600)  # where others may write to it, it is not read again
+        os.chmod(out.name, 0o600)  # load() refuses a file that others can write to
         out.write(HEADER.pack(MAGIC, len(text), zlib.crc32(text)) + text)
         for array in arrays.values():
             out.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.nbytes else b"")
@@ -208,7 +207,7 @@ def save(file: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load(file: str) -> Index | None:
-    """Map an index file; None where there is none, or a damaged one or one of another version (which is said)."""
+    """Map an index file; return None if it is missing, or (with a log message) damaged or of another version."""
     try:
         with open(file, "rb") as source:
             magic, length, checksum = HEADER.unpack(source.read(HEADER.size))
@@ -225,7 +224,7 @@ def load(file: str) -> Index | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, MemoryError, OverflowError, struct.error) as e:
-        logger.warning(f"index: {file} is not used, it will be made again ({e})")
+        logger.warning(f"index: {file} is not used and will be rebuilt ({e})")
         return None
     arrays = {}
     for name, (kind, count, offset) in content["arrays"].items():
@@ -237,12 +236,12 @@ def load(file: str) -> Index | None:
 # one process lists, the others wait
 
 
-class _SomebodyElseLists(Exception):
+class _LockHeld(Exception):
     pass
 
 
 class _Lock(contextlib.ExitStack):
-    """A lock that is only tried for once ``cache_from`` files were counted."""
+    """A lock that is acquired only after ``cache_from`` files have been counted."""
 
     def __init__(self, file: str, cache_from: int):
         super().__init__()
@@ -256,13 +255,13 @@ class _Lock(contextlib.ExitStack):
             try:
                 self._take()
             except LockedError:
-                raise _SomebodyElseLists from None
+                raise _LockHeld from None
 
     def wait(self) -> None:
         self.large = True
         self._take(timeout_s=-1)
 
     def _take(self, **options: float) -> None:
-        with contextlib.suppress(OSError):  # a folder that cannot be written to: the index stays in memory
+        with contextlib.suppress(OSError):  # if the folder is not writable, the index stays in memory
             os.makedirs(os.path.dirname(self.file), mode=0o700, exist_ok=True)
             self.enter_context(locked(self.file, **options))

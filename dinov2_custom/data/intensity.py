@@ -1,7 +1,4 @@
-"""One range of values for all images of more than 8 bits of a dataset, measured on a sample of them.
-
-Not in here: the values of one image (``depth``). Read :func:`measure` first.
-"""
+"""Measure one intensity range for all images of more than 8 bits in a dataset, on a sample of them."""
 
 from __future__ import annotations
 
@@ -20,21 +17,21 @@ from .depth import Deep, is_deep, scaled
 from .sources import read_image
 
 logger = logging.getLogger("dinov2")
-FILES = 64  # of the sample
-VALUES = 1 << 14  # of one image
+FILES = 64  # in the sample
+VALUES = 1 << 14  # sampled from one image
 PERCENTILES = (0.1, 99.9)
 FEW_LEVELS, MUCH_CLIPPED = 64, 0.02
-LEAST_OTHERS = 8  # different values that are left when one is taken for nodata
+LEAST_OTHERS = 8  # distinct values that must remain when one is treated as nodata
 MOST_LEFT_OUT = 16
 ADVICE = "data.intensity=[low, high]"
 
 
 class Measured(NamedTuple):
-    """What was found in the sample.
+    """Results of measuring the sample.
 
-    intensity: values that become 0 and 255; None: no image of more than 8 bits. clipped: share of their values outside.
-    levels, levels_an_image: of the 256, used by all of them and by the median one. notes: number of images for each
-    note on their page.
+    intensity: values mapped to 0 and 255, or None if no image has more than 8 bits. clipped: fraction of the values
+    outside that range. levels, levels_an_image: how many of the 256 levels all images and the median image use. notes:
+    number of images for each note on the page.
     """
 
     intensity: tuple[float, float] | None
@@ -46,7 +43,7 @@ class Measured(NamedTuple):
     notes: Counter[str] = Counter()
 
     def describe(self) -> list[str]:
-        """Return what was found, one line for each fact."""
+        """Return the results as lines of text."""
         lines = []
         if self.intensity is not None:
             low, high = self.intensity
@@ -58,7 +55,7 @@ class Measured(NamedTuple):
         return lines + [f"{what}: {count} of {self.images} images looked at" for what, count in self.notes.items()]
 
     def warnings(self) -> list[str]:
-        """Return a warning for each property that is unlikely to give good features."""
+        """Return a warning for each property that makes good features unlikely."""
         if self.intensity is None:
             return []
         low, high = self.intensity
@@ -78,7 +75,7 @@ class Measured(NamedTuple):
         ]
 
     def log(self) -> None:
-        """Log all of it."""
+        """Log the results and the warnings."""
         for line in self.describe():
             logger.info(line)
         for line in self.warnings():
@@ -92,10 +89,10 @@ def measure(
     *,
     intensity: tuple[float, float] | None = None,
 ) -> Measured:
-    """Measure the range on ``FILES`` images spread over a dataset of ``count``, drawn by a generator of ``seed``.
+    """Measure the range on ``FILES`` images spread over a dataset of ``count`` images, drawn with ``seed``.
 
-    ``values_of_image(i)``: see :class:`Looker`; an image for which it raises DataError or OSError is skipped.
-    ``intensity``: measure everything but the range, which is this one.
+    ``values_of_image(i)``: see :class:`Looker`; images for which it raises DataError or OSError are skipped.
+    ``intensity``: a fixed range, which is then not measured.
     """
     strata = min(FILES, count)
     rng = random_for(seed, "intensity", count)
@@ -132,10 +129,10 @@ def measure(
 
 
 def without_nodata(values: np.ndarray) -> np.ndarray:
-    """Return finite ``values`` sorted, without those that mark missing data.
+    """Return the finite ``values`` sorted, without those that mark missing data.
 
-    The least or greatest value is taken for such a mark (-9999, -3.4e38, zeros around a picture) when its distance from
-    the next one exceeds the width of all others.
+    The smallest or largest value is treated as such a marker (-9999, -3.4e38, zeros around the image) if its distance
+    from the next value exceeds the range of all others.
     """
     values = np.sort(values)
     for _ in range(MOST_LEFT_OUT):
@@ -152,7 +149,7 @@ def without_nodata(values: np.ndarray) -> np.ndarray:
 def range_of(values: np.ndarray) -> tuple[float, float]:
     """Return the percentiles of sorted ``values``, the lower one below the higher one."""
     low, high = np.percentile(values, PERCENTILES)
-    if low == high:  # fewer different values than the percentiles leave out, or only one
+    if low == high:  # almost all values, or all of them, are equal
         low, high = values[0], values[-1]
     return (float(low), float(high)) if high > low else (float(low), float(low) + 1)
 
@@ -164,19 +161,19 @@ def _is_apart(rest: np.ndarray, gap: float) -> bool:
 
 
 class Looker:
-    """Return (values of image i of ``dataset``, or None if it has 8 bits; the note on its page, or "")."""
+    """Return (values of image i of ``dataset``, or None if it has 8 bits; note on its page, or "")."""
 
     def __init__(self, dataset: Any, page: int = 0):
         self.dataset, self.page = dataset, page
 
     def __call__(self, i: int) -> tuple[Deep | None, str]:
-        """Look at image ``i``.
+        """Return the values of image ``i`` and the note on its page.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: if the image cannot be read.
         """
         data = read_image(self.dataset, i)
-        if not isinstance(data, bytes):  # of a dataset of one's own, with a decoder of its own
+        if not isinstance(data, bytes):  # a user-defined dataset with its own decoder
             return None, ""
         with image_errors(data, self.dataset.name(i)):
             image = open_page(data, self.page)

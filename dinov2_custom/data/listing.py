@@ -1,7 +1,6 @@
-"""Which image files are below a folder: scandir without a stat a file, progress, threads where the disk is far away.
+"""List the image files below a folder without a stat call per file, using threads on slow (network) file systems.
 
-The order is that of the sorted paths and does not depend on the file system. Not in here: keeping the list (``index``).
-Read :func:`list_chunks` first.
+The order is that of the sorted paths and does not depend on the file system.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm",
     ".pnm", ".jp2", ".j2k", ".j2c", ".jpx", ".avif", ".heic", ".heif",
 )  # fmt: skip
-HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # what "ftyp" says a HEIC file is
-# what files of these formats begin with; those whose beginning says little (BMP, PPM) need a name that says it
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # "ftyp" brands of HEIC files
+# magic bytes by format; formats with a short, ambiguous magic (BMP, PPM) are recognised by extension only
 BEGINNING = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|II\*\0|MM\0\*|RIFF....WEBP|\0\0\0\x0cjP  \r\n\x87\n"
     rb"|....ftyp(avif|" + b"|".join(HEIF_BRANDS) + rb")",
@@ -37,19 +36,21 @@ PATTERN = re.compile(r"[*?[]")
 ADVICE = {".tar": "Tar:path={}", ".parquet": "Parquet:path={}", ".arrow": "Parquet:path={}"}
 LISTS = (".txt", ".lst", ".csv", ".tsv", ".jsonl", ".ndjson")
 ADVICE_FILE = {**ADVICE, **dict.fromkeys(LISTS, "ImageList:path={}")}
-LOCK, OUTPUTS = ".lock", ("config.yaml", "prepare.json", "verify_results.jsonl")  # what a folder that we write to has
+LOCK, OUTPUTS = ".lock", ("config.yaml", "prepare.json", "verify_results.jsonl")  # files in our output folders
 
 
 class PassedOver(NamedTuple):
-    """A folder or file of a dataset whose images, or some of them, could not be listed, and why."""
+    """A folder or file of a dataset that could not be listed completely, and the reason."""
 
     path: str
     reason: str
 
 
 class Scan(NamedTuple):
-    """What is right in one folder. files: names of images, sorted, NUL between them; status None: it cannot be read,
-    for ``reason``."""
+    """Contents of one folder, without subfolders' contents.
+
+    files: sorted names of images, separated by NUL. status: None if the folder cannot be read, for ``reason``.
+    """
 
     files: str
     folders: list[str]
@@ -58,15 +59,15 @@ class Scan(NamedTuple):
     reason: str = ""
 
 
-OUTPUT = Scan("", [], Counter(), None)  # a folder that a command of ours writes to
+OUTPUT = Scan("", [], Counter(), None)  # a folder that one of our commands writes to
 
 
 class Listing:
-    """The walk through folders: iterate over :meth:`chunks`, then ask for the rest.
+    """A recursive listing: iterate over :meth:`chunks`, then read the attributes.
 
-    ``others`` counts files that are no images by extension, ``stamps`` has (folder, status before it was read; None:
-    it could not be) of every folder, ``passed_over`` the folders that could not be read. ``outputs``: whether to enter
-    folders below the root that training, verify or prepare write to.
+    ``others`` counts non-image files by extension; ``stamps`` has (folder, status before it was read, or None if it was
+    unreadable) for every folder; ``passed_over`` has the unreadable folders. ``outputs``: whether to descend into
+    output folders of training, verify and prepare below the root.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Listing:
         self._workers = PatientMap()
 
     def chunks(self, root: str) -> Iterator[list[str]]:
-        """Yield the image paths below ``root`` in sorted order, some at a time; nothing for a folder met before."""
+        """Yield the image paths below ``root`` in sorted order, in chunks; a folder seen before yields nothing."""
         scans = self._scan_all(root)
         pending: list[str | list[str]] = [root]
         while pending:
@@ -98,9 +99,9 @@ class Listing:
                 pending += reversed(_pieces(piece, scans.pop(piece)))
 
     def matches(self, pattern: str) -> Iterator[list[str]]:
-        """Yield the image files that match a pattern with ``*``, ``?``, ``[..]`` or ``**``, and those below folders.
+        """Yield the image files that match a pattern (``*``, ``?``, ``[..]``, ``**``) and those below matching folders.
 
-        All at once, sorted, each once.
+        They come in one chunk, sorted and without duplicates.
         """
         found: set[str] = set()
         for path in sorted(glob.iglob(pattern, recursive=True)):
@@ -115,7 +116,7 @@ class Listing:
         yield sorted(found)
 
     def _scan_all(self, root: str) -> dict[str, Scan]:
-        """Scan level after level; a folder that a link leads back to is entered once."""
+        """Scan level by level; a folder that is reached again through a link is entered only once."""
         scans: dict[str, Scan] = {}
         level = [root]
         while level:
@@ -145,7 +146,7 @@ class Listing:
         return scans
 
     def _scan(self, folder: str, output: bool = False) -> Scan:
-        """Read one folder; ``output``: even one that we write to."""
+        """Read one folder; ``output``: even if it is an output folder."""
         files, folders, others, extensions, marks = [], [], Counter(), self.extensions, []
         try:
             status = os.stat(folder)
@@ -177,7 +178,7 @@ class Listing:
 
 
 def _pieces(folder: str, scan: Scan) -> list[str | list[str]]:
-    """Return a folder's files, in lists, and its folders, in the order of the paths below it."""
+    """Return a folder's files (in lists) and subfolders, in the sorted order of all paths below it."""
     prefix = os.path.join(folder, "")
     files = [prefix + name for name in scan.files.split("\0")] if scan.files else []
     if not scan.folders:
@@ -193,14 +194,13 @@ def _pieces(folder: str, scan: Scan) -> list[str | list[str]]:
 def list_images(
     roots: Sequence[str], extensions: Sequence[str] = EXTENSIONS, passed_over: list[PassedOver] | None = None
 ) -> list[str]:
-    """List the image files below ``roots``: root after root, each in the order of its sorted paths.
+    """Return the image files below ``roots``, root by root, sorted by path within each.
 
-    Extensions are compared without case. Hidden files and folders are skipped, links to folders followed (a folder that
-    is met again is not entered twice), no file is opened. A folder that cannot be read is added to ``passed_over``, or
-    logged where there is no such list.
+    Extensions are case-insensitive. Hidden files and folders are skipped; links to folders are followed, but no folder
+    is entered twice; no file is opened. Unreadable folders are appended to ``passed_over``, or logged if that is None.
 
     Raises:
-        DataError: all roots that are not folders, or that none holds an image.
+        DataError: if some roots are not folders (lists all of them), or none holds an image.
     """
     listing = Listing(extensions)
     chunks = list_chunks(roots, listing)
@@ -213,7 +213,7 @@ def list_images(
 
 
 def log_passed_over(those: Sequence[PassedOver]) -> None:
-    """Warn of each, of many of the first ones and their number."""
+    """Log a warning for each, or for the first few and the total number if there are many."""
     for path, reason in those[:MAX_LOGGED]:
         logger.warning(f"passed over: {path} ({reason})")
     if len(those) > MAX_LOGGED:
@@ -221,7 +221,7 @@ def log_passed_over(those: Sequence[PassedOver]) -> None:
 
 
 def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[list[str]]]:
-    """Yield, for each root, the chunks of :meth:`Listing.chunks`; at the end say how long it took.
+    """Yield, for each root, the chunks of :meth:`Listing.chunks`; log the total time at the end.
 
     Raises:
         DataError: as :func:`list_images`.
@@ -254,14 +254,14 @@ def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[lis
 
 
 def is_pattern(place: str) -> bool:
-    """Return whether a place is a pattern: it has ``*``, ``?`` or ``[``, and no file or folder has that name."""
+    """Return whether a place is a pattern: it contains ``*``, ``?`` or ``[`` and is not an existing path."""
     return PATTERN.search(place) is not None and not os.path.exists(place)
 
 
 def _begins_as_image(path: str, extensions: Collection[str]) -> bool:
-    """Return whether a file whose name has no extension is an image by its first bytes.
+    """Return whether a file without extension is an image by its first bytes.
 
-    Not where only some extensions are asked for.
+    Always false if only some extensions were requested.
     """
     if not extensions >= set(EXTENSIONS) or not os.path.isfile(path):
         return False
@@ -273,7 +273,7 @@ def _begins_as_image(path: str, extensions: Collection[str]) -> bool:
 
 
 def _what_it_is(place: str) -> str:
-    """Say why a place is no folder, and for a file how to train on it."""
+    """Explain why a place is not a folder and, for a file, how to train on it."""
     if not os.path.exists(place):
         return "missing"
     advice = next((text for suffix, text in ADVICE_FILE.items() if place.lower().endswith(suffix)), None)
@@ -283,7 +283,7 @@ def _what_it_is(place: str) -> str:
 
 
 class Progress:
-    """Counts, and logs the count and the rate: after half a second first, then at intervals that double to ten."""
+    """Log a count and its rate: first after half a second, then at intervals that double up to ten seconds."""
 
     def __init__(self, task: str, unit: str, first_s: float = 0.5, clock: Callable[[], float] = time.monotonic):
         self.task = task
@@ -295,7 +295,7 @@ class Progress:
         self.next = self.start + first_s
 
     def add(self, number: int) -> None:
-        """Count ``number`` more."""
+        """Add ``number`` to the count."""
         self.count += number
         now = self.clock()
         if now >= self.next:
@@ -304,7 +304,7 @@ class Progress:
             logger.info(f"{self.task}: {self._sum(now)}")
 
     def end(self, result: str = "") -> None:
-        """Log the total, where there was progress to log before."""
+        """Log the total if progress was logged before."""
         now = self.clock()
         if now - self.start >= 0.5:
             logger.info(f"{self.task} done: {self._sum(now)} {now - self.start:.1f} s {result}".rstrip())
@@ -314,7 +314,7 @@ class Progress:
 
 
 class PatientMap:
-    """``map`` in order, in threads from when calls turn out to wait (a network file system) rather than to compute."""
+    """Ordered ``map`` that switches to threads when calls mostly wait (network file system) rather than compute."""
 
     def __init__(self, threads: int = 16, probes: int = 32, waiting: float = 0.5):
         self.threads = threads
@@ -323,7 +323,7 @@ class PatientMap:
         self.calls, self.wall, self.cpu = 0, 0.0, 0.0
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """Yield ``function(item)`` of every item."""
+        """Yield ``function(item)`` for every item."""
         items = iter(items)
         for item in items:
             if self.waits:

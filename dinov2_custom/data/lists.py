@@ -1,13 +1,14 @@
-"""Images named by a list file: ``.txt`` with a path per line, ``.csv``, ``.tsv`` or ``.jsonl`` with a column of paths.
+"""Images listed in a file: ``.txt`` with one path per line, or ``.csv``, ``.tsv`` or ``.jsonl`` with a column of paths.
 
-In a ``.txt``, blank lines and lines that begin with ``#`` are no paths; ``./#x.png`` is one. Quotes around a path,
-blanks after it and a label after it (``a.jpg 3``) are not part of it; backslashes alone separate folders. UTF-8 and
-UTF-16 with a byte order mark are read; a table without a header is read where one column alone has image paths.
-Paths are relative to the list's own folder, or to ``root``. No file of the list is looked for before it is drawn: one
-that is missing is an unreadable image like any other.
+In a ``.txt`` file, blank lines and lines that begin with ``#`` are ignored (write ``./#x.png`` for such a path).
+Quotes around a path and trailing blanks or labels (``a.jpg 3``) are removed; in a path without slashes, backslashes
+separate folders. The encoding is UTF-8, or UTF-16 with a byte order mark. A table may lack a header if exactly one
+column has image paths.
+Paths are relative to the list's own folder, or to ``root``. Files are not checked for existence in advance: a missing
+file is an unreadable image like any other.
 
-A line may name an image in another file: ``<x.tar>!<member>``, ``<x.parquet>!<row>``. These are the names that sources
-of such files give their images, so that a list written from them can be trained on. Read :class:`ListSource` first.
+A line may name an image inside another file: ``<x.tar>!<member>``, ``<x.parquet>!<row>``. The sources of such files
+name their images in this way, so that a list of these names can be used for training.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .tar_shards import MAX_OPEN, TAR_SUFFIXES, walk_tar
 logger = logging.getLogger("dinov2")
 CHUNK = 4096
 JSON_SUFFIXES = (".jsonl", ".ndjson")
-# a path that ends like an image's, a blank, comma or semicolon, and a word that does not
+# a path with an image extension, then a blank, comma or semicolon, then a word without one
 _ENDINGS = "|".join(map(re.escape, EXTENSIONS))
 _LABELLED = re.compile(rf"(.+(?:{_ENDINGS})[\"']?)[ \t,;]+(?!.*(?:{_ENDINGS})$)\S.*", re.IGNORECASE)
 COLUMNS = ("path", "image", "file", "filename", "file_name", "filepath", "image_path")
@@ -45,14 +46,14 @@ Wanted = dict[str, tuple[list[int], list[str]]]
 
 
 class ListSource(Source):
-    """The files that a list file names, in its order.
+    """The files named in a list file, in its order.
 
-    ``column``: of a .csv or .tsv file, whose columns have ``,``, ``;`` or tabs between them, or the key of a .jsonl
-    file's objects; may be left out where there is one column, or one of :data:`COLUMNS`. ``root``: folder that the
-    paths are relative to, instead of the list's own.
+    ``column``: the column of a .csv or .tsv file (delimited by ``,``, ``;`` or tabs), or the key in the objects of a
+    .jsonl file; optional if there is only one column or one of :data:`COLUMNS`. ``root``: the folder to which paths are
+    relative, instead of the list's own.
 
     Raises:
-        DataError: the list is missing, empty or has no such column.
+        DataError: if the list is missing, empty or has no such column.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ListSource(Source):
         return {**packed, **members, **passed_over, **pack_stamps(places, stats, started)}
 
     def _chunks(self, rows: Iterable[str], on_count, wanted: Wanted) -> Iterator[list[str]]:
-        """Yield absolute paths; put those that are in another file into ``wanted``, with their numbers."""
+        """Yield absolute paths; add those inside another file to ``wanted`` with their line numbers."""
         progress = Progress("reading the list", "files")
         while some := list(itertools.islice(rows, CHUNK)):
             paths = [os.path.join(self.root, os.path.expanduser(row)) for row in some]
@@ -106,7 +107,7 @@ class ListSource(Source):
         progress.end()
 
     def _column(self, file: TextIO, column: str | None, short: array) -> Iterator[str]:
-        """Return the paths in a table's column; append to ``short`` the numbers of the lines that have others alone."""
+        """Return the paths in a table's column; append to ``short`` the numbers of the lines that lack this column."""
         first = file.readline()
         marks = "\t" if self.path.lower().endswith(".tsv") else ",;\t"
         between = next((mark for mark in marks if mark in first), ",")
@@ -133,7 +134,7 @@ class ListSource(Source):
             if not line.strip():
                 continue
             try:
-                row = parse_json(line, finite=False)  # other columns may hold NaN, as Python writes it
+                row = parse_json(line, finite=False)  # other columns may hold NaN, which Python's json writes
             except ValueError as e:
                 raise DataError(f"expected a JSON object per line: {self.path} line {number} ({e})") from e
             if number == 1 and isinstance(row, dict):
@@ -186,10 +187,10 @@ class ListSource(Source):
 
 
 def _encoding(path: str) -> str:
-    """Return the encoding of a text file by its first bytes.
+    """Return the encoding of a text file, determined from its first bytes.
 
     Raises:
-        DataError: UTF-16 without the mark that says which.
+        DataError: if it is UTF-16 without a byte order mark.
     """
     with open(path, "rb") as file:
         start = file.read(64)
@@ -201,7 +202,7 @@ def _encoding(path: str) -> str:
 
 
 def _clean(line: str) -> str:
-    """Return a path without the blanks and quotes around it."""
+    """Strip surrounding blanks and quotes from a path."""
     line = line.strip()
     if len(line) > 1 and line[0] == line[-1] and line[0] in "\"'":
         line = line[1:-1]
@@ -209,7 +210,7 @@ def _clean(line: str) -> str:
 
 
 def split_member(path: str) -> tuple[str, str] | None:
-    """Return (file, member or row) of such a name; None: it is the path of a file."""
+    """Return (file, member or row) of a name with ``!``, or None for the path of a file."""
     position = path.find("!")
     while position >= 0:
         container, member = path[:position], path[position + 1 :]
@@ -222,10 +223,10 @@ def split_member(path: str) -> tuple[str, str] | None:
 
 
 def find_members(wanted: Wanted, number: int) -> dict[str, np.ndarray]:
-    """Return index arrays of ``number`` lines: container (-1: a plain file), offset (-1: not there) and size.
+    """Return index arrays of ``number`` lines: container (-1: a plain file), offset (-1: not found) and size.
 
-    ``wanted``: for each container the lines that name something in it, and what. In a Parquet file the offset is the
-    row. Containers that cannot be read are logged; their lines are unreadable images.
+    ``wanted``: for each container, the lines that refer to it and the members they name. For a Parquet file the offset
+    is the row. Unreadable containers are logged, and their lines become unreadable images.
     """
     if not wanted:
         return {"container": np.empty(0, np.int32), **pack_texts([], "container")}
@@ -243,7 +244,7 @@ def find_members(wanted: Wanted, number: int) -> dict[str, np.ndarray]:
 
 
 def _members(file: str) -> dict[str, tuple[int, int]] | None:
-    """Return name -> (offset, size) of a tar; None: a file of rows."""
+    """Return name -> (offset, size) of a tar, or None for a file of rows."""
     if not file.lower().endswith(TAR_SUFFIXES):
         return None
     try:
@@ -256,7 +257,7 @@ def _members(file: str) -> dict[str, tuple[int, int]] | None:
 
 
 class MemberReader:
-    """Reads lines by the arrays of :func:`find_members`; ``open_rows`` makes a source of Parquet files."""
+    """Read lines by the arrays of :func:`find_members`; ``open_rows`` creates a source from Parquet files."""
 
     def __init__(self, index: Index, open_rows: Callable[[Sequence[str]], Any]):
         self.index = index
@@ -273,7 +274,7 @@ class MemberReader:
         """Return the bytes of the image that ``line`` names.
 
         Raises:
-            DataError: its file or the image in it is not there, or cannot be read.
+            DataError: if the file or the image in it is missing or cannot be read.
         """
         file = self.containers[int(self.index["container"][line])]
         offset, size = int(self.index["offset"][line]), int(self.index["size"][line])

@@ -1,8 +1,4 @@
-"""make_dataset, make_data_loader (upstream's) and make_train_loader with its TrainLoader (what training uses).
-
-Not in here: what is in a sample and a batch (``samples``), the order of images (``samplers``), processes (``pool``).
-Read :func:`make_train_loader` and :meth:`TrainLoader.batches` first.
-"""
+"""Upstream's make_dataset and make_data_loader, and make_train_loader with its TrainLoader, used for training."""
 
 from __future__ import annotations
 
@@ -39,7 +35,7 @@ from .spec import DatasetSpec, parse_dataset
 from .tar_shards import TarSource
 
 logger = logging.getLogger("dinov2")
-MAX_KINDS = 8  # of files, in one line of the log
+MAX_KINDS = 8  # of files, listed in one log line
 DATASETS = {"LabelledFolder": LabelledFolder, "ImageNet": ImageNet, "ImageNet22k": ImageNet22k}
 
 
@@ -59,11 +55,11 @@ def make_dataset(
     transform: Callable | None = None,
     target_transform: Callable | None = None,
 ) -> Any:
-    """Make the dataset that a dataset string, a path, a mapping or a list of them stands for (see ``data.spec``).
+    """Make the dataset described by a dataset string, a path, a mapping or a list of them (see ``data.spec``).
 
     Raises:
-        ConfigError: a string that cannot be understood.
-        DataError: folders or files that are missing or hold no image.
+        ConfigError: if a string cannot be parsed.
+        DataError: if folders or files are missing or hold no image.
     """
     make, options = _parse_dataset_str(dataset_str)
     dataset = make(transform=transform, target_transform=target_transform, **options)
@@ -74,7 +70,7 @@ def make_dataset(
 
 
 def _parse_dataset_str(dataset_str: Any) -> tuple[Callable, dict[str, Any]]:
-    """Return what makes the dataset and its keyword arguments besides the transforms; for upstream's, upstream's."""
+    """Return the dataset's constructor and its keyword arguments except transforms; upstream's for upstream's kinds."""
     spec = parse_dataset(dataset_str)
     if spec.kind not in ("ImageNet", "ImageNet22k"):
         return partial(build, spec), {}
@@ -98,10 +94,10 @@ def make_data_loader(
     persistent_workers: bool = False,
     collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader:
-    """Make a DataLoader over ``dataset`` with one of upstream's samplers (None: torch's own order).
+    """Make a DataLoader over ``dataset`` with one of upstream's samplers (None: torch's default order).
 
-    ``sampler_size``: samples of an epoch for EPOCH (-1: the dataset's length). ``sampler_advance``: samples this rank
-    has had already. Memory is pinned where there is CUDA; ``persistent_workers`` is ignored without workers.
+    ``sampler_size``: samples per epoch for EPOCH (-1: the dataset's length). ``sampler_advance``: samples that this
+    rank has already consumed. Memory is pinned if CUDA is available; ``persistent_workers`` is ignored without workers.
     """
     sampler = _make_sampler(len(dataset), sampler_type, shuffle, seed, sampler_size, sampler_advance)
     return DataLoader(
@@ -151,18 +147,18 @@ def make_train_loader(
     on_bad_image: Callable[[str, str], Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TrainLoader:
-    """Make the loader of a training run: dataset, hold-out, augmentation, masks and order as ``cfg`` says.
+    """Make the loader of a training run: dataset, hold-out, augmentation, masks and order as configured in ``cfg``.
 
-    Every sample is a pure function of (``cfg.train.seed``, draw number): iteration i of the job has the draws
-    [i*b*W, (i+1)*b*W), of which this rank takes its block of b; a dataset smaller than that repeats. Starting at
-    ``start_iteration`` goes on exactly there. ``on_bad_image(path, reason)`` is called once for every unreadable image.
-    ``dataset``: None: made from ``train.dataset_path``; images of more than 8 bits are then scaled by their depth where
-    ``data.intensity`` is "auto".
-    ``cores``: this rank's share of the machine's, for ``train.num_workers`` "auto"; None: all that it may use.
+    Every sample is a pure function of (``cfg.train.seed``, draw number). Iteration i of the job has the draws
+    [i*b*W, (i+1)*b*W) for batch size b and W ranks, of which each rank takes one block of b; a smaller dataset repeats.
+    Starting at ``start_iteration`` therefore resumes exactly. ``on_bad_image(path, reason)`` is called once for each
+    unreadable image. ``dataset``: None creates it from ``train.dataset_path``; images of more than 8 bits are then
+    scaled by their depth if ``data.intensity`` is "auto".
+    ``cores``: this rank's share of the CPU cores, for ``train.num_workers`` "auto"; None: all cores it may use.
 
     Raises:
-        ConfigError: a dataset string that cannot be understood, or a hold-out that is only half described.
-        DataError: folders that are missing or empty, or no readable image in them.
+        ConfigError: if a dataset string cannot be parsed, or only one of the hold-out keys is set.
+        DataError: if folders are missing or empty, or hold no readable image.
     """
     if dataset is None:
         dataset = make_dataset(dataset_str=cfg.train.dataset_path)
@@ -202,7 +198,7 @@ def make_train_loader(
 
 
 def make_augmentation(cfg: Any) -> DataAugmentationDINO:
-    """Make the augmentation that ``cfg`` describes."""
+    """Make the augmentation configured in ``cfg``."""
     crops = cfg.crops
     return DataAugmentationDINO(
         crops.global_crops_scale,
@@ -217,9 +213,9 @@ def make_augmentation(cfg: Any) -> DataAugmentationDINO:
 
 
 def make_masks(cfg: Any) -> Masks:
-    """Return how ``cfg`` wants the masks of a step.
+    """Return the mask parameters configured in ``cfg``.
 
-    A rectangle of a mask has at most half the patches, rounded down from left to right as upstream does.
+    A rectangle of a mask covers at most half of the patches; the rounding follows upstream's order of evaluation.
     """
     size, patch = cfg.crops.global_crops_size, cfg.student.patch_size
     grid = size // patch
@@ -232,10 +228,10 @@ def make_masks(cfg: Any) -> Masks:
 
 
 def build(spec: DatasetSpec, transform: Callable | None = None, target_transform: Callable | None = None) -> Any:
-    """Make the dataset that ``spec`` describes.
+    """Make the dataset described by ``spec``.
 
     Raises:
-        DataError: what it names is missing, broken or holds no image.
+        DataError: if its files are missing or corrupt, or hold no image.
     """
     options = {"transform": transform, "target_transform": target_transform}
     if spec.kind == "ImageDataset":
@@ -251,7 +247,7 @@ def build(spec: DatasetSpec, transform: Callable | None = None, target_transform
 
 
 def make_source(spec: DatasetSpec) -> Source:
-    """Make the source of a kind that is not a dataset class of its own."""
+    """Make the source for a kind that has no dataset class of its own."""
     if spec.kind == "Tar":
         return TarSource(list(spec.roots))
     if spec.kind == "Parquet":
@@ -262,13 +258,13 @@ def make_source(spec: DatasetSpec) -> Source:
 
 
 class TrainLoader:
-    """An endless sequence of collated batches of one rank, the same whatever ``num_workers`` is.
+    """An endless sequence of one rank's collated batches, independent of ``num_workers``.
 
-    ``num_images``: images to train on. ``draws``: number of the job's next draw, which a resumed run gives to
+    ``num_images``: images to train on. ``draws``: number of the job's next draw, which a resumed run passes to
     :meth:`batches`.
-    ``num_workers``: processes, 0: none but this one, "auto": as many as keep up, at most ``cores``.
-    ``colours``: where the colour changes are made, "cpu" | "device" | "auto" (on the device if it is not a CPU);
-    the pixels are the same.
+    ``num_workers``: number of processes; 0 loads in this process, "auto" uses as many as needed, at most ``cores``.
+    ``colours``: where colours are changed, "cpu" | "device" | "auto" (the device unless it is a CPU); the pixels are
+    identical.
     """
 
     def __init__(
@@ -290,7 +286,7 @@ class TrainLoader:
         self.colours = colours
         self.start_iteration = start_iteration
         self.num_images = len(builder.samples.dataset)
-        self.found: dict[str, Any] = {"resize": resize_kernel()}  # what a checkpoint keeps of the data
+        self.found: dict[str, Any] = {"resize": resize_kernel()}  # saved in checkpoints
         self.draws = start_iteration * builder.batch_size * builder.world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -299,10 +295,10 @@ class TrainLoader:
     def batches(
         self, start_iteration: int = 0, device: torch.device | str = "cpu", *, first_draw: int = 0
     ) -> Iterator[dict[str, Any]]:
-        """Yield the batches from ``start_iteration`` on, counted from ``first_draw``; their crops on ``device``.
+        """Yield the batches from ``start_iteration`` on, counted from ``first_draw``, with crops on ``device``.
 
         Raises:
-            DataError: too many images cannot be read, or the data-loading processes die again and again.
+            DataError: if too many images cannot be read, or data-loading processes die repeatedly.
         """
         device = torch.device(device)
         batch_size, world_size = self.builder.batch_size, self.builder.world_size
@@ -328,16 +324,16 @@ class TrainLoader:
                     source.grow(auto.chosen)
         finally:
             try:
-                copier.wait()  # copies may still read the memory that is freed now
+                copier.wait()  # copies may still read the memory that is about to be freed
             finally:
                 source.close()
 
     def _source(self, start_iteration: int, device: torch.device, first_draw: int) -> tuple[Any, AutoWorkers | None]:
-        """Start what builds the batches; for ``num_workers`` "auto" also what chooses the number of processes."""
+        """Return the started batch builder and, for ``num_workers`` "auto", the object that sets their number."""
         builder = copy.copy(self.builder)
         builder.first_draw = first_draw
         builder.late_colours = self.colours == "device" or (self.colours == "auto" and device.type != "cpu")
-        by = "OpenCV" if opencv() else "numpy"  # looked for here, once, rather than in each process
+        by = "OpenCV" if opencv() else "numpy"  # checked once here rather than in each process
         where = "on the device" if builder.late_colours else f"by {by}"
         logger.info(f"crops are resized by {resize_kernel()}, their colours changed {where}")
         pinned = device.type == "cuda"
@@ -348,14 +344,14 @@ class TrainLoader:
 
 
 class Copied:
-    """A batch, and how to wait until the host memory that it came from is free again."""
+    """A batch and the event after which its host memory may be reused."""
 
     def __init__(self, batch: dict[str, Any], event: torch.cuda.Event | None = None) -> None:
         self.batch, self._event = batch, event
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing of it can still be on its way."""
+        """Whether all copies have completed."""
         return self._event is None
 
     def wait(self) -> None:
@@ -365,12 +361,13 @@ class Copied:
 
 
 class Copier:
-    """Make batches on ``device``: on a CUDA device, on a stream of its own.
+    """Make batches on ``device``, using a separate stream if it is a CUDA device.
 
-    A batch so travels while the step before is still computing: the host is ahead of the GPU by up to a step, and when
-    it asks for a batch, the one before is being worked on. On other devices there are no streams and nothing is ahead.
+    A batch is thus copied while the previous step is still computing, since the host runs up to one step ahead of the
+    GPU. On other devices there are no streams, and copies are synchronous.
 
-    ``cuda``: what has the ``Stream``, ``Event``, ``stream`` and ``current_stream`` of ``torch.cuda``; None: no streams.
+    ``cuda``: a namespace with ``Stream``, ``Event``, ``stream`` and ``current_stream`` as in ``torch.cuda``; None uses
+    no streams.
     """
 
     def __init__(self, device: torch.device, cuda: Any = None) -> None:
@@ -379,21 +376,21 @@ class Copier:
         self.stream = self.cuda.Stream(device) if self.cuda else None
 
     def __call__(self, make: Callable[[], dict[str, Any]]) -> Copied:
-        """Return ``make()``, whose copies and kernels the present stream, not the host, waits for."""
+        """Return ``make()``; the current stream, not the host, waits for its copies and kernels."""
         if self.stream is None:
             return Copied(make())
         with self.cuda.stream(self.stream):
             batch = make()
-            event = self.cuda.Event(blocking=True)  # else a host that waits keeps a core busy
+            event = self.cuda.Event(blocking=True)  # otherwise waiting would keep a core busy
             event.record(self.stream)
         user = self.cuda.current_stream(self.device)
         user.wait_event(event)
         for value in batch.values():
             if isinstance(value, torch.Tensor) and value.device.type == self.device.type:
-                value.record_stream(user)  # its memory is the user's until that has done with it
+                value.record_stream(user)  # do not reuse its memory before the consuming stream is done
         return Copied(batch, event)
 
     def wait(self) -> None:
-        """Wait until nothing that was started here is on its way."""
+        """Wait for everything that was started here."""
         if self.stream is not None:
             self.stream.synchronize()

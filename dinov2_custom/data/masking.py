@@ -1,10 +1,9 @@
-"""Masks of patches for the iBOT loss: the shape of one mask, and the masks of one optimizer step.
+"""Patch masks for the iBOT loss: the shape of one mask, and the masks of one optimizer step.
 
 :class:`MaskingGenerator` is upstream's sampler of random rectangles, draw for draw, on the bits of one integer instead
 of patch by patch. :func:`masks_of_draws` finds each mask of a step on its own, from (seed, step, draw). Upstream masks
 a share of the crops of one process's batch and spreads their ratios evenly over a range; here the batch is that of the
-whole step, over all processes and accumulated batches, so how these are cut does not matter. Not in here: upstream's
-collate function (``collate``).
+whole step, over all processes and accumulated batches, so how these are cut does not matter.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class MaskingGenerator:
     """Sample boolean masks over a grid of patches, built from rectangles.
 
     ``input_size``: (rows, columns) of the grid, or one number for both. A rectangle's area is uniform between
-    ``min_num_patches`` and the smaller of ``max_num_patches`` (None: no bound of its own) and what is still missing;
+    ``min_num_patches`` and the smaller of ``max_num_patches`` (None: unbounded) and the number still missing;
     its aspect is log-uniform in ``min_aspect``..``max_aspect`` (None: ``1 / min_aspect``).
 
     Source: upstream data/masking.py (BEiT's blockwise masking, https://arxiv.org/abs/2106.08254, algorithm 1).
@@ -88,7 +87,7 @@ class MaskingGenerator:
         return patches.view(np.bool_).reshape(self.height, self.width)
 
     def _add_rectangle(self, mask: int, max_added: float, rng: random.Random | ModuleType) -> tuple[int, int]:
-        """Return ``mask`` with one rectangle more that adds 1..``max_added`` patches, and how many; 0: none found."""
+        """Return ``mask`` with another rectangle that adds 1..``max_added`` patches, and their number (0: no fit)."""
         height, width, draw = self.height, self.width, rng.random
         least, (low, high) = self.min_num_patches, self.log_aspect_ratio
         more, wider = max_added - least, high - low
@@ -107,9 +106,9 @@ class MaskingGenerator:
 
 
 class Masks(NamedTuple):
-    """How the masks of a step are drawn: ``probability`` of its crops are masked, the ratios spread over ``ratios``.
+    """Parameters of a step's masks: the fraction of crops to mask (``probability``) and the range of mask ratios.
 
-    ``generator(n, rng=)`` gives a mask of at most n of the ``n_tokens`` patches.
+    ``generator(n, rng=)`` returns a mask of at most n of the ``n_tokens`` patches.
     """
 
     ratios: Sequence[float]
@@ -119,17 +118,18 @@ class Masks(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The draws of one optimizer step: ``size`` of them from number ``first`` on."""
+    """The draws of one optimizer step: ``size`` draws starting at number ``first``."""
 
     first: int
     size: int
 
 
 def masks_of_draws(masks: Masks, seed: int, step: Step, draws: Sequence[int]) -> tuple[np.ndarray, int]:
-    """Return the masks (2 * len(draws), n_tokens) bool of the global crops of ``draws``, and an upper bound of True.
+    """Return bool masks (2 * len(draws), n_tokens) of the global crops of ``draws``, and an upper bound on their sum.
 
-    Rows are crop-major: all draws' first crops, then all their second ones. Of the step's 2 * size crops a permutation
-    takes ``int(2 * size * probability)``; the j-th of them has its ratio in the j-th of as many equal bins.
+    Rows are crop-major: the first crops of all draws, then their second crops. A permutation selects
+    ``int(2 * size * probability)`` of the step's 2 * size crops; the ratio of the j-th lies in the j-th of as many
+    equal bins.
     """
     num_crops = 2 * step.size
     edges = _edges(tuple(masks.ratios), int(num_crops * masks.probability))
@@ -150,5 +150,5 @@ def masks_of_draws(masks: Masks, seed: int, step: Step, draws: Sequence[int]) ->
 
 @lru_cache(maxsize=4)
 def _edges(ratios: tuple[float, ...], num_masked: int) -> np.ndarray:
-    """Return the float32 borders of the bins, as ``collate.draw_masks`` has them."""
+    """Return the float32 bin edges, identical to those of ``collate.draw_masks``."""
     return torch.linspace(*ratios, num_masked + 1).numpy()

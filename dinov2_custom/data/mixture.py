@@ -1,9 +1,9 @@
-"""Several datasets in one: with weights, or in proportion to their sizes. Nothing is drawn at random.
+"""Combine several datasets by weight, or in proportion to their sizes, deterministically.
 
 Draw n of the run belongs to one dataset and is its m-th draw, both functions of n alone: the weights are paired again
-and again (a binary tree, the two lightest together first), and a node that had k draws has given ``round(k * share)``
-of them to its left side. So every dataset stays within :attr:`Shares.bound` draws of its share of the draws so far, and
-its own draws go through all its images once a pass. Read :meth:`Shares.at` first.
+and again (a binary tree, the two lightest together first), and a node with k draws so far has passed ``round(k *
+share)`` of them to its left side. So every dataset stays within :attr:`Shares.bound` draws of its share of the draws so
+far, and its own draws go through all its images once a pass.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Share = tuple[str, int, float]
 
 
 class Node(NamedTuple):
-    """A fork of the tree: ``left`` of ``total`` draws go left. A child is another node or the number of a dataset."""
+    """Inner node of the tree: ``left`` of ``total`` draws go left. A child is a node or the number of a dataset."""
 
     left: int
     total: int
@@ -38,7 +38,7 @@ class Node(NamedTuple):
 
 
 class Shares:
-    """Deals out draws in exact proportion to ``weights`` (positive; a decimal such as 0.7 is taken as written)."""
+    """Allocate draws in exact proportion to ``weights`` (positive; a decimal such as 0.7 is taken as written)."""
 
     def __init__(self, weights: Sequence[float | int]):
         parts = [Fraction(str(weight)) for weight in weights]
@@ -56,7 +56,7 @@ class Shares:
         self.bound = _bound(self.root)
 
     def at(self, draw: int) -> tuple[int, int]:
-        """Return (number of the dataset, how many draws it had before) for a draw >= 0. O(datasets) time and memory."""
+        """Return (number of the dataset, number of its earlier draws) for a draw >= 0. O(datasets) time and memory."""
         node = self.root
         while isinstance(node, Node):
             left = _rounded(draw * node.left, node.total)
@@ -67,7 +67,7 @@ class Shares:
 
 
 def _bound(node: Node | int, error: float = 0.0) -> float:
-    """Return how far the draws of a leaf can be from its share: a fork adds a half to its part of what comes in."""
+    """Return the maximum deviation of a leaf's draws from its share; each inner node adds 1/2 to the incoming error."""
     if isinstance(node, int):
         return error
     shares = (node.left / node.total, 1 - node.left / node.total)
@@ -79,9 +79,9 @@ def _rounded(numerator: int, denominator: int) -> int:
 
 
 class Mixture(Dataset):
-    """The samples of several datasets one after the other, (image, ()) each, with an order of drawing of its own.
+    """The concatenated samples (image, ()) of several datasets, with its own order of drawing.
 
-    ``weights``: one a dataset, above 0; None: in proportion to the sizes, so that every image is drawn once a pass.
+    ``weights``: one per dataset, above 0; None: in proportion to the sizes, so that each image is drawn once per pass.
     """
 
     def __init__(
@@ -130,15 +130,15 @@ class Mixture(Dataset):
     read = get_image_data
 
     def get_pixels(self, index: int, **options: Any) -> Any:
-        """Return the pixels of image ``index``, see ``samples.read_pixels``."""
+        """Return the pixels of image ``index``; see ``samples.read_pixels``."""
         part, own = self.part_of(index)
         return read_pixels(self.datasets[part], own, **options)
 
     def index_of_draw(self, draw: int, seed: int, attempt: int = 0) -> int:
-        """Return the sample of draw ``draw`` >= 0; ``attempt`` > 0: the sample that replaces it, of the same dataset.
+        """Return the sample of draw ``draw`` >= 0, or for ``attempt`` > 0 its replacement from the same dataset.
 
-        A pure function of its arguments, O(1) in time and memory. With weights every dataset goes through its own
-        images once in each of its own passes.
+        A pure function of its arguments, O(1) in time and memory. With weights, each dataset passes over its own
+        images independently.
         """
         part, own, first, size = 0, draw, 0, len(self)
         if self._dealt is not None:
@@ -151,7 +151,7 @@ class Mixture(Dataset):
 
     @property
     def reading(self) -> Reading:
-        """How files become pixels, the same for all datasets."""
+        """The options for decoding files, the same for all datasets."""
         return self.datasets[0].reading
 
     @reading.setter
@@ -160,15 +160,15 @@ class Mixture(Dataset):
             dataset.reading = reading
 
     def digest(self) -> str:
-        """Return the hashes of all datasets."""
+        """Return the combined hashes of all datasets."""
         return " ".join(dataset.digest() for dataset in self.datasets)
 
     def left_out(self) -> Counter[str]:
-        """Return how many files of which extension were found beside the images of all datasets."""
+        """Return the number of non-image files found in all datasets, by extension."""
         return sum((dataset.left_out() for dataset in self.datasets), Counter())
 
     def passed_over(self) -> list[PassedOver]:
-        """Return the folders and files of all datasets that could not be listed, or not to their end."""
+        """Return the folders and files of all datasets that could not be listed completely."""
         return [one for dataset in self.datasets for one in dataset.passed_over()]
 
     def shares(self) -> list[Share]:
@@ -178,10 +178,10 @@ class Mixture(Dataset):
         return list(zip(self.names, sizes, shares, strict=True))
 
     def subset(self, kept: np.ndarray, make: Any) -> Mixture:
-        """Return the mixture of ``make(dataset, indices)`` with the samples ``kept`` (sorted), the weights unchanged.
+        """Return the mixture restricted to the samples ``kept`` (sorted), built with ``make(dataset, indices)``.
 
         Raises:
-            ConfigError: nothing is left of a dataset with a weight.
+            ConfigError: if no image is left of a dataset with a weight.
         """
         cuts = np.searchsorted(kept, [self._first(part) for part in range(len(self.datasets))] + [len(self)])
         parts = [kept[a:b] - self._first(i) for i, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))]

@@ -1,8 +1,7 @@
-"""Images in Parquet files, and in the Arrow files of Hugging Face datasets: a column of bytes or of {bytes, path}.
+"""Images in Parquet files and in the Arrow files of Hugging Face datasets: a column of bytes or of {bytes, path}.
 
 Needs pyarrow (extra ``parquet``). A Parquet file can only be read a row group at a time: the last few are kept, and
-small row groups (or Arrow files, which are memory-mapped and read in place) make random access cheap. Not in here:
-downloading data sets. Read :class:`ParquetSource` first.
+small row groups (or Arrow files, which are memory-mapped and read in place) make random access cheap.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ COLUMNS = ("image", "img", "jpg", "png")
 
 
 class ParquetSource(Source):
-    """The images in ``column`` of Parquet or Arrow files. ``path``: files, folders of them, and brace patterns.
+    """The images in ``column`` of Parquet or Arrow files; ``path`` names files, folders and brace patterns.
 
-    ``column`` may be left out where there is only one that can hold images. ``cache_bytes``: row groups that a process
-    keeps (at least one).
+    ``column`` is optional if only one column can hold images. ``cache_bytes``: size limit of the row groups cached per
+    process (at least one is kept).
 
     Raises:
-        DataError: pyarrow is not installed, files that are missing or broken, or no such column.
+        DataError: if pyarrow is not installed, files are missing or corrupt, or there is no such column.
     """
 
     def __init__(self, path: Root | Sequence[Root], column: str | None = None, *, cache_bytes: int = CACHE_BYTES):
@@ -110,7 +109,7 @@ class ParquetSource(Source):
         group = int(np.searchsorted(self.ends, i, side="right"))
         return group, int(i - (self.ends[group - 1] if group else 0))
 
-    # open files and row groups belong to one process: pyarrow's do not survive a fork
+    # open files and row groups belong to one process: those of pyarrow do not survive a fork
 
     def _forget(self) -> None:
         self._process = os.getpid()
@@ -144,10 +143,10 @@ class ParquetSource(Source):
 
 
 class ParquetReader:
-    """Row groups of one Parquet file, read in this thread."""
+    """Row groups of one Parquet file, read in the calling thread."""
 
     in_place = False
-    has_end = True  # else it cannot be opened
+    has_end = True  # otherwise the file cannot be opened
 
     def __init__(self, file: str):
         import pyarrow.parquet
@@ -204,7 +203,7 @@ class ArrowReader:
         """Return the values of ``column`` in one record batch.
 
         Raises:
-            ArrowInvalid: offsets or lengths do not fit into the batch; reading on would crash the process.
+            ArrowInvalid: if offsets or lengths exceed the batch; reading further would crash the process.
         """
         values = self.batches[group].column(column)
         if (group, column) not in self._valid:
@@ -217,7 +216,7 @@ def open_reader(file: str) -> ParquetReader | ArrowReader:
     """Open a file by its suffix.
 
     Raises:
-        DataError: it is broken.
+        DataError: if the file is corrupt.
     """
     pa = arrow()
     try:
@@ -227,10 +226,10 @@ def open_reader(file: str) -> ParquetReader | ArrowReader:
 
 
 def image_column(schema: Any, column: str | None, file: str) -> str:
-    """Return ``column``, or the only one that may hold images.
+    """Return ``column``, or the only column that can hold images.
 
     Raises:
-        DataError: there is none, or several and none of the usual names.
+        DataError: if there is none, or there are several without a usual name.
     """
     fit = [field.name for field in schema if _holds_images(field.type)]
     if column is None:
@@ -260,7 +259,7 @@ def arrow() -> Any:
     """Import pyarrow.
 
     Raises:
-        DataError: it is not installed.
+        DataError: if it is not installed.
     """
     for name in ("pyarrow.ipc", "pyarrow.types"):
         optional(name, "Parquet and Hugging Face data", DataError)

@@ -1,10 +1,9 @@
-"""Pixel operations of the augmentation: uint8 in, uint8 out, every parameter given by the caller.
+"""Pixel operations of the augmentation, from uint8 to uint8, with all parameters given by the caller.
 
-Each colour change does what Pillow (through torchvision) does, in a few whole-array integer operations of numpy. Where
-OpenCV is installed (extra ``fast``), :func:`change_colours_into` has it make the same levels in about half the time.
-Crops are resized by torch or Pillow. Not in here: any drawing of parameters (``draws``), the colour changes on a GPU
-(``finish``). Unless said otherwise, arrays are planar, C-contiguous ``(C, H, W)`` uint8 with C = 3, or 1 after
-:func:`grayscale`. Read :func:`cut_crops` and :func:`change_colours` first.
+Each colour change matches Pillow (through torchvision), using a few whole-array integer operations of numpy. If OpenCV
+is installed (extra ``fast``), :func:`change_colours_into` uses it for the same levels in about half the time.
+Crops are resized by torch or Pillow. Unless said otherwise, arrays are planar, C-contiguous ``(C, H, W)`` uint8 with C
+= 3, or 1 after :func:`grayscale`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SOLARIZE_THRESHOLD = 128
 def cut_crops(
     outs: Sequence[np.ndarray], image: np.ndarray | torch.Tensor, draws: Sequence[CropDraw], kernel: str | None = None
 ) -> None:
-    """Cut the box of each of ``draws`` out of ``image`` (H, W, 3), resize it into its ``out`` (S, S, 3), and flip it.
+    """Cut the box of each of ``draws`` from ``image`` (H, W, 3), resize it into its ``out`` (S, S, 3), and flip it.
 
     Colours are not changed. Bicubic with antialiasing; pixels outside the box do not contribute. ``outs`` are
     contiguous. ``kernel``: one of ``KERNELS``, by default :func:`resize_kernel`'s.
@@ -48,11 +47,11 @@ def cut_crops(
 
 
 def _resize_by_torch(out: np.ndarray, crop: np.ndarray, flip: bool) -> None:
-    # numpy's copy of the crop and its new axis cost less than torch's
+    # copying the crop and adding the axis is cheaper in numpy than in torch
     source, target = (torch.from_numpy(a[None]).permute(0, 3, 1, 2) for a in (np.ascontiguousarray(crop), out))
     torch.ops.aten._upsample_bicubic2d_aa.out(source, out.shape[:2], False, None, None, out=target)
     if flip and (cv2 := opencv()):
-        cv2.flip(out, 1, dst=out)  # a quarter of the time of torch's
+        cv2.flip(out, 1, dst=out)  # takes a quarter of torch's time
     elif flip:
         target.copy_(target.flip(3))
 
@@ -66,9 +65,9 @@ KERNELS = {"torch": _resize_by_torch, "Pillow": _resize_by_pillow}
 
 
 def resize_kernel() -> str:
-    """Return which of ``KERNELS`` resizes crops on this machine; their pixels are some hundredths of a level apart.
+    """Return which of ``KERNELS`` resizes crops on this machine; their pixels differ by a few hundredths of a level.
 
-    Torch's is several times as fast where it has vector instructions, which are those of x86, else half as fast.
+    Torch's kernel is several times faster if it is vectorised, which is the case on x86, and half as fast otherwise.
     """
     return "torch" if torch.backends.cpu.get_cpu_capability().startswith("AVX") else "Pillow"
 
@@ -77,7 +76,7 @@ def blend(base: np.ndarray | int, image: np.ndarray, factor: float) -> np.ndarra
     """Return ``base + factor * (image - base)``, clipped to 0..255 and rounded down, as ``Image.blend`` does.
 
     ``base`` is a level or a plane of levels (uint8); ``factor`` >= 0, 1 changes nothing. The factor is rounded to the
-    finest step that 16 bits hold (below 1/256 for factors up to 1.5); one above 128 counts as 128.
+    finest step that 16 bits hold (below 1/256 for factors up to 1.5); factors above 128 are clamped to 128.
     """
     gain, shift = blend_gain(factor)
     levels = image.astype(np.int16)
@@ -91,7 +90,7 @@ def blend(base: np.ndarray | int, image: np.ndarray, factor: float) -> np.ndarra
 
 
 def blend_gain(factor: float) -> tuple[int, int]:
-    """Return (gain, shift): ``gain / 2**shift`` is ``factor - 1``, rounded as finely as gain <= 128 lets it be."""
+    """Return (gain, shift) such that ``gain / 2**shift`` is ``factor - 1``, rounded as finely as gain <= 128 allows."""
     gain = min(factor - 1.0, 127.0)
     mantissa, exponent = math.frexp(abs(gain))
     shift = min(15, max(0, 7 - exponent + (mantissa == 0.5)))
@@ -127,7 +126,7 @@ def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def grayscale(image: np.ndarray) -> np.ndarray:
-    """Return the grey level as one plane (1, H, W); :func:`normalize` spreads it over three."""
+    """Return the grey level as one plane (1, H, W); :func:`normalize` repeats it in three."""
     return luma(image)[None]
 
 
@@ -137,11 +136,11 @@ def solarize(image: np.ndarray, threshold: int = SOLARIZE_THRESHOLD) -> np.ndarr
 
 
 def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
-    """Turn the hue by ``shift`` turns (-0.5..0.5), keeping value and chroma.
+    """Rotate the hue by ``shift`` turns (-0.5..0.5), keeping value and chroma.
 
-    Pillow's way is to HSV in bytes, an addition to H, and back. The same turn is had without any division: a pixel's
-    hue moves along the edges of the RGB hexagon, by ``chroma * shift`` for its middle channel. The shift is rounded to
-    1/255 turn as Pillow's is, less half a step for the rounding down of H.
+    Pillow converts to 8-bit HSV, adds to H, and converts back. Here the same rotation needs no division: a pixel's hue
+    moves along the edges of the RGB hexagon, by ``chroma * shift`` for its middle channel. The shift is rounded to
+    1/255 turn as in Pillow, less half a step because H is rounded down.
     """
     sextants = hue_sextants(shift)
     if sextants == 0:
@@ -158,7 +157,7 @@ def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
 
 
 def hue_sextants(shift: float) -> float:
-    """Return the turn that :func:`adjust_hue` makes of ``shift``, in sixths of the circle; 0: none."""
+    """Return the rotation that :func:`adjust_hue` applies for ``shift``, in sixths of a turn; 0 for none."""
     steps = int(shift * 255)
     return 6 * (steps - 0.5) / 255 if steps else 0.0
 
@@ -166,9 +165,9 @@ def hue_sextants(shift: float) -> float:
 def _turn(x: np.ndarray, high: np.ndarray, low: np.ndarray, move: np.ndarray, forward: bool) -> np.ndarray:
     """Move the hue of ``x`` by ``move`` <= half the chroma (rounded up) along the hexagon, red to green if ``forward``.
 
-    With ``ahead`` the channel after c in the direction of turning (R, G, B, R, ... forward): c rises where the channel
-    behind it leads, once ``ahead`` has fallen to the lowest level, and falls where ``ahead`` has reached the highest.
-    Both at once cannot be with such a ``move``, and the clipping does the rest.
+    Let ``ahead`` be the channel after c in the direction of rotation (R, G, B, R, ... forward). Channel c rises where
+    the channel behind it is the largest, once ``ahead`` has fallen to the lowest level, and falls where ``ahead`` has
+    reached the highest. With such a ``move`` both cannot happen at once, so clipping suffices.
     """
     ahead = x[[1, 2, 0]] if forward else x[[2, 0, 1]]
     risen = np.subtract(low + move, ahead)
@@ -182,10 +181,10 @@ def _turn(x: np.ndarray, high: np.ndarray, low: np.ndarray, move: np.ndarray, fo
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur with a 9 x 9 Gaussian of ``sigma`` pixels, mirrored at the border (the edge row itself once).
+    """Blur with a 9 x 9 Gaussian of ``sigma`` pixels, reflected at the border without repeating the edge.
 
-    Two passes of 16-bit integers over the padded image seen as one flat row, so that a shift is a slice. Weights are
-    rounded to 1/256; mean difference from the float convolution below a tenth of a level.
+    Two passes of 16-bit integers run over the padded image viewed as one flat row, so that a shift is a slice. Weights
+    are rounded to 1/256; the mean difference from a float convolution is below a tenth of a level.
     """
     weights = blur_weights(sigma)
     radius = len(weights) - 1
@@ -204,7 +203,7 @@ def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1024)
 def blur_weights(sigma: float) -> tuple[int, ...]:
-    """Weights of the centre and of the taps at distance 1, 2, ... (symmetric), whole numbers that sum to 256."""
+    """Return the weights of the centre and of the taps at distance 1, 2, ... (symmetric), integers that sum to 256."""
     kernel = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(1, BLUR_RADIUS + 1)]
     scale = 256 / (1 + 2 * sum(kernel))
     taps = [weight for weight in (round(scale * one) for one in kernel) if weight]
@@ -271,7 +270,7 @@ def change_colours(crop: np.ndarray, draw: CropDraw) -> np.ndarray:
 
 
 def change_colours_into(out: np.ndarray, crop: np.ndarray, draw: CropDraw) -> None:
-    """Write what :func:`change_colours` makes of ``crop`` to ``out``, (3, S, S); ``crop`` is (S, S, 3), overwritten."""
+    """Write ``change_colours(crop)`` to ``out``, (3, S, S); ``crop`` is (S, S, 3) and is overwritten."""
     cv2 = opencv()
     if cv2 is None:
         out[...] = change_colours(np.ascontiguousarray(crop.transpose(2, 0, 1)), draw)
@@ -281,10 +280,10 @@ def change_colours_into(out: np.ndarray, crop: np.ndarray, draw: CropDraw) -> No
 
 @functools.cache
 def opencv() -> ModuleType | None:
-    """Return cv2, or None where it is not installed or its levels are not those of numpy's code on this machine.
+    """Return cv2, or None if it is not installed or its levels differ from the numpy code on this machine.
 
-    Compared once a process, over some dozens of draws: a run that is resumed without OpenCV, or with another version of
-    it, has the same pixels.
+    The comparison runs once per process, over a few dozen draws, so that a run resumed without OpenCV, or with another
+    version, has the same pixels.
     """
     try:
         cv2 = importlib.import_module("cv2")
@@ -307,16 +306,16 @@ def opencv() -> ModuleType | None:
     return cv2
 
 
-# Rows of a matrix from R, G, B, 1 to the grey level of luma(); the last number has halves rounded up everywhere.
+# Rows of a matrix from R, G, B, 1 to the grey level of luma(); the last number makes halves round up.
 ONE = np.ones(1, np.float32)
 LUMA = np.tile(np.float32([77, 150, 29, 0.25]) / 256, (3, 1))
 
 
 def _change_by_opencv(cv2: ModuleType, out: np.ndarray, x: np.ndarray, draw: CropDraw) -> None:
-    """Do what :func:`change_colours_into` does, ``x`` being the crop.
+    """Implement :func:`change_colours_into` with OpenCV; ``x`` is the crop.
 
-    OpenCV rounds to the nearest level; all sums here are exact in float32, so what is to be rounded down is lowered by
-    a half less the half of its last bit.
+    OpenCV rounds to the nearest level. All sums here are exact in float32, so to round down, 1/2 minus half of the last
+    bit is subtracted first.
     """
     grey = np.empty_like(x)
     for name, value in draw.jitter:
@@ -340,7 +339,7 @@ def _change_by_opencv(cv2: ModuleType, out: np.ndarray, x: np.ndarray, draw: Cro
     if draw.sigma is not None:
         weights = np.float32(blur_weights(draw.sigma)) / 256
         weights = np.concatenate([weights[:0:-1], weights])
-        for _ in range(2):  # columns, then rows, each rounded, halves up
+        for _ in range(2):  # columns, then rows, each rounded with halves up
             x = cv2.sepFilter2D(x, -1, ONE, weights, delta=1 / 512, borderType=cv2.BORDER_REFLECT_101)
             x = cv2.transpose(x)
     if draw.solarize:
@@ -352,14 +351,14 @@ def _change_by_opencv(cv2: ModuleType, out: np.ndarray, x: np.ndarray, draw: Cro
 
 
 def _turn_hue(cv2: ModuleType, x: np.ndarray, shift: float, planes: list[np.ndarray]) -> None:
-    """Do in place what :func:`adjust_hue` does; OpenCV's sums and differences end at 0 and 255.
+    """Apply :func:`adjust_hue` in place; OpenCV's sums and differences saturate at 0 and 255.
 
-    ``planes``: room for the three of ``x``.
+    ``planes``: scratch memory for the three planes of ``x``.
     """
     cv2.split(x, mv=planes)
     sextants = hue_sextants(shift)
     forward = sextants > 0
-    if not forward:  # what is ahead of a plane comes after it, the first after the last
+    if not forward:  # the next plane in the direction of rotation is the following one, cyclically
         planes.reverse()
     high, low = cv2.max(cv2.max(*planes[:2]), planes[2]), cv2.min(cv2.min(*planes[:2]), planes[2])
     chroma = cv2.subtract(high, low)
@@ -376,7 +375,7 @@ def _turn_hue(cv2: ModuleType, x: np.ndarray, shift: float, planes: list[np.ndar
 
 @functools.lru_cache(maxsize=256)
 def _hue_moves(sextants: float) -> list[np.ndarray]:
-    """Return, for each pass of :func:`adjust_hue`, how far a pixel of each chroma 0..255 moves."""
+    """Return, for each pass of :func:`adjust_hue`, the move of a pixel by its chroma 0..255."""
     passes = int(np.ceil(sextants / 0.5))
     total = np.rint(np.arange(256, dtype=np.int16) * np.float32(sextants)).astype(np.int16)
     return [(total * (i + 1) // passes - total * i // passes).astype(np.uint8) for i in range(passes)]

@@ -1,16 +1,16 @@
-"""Processes that build batches into shared memory, in order, and are replaced when one of them dies.
+"""Worker processes that build batches in shared memory, in order, and are replaced if they die.
 
-:class:`Slots` is the memory: numbered slots, each with the same named arrays, and one word a process. It is anonymous
-where the system has memfd (Linux), so that neither the size of /dev/shm nor a killed process matters; else a file in
-the temporary folder, removed from it as soon as it is open.
+:class:`Slots` is the memory: numbered slots, each with the same named arrays, and one word per process. It is anonymous
+(memfd) on Linux, so that the size of /dev/shm is no limit and a killed process leaves nothing behind; elsewhere it is a
+file in the temporary folder that is unlinked as soon as it is open.
 
-:class:`Ring` gives batches to processes and returns them in order. Each process has a pipe of its own and there is no
-lock anywhere, so one that is killed at any moment leaves the others and the main process unharmed. The object with
-``build`` (``samples``, ``image_batches``) decides what a batch is.
+:class:`Ring` assigns batches to processes and returns them in order. Each process has its own pipe and there are no
+locks, so a process that is killed at any moment does not affect the others or the main process. The object with
+``build`` (in ``samples`` and ``image_batches``) defines the contents of a batch.
 
-Data-loading processes use one thread and ignore the signals that ask the run to save and stop: a signal to the whole
-process group (Ctrl-C, a scheduler's SIGTERM) would end them first, and their death the run before it has saved. They
-end with the loader, or when the main process is gone. Read :meth:`Ring.next_batch` first.
+Data-loading processes use one thread and ignore the signals that request a save and stop. Otherwise a signal to the
+whole process group (Ctrl-C, a scheduler's SIGTERM) would end them, and thereby the run, before it has saved. They end
+with the loader, or when the main process has ended.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ MAX_DEATHS, DEATH_WINDOW = 5, 100
 NOTHING = -1
 PARENT_CHECK_S = 2.0
 LOOK_S = 5.0
-SLOW_S = 60.0  # without anything from any process, before one is named
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+SLOW_S = 60.0  # time without a message from any process before a warning
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PAGE = mmap.ALLOCATIONGRANULARITY
 ALIGNMENT = 64
@@ -67,12 +67,12 @@ def allocate(fields: Mapping[str, Field]) -> dict[str, np.ndarray]:
 
 
 class Slots:
-    """``number`` slots of ``fields`` and ``num_words`` int64 words, in memory that child processes share.
+    """``number`` slots of ``fields`` and ``num_words`` int64 words, in memory shared with child processes.
 
-    Given to a child as an argument of its process, by any start method.
+    Pass it to a child as an argument of its process, with any start method.
 
     Raises:
-        DataError: there is no room for them.
+        DataError: if there is not enough memory.
     """
 
     def __init__(self, fields: Mapping[str, Field], number: int, num_words: int = 0):
@@ -90,15 +90,15 @@ class Slots:
 
     @property
     def words(self) -> np.ndarray:
-        """The int64 words, zero at first."""
+        """The int64 words, initially zero."""
         return self._bytes[: 8 * self.num_words].view(np.int64)
 
     def bytes_of(self, i: int) -> np.ndarray:
-        """Return all bytes of slot ``i``: whole pages."""
+        """Return all bytes of slot ``i``, a whole number of pages."""
         return self._bytes[self.start + i * self.slot_size :][: self.slot_size]
 
     def arrays(self, i: int) -> dict[str, np.ndarray]:
-        """Return the arrays of slot ``i``: views, the same memory in every process."""
+        """Return the arrays of slot ``i``, views of the shared memory."""
         place, arrays = self.start + i * self.slot_size, {}
         for name, field in self.fields.items():
             count = math.prod(field.shape) * np.dtype(field.dtype).itemsize
@@ -107,7 +107,7 @@ class Slots:
         return arrays
 
     def close(self) -> None:
-        """Let go of the memory; it is freed with the last array that looks at it, in every process."""
+        """Release the memory; it is freed when no process has an array that refers to it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd, self._bytes, self._memory = -1, None, None
@@ -132,7 +132,7 @@ def _size(field: Field) -> int:
 
 
 def _open(size: int) -> int:
-    """Return a file descriptor of ``size`` bytes of zeros that has no name."""
+    """Return the descriptor of an unnamed file of ``size`` zero bytes."""
     size = max(size, PAGE)
     if hasattr(os, "memfd_create"):
         try:
@@ -155,16 +155,16 @@ def _open_file(size: int) -> int:
         )
     with tempfile.TemporaryFile(dir=folder) as file:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a bus error later
+            os.posix_fallocate(file.fileno(), 0, size)  # raises here if the disk is full, instead of SIGBUS later
         else:
             os.truncate(file.fileno(), size)
         fd = os.dup(file.fileno())
-    logger.info(f"batches travel through a file in {folder} ({size / 2**20:,.0f} MiB): no anonymous shared memory here")
+    logger.info(f"batches are passed through a file in {folder} ({size / 2**20:,.0f} MiB): no anonymous memory here")
     return fd
 
 
 class Built(NamedTuple):
-    """A finished batch: its ``arrays`` (of slot ``slot``), what ``build`` returned, and the seconds it took."""
+    """A finished batch: its ``arrays`` (of slot ``slot``), the return value of ``build``, and its duration in s."""
 
     slot: int
     arrays: dict[str, np.ndarray]
@@ -173,14 +173,14 @@ class Built(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An exception of ``build``, and where it came from."""
+    """An exception raised by ``build``, and its traceback."""
 
     error: Exception
     text: str
 
 
 class Worker:
-    """One process, its pipe, and the (iteration, slot) that it has been given and has not finished."""
+    """One process, its pipe, and the (iteration, slot) pairs assigned to it and not yet finished."""
 
     def __init__(self, process: Any, pipe: connection.Connection, word: int):
         self.process = process
@@ -196,14 +196,15 @@ class Worker:
 
 
 class Ring:
-    """Build the batches of ``first_iteration`` and after with ``num_workers`` processes.
+    """Build the batches from ``first_iteration`` on with ``num_workers`` processes.
 
-    ``builder``: has ``fields``, ``build(iteration, arrays, note) -> result``, where ``note(i)`` says which image is
-    being worked on, ``name(i)`` and ``give_up(i, reason)``; picklable where processes are spawned. ``max_workers``:
-    for :meth:`grow`. So many processes are started at once, and those beyond ``num_workers`` wait: a fork after the
-    first collective can harm memory that nccl has registered with the network (EFA, InfiniBand on old kernels).
-    ``stop``: number of the batch after the last; None: endless. ``hang_s``: seconds without a batch after which that is
-    an error; None: only warnings, at growing intervals.
+    ``builder``: has ``fields``, ``build(iteration, arrays, note) -> result``, where ``note(i)`` records the image being
+    read, ``name(i)`` and ``give_up(i, reason)``; it must be picklable if processes are spawned. ``max_workers``: limit
+    for :meth:`grow`. This many processes are started in the beginning, and those beyond ``num_workers`` stay idle,
+    because a fork after the first collective can corrupt memory that NCCL has registered with the network (EFA,
+    InfiniBand on old kernels).
+    ``stop``: number of the batch after the last; None for an endless sequence. ``hang_s``: seconds without a batch
+    after which an error is raised; None only warns, at growing intervals.
     """
 
     def __init__(
@@ -225,7 +226,7 @@ class Ring:
         self.free = deque(range(self.slots.number))
         self.next_to_give = self.next_to_deliver = first_iteration
         self.stop, self.hang_s = stop, hang_s
-        self.waited_s = 0.0  # for the next thing to happen
+        self.waited_s = 0.0  # since the last message
         self.next_warning_s = SLOW_S
         self.done: dict[int, tuple[int, Any, float]] = {}
         self.deaths_at: Counter[int] = Counter()
@@ -240,10 +241,10 @@ class Ring:
         self._give()
 
     def next_batch(self) -> Built:
-        """Return the next batch in order; its slot is not used again before :meth:`release`.
+        """Return the next batch in order; its slot is not reused before :meth:`release`.
 
         Raises:
-            DataError: the processes die again and again, or one hangs for ``hang_s``.
+            DataError: if processes die repeatedly, or one hangs for ``hang_s``.
         """
         while self.next_to_deliver not in self.done:
             self._wait()
@@ -254,36 +255,36 @@ class Ring:
         return Built(slot, self.slots.arrays(slot), result, seconds)
 
     def release(self, slot: int) -> None:
-        """Let ``slot`` be filled again."""
-        self.free.appendleft(slot)  # the last one in use is the next: slots that nobody needs take no memory
+        """Allow ``slot`` to be reused."""
+        self.free.appendleft(slot)  # reuse the most recent slot first, so that unneeded slots take no memory
         self._give()
 
     def grow(self, num_workers: int) -> None:
-        """Use more of the processes, up to ``num_workers`` (at most ``max_workers``)."""
+        """Use up to ``num_workers`` of the processes (at most ``max_workers``)."""
         while len(self.workers) < num_workers and self.spares:
             self.workers.append(self.spares.pop(0))
         self._give()
 
     def close(self) -> None:
-        """End all processes at once, whatever they are doing; without effect in a forked child."""
+        """Kill all processes immediately; no effect in a forked child."""
         if os.getpid() == self.owner and self._at_exit.still_active():
             self._at_exit()
             self.slots.close()
 
     def _start(self, word: int) -> Worker:
         ours, theirs = self.context.Pipe()
-        forked = self.context.get_start_method() == "fork"  # with copies of `ours`: the pipe would stay open
+        forked = self.context.get_start_method() == "fork"  # the child inherits `ours`, which keeps the pipe open
         args = (theirs, self.slots, word, self.builder, dict(self.given_up), os.getpid() if forked else None)
         process = self.context.Process(target=work, args=args, name=f"data-{word}", daemon=True)
         if not forked:
-            resource_tracker.ensure_running()  # which would let the signals through again
-        with stop_signals_held_back():  # else one that comes before the child ignores it would kill it
+            resource_tracker.ensure_running()  # starting it later would unblock the signals
+        with stop_signals_held_back():  # otherwise a signal could kill the child before it ignores signals
             process.start()
         theirs.close()
         return Worker(process, ours, word)
 
     def _give(self) -> None:
-        """Give tasks, in order, to the processes that have the fewest."""
+        """Assign tasks, in order, to the processes with the fewest."""
         while self.free and self.next_to_give != self.stop:
             worker = min(self.workers, key=lambda one: len(one.tasks))
             if len(worker.tasks) >= TASKS_A_WORKER:
@@ -297,15 +298,15 @@ class Ring:
         try:
             worker.pipe.send(message)
         except OSError:
-            pass  # it is dead, which _wait will see
+            pass  # it is dead; _wait handles that
 
     def _wait(self) -> None:
-        """Wait for a finished batch or the death of a process, and deal with it."""
+        """Wait for a finished batch or the death of a process, and handle it."""
         things = [one.pipe for one in self.workers] + [one.process.sentinel for one in self.workers]
         start = time.monotonic()
         ready = connection.wait(things, timeout=LOOK_S)
         if not ready:
-            # time in which all processes were stopped does not count
+            # do not count time during which all processes were stopped
             self.waited_s += min(time.monotonic() - start, 2 * LOOK_S)
             self._look_for_hanging()
             return
@@ -319,10 +320,10 @@ class Ring:
                 self._replace(worker)
 
     def _look_for_hanging(self) -> None:
-        """Warn of the processes that have had work for long, at growing intervals.
+        """Warn of processes that have been busy for a long time, at growing intervals.
 
         Raises:
-            DataError: nothing came for ``hang_s``.
+            DataError: if there was no message for ``hang_s``.
         """
         gives_up = self.hang_s is not None and self.waited_s >= self.hang_s
         if not gives_up and self.waited_s < self.next_warning_s:
@@ -331,7 +332,7 @@ class Ring:
         places = [f"process {one.process.pid} {self._place(one)}" for one in self.workers if one.tasks]
         story = f"no batch for {self.waited_s:.0f} s: data-loading {', '.join(places)}"
         if gives_up:
-            raise DataError(f"{story}; look whether its file system answers, or leave the image out")
+            raise DataError(f"{story}; check that its file system responds, or remove the image")
         logger.warning(story)
 
     def _place(self, worker: Worker) -> str:
@@ -339,7 +340,7 @@ class Ring:
         return "is between two images" if index == NOTHING else f"reads {self.builder.name(index)}"
 
     def _receive(self, worker: Worker) -> bool:
-        """Take one message of ``worker``; return whether there was one."""
+        """Receive one message of ``worker``; return whether there was one."""
         try:
             if not worker.pipe.poll():
                 return False
@@ -351,9 +352,9 @@ class Ring:
         return True
 
     def _replace(self, dead: Worker) -> None:
-        """Put a spare process, or else a new one, in the place of ``dead``, with its tasks.
+        """Replace ``dead`` by a spare process, or else a new one, and reassign its tasks.
 
-        The image that it died at is tried once more; when that kills a second process, it counts as unreadable.
+        The image during which it died is tried once more; if a second process dies of it, it is marked as unreadable.
         """
         dead.process.join()
         how = describe_exit(dead.process.exitcode)
@@ -373,7 +374,7 @@ class Ring:
                 f"{DEATH_WINDOW} iterations; the last: {story}; if memory ran out, lower train.num_workers or "
                 "train.batch_size_per_gpu"
             )
-        logger.warning(f"{story}; another one goes on in its place")
+        logger.warning(f"{story}; another one takes its place")
         tasks = dead.tasks
         dead.kill()
         fresh = self.spares.pop() if self.spares else self._start(dead.word)
@@ -392,7 +393,7 @@ class Ring:
 def work(
     pipe: connection.Connection, slots: Slots, word: int, builder: Any, given_up: dict[int, str], parent: int | None
 ) -> None:
-    """Build what is asked for, until the pipe closes or process ``parent`` is gone: the life of one process."""
+    """Run one process: build the requested batches until the pipe closes or process ``parent`` has ended."""
     set_up_process()
     words = slots.words
 
@@ -415,7 +416,7 @@ def work(
             result = _build(builder, iteration, slots.arrays(slot), note)
             note(NOTHING)
             pipe.send((iteration, result, time.perf_counter() - start))
-    except (EOFError, OSError):  # the main process has closed the pipe, or is gone
+    except (EOFError, OSError):  # the main process has closed the pipe, or has ended
         return
 
 
@@ -433,7 +434,7 @@ def _build(builder: Any, iteration: int, arrays: dict[str, np.ndarray], note: An
 
 
 def describe_exit(exitcode: int | None) -> str:
-    """Say how a process ended."""
+    """Describe how a process ended."""
     if exitcode is None or exitcode >= 0:
         return f"ended with exit code {exitcode}"
     name = signal.Signals(-exitcode).name if -exitcode in set(signal.Signals) else f"signal {-exitcode}"
@@ -450,10 +451,10 @@ def _kill_all(*groups: list[Worker]) -> None:
 
 
 def set_up_process() -> None:
-    """Keep this process to one thread and ignore the stop signals, held-back ones included.
+    """Limit this process to one thread and ignore the stop signals, pending ones included.
 
-    On Linux the process ends with its parent, however that ends, also while it is stopped or waits for a disk: it would
-    keep its memory, and a GPU's pinned pages, for good.
+    On Linux the process is killed when its parent ends for any reason, even while it is stopped or waits for a disk;
+    otherwise it would hold its memory, including pages pinned for a GPU, forever.
     """
     torch.set_num_threads(1)
     if "cv2" in sys.modules:  # imported before the fork
@@ -466,13 +467,13 @@ def set_up_process() -> None:
 
 
 def end_with_parent() -> None:
-    """Have the system kill this process when the thread that started it ends (Linux; elsewhere nothing)."""
+    """Make the kernel kill this process when the thread that started it ends (Linux only; no effect elsewhere)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def set_up_worker(worker_id: int) -> None:
-    """Set up a worker of a torch DataLoader; in the main process (no workers) only the threads."""
+    """Set up a worker of a torch DataLoader; in the main process (no workers), set only the number of threads."""
     if torch.utils.data.get_worker_info() is None:
         torch.set_num_threads(1)
     else:
@@ -481,7 +482,7 @@ def set_up_worker(worker_id: int) -> None:
 
 @contextmanager
 def stop_signals_held_back() -> Iterator[None]:
-    """Hold the stop signals back while a process is started, and in it until :func:`set_up_process`."""
+    """Block the stop signals while a process is started, and in the process until :func:`set_up_process`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -493,7 +494,7 @@ def stop_signals_held_back() -> Iterator[None]:
 
 
 def at_most_cores(num_workers: int) -> int:
-    """Return ``num_workers``, lowered to the number of cores this process may use (more only cost memory)."""
+    """Return ``num_workers``, limited to the number of cores available to this process (more would only use memory)."""
     cores = num_cores()
     if num_workers > cores:
         logger.info(f"data-loading processes: {cores}, not {num_workers}: there are {cores} cores")
@@ -501,15 +502,15 @@ def at_most_cores(num_workers: int) -> int:
 
 
 def workers_of_choice(num_workers: int | str, cores: int) -> int:
-    """Return ``num_workers``, for "auto" one a core of the ``cores`` of this process, at most ``AutoWorkers.LIMIT``."""
+    """Return ``num_workers``; for "auto", the ``cores`` of this process, at most ``AutoWorkers.LIMIT``."""
     return min(cores, AutoWorkers.LIMIT) if num_workers == "auto" else num_workers
 
 
 class AutoWorkers:
-    """Choose the number of processes from what a batch and a step take: enough to keep up, and one more.
+    """Choose the number of processes from the durations of a batch and a step: enough to keep up, plus one.
 
-    Begins with ``first``, decides after ``STEPS`` steps (the first ``WARM_UP`` of them do not count), never above
-    ``most``: ``cores``, this rank's share of the machine's, at most ``LIMIT`` (a process has two batches of memory).
+    Start with ``first`` and decide after ``STEPS`` steps, of which the first ``WARM_UP`` are ignored. The maximum is
+    ``most``: this rank's share of the CPU cores, ``cores``, at most ``LIMIT`` (a process uses two batches of memory).
     """
 
     WARM_UP, STEPS, LIMIT = 3, 10, 16
@@ -521,7 +522,7 @@ class AutoWorkers:
         self._seen: list[tuple[float, float]] = []
 
     def observe(self, build_s: float, step_s: float) -> bool:
-        """Note what one batch took to build and its step to run; return whether ``chosen`` has just been decided."""
+        """Record the durations of a batch and its step; return whether ``chosen`` has just been decided."""
         if len(self._seen) >= self.STEPS:
             return False
         self._seen.append((build_s, step_s))
@@ -538,14 +539,14 @@ class AutoWorkers:
 
 
 def open_ring(builder: Any, num_workers: int, first: int, *, pinned: bool = False, **options: Any) -> Any:
-    """Return what builds batches from number ``first`` on: a :class:`Ring` of processes, with 0 :class:`InProcess`."""
+    """Return a :class:`Ring` that builds batches from ``first`` on, or :class:`InProcess` for 0 workers."""
     if num_workers == 0:
         return InProcess(builder, first)
     return (PinnedRing if pinned else Ring)(builder, num_workers, first, **options)
 
 
 class InProcess:
-    """What :class:`Ring` does, in this process, when the batch is asked for."""
+    """A :class:`Ring` without processes: build each batch in this process on request."""
 
     def __init__(self, builder: Any, first_iteration: int):
         self.builder = builder
@@ -565,9 +566,9 @@ class InProcess:
 
 
 class PinnedRing(Ring):
-    """A :class:`Ring` whose slots CUDA copies from directly; where it will not, through its own buffers.
+    """A :class:`Ring` with pinned slots, from which CUDA copies directly; if pinning fails, CUDA uses its own buffers.
 
-    A slot is pinned when its first batch is there: with fewer processes than ``max_workers``, most never are.
+    A slot is pinned when its first batch is ready: with fewer processes than ``max_workers``, most slots never are.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -589,7 +590,7 @@ class PinnedRing(Ring):
             return
         self._can_pin = False
         _clear_cuda_error()
-        logger.info(f"batches are copied once more on their way: memory could not be pinned (CUDA error {error})")
+        logger.info(f"batches are copied once more, because memory could not be pinned (CUDA error {error})")
 
     def close(self) -> None:
         while self._pinned:
@@ -598,7 +599,7 @@ class PinnedRing(Ring):
 
 
 def _clear_cuda_error() -> None:
-    """Raise and drop what a failed call leaves behind: CUDA's last error, which the next launch of a kernel raises."""
+    """Clear CUDA's last error after a failed call; otherwise the next kernel launch would raise it."""
     try:
         torch.ones((), device="cuda")
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""Which image comes next: a keyed permutation without a list of indices, and the samplers on top of it.
+"""Order of the images: a keyed permutation that needs no list of indices, and samplers based on it.
 
 Training maps draw numbers to images with :func:`permuted_index`; the samplers have upstream's names and per-rank
-meaning. Read :func:`permuted_index` first.
+meaning.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _MASK_64 = (1 << 64) - 1
 
 
 def permuted_index(n: int, size: int, seed: int) -> int:
-    """Return the image (0..size-1) of draw ``n`` >= 0: every image exactly once in each pass of ``size`` draws.
+    """Return the image (0..size-1) of draw ``n`` >= 0; each pass of ``size`` draws has every image exactly once.
 
-    Pass ``n // size`` has a permutation of its own: a Feistel network over the next power of four, applied again until
-    the value is below ``size`` (cycle walking). O(1) memory, about 10 microseconds.
+    Each pass ``n // size`` has its own permutation: a Feistel network over the next power of four, applied repeatedly
+    until the value is below ``size`` (cycle walking). It takes O(1) memory and about 10 microseconds.
 
     Source: Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002 (cycle walking).
     """
@@ -47,14 +47,14 @@ def _round_keys(seed: int, passes: int) -> tuple[int, ...]:
 
 
 def _mix(x: int) -> int:
-    """Spread 64 bits over 64 bits (finalizer of SplitMix64, Steele et al., OOPSLA 2014)."""
+    """Mix 64 bits (finalizer of SplitMix64, Steele et al., OOPSLA 2014)."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
     return x ^ (x >> 31)
 
 
 def start_and_step(start: int | None, step: int | None) -> tuple[int, int]:
-    """Default to this process's rank and the number of processes, when torch.distributed runs."""
+    """Default to this process's rank and the world size if torch.distributed is initialised."""
     running = torch.distributed.is_available() and torch.distributed.is_initialized()
     start = start if start is not None else torch.distributed.get_rank() if running else 0
     step = step if step is not None else torch.distributed.get_world_size() if running else 1
@@ -64,7 +64,7 @@ def start_and_step(start: int | None, step: int | None) -> tuple[int, int]:
 class EpochSampler(Sampler[int]):
     """Yield this rank's share of an epoch of ``size`` samples from ``sample_count`` images (repeated if fewer).
 
-    Ranks take turns (rank r has samples r, r + W, ...). ``set_epoch`` changes the shuffling.
+    Samples alternate between ranks (rank r has samples r, r + W, ...). ``set_epoch`` changes the shuffling.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class EpochSampler(Sampler[int]):
 
 
 class InfiniteSampler(Sampler[int]):
-    """Yield pass after pass over ``sample_count`` images, for ever; ranks take turns.
+    """Yield endless passes over ``sample_count`` images, with samples alternating between ranks.
 
-    All ranks together see every image once a pass. ``advance``: number of samples this rank has had already.
+    All ranks together see every image once per pass. ``advance``: samples that this rank has already consumed.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class InfiniteSampler(Sampler[int]):
 
 
 class ShardedInfiniteSampler(Sampler[int]):
-    """Yield pass after pass over this rank's own share of the images, for ever.
+    """Yield endless passes over this rank's own share of the images.
 
-    The shares (``sample_count // W`` images each, fixed by ``seed``; the remainder belongs to nobody) are shuffled anew
-    each pass. ``advance``: number of samples this rank has had already. ``use_new_shuffle_tensor_slice`` is accepted
-    and without effect. With fewer images than ranks every rank goes over all images.
+    The shares (``sample_count // W`` images each, fixed by ``seed``; the remainder is unused) are reshuffled in each
+    pass. ``advance``: samples that this rank has already consumed. ``use_new_shuffle_tensor_slice`` is accepted and
+    ignored. With fewer images than ranks, every rank uses all images.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
-"""From a draw number to pixels and crops, and from an iteration to its batch, as pure functions of (seed, draws).
+"""Map a draw number to pixels and crops, and an iteration to its batch, as pure functions of (seed, draws).
 
-An image that cannot be read is replaced by another one, which one depends on the seed and the draw alone
-(:class:`TrainSamples`); :class:`BadImages` counts them in the main process. :class:`TrainBatches` is what a
-data-loading process runs, :func:`unpack` the main process's part. Not in here: processes (``pool``). Read
-:meth:`TrainBatches.build` first.
+An unreadable image is replaced by another one, which depends only on the seed and the draw (:class:`TrainSamples`);
+:class:`BadImages` counts them in the main process. A data-loading process runs :class:`TrainBatches`, the main process
+:func:`unpack`.
 """
 
 from __future__ import annotations
@@ -36,15 +35,18 @@ from .samplers import permuted_index
 logger = logging.getLogger("dinov2")
 MAX_REPLACEMENTS = 100
 MIN_DRAWS = 100
-MIN_BAD = 10  # different files: a few of a small dataset are a large share of it, and no reason to stop
+MIN_BAD = 10  # distinct files: a few bad files may be a large share of a small dataset, but are no reason to stop
 PROBES = 32
 
 BadRecord = tuple[int, str, str]
 
 
 class TrainSample(NamedTuple):
-    """One image to cut crops from. pixels: uint8 (H, W, 3), good until the next sample, or None: no image could be
-    read; crops: their parameters; bad: (draw, path, reason) of every image that could not be read for this draw."""
+    """One image and the parameters of its crops.
+
+    pixels: uint8 (H, W, 3), valid until the next sample, or None if no image could be read. crops: parameters of the
+    crops. bad: (draw, path, reason) of every unreadable image of this draw.
+    """
 
     draw: int
     pixels: torch.Tensor | None
@@ -53,10 +55,10 @@ class TrainSample(NamedTuple):
 
 
 class TrainSamples:
-    """Map a draw number to a :class:`TrainSample`: which image, and every random number of its crops.
+    """Map a draw number to a :class:`TrainSample`: the image and all random parameters of its crops.
 
-    ``dataset[i]`` gives (PIL image or uint8 (H, W, 3), anything) or raises DataError. ``dct_scaling``: decode a JPEG no
-    larger than its crops need.
+    ``dataset[i]`` returns (PIL image or uint8 (H, W, 3), anything) or raises DataError. ``dct_scaling``: decode a JPEG
+    at no larger size than its crops need.
     """
 
     def __init__(self, dataset: Any, augment: DataAugmentationDINO, seed: int, *, dct_scaling: bool = False):
@@ -71,7 +73,7 @@ class TrainSamples:
         return self.find(draw)
 
     def find(self, draw: int, note: Callable[[int], Any] = lambda index: None) -> TrainSample:
-        """Return the sample of ``draw``; ``note(index)`` is called before an image is tried."""
+        """Return the sample of ``draw``; call ``note(index)`` before trying to read an image."""
         bad: list[BadRecord] = []
         for attempt in range(1 + min(len(self.dataset), MAX_REPLACEMENTS)):
             index = self.image_of(draw, attempt)
@@ -97,11 +99,11 @@ class TrainSamples:
         return TrainSample(draw, pixels, crops, bad)
 
     def crops(self, draw: int, width: int, height: int) -> list[CropDraw]:
-        """Draw the crops of ``draw`` for an image of this size, always the same."""
+        """Return the crops of ``draw`` for an image of this size (deterministic)."""
         return self.augment.draw(width, height, random_for(self.seed, "augment", draw))
 
     def image_of(self, draw: int, attempt: int = 0) -> int:
-        """Return the image of a draw, or its ``attempt``-th replacement (which go through the whole dataset)."""
+        """Return the image of a draw, or its ``attempt``-th replacement (replacements cover the whole dataset)."""
         if hasattr(self.dataset, "index_of_draw"):
             return self.dataset.index_of_draw(draw, self.seed, attempt)
         size = len(self.dataset)
@@ -110,7 +112,7 @@ class TrainSamples:
         return permuted_index(attempt - 1, size, seed_for(self.seed, "replace", draw))
 
     def load(self, index: int, shrink: Callable[[int, int], int] | None = None) -> tuple[torch.Tensor | None, str]:
-        """Return (uint8 (H, W, 3), "") or (None, why not); what could not be read once is not tried again."""
+        """Return (uint8 (H, W, 3), "") or (None, reason); an image that failed once is not tried again."""
         if index in self._known_bad:
             return None, self._known_bad[index]
         try:
@@ -122,14 +124,14 @@ class TrainSamples:
             return None, str(e)
 
     def give_up(self, index: int, reason: str) -> None:
-        """Count image ``index`` as one that cannot be read."""
+        """Mark image ``index`` as unreadable."""
         self._known_bad[index] = reason
 
     def probe(self) -> None:
         """Try images spread over the dataset until one can be read.
 
         Raises:
-            DataError: none of (up to) ``PROBES`` images can.
+            DataError: if none of (up to) ``PROBES`` images can be read.
         """
         size = len(self.dataset)
         indices = sorted({i * size // PROBES for i in range(PROBES)})
@@ -143,9 +145,9 @@ class TrainSamples:
 
 
 def read_pixels(dataset: Any, index: int, shrink: Callable[[int, int], int] | None, scratch: Scratch) -> Any:
-    """Return image ``index``, straight from its bytes where the dataset is a plain one of ours.
+    """Return image ``index``, decoded directly from its bytes if the dataset is one of our own without transforms.
 
-    A dataset may have ``get_pixels(index, shrink=, scratch=)`` to do better than ``dataset[index]``.
+    A dataset may define ``get_pixels(index, shrink=, scratch=)`` as a faster alternative to ``dataset[index]``.
     """
     if isinstance(dataset, IndexSubset):
         return read_pixels(dataset.dataset, int(dataset.indices[index]), shrink, scratch)
@@ -159,7 +161,7 @@ def read_pixels(dataset: Any, index: int, shrink: Callable[[int, int], int] | No
 
 
 def _is_plain(dataset: Any) -> bool:
-    """Whether ``dataset[i]`` is what decoding ``get_image_data(i)`` gives."""
+    """Return whether ``dataset[i]`` equals the decoded ``get_image_data(i)``."""
     kind = type(dataset)
     return (
         isinstance(dataset, ExtendedVisionDataset)
@@ -170,9 +172,9 @@ def _is_plain(dataset: Any) -> bool:
 
 
 class BadImages:
-    """The account of images that could not be read: report each once, stop when there are too many.
+    """Count unreadable images: report each once, and raise if there are too many.
 
-    ``on_bad_image(path, reason)`` is called once a path; None logs a warning instead.
+    ``on_bad_image(path, reason)`` is called once per path; None logs a warning instead.
     """
 
     def __init__(self, num_images: int, max_fraction: float, on_bad_image: Callable[[str, str], Any] | None = None):
@@ -187,8 +189,8 @@ class BadImages:
         """Account for one batch.
 
         Raises:
-            DataError: more than ``max_fraction`` of the draws were bad (after 100 draws, or a pass of a tiny dataset),
-                and of at least ten different files.
+            DataError: if more than ``max_fraction`` of the draws were bad (after 100 draws, or one pass of a tiny
+                dataset), from at least ten distinct files.
         """
         self.num_draws += num_draws
         self.num_bad_draws += len({draw for draw, _, _ in records})
@@ -201,7 +203,7 @@ class BadImages:
             raise self.error()
 
     def error(self) -> DataError:
-        """Say how many, where most of them are, and an example."""
+        """Return an error with their number, the folder with most of them, and an example."""
         folders = Counter(os.path.dirname(path) for path in self.reasons)
         (folder, count), path = folders.most_common(1)[0], next(iter(self.reasons))
         return DataError(
@@ -218,12 +220,12 @@ def log_bad_image(path: str, reason: str) -> None:
 
 
 def with_path(path: str, reason: str) -> str:
-    """Return ``reason`` with ``path`` in it, once: most reasons name it."""
+    """Prefix ``reason`` with ``path`` unless it contains it already."""
     return reason if path in reason else f"{path}: {reason}"
 
 
 class Report(NamedTuple):
-    """What a built batch has beside its arrays. complete: False when there is a draw without any readable image."""
+    """Data of a built batch besides its arrays. complete: False if no image could be read for some draw."""
 
     complete: bool
     upperbound: int
@@ -231,9 +233,12 @@ class Report(NamedTuple):
 
 
 class TrainBatches:
-    """Build any batch: the i-th of the whole job has the draws ``first_draw`` + [i*b*W, (i+1)*b*W), of which rank r
-    takes the r-th block of b = ``batch_size``; ``accumulation_steps`` of them make one step, and masks are spread over
-    a step. ``late_colours``: leave the colours to the device."""
+    """Build any batch of one rank.
+
+    Batch i of the whole job has the draws ``first_draw`` + [i*b*W, (i+1)*b*W), of which rank r takes the r-th block of
+    b = ``batch_size``. ``accumulation_steps`` batches make one step, and masks are spread over a step.
+    ``late_colours``: leave the colour changes to the device.
+    """
 
     def __init__(
         self,
@@ -259,7 +264,7 @@ class TrainBatches:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """The arrays of a batch, crop-major. Crops are (crops, b, 3, S, S), with late colours (crops, b, S, S, 3)."""
+        """Arrays of a batch, crop-major: crops are (crops, b, 3, S, S), or (crops, b, S, S, 3) with late colours."""
         augment, b = self.samples.augment, self.batch_size
         fields = {"masks": Field((2 * b, self.masks.n_tokens), np.bool_)}
         for kind, number, size in (
@@ -287,7 +292,7 @@ class TrainBatches:
         return self.samples.dataset.name(index)
 
     def give_up(self, index: int, reason: str) -> None:
-        """Count image ``index`` as one that cannot be read."""
+        """Mark image ``index`` as unreadable."""
         self.samples.give_up(index, reason)
 
     def build(
@@ -327,9 +332,9 @@ class TrainBatches:
 def unpack(
     arrays: dict[str, np.ndarray], upperbound: int, finish: Finisher, device: torch.device | str
 ) -> dict[str, Any]:
-    """Return the batch that ``arrays`` hold under upstream's names: crops finished on ``device``, masks on the CPU.
+    """Return the batch in ``arrays`` under upstream's names, with crops finished on ``device`` and masks on the CPU.
 
-    Nothing of it looks at ``arrays`` any more, once the device has done what it was asked to.
+    The result does not refer to ``arrays`` once the device has completed the copies.
     """
     crops = {
         f"collated_{kind}_crops": finish(

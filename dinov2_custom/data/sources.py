@@ -1,8 +1,7 @@
-"""Where the bytes of images come from. Here: the base of all sources, and folders of files. No image code, no torch.
+"""Sources of image bytes: the base class, and folders of files. Imports neither image libraries nor torch.
 
-A source has ``len``, ``read(i) -> bytes``, ``name(i) -> str`` and ``parts()``; list files, tar shards and Parquet have
-files of their own. Not in here: finding the files (``listing``), decoding (``decode``), labels and upstream's layouts
-(``datasets``). Read :class:`FolderSource` first.
+A source has ``len``, ``read(i) -> bytes``, ``name(i) -> str`` and ``parts()``. List files, tar shards and Parquet files
+are in ``lists``, ``tar_shards`` and ``parquet``.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ __all__ = [
     "read_file",
 ]
 Root = str | os.PathLike[str]
-MAX_IMAGE_BYTES = 1 << 30  # of one encoded image, wherever it is read
+MAX_IMAGE_BYTES = 1 << 30  # limit for one encoded image from any source
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
 
 
@@ -48,51 +47,51 @@ class Source:
         raise NotImplementedError
 
     def name(self, i: int) -> str:
-        """Return what to call image ``i``: its path, or ``<file>!<part of it>``."""
+        """Return the name of image ``i``: its path, or ``<file>!<part>``."""
         raise NotImplementedError
 
     def read(self, i: int) -> bytes:
         """Return the bytes of image ``i``.
 
         Raises:
-            DataError: they cannot be read.
+            DataError: if they cannot be read.
         """
         raise NotImplementedError
 
     def parts(self) -> list[tuple[str, int]]:
-        """Return (name, number of images) of the folders or files the source consists of, in their order."""
+        """Return (name, number of images) of each folder or file of the source, in order."""
         raise NotImplementedError
 
     def digest(self) -> str:
-        """Return a hash of what is known of the images without reading them: names and, in tars, places and sizes."""
+        """Return a hash of the images without reading them: of their names and, in tars, their offsets and sizes."""
         digest = hashlib.blake2b(repr(self.parts()).encode("utf-8", "surrogateescape"), digest_size=8)
         index = getattr(self, "index", None)
         for name, array in sorted(index.arrays.items()) if index is not None else ():
-            if not name.startswith(("stamp", "other", "passed_over")):  # of folders, whose times change by themselves
+            if not name.startswith(("stamp", "other", "passed_over")):  # folder times change without the images
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def left_out(self) -> Counter[str]:
-        """Return how many files of which extension, or other things, were found beside the images."""
+        """Return the number of files (by extension) and other objects found that are not images."""
         return Counter()
 
     def passed_over(self) -> list[PassedOver]:
-        """Return the folders and files whose images, or some of them, are not among those of the source."""
+        """Return the folders and files some of whose images are missing from the source."""
         index = getattr(self, "index", None)
         rows = [] if index is None else PathTable(index=index, name="passed_over")
         return [PassedOver(*row.split("\0")) for row in rows]
 
 
 def pack_passed_over(those: Iterable[PassedOver]) -> dict[str, np.ndarray]:
-    """Pack what an index has to say again when it is read from the cache."""
+    """Pack the warnings that an index repeats when it is read from the cache."""
     return pack_texts([["\0".join(one) for one in those]], "passed_over")
 
 
 class FolderSource(Source):
-    """All image files below one or several folders; a large listing is kept and used again while nothing changed.
+    """All image files below one or more folders; a large listing is cached and reused while nothing has changed.
 
     Raises:
-        DataError: a folder that is missing, or no image in all of them.
+        DataError: if a folder is missing, or none holds an image.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class FolderSource(Source):
     ):
         self.roots = as_roots(root)
         if any(map(is_pattern, self.roots)):
-            cache_from = sys.maxsize  # never: no time stamp shows what else would match now
+            cache_from = sys.maxsize  # never: no time stamp reveals new matches of a pattern
         places = [place for one in self.roots for place in (one, real(one))]
         key = ["folders, passed over", *sorted(set(extensions)), *places]
         self.index = cached(key, lambda on_count: index_folders(self.roots, extensions, on_count), cache_from)
@@ -126,7 +125,7 @@ class FolderSource(Source):
 def index_folders(
     roots: Sequence[str], extensions: Sequence[str], on_count: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
-    """List folders into the arrays of an :class:`Index`: paths, images a root, stamps of every folder."""
+    """List folders into the arrays of an :class:`Index`: paths, number of images per root, stamps of every folder."""
     started = time.time_ns()
     listing = Listing(extensions, on_count)
     sizes: list[int] = []
@@ -148,12 +147,12 @@ def read_file(path: Root) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        DataError: it cannot be read (gone, no permission, a broken disk), is no regular file, or is too large.
-        ResourceError: the process has no memory or file descriptors left.
+        DataError: if it cannot be read (missing, no permission, I/O error), is not a regular file, or is too large.
+        ResourceError: if the process has no memory or file descriptors left.
     """
     name = os.fspath(path)
     try:
-        # without O_NONBLOCK, opening a named pipe waits for its other end
+        # without O_NONBLOCK, opening a named pipe blocks until its other end is opened
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
             status = os.fstat(descriptor)
@@ -161,7 +160,7 @@ def read_file(path: Root) -> bytes:
                 kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
                 raise UnreadableImageError(f"expected a regular file: {name} (it is a {kind})")
             check_size(status.st_size, name)
-            parts, size = [], 0  # more than one part only where the file system does not know the size, or it changes
+            parts, size = [], 0  # more than one part only if the file system reports no size, or it changes
             while part := os.read(descriptor, max(status.st_size + 1, 1 << 16)):
                 parts.append(part)
                 size += len(part)
@@ -169,21 +168,21 @@ def read_file(path: Root) -> bytes:
             return b"".join(parts)
         finally:
             os.close(descriptor)
-    except (OSError, ValueError, MemoryError) as e:  # ValueError: a name with a zero byte
+    except (OSError, ValueError, MemoryError) as e:  # ValueError: a NUL byte in the name
         raise unreadable(e, name) from e
 
 
 def unreadable(error: Exception, name: str) -> DINOv2Error:
-    """Return the error to raise for ``error``, which was met reading ``name``."""
+    """Return the error to raise for ``error``, which occurred while reading ``name``."""
     reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
     return shortage(error, name) or UnreadableImageError(f"expected a readable file: {name} ({reason})")
 
 
 def check_size(size: int, name: str) -> None:
-    """Check what a file, an archive or a table says an image's size in bytes is, before memory is taken for it.
+    """Check an image's declared size in bytes before memory is allocated for it.
 
     Raises:
-        DataError: above ``MAX_IMAGE_BYTES``.
+        DataError: if it exceeds ``MAX_IMAGE_BYTES``.
     """
     if size > MAX_IMAGE_BYTES:
         raise UnreadableImageError(
@@ -192,14 +191,14 @@ def check_size(size: int, name: str) -> None:
 
 
 class OpenFiles:
-    """Reads parts of files, keeping the last ``limit`` of them open; without a position that forks would share."""
+    """Read parts of files, keeping the last ``limit`` of them open; no file position is shared between forks."""
 
     def __init__(self, limit: int):
         self.limit = limit
         self.descriptors: dict[str, int] = {}
 
     def read(self, path: str, start: int, size: int) -> bytes:
-        """Return up to ``size`` bytes from ``start``; fewer only where the file ends."""
+        """Return up to ``size`` bytes from ``start``; fewer only at the end of the file."""
         descriptor = self.descriptors.pop(path, None)
         if descriptor is None:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -212,10 +211,10 @@ class OpenFiles:
         return os.read(descriptor, size)
 
     def read_all(self, path: str, start: int, size: int, name: str) -> bytes:
-        """Return ``size`` bytes from ``start``; ``name`` is what to call them in errors.
+        """Return ``size`` bytes from ``start``; errors refer to them as ``name``.
 
         Raises:
-            DataError: they cannot be read, or the file ends before.
+            DataError: if they cannot be read, or the file ends too early.
         """
         check_size(size, name)
         try:
@@ -238,10 +237,10 @@ class OpenFiles:
 
 
 def read_image(dataset: Any, i: int) -> bytes:
-    """Return the bytes of image ``i`` of anything that ``make_dataset`` makes.
+    """Return the bytes of image ``i`` of any dataset made by ``make_dataset``.
 
     Raises:
-        DataError: they cannot be read.
+        DataError: if they cannot be read.
     """
     return (getattr(dataset, "read", None) or dataset.get_image_data)(i)
 
@@ -253,5 +252,5 @@ def as_roots(root: Root | Sequence[Root]) -> list[str]:
 
 
 def real(path: str) -> str:
-    """Return the absolute path without links."""
+    """Return the absolute path with symbolic links resolved."""
     return os.path.realpath(path)

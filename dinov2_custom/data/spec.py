@@ -1,4 +1,4 @@
-"""Dataset strings, YAML mappings and lists of them -> DatasetSpec: what kind of dataset, where, how. Opens nothing.
+"""Parse dataset strings, YAML mappings and lists of them into a DatasetSpec, without opening any data.
 
 ======================================================  ====================================================
 ``/my/images``, ``~/images``, ``C:\\images``              a folder of images, without labels
@@ -8,17 +8,17 @@
 ``ImageList:path=/my/files.csv:column=image``           a list; ``column``, ``root`` (of relative paths) optional
 ``Tar:path=/my/shards``                                 a folder of tars; also ``WebDataset``
 ``Parquet:path=/my/shards:column=image``                a folder of Parquet files; ``column`` optional
-``LabelledFolder:root=/my/classes``                     a folder a class, for evaluation
+``LabelledFolder:root=/my/classes``                     one folder per class, for evaluation
 ``ImageNet:split=TRAIN:root=/imagenet:extra=/extra``    upstream's layout; ``extra`` optional
 ``ImageNet22k:root=/imagenet22k:extra=/extra``          upstream's layout; ``extra`` optional
-``{kind: ImageNet, split: TRAIN, root: /imagenet}``     a mapping says the same as a string
-``{path: files.csv, column: image}``                    without ``kind``: a path or string, and options
-``[/my/images, /more/images]``                          all of them together, in proportion to their sizes
+``{kind: ImageNet, split: TRAIN, root: /imagenet}``     a mapping, equivalent to a string
+``{path: files.csv, column: image}``                    without ``kind``: a path or string with options
+``[/my/images, /more/images]``                          all of them combined, in proportion to their sizes
 ``[{path: /a, weight: 0.7}, {path: /b, weight: 0.3}]``  a mixture; ``name`` optional
 ======================================================  ====================================================
 
 A value with ':' or '=' goes in quotes: ``ImageDataset:root="/a:b"``. What exists as a path is taken as a path. ``root``
-and ``path`` may be given several times where they name images. Read :func:`parse_dataset` first.
+and ``path`` may be given several times where they name images.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ KIND_OF_SUFFIX |= {".tsv": "ImageList", ".jsonl": "ImageList", ".ndjson": "Image
 KIND_OF_SUFFIX |= {".parquet": "Parquet", ".arrow": "Parquet"}
 SEVERAL = ("ImageDataset", "Tar", "Parquet")
 SPLITS = ("TRAIN", "VAL", "TEST")
-# Upstream's datasets of cell images, with their keys, which are not here.
+# Upstream's datasets of cell images and their keys, which are not supported.
 CELL_KINDS = ("HPAone", "HPAFoV", "CHAMMI_CP", "CHAMMI_HPA", "CHAMMI_WTC")
 CELL_KEYS = ("mode", "wildcard")
 PATHS = ("root", "path", "extra")
@@ -78,7 +78,7 @@ class Part:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """``kind`` is one of KINDS or "Mixture"; ``roots`` its folders or files, ``~`` expanded; ``options`` the rest."""
+    """``kind``: one of KINDS or "Mixture". ``roots``: folders or files, ``~`` expanded. ``options``: all other keys."""
 
     kind: str
     roots: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def parse_dataset(value: Text | Mapping[str, Any] | Sequence[Text | Mapping[str,
     """Parse a dataset string, a path, a mapping or a list of them.
 
     Raises:
-        ConfigError: everything that is wrong with one of them, in one message.
+        ConfigError: if any of them is invalid; lists all faults of one.
     """
     if isinstance(value, os.PathLike):
         return DatasetSpec("ImageDataset", (_expand(os.fspath(value)),))
@@ -104,7 +104,7 @@ def parse_dataset(value: Text | Mapping[str, Any] | Sequence[Text | Mapping[str,
 
 
 def _combine(parts: list[Part]) -> DatasetSpec:
-    """Make one spec of a list: one collection of plain folders, otherwise a mixture."""
+    """Make one spec from a list: plain folders form one collection, anything else a mixture."""
     if not parts:
         raise ConfigError(f"{KEY}: expected folders of images, got an empty list")
     without = [part.name for part in parts if part.weight is None]
@@ -121,7 +121,7 @@ def _combine(parts: list[Part]) -> DatasetSpec:
 
 def _parse_part(value: Any) -> Part:
     if not isinstance(value, Mapping):
-        is_text = isinstance(value, str | os.PathLike)  # Python 3.10 does not take Text here
+        is_text = isinstance(value, str | os.PathLike)  # Python 3.10 does not accept Text here
         return Part(parse_dataset(value), None, os.fspath(value) if is_text else repr(list(value)))
     content = {str(key): one for key, one in value.items() if one is not None}
     weight, name, kind = content.pop("weight", None), content.pop("name", None), content.pop("kind", None)
@@ -134,7 +134,7 @@ def _parse_part(value: Any) -> Part:
 
 
 def _parse_mapping(value: dict[str, Any], kind: str | None, content: dict[str, Any]) -> DatasetSpec:
-    """Parse the keys of a mapping besides weight and name."""
+    """Parse the keys of a mapping except weight and name."""
     if kind is None and len(content) == 1 and set(content) <= {"path", "root"}:
         return parse_dataset(next(iter(content.values())))
     if kind is None:
@@ -193,7 +193,7 @@ def _path(text: str) -> DatasetSpec:
 
 
 def _kind_of_path(text: str) -> str:
-    """Return the kind by the suffix; what is a folder is one of images, whatever it is called."""
+    """Return the kind by the suffix; any existing folder is a folder of images, regardless of its name."""
     if os.path.isdir(os.path.expanduser(text)):
         return "ImageDataset"
     return next((kind for suffix, kind in KIND_OF_SUFFIX.items() if text.lower().endswith(suffix)), "ImageDataset")
@@ -204,7 +204,7 @@ def _expand(text: str) -> str:
 
 
 def _options(rest: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """Read ``:key=value:key="value"`` (a trailing colon is fine) into (pairs, what is wrong)."""
+    """Parse ``:key=value:key="value"`` (a trailing colon is allowed) into (pairs, faults)."""
     pairs, position = [], 0
     rest = rest[:-1] if rest.endswith(":") else rest
     while position < len(rest):
@@ -222,7 +222,7 @@ def _make(text: str, kind: str, pairs: Iterable[tuple[str, str]], wrong: Sequenc
     """Make the spec of a known kind from its options.
 
     Raises:
-        ConfigError: all that is wrong with them.
+        ConfigError: if any is invalid; lists all faults.
     """
     allowed, kind = KINDS[kind], ALIASES.get(kind, kind)
     place, other = ("path", "root") if "path" in allowed else ("root", "path")

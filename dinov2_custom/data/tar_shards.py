@@ -1,8 +1,8 @@
-"""Images in uncompressed tar files (plain or WebDataset style), read in place at their offset; nothing is extracted.
+"""Images in uncompressed tar files (plain or WebDataset style), read in place at their offsets.
 
-The headers are walked once into an index (shard, offset, length, name), after that every image is one read: random
-access over all shards. A member is an image by its extension; other members (``.json``, ``.cls``, ``.txt`` of
-WebDataset) are passed over. Read :class:`TarSource` first, then :func:`walk_tar`.
+The headers are scanned once into an index (shard, offset, length, name); afterwards each image takes one read, which
+gives random access over all shards. Members with an image extension are images; all others (``.json``, ``.cls``,
+``.txt`` of WebDataset) are skipped.
 
 Source of the format: POSIX.1-2001 pax / ustar interchange formats, and GNU tar's long names and base-256 numbers.
 """
@@ -41,8 +41,8 @@ logger = logging.getLogger("dinov2")
 BLOCK = 512
 MAX_OPEN = 64
 MAX_HEADER = 1 << 20
-LOOK_AHEAD = 1 << 16  # bytes behind the end mark, where tar pads to a whole record, of 10 KiB by default
-MAX_SIZE = 1 << 62  # what an index of 64-bit integers holds with room to add
+LOOK_AHEAD = 1 << 16  # bytes after the end mark, where tar pads to a whole record (10 KiB by default)
+MAX_SIZE = 1 << 62  # fits into 64-bit integers, with room for sums
 MAX_LINKS = 10
 MAX_PATTERNS = 1_000_000
 TAR_SUFFIXES = (".tar",)
@@ -64,9 +64,9 @@ class Member(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """What the headers of the tar ``path`` say.
+    """Result of scanning the headers of the tar ``path``.
 
-    faults: why bytes of it were not looked at, with their place. left_out: why single files are no members -> names.
+    faults: reasons why some of its bytes were not scanned, with offsets. left_out: reason -> names of skipped files.
     """
 
     path: str
@@ -75,7 +75,7 @@ class Walk(NamedTuple):
     left_out: dict[str, list[str]]
 
     def passed_over(self, is_wanted: Callable[[str], bool]) -> list[PassedOver]:
-        """Return the faults, and how many files with a name that is wanted were left out."""
+        """Return the faults, and the number of skipped files whose names are wanted."""
         found = list(self.faults)
         for why, names in self.left_out.items():
             if wanted := [name for name in names if is_wanted(name)]:
@@ -91,10 +91,10 @@ class Link(NamedTuple):
 
 
 class TarSource(Source):
-    """The images in tar files. ``path``: tars, folders of tars, and brace patterns such as ``/d/s-{0000..0127}.tar``.
+    """The images in tar files; ``path`` names tars, folders of tars, or patterns such as ``/d/s-{0000..0127}.tar``.
 
     Raises:
-        DataError: files that are missing, compressed or no tar (all of them named), or no image in them.
+        DataError: if files are missing, compressed or not tars (lists all of them), or hold no image.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class TarSource(Source):
 def index_tars(
     shards: Sequence[str], extensions: Sequence[str], on_count: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
-    """Walk tar files into the arrays of an index: name, shard, offset and size of every image, stamps of the shards.
+    """Scan tar files into index arrays: name, shard, offset and size of every image, and stamps of the shards.
 
-    And what was passed over.
+    The arrays also include the files that could not be scanned completely.
     """
     started = time.time_ns()
     stats = [os.stat(shard) for shard in shards]
@@ -177,19 +177,19 @@ def index_tars(
 
 
 def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
-    """Return whether a member is an image by its extension and not hidden (``._x.jpg`` is what macOS adds to x.jpg)."""
+    """Return whether a member is an image by its extension and not hidden (macOS adds ``._x.jpg`` to x.jpg)."""
     return name.lower().endswith(extensions) and not name.rpartition("/")[2].startswith(".")
 
 
 def walk_tar(path: str) -> Walk:
-    """Find the regular files of a tar and its links to them in their order, by reading the headers alone.
+    """Find the regular files of a tar, and links to them, in order, by reading only the headers.
 
-    A link has the name of its own and the bytes of the file it leads to. A tar that ends early gives what its headers
-    announce; a damaged header ends the walk. Both are faults, as is another tar behind the end of the first one. Links
-    to files that are not in the tar are left out, and so are sparse files.
+    A link has its own name and the bytes of its target. A truncated tar returns the files that its headers declare; a
+    damaged header ends the scan. Both are faults, as is a second tar after the end of the first. Links to files outside
+    the tar and sparse files are skipped.
 
     Raises:
-        DataError: it cannot be read, is compressed or no tar.
+        DataError: if it cannot be read, is compressed, or is not a tar.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -212,7 +212,7 @@ def _walk(file, path: str) -> Walk:
             # two blocks of zeros end a tar; a header after a single one is read, with a warning
             following = file.read(BLOCK)
             if not _checksum_holds(following):
-                return _followed(path, members, sparse, _another_tar(file, position + 2 * BLOCK, end))
+                return _resolve_links(path, members, sparse, _trailing_tar(file, position + 2 * BLOCK, end))
             logger.warning(f"damaged tar: {path} byte={position} is a lone block of zeros; the files after it are used")
             position, header = position + BLOCK, following
         start = position + BLOCK
@@ -236,7 +236,7 @@ def _walk(file, path: str) -> Walk:
                     members.append(Member(name, start, size))
                 elif kind in LINKS:
                     target = own.get("linkpath") or _text(header[157:257])
-                    members.append(Link(name, target if kind == HARD_LINK else _beside(name, target)))
+                    members.append(Link(name, target if kind == HARD_LINK else _link_target(name, target)))
                 overrides = {}
                 size = 0 if kind in WITHOUT_CONTENT else size
         except ValueError as e:
@@ -244,9 +244,9 @@ def _walk(file, path: str) -> Walk:
                 raise DataError(f"expected an uncompressed tar: {path} ({e} at its start)") from e
             rest = f"{end - position:,} bytes from there on are not"
             fault = f"damaged tar: byte={position} ({e}); {_used(members)}, {rest}"
-            return _followed(path, members, sparse, fault)
+            return _resolve_links(path, members, sparse, fault)
         position = start + -(-size // BLOCK) * BLOCK
-    return _followed(path, members, sparse, _cut_off(members, position, end))
+    return _resolve_links(path, members, sparse, _cut_off(members, position, end))
 
 
 def _used(members: Sequence[Member | Link]) -> str:
@@ -254,7 +254,7 @@ def _used(members: Sequence[Member | Link]) -> str:
 
 
 def _cut_off(members: list[Member | Link], position: int, end: int) -> str:
-    """Return why a tar of ``end`` bytes is cut where the walk left it, at ``position``; "" where nothing is lost."""
+    """Return why a tar of ``end`` bytes is truncated, if the scan ended at ``position``; "" if nothing is lost."""
     last = members[-1] if members else None
     if position > end and isinstance(last, Member) and last.offset + last.size > end:
         return f"truncated tar: ends in the middle of {last.name}, file {len(members):,}; any after it are missing"
@@ -263,8 +263,8 @@ def _cut_off(members: list[Member | Link], position: int, end: int) -> str:
     return ""
 
 
-def _another_tar(file, position: int, end: int) -> str:
-    """Say that a header follows the end mark, which ends at ``position``; "" where there is padding."""
+def _trailing_tar(file, position: int, end: int) -> str:
+    """Return the fault if a header follows the end mark, which ends at ``position``; "" if there is only padding."""
     file.seek(position)
     rest = file.read(LOOK_AHEAD)
     start = (len(rest) - len(rest.lstrip(b"\0"))) // BLOCK * BLOCK
@@ -274,8 +274,8 @@ def _another_tar(file, position: int, end: int) -> str:
     return f"a second tar after the end: byte={place}; its {end - place:,} bytes are not used (tar -A joins archives)"
 
 
-def _followed(path: str, members: list[Member | Link], sparse: list[str], fault: str) -> Walk:
-    """Return what was found, each link replaced by a member of its name with the bytes of its target."""
+def _resolve_links(path: str, members: list[Member | Link], sparse: list[str], fault: str) -> Walk:
+    """Return the result with each link replaced by a member of the same name with the bytes of its target."""
     faults, left_out = [fault] if fault else [], {"sparse files are not read": sparse}
     if not any(isinstance(member, Link) for member in members):
         return Walk(path, members, faults, left_out)
@@ -283,7 +283,7 @@ def _followed(path: str, members: list[Member | Link], sparse: list[str], fault:
     found, dangling = [], []
     for member in members:
         target, steps = member, 0
-        while isinstance(target, Link) and steps < MAX_LINKS:  # links to links, perhaps in a circle
+        while isinstance(target, Link) and steps < MAX_LINKS:  # links to links, possibly cyclic
             target, steps = places.get(posixpath.normpath(target.target)), steps + 1
         if isinstance(target, Member):
             found.append(target._replace(name=member.name))
@@ -292,13 +292,13 @@ def _followed(path: str, members: list[Member | Link], sparse: list[str], fault:
     return Walk(path, found, faults, left_out | {"links to no file in the tar": dangling})
 
 
-def _beside(name: str, target: str) -> str:
+def _link_target(name: str, target: str) -> str:
     """Return the name in the archive of a symbolic link's target, which is relative to the link's folder."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
 
 
 def _checksum_holds(header: bytes) -> bool:
-    """Compare the header's checksum: the sum of its bytes with the checksum's own eight taken as blanks."""
+    """Verify the header's checksum: the sum of its bytes, with the eight checksum bytes counted as blanks."""
     try:
         return _number(header[148:156]) == sum(header) - sum(header[148:156]) + 8 * 32
     except ValueError:
@@ -306,10 +306,10 @@ def _checksum_holds(header: bytes) -> bool:
 
 
 def _number(field: bytes, base: int = 8) -> int:
-    """Read a number: digits, or GNU's base-256 (first byte 0x80).
+    """Parse a number: digits, or GNU's base-256 encoding (first byte 0x80).
 
     Raises:
-        ValueError: it is negative, no number, or larger than any file.
+        ValueError: if it is negative, not a number, or larger than any file.
     """
     if field[:1] == b"\x80":
         number = int.from_bytes(field[1:], "big")
@@ -334,7 +334,7 @@ def _text(field: bytes) -> str:
 
 
 def _pax(content: bytes) -> dict[str, str]:
-    """Read the records ``<length> <key>=<value>\\n`` of a pax header."""
+    """Parse the records ``<length> <key>=<value>\\n`` of a pax header."""
     found, position = {}, 0
     while (blank := content.find(b" ", position)) > 0 and content[position:blank].isdigit():
         following = position + int(content[position:blank])
@@ -353,18 +353,18 @@ def _refuse_compressed(start: bytes, path: str) -> None:
             )
 
 
-# which files
+# finding files
 
 
 def find_files(
     places: Sequence[str], suffixes: Sequence[str], what: str, passed_over: list[PassedOver] | None = None
 ) -> list[str]:
-    """Return the files that paths, folders and patterns (braces, ``*``) stand for; a folder's sorted, at any depth.
+    """Return the files named by paths, folders (at any depth, sorted) and patterns (braces, ``*``).
 
-    Folders that cannot be read are added to ``passed_over``.
+    Unreadable folders are appended to ``passed_over``.
 
     Raises:
-        DataError: all that are missing, or folders without such files.
+        DataError: if some are missing (lists all of them), or folders hold no such files.
     """
     found: list[str] = []
     wrong: list[str] = []
@@ -392,10 +392,10 @@ def find_files(
 
 
 def expand_braces(pattern: str) -> Iterable[str]:
-    """Expand ``{0000..0127}`` (width kept) and ``{a,b}``, the first one slowest; other braces stay as they are.
+    """Expand ``{0000..0127}`` (keeping the width) and ``{a,b}``, the first varying slowest; keep other braces.
 
     Raises:
-        DataError: the pattern stands for more than a million names.
+        DataError: if the pattern expands to more than a million names.
     """
     count = math.prod(len(choices) for match in _BRACES.finditer(pattern) if (choices := _choices(match[1])))
     if count > MAX_PATTERNS:
@@ -410,7 +410,7 @@ def expand_braces(pattern: str) -> Iterable[str]:
 
 
 class _Range(Sequence):
-    """The numbers of ``first..last`` as texts, made when they are asked for."""
+    """The numbers ``first..last`` as strings, generated on demand."""
 
     def __init__(self, first: str, last: str):
         self.width = len(first) if first.startswith("0") or len(first) == len(last) else 0

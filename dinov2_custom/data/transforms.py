@@ -1,8 +1,7 @@
 """Image transforms with upstream's names: normalisation, GaussianBlur and the classification pipelines of evaluation.
 
-Not the training augmentation (``augmentations``, whose fast operations are in ``pixels``). These take PIL images and
-follow torchvision on PIL, resize included, because evaluation must give upstream's pixels. Random ones take ``rng``, a
-``random.Random`` (None: seeded by the operating system). Read :func:`make_classification_eval_transform` first.
+These take PIL images and follow torchvision on PIL, resize included, because evaluation must give upstream's pixels.
+Random ones take ``rng``, a ``random.Random`` (None: seeded by the operating system).
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
 
 
 class RandomTransform:
-    """A transform that takes ``rng``; :class:`Compose` hands its own to it."""
+    """A transform that takes ``rng``; :class:`Compose` passes its own generator to it."""
 
 
 class Compose(RandomTransform, class_of_torchvision("transforms", "Compose", otherwise=object)):
-    """Apply ``transforms`` in turn; random ones share one generator a call."""
+    """Apply ``transforms`` in turn; random ones share one generator per call."""
 
     def __init__(self, transforms: Sequence[Callable]):
         self.transforms = list(transforms)
@@ -47,7 +46,7 @@ class GaussianBlur(RandomTransform, class_of_torchvision("transforms", "RandomAp
     """Blur a PIL image (9 x 9) with sigma uniform in ``radius_min``..``radius_max``, with probability **1 - p**.
 
     The inversion is upstream's, and its released models were trained with it; ``augmentation.blur_p`` holds the
-    probabilities really applied.
+    probabilities actually applied.
 
     Source: upstream data/transforms.py.
     """
@@ -69,7 +68,7 @@ class GaussianBlur(RandomTransform, class_of_torchvision("transforms", "RandomAp
 
 
 class MaybeToTensor(class_of_torchvision("transforms", "ToTensor", otherwise=object)):
-    """Turn a PIL image or uint8 array (H, W[, C]) into float32 (C, H, W) in 0..1; leave a tensor as it is."""
+    """Convert a PIL image or uint8 array (H, W[, C]) to float32 (C, H, W) in 0..1; return a tensor unchanged."""
 
     def __call__(self, image: Any) -> torch.Tensor:
         if isinstance(image, torch.Tensor):
@@ -82,7 +81,7 @@ class MaybeToTensor(class_of_torchvision("transforms", "ToTensor", otherwise=obj
 
 
 class Normalize(class_of_torchvision("transforms", "Normalize", otherwise=nn.Module)):
-    """Subtract ``mean`` and divide by ``std``, a value a channel; takes float (..., C, H, W)."""
+    """Subtract ``mean`` and divide by ``std`` per channel, for float (..., C, H, W)."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         nn.Module.__init__(self)
@@ -112,7 +111,7 @@ class Resize:
 
 
 class CenterCrop:
-    """Cut the central ``size`` x ``size`` pixels of a PIL image; what lies outside a smaller image is black."""
+    """Crop the central ``size`` x ``size`` pixels of a PIL image, padding smaller images with black."""
 
     def __init__(self, size: int):
         self.size = size
@@ -128,7 +127,7 @@ class CenterCrop:
 
 
 class RandomResizedCrop(RandomTransform):
-    """Cut a random box (8..100 % of the area, aspect 3/4..4/3) out of a PIL image and resize it to ``size``."""
+    """Crop a random box (8..100 % of the area, aspect 3/4..4/3) of a PIL image and resize it to ``size``."""
 
     def __init__(self, size: int, interpolation: Any = "bicubic", scale: tuple[float, float] = (0.08, 1.0)):
         self.size = size
@@ -142,7 +141,7 @@ class RandomResizedCrop(RandomTransform):
 
 
 class RandomHorizontalFlip(RandomTransform):
-    """Mirror a PIL image left and right with probability ``p``."""
+    """Flip a PIL image horizontally with probability ``p``."""
 
     def __init__(self, p: float = 0.5):
         self.p = p

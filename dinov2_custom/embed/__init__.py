@@ -1,1 +1,1 @@
-"""Features of a dataset, into a file. Read ``main.main``."""
+"""Compute the features of a dataset and write them to a file. Read ``main.main`` first."""

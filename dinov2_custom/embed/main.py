@@ -1,4 +1,4 @@
-"""Features of a dataset: load the model, make the missing parts, join them. Read :func:`main`."""
+"""Compute the features of a dataset: load the model, compute the missing parts, and join them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what ``args`` (``cli.embed_parser``) ask for; return the exit code.
+    """Run the command line parsed by ``cli.embed_parser``; return the exit code.
 
     Raises:
-        ConfigError: sizes that do not fit the model, or a folder with other features.
-        CheckpointError: unreadable weights.
-        DataError: no such dataset, or no readable image.
+        ConfigError: if sizes do not fit the model, or the folder holds other features.
+        CheckpointError: if the weights cannot be read.
+        DataError: if there is no such dataset or no readable image.
     """
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {args.batch_size}")
@@ -72,14 +72,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def image_sizes(teacher: Teacher, given: list[int]) -> list[int]:
-    """Return the sizes to embed at.
+    """Return the image sizes in pixels.
 
     Raises:
-        ConfigError: a size that is no multiple of the patch.
+        ConfigError: if a size is not a multiple of the patch size.
     """
     patch = teacher.backbone.patch_size
     if not given:
-        # released weights have positions for 518 pixels, but are used at 224; an export has those of its run
+        # released weights have position embeddings for 518 pixels but are used at 224; an export has those of its run
         released = is_released(teacher.config_file) and teacher.image_size > RELEASED_CROP_SIZE
         size = RELEASED_CROP_SIZE if released else teacher.image_size
         return [max(size // patch, 1) * patch]
@@ -166,7 +166,7 @@ def compute(backbone: nn.Module, images: Tensor, kind: str, l2: bool = False, pr
 
 
 def _open_on_main_first(folder: Path, description: dict[str, Any], fresh: bool) -> Store:
-    """Open the store on the main process, then on the others: one of them clears and describes the folder."""
+    """Open the store on the main process, which clears and describes the folder, and then on the others."""
     store = problem = None
     if distributed.is_main_process():
         try:
@@ -180,7 +180,7 @@ def _open_on_main_first(folder: Path, description: dict[str, Any], fresh: bool) 
 
 
 def _labels(dataset: Any):
-    """Return a function from an image's number to its class's name, or None for unlabeled images."""
+    """Return a function from an image's number to its class name, or None for unlabeled images."""
     if not hasattr(dataset, "get_targets"):
         return None
     classes, targets = getattr(dataset, "classes", None), dataset.get_targets()

@@ -1,7 +1,6 @@
-"""Where features lie while they are made, and how they become one file; a kill loses a part at most.
+"""Store features in parts while they are computed and join them into one file; a kill loses at most one part.
 
-A part is the features of ``PART_BATCHES`` batches of consecutive images, one file, renamed into place. Read
-:class:`Store` first.
+A part is one file with the features of ``PART_BATCHES`` batches of consecutive images, renamed into place.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ class Store:
     """The output folder of one run.
 
     Args:
-        description: all that the features depend on, and the path ``weights`` for the reader; a folder with another
-            one is refused.
-        fresh: remove what another run left.
+        description: everything that the features depend on, and the path ``weights`` for information; a folder with a
+            different description is rejected.
+        fresh: remove the files of another run.
 
     Raises:
-        ConfigError: the folder holds other features, or other files under our names.
+        ConfigError: if the folder holds other features, or foreign files with our names.
     """
 
     def __init__(self, folder: Path, description: dict[str, Any], *, fresh: bool = False) -> None:
@@ -39,7 +38,7 @@ class Store:
         path = folder / DESCRIPTION
         files = (ROWS, BAD, "features.npy", "features.parquet")
         others = [name for name in (*files, self.parts.name) if (folder / name).exists()]
-        if others and not path.is_file():  # also with `fresh`: what is removed has to be ours
+        if others and not path.is_file():  # also with `fresh`: only our own files are removed
             raise ConfigError(
                 f"--output-dir: expected no {', '.join(others)} of unknown origin in {folder}; choose another folder"
             )
@@ -74,18 +73,18 @@ class Store:
         return f"features.{self.description['format']}"
 
     def is_complete(self) -> bool:
-        """Return whether the result is there."""
+        """Return whether the result exists."""
         return (self.folder / self.result_name).is_file()
 
     def missing_parts(self) -> list[tuple[int, range]]:
-        """Return (number, images) of every part that is still to be made, in order."""
+        """Return (number, images) of every missing part, in order."""
         size = PART_BATCHES * self.description["batch_size"]
         images = self.description["images"]
         parts = [range(start, min(start + size, images)) for start in range(0, images, size)]
         return [(number, part) for number, part in enumerate(parts) if not self._path(number).is_file()]
 
     def save_part(self, number: int, features: np.ndarray, indices: Sequence[int], bad: dict[int, str]) -> None:
-        """Keep the features (n, D) of the images ``indices``, and the reasons of the unreadable ones."""
+        """Save the features (n, D) of the images ``indices``, and the reasons for the unreadable ones."""
         path = self._path(number)
         with atomic_write(path, "wb", fsync=True) as file:
             np.savez(
@@ -97,10 +96,10 @@ class Store:
             )
 
     def finish(self, name: Any, label: Any) -> tuple[int, int]:
-        """Join the parts; ``name(i)`` and ``label(i)`` (or None) describe an image. Return rows and bad images.
+        """Join the parts and return the numbers of rows and bad images; ``name(i)`` and ``label(i)`` describe an image.
 
         Raises:
-            DataError: not one readable image.
+            DataError: if there is no readable image.
         """
         indices, bad = [], {}
         for part in self._all_parts():
@@ -113,7 +112,7 @@ class Store:
         rows = [{"path": name(i)} | ({} if label is None else {"label": label(i)}) for i in indices]
         write = _write_parquet if self.description["format"] == "parquet" else _write_npy
         lines = [json.dumps({"path": name(i), "reason": reason}) + "\n" for i, reason in bad.items()]
-        with atomic_write(self.folder / self.result_name, "wb") as file:  # the last to be there: the mark of the end
+        with atomic_write(self.folder / self.result_name, "wb") as file:  # written last, it marks completion
             write(Path(file.name), (part["features"] for part in self._all_parts()), rows, len(rows))
             if self.description["format"] == "npy":
                 _write(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
@@ -132,7 +131,7 @@ class Store:
 
 
 def _write_npy(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], count: int) -> None:
-    """Stream the blocks into one array (count, D), without holding it."""
+    """Stream the blocks into one array (count, D) on disk, without holding it in memory."""
     target, start = None, 0
     for block in blocks:
         if target is None:
@@ -144,7 +143,7 @@ def _write_npy(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], count
 
 
 def _write_parquet(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], count: int) -> None:
-    """Write columns path, label (where there are labels) and features, a row group a part."""
+    """Write the columns path, label (if there are labels) and features, with one row group per part."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -162,7 +161,7 @@ def _write_parquet(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], c
 
 
 def _text(path: str) -> str:
-    """Return a path as Unicode; bytes that are none become question marks."""
+    """Return a path as valid Unicode; undecodable bytes become question marks."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 

@@ -1,4 +1,8 @@
-"""Log lines, metrics and progress of a run. Read :func:`dinov2_custom.logging.setup.setup_logging` first."""
+"""Log lines, metrics and progress of a run.
+
+Read :func:`dinov2_custom.logging.setup.setup_logging` and :meth:`dinov2_custom.logging.metrics.MetricLogger.log_every`
+first. ``sinks`` writes the metrics, ``smoothed_value`` computes the statistics of one series.
+"""
 
 from dinov2_custom.logging.metrics import MetricLogger
 from dinov2_custom.logging.progress import ProgressBar, track

@@ -1,8 +1,4 @@
-"""Metrics of a loop: log lines, and rows with upstream's keys for ``training_metrics.json``.
-
-Not here: statistics of one series (``smoothed_value.py``), where the lines (``setup.py``) and the rows go
-(``sinks.py``). Read :meth:`MetricLogger.log_every` first.
-"""
+"""Report the metrics of a loop as log lines, and as rows with upstream's keys for ``training_metrics.json``."""
 
 from __future__ import annotations
 
@@ -30,12 +26,12 @@ class MetricLogger:
 
     Args:
         delimiter: between the fields of a log line.
-        output_file: JSON-lines file that rank 0 appends to; None: none.
-        sinks: further places for rows; closing them is the caller's.
-        make: name -> function that makes its series; others are a plain :class:`SmoothedValue`.
+        output_file: JSON-lines file to which rank 0 appends, or None.
+        sinks: further destinations for rows; the caller closes them.
+        make: name -> factory of its series; other series are a default :class:`SmoothedValue`.
 
     Attributes:
-        counts: numbers that rows give as they stand, after the series.
+        counts: numbers added to the rows unchanged, after the series.
     """
 
     def __init__(
@@ -47,7 +43,7 @@ class MetricLogger:
     ):
         self.meters: dict[str, SmoothedValue] = defaultdict(SmoothedValue)
         self.make = make or {}
-        self._windows: dict[str, Sequence[float | str]] = {}  # of series that have got no number yet
+        self._windows: dict[str, Sequence[float | str]] = {}  # for series without a value so far
         self.delimiter = delimiter
         self.output_file = output_file
         self.sinks = sinks
@@ -56,20 +52,21 @@ class MetricLogger:
         self._report: Callable[[], None] | None = None
 
     def end_after_this(self) -> None:
-        """Let :meth:`log_every` end after the present iteration, whose row is written."""
+        """Make :meth:`log_every` end after the current iteration and write its row."""
         self._ends = True
 
     def write_now(self) -> None:
-        """Write line and row of the present iteration of :meth:`log_every` at once, if they are due.
+        """Write the line and row of the current iteration of :meth:`log_every` now, if they are due.
 
-        For what must not be on disk before them. Time after it counts for the next iteration.
+        Call this before writing anything that must not be on disk earlier, such as a checkpoint. Time spent afterwards
+        is attributed to the next iteration.
         """
         report, self._report = self._report, None
         if report is not None:
             report()
 
     def update(self, **values: float | torch.Tensor) -> None:
-        """Add one number to each named series; see :meth:`SmoothedValue.update` for tensors."""
+        """Append one value to each named series; see :meth:`SmoothedValue.update` for tensors."""
         for name, value in values.items():
             self._meter(name).update(value)
 
@@ -80,16 +77,16 @@ class MetricLogger:
         return self.meters[name]
 
     def state(self) -> dict[str, Sequence[float | str]]:
-        """Return the windows of all series, in values that JSON has, for :meth:`load_state`."""
+        """Return the windows of all series as JSON-compatible values for :meth:`load_state`."""
         read_pending(self.meters.values())
         return self._windows | {name: meter.state() for name, meter in self.meters.items()}
 
     def load_state(self, windows: Mapping[str, Sequence[float | str]]) -> None:
-        """Start series from ``windows`` once they get a number: rows are then as without a stop in between."""
+        """Initialise series from ``windows`` on their first value, so that a resumed run writes the same rows."""
         self._windows = dict(windows)
 
     def add_meter(self, name: str, meter: SmoothedValue) -> None:
-        """Use ``meter`` for the series ``name``, instead of a default one."""
+        """Use ``meter`` for the series ``name`` instead of a default one."""
         self.meters[name] = meter
 
     def __getattr__(self, name: str) -> SmoothedValue:
@@ -103,12 +100,12 @@ class MetricLogger:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def synchronize_between_processes(self) -> None:
-        """Make the global averages those of all processes."""
+        """Replace the global averages by those over all processes."""
         for meter in self.meters.values():
             meter.synchronize_between_processes()
 
     def dump_in_output_file(self, iteration: int, iter_time: float, data_time: float, **rates: float) -> None:
-        """Write the row of ``iteration``: the two times in seconds, the median of every series, then ``rates``."""
+        """Write the row of ``iteration``: the two times in seconds, the median of each series, then ``rates``."""
         if not distributed.is_main_process() or (self.output_file is None and self.sinks is None):
             return
         read_pending(self.meters.values())
@@ -133,21 +130,21 @@ class MetricLogger:
         limit_s: float = 0.0,
         shown: Sequence[str] = (),
     ) -> Iterator[Any]:
-        """Yield the items numbered ``start_iteration`` to ``n_iterations - 1``; time the loop body, write its metrics.
+        """Yield the items ``start_iteration`` to ``n_iterations - 1``, time the loop body and write its metrics.
 
-        A log line and a JSON row follow each iteration that is a multiple of ``print_freq``, and the last. On a
-        terminal there is a bar too. Nothing is taken from ``iterable`` when the start is not before the end.
-        :meth:`end_after_this` makes any iteration the last.
+        A log line and a JSON row are written after each iteration that is a multiple of ``print_freq``, and after the
+        last. On a terminal there is also a progress bar. Nothing is read from ``iterable`` if the start is not before
+        the end. :meth:`end_after_this` makes any iteration the last.
 
         Args:
             header: first field of a log line.
-            n_iterations: None: ``len(iterable)``, or with ``left_s`` until :meth:`end_after_this`.
-            images_per_iteration: of all processes together; adds the field ``images/s`` to lines, and to rows
-                ``images_per_s``, ``data_wait`` (0..1, the share of the time in which the loop waits for data) and
-                ``memory_mib`` (this process's peak: of CUDA, else resident).
-            speeds: from images/s to further fields of lines and rows.
-            left_s: seconds until the end, where ``n_iterations`` does not tell, of ``limit_s`` in all.
-            shown: series that a log line has, of those there are; empty: all. Rows have all.
+            n_iterations: end of the loop; None: ``len(iterable)``, or with ``left_s`` until :meth:`end_after_this`.
+            images_per_iteration: number over all processes; adds the field ``images/s`` to lines, and to rows
+                ``images_per_s``, ``data_wait`` (0..1, the fraction of the time spent waiting for data) and
+                ``memory_mib`` (this process's peak CUDA memory, or else resident memory).
+            speeds: function from images/s to further fields of lines and rows.
+            left_s: function that returns the seconds until the end, out of ``limit_s``, if ``n_iterations`` is unknown.
+            shown: series in a log line, if they exist; empty for all. Rows contain all series.
         """
         header = header or ""
         if n_iterations is None and left_s is None:
@@ -167,7 +164,7 @@ class MetricLogger:
             nonlocal reported
             writes = is_last() or iteration % print_freq == 0
             if writes:
-                read_pending(self.meters.values())  # waits for the device, which belongs to the iteration's time
+                read_pending(self.meters.values())  # waits for the device, which is part of the iteration's time
             before, reported = reported, time.perf_counter()
             iter_time.update(reported - before)
             if writes:
@@ -201,7 +198,7 @@ class MetricLogger:
         logger.info(f"{header} took {duration(seconds)} for {done} iterations ({seconds / max(done, 1):.6f} s / it)")
 
     def _line(self, shown: Sequence[str]) -> str:
-        """Return the series for a log line: of ``shown`` the medians, else everything."""
+        """Return the series for a log line: the medians of ``shown``, or all series if that is empty."""
         if not shown:
             return str(self)
         read_pending(self.meters.values())
@@ -217,7 +214,7 @@ class MetricLogger:
 def _place(
     iteration: int, n_iterations: int | None, iter_s: float, left_s: Callable[[], float] | None, limit_s: float
 ) -> list[str]:
-    """Return the fields of a log line that say where the loop is and how long it will take."""
+    """Return the fields of a log line with the position in the loop and the time left."""
     if n_iterations is None:
         share = [f"{1 - left_s() / limit_s:.0%}"] if limit_s else []
         return [" ".join([f"[{iteration}]", *share]), f"eta: {duration(left_s())}"]
@@ -226,7 +223,7 @@ def _place(
 
 
 def _speed(rates: dict[str, float], more: dict[str, float]) -> list[str]:
-    """Return the fields of a log line about rates and memory."""
+    """Return the fields of a log line with rates and memory."""
     fields = [f"images/s: {rates['images_per_s']:.1f}"] if rates else []
     fields += [f"{name}: {value:.3g}" for name, value in more.items()]
     if torch.cuda.is_available():

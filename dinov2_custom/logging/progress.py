@@ -1,7 +1,7 @@
-"""A bar with rate and time left on a terminal, plain log lines anywhere else.
+"""A progress bar with rate and time left on a terminal, and plain log lines elsewhere.
 
-The bar is tqdm's, on stderr. Log lines and a bar on the same terminal do not mix: the console handler of ``setup.py``
-sets the bar aside while it writes. Read :func:`track` first; ``MetricLogger`` uses :class:`ProgressBar`.
+The bar is tqdm's, on stderr. The console handler of ``setup.py`` clears the bar while it writes, so that log lines and
+the bar do not mix on the same terminal.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from dinov2_custom import distributed
 
 logger = logging.getLogger("dinov2")
 
-# for a loop that time ends: percent and time left are of that time, and iterations stand in the text behind the bar
+# for a loop limited by time: percentage and time left refer to that time; the text after the bar has the iterations
 BY_THE_CLOCK = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 _open_bars: list[ProgressBar] = []
 
 
 class ProgressBar:
-    """A bar on ``stream`` if that is a terminal and this is the main process; otherwise every method does nothing.
+    """A bar on ``stream`` if that is a terminal and this is the main process; otherwise no method has any effect.
 
     Args:
-        total: number of steps of the whole task, or None when unknown; seconds with :data:`BY_THE_CLOCK`.
-        initial: steps that were done before (a resumed run).
+        total: total number of steps, or None if unknown; seconds with :data:`BY_THE_CLOCK`.
+        initial: steps already done (for a resumed run).
         description: text before the bar.
-        unit: what is counted.
-        stream: where to draw; None: stderr.
-        bar_format: tqdm's; None: its own.
+        unit: unit of the count.
+        stream: where to draw; None for stderr.
+        bar_format: tqdm's format; None for the default.
     """
 
     def __init__(
@@ -51,34 +51,34 @@ class ProgressBar:
         if distributed.is_main_process() and stream is not None and stream.isatty():
             from tqdm import tqdm
 
-            # a terminal that does not know its width would get no bar at all
-            width = {"dynamic_ncols": True} if _knows_its_width(stream) else {"ncols": 100, "nrows": 24}
+            # tqdm draws no bar on a terminal without a known width
+            width = {"dynamic_ncols": True} if _has_width(stream) else {"ncols": 100, "nrows": 24}
             text = {"desc": description, "unit": unit, "bar_format": bar_format}
             self._bar = tqdm(total=total, initial=initial, file=stream, **text, **width)
             _open_bars.append(self)
 
     @property
     def visible(self) -> bool:
-        """Whether there is a terminal to draw on and the bar is not closed."""
+        """Whether the bar is drawn on a terminal and not closed."""
         return self._bar is not None
 
     @property
     def done(self) -> float:
-        """Steps done, those of before included."""
+        """Steps done, including ``initial``."""
         return 0.0 if self._bar is None else self._bar.n
 
     def update(self, steps: float = 1) -> None:
-        """Count ``steps`` more as done."""
+        """Advance by ``steps``."""
         if self._bar is not None:
             self._bar.update(steps)
 
     def show(self, text: str) -> None:
-        """Put ``text`` behind the bar, until the next call."""
+        """Show ``text`` after the bar until the next call."""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
 
     def close(self) -> None:
-        """Leave the bar as it stands and go on below it."""
+        """Close the bar, leaving it visible."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -91,7 +91,7 @@ class ProgressBar:
         self.close()
 
 
-def _knows_its_width(stream: TextIO) -> bool:
+def _has_width(stream: TextIO) -> bool:
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
@@ -99,13 +99,13 @@ def _knows_its_width(stream: TextIO) -> bool:
 
 
 def bar_is_open() -> bool:
-    """Return whether a bar is being drawn."""
+    """Return whether a bar is currently drawn."""
     return bool(_open_bars)
 
 
 @contextlib.contextmanager
 def bar_set_aside(stream: TextIO) -> Iterator[None]:
-    """Take the open bars off the terminal while the body writes to ``stream``, then draw them again."""
+    """Clear the open bars while the body writes to ``stream``, then redraw them."""
     if not _open_bars or not stream.isatty():
         yield
         return
@@ -125,11 +125,11 @@ def track(
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Any]:
-    """Yield from ``iterable`` and show how far it is: a bar on a terminal, else a log line every ``every_s`` seconds.
+    """Yield from ``iterable`` and report progress: a bar on a terminal, else a log line every ``every_s`` seconds.
 
     Args:
-        total: number of items; None: ``len(iterable)`` where it has one.
-        clock: seconds, monotonic.
+        total: number of items; None uses ``len(iterable)`` if available.
+        clock: monotonic clock in seconds.
     """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
@@ -152,5 +152,5 @@ def _line(description: str, done: int, total: int | None, unit: str, seconds: fl
 
 
 def duration(seconds: float) -> str:
-    """Return ``H:MM:SS``, days in front if any."""
+    """Return ``H:MM:SS``, preceded by days if any."""
     return str(datetime.timedelta(seconds=max(0, int(seconds))))

@@ -1,7 +1,6 @@
-"""Where log records go: rank 0 to stdout and ``<output>/logs/log.txt``, every other rank to ``log.txt.rank<r>`` only.
+"""Set up logging: rank 0 to stdout and ``<output>/logs/log.txt``, every other rank only to ``log.txt.rank<r>``.
 
 A line is ``I20260131 18:00:00 4242 dinov2 train.py:100] message``; the first letter is one of D, I, W, E, F (fatal).
-Not here: metrics (``metrics.py``). Read :func:`setup_logging` first.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dinov2_custom.logging import progress
 
 _FORMAT = "%(letter)s%(asctime)s %(process)s %(name)s %(filename)s:%(lineno)s] %(message)s"
 _DATE_FORMAT = "%Y%m%d %H:%M:%S"
-_WARNINGS = "py.warnings"  # where logging.captureWarnings sends them
+_WARNINGS = "py.warnings"  # the logger used by logging.captureWarnings
 _OURS = ("dinov2", "dinov2_custom", "__main__")
 
 
@@ -30,20 +29,20 @@ def setup_logging(
     capture_warnings: bool = True,
     hold: bool = False,
 ) -> None:
-    """Send the records of logger ``name`` to the console and a file; replace what an earlier call set up for it.
+    """Send the records of logger ``name`` to the console and a file, replacing the handlers of an earlier call.
 
-    Call it after ``distributed.enable()``, which knows the rank. Records of other libraries below INFO are left out.
+    Call it after ``distributed.enable()``, which sets the rank. Records below INFO of other libraries are dropped.
 
     Args:
-        output: run directory, or the log file itself if it ends in ``.txt`` or ``.log``; None: no file.
-        name: a logger's name, which then no longer passes its records on (warnings go the same way); None: the root
-            logger, that is everything.
-        level: lowest level kept.
-        capture_warnings: make warnings log records too.
-        hold: make no file and no folder before :func:`open_log`; the lines until then are in the file after it.
+        output: run directory, or the log file itself if it ends in ``.txt`` or ``.log``; None writes no file.
+        name: name of a logger, whose propagation is disabled (warnings are treated likewise); None for the root logger,
+            which receives all records.
+        level: minimum level.
+        capture_warnings: also log warnings.
+        hold: create no file or folder before :func:`open_log`, which then writes the records held so far.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: if the file cannot be written.
     """
     logger = logging.getLogger(name)
     handlers: list[logging.Handler] = []
@@ -67,12 +66,12 @@ def setup_logging(
 
 
 def open_log(name: str | None = None) -> None:
-    """Write what logger ``name`` holds back (``hold`` of :func:`setup_logging`), and all that comes, to its file.
+    """Open the file of logger ``name`` and write the records held so far (``hold`` of :func:`setup_logging`).
 
-    Harmless where there is nothing to open.
+    Has no effect if there is nothing to open.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: if the file cannot be written.
     """
     for handler in logging.getLogger(name).handlers:
         if isinstance(handler, _LogFileHandler):
@@ -80,7 +79,7 @@ def open_log(name: str | None = None) -> None:
 
 
 def remove_logging(name: str | None = None) -> None:
-    """Take off and close the handlers that :func:`setup_logging` gave to logger ``name``; others stay."""
+    """Remove and close the handlers that :func:`setup_logging` added to logger ``name``."""
     logger, warnings = logging.getLogger(name), logging.getLogger(_WARNINGS)
     for handler in list(logger.handlers):
         if isinstance(handler, (_ConsoleHandler, _LogFileHandler)):
@@ -92,7 +91,7 @@ def remove_logging(name: str | None = None) -> None:
 
 
 def log_path(output: Path) -> Path:
-    """Return the log file of this process for a run directory, or for the main process's log file itself."""
+    """Return the log file of this process, given a run directory or the main process's log file."""
     path = output if output.suffix in (".txt", ".log") else output / "logs" / "log.txt"
     rank = distributed.get_global_rank()
     return path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
@@ -109,9 +108,9 @@ class _Formatter(logging.Formatter):
 
 
 class _LogFileHandler(logging.FileHandler):
-    """A log file. Where it cannot be written that is said once, without a traceback.
+    """A log file. A write error is reported once, without a traceback.
 
-    Records are held back until :meth:`open_file`.
+    Records are held in memory until :meth:`open_file`.
     """
 
     said = False
@@ -121,10 +120,10 @@ class _LogFileHandler(logging.FileHandler):
         self._held: list[logging.LogRecord] | None = []
 
     def open_file(self) -> None:
-        """Make the file and its folder, once, and write what was held back.
+        """Create the file and its folder on the first call, and write the records held so far.
 
         Raises:
-            ConfigError: it cannot be written.
+            ConfigError: if it cannot be written.
         """
         if self._held is None:
             return
@@ -147,7 +146,7 @@ class _LogFileHandler(logging.FileHandler):
             self._held.append(record)
 
     def close(self) -> None:
-        with suppress(OSError):  # lines that could not be written before
+        with suppress(OSError):  # buffered lines that could not be written
             super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
@@ -161,9 +160,9 @@ class _LogFileHandler(logging.FileHandler):
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Lines that do not tear an open progress bar; what the bar shows already is not printed beside it.
+    """Print lines without corrupting an open progress bar, and omit what the bar shows already.
 
-    Records with ``extra={"file_only": True}`` are left to the log file.
+    Records with ``extra={"file_only": True}`` are written only to the log file.
     """
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -1,7 +1,6 @@
-"""Where rows of metrics go: the run's JSON-lines file, TensorBoard, Weights & Biases. One ``log(step, row)`` for all.
+"""Destinations for rows of metrics: the run's JSON-lines file, TensorBoard and Weights & Biases.
 
-Seeing a run must never end it: a place that cannot be written is reported once, and training goes on. Not here: how
-rows are made (``metrics.py``), and W&B itself (``wandb_sink.py``). Read :func:`open_sinks` and :class:`Sinks` first.
+All have the method ``log(step, row)``. A sink never ends a run: a failure is reported once, and training continues.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ METRICS_FILE = "training_metrics.json"
 
 
 class Sink(Protocol):
-    """A place for rows. ``retries``: whether to go on trying after a failure."""
+    """A destination for rows. ``retries``: whether to keep trying after a failure."""
 
     name: str
     retries: bool
@@ -39,10 +38,10 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """Several sinks as one, which raises nothing of what goes wrong in them. A context manager that closes them.
+    """Several sinks as one, which suppresses and reports their exceptions. A context manager that closes them.
 
     Args:
-        sinks: none on the ranks that do not report.
+        sinks: empty on ranks that do not report.
     """
 
     def __init__(self, sinks: Iterable[Sink] = ()):
@@ -51,31 +50,31 @@ class Sinks:
 
     @property
     def names(self) -> list[str]:
-        """Names of the sinks that still take rows."""
+        """Names of the sinks that still accept rows."""
         return [sink.name for sink in self._sinks]
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Write ``row``, the numbers of iteration ``step``, everywhere."""
+        """Write ``row``, the metrics of iteration ``step``, to all sinks."""
         for sink in list(self._sinks):
             try:
                 sink.log(step, row)
-            except Exception as e:  # each library has errors of its own
+            except Exception as e:  # each library raises its own errors
                 self._report(sink, e, "this row is lost" if sink.retries else "nothing more is sent there")
                 if not sink.retries:
                     self._sinks.remove(sink)
                     self._close(sink, 1)
 
     def add(self, sink: Sink) -> None:
-        """Add ``sink``, where there are sinks: on the rank that reports."""
+        """Add ``sink`` if there are other sinks, that is, on the rank that reports."""
         if self._sinks:
             self._sinks.append(sink)
 
     def state(self) -> dict[str, str]:
-        """Return what a checkpoint has to hold for the sinks to go on: ``wandb_run_id`` where there is W&B."""
+        """Return the state needed to resume the sinks from a checkpoint: ``wandb_run_id`` if W&B is used."""
         return {key: value for sink in self._sinks for key, value in sink.state().items()}
 
     def close(self, exit_code: int = 0) -> None:
-        """Write out what waits and end the records; ``exit_code`` other than 0 says that training is not done."""
+        """Flush and close all sinks; a nonzero ``exit_code`` means that training is not complete."""
         while self._sinks:
             self._close(self._sinks.pop(), exit_code)
 
@@ -89,7 +88,7 @@ class Sinks:
         if sink.name not in self._warned:
             self._warned.add(sink.name)
             reason = without_secrets(f"{type(error).__name__}: {error}")
-            logger.warning(f"{sink.name}: cannot write metrics, {reason}; {consequence}; training goes on")
+            logger.warning(f"{sink.name}: cannot write metrics, {reason}; {consequence}; training continues")
 
     def __enter__(self) -> Sinks:
         return self
@@ -99,9 +98,9 @@ class Sinks:
 
 
 class JsonLines:
-    """Rows as lines of JSON, with upstream's keys first."""
+    """Write rows as lines of JSON, with upstream's keys first."""
 
-    retries = True  # a full disk may have room again
+    retries = True  # a full disk may have space again later
 
     def __init__(self, path: str | os.PathLike):
         self.path, self.name = Path(path), Path(path).name
@@ -117,14 +116,14 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Rows as TensorBoard scalars, and the configuration as text.
+    """Write rows as TensorBoard scalars, and the configuration as text.
 
     Args:
-        folder: event files; several runs' folders can be looked at together.
-        first_step: iteration that comes next; what an earlier process wrote from there on is hidden.
+        folder: folder of the event files; TensorBoard can show the folders of several runs together.
+        first_step: next iteration; events that an earlier process wrote from there on are hidden.
 
     Raises:
-        ImportError: the package ``tensorboard`` is missing.
+        ImportError: if the package ``tensorboard`` is missing.
     """
 
     name = "TensorBoard"
@@ -154,15 +153,16 @@ def open_sinks(
     first_step: int,
     stored_run_id: str | None = None,
 ) -> Sinks:
-    """Open every sink that ``config`` asks for; on rank 0 only, the others get none.
+    """Open the sinks enabled in ``config`` on rank 0; other ranks have none.
 
-    ``training_metrics.json`` is always written. TensorBoard and W&B keep their files in ``<output_dir>/logs``. What
-    cannot be opened is left out with one warning.
+    ``training_metrics.json`` is always written. TensorBoard and W&B keep their files in ``<output_dir>/logs``. A sink
+    that cannot be opened is omitted with one warning.
 
     Args:
-        config: of the run, as nested plain dicts; ``train.tensorboard`` and ``wandb`` are read, all of it is recorded.
-        first_step: iteration that comes next.
-        stored_run_id: W&B run of the checkpoint, taken when ``<output_dir>/logs`` does not know it.
+        config: configuration of the run as nested dicts, recorded in full; ``train.tensorboard`` and ``wandb`` select
+            the sinks.
+        first_step: next iteration.
+        stored_run_id: W&B run id from the checkpoint, used if ``<output_dir>/logs`` has none.
     """
     if not distributed.is_main_process():
         return Sinks()
@@ -175,23 +175,23 @@ def open_sinks(
             logger.info(f"TensorBoard: folder={folder}")
         except ImportError as e:
             words = missing("tensorboard", "train.tensorboard", got=f"got none ({e})")
-            logger.warning(f"{words}; training goes on without it")
+            logger.warning(f"{words}; training continues without it")
         except Exception as e:
-            logger.warning(f"train.tensorboard: cannot write to {folder}, {e}; training goes on without it")
-    # what is recorded keeps ``${oc.env:...}``, which may stand for a secret; only here it is needed
+            logger.warning(f"train.tensorboard: cannot write to {folder}, {e}; training continues without it")
+    # the recorded configuration keeps ``${oc.env:...}`` unresolved, because it may be a secret; resolve it only here
     options = OmegaConf.to_container(OmegaConf.create(dict(config)).wandb, resolve=True)
     wandb = open_wandb(options, out / "logs", config, out.resolve().name, stored_run_id)
     return Sinks([*sinks, wandb] if wandb else sinks)
 
 
 def truncate_after(path: str | os.PathLike, iteration: int) -> int:
-    """Drop the rows whose iteration is >= ``iteration``, and lines that are no rows (torn by a kill).
+    """Remove the rows whose iteration is >= ``iteration``, and invalid lines (truncated by a kill).
 
-    To be called by one process. A missing file is left missing, a file with nothing to drop untouched; any other is
-    replaced atomically.
+    Call it from one process only. A missing file stays missing and a file with nothing to remove is not modified; any
+    other file is replaced atomically.
 
     Returns:
-        how many lines were dropped.
+        the number of removed lines.
     """
     path = Path(path)
     if not path.exists():
@@ -207,7 +207,7 @@ def truncate_after(path: str | os.PathLike, iteration: int) -> int:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the rows of a file, none if there is none; lines that are no rows (torn by a kill) are left out."""
+    """Return the rows of a file without invalid lines (truncated by a kill); empty if the file is missing."""
     lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []
     return [json.loads(line) for line in lines if _is_before(line, sys.maxsize)]
 

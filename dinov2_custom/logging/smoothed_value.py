@@ -1,7 +1,7 @@
 """Running statistics of one series of numbers.
 
-Values may be 0-dim tensors on any device. They stay there, and are read all at once when a line is written, so that
-an iteration never waits for the GPU. Read :class:`SmoothedValue` first.
+Values may be 0-dim tensors on any device. They remain there and are read together when a line is written, so that an
+iteration never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from dinov2_custom import distributed
 
-WINDOW = 20  # iterations that the statistics of a loop look back
+WINDOW = 20  # number of iterations in the statistics of a loop
 _MAX_PENDING = 1000
 
 
 class SmoothedValue:
-    """A series of numbers: statistics over a window of the newest ones and over all of them, as far as they are finite.
+    """A series of numbers, with statistics of the finite ones over a window of the latest and over all of them.
 
     Args:
-        window_size: numbers in the window.
-        fmt: text form; may name ``median``, ``avg``, ``global_avg``, ``max`` and ``value``.
-        of: makes the number from a tensor given to :meth:`update`, once that is on the host.
+        window_size: length of the window.
+        fmt: format string; may use ``median``, ``avg``, ``global_avg``, ``max`` and ``value``.
+        of: computes the number from a tensor passed to :meth:`update`, once that is on the host.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class SmoothedValue:
         self.pending: list[tuple[float | torch.Tensor, int]] = []
 
     def update(self, value: float | torch.Tensor, num: int = 1) -> None:
-        """Add ``value``, which counts ``num`` times in the global average.
+        """Append ``value``, with weight ``num`` in the global average.
 
-        A tensor (of one element, or what ``of`` takes) is not read yet and must not be changed in place afterwards.
+        A tensor (of one element, or as expected by ``of``) is read later and must not be modified in place.
         """
         self.pending.append((value.detach() if isinstance(value, torch.Tensor) else float(value), num))
         if len(self.pending) >= _MAX_PENDING:
             read_pending([self])
 
     def synchronize_between_processes(self) -> None:
-        """Sum count and total over all processes; the window stays this process's own."""
+        """Sum count and total over all processes; the window remains local."""
         read_pending([self])
         if distributed.is_enabled():
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -59,33 +59,33 @@ class SmoothedValue:
             self.count, self.total = int(sums[0]), float(sums[1])
 
     def state(self) -> list[float | str]:
-        """Return the window for :meth:`load_state`, in values that JSON has."""
+        """Return the window for :meth:`load_state` as JSON-compatible values."""
         read_pending([self])
         return [number if math.isfinite(number) else str(number) for number in self.deque]
 
     def load_state(self, window: Sequence[float | str]) -> None:
-        """Make ``window`` this one's."""
+        """Replace the window by ``window``."""
         self.deque.extend(float(number) for number in window)
 
     def _window(self) -> torch.Tensor:
-        """The numbers of the window that are finite, if any is: a step that was left out says nothing."""
+        """Return the finite numbers of the window, or all if none is finite: skipped steps are not finite."""
         read_pending([self])
         numbers = list(self.deque)
         return torch.tensor([n for n in numbers if math.isfinite(n)] or numbers or [math.nan], dtype=torch.float32)
 
     @property
     def median(self) -> float:
-        """Lower median of the window, rounded to fp32 as upstream's."""
+        """Lower median of the window, rounded to fp32 as in upstream."""
         return self._window().median().item()
 
     @property
     def avg(self) -> float:
-        """Mean of the window, in fp32 as upstream's."""
+        """Mean of the window, in fp32 as in upstream."""
         return self._window().mean().item()
 
     @property
     def global_avg(self) -> float:
-        """Mean of everything; NaN before the first value."""
+        """Mean of all values; NaN before the first."""
         read_pending([self])
         return self.total / self.count if self.count else float("nan")
 
@@ -96,7 +96,7 @@ class SmoothedValue:
 
     @property
     def value(self) -> float:
-        """The newest number."""
+        """Latest number."""
         return self._numbers()[-1]
 
     def _numbers(self) -> list[float]:
@@ -109,7 +109,7 @@ class SmoothedValue:
 
 
 def read_pending(meters: Iterable[SmoothedValue]) -> None:
-    """Take the waiting numbers of all ``meters`` in, with one transfer for the tensors of a device and dtype."""
+    """Read the pending values of all ``meters``, with one transfer per device and dtype."""
     meters = list({id(meter): meter for meter in meters}.values())
     tensors: dict[tuple, list[torch.Tensor]] = defaultdict(list)
     for meter in meters:
@@ -129,7 +129,7 @@ def read_pending(meters: Iterable[SmoothedValue]) -> None:
 
 
 def _to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return ``tensors``, of one device and dtype, on the host."""
+    """Copy ``tensors``, all of one device and dtype, to the host."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,9 +1,9 @@
-"""Metrics to Weights & Biases: never a prompt, never an endless wait, never a failed run.
+"""Log metrics to Weights & Biases without ever prompting, waiting indefinitely or ending the run.
 
-Without a key or a connection the run is recorded offline, in files that ``wandb sync`` sends later; without the package
-not at all; one warning says so. A resumed run goes on under the same id, which is kept in ``wandb_run_id`` beside the
-log files and in checkpoints. The key stays where W&B looks for it (WANDB_API_KEY, ``wandb login``). Read
-:func:`open_wandb` first.
+Without an API key or a connection, the run is recorded offline, in files that ``wandb sync`` uploads later; without the
+package it is not recorded. Both log one warning. A resumed run continues under the same id, which is stored in
+``wandb_run_id`` next to the log files and in checkpoints. The API key is read by W&B itself (WANDB_API_KEY,
+``wandb login``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SECRETS = ("WANDB_API_KEY",)
 
 
 class WandB:
-    """Rows as the history of one W&B run, under the iteration as step."""
+    """Write rows to the history of one W&B run, with the iteration as step."""
 
     name = "W&B"
     retries = False
@@ -46,7 +46,7 @@ class WandB:
         try:
             self._run.finish(exit_code=exit_code)
         finally:
-            self._teardown()  # finish alone may return before the last rows are on disk
+            self._teardown()  # finish() may return before the last rows are on disk
 
 
 def open_wandb(
@@ -56,18 +56,18 @@ def open_wandb(
     default_name: str,
     stored_run_id: str | None = None,
 ) -> WandB | None:
-    """Start or go on with a W&B run; None when there is to be none, or when it cannot be had.
+    """Start or resume a W&B run; return None if it is disabled or cannot be started.
 
-    The id is ``options["id"]``, else WANDB_RUN_ID, else that of ``folder``, else ``stored_run_id``, else new.
+    The id is ``options["id"]``, or else WANDB_RUN_ID, the id in ``folder``, ``stored_run_id``, or a new one.
 
     Args:
         options: section ``wandb`` of the configuration.
-        folder: where W&B's folder ``wandb`` and the id go.
-        config: recorded with the run.
-        default_name: of the run, when ``options`` has none.
+        folder: parent of W&B's folder ``wandb`` and of the id file.
+        config: configuration to record with the run.
+        default_name: name of the run if ``options`` has none.
     """
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # empty is unset: ``WANDB_MODE=`` is a value that W&B refuses
+        del os.environ[name]  # treat empty as unset; W&B rejects ``WANDB_MODE=``
     mode = _mode(options["mode"])
     if mode == "disabled":
         return None
@@ -76,7 +76,7 @@ def open_wandb(
     except Exception as e:  # a broken installation raises anything
         logger.warning(
             missing("wandb", f"wandb.mode={options['mode']}", got=f"got {type(e).__name__}: {e}")
-            + "; training goes on without W&B"
+            + "; training continues without W&B"
         )
         return None
     reasons = []
@@ -91,16 +91,16 @@ def open_wandb(
         except Exception as e:
             reasons.append(without_secrets(f"{type(e).__name__}: {e}".partition("\n")[0]))
             with contextlib.suppress(Exception):
-                wandb.teardown()  # or the id counts as in use
+                wandb.teardown()  # otherwise W&B considers the id in use
             continue
         _describe(run, attempt, folder, reasons)
         return WandB(run, wandb.teardown)
-    logger.warning(f"wandb.mode={options['mode']}: {'; '.join(reasons)}; training goes on without W&B")
+    logger.warning(f"wandb.mode={options['mode']}: {'; '.join(reasons)}; training continues without W&B")
     return None
 
 
 def without_secrets(text: str) -> str:
-    """Return ``text`` with the values of secret environment variables blotted out."""
+    """Return ``text`` with the values of secret environment variables redacted."""
     for name in _SECRETS:
         if value := os.environ.get(name):
             text = text.replace(value, f"<{name}>")
@@ -108,7 +108,7 @@ def without_secrets(text: str) -> str:
 
 
 def _mode(wanted: str) -> str:
-    """Return the mode of the configuration, or less if WANDB_MODE says so, as on nodes without a network."""
+    """Return the configured mode, or a more restricted one from WANDB_MODE, for example on nodes without network."""
     environment = {"dryrun": "offline"}.get(os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_MODE", ""))
     order = ["disabled", "offline", "online"]
     if environment in order and order.index(environment) < order.index(wanted):
@@ -118,14 +118,14 @@ def _mode(wanted: str) -> str:
 
 
 def _has_credentials(wandb: Any) -> bool:
-    """Return whether W&B knows a key, without asking anyone."""
+    """Return whether W&B has an API key, without prompting."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     return bool(wandb.login(prompt=False, verify=False))
 
 
 def _run_id(given: str, folder: Path, stored_run_id: str | None) -> str:
-    """Settle the run's id and write it to ``folder``."""
+    """Determine the run's id and write it to ``folder``."""
     file = folder / ID_FILE
     kept = file.read_text().strip() if file.exists() else ""
     run_id = given or os.environ.get("WANDB_RUN_ID") or kept or stored_run_id or secrets.token_hex(4)
@@ -141,7 +141,7 @@ def _start(wandb: Any, mode: str, options: Mapping[str, Any], folder: Path, defa
     if isinstance(tags, str | int | float):
         tags = [] if tags == "" else [tags]
     settings = wandb.Settings(
-        console="off",  # stdout and stderr stay as they are
+        console="off",  # do not capture stdout and stderr
         silent=True,
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
@@ -161,7 +161,7 @@ def _start(wandb: Any, mode: str, options: Mapping[str, Any], folder: Path, defa
 
 
 def _describe(run: Any, mode: str, folder: Path, reasons: list[str]) -> None:
-    """Log where the run can be seen; a warning when it is not where it was wanted."""
+    """Log the location of the run, as a warning if it differs from the requested one."""
     if mode == "online":
         logger.info(f"W&B: mode=online id={run.id} url={run.url}")
         return

@@ -1,6 +1,6 @@
-"""Pictures of runs: curves of the metrics, and patch features as colours.
+"""Plots of runs: metric curves, and patch features as colours.
 
-Each name is imported on first use: what draws curves only does not wait for torch. Start at ``history.py`` (all metrics
+Each name is imported on first use, so that plotting curves does not import torch. Start at ``history.py`` (all metrics
 of runs), ``loss_curve.py`` or ``features.py``.
 """
 

@@ -1,4 +1,4 @@
-"""Where the class token of the last block looks. Read :func:`class_attention`."""
+"""Attention maps of the class token in the last block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOW, _HIGH = np.array([26, 16, 64]), np.array([255, 236, 120])  # dark blue to 
 def class_attention(backbone: DinoVisionTransformer, images: Tensor) -> Tensor:
     """Return the class token's attention to each patch in the last block, float32 (B, heads, rows, columns).
 
-    What it pays to itself and to registers is left out, so that the sum over patches is below 1.
+    The attention to itself and to registers is excluded, so the sum over patches is below 1.
 
     Args:
         images: (B, C, H, W) normalised, sides multiples of the patch size.

@@ -1,7 +1,4 @@
-"""Patch features as colours: of a whole photograph, under one basis for several, in rows of pictures.
-
-Not the curves of a run (``history.py``). Read :func:`patch_feature_map` first.
-"""
+"""Show patch features as colours: of a whole photograph, with one basis for several images, in rows of images."""
 
 from __future__ import annotations
 
@@ -21,20 +18,20 @@ from dinov2_custom.plots.figure import new_figure
 def patch_feature_map(
     backbone: nn.Module, image: torch.Tensor, window: int, step: int, batch_size: int = 256
 ) -> np.ndarray:
-    """Return patch features of a whole photograph, seen through overlapping windows.
+    """Return patch features of a whole photograph, computed in overlapping windows.
 
-    The backbone looks at ``window`` x ``window`` pixels, every ``step`` pixels; each cell of the map is the mean over
-    the patches that cover it. So patches keep the scale and the context that they have in training.
+    The backbone processes ``window`` x ``window`` pixels every ``step`` pixels, and each cell of the map is the mean
+    over the patches that cover it. Patches thus have the same scale and amount of context as in training.
 
     Args:
-        image: (3, H, W) normalised; what whole steps do not reach at the right and bottom is left out.
-        step: a multiple or a divisor of the patch size.
+        image: (3, H, W) normalised; the remainder at the right and bottom that no whole step reaches is ignored.
+        step: a multiple or a divisor of the patch size, in pixels.
 
     Returns:
-        float32 (h, w, D), a cell being min(``step``, patch size) pixels wide.
+        float32 (h, w, D); a cell is min(``step``, patch size) pixels wide.
 
     Raises:
-        ConfigError: an image smaller than a window, or a step that does not fit the patch.
+        ConfigError: if the image is smaller than a window, or the step does not fit the patch size.
     """
     patch = backbone.patch_size
     cell = min(step, patch)
@@ -64,9 +61,9 @@ def patch_feature_map(
 
 
 def average_neighbours(features: np.ndarray, radius: int) -> np.ndarray:
-    """Replace every cell of a map (h, w, D) by the mean of the cells at most ``radius`` away; the border is repeated.
+    """Average each cell of a map (h, w, D) over the cells at most ``radius`` away, repeating the border.
 
-    Single small patches mostly show edges and their direction; a neighbourhood shows the texture.
+    Features of single small patches mostly encode edges and their orientation; a neighbourhood represents texture.
     """
     padded = np.pad(features, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
     sides = (2 * radius + 1, 2 * radius + 1)
@@ -74,10 +71,10 @@ def average_neighbours(features: np.ndarray, radius: int) -> np.ndarray:
 
 
 def pca_colours(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Turn feature maps (h, w, D) into uint8 colours (h, w, 3): the first three principal components, of all maps.
+    """Map feature maps (h, w, D) to uint8 colours (h, w, 3) by their first three principal components.
 
-    One basis for all maps, so equal colours mean similar features across photographs. Each component is scaled so that
-    its 1st and 99th percentile become black and full colour; its sign is fixed by its largest weight.
+    All maps share one basis, so equal colours mean similar features across images. Each component is scaled so that its
+    1st and 99th percentiles become black and full colour; its sign is fixed by its largest weight.
     """
     flat = np.concatenate([one.reshape(-1, one.shape[-1]) for one in maps]).astype(np.float64)
     mean = flat.mean(axis=0)
@@ -90,9 +87,9 @@ def pca_colours(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def plot_rows(rows: dict[str, Sequence[np.ndarray]], path: str | Path, title: str, height: int = 150) -> Path:
-    """Save a figure with one row of pictures (uint8, (h, w, 3)) a label, each ``height`` pixels high.
+    """Save a figure with one row of images (uint8 (h, w, 3)) per label, each ``height`` pixels high.
 
-    Pictures of a column share the aspect ratio of the first row.
+    The images in a column have the aspect ratio of the first row.
     """
     first = next(iter(rows.values()))
     widths = [picture.shape[1] / picture.shape[0] for picture in first]

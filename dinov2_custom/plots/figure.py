@@ -1,12 +1,12 @@
-"""An empty figure. matplotlib is imported when one is made."""
+"""Create figures; matplotlib is imported on the first call."""
 
 from dinov2_custom.errors import optional
 
 
 def new_figure(**kwargs):
-    """Return an empty matplotlib figure that draws into files only.
+    """Return an empty matplotlib figure that only renders to files.
 
     Raises:
-        ConfigError: matplotlib is missing.
+        ConfigError: if matplotlib is missing.
     """
     return optional("matplotlib.figure", "figures").Figure(dpi=120, **kwargs)

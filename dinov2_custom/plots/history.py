@@ -1,7 +1,4 @@
-"""All metrics of one run, or of several to compare them: a panel each, in a PNG and in a self-contained HTML page.
-
-Not the page around the panels (``page.py``). Read :func:`main`, then ``PANELS``.
-"""
+"""Plot all metrics of one or several runs, with one panel per metric, as a PNG and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run
 from dinov2_custom.plots.page import make_page
 
 COLUMNS = 3
-# of Okabe and Ito: told apart by colour-blind readers too
+# Okabe and Ito's palette, which colour-blind readers can distinguish
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6BB1")
 STYLES = ("-", "--", ":")
 NOISY_POINTS = 200
@@ -31,14 +28,14 @@ Value = Callable[[dict], float | None]
 
 
 class Line(NamedTuple):
-    """One curve: how it is called, and its number in a row (None: the row has none)."""
+    """One curve: its label, and a function from a row to its value (None if the row has none)."""
 
     label: str
     value: Value
 
 
 class Panel(NamedTuple):
-    """One plot. ``level`` gives a run's line of reference; ``noisy`` curves are smoothed when there are many points."""
+    """One plot. ``level`` returns a run's reference line; ``noisy`` curves with many points are smoothed."""
 
     title: str
     unit: str
@@ -58,19 +55,19 @@ def _dino(row: dict) -> float | None:
 
 
 def _data_wait(row: dict) -> float | None:
-    """In per cent; upstream's rows have the two times only."""
+    """Return the data wait in per cent, computed from the two times for upstream's rows."""
     if not row.get("iter_time"):
         return None
     return 100 * row.get("data_wait", row.get("data_time", 0.0) / row["iter_time"])
 
 
 def _skipped(row: dict) -> float | None:
-    """None while there is nothing to show, so that healthy runs have no such panel."""
+    """Return the value, or None if there is nothing to show, so that healthy runs have no such panel."""
     return row.get("skipped_steps") or None
 
 
 def uniform_level(run: Run) -> float | None:
-    """Return ln(prototypes) of the DINO head: loss and entropy of a network that tells no images apart."""
+    """Return ln(prototypes) of the DINO head: loss and entropy of a network with equal outputs for all images."""
     prototypes = run.setting("dino.head_n_prototypes")
     return math.log(prototypes) if isinstance(prototypes, int) and prototypes > 1 else None
 
@@ -119,11 +116,11 @@ PANELS = (
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw the runs that ``args.runs`` name and print where; return 0.
+    """Plot the runs in ``args.runs`` and print the paths of the files; return 0.
 
     Raises:
-        DataError: a place without a run, or a run without rows.
-        ConfigError: matplotlib is missing, or nothing can be written there.
+        DataError: if a path contains no run, or a run has no rows.
+        ConfigError: if matplotlib is missing, or the output cannot be written.
     """
     folders = find_runs(args.runs)
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
@@ -141,9 +138,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def draw_history(runs: Sequence[Run]):
-    """Return a matplotlib figure with a panel for everything that any run has numbers of.
+    """Return a matplotlib figure with a panel for every metric that any run has.
 
-    One run: a colour a curve. Several: a colour a run, a dash pattern a curve.
+    For one run, each curve has a colour. For several, each run has a colour and each curve a dash pattern.
     """
     panels = [panel for panel in PANELS if any(_series(run, line)[0].size for run in runs for line in panel.lines)]
     grid = -(-len(panels) // COLUMNS)
@@ -226,12 +223,12 @@ def _add_legend(axis, panel: Panel, lines: Sequence[Line], single: bool) -> None
 
 
 def _style(panel: Panel, number: int, single: bool) -> str:
-    """Dash the second curve where colour alone would not do: several runs, or curves that lie on each other."""
+    """Return a dashed style for the second curve if colour is not enough: several runs, or coinciding curves."""
     return "-" if single and panel.noisy else STYLES[number % len(STYLES)]
 
 
 def _series(run: Run, line: Line) -> tuple[np.ndarray, np.ndarray]:
-    """Return iterations and values, finite ones only."""
+    """Return the iterations and values of all finite points."""
     points = [(row["iteration"], value) for row in run.rows if (value := line.value(row)) is not None]
     x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return x[np.isfinite(y)], y[np.isfinite(y)]

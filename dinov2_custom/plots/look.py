@@ -1,4 +1,4 @@
-"""Pictures of what a trained backbone sees: patches, attention, images as points. Read :func:`main`."""
+"""Visualise a trained backbone: patch features, attention maps, and images as points."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _BATCH = 32
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw what ``args`` (``cli.features_parser``) ask for; return the exit code.
+    """Draw the plots requested by ``args`` (``cli.features_parser``); return the exit code.
 
     Raises:
-        ConfigError: numbers below 1, or matplotlib is missing.
-        CheckpointError: unreadable weights.
-        DataError: no such dataset, or no readable image.
+        ConfigError: if a number is below 1, or matplotlib is missing.
+        CheckpointError: if the weights cannot be read.
+        DataError: if there is no such dataset or no readable image.
     """
     if args.num_images < 1 or args.heads < 0 or args.num_points < 0 or args.image_size < 0:
         raise ConfigError(
@@ -62,8 +62,8 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
     """Save pca.png and attention.png of ``count`` images spread over the dataset.
 
     Args:
-        size: pixels of the shorter side; 0: that of the training.
-        heads: how many heads are shown one by one.
+        size: shorter side in pixels; 0 for the size used in training.
+        heads: number of heads shown individually.
     """
     backbone = teacher.backbone
     device = next(backbone.parameters()).device
@@ -86,7 +86,7 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
     title = f"{file.parent.name}/{file.name}"
     parts = {"image": shown, "PCA of patches": pca_colours(maps)}
     views = {"mean of heads": [one.mean(axis=0) for one in attentions]}
-    heads = min(heads, backbone.num_heads) if backbone.num_heads > 1 else 0  # one head is its own mean
+    heads = min(heads, backbone.num_heads) if backbone.num_heads > 1 else 0  # a single head equals the mean
     views |= {f"head {h + 1}": [one[h] for one in attentions] for h in range(heads)}
     drawn = {name: [overlay(*pair) for pair in zip(shown, weights, strict=True)] for name, weights in views.items()}
     return [
@@ -98,7 +98,7 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
 
 
 def draw_points(teacher: Teacher, dataset: Any, folder: Path, count: int) -> Path:
-    """Save scatter.png: the class features of up to ``count`` images spread over the dataset."""
+    """Save scatter.png with the class-token features of up to ``count`` images spread over the dataset."""
     side = teacher.image_size
     transform = make_classification_eval_transform(
         resize_size=round(side * 256 / 224), crop_size=side, **teacher.normalize
@@ -127,12 +127,12 @@ def _class_features(teacher: Teacher, images: list[torch.Tensor], device: torch.
 
 
 def spread(length: int, count: int) -> list[int]:
-    """Return up to ``count`` different numbers below ``length``, evenly spread."""
+    """Return up to ``count`` distinct, evenly spaced integers below ``length``."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
 
 
 def readable(dataset: Any, indices: list[int]) -> Iterator[tuple[int, Image.Image]]:
-    """Yield (number, RGB image) of the images that can be read; print the others."""
+    """Yield (number, RGB image) of the readable images; print the unreadable ones."""
     for index in indices:
         try:
             image, _ = dataset[index]
@@ -145,7 +145,7 @@ def readable(dataset: Any, indices: list[int]) -> Iterator[tuple[int, Image.Imag
 
 
 def labels_of(dataset: Any, indices: list[int]) -> list[str] | None:
-    """Return the class of each image: the dataset's own, else its folder, or None."""
+    """Return the class of each image from the dataset or else its folder, or None if there are no classes."""
     if hasattr(dataset, "get_targets"):
         targets, classes = dataset.get_targets(), getattr(dataset, "classes", None)
         return [str(classes[targets[i]] if classes else targets[i]) for i in indices]
@@ -153,14 +153,14 @@ def labels_of(dataset: Any, indices: list[int]) -> list[str] | None:
 
 
 def to_whole_patches(image: Image.Image, size: int, patch: int) -> Image.Image:
-    """Resize so that the shorter side is about ``size`` and both are whole patches, at most four times as long."""
+    """Resize so that both sides are multiples of ``patch``, the shorter about ``size``, with a ratio of at most 4."""
     scale = size / min(image.size)
     sides = [min(max(round(side * scale / patch), 1), 4 * max(size // patch, 1)) * patch for side in image.size]
     return image.resize(tuple(sides), Image.Resampling.BICUBIC)
 
 
 def as_input(image: Image.Image, normalize: dict[str, tuple[float, ...]]) -> torch.Tensor:
-    """Return (3, H, W) normalised."""
+    """Return the normalised tensor (3, H, W)."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     mean, std = (torch.tensor(normalize[key])[:, None, None] for key in ("mean", "std"))
     return (pixels - mean) / std

@@ -1,4 +1,4 @@
-"""The loss curve of one run, a figure small enough for a page. All of a run: ``history.py``."""
+"""Plot the loss curve of one run in a small figure; ``history.py`` plots all metrics."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _TERMS = {
 
 
 def plot_loss_curve(rows: Sequence[dict], path: str | Path, num_prototypes: int) -> Path:
-    """Draw each loss term over the iterations, and the level ln(prototypes) at which a run has collapsed.
+    """Plot each loss term over the iterations, and the level ln(prototypes) of a collapsed run.
 
-    The DINO terms are also drawn as their sum, which that level applies to.
+    The sum of the DINO terms, to which that level applies, is plotted as well.
 
     Args:
         rows: of :func:`dinov2_custom.plots.read_metrics`.

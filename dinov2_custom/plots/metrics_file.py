@@ -1,7 +1,4 @@
-"""Read the metrics and the configuration of a run directory, also while the run writes them. Without torch.
-
-Read :func:`read_run` first.
-"""
+"""Read the metrics and configuration of a run directory, even while the run is writing them, without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ METRICS_FILE = "training_metrics.json"
 
 
 class Run(NamedTuple):
-    """``rows`` by iteration; ``config`` is empty where the directory has none."""
+    """One run: ``rows`` by iteration, and ``config``, empty if the directory has none."""
 
     name: str
     rows: list[dict]
@@ -33,10 +30,10 @@ class Run(NamedTuple):
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Return the rows of a run's ``training_metrics.json``, by iteration; lines torn by a kill are left out.
+    """Return the rows of a run's ``training_metrics.json`` by iteration, ignoring lines truncated by a kill.
 
     Raises:
-        DataError: no such file, or no rows in it.
+        DataError: if there is no such file, or it has no rows.
     """
     rows = {}
     try:
@@ -55,17 +52,17 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def dino_loss(row: dict) -> float:
-    """Return local + global DINO loss of a row: ln(prototypes) for a network that tells nothing apart."""
+    """Return local + global DINO loss of a row; it is ln(prototypes) for a network with constant output."""
     return row.get("dino_local_crops_loss", 0.0) + row["dino_global_crops_loss"]
 
 
 def find_runs(places: Sequence[str | Path]) -> list[Path]:
-    """Return the run directories that ``places`` are or directly contain, each once, in order.
+    """Return the run directories among ``places`` or directly inside them, without duplicates, in order.
 
-    A place may also be a metrics file itself.
+    A place may also be a metrics file.
 
     Raises:
-        DataError: all places without a run.
+        DataError: if some places contain no run; lists all of them.
     """
     found: dict[Path, None] = {}
     missing = []
@@ -89,18 +86,18 @@ def read_run(folder: Path, name: str) -> Run:
     """Read one run directory.
 
     Raises:
-        DataError: no rows, see :func:`read_metrics`.
+        DataError: if there are no rows; see :func:`read_metrics`.
     """
     config: Any = {}
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        pass  # curves can be drawn without it
+        pass  # not needed to draw the curves
     return Run(name, read_metrics(folder / METRICS_FILE), config if isinstance(config, dict) else {})
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Name each folder by the parts of its path that tell it from the others."""
+    """Return a name for each folder from the path components that distinguish it from the others."""
     parts = [folder.resolve().parts for folder in folders]
     if len(set(parts)) == 1:
         return [own[-1] for own in parts]

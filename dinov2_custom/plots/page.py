@@ -1,7 +1,6 @@
-"""One HTML file with the panels, the newest numbers and what tells the runs' configurations apart.
+"""Create one HTML file with the panels, the latest numbers and the differences between the runs' configurations.
 
-It loads nothing: no scripts, fonts or pictures from elsewhere. Not the panels (``history.py``). Read :func:`make_page`
-first.
+The page loads no external scripts, fonts or images.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _NOT_SETTINGS = ("train.output_dir", "wandb.name", "wandb.id")
 
 
 def make_page(runs: Sequence[Run], figure: Any) -> str:
-    """Return the page; ``figure`` is drawn into it as SVG."""
+    """Return the HTML page, with ``figure`` embedded as SVG."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [
         f"<h1>{escape(title)}</h1>",
@@ -46,7 +45,7 @@ def make_page(runs: Sequence[Run], figure: Any) -> str:
 
 
 def config_differences(runs: Sequence[Run]) -> list[list[str]]:
-    """Return key and value in each run, of the keys whose values are not the same in all."""
+    """Return the key and its value in each run, for the keys whose values differ between runs."""
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one if key not in _NOT_SETTINGS)
     rows = [[key, *(str(one.get(key, "")) for one in flat)] for key in keys]
@@ -100,7 +99,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """Return the figure as an SVG element, without the XML declaration and without the date."""
+    """Return the figure as an SVG element, without XML declaration and date."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()

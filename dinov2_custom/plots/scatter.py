@@ -1,4 +1,4 @@
-"""Features as points of a plane: their two principal components, coloured by class. Read :func:`plot_scatter`."""
+"""Plot features as points in the plane of their first two principal components, coloured by class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_LEGEND, MAX_FOLDERS = 20, 100
 def principal_plane(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first two principal components (N, 2) of features (N, D), and their shares of the variance (2,).
 
-    Each axis points to where its largest weight is positive.
+    The sign of each axis makes its largest weight positive.
     """
     centred = features.astype(np.float64) - features.mean(axis=0)
     _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
@@ -26,7 +26,7 @@ def principal_plane(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def folder_labels(paths: Sequence[str]) -> list[str] | None:
-    """Return the folder below the common one that each path lies in, or None where that says no classes."""
+    """Return each path's folder below the common folder, or None if these folders are no classes."""
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
     firsts = [os.path.relpath(path, common).split(os.sep) for path in paths]
     names = {parts[0] for parts in firsts}
@@ -36,14 +36,14 @@ def folder_labels(paths: Sequence[str]) -> list[str] | None:
 
 
 def plot_scatter(features: np.ndarray, labels: Sequence[str] | None, path: str | Path, title: str) -> Path:
-    """Save the plane of ``features`` (N, D), with a colour a class and, up to 20 classes, a legend."""
+    """Save a scatter plot of ``features`` (N, D) with one colour per class and, for up to 20 classes, a legend."""
     points, shares = principal_plane(features)
     figure = new_figure(figsize=(8, 6))
     axis = figure.subplots()
     names = sorted(set(labels or [""]))
     for number, name in enumerate(names):
         chosen = np.array([label == name for label in labels]) if labels else slice(None)
-        # evenly spread hues; one class is dark grey
+        # evenly spaced hues; a single class is dark grey
         colour = _hue(number / len(names)) if len(names) > 1 else "0.25"
         axis.scatter(*points[chosen].T, s=14, alpha=0.7, linewidths=0, color=colour, label=name)
     axis.set(

@@ -1,1 +1,4 @@
-"""Write a dataset again: checked, shrunk, converted, tiled, in shards. Read ``main.prepare`` first."""
+"""Rewrite a dataset: checked, shrunk, converted, tiled, in shards.
+
+Read ``main.prepare`` first. ``change`` converts one image, ``tiles`` cuts huge images, ``parts`` writes the output.
+"""

@@ -1,8 +1,7 @@
-"""One image file -> the files that are written for it: unchanged, shrunk, converted, or none because it is bad.
+"""Convert one image file to the files written for it: unchanged, shrunk, converted, or none if it is bad.
 
-What need not change is passed on byte for byte. Pixels follow the rules of ``data.decode`` (16-bit and float to 8 bits,
-alpha dropped, first frame); a grey image stays grey, an EXIF orientation stays written in the file. Not in here: huge
-images (``tiles``). Read :func:`prepare_image` first.
+Files that need no change are copied byte for byte. Pixels follow the rules of ``data.decode`` (16-bit and float to 8
+bits, alpha dropped, first frame); grey images remain grey, and the EXIF orientation remains in the file.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ SUFFIXES = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "JPEG2000": (".jp2", ".j2k"),
 }
-WRITTEN_AS = {"JPEG": "JPEG", "WEBP": "WEBP"}  # when pixels change and the format is kept; others become PNG
-DRAFT = 2  # a JPEG is decoded at a half, quarter or eighth that is at least this many times what is wanted
+WRITTEN_AS = {"JPEG": "JPEG", "WEBP": "WEBP"}  # formats kept when pixels change; others become PNG
+DRAFT = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least this multiple of the target
 ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to change; 0 means not at all. ``tile_above`` in megapixels, the rest in pixels.
+    """Changes to make; 0 disables one. ``tile_above`` is in megapixels, the others in pixels.
 
     ``intensity`` and ``page``: see ``data.depth.Reading``.
     """
@@ -55,7 +54,7 @@ class Options:
 
 
 class Output(NamedTuple):
-    """A file to write. ``name``: relative, with "/"."""
+    """A file to write; ``name`` is relative, with "/" as separator."""
 
     name: str
     data: bytes
@@ -64,7 +63,7 @@ class Output(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What became of one image. ``action``: kept, changed, tiled or bad; ``spool``: a tar of many outputs."""
+    """Outcome for one image. ``action``: kept, changed, tiled or bad; ``spool``: a tar with many outputs."""
 
     action: str
     outputs: tuple[Output, ...] = ()
@@ -74,10 +73,10 @@ class Prepared(NamedTuple):
 
 
 def prepare_image(data: bytes, name: str, options: Options, simplejpeg: ModuleType | None = None) -> Prepared:
-    """Check the bytes of an image file and change them as ``options`` say.
+    """Check the bytes of an image file and convert them according to ``options``.
 
     Args:
-        name: wanted name of the file written; its suffix follows the format.
+        name: desired name of the output; its suffix is adapted to the format.
         simplejpeg: see ``verify.check.check_image``.
     """
     found = check_image(data, simplejpeg)
@@ -94,20 +93,20 @@ def prepare_image(data: bytes, name: str, options: Options, simplejpeg: ModuleTy
         changed = encode(*_pixels(data, found, (width, height), options.reading), target, options.quality)
     except MemoryError:
         raise
-    except Exception as e:  # whatever Pillow's codecs raise; the image is the cause, not the run
+    except Exception as e:  # anything raised by Pillow's codecs is caused by the image
         return Prepared("bad", reason=f"not changed: {type(e).__name__}: {e}", num_bytes=len(data))
     return Prepared("changed", (Output(with_suffix(name, target), changed, width, height),), num_bytes=len(data))
 
 
 def target_format(format: str, options: Options, changed: bool) -> str:
-    """Return Pillow's name of the format to write a file of ``format`` in."""
+    """Return Pillow's name of the output format for a file of ``format``."""
     if options.format != "keep":
         return options.format.upper()
     return WRITTEN_AS.get(format, "PNG") if changed else format
 
 
 def shrunk_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Return (width, height) with the shorter side at most ``short_side`` (0: no limit)."""
+    """Return (width, height) scaled so that the shorter side is at most ``short_side`` (0: no limit)."""
     shorter = min(width, height)
     if not short_side or shorter <= short_side:
         return width, height
@@ -115,7 +114,7 @@ def shrunk_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 def with_suffix(name: str, format: str) -> str:
-    """Return ``name`` with a suffix that says ``format``; a right one stays as it is, a wrong image suffix goes."""
+    """Return ``name`` with a suffix for ``format``, replacing a wrong image suffix and keeping a correct one."""
     allowed = SUFFIXES.get(format, (f".{format.lower()}",))
     stem, dot, suffix = name.rpartition(".")
     if dot and f".{suffix.lower()}" in allowed:
@@ -125,7 +124,7 @@ def with_suffix(name: str, format: str) -> str:
 
 
 def _size_of_page(data: bytes, found: Checked, page: int) -> tuple[int, int]:
-    """Return (width, height) of the page that is read; ``found`` has those of the first."""
+    """Return (width, height) of the page that is read; ``found`` describes the first page."""
     if not page:
         return found.width, found.height
     image = open_page(data, page)
@@ -133,7 +132,7 @@ def _size_of_page(data: bytes, found: Checked, page: int) -> tuple[int, int]:
 
 
 def _pixels(data: bytes, found: Checked, size: tuple[int, int], reading: Reading) -> tuple[Image.Image, int]:
-    """Return (image of that size, mode RGB or L; EXIF orientation)."""
+    """Return (image of ``size`` in mode RGB or L, EXIF orientation)."""
     image = open_page(data, reading.page)
     if isinstance(image, Deep):
         image, orientation, grey = as_image(image, reading), 1, image.values.ndim == 2
@@ -150,18 +149,18 @@ def _pixels(data: bytes, found: Checked, size: tuple[int, int], reading: Reading
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 where there is none that can be read."""
+    """Return the EXIF orientation, or 1 if none can be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = image.getexif().get(ORIENTATION, 1)
         return found if found in range(1, 9) else 1
-    except Exception:  # broken metadata is no reason to lose the pixels
+    except Exception:  # corrupt metadata must not discard the pixels
         return 1
 
 
 def encode(image: Image.Image, orientation: int, format: str, quality: int) -> bytes:
-    """Return the bytes of an image file; the only metadata is the orientation, where it is not the usual one."""
+    """Return the bytes of an image file whose only metadata is the orientation, if it is not the default."""
     clean = Image.new(image.mode, (1, 1)).getexif()
     if orientation != 1:
         clean[ORIENTATION] = orientation

@@ -1,8 +1,7 @@
-"""Check a dataset and write it again: bad images left out, others shrunk, converted or tiled where asked.
+"""Check a dataset and rewrite it without bad images, optionally shrinking, converting or tiling the others.
 
-Killed and started again it goes on after the last finished shard, and the result is the same to the byte, whatever the
-number of processes. Not in here: what happens to one image (``change``), how it is written (``parts``). Read
-:func:`prepare` first.
+If it is killed and started again, it resumes after the last finished shard. The result is identical to the byte for any
+number of processes.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ from .tiles import DecodedBands, TiffBands, find_tifffile, read_tiles, write_til
 logger = logging.getLogger("dinov2")
 MARKER = "prepare.json"
 SPOOL = ".spool_"
-WINDOW = 16  # images under way, for each process
+WINDOW = 16  # images in progress per process
 
 
 class Preparer:
-    """Prepares image i of a dataset; runs in the other processes."""
+    """Prepare image i of a dataset; runs in the worker processes."""
 
     def __init__(self, dataset: Any, options: Options, spool: Path):
         self.dataset, self.options, self.spool = dataset, options, spool
@@ -87,7 +86,7 @@ class Preparer:
         return self._tile(i, name, data, seen)
 
     def _tile_file(self, i: int, name: str, num_bytes: int) -> Prepared:
-        """Tile a file without reading it whole."""
+        """Tile a file without reading all of it."""
         if not self.options.tile:
             return Prepared("bad", reason=f"too large: {num_bytes:,} bytes; give --tile", num_bytes=num_bytes)
         try:
@@ -96,7 +95,7 @@ class Preparer:
             return Prepared("bad", reason=_reason(e), num_bytes=num_bytes)
 
     def _tile(self, i: int, name: str, data: bytes, seen: tuple[int, int, str]) -> Prepared:
-        """Tile a huge image: within Pillow's limit checked as any other and decoded whole, above it part by part."""
+        """Tile a huge image: within Pillow's limit check and decode it in full, above it read it part by part."""
         try:
             if _too_large(seen):
                 return self._write(i, name, TiffBands(io.BytesIO(data), name, self.options.reading), len(data))
@@ -117,7 +116,7 @@ class Preparer:
 
 
 class TileLooker(Looker):
-    """A :class:`Looker` that also looks at images above Pillow's limit."""
+    """A :class:`Looker` that also accepts images above Pillow's limit."""
 
     def __call__(self, i: int) -> tuple[Deep | None, str]:
         name = self.dataset.name(i)
@@ -133,7 +132,7 @@ class TileLooker(Looker):
 
 
 def with_range(options: Options, dataset: Any, folder: Path) -> Options:
-    """Return ``options`` with a range: their own, else that of the run begun in ``folder``, else a measured one."""
+    """Return ``options`` with a range: their own, or that of the run started in ``folder``, or a measured one."""
     begun = _task_begun(folder)
     if begun is not None:
         intensity = options.intensity or begun.get("intensity")
@@ -144,15 +143,15 @@ def with_range(options: Options, dataset: Any, folder: Path) -> Options:
 
 
 def header(source: str | io.BytesIO) -> tuple[int, int, str]:
-    """Return (width, height, Pillow's format) of an image file, by its header alone; (0, 0, "") for what has none."""
+    """Return (width, height, Pillow's format) of an image file from its header; (0, 0, "") if it has none."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        Image.MAX_IMAGE_PIXELS = None  # in a process of its own, and set back below
+        Image.MAX_IMAGE_PIXELS = None  # in a separate process, and restored below
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(source, formats=formats()) as image:
                 return *image.size, image.format or ""
-    except Exception:  # not an image: the check will say why
+    except Exception:  # not an image; the check reports why
         return 0, 0, ""
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -164,31 +163,31 @@ def _reason(e: DataError) -> str:
 
 
 def _too_large(seen: tuple[int, int, str]) -> bool:
-    """Return whether Pillow refuses an image of that size."""
+    """Return whether Pillow rejects an image of that size."""
     return Image.MAX_IMAGE_PIXELS is not None and seen[0] * seen[1] > 2 * Image.MAX_IMAGE_PIXELS
 
 
 def prepare(dataset: Any, folder: Path, options: Options, *, shard_size: int, workers: int = 0) -> dict[str, Any]:
-    """Write ``dataset`` as ``options`` say into ``folder``, which has to be the caller's own.
+    """Write ``dataset`` into ``folder`` according to ``options``; the caller must have locked ``folder``.
 
     Args:
         dataset: has ``len``, ``name(i)`` and ``read(i)``.
-        shard_size: bytes of a tar file; 0: a plain folder, ``folder/images``.
-        workers: processes; 0: one for each core.
+        shard_size: size of a tar file in bytes; 0 writes to a plain folder, ``folder/images``.
+        workers: number of processes; 0 for one per core.
 
     Returns:
-        the summary that is in summary.json.
+        the content of summary.json.
 
     Raises:
-        ConfigError: ``folder`` was begun with another dataset or other options.
-        DataError: not one sound image.
+        ConfigError: if ``folder`` was started with another dataset or other options.
+        DataError: if there is no sound image.
     """
     workers = workers or num_cores()
     _check_same_task(folder, {**task_of(dataset, options), "shard_size": shard_size})
     writer = PartWriter(folder, shard_size)
     for left in folder.glob(f"{SPOOL}*"):
         shutil.rmtree(left, ignore_errors=True)
-    # a name of its own: processes of a run that was killed may go on for a moment
+    # a unique name, because processes of a killed run may still be writing
     spool = Path(tempfile.mkdtemp(prefix=SPOOL, dir=folder))
     first, skip = writer.position
     logger.info(f"prepare: images={len(dataset)} prepared_before={first} workers={workers} output={folder}")
@@ -212,7 +211,7 @@ def prepare(dataset: Any, folder: Path, options: Options, *, shard_size: int, wo
 
 
 def _write(writer: PartWriter, i: int, name: str, prepared: Prepared, skip: int) -> None:
-    """Write the outputs of image ``i`` from number ``skip`` on."""
+    """Write the outputs of image ``i``, starting at number ``skip``."""
     row = {"i": i, "source": absolute(name), "action": prepared.action}
     first_row = row | {"source_bytes": prepared.num_bytes}
     if prepared.action == "bad":
@@ -229,7 +228,7 @@ def _write(writer: PartWriter, i: int, name: str, prepared: Prepared, skip: int)
 
 
 def task_of(dataset: Any, options: Options) -> dict[str, Any]:
-    """Return what has to be the same for a run to go on where another stopped."""
+    """Return everything that must be equal for a run to resume another."""
     digest = hashlib.blake2b(digest_size=16)
     for i in range(len(dataset)):
         digest.update(dataset.name(i).encode("utf-8", "surrogateescape") + b"\0")
@@ -237,7 +236,7 @@ def task_of(dataset: Any, options: Options) -> dict[str, Any]:
 
 
 def _task_begun(folder: Path) -> dict[str, Any] | None:
-    """Return the task that ``folder`` was begun with; None: it is a new one."""
+    """Return the task with which ``folder`` was started, or None for a new folder."""
     text = (folder / MARKER).read_text()
     try:
         return parse_json_object(text) if text.strip() else None
@@ -287,7 +286,7 @@ def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
 
 
 def as_text(summary: dict[str, Any], folder: Path) -> str:
-    """Return the summary for people."""
+    """Return the summary as readable text."""
     lines = [
         f"kept as they are: {summary['kept']:,}, changed: {summary['changed']:,}, tiled: {summary['tiled']:,}, "
         f"left out: {summary['bad']:,}",
@@ -307,7 +306,7 @@ def as_text(summary: dict[str, Any], folder: Path) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what ``args.get_args_parser`` parsed; return the exit code."""
+    """Run the parsed command line; return the exit code."""
     setup_logging(name="dinov2", level=logging.INFO)
     if args.intensity and args.intensity[0] >= args.intensity[1]:
         raise ConfigError(f"--intensity: expected the smaller value first, got {args.intensity}")
@@ -320,7 +319,7 @@ def main(args: argparse.Namespace) -> int:
             options = with_range(options, dataset, folder)
             summary = prepare(dataset, folder, options, shard_size=args.shard_size, workers=args.workers)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     print(as_text(summary, folder))
     return 0

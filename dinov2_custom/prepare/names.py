@@ -1,7 +1,4 @@
-"""Names of images -> names of the files written: relative to the dataset's folders, so that class folders stay.
-
-Read :class:`Names` first.
-"""
+"""Map image names to output names relative to the dataset's folders, so that class folders are preserved."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ ODD = re.compile(r"[\x00-\x1f\x7f]|[:*?\"<>|]")
 
 
 class Names:
-    """Maps the name of an image to a relative name with "/", without "..", and safe on every file system.
+    """Map the name of an image to a relative name with "/", without "..", that is safe on every file system.
 
-    ``roots``: the dataset's folders; with several, each one's own name comes first. Parts of archives
-    (``<file>!<part>``) are named by the part.
+    ``roots``: the dataset's folders; if there are several, the name begins with that of its folder. Parts of archives
+    (``<file>!<part>``) are named after the part.
     """
 
     def __init__(self, roots: Sequence[str]):
@@ -27,7 +24,7 @@ class Names:
 
     @classmethod
     def of(cls, dataset: Any) -> Names:
-        """Make the names of a dataset: from its own folders, else from the folder that all its images are in."""
+        """Create the mapping for a dataset from its folders, or else from the common folder of all images."""
         parts = [root for one in getattr(dataset, "datasets", [dataset]) for root in _roots(one)]
         roots = [root for root in dict.fromkeys(parts) if isinstance(root, str) and os.path.isdir(root)]
         return cls(roots or _common_folder(dataset.name, len(dataset)))
@@ -50,7 +47,7 @@ def _roots(dataset: Any) -> list[Any]:
 
 
 def _labels(roots: Sequence[str]) -> list[str]:
-    """Return "" for a single root, else a different last part of the path for each."""
+    """Return "" for a single root, or else a distinct final path component for each."""
     if len(roots) < 2:
         return [""] * len(roots)
     labels: list[str] = []
@@ -64,7 +61,7 @@ def _labels(roots: Sequence[str]) -> list[str]:
 
 
 def _common_folder(name: Callable[[int], str], count: int) -> list[str]:
-    """Return the folder below which all images are; not the one they are all right in, whose name may be a class."""
+    """Return the common folder of all images, or its parent if they are directly in it, as its name may be a class."""
     folder: str | None = None
     direct = False
     for i in range(count):
@@ -86,13 +83,13 @@ def _clean(name: str) -> str:
 
 
 class Taken:
-    """Remembers names that are in use, 8 bytes of each, and makes new ones different from them."""
+    """Record the names in use (8 bytes each) and make new names distinct."""
 
     def __init__(self, names: Iterable[str] = ()):
         self._seen = {_digest(name) for name in names}
 
     def free(self, name: str) -> str:
-        """Return ``name``, or ``name`` with a number before its suffix if it was used before; note it."""
+        """Return and record ``name``, with a number before its suffix if it is already in use."""
         stem, suffix = os.path.splitext(name)
         found, number = name, 2
         while _digest(found) in self._seen:
@@ -102,7 +99,7 @@ class Taken:
 
 
 def _digest(name: str) -> int:
-    # names that differ in case only are the same file on some systems
+    # names that differ only in case are the same file on some systems
     return int.from_bytes(
         hashlib.blake2b(name.lower().encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big"
     )

@@ -1,8 +1,7 @@
-"""Write outputs in parts that are either there as a whole or not at all: tar shards, or stretches of a plain folder.
+"""Write outputs in atomic parts: tar shards, or batches of files in a plain folder.
 
-A part is ``shard-000000.tar`` (or files below ``images/``) and ``shard-000000.jsonl``, which lists what is in it and is
-written last: it is the mark that the part is done. A run that was killed goes on after the last part with that mark.
-Read :class:`PartWriter` first.
+A part consists of ``shard-000000.tar`` (or files below ``images/``) and ``shard-000000.jsonl``, which lists its
+contents. The list is written last and marks the part as complete; a killed run resumes after the last complete part.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from .change import Output
 from .names import Taken
 from .tiles import add_member
 
-FILES_A_PART = 1000  # of a plain folder
+FILES_A_PART = 1000  # for a plain folder
 
 
 class PartWriter:
-    """Writes outputs one after the other into ``folder``.
+    """Write outputs sequentially into ``folder``.
 
     Args:
-        shard_size: bytes of a tar; 0: a plain folder.
+        shard_size: size of a tar in bytes; 0 for a plain folder.
 
-    ``position``: (image, number of its outputs) up to which everything is done; the first to :meth:`add` next.
+    ``position``: (image, output number) of the next output to :meth:`add`; everything before is complete.
     """
 
     def __init__(self, folder: Path, shard_size: int):
@@ -44,7 +43,7 @@ class PartWriter:
             self.number += 1
         self.taken = Taken(row["name"] for row in self.rows() if "name" in row)
         self._tar: tarfile.TarFile | None = None
-        self._file = contextlib.ExitStack()  # of the tar: closed, it is renamed
+        self._file = contextlib.ExitStack()  # closing it renames the tar
         self._rows: list[dict[str, Any]] = []
         self._size = 0
         self._next = self.position
@@ -59,14 +58,14 @@ class PartWriter:
         return self.folder / f"shard-{number:06d}.jsonl"
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield what the marks of finished parts list, in order."""
+        """Yield the listed rows of all complete parts, in order."""
         for number in range(self.number):
             lines = _lines(self._mark(number))
             next(lines)
             yield from lines
 
     def add(self, i: int, k: int, output: Output, row: dict[str, Any]) -> None:
-        """Write output ``k`` of image ``i``; ``row`` goes into the list with the output's name and place."""
+        """Write output ``k`` of image ``i``; add ``row`` to the list with the output's name and location."""
         self._next = (i, k)
         too_much = 0 < self._size and self.shard_size < self._size + len(output.data)
         if too_much if self.shard_size else len(self._rows) >= FILES_A_PART:
@@ -83,11 +82,11 @@ class PartWriter:
         self._next = (i, k + 1)
 
     def note(self, row: dict[str, Any]) -> None:
-        """List an image without outputs."""
+        """Add the row of an image without outputs to the list."""
         self._rows.append(row)
 
     def image_done(self, i: int) -> None:
-        """Say that image ``i`` has no more outputs."""
+        """Declare that image ``i`` has no more outputs."""
         self._next = (i + 1, 0)
 
     def _open(self) -> tarfile.TarFile:
@@ -100,7 +99,7 @@ class PartWriter:
         return self._tar
 
     def finish(self) -> None:
-        """Complete the part that is being written, if any."""
+        """Complete the current part, if any."""
         if not self._rows:
             return
         if self._tar is not None:

@@ -1,8 +1,7 @@
-"""Huge images -> square tiles, a band of rows in memory at a time. Above Pillow's limit only TIFF, through tifffile.
+"""Cut huge images into square tiles, one band of rows at a time; above Pillow's limit only TIFF, through tifffile.
 
-The last tile of a row or column is moved inwards so that all have full size (it overlaps its neighbour); an image
-narrower than a tile gives tiles as narrow. Not in here: which images are huge (``main``). Read :func:`write_tiles`
-first.
+The last tile of a row or column is shifted inwards, overlapping its neighbour, so that all have full size. An image
+narrower than a tile gives tiles of its own width.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from dinov2_custom.errors import DataError, missing
 from .change import Options, Output, encode, with_suffix
 
 MINISWHITE, RGB, YCBCR = 0, 2, 6
-JPEG = (6, 7)  # its decoder gives RGB
+JPEG = (6, 7)  # compressions whose decoder returns RGB
 
 
 class Bands(Protocol):
-    """An image that gives its rows: ``rows(top, bottom)`` is uint8 (bottom - top, width, 3)."""
+    """An image read by rows: ``rows(top, bottom)`` returns uint8 (bottom - top, width, 3)."""
 
     width: int
     height: int
@@ -42,7 +41,7 @@ class Bands(Protocol):
 
 
 def find_tifffile() -> ModuleType | None:
-    """Return the module tifffile, None where it is not installed."""
+    """Return the module tifffile, or None if it is not installed."""
     try:
         return importlib.import_module("tifffile")
     except ImportError:
@@ -50,7 +49,7 @@ def find_tifffile() -> ModuleType | None:
 
 
 class DecodedBands:
-    """Rows of an image that Pillow can decode whole."""
+    """Rows of an image that Pillow can decode in full."""
 
     def __init__(self, data: bytes, name: str, format: str, reading: Reading = READING):
         self._pixels = np.asarray(decode_rgb(data, name, reading=reading))
@@ -68,7 +67,7 @@ class TiffBands:
     """Rows of one page of a TIFF of any size, decoded strip by strip or tile by tile.
 
     Raises:
-        DataError: tifffile is missing, or a kind of TIFF that this cannot read; the message says what to do.
+        DataError: if tifffile is missing or the kind of TIFF is unsupported; the message says what to do.
     """
 
     format = "TIFF"
@@ -81,7 +80,7 @@ class TiffBands:
             self._tiff: Any = tifffile.TiffFile(file)
             pages = len(self._tiff.pages)
             self._page: Any = self._tiff.pages[min(reading.page, pages - 1)]
-        except Exception as e:  # tifffile raises its own, struct.error, ValueError, ...
+        except Exception as e:  # tifffile raises its own errors, struct.error, ValueError, ...
             raise DataError(
                 f"expected a TIFF, the only format that can be read in parts: {name} ({type(e).__name__}: {e}); "
                 "convert it to a tiled TIFF"
@@ -152,7 +151,7 @@ class TiffBands:
         return Deep(np.concatenate([part.valid() for part in parts]))
 
     def _piece(self, number: int) -> np.ndarray | None:
-        """Decode one strip or tile to (rows, columns, samples); None: it was never written."""
+        """Decode one strip or tile to (rows, columns, samples); return None if it was never written."""
         page, file = self._page, self._tiff.filehandle
         try:
             file.seek(page.dataoffsets[number])
@@ -175,7 +174,7 @@ class TiffBands:
 
 
 def starts(length: int, tile: int) -> list[int]:
-    """Return where tiles begin along a side of ``length`` pixels."""
+    """Return the start positions of the tiles along a side of ``length`` pixels."""
     return [0] if length <= tile else [*range(0, length - tile, tile), length - tile]
 
 
@@ -194,7 +193,7 @@ def cut(bands: Bands, name: str, options: Options) -> Iterator[Output]:
 
 
 def write_tiles(bands: Bands, name: str, options: Options, spool: Path) -> int:
-    """Write the tiles of an image into the tar file ``spool``, and return how many there are."""
+    """Write the tiles of an image into the tar file ``spool`` and return their number."""
     count = 0
     with tarfile.open(spool, "w", format=tarfile.PAX_FORMAT) as tar:
         for output in cut(bands, name, options):
@@ -204,7 +203,7 @@ def write_tiles(bands: Bands, name: str, options: Options, spool: Path) -> int:
 
 
 def read_tiles(spool: Path) -> Iterator[Output]:
-    """Yield what :func:`write_tiles` wrote."""
+    """Yield the outputs written by :func:`write_tiles`."""
     with tarfile.open(spool, "r:") as tar:
         for member in tar:
             data = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -212,7 +211,7 @@ def read_tiles(spool: Path) -> Iterator[Output]:
 
 
 def add_member(tar: tarfile.TarFile, output: Output) -> int:
-    """Append a file to a tar that is the same whenever it is written; return where its bytes begin."""
+    """Append a file to a tar reproducibly (without time stamps) and return the offset of its bytes."""
     info = tarfile.TarInfo(output.name)
     info.size = len(output.data)
     tar.addfile(info, io.BytesIO(output.data))

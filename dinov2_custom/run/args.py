@@ -1,8 +1,7 @@
-"""Flags of the launcher, and their defaults for one cluster from a YAML file: the flags without their dashes.
+"""Flags of the launcher, and their defaults for a cluster from a YAML file, whose keys are the flags without dashes.
 
-Without ``--cluster`` the user's own ``~/.config/dinov2_custom/cluster.yaml`` is read for SLURM jobs, if there is one. A
-flag wins over the file. Not the flags of the programs (``cli.py``). Torch-free. Read :func:`get_args_parser` and
-:func:`fill_in`.
+Without ``--cluster``, ``~/.config/dinov2_custom/cluster.yaml`` is read for SLURM jobs if it exists. Flags override the
+file. Does not import torch.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _DURATIONS = (
 
 
 def minutes(text: str | int) -> int:
-    """Read a duration as sbatch does: ``2800`` (minutes), ``90:00``, ``47:30:00``, ``2-12`` or ``2-12:30:00``.
+    """Parse a duration as sbatch does: ``2800`` (minutes), ``90:00``, ``47:30:00``, ``2-12`` or ``2-12:30:00``.
 
     Seconds are rounded up to minutes.
     """
@@ -46,32 +45,32 @@ def minutes(text: str | int) -> int:
 
 
 def count(text: str | int) -> int:
-    """Read a number of at least 1."""
+    """Parse an integer of at least 1."""
     if not re.fullmatch(r"0*[1-9]\d*", str(text)):
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
     return int(text)
 
 
 def text(given: str) -> str:
-    """Read text that is not empty, as an unset variable of the shell is: ``--partition "$PARTITION"``."""
+    """Return non-empty text; empty text usually comes from an unset shell variable: ``--partition "$PARTITION"``."""
     if not given.strip():
         raise argparse.ArgumentTypeError(f"expected a value, got {given!r}; leave the flag out, or set the variable")
     return given
 
 
 def srun_argument(given: str) -> str:
-    """Read an argument of srun, which would take one without dashes for the command to run."""
+    """Return an argument of srun, which must begin with a dash: srun would run anything else as the command."""
     if not re.match(r"--?[A-Za-z]", text(given)):
         raise argparse.ArgumentTypeError(f"expected an argument with its dashes, such as --mpi=none, got {given!r}")
     return given
 
 
-# the GPUs of a list of resources: (type with its colon or "", number or "")
+# GPUs in a list of resources: (type with colon or "", number or "")
 _GPUS = re.compile(r"(?<![^,])gpu((?::[^:,()]*[^:,()\d][^:,()]*)?)(?::([1-9]\d*))?(?![^,])")
 
 
 def gres(given: str) -> str:
-    """Read a list of generic resources, in which GPUs are ``gpu``, ``gpu:2``, ``gpu:a100`` or ``gpu:a100:2``."""
+    """Parse a list of generic resources, in which GPUs are ``gpu``, ``gpu:2``, ``gpu:a100`` or ``gpu:a100:2``."""
     for part in text(given).split(","):
         if re.match(r"(gres\W)?gpus?\b", part, re.IGNORECASE) and not _GPUS.fullmatch(part):
             raise argparse.ArgumentTypeError(
@@ -82,11 +81,11 @@ def gres(given: str) -> str:
 
 
 def count_gpus(gres: str | None) -> int:
-    """Return the GPUs of a list of resources, 0 if there are none."""
+    """Return the number of GPUs in a list of resources."""
     return sum(int(number or 1) for _, number in _GPUS.findall(gres or ""))
 
 
-# options of sbatch that --slurm refuses, since the job's files, signals or processes depend on them -> what to use
+# sbatch options that --slurm rejects, since the job's files, signals or processes depend on them -> what to use instead
 RESERVED = dict.fromkeys(("output", "error"), "--output-dir chooses the folder")
 _OF_GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")
 RESERVED |= dict.fromkeys(_OF_GPUS, "take --ngpus or --gres gpu:TYPE:N")
@@ -95,7 +94,7 @@ RESERVED |= dict.fromkeys(_TASKS, "take --ngpus, the processes of a node, and --
 RESERVED |= {name: f"take --{name}" for name in ("nodes", "cpus-per-task")}
 RESERVED |= {"time": "take --timeout", "signal": "take --signal-delay", "array": "take --sweep KEY=VALUE,VALUE"}
 RESERVED |= dict.fromkeys(("open-mode", "wrap", "parsable", "wait"), "leave it out") | {"test-only": "take --dry-run"}
-# options of sbatch that are no flags of the launcher: an error says how to give them
+# sbatch options that are not flags of the launcher: an error explains how to pass them
 _SBATCH = (
     "array begin bb burst-buffer chdir clusters container-image core-spec contiguous cores-per-socket cpu-freq "
     "cpus-per-gpu deadline delay-boot dependency distribution error export gpu-bind gpu-freq gpus gres-flags hint hold "
@@ -111,7 +110,7 @@ _LETTERS |= {"H": "hold", "L": "licenses", "M": "clusters", "O": "overcommit", "
 
 
 def pair(text: str) -> str:
-    """Read ``key=value``, or ``key`` alone, of an sbatch option without its dashes."""
+    """Parse an sbatch option without its dashes: ``key=value`` or ``key``."""
     if not re.fullmatch(r"[A-Za-z][\w-]*(=.*)?", text):
         raise argparse.ArgumentTypeError(f"expected an sbatch option as key=value without dashes, got {text!r}")
     key = text.partition("=")[0].replace("_", "-")
@@ -123,7 +122,7 @@ def pair(text: str) -> str:
 
 
 def sweep(text: str) -> list[str]:
-    """Read ``key=value,value,...``, at least two, as overrides; commas in brackets do not part values."""
+    """Parse ``key=value,value,...`` (at least two values) into overrides; commas inside brackets do not separate."""
     key, _, values = text.partition("=")
     found = re.split(r",(?![^\[]*\])", values)
     if not key or len(found) < 2 or "" in found:
@@ -133,13 +132,13 @@ def sweep(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Option:
-    """One flag that a cluster file may set too, under the first flag's name.
+    """One flag, which a cluster file may also set under the first flag's name.
 
     Args:
-        many: ``"+"`` several values after the flag, ``"append"`` the flag several times, also in addition to the file's
-            values, ``"flag"`` no value.
-        sbatch: whether sbatch has it under the same name and takes the value as it is.
-        default: what a SLURM job gets when neither flag nor file says anything.
+        many: ``"+"`` for several values after the flag, ``"append"`` for repeated flags (added to the file's values),
+            ``"flag"`` for no value.
+        sbatch: whether sbatch has an option of the same name that accepts the value unchanged.
+        default: value for a SLURM job if neither flag nor file sets it.
     """
 
     flags: tuple[str, ...]
@@ -168,7 +167,7 @@ RESOURCES = (
     Option(("--cpus-per-task",), "CPU cores a process (default: 10, or what the nodes have)", count, sbatch=True),
     Option(("--gres",), "generic resources such as gpu:a100:4, which also sets --ngpus", gres, sbatch=True),
     Option(("--reservation",), "reservation", sbatch=True),
-    Option(("--exclusive",), "whole nodes, shared with nobody", many="flag", sbatch=True),
+    Option(("--exclusive",), "allocate whole nodes, not shared with other jobs", many="flag", sbatch=True),
     Option(("--exclude",), "nodes to leave out", sbatch=True),
     Option(("--job-name", "-J"), "name of the job", sbatch=True),
     Option(("--comment",), "note for the scheduler and its users", sbatch=True),
@@ -201,7 +200,7 @@ PROCESSES = Option(
     count,
 )
 CPU = Option(("--cpu",), "use no GPU, ask SLURM for none: --ngpus is the number of CPU processes", many="flag")
-# what --cluster files may hold; all but the processes make SLURM the default launcher
+# options allowed in --cluster files; all except the number of processes make SLURM the default launcher
 CLUSTER_OPTIONS = {option.dest: option for option in (PROCESSES, CPU, *RESOURCES, *ENVIRONMENT)}
 SLURM_DESTS = tuple(option.dest for option in (*RESOURCES, *ENVIRONMENT)) + ("cluster",)
 LAUNCH_DESTS = (*CLUSTER_OPTIONS, "launcher", "cluster", "dry_run")
@@ -211,7 +210,7 @@ class LaunchParser(OverridesParser):
     """An OverridesParser in which ``--modules a b key=value`` ends before the override."""
 
     def error(self, message: str) -> NoReturn:
-        """Say how a value that begins with a dash is given, as those of ``--srun-arg`` do."""
+        """Exit with the message, adding how to pass a value that begins with a dash, as those of ``--srun-arg`` do."""
         flag = re.fullmatch(r"argument (--[\w-]+)\S*: expected one argument", message)
         super().error(f"{message}; one that begins with a dash: {flag[1]}=--..." if flag else message)
 
@@ -233,7 +232,7 @@ class LaunchParser(OverridesParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse as the parent does, with ``--modules=name`` for each name after ``--modules``."""
+        """Parse as the parent class does, with ``--modules=name`` for each name after ``--modules``."""
         return super().parse_known_args(args if args is None else _one_name_a_flag("--modules", args), namespace)
 
 
@@ -252,9 +251,9 @@ def _one_name_a_flag(flag: str, arguments: Sequence[str]) -> list[str]:
 def get_args_parser(
     description: str | None = None, parents: Sequence[argparse.ArgumentParser] = (), add_help: bool = True
 ) -> LaunchParser:
-    """Return the launcher's parser, with those of ``parents`` (upstream's signature).
+    """Return the launcher's parser, extended by ``parents`` (upstream's signature).
 
-    A flag that was not given is None: :func:`fill_in` takes the cluster's value, then ``Option.default``.
+    A flag that was not given is None; :func:`fill_in` sets it to the cluster's value or else ``Option.default``.
     """
     epilog = next((parent.epilog for parent in parents if parent.epilog), None)
     parser = LaunchParser(description=description, parents=list(parents), add_help=add_help, epilog=epilog)
@@ -294,19 +293,19 @@ def _add(group, *options: Option) -> None:
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Set every launcher option of ``args`` that was not given: from the cluster file, else its default.
+    """Set every launcher option of ``args`` that was not given, from the cluster file or else to its default.
 
-    ``slurm`` and ``setup`` of the file stand before those of the command line. There are as many processes a node as
-    GPUs, and with ``--cpu`` no GPUs.
+    ``slurm`` and ``setup`` from the file precede those of the command line. There is one process per GPU; with
+    ``--cpu`` no GPUs are requested.
 
     Raises:
-        ConfigError: no such file, or every mistake in it at once.
-        LaunchError: ``--ngpus`` and ``--gres`` disagree.
+        ConfigError: if there is no such file, or it has mistakes (lists all of them).
+        LaunchError: if ``--ngpus`` and ``--gres`` disagree.
     """
     folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dinov2_custom"
     path = find(args.cluster, folder) if args.cluster else folder / "cluster.yaml"
     values = read(path) if path.is_file() else {}
-    if any(getattr(args, name) for name in INTERPRETERS):  # another environment than the file's
+    if any(getattr(args, name) for name in INTERPRETERS):  # the command line replaces the file's environment
         values = {dest: value for dest, value in values.items() if dest not in INTERPRETERS}
     if count_gpus(args.gres):
         values.pop("ngpus", None)
@@ -333,10 +332,10 @@ _NOTHING = ("", "null", "~")
 
 
 def find(name: str, user_folder: Path) -> Path:
-    """Return the file that ``--cluster name`` means.
+    """Return the file selected by ``--cluster name``.
 
     Raises:
-        ConfigError: there is none; lists the names there are.
+        ConfigError: if there is none; lists the available names.
     """
     if os.sep in name or name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser().absolute()
@@ -355,14 +354,14 @@ def find(name: str, user_folder: Path) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the options of ``path`` by their names in the parsed arguments.
+    """Return the options in ``path`` by their names in the parsed arguments.
 
     Raises:
-        ConfigError: unreadable, unknown keys or values that the flag would refuse, all of them at once.
+        ConfigError: if the file is unreadable, or has unknown keys or values invalid for the flag (lists all of them).
     """
     import yaml
 
-    try:  # BaseLoader: all values are text, as on a command line; 47:30:00 is not a number of base 60
+    try:  # BaseLoader keeps all values as text, as on a command line; otherwise 47:30:00 is a base-60 number
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ConfigError(f"{path}: expected YAML, got {' '.join(str(e).split())}; fix the file") from e
@@ -403,7 +402,7 @@ def _value(option: Option, value: Any) -> Any:
 
 
 def _sbatch(name: str, given: Any) -> str:
-    """Return the option as ``--slurm`` takes it; a list has commas there."""
+    """Return the option in the form accepted by ``--slurm``; lists are joined with commas."""
     if isinstance(given, list) and all(isinstance(item, str) for item in given):
         given = ",".join(given)
     if not isinstance(given, str) or given == "false":

@@ -1,4 +1,4 @@
-"""Launch the features of a dataset. Not the features themselves (``dinov2_custom/embed/``). Torch-free."""
+"""Launch the computation of a dataset's features (``dinov2_custom/embed/``). Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dinov2_custom.utils.run_folder import default_output
 
 
 class Embedding(Task):
-    """The features in every process, which share the images."""
+    """Compute features, with the images divided among the processes."""
 
     module, name, script = "dinov2_custom.embed.main", "dinov2:embed", "run/embed.py"
     get_parser = staticmethod(cli.embed_parser)
 
     def prepare(self, warn: Callable[[str], None]) -> None:
-        """Look for weights and images; choose the output directory, the same for all processes.
+        """Check that weights and images exist, and choose one output directory for all processes.
 
         Raises:
-            ConfigError: no weights there.
+            ConfigError: if there are no weights.
         """
         check_weights("checkpoint", self.args.checkpoint)
         warn_of_absent("dataset", self.args.dataset, warn)

@@ -1,8 +1,7 @@
-"""The environment that a job asks for: lines of bash that make it, and what has to come out.
+"""The software environment requested for a job: bash lines that set it up, and the expected interpreter.
 
-Order: modules, setup lines, conda or venv, so that the environment's interpreter is the first on PATH. What can be
-looked up where the job is submitted is looked up there; ``environment_check.py`` looks again on every node. Torch-free.
-Read :func:`resolve` first.
+The order is modules, setup lines, conda or venv, so that the environment's interpreter comes first on PATH. Whatever
+can be checked is checked at submission; ``environment_check.py`` checks again on every node. Does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from dinov2_custom.entry import REQUIREMENTS
 from dinov2_custom.errors import LaunchError
 from dinov2_custom.run.args import INTERPRETERS
 
-# any Python 3 can parse this, so that an old one reports its version and not a syntax error
+# any Python 3 can parse this, so that an old one reports its version instead of a syntax error
 _IMPORT = """
 import sys
 if sys.version_info < (3, 10):
@@ -37,7 +36,7 @@ _MODULE_INIT = (
     "/etc/profile.d/z00_lmod.sh /usr/share/lmod/lmod/init/bash /usr/share/modules/init/bash"
 )
 
-# enroot passes only those variables on that are named; PATH and the like of this machine are wrong in an image
+# enroot forwards only the variables named; this machine's PATH and similar are wrong inside an image
 _ENROOT = (
     'for name in $(compgen -e); do case $name in *PATH | PYTHON* | HOME | SHELL | *PWD | _) ;; *) set -- --env "$name" '
     '"$@" ;; esac; done; exec "$0" start "$@"'
@@ -46,12 +45,12 @@ _ENROOT = (
 
 @dataclass(frozen=True)
 class Environment:
-    """``lines`` of bash, each with a description of the step; ``python`` to run, words as bash source; what to expect.
+    """Bash ``lines``, each with a description of the step, and the ``python`` command as words of bash source.
 
     Args:
-        prefix: sys.prefix that the interpreter must have; "" for any.
-        executable: sys.executable that it must have; "" for any.
-        missing: packages that all our tasks need and this environment has not, as far as can be seen from here.
+        prefix: required sys.prefix of the interpreter; "" for any.
+        executable: required sys.executable; "" for any.
+        missing: packages needed by all tasks that this environment lacks, as far as this machine can determine.
     """
 
     lines: tuple[tuple[str, str], ...]
@@ -62,10 +61,10 @@ class Environment:
 
 
 def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environment:
-    """Return what the flags ask for.
+    """Return the environment requested by the flags.
 
     Raises:
-        LaunchError: two environments at once, one that is not there, or one without this package.
+        LaunchError: if two environments are requested, or one that does not exist or lacks this package.
     """
     chosen = {f"--{name.replace('_', '-')}": getattr(args, name) for name in INTERPRETERS if getattr(args, name)}
     if len(chosen) > 1:
@@ -101,16 +100,16 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
     own = Environment(tuple(lines), shlex.quote(sys.executable), sys.prefix, sys.executable)
     if not lines:
         return own
-    # modules or set-up lines that put another Python first on PATH mean that one
+    # if modules or setup lines put another Python first on PATH, that one is used
     found = f'"$([ "$(command -v python3 || true)" = "$python_before" ] && echo {own.python} || command -v python3)"'
     return Environment((("", "python_before=$(command -v python3 || true)"), *lines), found)
 
 
 def _expand(flag: str, text: str) -> str:
-    """Return ``text`` with ``~`` and variables as the shell that submits has them; a cluster file has no shell.
+    """Expand ``~`` and variables in ``text`` as the submitting shell would; a cluster file has no shell.
 
     Raises:
-        LaunchError: a variable that is not set.
+        LaunchError: if a variable is not set.
     """
     expanded = os.path.expanduser(os.path.expandvars(text))
     if unset := re.search(r"\$(\w+|\{[^}]*\}?)", expanded):
@@ -123,14 +122,14 @@ def _path(flag: str, text: str) -> Path:
 
 
 def conda_prefix(name: str, environment: Mapping[str, str]) -> Path:
-    """Return the folder of the conda environment ``name``, which may be the folder itself.
+    """Return the folder of the conda environment ``name``, which may also be a folder.
 
     Raises:
-        LaunchError: none of that name where conda keeps and lists environments.
+        LaunchError: if there is none of that name where conda keeps and lists environments.
     """
     if re.search(r"/|^[~.$]", name):
         return _path("--conda-env", name)
-    made = Path(environment.get("HOME") or Path.home()) / ".conda" / "environments.txt"  # all that this user has made
+    made = Path(environment.get("HOME") or Path.home()) / ".conda" / "environments.txt"  # all created by this user
     paths = [Path(line) for line in made.read_text().splitlines() if line.strip()] if made.is_file() else []
     command = environment.get("CONDA_EXE") or shutil.which("conda", path=environment.get("PATH", ""))
     bases = [Path(command).resolve().parents[1]] if command else []
@@ -150,7 +149,7 @@ def conda_prefix(name: str, environment: Mapping[str, str]) -> Path:
 
 
 def _conda_lines(prefix: Path) -> list[str]:
-    """Do what ``conda activate`` does, without conda, which compute nodes may not have."""
+    """Return lines equivalent to ``conda activate`` that do not need conda, which compute nodes may lack."""
     quoted = shlex.quote(str(prefix))
     lines = [
         f'export CONDA_PREFIX={quoted} CONDA_DEFAULT_ENV={quoted} CONDA_SHLVL=1 PATH={quoted}/bin:"$PATH"',
@@ -177,13 +176,13 @@ def _module_lines(names: list[str]) -> list[tuple[str, str]]:
         ("--modules: finding the command `module`", "type module >/dev/null"),
     ]
     lines.append((load, load))
-    for name in names:  # old versions of module return 0 whatever happens
+    for name in names:  # old versions of module always return 0
         lines.append((load, f'[[ ":$LOADEDMODULES:" == *:{shlex.quote(name)}[:/]* ]]'))
     return lines
 
 
 def _container_lines(image: str, output_dir: str) -> list[tuple[str, str]]:
-    """Set ``container`` to the words that run a command in ``image``, where this package and the run directory are."""
+    """Set ``container`` to the words that run a command in ``image``, with this package and the run directory."""
     package = str(Path(__file__).resolve().parents[2])
     before, job, _ = output_dir.partition("%j")
     folders = dict.fromkeys((package, before.rpartition(os.sep)[0] if job else before))
@@ -202,7 +201,7 @@ def _container_lines(image: str, output_dir: str) -> list[tuple[str, str]]:
 
 
 def _find_missing(flag: str, python: Path, run: bool) -> tuple[str, ...]:
-    """Return which packages ``python`` lacks; ``run``: whether it can run without modules and set-up lines."""
+    """Return the packages that ``python`` lacks; ``run``: whether it works without modules and setup lines."""
     if not run:
         return ()
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}

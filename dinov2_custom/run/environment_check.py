@@ -1,8 +1,8 @@
-"""Is this the interpreter that was asked for, and can it run us?  Runs on every node before the training starts.
+"""Check on every node, before training starts, that this is the requested interpreter and has what we need.
 
-``slurm.py`` copies this file's text into the job script, because the interpreter may not have this package: only the
-standard library, and a syntax that Python 3.6 reads. Arguments: node, expected sys.prefix or "", expected executable
-or "". Prints one line and returns 0, or one sentence that starts with "error:" and returns 1.
+``slurm.py`` copies this file's text into the job script, because the interpreter may lack this package. It therefore
+uses only the standard library and the syntax of Python 3.6. Arguments: node, expected sys.prefix or "", expected
+executable or "". Prints one line and returns 0, or prints one sentence that starts with "error:" and returns 1.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import sys
 
 
 def main(arguments):
-    """Return what is wrong in one sentence, or None."""
+    """Return a sentence that describes the fault, or None."""
     node, prefix, executable = arguments
     here = f"node {node}: {sys.executable} (Python {'.'.join(map(str, sys.version_info[:3]))})"
     real = os.path.realpath
@@ -24,7 +24,7 @@ def main(arguments):
     try:
         package = importlib.import_module("dinov2_custom")
         importlib.import_module("dinov2_custom.run.process")
-    except Exception as e:  # whatever stands in the way is what the user has to know
+    except Exception as e:  # report any failure to the user
         return f"{here} cannot import dinov2_custom: {type(e).__name__}: {e}; install it in this environment"
     print(f"environment: {here} prefix={sys.prefix} dinov2_custom={package.__version__} from {package.__path__[0]}")
     return None

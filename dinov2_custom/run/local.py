@@ -1,7 +1,6 @@
-"""Run processes on this machine with torchrun's own main, and the exit code of the process that failed first.
+"""Run processes on this machine with torchrun, and return the exit code of the process that failed first.
 
-``python -m dinov2_custom.run.local`` takes torchrun's arguments, for one node of several, too. Not here: SLURM
-(``slurm.py``). Read :func:`launch` first.
+``python -m dinov2_custom.run.local`` accepts torchrun's arguments, also for one of several nodes.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2"
 
 
 def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
-    """Run ``task_class(args)`` in ``processes`` processes and return the exit code of the whole.
+    """Run ``task_class(args)`` in ``processes`` processes and return the overall exit code.
 
-    Rank 0 keeps this terminal; the others print to ``local_<rank>_log.out`` and ``.err`` in ``args.output_dir``.
+    Rank 0 prints to this terminal, the others to ``local_<rank>_log.out`` and ``.err`` in ``args.output_dir``.
     """
     from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
@@ -41,14 +40,14 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     rendezvous_handler_registry.register("loopback", _loopback)
     flags = ["--nnodes=1", f"--nproc-per-node={processes}", "--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1:0"]
-    flags += [f"--log-dir={os.devnull}"]  # else torch makes a folder that a killed launcher leaves behind
-    _take_errors(folder)  # of a launcher that was killed
+    flags += [f"--log-dir={os.devnull}"]  # otherwise torch makes a folder that a killed launcher leaves behind
+    _take_errors(folder)  # left by a launcher that was killed
     with environment_variables(**{VARIABLE: to_variable(Process(task_class, args))}):
         code, failures = run([*flags, "--module", "dinov2_custom.run.process", f"{folder}/local"])
     errors = _take_errors(folder)
     if failures:
         _explain(failures[0], errors, folder)
-    if folder in missing and folder.is_dir() and not (folder / "logs").exists():  # it ended before there was a run
+    if folder in missing and folder.is_dir() and not (folder / "logs").exists():  # it ended before the run started
         for file in folder.glob("local_*_log.*"):
             file.unlink()
         remove_empty(missing)
@@ -56,7 +55,7 @@ def launch(task_class: type, args: argparse.Namespace, processes: int) -> int:
 
 
 def _take_errors(folder: Path) -> dict[int, str]:
-    """Return the sentences and tracebacks that ended processes, by rank, and remove their files."""
+    """Return the error messages and tracebacks of failed processes, by rank, and remove their files."""
     errors = {}
     for path in folder.glob("local_*.error"):
         errors[int(path.stem.removeprefix("local_"))] = path.read_text(encoding="utf-8")
@@ -65,10 +64,10 @@ def _take_errors(folder: Path) -> dict[int, str]:
 
 
 def num_processes(args: argparse.Namespace) -> int:
-    """Return ``args.ngpus``, else the number of GPUs, at least 1, with ``args.cpu`` 1.
+    """Return ``args.ngpus``, or else the number of GPUs (at least 1; 1 with ``args.cpu``).
 
     Raises:
-        LaunchError: more processes than GPUs.
+        LaunchError: if there are more processes than GPUs.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see submit.Task
     if args.cpu:
@@ -85,9 +84,9 @@ def num_processes(args: argparse.Namespace) -> int:
 
 
 def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
-    """Run torchrun with ``arguments``; return the exit code of the whole, and the failures, the first cause first.
+    """Run torchrun with ``arguments``; return the overall exit code and the failures, the original cause first.
 
-    A signal goes on to every process, which saves and ends; the first process that dies ends the others.
+    Signals are forwarded to every process, which then saves and ends; when one process dies, the others are ended.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -95,9 +94,9 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
     from torch.distributed.run import main as torchrun
 
     known = {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    wanted = {"--signals-to-handle": _SIGNALS, "--shutdown-timeout": "1800"}  # the second is newer than torch 2.10
+    wanted = {"--signals-to-handle": _SIGNALS, "--shutdown-timeout": "1800"}  # the second needs torch > 2.10
     flags = [f"{flag}={value}" for flag, value in wanted.items() if flag in known]
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the exit code and one sentence say it
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own message reports the failure
     handlers = {signum: signal.getsignal(signum) for signum in map(signal.Signals.__getitem__, _SIGNALS.split(","))}
     try:
         torchrun([*flags, *arguments])
@@ -106,17 +105,17 @@ def run(arguments: Sequence[str]) -> tuple[int, list[Any]]:
         return errors.to_shell_code(failures[0].exitcode), failures
     except SignalException as e:
         return errors.stopped_by(int(e.sigval)), []
-    finally:  # torch leaves its own
+    finally:  # torch does not restore the handlers
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return errors.DONE, []
 
 
 def by_cause(failures: Iterable[Any]) -> list[Any]:
-    """Return torchrun's failures with the one first that the others followed from.
+    """Return torchrun's failures, the one that caused the others first.
 
-    torchrun polls its processes, so it may see one that lost another, or that it stopped itself, before the one that
-    ended first. A process that was killed makes others crash.
+    torchrun polls its processes, so it may report one that lost its peer, or that it stopped itself, before the one
+    that ended first. A killed process makes others crash.
     """
     order = ["killed", "ended", *errors.CONSEQUENCES]
 
@@ -128,7 +127,7 @@ def by_cause(failures: Iterable[Any]) -> list[Any]:
 
 
 def _loopback(params: Any) -> Any:
-    """Return a rendezvous of this machine's processes, for torchrun, that listens on loopback only."""
+    """Return a rendezvous for the processes of this machine that listens on the loopback interface only."""
     from torch.distributed import TCPStore
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
@@ -139,16 +138,16 @@ def _loopback(params: Any) -> Any:
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
     rendezvous = Loopback(host, port, rank=0, world_size=1, run_id=params.run_id, timeout=600)
-    # a store that opens its port itself listens on every interface
+    # a store that opens its own port listens on all interfaces
     rendezvous._store = TCPStore(host, port, is_master=True, multi_tenant=True, master_listen_fd=listener.detach())
     return rendezvous
 
 
 def _explain(failure: Any, errors: dict[int, str], folder: Path) -> None:
-    """Print which rank ended the run, or its sentence, unless rank 0 has printed it here or it was stopped by a signal.
+    """Print which rank ended the run, or its error, unless rank 0 has printed it already or a signal stopped the run.
 
     Args:
-        errors: sentences and tracebacks by rank.
+        errors: error messages and tracebacks by rank.
     """
     sentences = {rank: text for rank, text in errors.items() if not text.startswith("Traceback ")}
     if sentences:
@@ -166,7 +165,7 @@ def _explain(failure: Any, errors: dict[int, str], folder: Path) -> None:
         output = output or f"; see {log}"
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"{words}\n")
-    print(f"error: {words}{output}; the same command goes on from the newest checkpoint", file=sys.stderr)
+    print(f"error: {words}{output}; run the same command to resume from the newest checkpoint", file=sys.stderr)
 
 
 if __name__ == "__main__":

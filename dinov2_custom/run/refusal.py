@@ -1,6 +1,6 @@
-"""What a cluster has, and what SLURM says against a job, as one sentence: flags, what there is, what was asked for.
+"""Query a cluster's resources, and explain SLURM's refusal of a job: flags, available and requested resources.
 
-Not the submission (``slurm.py``). Torch-free. Read :func:`explain` first.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ QUERY_TIMEOUT_S = 30
 _SIZES = ("time", "nodes", "ntasks-per-node", "gpus-per-node", "gres", "cpus-per-task", "mem", "mem-per-gpu")
 _FLAGS = {"time": "timeout", "ntasks-per-node": "ngpus", "gpus-per-node": "ngpus"}
 _OF_ACCOUNTS = "`sacctmgr show associations user=$USER` and `id` list yours"
-# what SLURM says, in small letters; the options it is about; what was expected; how to see that. The first row counts
+# SLURM's message in lower case; options concerned; expectation; command that shows it. The first match is used.
 _REASONS = (
     ("contact|connect|slurm_load|configuration source", (), "a controller that answers", "ask the administrators"),
     (r"violates accounting|\b(assoc|qos)(grp|max|min)", _SIZES, "a job within the limits of your account and QOS",
      "`sacctmgr show associations user=$USER` and `sacctmgr show qos` list them"),
     ("partition not available|partition down", ("partition",), "a partition that is up",
      "`sinfo --summarize` lists them"),
-    # before the partition, which the same sentence of SLURM's names
+    # must precede the partition, which the same message of SLURM names
     ("account|group|allows qos", ("account", "partition", "qos"), "a combination you may use", _OF_ACCOUNTS),
     ("invalid.*partition", ("partition",), "one of {partitions}", "`sinfo --summarize` lists them"),
     ("node configuration|node count|nodelimit|partitionconfig|gres|more processors|time ?limit|duration|memory spec",
@@ -41,7 +41,7 @@ _REASONS = (
 
 
 def explain(stderr: str, script: str) -> str:
-    """Return the sentence for ``stderr``, SLURM's complaint about ``script``."""
+    """Return an explanation of ``stderr``, SLURM's error message for ``script``."""
     said = [re.sub(r"^(sbatch: )?(error: )?", "", line.strip()) for line in stderr.splitlines() if line.strip()]
     reason = "; ".join(dict.fromkeys(said)) or "no reason"
     asked = _asked(script)
@@ -63,7 +63,7 @@ def is_unreachable(stderr: str) -> bool:
 
 
 class _Nodes(NamedTuple):
-    """What ``sinfo`` says of nodes of one kind in a partition."""
+    """Resources of one kind of node in a partition, from ``sinfo``."""
 
     partition: str
     count: int
@@ -80,7 +80,7 @@ class _Nodes(NamedTuple):
 
 
 def _nodes(partition: str | None) -> list[_Nodes]:
-    """Return the kinds of nodes of ``partition``, which may be several, or of the default one; [] if none is known."""
+    """Return the kinds of nodes in ``partition`` (possibly a list), or in the default partition; [] if unknown."""
     lines = ask("sinfo", "--noheader", "--format", "%R|%D|%c|%m|%G|%l|%P").splitlines()
     rows = [line.strip().split("|") for line in lines if line.count("|") == 6]
     partition = partition or os.environ.get("SBATCH_PARTITION")
@@ -90,12 +90,12 @@ def _nodes(partition: str | None) -> list[_Nodes]:
 
 
 def cpus_per_task(tasks: int, partition: str | None) -> int:
-    """Return how many CPUs each of ``tasks`` processes on a node of ``partition`` can have, at most upstream's 10."""
+    """Return the number of CPUs available to each of ``tasks`` processes on a node, at most upstream's 10."""
     return max(1, min([10, *(kind.cpus // tasks for kind in _nodes(partition))]))
 
 
 def too_much(script: str) -> list[str]:
-    """Return what in ``script`` is larger than what any node of the partition has, as far as can be seen."""
+    """Return the requests in ``script`` that exceed every node of the partition, as far as is known."""
     asked = _asked(script)
     nodes = _nodes(asked.get("partition"))
     time, tasks, cpus = (int(asked.get(name, 1)) for name in ("time", "ntasks-per-node", "cpus-per-task"))
@@ -114,9 +114,9 @@ def too_much(script: str) -> list[str]:
 
 
 def closed_partition(script: str) -> str:
-    """Return why the job of ``script`` would wait for ever, which `sbatch --test-only` does not look at; "" if not.
+    """Return why the job of ``script`` would be pending forever, which `sbatch --test-only` does not detect, or "".
 
-    That is where every partition it asks for is down, or excludes its account, QOS or time limit.
+    This is the case if every requested partition is down, or excludes its account, QOS or time limit.
     """
     asked = _asked(script)
     wanted = asked.get("partition") or os.environ.get("SBATCH_PARTITION")
@@ -155,13 +155,13 @@ def _megabytes(text: str) -> int:
 
 
 def _asked(script: str) -> dict[str, str]:
-    """Return the options of sbatch in ``script`` that have a value."""
+    """Return the sbatch options in ``script`` that have a value."""
     found = re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.MULTILINE)
     return {name: " ".join(shlex.split(value)) for name, value in found}
 
 
 def _minutes(limit: str) -> float:
-    """Read a time limit as sinfo prints it: D-HH:MM:SS, HH:MM:SS, MM:SS or infinite."""
+    """Parse a time limit as printed by sinfo: D-HH:MM:SS, HH:MM:SS, MM:SS or infinite."""
     try:
         return minutes(limit)
     except argparse.ArgumentTypeError:
@@ -169,7 +169,7 @@ def _minutes(limit: str) -> float:
 
 
 def call(*command: str, input: str | None = None) -> tuple[int | None, str, str]:
-    """Return exit code, output and errors of ``command``; None, "" and why if it is not there or does not answer."""
+    """Return exit code, stdout and stderr of ``command``; (None, "", reason) if it is missing or times out."""
     try:
         done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S)
     except FileNotFoundError:
@@ -180,5 +180,5 @@ def call(*command: str, input: str | None = None) -> tuple[int | None, str, str]
 
 
 def ask(*command: str) -> str:
-    """Return what ``command`` prints; "" if it does not answer."""
+    """Return the output of ``command``, or "" if it fails."""
     return call(*command)[1]

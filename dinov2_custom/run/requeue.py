@@ -1,7 +1,7 @@
-"""After the processes of a SLURM job have ended: decide whether the batch script requeues the job.
+"""Decide, after the processes of a SLURM job have ended, whether the batch script requeues the job.
 
-There is no limit on attempts, but one that ended by itself, or at the time limit, without a new checkpoint is the last.
-Torch-free. Read :func:`decide` first.
+The number of attempts is unlimited, but a job is not requeued after an attempt that failed, or reached the time limit,
+without a new checkpoint. Does not import torch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 from dinov2_custom.errors import ERROR, LOST_PROCESS, reason_of
 from dinov2_custom.utils.run_folder import last_checkpoint
 
-AGAIN = 200  # no process ends with it
-_LIMIT_SLACK_S = 90  # SLURM signals up to a minute before the time it was asked for
+AGAIN = 200  # not used by any process
+_LIMIT_SLACK_S = 90  # SLURM signals up to a minute before the requested time
 _BY_HAND = 130  # SIGINT
 Result = tuple[str, Any]  # ("success", exit code), or ("error", sentence or traceback)
 
 
 class Job(NamedTuple):
-    """What SLURM says of the job: its state, and the seconds left until the time limit."""
+    """State of the job in SLURM, and the seconds left until the time limit."""
 
     state: str = "RUNNING"
     seconds_left: float = float("inf")
@@ -38,8 +38,8 @@ def decide(results: Mapping[int, Result], num_ranks: int, progressed: bool, job:
     """Return whether to requeue, and the reason in words.
 
     Args:
-        results: by rank, of those of the ``num_ranks`` processes that lived to leave one.
-        progressed: whether there is a newer checkpoint than at the start of this attempt.
+        results: by rank, for those of the ``num_ranks`` processes that wrote one.
+        progressed: whether there is a newer checkpoint than at the start of the attempt.
     """
     codes = {value for kind, value in results.values() if kind == "success"}
     errors = [text for kind, text in results.values() if kind == "error"]
@@ -48,15 +48,15 @@ def decide(results: Mapping[int, Result], num_ranks: int, progressed: bool, job:
         state = job.state.lower()
         return False, f"SLURM says {state}; it starts again if SLURM requeued it, after scancel it does not"
     if len(crashed) < len(errors) or any(0 < code < 128 and code != LOST_PROCESS for code in codes):
-        return False, "it ended with an error that another attempt would meet again"
+        return False, "it ended with an error that another attempt would repeat"
     if 0 in codes:
         return False, "the run is complete"
     if _BY_HAND in codes:
         return False, "it was interrupted by hand"
     if progressed:
-        # after a death srun sends SIGTERM to the others, which then may call themselves stopped without having saved
+        # when a process dies, srun sends SIGTERM to the others, which may then report "stopped" without having saved
         saved = len(results) == num_ranks and not errors and LOST_PROCESS not in codes
-        return True, "stopped after a save" if saved else "it died, and goes on from its last checkpoint"
+        return True, "stopped after a save" if saved else "it died; the next attempt resumes from its last checkpoint"
     if crashed:
         return False, "it crashed before it wrote a checkpoint; see the error above or in logs/log.txt"
     if job.seconds_left < job.signal_delay + _LIMIT_SLACK_S:
@@ -67,7 +67,7 @@ def decide(results: Mapping[int, Result], num_ranks: int, progressed: bool, job:
 
 
 def causes(results: Mapping[int, Result], num_ranks: int, job_files: str) -> list[str]:
-    """Return why the processes ended before the run did, a line for each different reason."""
+    """Return why processes ended before the run was complete, one line per distinct reason."""
     lines = []
     for rank, text in sorted((rank, text) for rank, (kind, text) in results.items() if kind == "error"):
         if _is_traceback(text):
@@ -88,7 +88,7 @@ def _is_traceback(text: str) -> bool:
 
 
 class _Plain(pickle.Unpickler):
-    """Text and numbers alone: nothing in a pickle can make this call anything."""
+    """Unpickle only text and numbers; a pickle cannot make this class call anything."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} in a result")
@@ -97,7 +97,7 @@ class _Plain(pickle.Unpickler):
 def read(job_files: str) -> dict[int, Result]:
     """Return the results by rank.
 
-    Those that are torn, of another owner or writable by others count as none.
+    Truncated files, and files owned or writable by other users, are ignored.
     """
     results = {}
     prefix = Path(job_files)
@@ -112,7 +112,7 @@ def read(job_files: str) -> dict[int, Result]:
 
 
 def describe_job(text: str, now: float) -> Job:
-    """Read the output of ``scontrol show job``."""
+    """Parse the output of ``scontrol show job``."""
     fields = dict(re.findall(r"(\w+)=(\S*)", text))
     left = float("inf")
     with suppress(ValueError):  # Unknown
@@ -124,9 +124,9 @@ def main(arguments: Sequence[str]) -> int:
     """Print the causes and the decision; return ``AGAIN`` or the job's exit code.
 
     Args:
-        arguments: the run directory; the path that ``_<rank>_result.pkl`` is added to; what ``last_checkpoint`` held
-            before this attempt; what the check of the environment ended with, not 0 if a signal came before there were
-            processes; what those ended with; what ``scontrol show job`` printed.
+        arguments: the run directory; the path prefix of ``_<rank>_result.pkl``; the content of ``last_checkpoint``
+            before this attempt; the exit code of the environment check (nonzero if a signal came before the processes
+            started); the exit code of the processes; the output of ``scontrol show job``.
     """
     folder, job_files, before, checked, code, shown = arguments
     job_id, num_ranks = Path(job_files).name, int(os.environ["SLURM_NTASKS"])
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
         results = {rank: ("success", int(checked)) for rank in range(num_ranks)}
     job = describe_job(shown, time.time())
     again, why = decide(results, num_ranks, progressed, job)
-    if job.state == "RUNNING":  # else SLURM itself has killed them
+    if job.state == "RUNNING":  # otherwise SLURM killed the processes
         for line in causes(results, num_ranks, job_files):
             print(line)
     outcome = "requeued" if again else "not requeued" if job.state == "RUNNING" else "ended from outside"

@@ -1,9 +1,8 @@
-"""A SLURM job as submitit makes it: its batch script, what SLURM says of it before, its submission.
+"""Create, check and submit a SLURM job through submitit.
 
-Every process is one task of submitit's srun, so that signals, ranks and deaths are SLURM's own. Before them the script
-makes the environment and checks the interpreter on every node, after them it requeues the job if there is more to do
-(``requeue.py``). Not here: the processes (``process.py``), sentences about a refusal (``refusal.py``). Torch-free. Read
-:func:`parameters` first.
+Every process is one task of submitit's srun, so that SLURM handles signals, ranks and failures. Before the tasks, the
+script sets up the environment and checks the interpreter on every node; afterwards it requeues the job if the run is
+not complete (``requeue.py``). Does not import torch.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from dinov2_custom.run.process import Process
 from dinov2_custom.run.requeue import AGAIN
 from dinov2_custom.world import TORCHRUN_VARIABLES
 
-JOB = "%j"  # stands for the job's number in an output directory, as in upstream
+JOB = "%j"  # placeholder for the job's number in an output directory, as in upstream
 PYTHON = '"${python[@]}"'  # bash: the words that start the job's interpreter
-# what comes before the processes; words between @ are filled in
+# bash before the processes; words between @ are substituted
 _SETUP = r"""@header@
 set -eo pipefail
 base=@base@
@@ -53,7 +52,7 @@ finish() {  # with what the processes ended with: requeue the job, or end it
   [ "$code" = @again@ ] || exit "$code"
   # SLURM ends this script, which must not end first: the job would count as finished
   scontrol requeue "$job" && { sleep 60 || exit 1; }  # ended by SLURM: it is requeued
-  fail "it could not be requeued; submit it again, it goes on from its checkpoint"
+  fail "it could not be requeued; submit it again to resume from its checkpoint"
 }
 [[ "$(scontrol show job "$job")" != *Command=*_submission.sh* ]] || fail @by_hand@
 unset @torchrun@ ${!OMPI_@} ${!PMI_@} ${!PMIX_@} ${!TORCHELASTIC_@}
@@ -89,27 +88,27 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-@cpus@} DINOV2_SIGNAL_DELAY=@delay@
 set +e
 [ "$checked" = 0 ] || finish "$checked"
 """
-# reasons of a pending job that waiting does not change
+# pending reasons that do not resolve by waiting
 _NEVER_STARTS = ("PartitionConfig", "PartitionNodeLimit", "PartitionTimeLimit", "InvalidAccount", "InvalidQOS")
 _NEVER_STARTS += ("BadConstraints", "WallDurationPerJobLimit", "can't use this partition")
 _NEVER_STARTS += ("not permitted to use this partition",)
-# what submitit leaves of a submission that failed
+# files that submitit leaves behind after a failed submission
 _LEFT = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh")
 
 
 def parameters(args: argparse.Namespace, name: str, environment: Environment, command: str) -> dict[str, Any]:
-    """Return what submitit's SlurmExecutor takes.
+    """Return the parameters of submitit's SlurmExecutor.
 
     Args:
-        args: resolved options and an absolute ``output_dir``, which may hold ``%j``.
-        name: of the job, unless ``--job-name`` gives one.
-        command: the user's command line, which the script's header has.
+        args: resolved options and an absolute ``output_dir``, which may contain ``%j``.
+        name: name of the job, unless ``--job-name`` is given.
+        command: the user's command line, recorded in the script's header.
 
     Raises:
-        LaunchError: a value that would not stay on its line of the script.
+        LaunchError: if a value would not fit on one line of the script.
     """
     delay = min(args.signal_delay, args.timeout * 30)
-    # what the script prints does not go where rank 0 prints; a folder named by the job is not there when it starts
+    # the script's output is kept apart from rank 0's; a folder named by the job number does not exist when it starts
     log = "/dev/null" if JOB in args.output_dir else f"{args.output_dir}/{'%A_%a' if args.sweep else JOB}_log.out"
     options: dict[str, Any] = {"job_name": name, "ntasks_per_node": args.ngpus, "time": args.timeout}
     options |= {"requeue": True, "output": log, "error": log}
@@ -118,10 +117,10 @@ def parameters(args: argparse.Namespace, name: str, environment: Environment, co
     options |= {option.dest: value for option in RESOURCES if option.sbatch and (value := getattr(args, option.dest))}
     if args.use_volta32:
         options["constraint"] = "&".join(filter(None, (args.constraint, "volta32gb")))
-    for text in args.slurm:  # wins
+    for text in args.slurm:  # takes precedence
         key, _, value = text.partition("=")
         options[key.replace("-", "_")] = value or True
-    if "no_requeue" in options:  # sbatch takes the last of the two, in the order of the alphabet
+    if "no_requeue" in options:  # options are sorted alphabetically, and sbatch uses the last of the two
         del options["requeue"]
     for option, value in {"output_dir": args.output_dir, **options}.items():
         if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f\\]", value):
@@ -132,7 +131,7 @@ def parameters(args: argparse.Namespace, name: str, environment: Environment, co
         raise LaunchError(f"--output-dir: expected no % but in {JOB}, which SLURM replaces, got {args.output_dir}")
     return {
         "signal_delay_s": delay,
-        "wckey": None,  # clusters that check them refuse submitit's own
+        "wckey": None,  # clusters that check it reject submitit's default
         "setup": [_setup(args, environment, command, delay)],
         "srun_args": ["--kill-on-bad-exit=1", "--wait=1800", f"--cpus-per-task={args.cpus_per_task}", *args.srun_arg],
         "teardown": ['finish "$?"'],
@@ -160,17 +159,17 @@ def _setup(args: argparse.Namespace, environment: Environment, command: str, del
 
 
 def script(parameters: dict[str, Any], output_dir: str, tasks: int = 1) -> str:
-    """Return the batch script that submitit submits; ``tasks``: of a job array."""
+    """Return the batch script that submitit submits; ``tasks`` is the size of a job array."""
     command = f"{PYTHON} -u -m submitit.core._submit {shlex.quote(output_dir)}"
     array = {"map_count": tasks} if tasks > 1 else {}
     return submitit_slurm._make_sbatch_string(command=command, folder=output_dir, **parameters, **array) + "\n"
 
 
 def check_installed() -> None:
-    """Look for SLURM's commands.
+    """Check that SLURM's commands are available.
 
     Raises:
-        LaunchError: not there.
+        LaunchError: if they are not.
     """
     missing = [name for name in ("sbatch", "srun", "scontrol") if shutil.which(name) is None]
     if missing:
@@ -181,10 +180,10 @@ def check_installed() -> None:
 
 
 def check_syntax(script: str) -> None:
-    """Let bash read ``script`` without running it.
+    """Check the syntax of ``script`` with bash, without running it.
 
     Raises:
-        LaunchError: a ``--setup`` line that is no bash.
+        LaunchError: if a ``--setup`` line is not valid bash.
     """
     read = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     if read.returncode:
@@ -195,7 +194,7 @@ def check_syntax(script: str) -> None:
 
 
 def test_only(script: str) -> tuple[bool, str]:
-    """Return whether SLURM would run ``script``, as far as it answers, and when, or why not, in a sentence."""
+    """Return whether SLURM would run ``script`` (true if unknown), and a sentence with the time or the reason."""
     with environment_of_sbatch(script):
         code, _, words = refusal.call("sbatch", "--test-only", input=script)
     if code is None:
@@ -211,14 +210,14 @@ def test_only(script: str) -> tuple[bool, str]:
 
 
 def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Process]) -> tuple[str, Path, str]:
-    """Submit ``processes``, more than one as a job array; return (job number, folder of its files, state in words).
+    """Submit ``processes``, several as a job array; return (job number, folder of its files, state in words).
 
     Args:
-        parameters: of submitit's SlurmExecutor.
-        output_dir: absolute; ``%j`` becomes the job's number.
+        parameters: parameters of submitit's SlurmExecutor.
+        output_dir: absolute path; ``%j`` is replaced by the job's number.
 
     Raises:
-        LaunchError: SLURM refuses the job or will never start it; nothing is left behind then.
+        LaunchError: if SLURM refuses the job or will never start it; no files are left behind.
     """
     text = script(parameters, output_dir, len(processes))
     folder = submitit_utils.JobPaths.get_first_id_independent_folder(output_dir)
@@ -227,7 +226,7 @@ def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Proc
     executor.update_parameters(**parameters)
     job_id = ""
     try:
-        # submitit prints what sbatch complains of, beside raising it
+        # submitit prints sbatch's error message in addition to raising it
         with environment_of_sbatch(text), redirect_stderr(io.StringIO()):
             job_id = executor.submit_array(processes)[0].job_id.partition("_")[0]
         shown = refusal.ask("squeue", "--noheader", "--jobs", job_id, "--format", "%T (%r)").strip()
@@ -247,13 +246,13 @@ def submit(parameters: dict[str, Any], output_dir: str, processes: Sequence[Proc
         path.unlink()  # submitit's link to the script
     files = Path(output_dir.replace(JOB, job_id))
     for path in files.glob(f"{job_id}_*submitted.pkl"):
-        path.chmod(0o600)  # the job calls what is in it
+        path.chmod(0o600)  # the job unpickles and calls its content
     return job_id, files, state
 
 
 @contextmanager
 def environment_of_sbatch(script: str) -> Iterator[None]:
-    """Hide the variables of a job this process may be in, and sbatch's where they would win over ``script``."""
+    """Hide the variables of an enclosing job, and sbatch's variables that would override ``script``."""
     special = {"TIME": "TIMELIMIT", "MEM": "MEM_PER_NODE", "ARRAY": "ARRAY_INX"}
     chosen = [*re.findall(r"^#SBATCH --([\w-]+)", script, re.MULTILINE), *RESERVED, "requeue", "no-requeue"]
     names = [option.upper().replace("-", "_") for option in chosen]

@@ -1,7 +1,6 @@
-"""Launch a task: as a SLURM job, on this machine, or in this process. Upstream's names.
+"""Launch a task as a SLURM job, on this machine, or in this process, under upstream's names.
 
-Submitting imports no torch; the configuration is checked before anything is started. Not here: SLURM (``slurm.py``),
-local processes (``local.py``), what a process does (``process.py``). Read :func:`submit_jobs` first.
+Submission does not import torch, and the configuration is checked before anything is started.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ __all__ = ["Task", "get_args_parser", "get_shared_folder", "submit_jobs"]
 
 
 class Task:
-    """What every process of a run does: ``main(args)`` of a module that is imported on the node only.
+    """The work of each process of a run: ``main(args)`` of a module that is imported only on the node.
 
-    Subclasses say which module, the name of its job, the script in ``run/`` and the parser of its own flags. An object
-    can be given to submitit's executors as it is.
+    Subclasses define the module, the job name, the script in ``run/`` and the parser of the task's flags. Instances can
+    be passed directly to submitit's executors.
     """
 
     module: ClassVar[str] = ""
@@ -50,29 +49,29 @@ class Task:
 
     @classmethod
     def launch(cls, arguments: Sequence[str] | None = None) -> int:
-        """Parse the command line with the launcher's flags added, launch, and return the exit code."""
+        """Parse the command line including the launcher's flags, launch, and return the exit code."""
         own = cls.get_parser(add_help=False)
         parser = get_args_parser(own.description, parents=[own])
         parser.prog = command(cls.script)
         return submit_jobs(cls, parser.parse_args(arguments), cls.name)
 
     def prepare(self, warn: Callable[[str], None]) -> str | None:
-        """Check ``args`` before anything is started; return the complete configuration as YAML, if there is one.
+        """Check ``args`` before anything is started; return the complete configuration as YAML, if any.
 
-        ``args.output_dir`` is set where the configuration has it; ``warn`` is called with each warning.
+        Sets ``args.output_dir`` if the configuration defines it; calls ``warn`` with each warning.
 
         Raises:
-            DINOv2Error: what would end the run.
+            DINOv2Error: for anything that would end the run.
         """
         return None
 
     def __call__(self) -> int:
-        """Run in this process, whose rank is in its environment, and return the exit code.
+        """Run in this process, whose rank is in the environment, and return the exit code.
 
         Raises:
-            LaunchError: GPUs were given that torch does not see.
+            LaunchError: if GPUs were allocated that torch does not find.
         """
-        # spinning threads slow data loading on a CPU; torch reads this when it is imported
+        # spinning threads slow down data loading on a CPU; torch reads this variable at import
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         check_gpus(os.environ)
         code = int(entry.import_quietly(self.module).main(self.args) or 0)
@@ -81,17 +80,17 @@ class Task:
         return code
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Return what submitit submits again; it goes on from the checkpoint on disk."""
+        """Return the submission with which submitit requeues the task; it resumes from the checkpoint on disk."""
         return submitit.helpers.DelayedSubmission(type(self)(self.args))
 
 
 def check_gpus(environment: Mapping[str, str]) -> None:
-    """Compare the GPUs that SLURM, SkyPilot or the user name in ``environment`` with those torch sees.
+    """Check that torch finds GPUs if SLURM, SkyPilot or the user name any in ``environment``.
 
-    A run that sees none would train on the CPU, for the price of the GPUs.
+    Otherwise the run would train on the CPU while occupying the GPUs.
 
     Raises:
-        LaunchError: GPUs are named, and torch sees none.
+        LaunchError: if GPUs are named but torch finds none.
     """
     names = ("CUDA_VISIBLE_DEVICES", "SKYPILOT_NUM_GPUS_PER_NODE")
     name = next((name for name in names if name in environment), "")
@@ -112,21 +111,21 @@ def check_gpus(environment: Mapping[str, str]) -> None:
 
 
 def get_shared_folder() -> Path:
-    """Return where this user's runs go, seen by all nodes: DINOV2_CHECKPOINT_PATH/<user>/experiments, or ./outputs."""
+    """Return the shared folder of this user's runs: DINOV2_CHECKPOINT_PATH/<user>/experiments, or ./outputs."""
     folder = get_user_checkpoint_path()
     return folder / "experiments" if folder else Path("outputs").absolute()
 
 
 def submit_jobs(task_class: type, args: argparse.Namespace, name: str) -> int:
-    """Launch ``task_class(args)`` as ``args`` say and return the exit code; 0 once a SLURM job is submitted.
+    """Launch ``task_class(args)`` according to ``args``; return the exit code (0 once a SLURM job is submitted).
 
     Args:
-        task_class: :class:`Task` or any class at the top of a module that takes ``args`` and can be called.
-        args: what :func:`get_args_parser` parses, with ``output_dir``.
-        name: of the SLURM job.
+        task_class: a :class:`Task`, or any class at module level that takes ``args`` and whose instances are callable.
+        args: arguments parsed by :func:`get_args_parser`, with ``output_dir``.
+        name: name of the SLURM job.
 
     Raises:
-        DINOv2Error: flags, configuration, environment or cluster that cannot work; nothing is left behind.
+        DINOv2Error: if flags, configuration, environment or cluster are unsuitable; no files are left behind.
     """
     for dest in (*LAUNCH_DESTS, "output_dir"):
         setattr(args, dest, getattr(args, dest, None))
@@ -134,22 +133,22 @@ def submit_jobs(task_class: type, args: argparse.Namespace, name: str) -> int:
     if launcher == "slurm":
         return _submit(task_class, args, name)
     args.output_dir = (args.output_dir or "").replace(slurm.JOB, os.environ.get("SLURM_JOB_ID", "local"))
-    # of a job around this command, such as a notebook that submitit started: not ours to requeue
+    # set by an enclosing job, such as a notebook started by submitit, which must not be requeued
     os.environ.pop("SUBMITIT_EXECUTOR", None)
-    if args.cpu:  # of this process and those it starts; torch looks when it is first asked
+    if args.cpu:  # for this process and its children; torch reads the variable on first use
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     checked = args
     if launcher == "inline":
         world = world_from_environment(os.environ)
         if unused := unused_counts(args, world):
             print(f"warning: {unused}", file=sys.stderr)
-        # what optim.global_batch divides by; the ranks that are there choose the directory together
+        # optim.global_batch is divided by the world size; the existing ranks choose the directory together
         checked = argparse.Namespace(**vars(args) | {"ngpus": world.size, "nodes": 1})
     else:
-        for variable in TORCHRUN_VARIABLES:  # left in the shell by something else
+        for variable in TORCHRUN_VARIABLES:  # left over in the shell
             os.environ.pop(variable, None)
-    # mistakes in the arguments come before what this machine lacks
-    config = _prepare(task_class, checked, warn=lambda text: None)  # the processes will say it
+    # report errors in the arguments before what this machine lacks
+    config = _prepare(task_class, checked, warn=lambda text: None)  # the processes repeat the warnings
     processes = 1 if launcher == "inline" else local.num_processes(args)
     if args.dry_run:
         print(f"# {launcher}, {processes} processes: {_command()}\n{config or ''}", end="")
@@ -158,10 +157,10 @@ def submit_jobs(task_class: type, args: argparse.Namespace, name: str) -> int:
 
 
 def choose_launcher(args: argparse.Namespace, environment: Mapping[str, str]) -> str:
-    """Return slurm, local or inline; see ``--launcher``.
+    """Return "slurm", "local" or "inline"; see ``--launcher``.
 
     Raises:
-        LaunchError: flags of SLURM for a launcher that has no use for them.
+        LaunchError: if SLURM flags are given for another launcher.
     """
     given = [f"--{dest.replace('_', '-')}" for dest in SLURM_DESTS if getattr(args, dest, None)]
     inside = args.launcher != "local" and _is_one_of_several(environment, strict=not args.launcher and not given)
@@ -178,7 +177,7 @@ def choose_launcher(args: argparse.Namespace, environment: Mapping[str, str]) ->
 
 
 def _is_one_of_several(environment: Mapping[str, str], strict: bool) -> bool:
-    """Return whether torchrun or srun started this process; half of their variables raise only if ``strict``."""
+    """Return whether torchrun or srun started this process; raise for incomplete variables only if ``strict``."""
     try:
         return "TORCHELASTIC_RUN_ID" in environment or world_from_environment(environment).size > 1
     except LaunchError:
@@ -188,7 +187,7 @@ def _is_one_of_several(environment: Mapping[str, str], strict: bool) -> bool:
 
 
 def unused_counts(args: argparse.Namespace, world: World) -> str:
-    """Return rank 0's warning where ``--ngpus`` or ``--nodes`` contradict the processes that are there; else ""."""
+    """Return a warning (on rank 0) if ``--ngpus`` or ``--nodes`` contradict the actual processes, else ""."""
     nodes = -(-world.size // world.local_size)
     given = [("--ngpus", args.ngpus, world.local_size), ("--nodes", args.nodes, nodes)]
     wrong = [f"{flag} {value}" for flag, value, there in given if value and value != there]
@@ -201,7 +200,7 @@ def unused_counts(args: argparse.Namespace, world: World) -> str:
 
 
 def _prepare(task_class: type, args: argparse.Namespace, warn: Callable[[str], None]) -> str | None:
-    """Check the arguments; set the absolute output directory, which all processes have to share."""
+    """Check the arguments and set the absolute output directory, which all processes must share."""
     made = task_class(args)
     config = made.prepare(warn) if isinstance(made, Task) else None
     args.output_dir = resolve_output_dir(args.output_dir, None)
@@ -209,9 +208,9 @@ def _prepare(task_class: type, args: argparse.Namespace, warn: Callable[[str], N
 
 
 def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
-    """Warn of paths in ``value``, what the key or flag ``name`` was given, that are not on this machine.
+    """Warn of paths in ``value``, the value of the key or flag ``name``, that do not exist on this machine.
 
-    It may not see the disks of the nodes, hence no error.
+    This is no error because the disks of the nodes may not be mounted here.
     """
     for path in absent(value):
         warn(f"{name}: nothing is at {path} on this machine; the job ends with an error unless its nodes see it")
@@ -241,7 +240,7 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
     parameters = slurm.parameters(args, name, env, _command())
     script = slurm.script(parameters, args.output_dir, len(runs))
     slurm.check_syntax(script)
-    if not args.dry_run:  # last: mistakes that a user can fix come before what this machine lacks
+    if not args.dry_run:  # last: report errors the user can fix before what this machine lacks
         slurm.check_installed()
         _warn_of_others(args, warnings.append)
     for text in dict.fromkeys(warnings):
@@ -263,7 +262,7 @@ def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:
 
 
 def _warn_of_others(args: argparse.Namespace, warn: Callable[[str], None]) -> None:
-    """Warn of this user's jobs, waiting or running, for the same directory, unless the new one waits for another."""
+    """Warn of this user's pending or running jobs for the same directory, unless the new job depends on another."""
     folder = Path(args.output_dir)
     known = {path.name.removesuffix("_submission.sh") for path in folder.glob("*_submission.sh")}
     if not known or any(text.startswith("dependency=") for text in args.slurm):
@@ -282,13 +281,13 @@ def _command() -> str:
 
 
 def _requeue_for_submitit(code: int) -> None:
-    """Do what submitit's own signal handler does, after the save instead of in the middle of a step.
+    """Requeue as submitit's own signal handler does, but after the save instead of in the middle of a step.
 
-    Not for a job that SLURM ends itself, as after scancel.
+    A job that SLURM is ending, such as after scancel, is not requeued.
     """
-    job = submitit.JobEnvironment().job_id  # SLURM_JOB_ID may stand for all tasks of an array
+    job = submitit.JobEnvironment().job_id  # SLURM_JOB_ID may denote a whole array
     if describe_job(refusal.ask("scontrol", "show", "job", job), time.time()).state != "RUNNING":
         return
     if world_from_environment(os.environ).rank == 0:
         subprocess.run(["scontrol", "requeue", job], check=False)
-    raise SystemExit(code)  # without a result: the job is not over
+    raise SystemExit(code)  # exit without a result, because the job is not complete

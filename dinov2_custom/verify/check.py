@@ -1,9 +1,9 @@
-"""Bytes of one image file -> sound, or the reason why not: everything is decoded, nothing is let pass in silence.
+"""Check the bytes of one image file by decoding all of it; return the reason if it is damaged.
 
-JPEG is entropy-decoded to its last bit by libjpeg-turbo through simplejpeg where that is installed, because Pillow
-hides libjpeg's warnings; only as many pixels are made as that needs. Without simplejpeg: Pillow's full decode and the
-syntax checks of ``structure``, which find less (``docs/verify.md`` has the measured rates). All other formats: Pillow,
-every frame, with ``structure``. What is sound here can be decoded by ``data.decode``. Read :func:`check_image` first.
+If simplejpeg is installed, JPEG data are entropy-decoded to the last bit by libjpeg-turbo, because Pillow hides
+libjpeg's warnings; no more pixels are computed than that needs. Without simplejpeg, Pillow decodes the file in full and
+``structure`` checks the syntax, which finds less (``docs/verify.md`` has the measured rates). For all other formats,
+Pillow decodes every frame, and ``structure`` is applied as well. ``data.decode`` can decode every file that passes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dinov2_custom.errors import command
 from .structure import ZERO_RUN, fault
 from .tiff import read_coefficients, tiff_fault
 
-PLAIN_MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr")  # their conversion to RGB cannot fail
+PLAIN_MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr")  # conversion to RGB cannot fail
 HEADER_QUIRKS = ("Invalid SOS parameters", "Unknown Adobe color transform", "unknown JFIF revision")
 ABOUT_METADATA = ("EXIF", "Metadata", "Palette images with Transparency", "APNG contains")
 
 
 class Checked(NamedTuple):
-    """What was found in one image file.
+    """Result of checking one image file.
 
-    ``reason`` is "class: details", or "" for a sound one; ``note``: see ``decode.page_note``.
+    ``reason`` is "class: details", or "" for a sound file; ``note``: see ``decode.page_note``.
     """
 
     reason: str = ""
@@ -46,10 +46,10 @@ def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
     """Check the bytes of an image file.
 
     Args:
-        simplejpeg: what ``decode.find_simplejpeg`` returns; None checks JPEG with Pillow.
+        simplejpeg: the module returned by ``decode.find_simplejpeg``; None checks JPEG with Pillow.
 
     Raises:
-        MemoryError: there is none left, which says nothing about the image.
+        MemoryError: if memory runs out, which is no fault of the image.
     """
     if not data:
         return Checked("empty: the file has no bytes")
@@ -63,13 +63,13 @@ def check_image(data: bytes, simplejpeg: ModuleType | None = None) -> Checked:
             raise
         except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
             return Checked(f"not an image: {describe(data)} ({_text(e)})")
-        if isinstance(image, Deep):  # and whole, as all its values were read
+        if isinstance(image, Deep):  # sound, because all its values have been read
             height, width, *colours = image.values.shape
             mode = f"{image.values.dtype}{' RGB' * len(colours)}"
             return Checked("", "TIFF", mode, width, height, by="tifffile")
         seen = Checked("", image.format or "", image.mode, *image.size)
         seen = seen._replace(format="JPEG" if seen.format == "MPO" else seen.format)
-        if is_deep(image) and image.mode in ("RGB", "RGBA"):  # which Pillow makes of them
+        if is_deep(image) and image.mode in ("RGB", "RGBA"):  # Pillow reduces these to 8 bits
             seen = seen._replace(mode=f"{image.mode};16")
         if seen.format == "JPEG" and simplejpeg is not None:
             return _check_jpeg(data, seen, simplejpeg)
@@ -97,7 +97,7 @@ def _check_with_pillow(
             image = loaded(image, data)
             found = found or tiff_fault(data, image, simplejpeg)
             if frame == 0 and image.mode not in PLAIN_MODES:
-                to_rgb(image, data)  # of a mode that is converted without changing the image
+                to_rgb(image, data)  # does not modify an image of this mode
     except MemoryError:
         raise
     except Exception as e:
@@ -111,23 +111,23 @@ def _check_with_pillow(
 
 
 def _check_jpeg(data: bytes, seen: Checked, simplejpeg: ModuleType) -> Checked:
-    """Let libjpeg-turbo read all coefficients of all components; any of its warnings is a reason."""
+    """Read all coefficients of all components with libjpeg-turbo; any warning is a fault."""
     seen = seen._replace(by="simplejpeg")
     try:
         read_coefficients(data, simplejpeg)
     except ValueError as e:
         text = str(e).removeprefix("Corrupt JPEG data: ")
         quirk = any(known in text for known in HEADER_QUIRKS)
-        return _second_opinion(data, seen, "" if quirk else text)
-    # the only damage seen that has a valid syntax, and only where such a run is there at all
+        return _rejected_jpeg(data, seen, "" if quirk else text)
+    # the only damage observed with valid syntax; checked only if there is such a run of zeros
     found = fault(data, "JPEG") if bytes(ZERO_RUN) in data else ""
     return seen._replace(reason=f"damaged JPEG: {found}" if found else "")
 
 
-def _second_opinion(data: bytes, seen: Checked, text: str) -> Checked:
-    """Word the reason for a JPEG that simplejpeg refuses; one that only it cannot decode is left to Pillow.
+def _rejected_jpeg(data: bytes, seen: Checked, text: str) -> Checked:
+    """Return the reason for a JPEG that simplejpeg rejects; a kind that only simplejpeg lacks is checked by Pillow.
 
-    ``text``: libjpeg's message, "" for one that says nothing about the pixels.
+    ``text``: libjpeg's message, or "" if it does not concern the pixels.
     """
     try:
         with open_image(data) as image:
@@ -142,15 +142,15 @@ def _second_opinion(data: bytes, seen: Checked, text: str) -> Checked:
         return by_pillow
     if not text or "nsupported" in text or "precision" in text.lower():
         return by_pillow._replace(by="pillow")
-    return seen._replace(reason=f"damaged JPEG: {text} (other decoders return wrong pixels without a word)")
+    return seen._replace(reason=f"damaged JPEG: {text} (other decoders silently return wrong pixels)")
 
 
 def too_large(how: str) -> str:
-    """Return the reason for an image that is ``how`` large, and what to do with it."""
+    """Return the reason for a too large image, with its size (``how``) and what to do about it."""
     return f"too large: {how}; cut it into tiles ({command('run/data/prepare.py')} --tile)"
 
 
 def _text(e: Exception) -> str:
-    """Return the exception's first line without the address of the buffer that Pillow puts into it."""
+    """Return the exception's first line without the buffer address that Pillow includes."""
     text = str(e).split(" <_io.BytesIO", 1)[0].split("\n", 1)[0]
     return f"{type(e).__name__}: {text}" if text else type(e).__name__

@@ -1,4 +1,4 @@
-"""An output folder that belongs to one command and one process at a time. Read :func:`own_folder` first."""
+"""Output folders that belong to one command and are locked by one process at a time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def own_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
-    """Make ``folder``, or enter one that has the file ``marker`` of an earlier run, and lock it for the body.
+    """Create ``folder``, or reuse one with the file ``marker`` of an earlier run, and lock it during the body.
 
     Raises:
-        ConfigError: a folder with other things in it, one that cannot be made, or one in use by another process.
+        ConfigError: if the folder contains other files, cannot be created, or is in use by another process.
     """
     path = Path(folder).expanduser()
     try:

@@ -1,7 +1,6 @@
-"""Decode every image of a dataset strictly, in parallel, and write down what is bad and what is clean.
+"""Strictly decode every image of a dataset, in parallel, and write lists of the bad and the clean images.
 
-Killed and started again it goes on where it was. Not in here: what "strictly" means (``check``), surviving decoders
-that crash (``pool``). Read :func:`verify` first.
+If it is killed and started again, it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ TIME_LIMIT_S = 600.0
 
 
 class Checker:
-    """Reads and checks image i of a dataset; runs in the decoder processes."""
+    """Read and check image i of a dataset; runs in the decoder processes."""
 
     def __init__(self, dataset: Any, simplejpeg: bool):
         self.dataset = dataset
@@ -65,11 +64,11 @@ class Checker:
 
 
 def open_dataset(words: Sequence[str]) -> Any:
-    """Make the dataset of a command line: one or several folders or dataset strings, or YAML as train.dataset_path.
+    """Make the dataset given on a command line: folders, dataset strings, or YAML as in train.dataset_path.
 
     Raises:
-        ConfigError: words that cannot be understood.
-        DataError: nothing is there.
+        ConfigError: if the arguments cannot be parsed.
+        DataError: if nothing exists there.
     """
     try:
         parts = [yaml.safe_load(word) if word.startswith(("[", "{")) else word for word in words]
@@ -81,19 +80,19 @@ def open_dataset(words: Sequence[str]) -> Any:
 def verify(
     dataset: Any, folder: Path, *, workers: int = 0, label: str = "", time_limit_s: float = TIME_LIMIT_S
 ) -> dict:
-    """Check all images of ``dataset`` and write the results into ``folder``, which has to be the caller's own.
+    """Check all images of ``dataset`` and write the results into ``folder``, which the caller must have locked.
 
     Args:
         dataset: has ``len``, ``name(i)`` and ``read(i)``.
-        workers: decoder processes; 0: one for each core.
-        label: what to call the dataset in the summary.
-        time_limit_s: longest time for one image.
+        workers: number of decoder processes; 0 for one per core.
+        label: name of the dataset in the summary.
+        time_limit_s: time limit per image in seconds.
 
     Returns:
-        the summary that is in summary.json.
+        the content of summary.json.
 
     Raises:
-        DataError: decoder processes cannot run at all.
+        DataError: if the decoder processes cannot run.
     """
     workers = workers or num_cores()
     has_simplejpeg = find_simplejpeg() is not None
@@ -126,7 +125,7 @@ def _of_death(death: Death) -> Checked:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run what ``args.get_args_parser`` parsed; return the exit code."""
+    """Run the parsed command line; return the exit code."""
     setup_logging(name="dinov2", level=logging.INFO)
     try:
         dataset = open_dataset(args.dataset)
@@ -134,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
             setup_logging(folder, name="dinov2", level=logging.INFO)
             summary = verify(dataset, folder, workers=args.workers, label=" ".join(args.dataset))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
     print(as_text(summary))
     print(f"bad images: {folder / 'bad_images.jsonl'}\nlist to train on: {folder / 'clean.txt'}")

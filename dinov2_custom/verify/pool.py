@@ -1,8 +1,8 @@
-"""Run a function over numbers in several processes, surviving the death of any of them.
+"""Apply a function to numbers in several processes, tolerating the death of any of them.
 
-Decoders are C code that meets broken input: a process that dies (segmentation fault, out of memory) or hangs is
-replaced, its innocent work is done again, and the number it died on gets a :class:`Death` as its result. Not for torch
-tensors and not for small work: results travel through pipes. Read :func:`run_pool` first.
+Decoders are C code applied to corrupt input. A process that dies (segmentation fault, out of memory) or hangs is
+replaced, its other work is repeated, and the number on which it died gets a :class:`Death` as its result. Results are
+sent through pipes, so this is unsuitable for torch tensors and for very small tasks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dinov2_custom.data.pool import end_with_parent
 from dinov2_custom.errors import DataError, DINOv2Error
 
 IDLE = -1
-ATTEMPTS = 2  # an image on which two processes died is to blame
+ATTEMPTS = 2  # number of dead processes after which an image is considered the cause
 CHUNKS_AHEAD = 2
 
 
 class Death(NamedTuple):
-    """Stands for the result of a number on which the process died; ``reason`` says how."""
+    """Replaces the result of a number on which the process died; ``reason`` describes how."""
 
     reason: str
 
@@ -43,19 +43,19 @@ def run_pool(
     window: int = 1 << 30,
     time_limit_s: float = 600.0,
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (item, ``work(item)``) for every item, each number once, computed by ``workers`` processes.
+    """Yield (item, ``work(item)``) for each distinct item, computed by ``workers`` processes.
 
     Args:
-        work: called in the other processes; what it raises ends the run. Picklable where processes are not forked.
-        chunk: items sent to a process at a time; its results come back together.
-        ordered: yield in the order of ``items``, else as they come.
-        window: at most this many items are under way or wait for their turn (bounds memory when ``ordered``).
+        work: called in the processes; an exception ends the run. It must be picklable if processes are not forked.
+        chunk: number of items sent to a process at a time; their results are returned together.
+        ordered: yield in the order of ``items`` instead of the order of completion.
+        window: maximum number of items in progress or waiting to be yielded (bounds memory if ``ordered``).
         time_limit_s: a process that takes longer for one item is killed.
 
     Raises:
-        DataError: processes keep dying before they do any work.
-        DINOv2Error: ``work`` raised it.
-        RuntimeError: ``work`` raised something else; the message is its traceback.
+        DataError: if processes keep dying before they do any work.
+        DINOv2Error: if ``work`` raised it.
+        RuntimeError: if ``work`` raised another exception; the message is its traceback.
     """
     pool = _Pool(work, iter(items), workers, chunk, window, time_limit_s)
     early: dict[int, Any] = {}
@@ -74,7 +74,7 @@ def run_pool(
 
 
 class _Worker:
-    """A process, the pipe to it, and the items it was sent and has not answered."""
+    """A process, the pipe to it, and the items sent to it whose results have not arrived."""
 
     def __init__(self, context: Any, work: Callable[[int], Any], foreign: list[Connection]):
         self.current = context.RawValue("q", IDLE)
@@ -82,7 +82,7 @@ class _Worker:
         inherited = [*foreign, self.pipe] if context.get_start_method() == "fork" else []
         self.process = context.Process(target=_serve, args=(work, theirs, self.current, inherited), daemon=True)
         with warnings.catch_warnings():
-            # Python warns of forks beside threads; these children only read, decode and write to their pipe
+            # Python warns about forks in threaded processes; these children only read, decode and write to their pipe
             warnings.simplefilter("ignore", DeprecationWarning)
             self.process.start()
         theirs.close()
@@ -90,7 +90,7 @@ class _Worker:
         self.seen, self.spent_s, self.looked = IDLE, 0.0, time.monotonic()
 
     def overdue(self, limit_s: float) -> bool:
-        """Return whether one item is in work for ``limit_s`` seconds; time when nobody looked counts little."""
+        """Return whether one item has taken ``limit_s`` seconds; long gaps between calls are mostly not counted."""
         item, now = self.current.value, time.monotonic()
         self.spent_s = self.spent_s + min(now - self.looked, 2.0) if item == self.seen != IDLE else 0.0
         self.seen, self.looked = item, now
@@ -106,8 +106,8 @@ class _Pool:
     def __init__(self, work: Any, items: Iterator[int], workers: int, chunk: int, window: int, time_limit_s: float):
         self.context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.work, self.items, self.chunk, self.window, self.time_limit_s = work, items, chunk, window, time_limit_s
-        self.waiting: dict[int, None] = {}  # sent and not yet yielded, in their order
-        self.again: deque[list[int]] = deque()  # work of processes that died
+        self.waiting: dict[int, None] = {}  # sent but not yet yielded, in order
+        self.again: deque[list[int]] = deque()  # work to repeat, of processes that died
         self.deaths: dict[int, int] = {}
         self.deaths_without_work = 0
         self.finished: deque[tuple[int, Any]] = deque()
@@ -120,7 +120,7 @@ class _Pool:
 
     def results(self) -> Iterator[tuple[int, Any]]:
         while True:
-            while self.finished:  # before feeding: what is taken away makes room in the window
+            while self.finished:  # yield before feeding, which makes room in the window
                 yield self.finished.popleft()
             for worker in list(self.workers):
                 self._feed(worker)
@@ -131,7 +131,7 @@ class _Pool:
                 self._receive(busy[pipe])
             for worker in list(self.workers):
                 if worker.overdue(self.time_limit_s):
-                    self._bury(worker, f"took longer than {self.time_limit_s:g} s")
+                    self._replace(worker, f"took longer than {self.time_limit_s:g} s")
 
     def _feed(self, worker: _Worker) -> None:
         while len(worker.todo) <= (CHUNKS_AHEAD - 1) * self.chunk:
@@ -141,7 +141,7 @@ class _Pool:
             worker.todo += items
             try:
                 worker.pipe.send(items)
-            except OSError:  # it died: its end of the pipe says so to _receive
+            except OSError:  # it died; _receive detects that at the other end of the pipe
                 return
 
     def _next_chunk(self) -> list[int]:
@@ -160,7 +160,7 @@ class _Pool:
         try:
             results, failure = worker.pipe.recv()
         except (EOFError, OSError):
-            self._bury(worker, "")
+            self._replace(worker, "")
             return
         self.finished += results
         for _ in results:
@@ -170,8 +170,8 @@ class _Pool:
         if failure:
             raise RuntimeError(f"a decoder process failed:\n{failure}")
 
-    def _bury(self, worker: _Worker, reason: str) -> None:
-        """Replace a dead or hanging process, blame the item it was at, and hand its other work to the living."""
+    def _replace(self, worker: _Worker, reason: str) -> None:
+        """Replace a dead or hanging process, record a failed attempt for its current item, and requeue the rest."""
         item = worker.current.value
         if not reason:
             worker.process.join(10.0)
@@ -202,7 +202,7 @@ class _Pool:
 
 
 def _how(code: int | None) -> str:
-    """Say what an exit code means: "SIGSEGV", "SIGKILL: out of memory?", "exit code 3"."""
+    """Describe an exit code: "SIGSEGV", "SIGKILL: out of memory?", "exit code 3"."""
     if code is None or code >= 0:
         return f"exit code {code}"
     try:
@@ -213,12 +213,12 @@ def _how(code: int | None) -> str:
 
 
 def _serve(work: Callable[[int], Any], pipe: Connection, current: Any, inherited: list[Connection]) -> None:
-    """Answer chunks until the other end of the pipe closes, which it also does when that process is killed."""
+    """Process chunks until the other end of the pipe is closed, which also happens if that process is killed."""
     end_with_parent()
     for other in inherited:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.disable(logging.CRITICAL)  # what there is to say goes into the results
+    logging.disable(logging.CRITICAL)  # the results contain everything to report
     warnings.simplefilter("ignore")
     try:
         while True:

@@ -1,4 +1,4 @@
-"""The results as files and as text: bad_images.jsonl, clean.txt, summary.json. Read :func:`write_report` first."""
+"""Write the results as bad_images.jsonl, clean.txt and summary.json, and format them as text."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ def write_report(
     left_out: Mapping[str, int] | None = None,
     measured: Measured | None = None,
 ) -> dict[str, Any]:
-    """Write the three files into ``folder`` and return the summary. The same results give the same bytes.
+    """Write the three files into ``folder`` and return the summary. Equal results give identical bytes.
 
-    ``passed_over``: folders and files of the dataset that could not be listed, or not to their end, so that not all
-    their images were checked.
-    ``left_out``: how many files of which extension were found beside the images. ``measured``: the range of values in
-    images of more than 8 bits.
+    ``passed_over``: folders and files of the dataset that could not be listed completely, so that some of their images
+    were not checked. ``left_out``: number of non-image files by extension. ``measured``: the range of values in images
+    of more than 8 bits.
     """
     with atomic_write(folder / "bad_images.jsonl", fsync=True) as file:
         for i in np.flatnonzero(results.status == BAD).tolist():
@@ -61,14 +60,14 @@ def write_report(
 
 
 def absolute(name: str) -> str:
-    """Return the absolute path of an image named by its path; other names as they are."""
+    """Return the absolute path of an image named by its path, and any other name unchanged."""
     if os.path.isabs(name):
         return name
     return os.path.abspath(name) if os.path.exists(name) or os.path.exists(name.split("!", 1)[0]) else name
 
 
 def summarize(results: Results, dataset: str) -> dict[str, Any]:
-    """Return counts and histograms; formats, modes and sizes are those of the sound images."""
+    """Return counts and histograms; formats, modes and sizes refer to the sound images."""
     sound = results.status == SOUND
     kinds = np.bincount(results.kind[sound], minlength=len(results.kinds)).tolist()
     formats, modes, checkers, notes = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
@@ -115,7 +114,7 @@ def _histogram(sides: np.ndarray) -> dict[str, int]:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """Return the summary for people."""
+    """Return the summary as readable text."""
     lines = [f"images: {summary['images']:,}, sound: {summary['sound']:,}, bad: {summary['bad']:,}"]
     if those := summary["passed_over"]:
         lines.append(f"passed over, so that images in them were not checked: {len(those):,} folders or files")

@@ -1,8 +1,7 @@
-"""What was found for every image: on disk as it comes (append-only, a line an image), and in arrays, 11 bytes an image.
+"""Results for all images: on disk as they arrive (append-only, one line per image), and in arrays of 11 bytes each.
 
-A line counts again in a later run where the image still has its name and, if it is a file or part of one, that file's
-size and time of change. A torn line, which a killed run leaves, counts for nothing. Read :meth:`Results.take_over`
-first.
+A line is reused in a later run if the image still has the same name and, if it is a file or part of one, the file has
+the same size and modification time. A truncated line, left by a killed run, is ignored.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from .check import Checked
 
 UNKNOWN, SOUND, BAD = 0, 1, 2
 FLUSH_EVERY_S = 0.5
-PASSING = ("unreadable", "decoder died", "too slow")  # classes of reasons that may be gone the next time
+PASSING = ("unreadable", "decoder died", "too slow")  # classes of reasons that may be transient
 
-_ROW = {"i": 0, "path": "", **Checked()._asdict()}  # the types of what a line has to have
+_ROW = {"i": 0, "path": "", **Checked()._asdict()}  # types of the fields of a line
 
 Stamp = list[int] | None
 
 
 def stamp_of(name: str) -> Stamp:
-    """Return [bytes, mtime in ns] of the file that an image is or lies in, None where there is no such file.
+    """Return [size in bytes, mtime in ns] of the file that an image is or is part of, or None if there is none.
 
     Names of parts of files are ``<file>!<part>`` or ``<file>/<part>``.
     """
@@ -39,7 +38,7 @@ def stamp_of(name: str) -> Stamp:
     while place:
         try:
             status = os.stat(place)
-            # a folder on the way up means that the image's own file is gone
+            # reaching a folder means that the image's own file is missing
             return None if stat.S_ISDIR(status.st_mode) else [status.st_size, status.st_mtime_ns]
         except (OSError, ValueError):
             place = place[: max(place.rfind("!"), place.rfind("/"), place.rfind(os.sep), 0)]
@@ -74,7 +73,7 @@ class Results:
         return np.flatnonzero(self.status == UNKNOWN)
 
     def set(self, i: int, found: Checked) -> None:
-        """Note the result of image ``i`` in memory."""
+        """Record the result of image ``i`` in memory."""
         kind = (found.format, found.mode, found.by, found.note)
         if kind not in self._kind_of:
             self._kind_of[kind] = len(self.kinds)
@@ -86,7 +85,7 @@ class Results:
             self.reasons[i] = found.reason
 
     def add(self, i: int, found: Checked, stamp: Stamp) -> None:
-        """Note the result of image ``i`` in memory and on disk."""
+        """Record the result of image ``i`` in memory and on disk."""
         self.set(i, found)
         row = {"i": i, "path": self.name(i), "stamp": stamp, **found._asdict()}
         self._file.write(json.dumps(row) + "\n")
@@ -96,9 +95,9 @@ class Results:
             self._flushed = now
 
     def take_over(self, has_simplejpeg: bool) -> int:
-        """Take what earlier runs found into memory, where it still holds; return the number of images.
+        """Load the results of earlier runs that are still valid into memory; return the number of images.
 
-        Images that could not be read, and JPEG files checked with Pillow where there is simplejpeg now, are left out.
+        Transient failures, and JPEG files checked with Pillow if simplejpeg is available now, are excluded.
         """
         moved: dict[str, dict] = {}
         count = len(self.status)
@@ -127,7 +126,7 @@ class Results:
             for line in file:
                 try:
                     row = parse_json_object(line)
-                except ValueError:  # torn
+                except ValueError:  # truncated line
                     continue
                 if all(type(row.get(key)) is type(value) for key, value in _ROW.items()) and "stamp" in row:
                     yield row

@@ -1,8 +1,7 @@
-"""Faults of JPEG, PNG, WebP and GIF files that show without decoding pixels, and that decoders pass over in silence.
+"""Find faults in JPEG, PNG, WebP and GIF files that need no pixel decoding and that decoders silently ignore.
 
-PNG has a checksum a chunk, so every flipped bit is found. JPEG has none: only what breaks the syntax shows (markers,
-restart counters, padding, long runs of zeros where the Huffman tables allow none). Nothing is decoded here. Read
-:func:`fault` first.
+PNG has a checksum per chunk, so every flipped bit is found. JPEG has none, so only syntax errors are found (markers,
+restart counters, padding, long runs of zeros where the Huffman tables allow none).
 
 Source: ITU-T T.81 annex B (JPEG), W3C PNG specification section 5, RFC 9649 (WebP), GIF89a section 27.
 """
@@ -22,11 +21,11 @@ PADS = re.compile(rb"\xff\xff+")
 
 
 class _Fault(Exception):
-    """Carries the text of a fault to :func:`fault`."""
+    """A fault, with its description, caught by :func:`fault`."""
 
 
 def fault(data: bytes, format: str) -> str:
-    """Return what is wrong with the bytes of an image file of Pillow's ``format``, or "" (also for other formats)."""
+    """Return the fault in the bytes of an image file of Pillow's ``format``, or "" (also for other formats)."""
     check = {"JPEG": _jpeg, "MPO": _jpeg, "PNG": _png, "WEBP": _webp, "GIF": _gif}.get(format)
     try:
         if check is not None:
@@ -71,7 +70,7 @@ def _gif(data: bytes) -> None:
 
 
 def _jpeg(data: bytes) -> None:
-    """Walk the segments up to the end-of-image marker; bytes after that are allowed, cameras write them."""
+    """Parse the segments up to the end-of-image marker; bytes after it are allowed, because cameras write them."""
     scans = _Scans(data)
     at = 2
     while True:
@@ -103,7 +102,7 @@ def _jpeg(data: bytes) -> None:
 
 
 class _Scans:
-    """Checks the entropy-coded data of a JPEG; fed with the segments in their order."""
+    """Check the entropy-coded data of a JPEG, given its segments in order."""
 
     def __init__(self, data: bytes):
         self.data = data
@@ -129,7 +128,7 @@ class _Scans:
             at += 17 + count
 
     def scan(self, start: int, header: bytes) -> int:
-        """Check the data from ``start`` to the next marker that is no restart; return that marker's place."""
+        """Check the data from ``start`` to the next marker other than a restart; return that marker's offset."""
         self.num_scans += 1
         counters = []
         for match in MARKER.finditer(self.data, start):
@@ -155,7 +154,7 @@ class _Scans:
             raise _Fault(f"{len(counters)} restart markers, expected {expected}")
 
     def _restarts_expected(self, header: bytes) -> int | None:
-        """Return the number of restart markers of a scan, None where it cannot be known here."""
+        """Return the number of restart markers in a scan, or None if it cannot be determined."""
         (width, height), sampling = self.size, list(self.components.values())
         if not self.interval:
             return 0
@@ -170,7 +169,7 @@ class _Scans:
         return _up(columns * rows, self.interval) - 1
 
     def _check_pads(self, start: int, end: int) -> None:
-        """Look for erased blocks of a disk: more 0xff in a row than fill bytes before a marker."""
+        """Detect erased disk blocks: longer runs of 0xff than the fill bytes before a marker."""
         if self.data.find(b"\xff\xff", start, end + 1) < 0:
             return
         for run in PADS.finditer(self.data, start, end + 1):
@@ -178,10 +177,10 @@ class _Scans:
                 raise _Fault(f"a run of 0xff in the pixel data at byte {run.start()}")
 
     def _check_zeros(self, start: int, end: int, header: bytes) -> None:
-        """Look for blocks of a file that were never written.
+        """Detect blocks of a file that were never written.
 
-        Where zero bits do not mean "end of block" in every table of the scan, such a run would say that all
-        coefficients of a block are the same non-zero number, block after block.
+        Unless zero bits mean "end of block" in every table of the scan, such a run would decode to equal non-zero
+        coefficients in block after block.
         """
         tables = [header[2 + 2 * i] & 15 for i in range(header[0])]
         if not self.sequential or all(self.zeros_plausible.get(table, True) for table in tables):

@@ -1,6 +1,6 @@
-"""Damage of compressed TIFF files that libtiff passes over: it reads Deflate without its checksum, and JPEG leniently.
+"""Find damage in compressed TIFF files that libtiff ignores: Deflate checksums and JPEG errors.
 
-Other compressions have no checksum; what breaks their syntax libtiff tells. Read :func:`tiff_fault` first.
+Other compressions have no checksum, and libtiff reports their syntax errors.
 
 Source: TIFF 6.0; Adobe Photoshop TIFF technical notes (compressions 7 and 8).
 """
@@ -23,7 +23,7 @@ JPEG, DEFLATE = 7, (8, 32946)
 
 
 def tiff_fault(data: bytes, image: Image.Image, simplejpeg: ModuleType | None) -> str:
-    """Return what is wrong with the compressed parts of a TIFF's current page; "" for nothing and other formats."""
+    """Return the fault in the compressed parts of a TIFF's current page, or "" (also for other formats)."""
     tags = getattr(image, "tag_v2", None)
     if image.format != "TIFF" or tags is None:
         return ""
@@ -41,16 +41,17 @@ def tiff_fault(data: bytes, image: Image.Image, simplejpeg: ModuleType | None) -
 
 
 def read_coefficients(data: bytes, simplejpeg: ModuleType) -> None:
-    """Decode all coefficients of all components of a JPEG, making no more pixels than that needs.
+    """Decode all coefficients of all components of a JPEG, computing no more pixels than that needs.
 
     Raises:
-        ValueError: libjpeg-turbo has an error or a warning, its message; "unsupported" where there are no coefficients.
+        ValueError: if libjpeg-turbo reports an error or a warning (its message), or "unsupported" for a file without
+            coefficients.
     """
     if not has_dct(data):
         raise ValueError("unsupported JPEG process: no 8-bit DCT coefficients")
     space = simplejpeg.decode_jpeg_header(data)[2]
     space = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
-    # an eighth of the size: the Huffman decoder still visits every coefficient, the rest is skipped
+    # at an eighth of the size the Huffman decoder still visits every coefficient; the rest is skipped
     simplejpeg.decode_jpeg(data, colorspace=space, min_height=1, min_width=1, min_factor=8)
 
 
@@ -64,7 +65,7 @@ def _parts(data: bytes, tags: Image.Exif | dict) -> Iterator[bytes]:
 def deflate_fault(part: bytes) -> str:
     stream = zlib.decompressobj()
     try:
-        while part and not stream.eof:  # a part at a time: a few bytes can stand for gigabytes
+        while part and not stream.eof:  # in pieces, because a few bytes can expand to gigabytes
             stream.decompress(part, 1 << 20)
             part = stream.unconsumed_tail
     except zlib.error as e:

@@ -14,7 +14,7 @@ from dinov2_custom.errors import ConfigError
 
 
 def problems(bad=(), **changes):
-    """Check the defaults with `section__key=value` changes; keys in `bad` are already known to be wrong."""
+    """Check the defaults with `section__key=value` changes; keys in `bad` are already reported as invalid."""
     mistakes = Mistakes()
     mistakes.keys.update(bad)
     check_combinations(values_with(**changes), lambda key: "here", mistakes)
@@ -100,7 +100,7 @@ def test_the_name_of_released_weights_is_no_arch(arch, settings):
     assert line.endswith(f"-> set {settings}")
 
 
-def test_keys_already_wrong_are_left_alone():
+def test_keys_already_invalid_are_skipped():
     assert problems(bad=["student.patch_size"], student__patch_size=14) == []
 
 
@@ -138,7 +138,7 @@ def test_notes(changes, fragment):
         {"train__seed": 3},
     ],
 )
-def test_no_notes_where_all_is_meant(changes):
+def test_no_notes_for_intended_settings(changes):
     assert notes(**changes) == []
 
 
@@ -170,7 +170,7 @@ def test_the_product_is_the_global_batch(whole, processes, bounds, batch, accumu
     assert load(*overrides, world_size=processes)[2] == pytest.approx(0.001 * (whole / 1024) ** 0.5)
 
 
-def test_what_a_recipe_or_another_run_has_gives_way(tmp_path):
+def test_values_of_a_recipe_or_another_run_are_replaced(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("train: {batch_size_per_gpu: 2}\noptim: {global_batch: 64, accumulation_steps: 16}\n")
     assert load(file=file, world_size=4)[:2] == (16, 1)
@@ -196,7 +196,7 @@ def test_without_it_nothing_changes():
         (["optim.global_batch=-8"], 1, ["optim.global_batch (override)", "-8"]),
     ],
 )
-def test_what_does_not_divide_is_said_with_the_other_mistakes(overrides, processes, named):
+def test_indivisible_batch_is_reported_with_the_other_mistakes(overrides, processes, named):
     with pytest.raises(ConfigError) as caught:
         load_run_config("", [*overrides, "student.patch_size=x"], world_size=processes, require_dataset=False)
     (line,) = [line for line in str(caught.value).splitlines()[1:] if "student.patch_size" not in line]

@@ -20,7 +20,7 @@ def test_default_yaml_is_current():
     )
 
 
-def test_default_yaml_says_what_the_schema_says():
+def test_default_yaml_equals_the_schema():
     assert yaml.safe_load(schema_yaml()) == default_values()
 
 

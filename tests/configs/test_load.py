@@ -28,7 +28,7 @@ DATA = "train.dataset_path=/images"
 
 
 def load(*overrides, file=None, notes=None, **options):
-    """Load with a dataset given; warnings are collected in `notes` and none are expected without it."""
+    """Load with a dataset; warnings are collected in `notes`, and without it none are expected."""
     seen = [] if notes is None else notes
     cfg = load_run_config(file, [DATA, *overrides], warn=seen.append, **options)
     assert notes is not None or seen == []
@@ -95,7 +95,7 @@ def test_output_dir_argument_wins_over_override_over_file(tmp_path, monkeypatch)
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"], "loading makes nothing"
 
 
-def test_missing_dataset_says_how_to_set_it():
+def test_missing_dataset_error_explains_how_to_set_it():
     with pytest.raises(ConfigError, match=r"add train\.dataset_path=/path/to/images to the command"):
         load_run_config(None, [])
     assert load_run_config("", [], require_dataset=False).train.dataset_path == ""
@@ -164,7 +164,7 @@ def test_unknown_keys_are_kept_with_one_warning_if_allowed(tmp_path):
     ]
 
 
-def test_unused_keys_are_said_to_be_once():
+def test_unused_keys_are_reported_once():
     notes = []
     load("train.saveckp_freq=5", "train.cache_dataset=false", "train.seed=1", notes=notes)
     (note,) = notes

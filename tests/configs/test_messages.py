@@ -1,11 +1,11 @@
-"""What a user reads about a mistake, word for word; what is a mistake is tested elsewhere."""
+"""The exact error messages for mistakes; the detection of mistakes is tested elsewhere."""
 
 import pytest
 
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import ConfigError
 
-# override -> what follows "key (override): expected "
+# override -> text after "key (override): expected "
 OF_THE_KEY = [
     ("train.seed='3'", "a whole number of at least 0, got '3' -> write the number without quotes"),
     ("student.patch_size=14.5", "a whole number of at least 1, got 14.5 -> the default is 16"),

@@ -11,7 +11,7 @@ from dinov2_custom.errors import ConfigError
 NOW = datetime.datetime(2025, 1, 2, 3, 4, 5)
 
 
-def test_argument_wins_over_configuration():
+def test_argument_overrides_configuration():
     assert resolve_output_dir("/a", "/b") == "/a"
     assert resolve_output_dir("", "/b") == resolve_output_dir(None, "/b") == "/b"
 
@@ -108,7 +108,7 @@ def test_dataset_paths(folder, given, expected):
     assert load("train.dataset_path", given) == fill(expected)
 
 
-def test_what_is_not_there(folder):
+def test_missing_paths(folder):
     patterns = [f"{folder}/{name}" for name in ("shard-{0000..0127}.tar", "image?/1.jpg", "images/**/?.jpg")]
     there = ["images", *patterns, "s3://a/b", "", None, f"Tar:path='{folder}/more'"]
     assert absent(there) == []

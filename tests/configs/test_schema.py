@@ -1,4 +1,4 @@
-"""The schema has every upstream key with upstream's default, save the ones named here."""
+"""The schema has every upstream key with upstream's default, except those named here."""
 
 from operator import attrgetter
 from pathlib import Path
@@ -60,7 +60,7 @@ OURS = {
 
 
 def fit(key, value):
-    """Return the value of ``key`` in a configuration that is given ``value`` for it."""
+    """Return the value of ``key`` in a configuration in which it is set to ``value``."""
     tree = value
     for name in reversed(key.split(".")):
         tree = {name: tree}

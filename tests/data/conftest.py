@@ -1,4 +1,4 @@
-"""``upstream_data`` and ``upstream_source``: upstream's data code, run or only parsed, or a skip that says why."""
+"""Fixtures ``upstream_data`` and ``upstream_source``: upstream's data code, run or only parsed, or a skip."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def upstream_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def upstream_data(upstream_folder) -> Callable[[str], ModuleType]:
-    """Return a function that loads upstream's ``data/<name>.py``, which must need nothing but torch and numpy."""
+    """Return a function that loads upstream's ``data/<name>.py``, which must depend only on torch and numpy."""
 
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"upstream_{name}", upstream_folder / f"{name}.py")
@@ -40,7 +40,7 @@ def upstream_data(upstream_folder) -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def upstream_source(upstream_folder) -> Callable[[str, str], list[str]]:
-    """Return a function that gives the parameter names of a function or class in upstream's ``data/<file>.py``."""
+    """Return a function that returns the parameter names of a function or class in upstream's ``data/<file>.py``."""
 
     def parameters(file: str, name: str) -> list[str]:
         tree = ast.parse((upstream_folder / f"{file}.py").read_text())

@@ -1,4 +1,4 @@
-"""Pictures and folders of pictures for the tests of the data code: made here, the same every time."""
+"""Deterministic images and image folders for the tests of the data code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Make an RGB picture with structure at every scale, like a photograph, and some saturated patches."""
+    """Return an RGB image with structure at every scale, like a photograph, and some saturated patches."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3))
     cells = 2
@@ -42,7 +42,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def deep_rgb(kind: str, values: np.ndarray) -> bytes:
-    """Return a PNG or TIFF file of ``values`` (H, W, 3) with 16 bits a channel, which Pillow cannot write."""
+    """Return a PNG or TIFF file of ``values`` (H, W, 3) with 16 bits per channel, which Pillow cannot write."""
     height, width, _ = values.shape
     if kind == "PNG":
         rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
@@ -65,7 +65,7 @@ def deep_rgb(kind: str, values: np.ndarray) -> bytes:
 
 
 def make_folder(root: Path, names: list[str], width: int = 20, height: int = 16) -> list[str]:
-    """Write a different small picture to every name (by its extension) below ``root``; return the sorted paths."""
+    """Write a different small image for every name (by its extension) below ``root``; return the sorted paths."""
     for i, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def make_folder(root: Path, names: list[str], width: int = 20, height: int = 16)
 
 
 def train_config(dataset_path, **train) -> SimpleNamespace:
-    """Make the part of a configuration that the data code reads, with tiny crops."""
+    """Return the part of a configuration used by the data code, with tiny crops."""
     defaults = dict(dataset_path=dataset_path, batch_size_per_gpu=2, num_workers=0, seed=0, max_bad_fraction=0.01)
     defaults |= dict(path_preserved="", frac=0.0, output_dir=".")
     normalize = SimpleNamespace(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])

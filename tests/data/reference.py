@@ -1,4 +1,4 @@
-"""Slow references for the pixel operations: Pillow's own, as torchvision applies them to PIL images."""
+"""Slow references for the pixel operations: Pillow's own operations, as applied by torchvision to PIL images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def solarize(image: Image.Image) -> Image.Image:
 
 
 def gaussian_blur(image: Image.Image, sigma: float) -> Image.Image:
-    """Convolve with the full 9 x 9 kernel in float64, mirrored at the border, and round."""
+    """Convolve with the full 9 x 9 kernel in float64, reflecting at the border, and round."""
     line = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
     kernel = np.outer(line, line) / line.sum() ** 2
     padded = np.pad(np.asarray(image).astype(np.float64), ((4, 4), (4, 4), (0, 0)), mode="reflect")
@@ -54,7 +54,7 @@ JITTER = {"brightness": brightness, "contrast": contrast, "saturation": saturati
 
 
 def render(image: Image.Image, draw: CropDraw, size: int) -> Image.Image:
-    """Apply a whole draw the slow way."""
+    """Apply all operations of a draw with the slow references."""
     crop = resized_crop(image, draw.box, size, draw.flip)
     for name, parameter in draw.jitter:
         crop = JITTER[name](crop, parameter)

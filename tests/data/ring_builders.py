@@ -1,5 +1,4 @@
-"""Builders for the tests of the ring: batches of numbers, with accidents at chosen images. Importable by spawned
-processes."""
+"""Builders for the tests of the ring: batches of numbers with failures at chosen images, importable when spawned."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ class Numbers:
         return [self.lost[n] for n in range(IMAGES * iteration, IMAGES * iteration + IMAGES) if n in self.lost]
 
     def first_time(self, image: int) -> bool:
-        """Whether this is the first process that comes to ``image``."""
+        """Return whether this is the first process that reaches ``image``."""
         try:
             (self.folder / f"{image}").touch(exist_ok=False)
         except FileExistsError:
@@ -54,7 +53,7 @@ class Numbers:
 
 
 class KilledOnce(Numbers):
-    """Image 7 is where the out-of-memory killer strikes, once."""
+    """Image 7 kills the process once, as the out-of-memory killer would."""
 
     def accident(self, image):
         if image == 7 and self.first_time(image):
@@ -62,7 +61,7 @@ class KilledOnce(Numbers):
 
 
 class Deadly(Numbers):
-    """Images 7 and 20 end the process every time."""
+    """Images 7 and 20 always end the process."""
 
     def accident(self, image):
         if image in (7, 20):
@@ -70,7 +69,7 @@ class Deadly(Numbers):
 
 
 class Starving(Numbers):
-    """Every image kills the first process that comes to it."""
+    """Every image kills the first process that reaches it."""
 
     def accident(self, image):
         if self.first_time(image):
@@ -78,7 +77,7 @@ class Starving(Numbers):
 
 
 class Mistaken(Numbers):
-    """Iteration 2 raises."""
+    """Iteration 2 raises an exception."""
 
     def accident(self, image):
         if image == 7:
@@ -94,7 +93,7 @@ class Unpicklable(Numbers):
 
 
 class Hanging(Numbers):
-    """Image 7 takes for ever."""
+    """Image 7 never finishes."""
 
     def accident(self, image):
         if image == 7:

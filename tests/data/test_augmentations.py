@@ -1,4 +1,4 @@
-"""The whole augmentation: shapes, recipe, determinism, and fidelity to Pillow with the same parameters."""
+"""The complete augmentation: shapes, recipe, determinism, and agreement with Pillow for equal parameters."""
 
 import os
 import random
@@ -96,7 +96,7 @@ def test_mean_and_std_are_used():
 
 
 def check_fidelity(image: Image.Image, seeds: range, size: int, local_size: int) -> tuple[float, float]:
-    """Return mean absolute and mean difference, in levels, of our crops from the slow ones."""
+    """Return the mean absolute and mean difference, in levels, between our crops and the slow reference."""
     augment = DataAugmentationDINO(*SCALES, 2, size, local_size)
     pixels, differences = as_pixels(image), []
     for seed in seeds:

@@ -1,4 +1,4 @@
-"""Collate: upstream's output for the same stream, and what upstream does not take."""
+"""Collate: upstream's output for the same random stream, and inputs that upstream does not accept."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Every rule of the decode table, on files of every kind."""
+"""Every rule of the decoding table, on files of every kind."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ def forget_warnings():
 
 
 def grey_levels(image: Image.Image) -> np.ndarray:
-    """Return the one plane of an RGB image that must be grey."""
+    """Return one plane of an RGB image whose three planes must be equal."""
     pixels = np.asarray(image)
     assert image.mode == "RGB" and (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()
     return pixels[..., 0]
@@ -159,7 +159,7 @@ def test_constant_images_out_of_range_are_black(values):
     assert not grey_levels(decode_rgb(encode(Image.fromarray(values), "TIFF"))).any()
 
 
-def test_each_mode_is_said_once(caplog):
+def test_each_mode_is_logged_once(caplog):
     data = encode(Image.fromarray(RAMP.astype(np.uint16)))
     with caplog.at_level(logging.WARNING, logger="dinov2"):
         for _ in range(3):
@@ -211,7 +211,7 @@ def test_tiffs_that_pillow_does_not_know_or_misreads_go_through_tifffile(shape, 
 
 
 def test_packed_12_bit_rgb(monkeypatch):
-    """Pillow says "not an image"; imagecodecs unpacks it."""
+    """Pillow reports "not an image", but imagecodecs decodes it."""
     values = np.arange(24 * 18 * 3, dtype=np.uint16).reshape(18, 24, 3) * 3
     data = packed_12_bits(values)
     with pytest.raises(Image.UnidentifiedImageError):
@@ -228,7 +228,7 @@ def test_packed_12_bit_rgb(monkeypatch):
 
 
 def packed_12_bits(values: np.ndarray) -> bytes:
-    """Return an uncompressed TIFF of BitsPerSample 12, two values in three bytes, which no library at hand writes."""
+    """Return an uncompressed TIFF of BitsPerSample 12 (two values in three bytes), which no library here writes."""
     height, width, _ = values.shape
     even, odd = values.reshape(-1, 2).T
     data = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=1).astype(np.uint8).tobytes()
@@ -311,7 +311,7 @@ def test_16_bit_rgba_is_the_high_bytes_without_alpha():
     np.testing.assert_array_equal(np.asarray(decode_rgb(file.getvalue())), values[..., :3] >> 8)
 
 
-def test_first_picture_of_a_phones_multi_picture_jpeg():
+def test_first_image_of_a_multi_picture_jpeg_is_decoded():
     data = encode(RGB, "MPO", save_all=True, append_images=[picture(24, 18, 1)], quality=95)
     np.testing.assert_array_equal(np.asarray(decode_rgb(data)), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     assert np.abs(np.asarray(decode_rgb(data)).astype(int) - np.asarray(RGB).astype(int)).mean() < 20
@@ -467,11 +467,11 @@ def test_common_jpegs_have_a_dct(options):
     "data",
     [b"", b"\xff\xd8", b"\xff\xd8\xff", b"\xff\xd8\xff\xff", b"\xff\xd8\xff\xe0\0\0", b"\xff\xd8\0\xff\xc0\0\x11\x08"],
 )
-def test_what_breaks_off_or_has_garbage_before_the_frame_counts_as_another_kind(data):
+def test_truncated_or_garbled_headers_are_not_dct(data):
     assert not has_dct(data)
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_image(monkeypatch):
+def test_running_out_of_memory_does_not_mark_the_image_bad(monkeypatch):
     def run_out(*arguments, **options):
         raise MemoryError
 
@@ -491,7 +491,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     (b"zTXt", lambda: b"k\0\0" + zlib.compress(b"x" * (3 << 20)), 1),
     (b"tEXt", lambda: b"k\0" + b"x" * (1 << 20), 70),
 ])  # fmt: skip
-def test_a_png_is_sound_whatever_its_text_and_colour_profile_weigh(place, kind, content, times):
+def test_png_with_large_text_or_colour_profile_is_sound(place, kind, content, times):
     chunk = png_chunk(kind, content()) * times
     data = encode(RGB, "PNG")
     cut = 33 if place == "before" else len(data) - 12
@@ -512,14 +512,14 @@ def test_formats_that_are_listed_are_decoded(tmp_path, kind, suffix):
     assert image.size == RGB.size and image.mode == "RGB"
 
 
-def test_heic_without_its_package_says_which():
+def test_heic_without_its_package_names_the_package():
     data = b"\0\0\0\x18ftypheic" + bytes(100)
     with pytest.raises(DataError, match="pip install pillow-heif"):
         decode_rgb(data)
 
 
-def test_pillow_is_asked_for_formats_that_it_knows_alone(monkeypatch):
-    """AVIF came with Pillow 11.3; a name that Pillow does not know hides what is wrong with a file."""
+def test_only_formats_supported_by_pillow_are_requested(monkeypatch):
+    """AVIF came with Pillow 11.3; passing a format unknown to Pillow would hide a file's actual fault."""
     Image.init()
     assert set(decode.formats()) <= set(Image.OPEN)
     monkeypatch.setattr(decode.importlib.util, "find_spec", lambda name: None)

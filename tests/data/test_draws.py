@@ -1,4 +1,4 @@
-"""Distributions of the drawn parameters, against the rules and against a second implementation of them."""
+"""Distributions of the drawn parameters, compared with the rules and with a second implementation of them."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ KS_LIMIT = 2.23 * math.sqrt(2 / NUMBER)
 
 
 def ks_distance(a, b) -> float:
-    """Return the greatest difference of the two empirical distribution functions."""
+    """Return the maximum difference of the two empirical distribution functions."""
     a, b = np.sort(a), np.sort(b)
     places = np.concatenate([a, b])
     return float(
@@ -27,7 +27,7 @@ def ks_distance(a, b) -> float:
 
 
 def slow_box(rng: np.random.Generator, width: int, height: int, scale) -> tuple[int, int, int, int]:
-    """Draw a box as the rule says, with another generator and other functions."""
+    """Draw a box by the same rule, with another generator and other functions."""
     for _ in range(10):
         area = rng.uniform(*scale) * width * height
         aspect = (3 / 4) * (16 / 9) ** rng.uniform()
@@ -41,7 +41,7 @@ def slow_box(rng: np.random.Generator, width: int, height: int, scale) -> tuple[
 
 @pytest.mark.parametrize("width, height", [(500, 375), (224, 224), (300, 1000)])
 @pytest.mark.parametrize("scale", [(0.32, 1.0), (0.05, 0.32)])
-def test_boxes_are_distributed_as_the_rule_says(width, height, scale):
+def test_boxes_have_the_specified_distribution(width, height, scale):
     ours = [draw_box(rng, width, height, scale) for rng in [random.Random(1)] for _ in range(NUMBER)]
     rng = np.random.default_rng(1)
     theirs = [slow_box(rng, width, height, scale) for _ in range(NUMBER)]
@@ -99,7 +99,7 @@ def rate(flags) -> float:
 
 
 @pytest.mark.parametrize("blur_p, solarize_p", [(0.0, 0.0), (0.9, 0.2), (0.5, 0.0), (1.0, 1.0)])
-def test_rates_of_what_happens_by_chance(blur_p, solarize_p):
+def test_rates_of_random_operations(blur_p, solarize_p):
     rng = random.Random(2)
     draws = [draw_crop(rng, 50, 40, (0.3, 1.0), Recipe(), blur_p, solarize_p) for _ in range(NUMBER)]
 

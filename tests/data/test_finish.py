@@ -1,4 +1,4 @@
-"""Finishing on the device: the CPU path's pixels, exactly, and its normalisation."""
+"""Finishing on the device gives exactly the pixels and normalisation of the CPU path."""
 
 import random
 
@@ -64,7 +64,7 @@ def test_blur_of_every_width(sigma):
     np.testing.assert_array_equal(on_device([image], [draw])[0], ops.gaussian_blur(image, sigma))
 
 
-def test_no_change_and_mixed_orders_leave_the_others_alone():
+def test_no_change_and_mixed_orders_do_not_affect_other_crops():
     nothing = CropDraw(BOX, False, (), False, None, False)
     forwards = nothing._replace(jitter=(("brightness", 1.4), ("hue", 0.1), ("contrast", 0.6), ("saturation", 0.8)))
     backwards = nothing._replace(jitter=forwards.jitter[::-1])

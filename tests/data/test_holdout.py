@@ -1,4 +1,4 @@
-"""Hold-out: a fixed share, listed in a file, left out of training."""
+"""Hold-out: a fixed fraction of the images, listed in a file and excluded from training."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ def test_share_is_left_out_and_listed(tmp_path, folder):
     assert rest[3][0].tobytes() == dataset[folder.index(rest.name(3))][0].tobytes()
 
 
-def test_list_that_exists_is_used_as_it_is(tmp_path, folder):
+def test_existing_list_is_used_unchanged(tmp_path, folder):
     listed = tmp_path / "held.txt"
     listed.write_text(f"{folder[4]}\n/not/there.png\n\n{folder[7]}\n")
     rest = split_off(ImageDataset(tmp_path / "data"), str(listed), 0.9)
@@ -44,7 +44,7 @@ def test_list_that_exists_is_used_as_it_is(tmp_path, folder):
     assert len(listed.read_text().splitlines()) == 4
 
 
-def test_choice_depends_on_the_paths_below_the_root_alone(tmp_path, folder):
+def test_choice_depends_only_on_the_paths_below_the_root(tmp_path, folder):
     other = make_folder(
         tmp_path / "mounted" / "elsewhere", [os.path.relpath(f, tmp_path / "data") for f in folder], 4, 4
     )
@@ -93,7 +93,7 @@ def test_nothing_left_to_train_on(tmp_path, folder):
 
 
 def test_choice_is_that_of_the_sorted_hashes():
-    """The same as sorting all of (hash of the path below the common folder, path), which earlier runs did."""
+    """The choice equals sorting all pairs (hash of the relative path, path), as earlier runs did."""
     rng = random.Random(0)
     for size in (1, 2, 3, 50):
         names = [f"/d/{'ab-.'[rng.randrange(4)]}x/{rng.randrange(99)}/{i}.png" for i in range(size)]
@@ -106,7 +106,7 @@ def test_choice_is_that_of_the_sorted_hashes():
     assert choose(["/d/a\nb.png", "/d/c.png"], 0.6) == {"/d/c.png"}
 
 
-def test_image_that_is_there_twice_is_held_out_twice(tmp_path, folder):
+def test_duplicate_image_is_held_out_twice(tmp_path, folder):
     (tmp_path / "twice.txt").write_text("\n".join([*folder, *folder]))
     rest = split_off(make_dataset(dataset_str=str(tmp_path / "twice.txt")), str(tmp_path / "held.txt"), 0.25)
     held = set((tmp_path / "held.txt").read_text().splitlines())

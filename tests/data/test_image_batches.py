@@ -51,7 +51,7 @@ def test_all_images_in_order_as_often_as_wanted(images, num_workers):
     assert list(ImageLoader(dataset, *of_list([], 2)[:1], 2, num_workers=num_workers, stop=0)) == []
 
 
-def test_an_endless_loader_goes_on_where_it_is_asked_to(images):
+def test_endless_loader_starts_at_the_given_position(images):
     dataset = labelled(images)
     loader = iter(ImageLoader(dataset, lambda i: [i % 7], 1, num_workers=1, start=20))
     assert [torch.equal(next(loader)[0][0], dataset[i % 7][0]) for i in range(20, 24)] == [True] * 4
@@ -72,7 +72,7 @@ def test_a_bad_image_is_an_error_with_its_name_or_left_out(images, num_workers):
 
 
 class Accident(LabelledFolder):
-    """Image 3 kills the process that reads it, or never comes."""
+    """Image 3 kills the process that reads it, or never finishes."""
 
     kills = True
 
@@ -117,7 +117,7 @@ print("all", sum(f.stat().st_size for f in __import__("pathlib").Path("/dev/shm"
 
 
 def test_memory_of_batches_is_not_in_dev_shm():
-    """Docker's default is 64 MB, here a sixteenth of it: one batch alone has ten."""
+    """Docker's default is 64 MB, here a sixteenth of that; a single batch has ten."""
     mount = "mount -t tmpfs -o size=4m tmpfs /dev/shm"
     command = ["unshare", "-m", "sh", "-c", mount]
     if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
@@ -127,8 +127,8 @@ def test_memory_of_batches_is_not_in_dev_shm():
     assert done.returncode == 0 and done.stdout == "all 0\n", done.stderr
 
 
-def test_the_loaders_of_embed_and_evaluations_are_these():
-    """So that what is shown of them here holds there: nothing but upstream's own function makes torch's DataLoader."""
+def test_embed_and_evaluations_use_these_loaders():
+    """Only upstream's own function creates torch's DataLoader, so the properties tested here hold everywhere."""
     package = REPOSITORY / "dinov2_custom"
     users = [str(path.relative_to(package)) for path in package.rglob("*.py") if "DataLoader(" in path.read_text()]
     assert users == ["data/loaders.py"]

@@ -1,4 +1,4 @@
-"""The packed index: any text, mapping, damage, locks."""
+"""The packed index: arbitrary strings, mapping, damage and locks."""
 
 import logging
 import os
@@ -69,14 +69,14 @@ def test_file_is_mapped_and_pickles_as_its_name(tmp_path):
     save(file, arrays(["other"]))
     with pytest.raises(DataError, match="got another; start again"):
         pickle.loads(data)
-    assert list(table) == NAMES  # what was mapped stays
+    assert list(table) == NAMES  # an existing mapping remains valid
 
 
 @pytest.mark.parametrize("damage", [
     lambda data: b"", lambda data: data[:10], lambda data: data[:-1], lambda data: data + b"x",
     lambda data: b"DV2IDX99" + data[8:], lambda data: data[:40] + b"!" + data[41:], lambda data: b"\xff" * len(data),
 ])  # fmt: skip
-def test_damaged_file_is_said_and_made_again(tmp_path, cache, caplog, damage):
+def test_damaged_file_is_logged_and_rebuilt(tmp_path, cache, caplog, damage):
     place = old(tmp_path / "place")
     assert len(PathTable(index=cached(["k"], lambda on_count: [on_count(1), arrays(place=place)][1], 1))) == 5
     file = cache_file(["k"])
@@ -84,12 +84,12 @@ def test_damaged_file_is_said_and_made_again(tmp_path, cache, caplog, damage):
         data = source.read()
     with open(file, "wb") as out:
         out.write(damage(data))
-    assert load(file) is None and "will be made again" in caplog.text
+    assert load(file) is None and "will be rebuilt" in caplog.text
     index = cached(["k"], lambda on_count: [on_count(1), arrays(["new"], place)][1], 1)
     assert list(PathTable(index=index)) == ["new"] and load(file) is not None
 
 
-def test_index_is_current_while_its_places_are(tmp_path):
+def test_index_is_valid_while_its_folders_are_unchanged(tmp_path):
     place = old(tmp_path / "place")
     index = Index(arrays(place=place))
     assert stamps_hold(index)
@@ -109,7 +109,7 @@ def test_small_things_leave_nothing_on_disk(cache):
     assert index.file == "" and not cache.exists()
 
 
-def test_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch, caplog):
+def test_unwritable_cache_folder_is_no_error(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "dinov2")
     (tmp_path / "cache").write_text("a file, where the folder would be")
     index = cached(["k"], lambda on_count: [on_count(9), arrays()][1], cache_from=1)
@@ -136,10 +136,10 @@ def test_second_process_waits_for_the_first(tmp_path, cache):
         def second(on_count):
             built.append("second starts")
             on_count(5)
-            with pytest.raises(index_module._SomebodyElseLists):
+            with pytest.raises(index_module._LockHeld):
                 on_count(10)
             built.append("second stops")
-            raise KeyboardInterrupt  # waiting would be for ever: the first is in this very thread
+            raise KeyboardInterrupt  # waiting would deadlock: the first is in this thread
 
         with pytest.raises(KeyboardInterrupt):
             cached(["k"], second, 10)
@@ -155,7 +155,7 @@ def test_index_written_while_waiting_is_taken(tmp_path, cache):
 
     def lost_the_race(on_count):
         save(cache_file(["k"]), arrays(["by the other one"], place))
-        raise index_module._SomebodyElseLists
+        raise index_module._LockHeld
 
     assert list(PathTable(index=cached(["k"], lost_the_race, 10))) == ["by the other one"]
 
@@ -166,7 +166,7 @@ def test_lister_that_died_is_replaced(tmp_path, cache):
     def build(on_count):
         attempts.append(1)
         if len(attempts) == 1:
-            raise index_module._SomebodyElseLists
+            raise index_module._LockHeld
         return arrays(place=old(tmp_path / "place"))
 
     assert list(PathTable(index=cached(["k"], build, 10))) == NAMES and os.path.exists(cache_file(["k"]))
@@ -190,7 +190,7 @@ def test_keys_do_not_collide():
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "none"])
-def test_an_index_that_others_can_write_to_is_made_again(tmp_path, cache, monkeypatch, caplog, what):
+def test_index_writable_by_others_is_rebuilt(tmp_path, cache, monkeypatch, caplog, what):
     place = tmp_path / "place"
     place.mkdir()
     os.utime(place, (1e9, 1e9))

@@ -1,4 +1,4 @@
-"""One range for a dataset's deep images: what stays visible, what is left out, the same in every reader."""
+"""One intensity range for a dataset's deep images: visible structure, ignored values, identical in every reader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GDAL_NODATA = 42113
 
 
 def scenes(low: float, high: float) -> np.ndarray:
-    """Return ``NUMBER`` grey pictures (48, 64) of structures at every scale, which span ``low``..``high``."""
+    """Return ``NUMBER`` grey images (48, 64) with structure at every scale that span ``low``..``high``."""
     grey = [np.asarray(picture(SIZE[1], SIZE[0], seed).convert("L"), np.float64) for seed in range(NUMBER)]
     smooth = np.stack(grey) + np.random.default_rng(0).random((NUMBER, *SIZE))
     return low + (smooth - smooth.min()) / (smooth.max() - smooth.min()) * (high - low)
@@ -51,7 +51,7 @@ def levels(dataset) -> np.ndarray:
     (100, 4095, np.uint16), (100, 400, np.uint16), (0, 65535, np.uint16), (-900, 2900, np.int32), (0, 1, np.float32),
     (-3, 0.5, np.float32), (1e6, 1e6 + 900, np.int32),
 ])  # fmt: skip
-def test_all_that_8_bits_can_hold_is_kept(tmp_path, low, high, kind):
+def test_full_8_bit_resolution_is_kept(tmp_path, low, high, kind):
     values = scenes(low, high).astype(kind)
     dataset = written(tmp_path / "images", values)
     reading = choose_reading(dataset)
@@ -66,8 +66,8 @@ def test_all_that_8_bits_can_hold_is_kept(tmp_path, low, high, kind):
     ([-9999], ""), ([-3.4028235e38], ""), ([np.nan, np.inf, -np.inf], ""), ([-9999, -3.4028235e38], ""), ([610], "610"),
     ([32767], "32767"), ([1e20], "1e+20"), ([0], ""),
 ])  # fmt: skip
-def test_what_stands_for_no_value_does_not_count(tmp_path, nodata, tag):
-    """A third of each height model has none. It is black, and all else looks as without."""
+def test_nodata_values_do_not_affect_the_range(tmp_path, nodata, tag):
+    """A third of each height model has no values; it is black, and everything else is unaffected."""
     heights = scenes(600, 820).astype(np.float32)
     holes = heights.copy()
     for i, value in enumerate(nodata):
@@ -86,7 +86,7 @@ def test_what_stands_for_no_value_does_not_count(tmp_path, nodata, tag):
 def test_one_pixel_does_not_change_its_image(tmp_path, hot):
     values = scenes(1000, 1500).astype(np.uint16)
     plain = written(tmp_path / "plain", values)
-    values[:, 20, 30] = hot  # of a sensor: in every image, at the same place
+    values[:, 20, 30] = hot  # a hot pixel of the sensor, at the same place in every image
     spoiled = written(tmp_path / "spoiled", values)
     for dataset in (plain, spoiled):
         choose_reading(dataset)
@@ -100,7 +100,7 @@ def test_odd_values(values, expected):
     assert range_of(without_nodata(np.array(values))) == expected
 
 
-def test_a_range_that_is_given_is_told_what_it_clips(tmp_path, caplog):
+def test_clipping_of_a_given_range_is_reported(tmp_path, caplog):
     dataset = written(tmp_path / "images", scenes(100, 4095).astype(np.uint16))
     caplog.set_level(logging.INFO, logger="dinov2")
     assert choose_reading(dataset, Reading((0, 255))) == dataset.reading == Reading((0, 255))
@@ -118,7 +118,7 @@ def test_all_bits_of_16_bit_rgb_count(kind):
 
 
 def containers(folder, values):
-    """Write the same images as files, a tar, a list and a table of bytes; return what to train on each."""
+    """Write the same images as files, a tar, a list and a table of bytes; return the dataset path of each."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     files = {f"{i:02}.tif": tiff(one) for i, one in enumerate(values)}
     (folder / "files").mkdir()
@@ -163,7 +163,7 @@ def test_every_container_and_loading_processes_give_the_same(tmp_path):
     assert (crops[1] == crops[2]).all()
 
 
-def test_images_of_8_bits_are_left_alone(tmp_path, caplog):
+def test_8_bit_images_are_unchanged(tmp_path, caplog):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(encode(picture(24, 18, i)))
     dataset = ImageDataset(str(tmp_path))
@@ -174,7 +174,7 @@ def test_images_of_8_bits_are_left_alone(tmp_path, caplog):
     np.testing.assert_array_equal(np.asarray(dataset[0][0]), np.asarray(picture(24, 18, 0)))
 
 
-def test_the_range_and_what_it_clips_are_said_and_few_levels_warned_of(tmp_path, caplog):
+def test_range_and_clipping_are_logged_and_few_levels_warned_of(tmp_path, caplog):
     bright, dim = scenes(0, 60000)[:6].astype(np.uint16), scenes(100, 900)[:6].astype(np.uint16)
     dataset = written(tmp_path / "images", np.concatenate([bright[:3], dim, dim[:3]]))
     found = measure(len(dataset), Looker(dataset))
@@ -241,12 +241,12 @@ def test_page_of_a_deep_stack(kind):
     np.testing.assert_array_equal(np.asarray(got), np.round(values[0] * (255 / 4095)))
 
 
-def test_a_dataset_of_ones_own_has_the_defaults(tmp_path):
+def test_user_defined_dataset_has_the_defaults(tmp_path):
     class Own(ExtendedVisionDataset):
         def __len__(self):
             return 3
 
     assert (Own().left_out(), Own().passed_over()) == ({}, [])
-    assert choose_reading(Own()) == Reading()  # it gives no bytes to look at
-    Own.get_image_data = lambda self, index: np.zeros((3, 4))  # for a decoder of its own
+    assert choose_reading(Own()) == Reading()  # it returns no bytes to examine
+    Own.get_image_data = lambda self, index: np.zeros((3, 4))  # for its own decoder
     assert choose_reading(Own()) == Reading()

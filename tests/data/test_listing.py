@@ -1,4 +1,4 @@
-"""Listing folders: order, extensions, links, hidden files, progress, and what goes wrong."""
+"""Listing folders: order, extensions, links, hidden files, progress and errors."""
 
 import itertools
 import logging
@@ -91,7 +91,7 @@ def test_missing_roots_are_all_named(tmp_path):
     ("shard-0.tar", "Tar:path={}"), ("x.PARQUET", "Parquet:path={}"), ("x.arrow", "Parquet:path={}"),
     ("files.txt", "ImageList:path={}"), ("files.csv", "ImageList:path={}"), ("images.zip", "ImageList:path=.."),
 ])  # fmt: skip
-def test_a_file_where_a_folder_is_expected_is_told_how_to_be_given(tmp_path, name, advice):
+def test_error_for_a_file_explains_how_to_use_it(tmp_path, name, advice):
     touch(tmp_path, name)
     with pytest.raises(DataError) as e:
         list_images([str(tmp_path / name)])
@@ -99,7 +99,7 @@ def test_a_file_where_a_folder_is_expected_is_told_how_to_be_given(tmp_path, nam
 
 
 @pytest.mark.parametrize("marker", ["config.yaml", "prepare.json", "verify_results.jsonl"])
-def test_what_our_commands_write_into_the_folder_is_not_listed(tmp_path, marker, caplog):
+def test_output_of_our_commands_is_not_listed(tmp_path, marker, caplog):
     caplog.set_level("INFO", logger="dinov2")
     touch(tmp_path, "a.jpg", "runs/1/.lock", f"runs/1/{marker}", "runs/1/2.png", "runs/1/deep/3.png", "runs/4.jpg")
     assert list_images([str(tmp_path)]) == [str(tmp_path / "a.jpg"), str(tmp_path / "runs/4.jpg")]
@@ -108,14 +108,14 @@ def test_what_our_commands_write_into_the_folder_is_not_listed(tmp_path, marker,
     assert list_images([str(tmp_path / "runs/1")]) == both, "what is named is used"
 
 
-def test_a_marker_alone_is_no_output_and_one_that_appears_later_is_noticed(tmp_path):
+def test_marker_alone_is_no_output_and_a_later_one_is_noticed(tmp_path):
     touch(tmp_path, "a/.lock", "a/1.jpg", "b/config.yaml", "b/2.jpg")
     assert len(list_images([str(tmp_path)])) == 2
     touch(tmp_path, "b/.lock")
     assert list_images([str(tmp_path)]) == [str(tmp_path / "a/1.jpg")]
 
 
-def test_a_folder_with_outputs_only_says_so(tmp_path):
+def test_folder_with_only_outputs_is_reported_as_such(tmp_path):
     touch(tmp_path, "run/.lock", "run/config.yaml", "run/1.png")
     with pytest.raises(DataError, match="got 1 folders with the output of a run in"):
         list_images([str(tmp_path)])
@@ -126,7 +126,7 @@ def test_prepared_shards_in_a_folder_are_data(tmp_path):
     assert find_files([str(tmp_path)], (".tar",), "tars") == [str(tmp_path / "one/shard-000000.tar")]
 
 
-def test_folder_without_images_says_what_is_in_it(tmp_path):
+def test_error_for_folder_without_images_lists_its_contents(tmp_path):
     touch(tmp_path, "a.dcm", "b.dcm", "c/README")
     with pytest.raises(DataError) as e:
         list_images([str(tmp_path)])
@@ -137,7 +137,7 @@ def test_folder_without_images_says_what_is_in_it(tmp_path):
         list_images([str(tmp_path / "empty")])
 
 
-def test_unreadable_folder_is_skipped_and_said(tmp_path, monkeypatch, caplog):
+def test_unreadable_folder_is_skipped_and_logged(tmp_path, monkeypatch, caplog):
     touch(tmp_path, "1.jpg", "locked/2.jpg")
     scandir = os.scandir
 
@@ -175,7 +175,7 @@ def test_order_is_that_of_the_sorted_paths(tmp_path):
 
 
 @links
-def test_links_to_images_are_not_looked_at(tmp_path):
+def test_links_to_images_are_not_resolved(tmp_path):
     touch(tmp_path / "elsewhere", "1.jpg")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link.jpg").symlink_to(tmp_path / "elsewhere" / "1.jpg")
@@ -206,7 +206,7 @@ def test_threads_give_the_same_order(tmp_path, monkeypatch):
     assert list_images([str(tmp_path)]) == expected and len(expected) == 180
 
 
-def test_folder_that_goes_away_meanwhile_is_skipped(tmp_path):
+def test_folder_that_disappears_during_listing_is_skipped(tmp_path):
     touch(tmp_path, "1.jpg")
     found = Listing()
     assert list(found.chunks(str(tmp_path / "gone"))) == []
@@ -222,7 +222,7 @@ def test_slow_calls_go_to_threads_and_quick_ones_do_not():
     slow, quick = PatientMap(threads=8, probes=4), PatientMap(threads=8, probes=4)
     assert list(slow.map(wait, range(40))) == list(range(40)) and slow.waits and slow.calls == 4
     assert list(quick.map(lambda i: sum(range(20_000)) and i, range(40))) == list(range(40))
-    assert quick.calls == 40 or quick.waits  # a machine that is busy otherwise looks like one that waits
+    assert quick.calls == 40 or quick.waits  # on a busy machine, calls appear to wait
     assert list(slow.map(wait, [])) == []
 
 
@@ -246,7 +246,7 @@ def test_quick_listing_logs_nothing(tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_what_is_not_taken_for_an_image_is_counted_and_said(tmp_path, caplog):
+def test_non_images_are_counted_and_logged(tmp_path, caplog):
     data = {kind: encode(picture(8, 6), kind) for kind in ("PNG", "JPEG", "GIF", "PPM", "TIFF", "WEBP", "BMP")}
     files = {f"a.{kind.lower()}": content for kind, content in data.items()}
     files |= {"b.jfif": data["JPEG"], "c.JPE": data["JPEG"], "d.jpg": data["JPEG"], "e.tif": data["TIFF"]}
@@ -278,7 +278,7 @@ def test_patterns(tmp_path):
     assert found("**/*.png") == ["[odd]/5.png", "a/1.png", "c/4.png"]
     assert found("a/**") == ["a/1.png", "a/b/2.PNG", "a/b/3.jpg"]  # each once, though folders match too
     assert found("[ac]") == found("?") == ["a/1.png", "a/b/2.PNG", "a/b/3.jpg", "c/4.png"]
-    assert found("[odd]") == ["[odd]/5.png"]  # what exists is no pattern
+    assert found("[odd]") == ["[odd]/5.png"]  # an existing path is not a pattern
     assert FolderSource(str(tmp_path / "c" / "*")).left_out() == {".txt": 1}
     several = FolderSource([str(tmp_path / "c"), str(tmp_path / "a" / "*.png")])
     assert several.parts() == [(str(tmp_path / "c"), 1), (str(tmp_path / "a" / "*.png"), 1)]

@@ -1,4 +1,4 @@
-"""List files: .txt and .csv, relative paths, columns, what is missing."""
+"""List files: .txt and .csv, relative paths, columns and missing parts."""
 
 import os
 import pickle
@@ -88,7 +88,7 @@ def test_csv_mistakes(tmp_path, text, column, words):
         assert word in str(e.value)
 
 
-def test_lines_of_a_table_without_a_path_are_said(tmp_path, caplog):
+def test_table_lines_without_a_path_are_logged(tmp_path, caplog):
     (tmp_path / "files.csv").write_text("label,path\n1,a.png\n2\n,,\n\n3,\n4,b.png\n")
     dataset = make_dataset(dataset_str=f"ImageList:path={tmp_path / 'files.csv'}")
     assert [dataset.name(i) for i in range(len(dataset))] == [str(tmp_path / name) for name in ("a.png", "b.png")]
@@ -200,7 +200,7 @@ def test_semicolons_and_tabs_between_columns(tmp_path, mark):
     ("a.jpg.webp", "a.jpg.webp"),
     ("é/ü.png", "é/ü.png"),
 ])  # fmt: skip
-def test_lines_as_people_and_programs_write_them(tmp_path, encoding, line, found):
+def test_common_line_formats(tmp_path, encoding, line, found):
     (tmp_path / "files.txt").write_text(f"{line}\r\n\r\nlast.jpg\r\n", encoding=encoding, newline="")
     assert names(ListSource(tmp_path / "files.txt")) == [f"{tmp_path}/{found}", f"{tmp_path}/last.jpg"]
 

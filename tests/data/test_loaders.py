@@ -1,4 +1,4 @@
-"""make_dataset, make_data_loader and the training loader."""
+"""make_dataset, make_data_loader and the training data loader."""
 
 import errno
 import inspect
@@ -30,7 +30,7 @@ from dinov2_custom.utils.rng import random_for
 from tests.data.datasets.test_image_net_22k import write_tar
 from tests.data.pictures import encode, make_folder, picture, train_config
 
-# torch forks its workers, which Python 3.12 warns of wherever the test runner has threads
+# torch forks its workers; Python 3.12 warns about that if the test runner has threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 
 
@@ -151,7 +151,7 @@ def test_batch_has_upstreams_keys_and_nothing_else(folder):
 
 
 def test_batch_is_what_the_classes_for_users_give(folder):
-    """Upstream's augmentation object and collate function, fed by the same draws, make the same batch bit for bit."""
+    """Upstream's augmentation and collate function give the same batch bit for bit from the same draws."""
     cfg = train_config(folder)
     dataset, augment, masks = make_dataset(dataset_str=folder), make_augmentation(cfg), make_masks(cfg)
     for iteration, batch in enumerate(batches(folder, number=3)):
@@ -232,7 +232,7 @@ def test_masks_do_not_depend_on_how_a_step_is_cut(folder):
     assert expected.any(-1).sum() == 8
 
 
-def test_another_batch_size_goes_on_at_the_draw_where_the_former_stopped(folder):
+def test_another_batch_size_resumes_at_the_next_draw(folder):
     loader = make_train_loader(train_config(folder, batch_size_per_gpu=3), rank=0, world_size=1)
     for _ in zip(range(3), loader.batches(), strict=False):
         pass
@@ -263,7 +263,7 @@ def test_num_images_and_draws(folder):
     assert loader.draws == 36
 
 
-def test_global_random_state_is_left_alone(folder, many_cores):
+def test_global_random_state_is_unchanged(folder, many_cores):
     state = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     batches(folder, number=2)
     batches(folder, number=2, num_workers=1)
@@ -320,7 +320,7 @@ def test_images_that_vanish_during_training_end_in_one_clear_error(folder, many_
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
-def test_a_disk_or_a_permission_that_fails_for_one_image_costs_that_image_alone(folder, monkeypatch, number):
+def test_io_or_permission_error_loses_only_that_image(folder, monkeypatch, number):
     victim = sorted(Path(folder).iterdir())[2]
 
     open_file = os.open

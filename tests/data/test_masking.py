@@ -1,4 +1,4 @@
-"""Masks: draw for draw upstream's, and their own promises."""
+"""Masks: identical to upstream's draw for draw, and their own guarantees."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, every image once a pass of its dataset, pure functions of (seed, draw)."""
+"""Mixtures: exact shares, every image once per pass of its dataset, pure functions of (seed, draw)."""
 
 import itertools
 import pickle
@@ -101,7 +101,7 @@ def test_replacements_come_from_the_same_dataset_and_reach_all_of_it():
     assert sorted(replacements) == [f"b{i}" for i in range(7)]
 
 
-def test_training_asks_the_mixture():
+def test_training_uses_the_draws_of_the_mixture():
     mixed = mixture()
     samples = TrainSamples(mixed, None, seed=5)
     assert [samples.image_of(draw) for draw in range(50)] == [mixed.index_of_draw(draw, 5) for draw in range(50)]

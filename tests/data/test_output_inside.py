@@ -1,4 +1,4 @@
-"""A run that writes into the folder it trains on: what it writes is never trained on."""
+"""A run that writes into its training folder never trains on its own output."""
 
 import pytest
 

@@ -185,7 +185,7 @@ def test_an_arrow_file_whose_offsets_do_not_fit_is_bad_and_does_not_crash_the_pr
             source.read(i)
 
 
-def test_columns_that_cannot_be_told_apart_or_are_nested_deeper_are_refused_in_one_sentence(pa, tmp_path):
+def test_ambiguous_or_nested_columns_are_rejected_in_one_sentence(pa, tmp_path):
     twice = pa.Table.from_arrays([pa.array(PICTURES)] * 2, names=["image", "image"])
     with pytest.raises(DataError, match="one column 'image', got 2 of that name.*a.parquet"):
         ParquetSource(write(pa, tmp_path / "a.parquet", twice))

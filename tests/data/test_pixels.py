@@ -1,4 +1,4 @@
-"""Every pixel operation against Pillow with the same parameters, and OpenCV's against numpy's."""
+"""Every pixel operation compared with Pillow for equal parameters, and OpenCV compared with numpy."""
 
 import colorsys
 import multiprocessing
@@ -135,7 +135,7 @@ def test_normalize_equals_the_formula_and_repeats_grey():
     assert grey.shape == (3, 64, 64) and torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
 
 
-def test_operations_leave_their_input_alone():
+def test_operations_do_not_modify_their_input():
     image = planes(PICTURES[0])
     before = image.copy()
     for operation, parameter in [
@@ -194,7 +194,7 @@ def test_opencvs_blur_of_every_width(cv2):
 
 
 def test_opencvs_grey_of_all_colours(cv2):
-    """Halves included, which it would round to the even level."""
+    """Includes halves, which OpenCV would round to the even level."""
     green, blue = np.meshgrid(np.arange(256), np.arange(256))
     for red in range(0, 256, 15):
         colours = np.stack([np.full_like(green, red), green, blue]).astype(np.uint8)
@@ -258,7 +258,7 @@ def resize_differences(kernel: str, image: Image.Image, places, flip: bool = Fal
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("flip", [False, True])
 def test_every_kernel_is_within_a_twentieth_of_a_level_of_pillow(kernel, flip):
-    """As photographs are cut: the geometry alone, over the usual crops."""
+    """Compare only the geometry, over the usual crops of photographs."""
     augment, means = DataAugmentationDINO((0.32, 1), (0.05, 0.32), 8), []
     for seed, size in enumerate([(500, 375), (640, 480), (375, 500)]):
         image = picture(*size, seed)

@@ -1,4 +1,4 @@
-"""Processes that build batches: order, death of one, signals, and nothing left behind."""
+"""Processes that build batches: order, death of a process, signals and cleanup."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:Depreca
 
 @pytest.fixture
 def start():
-    """Return a function that makes a ring, which is closed at the end."""
+    """Return a function that creates a ring, which is closed after the test."""
     rings = []
 
     def make(builder, num_workers=2, first_iteration=0, **options):
@@ -37,7 +37,7 @@ def start():
 
 
 def take(ring: Ring, number: int) -> list[tuple[list[int], list[str]]]:
-    """Return (values, result) of the next batches, having checked the arrays."""
+    """Check the arrays of the next batches and return their (values, result)."""
     found = []
     for _ in range(number):
         built = ring.next_batch()
@@ -78,7 +78,7 @@ def test_a_killed_process_is_replaced_and_the_image_named(start, tmp_path, caplo
     ring = start(builders.KilledOnce(tmp_path))
     assert take(ring, 8) == expected(8)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert "was killed by SIGKILL (out of memory?) while it read image-7.jpg; another one goes on" in caplog.text
+    assert "was killed by SIGKILL (out of memory?) while it read image-7.jpg; another one" in caplog.text
 
 
 def test_an_image_that_kills_twice_counts_as_unreadable(start, caplog):
@@ -107,7 +107,7 @@ def test_processes_that_die_again_and_again_end_in_one_error(start, tmp_path):
         take(ring, 20)
 
 
-def test_errors_of_the_builder_arrive_where_the_batch_is_asked_for(start):
+def test_builder_errors_are_raised_when_the_batch_is_requested(start):
     ring = start(builders.Mistaken())
     assert take(ring, 2) == expected(2)
     with pytest.raises(DataError, match="a mistake at image 7") as e:
@@ -118,7 +118,7 @@ def test_errors_of_the_builder_arrive_where_the_batch_is_asked_for(start):
 
 
 def test_more_processes_can_be_used_later_but_all_are_started_at_once(start):
-    """None is forked once collectives may run, neither to grow nor, as long as there is a spare, for one that died."""
+    """No process is forked once collectives may run: not to grow, nor to replace a dead one while spares remain."""
     ring = start(builders.Numbers(), 1, max_workers=4)
     started = {worker.process.pid for worker in (*ring.workers, *ring.spares)}
     assert len(started) == 4 and len(ring.workers) == 1 and take(ring, 3) == expected(3)
@@ -192,7 +192,7 @@ def run(tmp_path, *args) -> tuple[subprocess.CompletedProcess, list[int]]:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_signals_to_the_group_leave_the_processes_at_work_and_nothing_is_left(tmp_path, method):
+def test_processes_ignore_group_signals_and_leave_nothing_behind(tmp_path, method):
     done, pids = run(tmp_path, method, "go on")
     assert (done.returncode, done.stderr) == (0, "") and "went on" in done.stdout
     assert len(pids) == 2 and not running(pids)
@@ -223,7 +223,7 @@ def test_a_ring_with_an_end_builds_no_more(start):
     assert ring.next_to_give == 3 and len(ring.free) == ring.slots.number
 
 
-def test_who_hangs_at_what_is_said_again_and_again(start, monkeypatch, caplog):
+def test_hanging_process_and_image_are_logged_repeatedly(start, monkeypatch, caplog):
     monkeypatch.setattr(ring_module, "LOOK_S", 0.1)
     monkeypatch.setattr(ring_module, "SLOW_S", 0.2)
     ring = start(builders.Hanging(), 1, hang_s=1.5)
@@ -255,7 +255,7 @@ def test_arrays_have_their_shapes_and_do_not_overlap():
     assert {name: a.shape for name, a in allocate(FIELDS).items()} == {name: f.shape for name, f in FIELDS.items()}
 
 
-def test_slots_outlive_their_closing_as_long_as_arrays_look_at_them():
+def test_slots_stay_valid_after_close_while_arrays_refer_to_them():
     slots = Slots(FIELDS, 1)
     array = slots.arrays(0)["b"]
     array[:] = 5
@@ -265,7 +265,7 @@ def test_slots_outlive_their_closing_as_long_as_arrays_look_at_them():
 
 
 @pytest.mark.parametrize("memfd", ["absent", "refused"])
-def test_without_anonymous_memory_a_nameless_file_is_used_and_said(monkeypatch, tmp_path, caplog, memfd):
+def test_without_anonymous_memory_an_unnamed_file_is_used_and_logged(monkeypatch, tmp_path, caplog, memfd):
     def refuse(name):
         raise OSError("not here")
 
@@ -278,7 +278,7 @@ def test_without_anonymous_memory_a_nameless_file_is_used_and_said(monkeypatch, 
     slots = Slots(FIELDS, 2)
     slots.arrays(1)["b"][:] = 7
     assert slots.arrays(1)["b"].tolist() == [7, 7] and list(tmp_path.iterdir()) == []
-    assert f"batches travel through a file in {tmp_path}" in caplog.text
+    assert f"batches are passed through a file in {tmp_path}" in caplog.text
 
 
 def test_no_room_is_one_error(monkeypatch, tmp_path):

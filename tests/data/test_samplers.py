@@ -1,4 +1,4 @@
-"""Orders of images: permutations without a list, and the ranks' shares."""
+"""Order of images: permutations without a list, and the shares of the ranks."""
 
 import inspect
 import itertools
@@ -34,7 +34,7 @@ def test_permutations_of_few_images_are_all_about_as_frequent():
     assert len(counts) == 6 and min(counts.values()) > 400 and max(counts.values()) < 600
 
 
-def test_places_are_uniform_and_neighbours_unrelated():
+def test_positions_are_uniform_and_neighbours_uncorrelated():
     size, number = 100, 300
     orders = np.array([[permuted_index(p * size + i, size, seed=2) for i in range(size)] for p in range(number)])
     expected = np.sqrt((size**2 - 1) / 12 / number)
@@ -102,14 +102,14 @@ def test_sharded_sampler_keeps_to_its_share(shuffle):
     assert sum(map(len, shares)) == 20 == len(set.union(*shares))
 
 
-def test_fewer_images_than_ranks_is_no_endless_wait():
+def test_fewer_images_than_ranks_does_not_hang():
     drawn = take(ShardedInfiniteSampler(sample_count=2, shuffle=True, start=5, step=8), 10)
     assert set(drawn) == {0, 1}
 
 
 @pytest.mark.parametrize("size", [1, 3, 10, 101])
 def test_global_sequence_is_the_same_for_any_number_of_ranks(size):
-    """Iteration i of W ranks with batch b is draws [i*b*W, (i+1)*b*W): who draws them changes, not what is drawn."""
+    """Iteration i of W ranks with batch b has draws [i*b*W, (i+1)*b*W): only their assignment to ranks changes."""
 
     def sequence(world_size: int, batch: int, first_draw: int = 0, number: int = 240) -> list[int]:
         start = first_draw // (world_size * batch)
@@ -122,7 +122,7 @@ def test_global_sequence_is_the_same_for_any_number_of_ranks(size):
     one = sequence(1, 12)
     assert sequence(2, 6) == sequence(12, 1) == sequence(4, 3) == one
     assert one[:120] + sequence(3, 4, 120, 120) == one  # a job that went on with other ranks after 120 draws
-    for start in range(0, 240 - size + 1, size):  # nothing is left over at the end of a pass
+    for start in range(0, 240 - size + 1, size):  # no image is dropped at the end of a pass
         assert sorted(one[start : start + size]) == list(range(size))
 
 

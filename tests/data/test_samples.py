@@ -1,4 +1,4 @@
-"""Draw -> sample -> batch as pure functions, and the account of bad images."""
+"""Draw -> sample -> batch as pure functions, and the counting of bad images."""
 
 import pickle
 import random
@@ -86,7 +86,7 @@ def test_bad_files_of_many_kinds_are_replaced_and_named(folder):
         assert path in reason and reason.startswith("expected") and 0 <= draw < 16
 
 
-def test_replacement_depends_on_seed_and_draw_alone(folder):
+def test_replacement_depends_only_on_seed_and_draw(folder):
     spoil(folder)
     forwards, backwards, restarted = make(folder), make(folder), make(folder)
     expected = [sample(forwards, draw) for draw in range(30)]
@@ -109,7 +109,7 @@ def test_one_good_image_among_bad_ones_is_found(tmp_path):
     assert all(samples[draw].pixels is not None for draw in range(14))
 
 
-def test_what_was_bad_once_is_not_read_again(folder):
+def test_bad_image_is_not_read_again(folder):
     spoil(folder, ["text.jpg"])
     samples = make(folder)
     draw = next(draw for draw in range(10) if samples[draw].bad)
@@ -150,7 +150,7 @@ def test_probe_looks_beyond_a_bad_folder(tmp_path, monkeypatch):
     make(tmp_path).probe()
 
 
-def test_a_draw_without_any_readable_image_tells_only_its_story(tmp_path):
+def test_draw_without_readable_image_reports_only_its_failures(tmp_path):
     spoil(tmp_path)
     found = make(tmp_path)[4]
     assert found.pixels is None and found.crops == []
@@ -235,14 +235,14 @@ def test_too_many_bad_draws_stop_with_the_worst_folder():
         assert words in str(e.value)
 
 
-def test_few_bad_draws_go_on_and_the_limit_itself_is_allowed():
+def test_few_bad_draws_up_to_the_limit_are_allowed():
     account = BadImages(10_000, 0.02, lambda *story: None)
     account.add(100, [(0, "a", "b"), (1, "c", "d")])
     account.add(100, [(150, "a", "b"), (151, "c", "d")])
     assert account.num_draws == 200
 
 
-def test_a_tiny_dataset_is_judged_after_one_pass():
+def test_tiny_dataset_is_checked_after_one_pass():
     account = BadImages(30, 0.05, lambda *story: None)
     account.add(29, [(i, f"{i}.jpg", "b") for i in range(10)])
     with pytest.raises(DataError, match="10 of 30 draws"):

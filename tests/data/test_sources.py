@@ -1,4 +1,4 @@
-"""Folder sources: names, bytes, parts, and the kept listing."""
+"""Folder sources: names, bytes, parts and the cached listing."""
 
 import errno
 import os
@@ -108,7 +108,7 @@ def test_only_regular_files_are_read(tmp_path):
             read_file(tmp_path / name)
 
 
-def test_what_a_file_or_an_archive_claims_to_hold_is_checked_before_memory_is_taken(tmp_path):
+def test_declared_sizes_are_checked_before_allocation(tmp_path):
     path = tmp_path / "sparse.jpg"
     with open(path, "wb") as file:
         file.truncate(10 << 30)
@@ -123,7 +123,7 @@ def test_what_a_file_or_an_archive_claims_to_hold_is_checked_before_memory_is_ta
 @pytest.mark.parametrize(
     "error", [MemoryError(), *(OSError(n, "") for n in (errno.EMFILE, errno.ENFILE, errno.ENOMEM))]
 )
-def test_a_process_without_memory_or_descriptors_is_not_the_files_fault(tmp_path, monkeypatch, error):
+def test_resource_exhaustion_does_not_mark_the_file_bad(tmp_path, monkeypatch, error):
     def refuse(*arguments):
         raise error
 

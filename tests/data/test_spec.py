@@ -62,7 +62,7 @@ def test_home_is_expanded_everywhere(monkeypatch):
     assert parse_dataset("ImageNet22k:root=~/i:extra=~/e").options == {"extra": "/home/me/e"}
 
 
-def test_what_exists_as_a_path_is_a_path(tmp_path, monkeypatch):
+def test_existing_path_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "ImageNet:split=TRAIN:root=x"
     (tmp_path / name).mkdir()
@@ -123,7 +123,7 @@ def test_mistakes_are_all_named(text, words):
     ({"path": "p.parquet", "column": "img"}, "Parquet:path=p.parquet:column=img"),
     ({"path": ["/a", "/b"]}, ["/a", "/b"]),
 ])  # fmt: skip
-def test_mappings_say_the_same_as_texts(mapping, text):
+def test_mappings_are_equivalent_to_strings(mapping, text):
     assert parse_dataset(mapping) == parse_dataset(text) == parse_dataset(OmegaConf.create(mapping))
 
 
@@ -142,7 +142,7 @@ def test_lists_are_pooled_or_mixed():
     assert parse_dataset(["/a", "ImageNet:split=VAL:root=/i"]).parts[1].spec.kind == "ImageNet"
 
 
-def test_a_folder_is_a_folder_whatever_it_is_called(tmp_path):
+def test_folder_is_a_folder_regardless_of_its_name(tmp_path):
     for name in ("x.tar", "x.txt", "x.parquet"):
         (tmp_path / name).mkdir()
         assert parse_dataset(str(tmp_path / name)) == folder(str(tmp_path / name))

@@ -1,4 +1,4 @@
-"""Tar shards: the walk against the standard library's, names, truncation, patterns, errors."""
+"""Tar shards: the scan compared with the standard library, names, truncation, patterns and errors."""
 
 import io
 import os
@@ -124,7 +124,7 @@ def test_index_of_shards_is_kept_until_one_changes(tmp_path, monkeypatch):
     (512 + 512, 1, ""),  # between the two, without the end mark
     (512 + 512 + 512 + 1024, 2, ""),  # only the end mark is missing
 ])  # fmt: skip
-def test_truncated_tar_gives_what_is_there(tmp_path, left, readable, words):
+def test_truncated_tar_gives_the_complete_files(tmp_path, left, readable, words):
     path = write(tmp_path / "x.tar", {"a.jpg": b"1" * 512, "b.jpg": b"2" * 1024})
     with open(path, "r+b") as file:
         file.truncate(left)
@@ -137,14 +137,14 @@ def test_truncated_tar_gives_what_is_there(tmp_path, left, readable, words):
 
 
 def damage(path, position=1024):
-    """Change a byte of the second header, and set the file's time back, so that its index may be kept."""
+    """Change a byte of the second header and make the file older, so that its index can be cached."""
     with open(path, "r+b") as file:
         file.seek(position + 10)
         file.write(b"!")
     os.utime(path, (1e9, 1e9))
 
 
-def test_what_a_damaged_header_hides_is_said_at_every_start(tmp_path, monkeypatch, caplog):
+def test_what_a_damaged_header_hides_is_logged_at_every_start(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = write(tmp_path / "x.tar", {"a.jpg": b"1", "b.jpg": b"2"})
     damage(path)
@@ -200,7 +200,7 @@ def test_compressed_tars_are_all_named(tmp_path, mode, name):
     assert all(path in str(e.value) for path in paths)
 
 
-def test_what_is_no_tar_or_has_no_image(tmp_path):
+def test_files_that_are_no_tar_or_have_no_image(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"hello " * 200)
     with pytest.raises(DataError, match="x.tar"):
         TarSource(tmp_path / "x.tar")
@@ -218,7 +218,7 @@ def test_what_is_no_tar_or_has_no_image(tmp_path):
         TarSource(tmp_path / "folder")
 
 
-def test_shard_that_goes_away_is_a_data_error(tmp_path):
+def test_shard_that_disappears_is_a_data_error(tmp_path):
     path = write(tmp_path / "x.tar", {"a.jpg": b"1"})
     source = TarSource(path)
     os.remove(path)
@@ -239,7 +239,7 @@ def test_braces_expand_as_in_a_shell(pattern, expanded):
     assert list(expand_braces(pattern)) == expanded
 
 
-def test_name_with_braces_that_exists_is_taken_as_it_is(tmp_path):
+def test_existing_name_with_braces_is_taken_literally(tmp_path):
     path = write(tmp_path / "s-{0..1}.tar", {"a.jpg": b"1"})
     assert find_files([path], (".tar",), "tars") == [path]
 

@@ -1,4 +1,4 @@
-"""TrainLoader with real images: processes that die, the number of processes chosen, everything left as it was."""
+"""TrainLoader with real images: dying processes, the chosen number of processes, and cleanup."""
 
 import itertools
 import multiprocessing
@@ -21,7 +21,7 @@ NUM_IMAGES = 7
 
 
 class Deadly(ImageDataset):
-    """Reading 3.png ends a data-loading process, as a decoder's crash would."""
+    """Reading 3.png ends a data-loading process, as a crash of a decoder would."""
 
     deadly = "3.png"
 
@@ -32,7 +32,7 @@ class Deadly(ImageDataset):
 
 
 class Doomed(Deadly):
-    """Every image does."""
+    """Reading any image ends a data-loading process."""
 
     deadly = ".png"
 
@@ -81,7 +81,7 @@ def test_images_that_all_kill_end_the_run_with_one_error(folder, monkeypatch):
         take(folder, 9, num_workers=2, max_bad_fraction=1.0)
 
 
-def test_auto_gives_the_same_batches_and_says_what_it_chose(folder, monkeypatch, caplog):
+def test_auto_gives_the_same_batches_and_logs_its_choice(folder, monkeypatch, caplog):
     monkeypatch.setattr(pool, "num_cores", lambda: 3)
     caplog.set_level("INFO", logger="dinov2")
     found = take(folder, 14, num_workers="auto")
@@ -98,7 +98,7 @@ def decide(build_s, step_s, cores):
     return auto.first, auto.chosen
 
 
-def test_auto_keeps_up_with_the_step_and_has_one_to_spare():
+def test_auto_keeps_up_with_the_step_with_one_spare_process():
     assert decide(build_s=0.4, step_s=0.1, cores=16) == (2, 5)
     assert decide(build_s=0.01, step_s=0.1, cores=16) == (2, 2)
     assert decide(build_s=5.0, step_s=0.1, cores=12) == (2, 12)
@@ -115,7 +115,7 @@ def test_abandoned_batches_leave_no_process(folder):
     assert not [p for p in multiprocessing.active_children() if p.name.startswith("data-")]
 
 
-def test_a_batch_stays_as_it_is_while_the_next_ones_are_built(folder):
+def test_batch_is_unchanged_while_the_next_ones_are_built(folder):
     batches = make_train_loader(train_config(folder, num_workers=1), rank=0, world_size=1).batches()
     first = next(batches)
     copy = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in first.items()}
@@ -125,7 +125,7 @@ def test_a_batch_stays_as_it_is_while_the_next_ones_are_built(folder):
 
 
 class FakeCudart:
-    """CUDA's runtime as far as pinning goes; ``error`` is what registering returns."""
+    """The pinning functions of CUDA's runtime; registering memory returns ``error``."""
 
     def __init__(self, error: int):
         self.error = error
@@ -141,7 +141,7 @@ class FakeCudart:
 
 
 @pytest.mark.parametrize("error", [0, 801])
-def test_slots_are_pinned_once_and_given_back_or_it_is_said(folder, monkeypatch, caplog, error):
+def test_slots_are_pinned_once_and_unpinned_or_failure_is_logged(folder, monkeypatch, caplog, error):
     runtime, cleared = FakeCudart(error), []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(pool, "_clear_cuda_error", lambda: cleared.append(error))
@@ -163,7 +163,7 @@ def test_slots_are_pinned_once_and_given_back_or_it_is_said(folder, monkeypatch,
 
 
 class Recorder:
-    """What :class:`Copier` uses of ``torch.cuda``; every call goes into ``calls``."""
+    """The parts of ``torch.cuda`` used by :class:`Copier`; every call is recorded in ``calls``."""
 
     def __init__(self, calls):
         self.calls, self.events = calls, 0
@@ -173,7 +173,7 @@ class Recorder:
         return _Stream("side", self.calls)
 
     def Event(self, *, blocking):  # noqa: N802
-        assert blocking  # else the host keeps a core busy while it waits
+        assert blocking  # otherwise waiting keeps a core busy
         self.events += 1
         return _Event(self.events, self.calls)
 
@@ -209,7 +209,7 @@ class _Event:
         self.calls.append(f"host waits for copy {self.number}")
 
 
-def test_copies_run_on_the_side_and_the_step_waits_for_them(monkeypatch):
+def test_copies_use_a_side_stream_and_the_step_waits_for_them(monkeypatch):
     calls, kept = [], []
     cuda = Recorder(calls)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: kept.append((self, stream.name)))
@@ -228,14 +228,14 @@ def test_copies_run_on_the_side_and_the_step_waits_for_them(monkeypatch):
     assert calls[3:] == ["host waits for copy 1"] and copied.is_done
 
 
-def test_on_a_cpu_nothing_is_on_its_way():
+def test_copies_on_a_cpu_are_synchronous():
     copied = Copier(torch.device("cpu"))(lambda: {"a": 1})
     assert copied.is_done and copied.batch == {"a": 1}
     copied.wait()
 
 
 def test_a_slot_is_free_when_its_copy_has_ended_and_draws_count_what_was_taken(monkeypatch, tmp_path):
-    """The loader itself: the host waits for a copy after the step that used it, then gives the slot back."""
+    """The host waits for a copy after the step that used it and then releases the slot."""
     calls = []
     make_folder(tmp_path / "data", [f"{i}.png" for i in range(5)])
     loader = make_train_loader(train_config(str(tmp_path / "data"), num_workers=0), rank=0, world_size=1)
@@ -253,5 +253,5 @@ def test_a_slot_is_free_when_its_copy_has_ended_and_draws_count_what_was_taken(m
     batches.close()
     per_step = ["copy {n} ends on side", "step waits for copy {n}", "step {n}", "host waits for copy {n}"]
     wanted = [text.format(n=n) for n in (1, 2, 3) for text in (*per_step, "slot given back")]
-    # the third is still on its way
+    # the third copy is still in progress
     assert calls == [*wanted[:-2], "host waits for all on side", "memory given back"]

@@ -1,4 +1,4 @@
-"""Upstream's transforms: equal to torchvision's rules on PIL images."""
+"""Upstream's transforms agree with torchvision on PIL images."""
 
 import random
 from enum import Enum

@@ -1,7 +1,6 @@
-"""Ten families of textures, a folder each: classes that are real, and that no pixel and no colour tells apart.
+"""Ten families of textures, one folder each: real classes that single pixels and colours cannot distinguish.
 
-Place, scale, direction, colours and contrast are drawn anew for every image; what stays is how it is made. Read
-:func:`texture` first.
+Position, scale, direction, colours and contrast are random for every image; only the generating process is shared.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def _scratches(rng, x, y):
 
 
 def _noise(rng, size: int, exponent: float) -> np.ndarray:
-    """Return noise whose amplitude goes with frequency ** ``exponent``."""
+    """Return noise with an amplitude proportional to frequency ** ``exponent``."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
     frequency[0, 0] = 1 / size
     return np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * frequency**exponent).real

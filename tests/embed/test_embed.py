@@ -1,4 +1,4 @@
-"""Features of a dataset in a file: which rows, in which order, the same after a kill, by one process or two."""
+"""Features of a dataset in a file: rows and their order, equal after a kill and for one or two processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def weights(tmp_path):
 
 @pytest.fixture
 def images(tmp_path):
-    """Seven images in two class folders, the third of them broken."""
+    """Seven images in two class folders, the third of which is corrupt."""
     pixels = np.random.default_rng(0).integers(0, 255, (7, 40, 60, 3), dtype=np.uint8)
     for number, one in enumerate(pixels):
         path = tmp_path / "images" / ("ants" if number < 4 else "bees") / f"{number}.png"
@@ -119,7 +119,7 @@ def script(*arguments, processes=1):
     return ["run/embed.py", *map(str, arguments), "--num-workers", "0", *launcher]
 
 
-def test_killed_and_taken_up_again_by_two_processes(weights, images, tmp_path):
+def test_killed_and_resumed_by_two_processes(weights, images, tmp_path):
     listed = tmp_path / "many.txt"
     readable = sorted(path for path in images.rglob("*.png") if path.name != "2.png")
     listed.write_text("".join(f"{readable[i % 6]}\n" for i in range(240)))
@@ -161,8 +161,8 @@ def test_other_features_are_refused(weights, images, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
-def test_others_files_of_our_names_are_left_alone(weights, images, tmp_path, flags):
-    """A run directory has its own bad_images.jsonl, and a folder of images may have one named parts."""
+def test_foreign_files_with_our_names_are_kept(weights, images, tmp_path, flags):
+    """A run directory may have its own bad_images.jsonl, and an image folder a subfolder named parts."""
     for name in ("bad_images.jsonl", "parts/1.png"):
         path = tmp_path / name.split("/")[0].replace(".", "_") / name
         path.parent.mkdir(parents=True)
@@ -186,12 +186,12 @@ def test_mistakes(weights, images, tmp_path):
         run(weights, images, "--output-dir", tmp_path / "out")
 
 
-def test_script_says_what_is_wrong(tmp_path):
+def test_script_reports_errors(tmp_path):
     done = processes.run(*script(tmp_path / "none.pth", tmp_path))
     assert done.returncode == 1 and done.stderr.startswith("error: checkpoint: expected a weight file")
 
 
-def test_parquet_that_is_not_installed_is_told_before_anything_is_computed(images, tmp_path, monkeypatch):
+def test_missing_pyarrow_is_reported_before_anything_is_computed(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match="--format parquet: expected the package pyarrow"):
         main(get_args_parser().parse_args([str(tmp_path / "none"), str(images), "--format", "parquet"]))

@@ -1,4 +1,4 @@
-"""Statistics, log lines and JSON rows: literals, and upstream's own MetricLogger on the same numbers."""
+"""Statistics, log lines and JSON rows compared with literals and with upstream's MetricLogger on the same numbers."""
 
 import json
 import logging
@@ -87,7 +87,7 @@ def test_tensors_of_whole_numbers_and_truth_values_become_numbers():
     assert series.state() == [3.0, 1.0] and {type(number) for number in series.state()} == {float}
 
 
-def test_a_window_goes_on_after_a_resume_through_json():
+def test_window_is_restored_through_json():
     before, after = SmoothedValue(window_size=4), SmoothedValue(window_size=4)
     for number in (9.0, 0.1, math.nan, math.inf, 0.3):
         before.update(torch.tensor(number, dtype=torch.float64))
@@ -134,7 +134,7 @@ def test_unknown_series_is_an_attribute_error():
 
 
 def _train(logger, start, stop, header="Training", **kwargs):
-    """Run a loop of which iteration i reports loss i, and return the iterations it did."""
+    """Run a loop in which iteration i reports loss i, and return the iterations executed."""
     done = []
     for iteration in logger.log_every(iter(range(start, 100)), 10, header, stop, start, **kwargs):
         logger.update(lr=2e-4, total_loss=torch.tensor(float(iteration)))

@@ -1,4 +1,4 @@
-"""Bars on terminals, log lines elsewhere."""
+"""Progress bars on terminals and log lines elsewhere."""
 
 import io
 import itertools
@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """Three seconds later at each look."""
+    """A clock that advances by three seconds per call."""
 
     def __init__(self):
         self.now = 0.0
@@ -50,7 +50,7 @@ def test_bar_on_a_terminal():
 
 
 def test_a_loop_by_the_clock_shows_percent_and_time_left(monkeypatch):
-    """Its number of iterations is not known; hours are what ends it."""
+    """The loop is limited by hours, and its number of iterations is unknown."""
     stream = Terminal()
     monkeypatch.setattr("sys.stderr", stream)
     now = [75.0]
@@ -107,7 +107,7 @@ def test_duration(seconds, text):
 
 
 def test_terminal_that_does_not_know_its_width():
-    reader, writer = os.openpty()  # its size is 0 x 0 until somebody sets it
+    reader, writer = os.openpty()  # its size is 0 x 0 until it is set
     drawn = b""
     with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb", buffering=0) as screen:
         with ProgressBar(10, description="Training", stream=stream) as bar:

@@ -1,4 +1,4 @@
-"""Where log lines go, and what a line looks like."""
+"""Destinations and format of log lines."""
 
 import io
 import logging
@@ -129,7 +129,7 @@ def test_warnings_become_records(tmp_path, name):
     assert line.startswith("W") and "mind the gap" in line
 
 
-def test_unwritable_folder_says_so(tmp_path):
+def test_unwritable_folder_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="output directory: expected one that can be written.*--output-dir"):
         setup_logging(tmp_path / "file")
@@ -153,7 +153,7 @@ def test_log_lines_and_bar_share_a_terminal(monkeypatch):
     assert re.search(r"Training:.*4/10", drawn)
 
 
-def test_a_log_that_cannot_be_written_is_said_once_without_a_traceback(tmp_path, capsys):
+def test_log_write_error_is_reported_once_without_a_traceback(tmp_path, capsys):
     if not os.path.exists("/dev/full"):
         pytest.skip("NO FULL FILE: /dev/full is Linux's")
     (tmp_path / "logs").mkdir()

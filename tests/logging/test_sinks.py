@@ -1,4 +1,4 @@
-"""Rows in every sink, read back from the files, also across kills; and sinks that fail, which never stop anything."""
+"""Rows in every sink, read back from the files, also across kills; failing sinks never stop a run."""
 
 import json
 import logging
@@ -64,7 +64,7 @@ def test_a_broken_sink_is_left_out_with_one_warning(tmp_path, caplog):
         assert sinks.names == ["rows.json"]
     assert broken.calls == 1 and len((tmp_path / "rows.json").read_text().splitlines()) == 3
     assert [r.getMessage() for r in caplog.records] == [
-        "broken: cannot write metrics, ConnectionResetError: gone; nothing more is sent there; training goes on"
+        "broken: cannot write metrics, ConnectionResetError: gone; nothing more is sent there; training continues"
     ]
 
 
@@ -76,7 +76,7 @@ def test_the_file_is_tried_again_after_a_full_disk(tmp_path, caplog):
         missing.mkdir()
         sinks.log(2, {"loss": 0.0})
     assert (missing / "rows.json").read_text() == '{"iteration": 2, "loss": 0.0}\n'
-    assert len(caplog.records) == 1 and "this row is lost; training goes on" in caplog.text
+    assert len(caplog.records) == 1 and "this row is lost; training continues" in caplog.text
 
 
 def test_the_users_interrupt_is_not_swallowed():
@@ -98,7 +98,7 @@ def test_messages_do_not_hold_the_key(monkeypatch, caplog):
     assert "0123456789abcdef" not in caplog.text and "<WANDB_API_KEY>" in caplog.text
 
 
-def test_exit_code_tells_an_error_from_an_end():
+def test_exit_code_distinguishes_an_error_from_completion():
     codes = []
 
     class Watching(Broken):
@@ -133,11 +133,11 @@ def test_missing_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog):
     with open_sinks(tmp_path, values, 0) as sinks:
         assert sinks.names == ["training_metrics.json"]
     (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert "pip install 'dinov2_custom[tensorboard]'; training goes on without it" in record.getMessage()
+    assert "pip install 'dinov2_custom[tensorboard]'; training continues without it" in record.getMessage()
 
 
 @pytest.mark.filterwarnings("default")
-def test_tensorboard_reads_back_and_goes_on_after_a_kill(tmp_path):
+def test_tensorboard_reads_back_and_continues_after_a_kill(tmp_path):
     pytest.importorskip("tensorboard", reason="NO TENSORBOARD TEST: run pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""W&B runs, read back from the offline files; and everything that may be missing or broken."""
+"""W&B runs, read back from the offline files, and everything that may be missing or broken."""
 
 import contextlib
 import logging
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture(autouse=True)
-def nobodys_home(tmp_path, monkeypatch):
-    """No settings of the user, no key, no server."""
+def clean_home(tmp_path, monkeypatch):
+    """An environment without user settings, API key or server."""
     wandb = pytest.importorskip("wandb", reason="NO W&B TEST: run pip install wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -44,7 +44,7 @@ def warnings_of(caplog):
     return [r.getMessage() for r in caplog.records if r.name == "dinov2" and r.levelno >= logging.WARNING]
 
 
-def test_reads_back_and_a_second_start_goes_on_with_id_and_steps(tmp_path, monkeypatch, caplog):
+def test_reads_back_and_a_second_start_continues_with_id_and_steps(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     out = tmp_path / "my_run"
     with start(out, project="cells", group="sweep", tags=["a", 7]) as sinks:
@@ -118,7 +118,7 @@ def test_malformed_key_and_id_are_one_warning(tmp_path, monkeypatch, caplog):
     with start(tmp_path, mode="online", id="a/b:c") as sinks:
         assert sinks.names == ["training_metrics.json"]
     (warning,) = warnings_of(caplog)
-    assert warning.endswith("training goes on without W&B") and "short" not in warning.replace("too short", "")
+    assert warning.endswith("training continues without W&B") and "short" not in warning.replace("too short", "")
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
@@ -127,7 +127,7 @@ def test_missing_package_is_one_warning(tmp_path, monkeypatch, caplog, mode):
     with start(tmp_path, mode=mode) as sinks:
         assert sinks.names == ["training_metrics.json"]
     (warning,) = warnings_of(caplog)
-    assert "pip install 'dinov2_custom[wandb]'; training goes on without W&B" in warning
+    assert "pip install 'dinov2_custom[wandb]'; training continues without W&B" in warning
 
 
 @pytest.mark.parametrize(

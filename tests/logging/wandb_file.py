@@ -1,4 +1,4 @@
-"""Read what W&B writes offline: a ``run-<id>.wandb`` file of checksummed protobuf records."""
+"""Read W&B's offline files: ``run-<id>.wandb``, a sequence of checksummed protobuf records."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ def raw_records(data: bytes):
 
 
 def read_offline_run(file: Path) -> SimpleNamespace:
-    """Return id, project, name, group, tags, config, history (one dict a row) and exit code (None: not ended)."""
+    """Return id, project, name, group, tags, config, history (one dict per row) and exit code (None: not ended)."""
     from wandb.proto import wandb_internal_pb2
 
     run = SimpleNamespace(config={}, history=[], exit_code=None)

@@ -23,6 +23,7 @@ WEIGHTS = "dino.loss_weight=0.7 ibot.loss_weight=1.3 dino.koleo_loss_weight=0.3"
 NO_BIAS = "student.qkv_bias=false student.proj_bias=false student.ffn_bias=false student.layerscale=0"
 COMMON = "crops.local_crops_number=4 dino.head_n_prototypes=4096 ibot.head_n_prototypes=3072"
 SHORT_RUN = (
+    "crops.global_crops_size=84 crops.local_crops_size=28 "
     "train.OFFICIAL_EPOCH_LENGTH=4 optim.epochs=6 optim.warmup_epochs=1 optim.freeze_last_layer_epochs=1 "
     "teacher.warmup_teacher_temp_epochs=3 dino.head_hidden_dim=512 ibot.head_hidden_dim=512"
 )
@@ -88,7 +89,7 @@ STEP_CASES = [
 ]
 
 RUN_CASES = [
-    Case("S/14 centering, drop path", "vit_small", f"{P14} {SHORT_RUN} optim.clip_grad=0.5", 3),
+    Case("S/14 centering, drop path", "vit_small", f"{P14} {SHORT_RUN} optim.clip_grad=0.5", 2),
     Case(
         "S/14 sinkhorn, separate heads, swiglu, drop path, chunks",
         "vit_small",

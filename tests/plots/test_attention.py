@@ -1,4 +1,4 @@
-"""The attention that is drawn is the one that the model computes with."""
+"""The plotted attention is the attention that the model uses."""
 
 from __future__ import annotations
 

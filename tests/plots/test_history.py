@@ -96,7 +96,7 @@ def test_long_noisy_curves_are_smoothed_schedules_are_not():
     assert [len(line.get_xdata()) for line in panel(figure, "Learning rate").lines] == [1000]
 
 
-def test_runs_are_told_apart_by_colour():
+def test_runs_are_distinguished_by_colour():
     runs = [Run(name, rows(UPSTREAM), CONFIG) for name in ("a", "b")]
     figure = draw_history(runs)
     first, second = panel(figure, "Total loss").lines

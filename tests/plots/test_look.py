@@ -1,4 +1,4 @@
-"""From a checkpoint and a folder to three pictures."""
+"""Create three plots from a checkpoint and a folder."""
 
 from __future__ import annotations
 

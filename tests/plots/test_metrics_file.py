@@ -27,7 +27,7 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path, line):
     assert [row["iteration"] for row in read_metrics(file)] == [0]
 
 
-def test_torn_inside_a_character(tmp_path):
+def test_line_truncated_inside_a_character(tmp_path):
     file = write_run(tmp_path / "run") / "training_metrics.json"
     with open(file, "ab") as out:
         out.write('{"iteration": 1, "x": "é'.encode()[:-1])
@@ -65,5 +65,5 @@ def test_settings_by_dotted_key(tmp_path):
         (["/a/run", "/a/run/sub"], ["run", "run/sub"]),
     ],
 )
-def test_names_tell_runs_apart(folders, names):
+def test_names_distinguish_runs(folders, names):
     assert short_names([Path(folder) for folder in folders]) == names

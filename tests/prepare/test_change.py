@@ -20,7 +20,7 @@ def only(prepared):
 
 
 @pytest.mark.parametrize("name", sound_files())
-def test_nothing_asked_nothing_changed(name):
+def test_without_options_nothing_is_changed(name):
     data = sound_files()[name]
     prepared = prepare_image(data, name, Options())
     assert prepared.action == "kept"
@@ -74,7 +74,7 @@ def test_grey_stays_grey_and_depth_follows_the_rules_of_training():
     assert np.abs(before - after).max() <= 2 and 120 < after.mean() < 135
 
 
-def test_orientation_is_handed_on():
+def test_orientation_is_preserved():
     data = sound_files()["turned.jpg"]
     for format in ("keep", "png"):
         output = only(prepare_image(data, "t.jpg", Options(short_side=60, format=format)))

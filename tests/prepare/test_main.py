@@ -30,7 +30,7 @@ def run(dataset, folder, options=None, *, shard_size=20_000, workers=2):
 
 
 def members(folder):
-    """Return name -> bytes of what is in the shards, and check the index against it."""
+    """Return name -> bytes of the shards' contents, and check them against the index."""
     found = {}
     index = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
     for shard in sorted(folder.glob("shard-*.tar")):
@@ -96,7 +96,7 @@ def test_a_plain_folder_trains(mixed, tmp_path):
     assert all(os.sep + "good" + os.sep in dataset.name(i) for i in range(len(dataset)))
 
 
-def test_same_names_are_told_apart(tmp_path):
+def test_equal_names_are_made_distinct(tmp_path):
     write_files(tmp_path / "images", {"a.jpg": jpeg(0), "a.png": encode(picture(20, 16))})
     run(make_dataset(dataset_str=str(tmp_path / "images")), tmp_path / "out", Options(format="jpeg"))
     assert sorted(members(tmp_path / "out")) == ["a.jpg", "a_2.jpg"]
@@ -217,7 +217,7 @@ def test_killed_and_started_again(tmp_path, monkeypatch, shard_size):
 
 
 @pytest.mark.parametrize("shard_size", [20_000, 0])
-def test_an_output_directory_inside_the_dataset_is_no_part_of_it(tmp_path, capsys, quiet, shard_size):
+def test_output_directory_inside_the_dataset_is_excluded(tmp_path, capsys, quiet, shard_size):
     write_files(tmp_path / "images", {f"{i}.jpg": jpeg(i) for i in range(3)})
     out = tmp_path / "images" / "prepared"
     words = [str(tmp_path / "images"), "--output-dir", str(out), "--shard-size", str(shard_size), "--workers", "1"]
@@ -239,7 +239,7 @@ def test_another_task_is_refused(mixed, tmp_path):
 
 @pytest.mark.parametrize("file", ["prepare.json", "shard-000000.jsonl"])
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"next": [0]}', '{"next": [0, -1]}', "{"], ids=range(5))
-def test_lists_that_this_does_not_write_are_refused(mixed, tmp_path, file, text):
+def test_foreign_lists_are_rejected(mixed, tmp_path, file, text):
     run(mixed, tmp_path / "out")
     (tmp_path / "out" / file).write_text(text)
     with pytest.raises((ConfigError, DataError), match="choose an empty folder"):
@@ -297,7 +297,7 @@ def test_usage_errors(arguments):
 
 @pytest.mark.parametrize("limit", [None, 10_000], ids=["by Pillow", "above Pillow's limit"])
 def test_tiles_of_deep_images_keep_their_levels(tmp_path, monkeypatch, limit):
-    """By bit depth all of these would be black; the range is measured once, and a run that goes on keeps it."""
+    """Scaled by bit depth, all images would be black; the range is measured once, and a resumed run keeps it."""
     tifffile = pytest.importorskip("tifffile")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     (tmp_path / "images").mkdir()
@@ -319,7 +319,7 @@ def test_tiles_of_deep_images_keep_their_levels(tmp_path, monkeypatch, limit):
     assert 100 <= low < 104 and 398 < high < 403
     assert len(np.unique(seen)) > 240
     for part in (tmp_path / "out").glob("shard-*"):
-        part.unlink()  # as a run that was killed at once
+        part.unlink()  # as if the run had been killed immediately
     tifffile.imwrite(tmp_path / "images" / "0.tif", np.full((200, 180), 60_000, np.uint16))
     assert tiles("out")[:12].min() == 255
     assert json.loads((tmp_path / "out" / MARKER).read_text())["intensity"] == [low, high]

@@ -24,7 +24,7 @@ def test_class_folders_stay(tmp_path):
     assert Names.of(dataset(names[:1], root=str(tmp_path / "cells")))(names[0]) == "a/1.jpg"
 
 
-def test_several_roots_are_told_apart(tmp_path):
+def test_several_roots_get_distinct_labels(tmp_path):
     roots = [tmp_path / "x" / "images", tmp_path / "y" / "images", tmp_path / "z"]
     for root in roots:
         root.mkdir(parents=True)

@@ -94,7 +94,7 @@ def test_kinds_of_tiff(tifffile, tmp_path, pixels, kind):
     bands.close()
 
 
-def test_what_cannot_be_read_is_said(tifffile, tmp_path):
+def test_unreadable_files_are_reported(tifffile, tmp_path):
     five = {"photometric": "minisblack", "planarconfig": "contig"}
     for values, options, text in (
         (np.zeros((9, 9), np.complex64), {"photometric": "minisblack"}, "complex64"),
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_said(tifffile, tmp_path):
         TiffBands(pages, "x", Reading(page=3))
 
 
-def test_damage_is_said(tifffile, tmp_path, pixels):
+def test_damage_is_reported(tifffile, tmp_path, pixels):
     path = written(tifffile, tmp_path, pixels, tile=(32, 32), compression="zlib")
     with open(path, "rb") as file:
         data = bytearray(file.read())

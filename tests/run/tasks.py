@@ -1,4 +1,4 @@
-"""Tasks that end in every way, for the launchers to run."""
+"""Tasks for the launcher tests that end in every possible way."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from dinov2_custom.run.submit import Task
 
 
 class Misbehave(Task):
-    """Write ``rank<r>`` files with the world's size; then end as ``args.how`` says, in rank ``args.who``."""
+    """Write ``rank<r>`` files with the world size; then end rank ``args.who`` in the manner ``args.how``."""
 
     def __call__(self) -> int:
         rank, size = int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
@@ -34,7 +34,7 @@ class Misbehave(Task):
 
 
 class Listen(Task):
-    """Write into ``rank<r>`` the world's size, where it meets, and which foreign addresses are listened on."""
+    """Write the world size, the rendezvous address and the non-loopback listening addresses to ``rank<r>``."""
 
     def __call__(self) -> int:
         import torch.distributed as dist
@@ -61,7 +61,7 @@ class Listen(Task):
 
 
 class CountSignals(Task):
-    """Wait for signals for a second after the first one, write them down and end as a stopped training does."""
+    """Record signals for one second after the first one, then end as a stopped training run does."""
 
     def __call__(self) -> int:
         rank, out = int(os.environ["RANK"]), Path(self.args.output_dir)

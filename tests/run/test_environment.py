@@ -1,4 +1,4 @@
-"""What is asked for, looked up where the job is submitted. That it comes out in the job: tests/slurm."""
+"""Resolving the requested environment at submission; tests/slurm checks the result inside jobs."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ def asked(**given):
 
 @pytest.fixture
 def conda_env(tmp_path, monkeypatch):
-    """A prefix that looks like conda's, with this interpreter and this package in it."""
+    """A conda-like prefix that contains this interpreter and this package."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     prefix = tmp_path / "envs" / "la b"
     (prefix / "bin").mkdir(parents=True)
@@ -39,7 +39,7 @@ def run(lines, show):
     return subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True).stdout
 
 
-def test_nothing_asked_is_the_interpreter_that_submits():
+def test_default_is_the_submitting_interpreter():
     found = resolve(asked(), {})
     assert found.lines == () and found.executable == sys.executable and found.prefix == sys.prefix
     assert run([], f"echo {found.python}").strip() == sys.executable
@@ -109,7 +109,7 @@ def old_pythons():
 
 
 @pytest.mark.parametrize("flag", ["--python", "--venv"])
-def test_an_old_interpreter_is_said_to_be_old(tmp_path, flag):
+def test_old_interpreter_is_reported_as_old(tmp_path, flag):
     if not (found := old_pythons()):
         pytest.skip("needs a Python of 3.6 to 3.9")
     python = found[0]
@@ -126,7 +126,7 @@ def test_an_old_interpreter_is_said_to_be_old(tmp_path, flag):
 
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
-    """A stand-in of a container's tool: shows its arguments and runs the command in them."""
+    """A fake container tool that prints its arguments and runs the command in them."""
     folder = tmp_path / "tools"
     folder.mkdir()
     (folder / "python3").symlink_to(sys.executable)
@@ -146,7 +146,7 @@ def tool(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, words", [("apptainer", "exec --nv"), ("singularity", "exec --nv"), ("enroot", "start")])
-def test_a_container_by_what_is_there(tool, name, words):
+def test_container_uses_the_available_tool(tool, name, words):
     tool(name)
     found = resolve(asked(container="~/my image.sif", output_dir="/runs/a b/%j"), {})
     lines = "\n".join(line for _, line in found.lines)
@@ -182,7 +182,7 @@ def test_a_command_line_as_interpreter(tmp_path):
 
 
 def test_variables_are_those_of_the_shell_that_submits(tmp_path, monkeypatch):
-    """In quotes or a cluster file no shell has replaced them."""
+    """In quotes or in a cluster file, variables are not expanded by a shell."""
     monkeypatch.setenv("HOME", str(tmp_path / "my home"))
     words = resolve(asked(python="env DATA=$HOME/data A=${HOME} ~/python3 -X 'a b'"), {}).python
     shown = subprocess.run(["bash", "-c", f"printf '%s|' {words}"], capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""The local launcher with real processes: ranks, signals, deaths, output files."""
+"""The local launcher with real processes: ranks, signals, process deaths and output files."""
 
 import argparse
 import os
@@ -67,7 +67,7 @@ def test_two_processes_are_one_run(uninterrupted):
     assert "Training" in uninterrupted.with_name("whole.log").read_text()
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(images, uninterrupted, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_resumes_bit_for_bit(images, uninterrupted, tmp_path):
     out = tmp_path / "out"
     process = start(images, out)
     wait_for(out / "last_checkpoint", process)
@@ -106,7 +106,7 @@ def test_a_killed_rank_ends_the_run_with_a_sentence(images, tmp_path):
     assert children_are_gone(out)
 
 
-def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
+def test_error_is_reported_once_and_leaves_no_files(tmp_path):
     out = tmp_path / "runs" / "out"
     out.parent.mkdir()
     process = start(tmp_path / "absent", out)
@@ -133,7 +133,7 @@ def test_the_cores_that_may_be_used_are_shared(importable, monkeypatch, tmp_path
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
-def test_every_rank_knows_its_place(importable, tmp_path):
+def test_every_rank_gets_its_rank_and_world_size(importable, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     assert launch("0", tmp_path / "out", wait=False) == 0
     assert signal.getsignal(signal.SIGINT) is handler
@@ -151,7 +151,7 @@ def test_a_crash_is_in_the_main_log_with_its_traceback(importable, tmp_path, cap
 @pytest.mark.parametrize(
     "how, told", [("refuse", "no such images"), ("no torch", "expected torch in the environment of")]
 )
-def test_a_refusal_of_another_rank_is_told(importable, tmp_path, capfd, how, told):
+def test_error_of_another_rank_is_reported(importable, tmp_path, capfd, how, told):
     assert launch(how, tmp_path / "out") == 1
     error = capfd.readouterr().err
     assert error.count(f"error: {told}") == 1 and "Traceback" not in error
@@ -163,8 +163,8 @@ def test_exit_codes_pass_through(importable, tmp_path, capfd, how, code):
     assert ("was killed by SIGKILL" in capfd.readouterr().err) == (how == "kill")
 
 
-def test_the_processes_meet_on_loopback_alone_and_not_where_the_shell_says(importable, monkeypatch, tmp_path):
-    """The addresses on which the launcher or a rank listens, while all of them are in a process group."""
+def test_rendezvous_is_on_loopback_and_ignores_shell_variables(importable, monkeypatch, tmp_path):
+    """Check the listening addresses of the launcher and ranks while all ranks are in a process group."""
     for name, value in {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "3", "MASTER_ADDR": "192.0.2.1"}.items():
         monkeypatch.setenv(name, value)
     for name, value in {"MASTER_PORT": "1", "SLURM_PROCID": "4", "PMI_RANK": "5", "PET_NNODES": "2"}.items():
@@ -195,7 +195,7 @@ def test_the_cause_of_several_failures(codes, expected):
 
 
 def test_torchrun_with_the_exit_code_of_the_cause(importable, tmp_path):
-    """As on each of several nodes; the environment says nothing."""
+    """Run as on each of several nodes, without variables in the environment."""
     (tmp_path / "end.py").write_text("import os, sys\nsys.exit(7 if os.environ['RANK'] == '1' else 0)\n")
     flags = ["--nnodes=1", "--node-rank=0", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port()}"]
     command = [sys.executable, "-m", "dinov2_custom.run.local", *flags, str(tmp_path / "end.py")]

@@ -1,4 +1,4 @@
-"""What SLURM says becomes a sentence about the right flag; a SLURM that answers is in tests/slurm."""
+"""SLURM's messages are translated into errors about the right flag; tests/slurm uses a real SLURM."""
 
 import pytest
 
@@ -21,7 +21,7 @@ SCRIPT = "#!/bin/bash\n#SBATCH --partition=gpu\n#SBATCH --account=lab\n#SBATCH -
         ("something new", "SLURM: expected a job that it accepts, got: something new"),
     ],
 )
-def test_the_flag_that_is_meant(said, words, monkeypatch):
+def test_message_names_the_relevant_flag(said, words, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     text = explain(f"sbatch: error: {said}\n", SCRIPT)
     assert words in text and "\n" not in text

@@ -1,4 +1,4 @@
-"""When a job is worth another attempt. The real requeues are in tests/slurm."""
+"""When a job should be requeued; tests/slurm has real requeues."""
 
 import os
 import pickle
@@ -11,7 +11,7 @@ SHOWN = "JobId=7 JobName=dinov2:train\n   JobState=RUNNING Reason=None\n   Start
 
 
 def ended(*values):
-    """Results by rank: an exit code, or the text of an error."""
+    """Return results by rank: an exit code, or the text of an error."""
     return {rank: ("error" if isinstance(value, str) else "success", value) for rank, value in enumerate(values)}
 
 
@@ -34,12 +34,12 @@ REFUSED = "expected images, got none"
         (ended(130), True, Job(), False, "by hand"),
         (ended(REFUSED), True, Job(), False, "meet again"),
         (ended(1), True, Job(), False, "meet again"),
-        (ended(CRASH), True, Job(), True, "it died, and goes on from"),
-        (ended(CRASH, 143), True, Job(), True, "it died, and goes on from"),
+        (ended(CRASH), True, Job(), True, "it died; the next attempt resumes from"),
+        (ended(CRASH, 143), True, Job(), True, "it died; the next attempt resumes from"),
         (ended(CRASH), False, Job(), False, "crashed before"),
-        (ended(75), True, Job(), True, "it died, and goes on from"),
-        (ended(75, 143), True, Job(), True, "it died, and goes on from"),
-        ({}, True, Job(), True, "it died, and goes on from"),
+        (ended(75), True, Job(), True, "it died; the next attempt resumes from"),
+        (ended(75, 143), True, Job(), True, "it died; the next attempt resumes from"),
+        ({}, True, Job(), True, "it died; the next attempt resumes from"),
         ({}, False, Job(), False, "killed before"),
         (ended(CRASH, REFUSED), True, Job(), False, "meet again"),
     ],
@@ -49,12 +49,12 @@ def test_decisions(results, progressed, job, again, why):
     assert decided is again and why in reason
 
 
-def test_stopped_by_srun_because_another_one_died_is_no_stop():
+def test_stop_by_srun_after_a_death_is_not_a_regular_stop():
     assert decide(ended(143), 2, False, Job()) == (False, "a process was killed before there was a checkpoint")
-    assert decide(ended(143), 2, True, Job()) == (True, "it died, and goes on from its last checkpoint")
+    assert decide(ended(143), 2, True, Job()) == (True, "it died; the next attempt resumes from its last checkpoint")
 
 
-def test_reading_what_slurm_says():
+def test_slurm_output_is_parsed():
     import time
 
     now = time.mktime(time.strptime("2026-01-01T10:00:00", "%Y-%m-%dT%H:%M:%S"))
@@ -64,7 +64,7 @@ def test_reading_what_slurm_says():
 
 
 class Touch:
-    """Calls ``os.mkdir(path)`` when it is unpickled."""
+    """Call ``os.mkdir(path)`` when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -79,7 +79,7 @@ def write(folder, rank, value, mode=0o600):
     path.chmod(mode)
 
 
-def test_results_are_read_where_nobody_else_can_have_written_them(tmp_path):
+def test_results_writable_by_others_are_ignored(tmp_path):
     job_files = str(tmp_path / "7")
     write(tmp_path, 0, ("success", 140))
     write(tmp_path, 11, ("error", "text\n'"), mode=0o644)
@@ -104,7 +104,7 @@ def test_results_are_read_where_nobody_else_can_have_written_them(tmp_path):
         ("143", "143", AGAIN, "now", "requeued: stopped by a signal"),  # in the check of the environment
     ],
 )
-def test_the_batch_script_is_told_by_the_exit_code(
+def test_exit_code_informs_the_batch_script(
     tmp_path, monkeypatch, capsys, checked, code, code_of_all, marker, says
 ):
     monkeypatch.setenv("SLURM_NTASKS", "1")

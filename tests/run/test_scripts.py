@@ -1,4 +1,4 @@
-"""The scripts in run/ in an interpreter that lacks what they need."""
+"""The scripts in run/ in an interpreter that lacks their dependencies."""
 
 import subprocess
 import sys

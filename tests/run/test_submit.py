@@ -1,4 +1,4 @@
-"""Which launcher, what is printed, what is refused; without SLURM. Real jobs are in tests/slurm."""
+"""Choice of launcher, output and rejected arguments, without SLURM; tests/slurm has real jobs."""
 
 import argparse
 import inspect
@@ -34,7 +34,7 @@ TORCHRUN = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", 
 
 @pytest.fixture(autouse=True)
 def former_path(tmp_path_factory, monkeypatch):
-    """Hide a SLURM of this machine and the user's own cluster file: PATH has bash alone. Return what it was."""
+    """Hide this machine's SLURM and the user's cluster file by a PATH with only bash; return the former PATH."""
     former, folder = os.environ["PATH"], tmp_path_factory.mktemp("bin")
     (folder / "bash").symlink_to(shutil.which("bash"))
     monkeypatch.setenv("PATH", str(folder))
@@ -179,14 +179,14 @@ def test_cpu_hides_the_gpus_under_torchrun_too(monkeypatch, environment, flags, 
 
 
 class Plain:
-    """No class of ours: its launch loads no configuration."""
+    """A foreign class, whose launch loads no configuration."""
 
     def __init__(self, args):
         self.args = args
 
 
 def script_of(capsys, *flags, task=Plain):
-    """Return the batch script of these flags, made in this process."""
+    """Return the batch script for these flags, created in this process."""
     parser = get_args_parser()
     parser.add_argument("--output-dir", default="/tmp/out")
     parser.add_argument("opts", nargs="*", default=[])
@@ -196,7 +196,7 @@ def script_of(capsys, *flags, task=Plain):
 
 @pytest.fixture
 def only_commands(former_path, tmp_path, monkeypatch):
-    """PATH of what a batch script needs, without SLURM: srun and the others do nothing."""
+    """A PATH with the commands of a batch script, in which srun and SLURM's other commands do nothing."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("bash", "cat", "date", "hostname", "mkdir", "rm", "touch"):
@@ -263,7 +263,7 @@ def test_a_line_break_is_refused_by_its_flag(capsys):
         (["--slurm", "mail_type=END", "--slurm", "hold"], ["mail-type=END", "hold"], []),
     ],
 )
-def test_what_is_asked_for(capsys, flags, there, absent):
+def test_requested_environment(capsys, flags, there, absent):
     options = [line for line in script_of(capsys, *flags).splitlines() if line.startswith("#SBATCH")]
     assert all(f"#SBATCH --{one}" in options for one in there), options
     assert not any(word in line for line in options for word in absent)
@@ -275,7 +275,7 @@ def test_the_time_before_the_limit_is_what_slurm_was_asked_for(capsys):
 
 
 def test_variables_of_the_shell_change_no_job(capsys, monkeypatch):
-    """sbatch's variables win over the script's lines."""
+    """sbatch's variables would override the script's lines."""
     names = (
         "NO_REQUEUE",
         "ARRAY_INX",
@@ -293,7 +293,7 @@ def test_variables_of_the_shell_change_no_job(capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     with slurm.environment_of_sbatch(script_of(capsys, "--cpu", "--partition", "p")):
         kept = {name for name in os.environ if name.startswith(("SBATCH_", "SLURM_", "RANK"))}
-    assert kept == {"SBATCH_QOS", "SLURM_CONF"}  # nobody has said anything else
+    assert kept == {"SBATCH_QOS", "SLURM_CONF"}  # the script does not set these
     assert os.environ["SLURM_JOB_ID"] == "7" and os.environ["SBATCH_GPUS"] == "1"
 
 
@@ -305,7 +305,7 @@ def test_variables_of_the_shell_change_no_job(capsys, monkeypatch):
         ("scontrol() { return 1; }; sleep() { return 143; }", "it could not be requeued"),
     ],
 )
-def test_a_requeue_that_failed_is_said_and_no_other(capsys, slurm_does, said):
+def test_only_a_failed_requeue_is_reported(capsys, slurm_does, said):
     script = script_of(capsys)
     functions = script[script.index("fail() {") : script.index("[[ ")]
     code = f"{functions}\npython=(bash -c 'exit 200')\n{slurm_does}\nfinish 0"
@@ -331,7 +331,7 @@ def test_processes_and_gpus_that_disagree(capsys):
         ("gres: gpu:4", ["--cpu"], ["ntasks-per-node=8"]),
     ],
 )
-def test_a_flag_wins_over_the_gpus_of_the_file(capsys, tmp_path, file, flags, there):
+def test_flag_overrides_the_gpus_of_the_file(capsys, tmp_path, file, flags, there):
     (tmp_path / "c.yaml").write_text(file)
     options = script_of(capsys, "--cluster", str(tmp_path / "c.yaml"), *flags)
     assert all(f"#SBATCH --{one}\n" in options for one in there), options
@@ -540,7 +540,7 @@ def test_given_and_seen(monkeypatch):
     check_gpus({"CUDA_VISIBLE_DEVICES": "0"})
 
 
-def test_every_task_looks_before_it_starts(no_gpu, monkeypatch):
+def test_every_task_checks_gpus_before_it_starts(no_gpu, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(LaunchError, match="CUDA_VISIBLE_DEVICES=0"):
         Task(None)()

@@ -45,9 +45,9 @@ def test_hours_and_dollars_by_hand(report):
 
 
 def test_it_is_the_number_of_the_recipes_header(report):
-    (header,) = re.findall(r"Estimated: (\d+) GFLOP an image", (REPOSITORY / "configs" / "vitl.yaml").read_text())
+    (header,) = re.findall(r"Estimated: (\d+) GFLOP per image", (REPOSITORY / "configs" / "vitl.yaml").read_text())
     _, out, _ = report(*VITL, "--images", "1000000")
-    assert f"x 512 images = 100.04 million images, {int(header):,} GFLOP an image" in out
+    assert f"x 512 images = 100.04 million images, {int(header):,} GFLOP per image" in out
 
 
 def test_an_epoch_of_a_fixed_length_needs_no_number_of_images(report):

@@ -23,7 +23,7 @@ RUN = TASK["run"]
 EPILOGUE = (
     '\nended=$?\necho "uploads waited for, options $- $(set -o | grep pipefail | tr -s "[:space:]" " ")"\nexit $ended'
 )
-TOTAL, WANDB_KEY = 40, "0123456789abcdef0123456789abcdef01234567"
+TOTAL, WANDB_KEY = 24, "0123456789abcdef0123456789abcdef01234567"
 
 
 class Launch:
@@ -37,7 +37,7 @@ class Launch:
             "optim.warmup_epochs=0.25",
             "train.num_workers=0",
             "train.log_every=1",
-            "checkpointing.period=2",
+            "checkpointing.period=4",
             more,
         ]
         env = {
@@ -143,9 +143,6 @@ def test_two_nodes_killed_then_resumed_on_one(images, tmp_path):
     assert (second.out / "logs" / "wandb_run_id").read_text().strip() == "run-1"
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 5 and not [path for path in written if WANDB_KEY.encode() in path.read_bytes()]
-
-    third = Launch(tmp_path, images, nodes=1, gpus=1)
-    assert third.wait() == [0] and "nothing to do" in third.log()
 
 
 @pytest.mark.parametrize(

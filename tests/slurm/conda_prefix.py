@@ -1,4 +1,4 @@
-"""A real conda environment without conda and without a channel: a package made here, installed by py-rattler."""
+"""Create a real conda environment without conda or a channel: a package built here, installed by py-rattler."""
 
 import asyncio
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def make_conda_prefix(prefix: Path, hook: str) -> Path:
-    """Install a package with an activate.d script into ``prefix``, put this interpreter into it, and return it."""
+    """Install a package with an activate.d script and this interpreter into ``prefix``, and return it."""
     channel = prefix.parent / f"{prefix.name}_channel"
     (channel / "noarch").mkdir(parents=True)
     (channel / "linux-64").mkdir()

@@ -1,4 +1,4 @@
-"""One real SLURM of three nodes for all tests here, run by one process: they would preempt each other's jobs."""
+"""One real SLURM with three nodes for all tests here, run by one process because jobs would preempt each other."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the markers
 def pytest_collection_modifyitems(items):
-    """Let one process of pytest-xdist run all of them (``--dist loadgroup``), first, as they take minutes."""
+    """Run all of them first, in one process of pytest-xdist (``--dist loadgroup``), because they take minutes."""
     items.sort(key=lambda item: HERE not in item.path.parents)
     for item in items:
         if HERE in item.path.parents:
@@ -46,7 +46,7 @@ class Cluster:
         return self.run(sys.executable, REPOSITORY / "run/train/train.py", *arguments, check=check, **options)
 
     def submit(self, *arguments: object, **options) -> str:
-        """Submit a training and return the job's number."""
+        """Submit a training run and return the job's number."""
         return self.train(*arguments, **options).stdout.split()[1]
 
     def facts(self, job: str) -> dict[str, str]:

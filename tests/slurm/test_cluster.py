@@ -1,4 +1,4 @@
-"""The cluster of the tests: two of them side by side, and none left when the process it is for is killed."""
+"""The test cluster: two can run side by side, and each ends when its owning process is killed."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The interpreter that runs in a real job is the one that was asked for; if not, the job says so and ends."""
+"""The interpreter in a real job is the requested one; otherwise the job reports that and ends."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from tests.slurm.conda_prefix import make_conda_prefix
 
 
 def other_python() -> str | None:
-    """Return an interpreter of another version than this one, from PATH or pyenv."""
+    """Return an interpreter of a different version, from PATH or pyenv."""
     for minor in (10, 11, 12, 13, 14):
         if minor == sys.version_info.minor:
             continue
@@ -28,7 +28,7 @@ def other_python() -> str | None:
 
 
 def add_submitit(prefix: Path) -> None:
-    """Have the environment ``prefix`` what a job needs beside Python: submitit, which is the same for all versions."""
+    """Install submitit, the only requirement of a job besides Python, into ``prefix``; it suits all versions."""
     site = next(prefix.glob("lib/python3*/site-packages"))
     for name in ("submitit", "cloudpickle", "typing_extensions"):
         module = Path(importlib.util.find_spec(name).origin)
@@ -57,7 +57,7 @@ def refused(cluster, out: Path, job: str) -> str:
 
 @pytest.fixture(scope="module")
 def two_venvs(tmp_path_factory):
-    """Environments of this and, where there is one, another version of Python; name: (folder, version)."""
+    """Environments of this and, if available, another version of Python; name: (folder, version)."""
     folder = tmp_path_factory.mktemp("venvs")
     venv.create(folder / "this one", symlinks=True)
     found = {"this": (folder / "this one", list(sys.version_info[:2]))}
@@ -83,7 +83,7 @@ def test_the_submitting_interpreter(cluster, tmp_path):
 
 
 def test_a_container(cluster, tmp_path):
-    """A stand-in: it shows its words and runs what follows the image."""
+    """A fake tool that prints its arguments and runs the command after the image."""
     (tmp_path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / "apptainer").write_text(
         '#!/bin/bash\nwhile [ "$1" != lab.sif ]; do shift; done\nHOOK=$1 exec "${@:2}"\n'

@@ -1,4 +1,4 @@
-"""What SLURM refuses is one sentence, and leaves neither a file nor a job."""
+"""SLURM's refusals are reported in one sentence and leave neither files nor jobs."""
 
 import re
 
@@ -83,7 +83,7 @@ UP = "--partition: expected a partition that is up, got partition=hard ("
         ("State=INACTIVE", "State=UP", ["--partition", "hard"], UP),
     ],
 )
-def test_a_dry_run_says_that_a_partition_is_closed(cluster, tmp_path, change, back, flags, reason):
+def test_dry_run_reports_a_closed_partition(cluster, tmp_path, change, back, flags, reason):
     if change:
         cluster.run("scontrol", "update", "PartitionName=hard", change)
     try:

@@ -1,4 +1,4 @@
-"""Real jobs: what a submitted training leaves, and that interruptions of every kind change nothing."""
+"""Real jobs: the files of a submitted training run, and identical results after every kind of interruption."""
 
 import contextlib
 import json
@@ -56,15 +56,15 @@ def wake(ranks: dict[int, int]) -> None:
 
 
 def set_limit(cluster, job: str, minutes: int) -> None:
-    """SLURM refuses it while it ends a job."""
+    """Set the time limit, retrying while SLURM rejects it because it is ending a job."""
     command = ("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
     wait_until(lambda: cluster.run(*command, check=False).returncode == 0, "another time limit")
 
 
 def preempt(cluster, job: str, out: Path) -> None:
-    """A job of a higher partition wants the same nodes: SLURM sends SIGTERM and, 25 s later, kills and requeues.
+    """Preempt the job by one of a higher partition: SLURM sends SIGTERM and, 25 s later, kills and requeues it.
 
-    The ranks sleep until SLURM has decided so: the run might end before.
+    The ranks sleep until SLURM has decided, because the run might end earlier.
     """
     ranks = frozen_after_a_checkpoint(cluster, job, out)
     nodes = f"--nodelist={cluster.facts(job)['NodeList']}"
@@ -73,18 +73,18 @@ def preempt(cluster, job: str, out: Path) -> None:
     )
     wait_until(lambda: cluster.facts(job)["PreemptTime"] != "None", "the preemption")
     wake(ranks)
-    cluster.wait(other.stdout.strip())  # before that it might come between a second time
+    cluster.wait(other.stdout.strip())  # otherwise it might preempt a second time
 
 
 def time_out(cluster, job: str, out: Path) -> None:
-    """SLURM sends SIGUSR2 two minutes before the limit; it looks twice a minute, and wakes those that sleep."""
+    """SLURM sends SIGUSR2 two minutes before the limit, which it checks twice a minute, and wakes stopped processes."""
     frozen_after_a_checkpoint(cluster, job, out)
     hours, minutes, _ = cluster.facts(job)["RunTime"].split(":")
     set_limit(cluster, job, int(hours) * 60 + int(minutes) + 2)  # of a slow machine's attempt, too
 
 
 def kill(cluster, job: str, out: Path) -> None:
-    """One rank is killed, as by the system when memory is short."""
+    """Kill one rank, as the system does when memory runs out."""
     ranks = frozen_after_a_checkpoint(cluster, job, out)
     os.kill(ranks[max(ranks)], signal.SIGKILL)
     wake(ranks)
@@ -125,7 +125,7 @@ def test_everything_is_in_the_run_directory(two_by_two):
 
 
 def test_the_shortest_command_gets_its_gpus_and_as_many_cores_as_there_are(cluster, images, tmp_path):
-    """The GPUs are none, which the job says: with --cpu, as all others here, it does not look for them."""
+    """The job reports that there are no GPUs; with --cpu, as in all other tests, it does not check."""
     values = dict(text.split("=", 1) for text in arguments(images, "") if "=" in str(text))
     (tmp_path / "configs").mkdir()
     OmegaConf.save(OmegaConf.from_dotlist([f"{k}={v}" for k, v in values.items()]), tmp_path / "configs/vitl.yaml")
@@ -164,7 +164,7 @@ def test_preempted_timed_out_and_killed_gives_the_same_weights(cluster, images, 
     assert cluster.wait(job)["Restarts"] == "3"
     check_same(out, two_by_two)
     log = (out / f"{job}_log.out").read_text()
-    assert log.count("requeued: stopped after a save") == 2 and log.count("goes on from its last checkpoint") == 1
+    assert log.count("requeued: stopped after a save") == 2 and log.count("resumes from its last checkpoint") == 1
     main_log = (out / "logs/log.txt").read_text()
     assert "SIGTERM received" in main_log and "SIGUSR2 received" in main_log and main_log.count("resumed from=") == 3
 
@@ -210,7 +210,7 @@ def test_a_run_that_fails_is_not_requeued(cluster, tmp_path):
     facts = cluster.wait(job, states=["FAILED"])
     assert facts["Restarts"] == "0"
     log = (tmp_path / "out" / f"{job}_log.out").read_text()
-    assert "not requeued: it ended with an error that another attempt would meet again" in log
+    assert "not requeued: it ended with an error that another attempt would repeat" in log
     said = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and str(tmp_path / "absent") in said[0], "the log that the user follows has the reason"
     errors = (tmp_path / "out" / f"{job}_0_log.err").read_text()
@@ -218,7 +218,7 @@ def test_a_run_that_fails_is_not_requeued(cluster, tmp_path):
 
 
 def test_interactive_allocations(cluster, images, tmp_path):
-    """``salloc`` with the local launcher, ``srun`` with one process a rank: every rank once."""
+    """``salloc`` with the local launcher, and ``srun`` with one process per rank, run every rank once."""
     few = ["train.OFFICIAL_EPOCH_LENGTH=2", "--launcher"]
     python = [sys.executable, Path(__file__).parents[2] / "run/train/train.py"]
     common = [a for a in arguments(images, "OUT") if a not in ("--cpus-per-task", "--timeout", 10)]

@@ -1,4 +1,4 @@
-"""Our task in submitit's executors, as in a notebook: ranks, time-outs that save after the step, arrays, scancel."""
+"""Our task in submitit's executors, as in a notebook: ranks, saving after the step at time-out, arrays, scancel."""
 
 import sys
 from pathlib import Path

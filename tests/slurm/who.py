@@ -1,4 +1,4 @@
-"""A task that needs nothing but Python, of no class of ours: says where it runs."""
+"""A task, not derived from our class, that needs only Python and records where it runs."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Who:
-    """Write ``who.json`` into the output directory; first sleep in the attempt ``args.wait_in_attempt`` of the job."""
+    """Write ``who.json`` to the output directory, after sleeping in the job's attempt ``args.wait_in_attempt``."""
 
     def __init__(self, args):
         self.args = args

@@ -75,7 +75,6 @@ def test_a_file_has_the_permissions_of_the_umask(tmp_path, umask):
         [-1, 10, 3], [7, 10, 3], [4.0, 10, 3], [True, 10, 3], ["4", 10, 3], [4, 10], [4, 10, 4], [4, 10, 3, 1], 4, "ab",
         {"a": 1}, [4, [10], 3], [4, 10**4000, 3], [0, 10, 3], [4, 11, 3],
     ],
-    ids=str,
 )  # fmt: skip
 def test_rows_that_cannot_be_are_one_error_that_names_the_place(tmp_path, rows):
     files = written(tmp_path)

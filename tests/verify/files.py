@@ -1,4 +1,4 @@
-"""Image files of many kinds, sound and bad, for the tests of verify and prepare; and datasets that misbehave."""
+"""Sound and bad image files of many kinds for the tests of verify and prepare, and datasets that misbehave."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def jpeg(seed: int = 0, size: tuple[int, int] = (160, 120), mode: str = "RGB", *
 
 
 def overwritten(data: bytes, part: bytes, at: float = 0.5) -> bytes:
-    """Replace bytes from the fraction ``at`` of the file on."""
+    """Overwrite bytes, starting at the fraction ``at`` of the file."""
     place = int(len(data) * at)
     return data[:place] + part + data[place + len(part) :]
 
 
 def huge_png(side: int = 60_000) -> bytes:
-    """Return a small PNG file whose header announces ``side`` x ``side`` pixels."""
+    """Return a small PNG file whose header declares ``side`` x ``side`` pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -52,7 +52,7 @@ def animation(kind: str) -> bytes:
 
 
 def sound_files() -> dict[str, bytes]:
-    """Return name -> bytes of files that are all in order."""
+    """Return name -> bytes of sound files."""
     small = picture(20, 16)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -90,7 +90,7 @@ def sound_files() -> dict[str, bytes]:
 
 
 def bad_files() -> dict[str, tuple[bytes, str]]:
-    """Return name -> (bytes, word that the reason has to hold)."""
+    """Return name -> (bytes, word that the reason must contain)."""
     small, plain = encode(picture(40, 30)), jpeg(size=(320, 240))
     pages, no_value = animation("TIFF"), np.full((4, 4), np.nan, np.float32)
     return {
@@ -128,15 +128,15 @@ def write_files(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def die(number: signal.Signals) -> None:
-    """End this process by a signal, without pytest's report of it."""
+    """End this process by a signal, without a report by pytest."""
     faulthandler.disable()
     os.kill(os.getpid(), number)
 
 
 class Listed:
-    """A dataset of files given by path. Reads are written to ``log``, a line each: process, name.
+    """A dataset of files given by path. Each read appends a line to ``log``: process, name.
 
-    A file called crash* kills the process that reads it, with the signal of its suffix; hang* stops it.
+    A file named crash* kills the process that reads it, with the signal in its suffix; hang* stops the process.
     """
 
     def __init__(self, paths, log: Path | None = None, pause_s: float = 0.0):

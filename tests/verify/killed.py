@@ -1,4 +1,4 @@
-"""Start a function of this project in a process of its own and kill it (signal 9) once enough is done."""
+"""Run a function in a separate process and kill it (signal 9) after some progress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.processes import Job, running, wait_until
 
 
 def kill_when(code: str, enough: Callable[[], bool]) -> None:
-    """Run ``code`` with the repository on its path; kill it without warning once ``enough()``."""
+    """Run ``code`` with the repository on its path; kill it once ``enough()`` returns true."""
     process = Job("-c", code)
     try:
         wait_until(enough, "the moment to kill it", [process])
@@ -19,5 +19,5 @@ def kill_when(code: str, enough: Callable[[], bool]) -> None:
 
 
 def wait_for_end_of(processes: set[int]) -> None:
-    """Wait until none of the processes runs, which the death of their parent has to bring about."""
+    """Wait until all of the processes have ended, which must follow from the death of their parent."""
     wait_until(lambda: not running(processes), "the end of the decoder processes")

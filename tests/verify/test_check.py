@@ -32,7 +32,7 @@ def test_bad(name, simplejpeg):
     assert "<_io" not in reason and "\n" not in reason
 
 
-def test_what_is_seen():
+def test_reported_properties():
     found = check_image(sound_files()["cmyk.jpg"])
     assert found[1:6] == ("JPEG", "CMYK", 160, 120, 1)
     assert check_image(sound_files()["pages.tif"]).frames == 3
@@ -43,7 +43,7 @@ def test_all_pages_are_decoded():
     assert "frame 3 of 3" in check_image(bad_files()["last_page.tif"][0]).reason
 
 
-def test_damage_that_pillow_does_not_tell_is_found():
+def test_damage_not_reported_by_pillow_is_found():
     simplejpeg = pytest.importorskip("simplejpeg")
     data, rng, silent = jpeg(size=(320, 240)), random.Random(0), 0
     for _ in range(20):
@@ -75,7 +75,7 @@ def test_the_small_decode_finds_what_the_full_one_finds():
 
 
 class Refusing:
-    """Stands for simplejpeg that refuses a file with a message."""
+    """A fake simplejpeg that rejects a file with a message."""
 
     def __init__(self, message):
         self.message = message

@@ -13,7 +13,7 @@ def test_a_new_folder_is_made_and_entered_again(tmp_path):
             assert (folder / "mark").exists()
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+def test_foreign_folder_is_rejected_and_unchanged(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ConfigError, match="thesis.txt; nothing was changed"), own_folder(tmp_path, "mark"):
         pass

@@ -43,7 +43,7 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_sound_and_bad_are_told_apart_with_any_number_of_processes(mixed, tmp_path):
+def test_sound_and_bad_are_distinguished_with_any_number_of_processes(mixed, tmp_path):
     dataset = make_dataset(dataset_str=str(mixed))
     summaries = [run(dataset, tmp_path / f"{n}", workers=n) for n in (1, 2)]
     bad = rows(tmp_path / "1" / "bad_images.jsonl")
@@ -206,7 +206,7 @@ def test_an_archive_that_cannot_be_listed_to_its_end_is_no_success(tmp_path, cap
 
 
 @pytest.mark.parametrize("kind", ["pipe", "sparse"])
-def test_what_is_no_image_file_does_not_hold_up_the_others(tmp_path, kind):
+def test_non_regular_file_does_not_block_the_others(tmp_path, kind):
     root = write_files(tmp_path / "images", {f"{i}.jpg": jpeg() for i in range(3)})
     if kind == "pipe":
         os.mkfifo(root / "x.jpg")
@@ -233,7 +233,7 @@ def test_a_process_without_file_descriptors_ends_the_command_and_blames_no_image
     assert done.returncode != 0 and "ResourceError" in done.stderr and "ulimit -n" in done.stderr, done
 
 
-def test_script_says_what_is_wrong_with_the_dataset(tmp_path):
+def test_script_reports_errors_of_the_dataset(tmp_path):
     script = [sys.executable, str(REPOSITORY / "run" / "data" / "verify.py")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     run = subprocess.run(
@@ -259,7 +259,7 @@ def test_usage_errors(arguments, capsys):
     assert stop.value.code == 2
 
 
-def test_the_range_the_levels_and_the_pages_are_said(tmp_path):
+def test_range_levels_and_pages_are_reported(tmp_path):
     rng = np.random.default_rng(0)
     dim, bright = (encode(Image.fromarray(rng.integers(100, top, (40, 40), dtype=np.uint16))) for top in (400, 60_000))
     stack = [Image.fromarray(rng.integers(0, 255, (9, 9), dtype=np.uint8)) for _ in range(3)]

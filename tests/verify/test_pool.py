@@ -60,7 +60,7 @@ def test_an_item_gets_a_second_chance(tmp_path):
     assert (tmp_path / "died").exists()
 
 
-def test_what_work_raises_is_not_lost():
+def test_exceptions_of_work_are_propagated():
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         list(run_pool(failing, range(40), workers=2))
 

@@ -21,7 +21,7 @@ def results_of(tmp_path, files):
     return Results(tmp_path / "results.jsonl", lambda i: files[i], len(files))
 
 
-def test_what_was_found_is_found_again(tmp_path, files):
+def test_results_are_loaded_again(tmp_path, files):
     with results_of(tmp_path, files) as results:
         results.add(0, GOOD, stamp_of(files[0]))
         results.add(2, Checked("damaged JPEG: x", "JPEG", "L", 5, 6), stamp_of(files[2]))
@@ -34,7 +34,7 @@ def test_what_was_found_is_found_again(tmp_path, files):
     assert again.reasons == {2: "damaged JPEG: x"}
 
 
-def test_a_torn_line_counts_for_nothing(tmp_path, files):
+def test_truncated_line_is_ignored(tmp_path, files):
     path = tmp_path / "results.jsonl"
     with results_of(tmp_path, files) as results:
         for i in range(3):
@@ -52,7 +52,7 @@ def test_a_torn_line_counts_for_nothing(tmp_path, files):
     "change",
     [{"i": "0"}, {"path": []}, {"reason": 3}, {"width": "wide"}, {"width": None}, {"format": {}}, {"frames": 0.5}],
 )
-def test_a_line_of_other_types_counts_for_nothing(tmp_path, files, change):
+def test_line_with_wrong_types_is_ignored(tmp_path, files, change):
     with results_of(tmp_path, files) as results:
         results.add(0, GOOD, stamp_of(files[0]))
     path = tmp_path / "results.jsonl"
@@ -60,7 +60,7 @@ def test_a_line_of_other_types_counts_for_nothing(tmp_path, files, change):
     assert results_of(tmp_path, files).take_over(True) == 0
 
 
-def test_changed_and_renamed_files_are_told_apart(tmp_path, files):
+def test_changed_and_renamed_files_are_distinguished(tmp_path, files):
     with results_of(tmp_path, files) as results:
         for i in range(3):
             results.add(i, GOOD, stamp_of(files[i]))
@@ -87,7 +87,7 @@ def test_changed_and_renamed_files_are_told_apart(tmp_path, files):
         (Checked("empty: x"), True, 1),
     ],
 )
-def test_what_may_have_changed_is_done_again(tmp_path, files, found, has_simplejpeg, kept):
+def test_possibly_changed_files_are_checked_again(tmp_path, files, found, has_simplejpeg, kept):
     with results_of(tmp_path, files) as results:
         results.add(0, found, stamp_of(files[0]))
     assert results_of(tmp_path, files).take_over(has_simplejpeg) == kept

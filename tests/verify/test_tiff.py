@@ -71,7 +71,7 @@ def test_a_lossless_jpeg_is_not_decoded_at_a_fraction_of_its_size(mode):
     check_image(page.getvalue(), simplejpeg)  # survives; Pillow's libtiff may or may not know the process
 
 
-def test_deflate_that_stands_for_gigabytes_is_checked_in_little_memory():
+def test_deflate_bomb_is_checked_in_little_memory():
     bomb = zlib.compressobj(9)
     parts = [bomb.compress(bytes(1 << 24)) for _ in range(16)] + [bomb.flush()]
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Datasets: unlabeled images of any source, labelled folders for evaluation, and upstream's ImageNet layouts."""
+"""Unlabeled images from any source, labelled folders for evaluation, and upstream's ImageNet layouts."""
 
 from .extended import ExtendedVisionDataset
 from .folder import ImageDataset, LabelledFolder

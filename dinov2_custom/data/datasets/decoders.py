@@ -1,4 +1,4 @@
-"""Upstream's decoder objects: something with ``decode()``. The rules for pixels are in ``data/decode.py``."""
+"""Upstream's decoder classes, each with a ``decode()`` method. The rules for pixels are in ``data/decode.py``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dinov2_custom.data.depth import Reading
 
 
 class Decoder:
-    """Holds encoded data; :meth:`decode` returns what it stands for."""
+    """Hold encoded data; :meth:`decode` returns the decoded object."""
 
     def decode(self) -> Any:
         raise NotImplementedError
 
 
 class ImageDataDecoder(Decoder):
-    """Decodes the bytes of an image file into a PIL image of mode RGB; ``source`` names it in errors."""
+    """Decode the bytes of an image file into a PIL image of mode RGB; errors name the image by ``source``."""
 
     def __init__(
         self, image_data: bytes, source: str = "image", exif: bool = False, reading: Reading | None = None
@@ -34,7 +34,7 @@ class ImageDataDecoder(Decoder):
 
 
 class DecoderType(Enum):
-    """The decoders of images by name. Upstream's others, of more channels than three, are not here."""
+    """The image decoders by name. Upstream's decoders for more than three channels are not included."""
 
     ImageDataDecoder = "ImageDataDecoder"
 
@@ -43,7 +43,7 @@ class DecoderType(Enum):
 
 
 class TargetDecoder(Decoder):
-    """Returns the target as it is."""
+    """Return the target unchanged."""
 
     def __init__(self, target: Any):
         self._target = target
@@ -53,7 +53,7 @@ class TargetDecoder(Decoder):
 
 
 class TupleDecoder(Decoder):
-    """Decodes several things into a tuple."""
+    """Apply several decoders and return their results as a tuple."""
 
     def __init__(self, *decoders: Decoder):
         self._decoders = decoders

@@ -1,7 +1,7 @@
-"""ExtendedVisionDataset: the base of all datasets here, and of users' own ones as in upstream.
+"""ExtendedVisionDataset, the base class of all datasets here and, as in upstream, of user-defined datasets.
 
-A subclass gives ``get_image_data(index) -> bytes``, ``get_target(index)`` and ``__len__``; a ``name(index)`` makes
-errors and the list of bad images readable. Read :meth:`ExtendedVisionDataset.__getitem__` first.
+A subclass defines ``get_image_data(index) -> bytes``, ``get_target(index)`` and ``__len__``; defining ``name(index)``
+as well makes errors and the list of bad images readable.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class SeparateTransforms:
 
 
 class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDataset", otherwise=Dataset)):
-    """Images from bytes: (transformed image, transformed target) by index.
+    """Return (transformed image, transformed target) by index, decoding images from bytes.
 
-    Either ``transforms`` (a callable of image and target) or ``transform`` and ``target_transform``; without any the
-    image is PIL, mode RGB. ``exif``: turn images as their EXIF orientation says. ``image_decoder_type``: what decodes
-    the bytes, a :class:`DecoderType` or a subclass of :class:`Decoder`; it also gets ``image_decoder_params``.
-    ``reading``, an attribute: which values become black and white in images of more than 8 bits, which page is read.
+    Pass either ``transforms`` (a callable of image and target) or ``transform`` and ``target_transform``; without any,
+    the image is a PIL image of mode RGB. ``exif``: rotate images according to their EXIF orientation.
+    ``image_decoder_type``: a :class:`DecoderType` or a subclass of :class:`Decoder` for the bytes, constructed with
+    ``image_decoder_params``. The attribute ``reading`` determines the black and white levels of images with more than
+    8 bits and the page that is read.
     """
 
     reading = Reading()
@@ -73,23 +74,23 @@ class ExtendedVisionDataset(class_of_torchvision("datasets.vision", "VisionDatas
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """Return what to call image ``index`` in messages: its path, where it has one."""
+        """Return the name of image ``index`` for messages: its path, if it has one."""
         return f"{type(self).__name__}[{index}]"
 
     def shares(self) -> list[tuple[str, int, float]]:
-        """Return (name, number of images, share of the draws) of the parts the dataset consists of, here one."""
+        """Return (name, number of images, share of the draws) of each part of the dataset; here there is one part."""
         return [(f"{type(self).__name__} {self.root or ''}".strip(), len(self), 1.0)]
 
     def digest(self) -> str:
-        """Return a hash of which images there are, "" where only their number is known."""
+        """Return a hash identifying the set of images, or "" if only their number is known."""
         return ""
 
     def left_out(self) -> Counter[str]:
-        """Return how many files of which extension were found beside the images."""
+        """Return the number of non-image files found, by extension."""
         return Counter()
 
     def passed_over(self) -> list[PassedOver]:
-        """Return the folders and files that could not be listed, or not to their end."""
+        """Return the folders and files that could not be listed completely."""
         return []
 
     def get_sample_decoder(self, index: int) -> Decoder:

@@ -1,7 +1,4 @@
-"""Datasets over folders: ImageDataset without labels (training), LabelledFolder with a folder a class (evaluation).
-
-Read :class:`ImageDataset` first; the listing is ``dinov2_custom.data.sources.list_images``.
-"""
+"""Datasets over folders: ImageDataset has no labels (training), LabelledFolder one folder per class (evaluation)."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ from .source_dataset import SourceDataset
 
 
 class ImageDataset(SourceDataset):
-    """All images below one or several folders, in sorted order, without labels: samples are (image, ()).
+    """All images below one or more folders, in sorted order and without labels; samples are (image, ()).
 
     Raises:
-        DataError: a missing folder, or no image at all.
+        DataError: if a folder is missing or there is no image.
     """
 
     def __init__(
@@ -40,13 +37,13 @@ class ImageDataset(SourceDataset):
 
 
 class LabelledFolder(ExtendedVisionDataset):
-    """Images in a folder a class (nested as deep as they like): samples are (image, class index).
+    """Images in one folder per class, nested to any depth; samples are (image, class index).
 
-    ``classes`` are the names of the folders right below ``root`` that hold images, sorted; a class's index is its place
+    ``classes`` is the sorted list of the folders directly below ``root`` that hold images; a class index is a position
     in that list.
 
     Raises:
-        DataError: a missing folder, or no class folder with an image.
+        DataError: if the folder is missing or no class folder holds an image.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """ImageNet-1k in upstream's layout: ``root/{train,val}/<class id>/*.JPEG``, ``root/test/*.JPEG``, ``root/labels.txt``.
 
-The tables in ``extra/`` (``entries-TRAIN.npy`` ...) save the listing where they exist; without them the folders are
-listed. Read :meth:`ImageNet.__init__` first.
+If the tables in ``extra/`` (``entries-TRAIN.npy`` ...) exist, they replace listing the folders.
 
 Source of the layout: upstream data/datasets/image_net.py.
 """
@@ -25,7 +24,7 @@ NO_CLASS = np.uint32(0xFFFFFFFF)
 
 
 class Split(Enum):
-    """Part of the dataset; knows how its files are named."""
+    """Part of the dataset, with the naming scheme of its files."""
 
     TRAIN = "train"
     VAL = "val"
@@ -33,7 +32,7 @@ class Split(Enum):
 
     @property
     def length(self) -> int:
-        """Number of images of the complete split."""
+        """Number of images in the complete split."""
         return {Split.TRAIN: 1_281_167, Split.VAL: 50_000, Split.TEST: 100_000}[self]
 
     def get_dirname(self, class_id: str | None = None) -> str:
@@ -60,7 +59,7 @@ class Split(Enum):
 
 
 class ImageNet(TableDataset):
-    """ImageNet-1k: samples are (image, class index), the target of the test split is None."""
+    """ImageNet-1k; samples are (image, class index), with None as the target in the test split."""
 
     Split = Split
 
@@ -74,10 +73,10 @@ class ImageNet(TableDataset):
         transform: Callable | None = None,
         target_transform: Callable | None = None,
     ) -> None:
-        """``split``: TRAIN, VAL or TEST. ``extra``: folder of the .npy tables (see :meth:`dump_extra`), optional.
+        """Open ``split`` (TRAIN, VAL or TEST); ``extra`` is the optional folder of .npy tables (:meth:`dump_extra`).
 
         Raises:
-            DataError: the split's folder is missing or empty.
+            DataError: if the split's folder is missing or empty.
         """
         super().__init__(root, extra, transforms, transform, target_transform)
         self._split = split if isinstance(split, Split) else Split[split]
@@ -108,7 +107,7 @@ class ImageNet(TableDataset):
         return np.array([names.get(str(class_id), str(class_id)) for class_id in self._class_ids])
 
     def _read_labels(self) -> dict[str, str]:
-        """Return class id -> name of root/labels.txt (comma separated), empty without that file."""
+        """Return class id -> name from root/labels.txt (comma-separated); empty if there is no such file."""
         path = os.path.join(self.root, "labels.txt")
         if not os.path.isfile(path):
             return {}
@@ -116,7 +115,7 @@ class ImageNet(TableDataset):
             return {row[0]: row[1] for row in csv.reader(file) if len(row) >= 2}
 
     def _make_entries(self) -> np.ndarray:
-        """List the split's folder: actual_index and class_index of every image, classes and images in sorted order."""
+        """Return actual_index and class_index of every image of the split, classes and images in sorted order."""
         paths = list_images([os.path.join(self.root, self.split.get_dirname())], (".jpeg",), self._passed_over)
         index_of = {str(class_id): i for i, class_id in enumerate(self._class_ids)}
         entries = np.empty(len(paths), dtype=[("actual_index", "<u4"), ("class_index", "<u4")])
@@ -126,9 +125,9 @@ class ImageNet(TableDataset):
         return entries
 
     def dump_extra(self, split: Split | str | None = None, root: str | None = None) -> None:
-        """List the split and write its tables into the ``extra`` folder (``root``: the images, if elsewhere).
+        """List the split and write its tables into the ``extra`` folder; ``root`` overrides the folder of the images.
 
-        ``split`` is the dataset's own; upstream's former versions ask for it.
+        ``split`` must be the dataset's own; it is accepted because earlier versions of upstream require it.
         """
         if split not in (None, self.split, self.split.name):
             raise DataError(f"expected the dataset's own split {self.split.name}, got {split}; open that split")
@@ -162,7 +161,7 @@ class ImageNet(TableDataset):
         return None if self.split is Split.TEST else int(self._entries[index]["class_index"])
 
     def get_targets(self) -> np.ndarray | None:
-        """Return the class index of every image (len,), None for the test split."""
+        """Return the class index of every image (len,), or None for the test split."""
         return None if self.split is Split.TEST else self._entries["class_index"]
 
     def get_class_id(self, index: int) -> str | None:

@@ -1,7 +1,6 @@
-"""ImageNet-22k in upstream's layout: ``root/<class id>.tar``, read by offset and never unpacked.
+"""ImageNet-22k in upstream's layout: ``root/<class id>.tar``, read in place by offset.
 
-``extra/entries.npy`` and ``extra/class-ids.npy`` save the walk through the tars where they exist. Read
-:meth:`ImageNet22k.get_image_data` first.
+If ``extra/entries.npy`` and ``extra/class-ids.npy`` exist, the tars need not be scanned.
 
 Source of the layout: upstream data/datasets/image_net_22k.py.
 """
@@ -26,10 +25,10 @@ MAX_OPEN_TARS = 16
 
 
 class ImageNet22k(TableDataset):
-    """ImageNet-22k: samples are (image, class index).
+    """ImageNet-22k; samples are (image, class index).
 
     Raises:
-        DataError: no tar file in ``root``.
+        DataError: if ``root`` holds no tar file.
     """
 
     def __init__(
@@ -55,8 +54,10 @@ class ImageNet22k(TableDataset):
         return np.array(sorted(name[:-4] for name in os.listdir(self.root) if name.endswith(".tar")))
 
     def _make_entries(self) -> np.ndarray:
-        """Read the headers of all tars, classes in sorted order, images in the order of their tar: class_index and
-        [start_offset, end_offset), header included."""
+        """Return class_index and [start_offset, end_offset), header included, of every image from the tar headers.
+
+        Classes are in sorted order, images in the order of their tar.
+        """
         rows: list[tuple[int, int, int, str]] = []
         for class_index, class_id in enumerate(self._class_ids):
             walk = walk_tar(self._tar_path(class_id))
@@ -67,7 +68,7 @@ class ImageNet22k(TableDataset):
         return np.array(rows, dtype=fields)
 
     def dump_extra(self, root: str | None = None) -> None:
-        """Walk the tars and write ``entries.npy`` and ``class-ids.npy`` (``root``: the tars, if elsewhere)."""
+        """Scan the tars and write ``entries.npy`` and ``class-ids.npy``; ``root`` overrides the folder of the tars."""
         if self._extra_root is None:
             raise DataError("expected an extra folder to write to; construct ImageNet22k with extra=<folder>")
         walked = ImageNet22k(root=root or self.root)
@@ -89,7 +90,7 @@ class ImageNet22k(TableDataset):
         return f"{self._tar_path(self.get_class_id(index))}/{self._entries[index]['filename']}"
 
     def get_image_data(self, index: int) -> bytes:
-        """Return the bytes of image ``index`` (unzipped where the tar holds it gzipped)."""
+        """Return the bytes of image ``index``, decompressed if the tar member is gzipped."""
         entry = self._entries[index]
         start, end = int(entry["start_offset"]) + HEADER, int(entry["end_offset"])
         try:

@@ -1,4 +1,4 @@
-"""SourceDataset: the images of any source (``data.sources`` and its neighbours), without labels."""
+"""SourceDataset: the unlabeled images of any :class:`~dinov2_custom.data.sources.Source`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_PARTS = 32
 
 
 class SourceDataset(ExtendedVisionDataset):
-    """All images of ``source`` in its order: samples are (image, ())."""
+    """All images of ``source``, in its order; samples are (image, ())."""
 
     def __init__(
         self,
@@ -49,19 +49,19 @@ class SourceDataset(ExtendedVisionDataset):
         return ()
 
     def digest(self) -> str:
-        """Return a hash of which images there are."""
+        """Return a hash identifying the set of images."""
         return self.source.digest()
 
     def left_out(self) -> Counter[str]:
-        """Return how many files of which extension were found beside the images."""
+        """Return the number of non-image files found, by extension."""
         return self.source.left_out()
 
     def passed_over(self) -> list[PassedOver]:
-        """Return the folders and files that could not be listed, or not to their end."""
+        """Return the folders and files that could not be listed completely."""
         return self.source.passed_over()
 
     def shares(self) -> list[tuple[str, int, float]]:
-        """Return (name, number of images, share of the draws) of every folder or file, in the order of the images."""
+        """Return (name, number of images, share of the draws) of each folder or file, in the order of the images."""
         parts = self.source.parts()
         if len(parts) > MAX_PARTS:
             parts = [(f"{os.path.dirname(parts[0][0])} ({len(parts)} files or folders)", len(self))]

@@ -1,4 +1,4 @@
-"""What both ImageNets share: .npy tables in the ``extra`` folder, used where they exist. Read :class:`TableDataset`."""
+"""Base class of both ImageNet datasets: optional .npy tables in the ``extra`` folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .extended import ExtendedVisionDataset
 
 
 class TableDataset(ExtendedVisionDataset):
-    """Images by the rows of the table "entries", which is mapped from ``extra`` or else made by ``_make_entries``.
+    """Images listed by the table "entries", memory-mapped from ``extra`` or else built by ``_make_entries``.
 
-    A row has at least class_index. The id of each class is in the table "class-ids", else from ``_make_class_ids``.
+    Each row has at least class_index. The class ids come from the table "class-ids", or else from ``_make_class_ids``.
     """
 
     def __init__(self, root: str, extra: str | None, *transforms: Any) -> None:
@@ -26,7 +26,7 @@ class TableDataset(ExtendedVisionDataset):
         self._passed_over: list[PassedOver] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave tables on disk out: a worker process opens them again."""
+        """Exclude tables that are on disk; a worker process reopens them."""
         state = dict(self.__dict__)
         if self._extra_root is not None and os.path.isfile(self._table_path("entries")):
             state.pop("_entries", None)
@@ -47,7 +47,7 @@ class TableDataset(ExtendedVisionDataset):
         return np.load(self._table_path(kind), mmap_mode="r", allow_pickle=False)
 
     def _save_tables(self, **tables: np.ndarray) -> None:
-        """Write tables into ``extra`` (``class_ids=`` is "class-ids") and use them from now on."""
+        """Write tables into ``extra`` (``class_ids=`` is the table "class-ids") and use them from now on."""
         os.makedirs(self._extra_root, exist_ok=True)
         for name, table in tables.items():
             np.save(self._table_path(name.replace("_", "-")), table)
@@ -70,7 +70,7 @@ class TableDataset(ExtendedVisionDataset):
         return str(self._class_ids[class_index])
 
     def passed_over(self) -> list[PassedOver]:
-        """Return what could not be listed when the table "entries" was made; nothing is known of one on disk."""
+        """Return what could not be listed when the table "entries" was built; empty for a table read from disk."""
         return self._passed_over
 
     def __len__(self) -> int:

@@ -1,1 +1,1 @@
-"""The launcher's side of the evaluations."""
+"""Launchers of the evaluations."""

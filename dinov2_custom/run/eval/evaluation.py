@@ -1,4 +1,4 @@
-"""What the launched evaluations share. Not the evaluations (``dinov2_custom/eval/``). Torch-free."""
+"""Base class of the evaluation launchers (``dinov2_custom/eval/`` has the evaluations). Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dinov2_custom.utils.run_folder import find_weights
 
 
 class Evaluation(Task):
-    """An evaluation of ``args.pretrained_weights`` in every process."""
+    """Evaluate ``args.pretrained_weights`` in every process."""
 
     def prepare(self, warn: Callable[[str], None]) -> None:
-        """Look for the weights and the data.
+        """Check that the weights and the data exist.
 
         Raises:
-            ConfigError: nothing there, or a directory without weights; a dataset that was not given.
+            ConfigError: if there are no weights there, or a dataset was not given.
         """
         check_weights("--pretrained-weights", self.args.pretrained_weights)
         given_data = {f"--{name}-dataset": getattr(self.args, f"{name}_dataset_str", None) for name in ("train", "val")}
@@ -33,10 +33,10 @@ class Evaluation(Task):
 
 
 def check_weights(flag: str, given: str) -> None:
-    """Look for the weights that ``flag`` names.
+    """Check that the weights given by ``flag`` exist.
 
     Raises:
-        ConfigError: nothing there, or a directory without weights.
+        ConfigError: if there is nothing, or a directory without weights.
     """
     try:
         weights = given and find_weights(given)

@@ -1,4 +1,4 @@
-"""Launch a kNN evaluation, under upstream's names. Not the evaluation itself. Torch-free."""
+"""Launch a kNN evaluation, under upstream's names. Does not import torch."""
 
 from dinov2_custom import cli
 from dinov2_custom.eval.args import get_knn_args_parser
@@ -6,7 +6,7 @@ from dinov2_custom.run.eval.evaluation import Evaluation
 
 
 class Evaluator(Evaluation):
-    """A kNN evaluation in every process."""
+    """Run a kNN evaluation in every process."""
 
     module, name, script = "dinov2_custom.eval.knn", "dinov2:knn", "run/eval/knn.py"
     get_parser = staticmethod(get_knn_args_parser)

@@ -1,4 +1,4 @@
-"""Launch a linear evaluation, under upstream's names. Not the evaluation itself. Torch-free."""
+"""Launch a linear evaluation, under upstream's names. Does not import torch."""
 
 from dinov2_custom import cli
 from dinov2_custom.eval.args import get_linear_args_parser
@@ -6,7 +6,7 @@ from dinov2_custom.run.eval.evaluation import Evaluation
 
 
 class Evaluator(Evaluation):
-    """A linear evaluation in every process."""
+    """Run a linear evaluation in every process."""
 
     module, name, script = "dinov2_custom.eval.linear", "dinov2:linear", "run/eval/linear.py"
     get_parser = staticmethod(get_linear_args_parser)

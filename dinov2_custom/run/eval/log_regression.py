@@ -1,4 +1,4 @@
-"""Launch a logistic regression, under upstream's names. Not the evaluation itself. Torch-free."""
+"""Launch a logistic regression, under upstream's names. Does not import torch."""
 
 from dinov2_custom import cli
 from dinov2_custom.eval.args import get_log_regression_args_parser
@@ -6,7 +6,7 @@ from dinov2_custom.run.eval.evaluation import Evaluation
 
 
 class Evaluator(Evaluation):
-    """A logistic regression in every process."""
+    """Run a logistic regression in every process."""
 
     module, name, script = "dinov2_custom.eval.log_regression", "dinov2:logreg", "run/eval/log_regression.py"
     get_parser = staticmethod(get_log_regression_args_parser)

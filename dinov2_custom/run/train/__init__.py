@@ -1,1 +1,1 @@
-"""The launcher's side of training."""
+"""Launcher of the training."""

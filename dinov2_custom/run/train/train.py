@@ -1,4 +1,4 @@
-"""Launch a training, under upstream's names. Not the training (``dinov2_custom/train/train.py``). Torch-free."""
+"""Launch a training run (``dinov2_custom/train/train.py``), under upstream's names. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dinov2_custom.run.submit import Task, warn_of_absent
 
 
 class Trainer(Task):
-    """A training in every process."""
+    """Run training in every process."""
 
     module, name, script = "dinov2_custom.train.train", "dinov2:train", "run/train/train.py"
     get_parser = staticmethod(cli.train_parser)
 
     def prepare(self, warn: Callable[[str], None]) -> str:
-        """Check the configuration, set ``args.output_dir`` and return the configuration as YAML."""
+        """Check the configuration, set ``args.output_dir``, and return the configuration as YAML."""
         from omegaconf import OmegaConf
 
         from dinov2_custom.configs.load import load_run_config, to_yaml

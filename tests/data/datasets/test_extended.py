@@ -1,4 +1,4 @@
-"""ExtendedVisionDataset as users subclass it, and the decoder objects."""
+"""ExtendedVisionDataset subclassed as by users, and the decoder classes."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.data.pictures import encode, picture
 
 
 class Own(ExtendedVisionDataset):
-    """What a user writes, with upstream's signature."""
+    """A user-defined dataset with upstream's signature."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -51,7 +51,7 @@ def test_decoders():
 
 
 class Halved(Decoder):
-    """A user's decoder, with a parameter."""
+    """A user-defined decoder with a parameter."""
 
     def __init__(self, image_data: bytes, by: int = 2):
         self.image_data, self.by = image_data, by
@@ -70,7 +70,7 @@ def test_a_decoder_of_choice():
         Own(image_decoder_params={"source": "mine"})[3]
 
 
-def test_enumerated_targets_tell_the_index():
+def test_enumerated_targets_contain_the_index():
     dataset = DatasetWithEnumeratedTargets(Own())
     assert len(dataset) == 4
     assert dataset[1][1] == (1, 10) == dataset.get_target(1)

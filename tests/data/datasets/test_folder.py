@@ -67,7 +67,7 @@ def test_labelled_folder_sorts_classes_by_name(tmp_path):
     assert all(f"/{dataset.classes[t]}/" in dataset.name(i).replace("\\", "/") for i, t in enumerate(targets))
 
 
-def test_loose_images_are_skipped_with_a_word_or_refused(tmp_path, caplog):
+def test_loose_images_are_skipped_with_a_warning_or_rejected(tmp_path, caplog):
     make_folder(tmp_path, ["loose.png"])
     with pytest.raises(DataError, match="expected a folder for each class, got 1 images right in"):
         LabelledFolder(tmp_path)
@@ -76,7 +76,7 @@ def test_loose_images_are_skipped_with_a_word_or_refused(tmp_path, caplog):
     assert "passed over: " in caplog.text and "1 images right in it" in caplog.text
 
 
-def test_suffix_says_what_is_listed_and_the_content_what_it_is(tmp_path):
+def test_suffix_selects_files_and_content_determines_the_format(tmp_path):
     image = picture(9, 7)
     for name, kind in (("a.jpg", "PNG"), ("b.png", "BMP"), ("c.tif", "WEBP"), ("d.jp2", "JPEG2000")):
         lossless = {"lossless": True} if kind == "WEBP" else {"irreversible": False} if kind == "JPEG2000" else {}

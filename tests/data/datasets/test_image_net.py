@@ -80,7 +80,7 @@ def test_test_split_has_no_classes(root):
     assert dataset.name(1).endswith("test/ILSVRC2012_test_00000005.JPEG") and dataset[1][1] is None
 
 
-def test_split_knows_its_names():
+def test_split_formats_and_parses_file_names():
     split = ImageNet.Split.TRAIN
     assert split.get_image_relpath(7, "n01") == "train/n01/n01_7.JPEG" and split.length == 1_281_167
     assert split.parse_image_relpath("train/n01/n01_7.JPEG") == ("n01", 7)

@@ -1,4 +1,4 @@
-"""ImageNet-22k: images read out of tars by offset."""
+"""ImageNet-22k: images read from tars by offset."""
 
 import gzip
 import io
@@ -61,7 +61,7 @@ def test_dumped_tables_give_the_same(root, tmp_path):
 
 
 def test_upstreams_tables_with_padding_and_32_bit_offsets(root, tmp_path):
-    """Upstream's end offset is the next header's start, so the data carry padding."""
+    """Check the images; upstream's end offset is the start of the next header, so the data include padding."""
     dataset = ImageNet22k(root=root)
     fields = [
         ("class_index", "<u4"),
@@ -114,7 +114,7 @@ def test_missing_and_broken_tars_are_errors(root, tmp_path):
         dataset[0]
 
 
-def test_what_a_cut_tar_hides_is_said(root, caplog):
+def test_what_a_truncated_tar_hides_is_logged(root, caplog):
     path = f"{root}/n01.tar"
     with open(path, "r+b") as file:
         file.truncate(2000)
