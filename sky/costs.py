@@ -31,7 +31,7 @@ def report(args: argparse.Namespace) -> int:
     """Print the table; return 0.
 
     Raises:
-        ConfigError: a bad configuration, a price for an unlisted GPU, or an epoch of unknown length.
+        ConfigError: a bad configuration, a price of a GPU that is not in the list, an epoch of unknown length.
     """
     if unknown := [name for name, price in args.price if name not in PRICES or price <= 0]:
         names = ", ".join(PRICES)

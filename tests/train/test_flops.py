@@ -24,7 +24,7 @@ def test_formula_is_what_torch_counts(overrides, lean):
     model, batch = SSLMetaArch(cfg).train(), masked(random_batch(cfg), 0.3)
     for part in (model.student, model.teacher):
         for block in part["backbone"].all_blocks():
-            block.attn.backend = "products"  # which the counter supports on every device
+            block.attn.backend = "products"  # which the counter knows on every device
     counter = FlopCounterMode(display=False)
     with counter:
         model.forward_backward(batch, 0.05, torch.Generator().manual_seed(0))
