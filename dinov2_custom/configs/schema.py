@@ -223,7 +223,7 @@ class Train(Section):
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
         "auto",
         "what the backward pass computes again: none; selective: each block's FFN; full: each block; auto: as little "
-        "as fits what is free on the GPU that has the least, by the count of run/train/memory.py",
+        "as fits what is free on the GPU that has the least, by the count of run/train/plan.py",
         changes_results=False,
     )
     compile: Switch = key(
@@ -328,7 +328,7 @@ class Optim(Section):
     global_batch: NonNegativeInt = key(
         0,
         "images of a step, all processes together, whose number has to divide it; train.batch_size_per_gpu and "
-        "optim.accumulation_steps follow: on GPUs, what does not fit at once by the count of run/train/memory.py is "
+        "optim.accumulation_steps follow: on GPUs, what does not fit at once by the count of run/train/plan.py is "
         "accumulated; as overrides these two are the most images at once and the fewest batches, in a config file they "
         "do not count then; 0: not set",
         unit="images",

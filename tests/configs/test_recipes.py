@@ -13,7 +13,8 @@ from dinov2_custom.logging import remove_logging
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.teacher import load_teacher
 from dinov2_custom.train import get_args_parser, main
-from dinov2_custom.train.flops import flops_per_image, peak_flops
+from dinov2_custom.train.flops import flops_per_image
+from dinov2_custom.train.gpus import GPUS
 from dinov2_custom.train.memory import measure_step
 from tests.data.textures import make_textures
 
@@ -58,7 +59,7 @@ def test_work_and_hours_in_the_header_are_the_formulas(name):
     said = r"Hours ([\d.]+) on one A100(.*?) for 100,000 images \((\d+) passes\)"
     given, others, passes = re.search(said, words).groups()
     assert int(passes) == cfg.optim.epochs
-    hours = 100_000 * cfg.optim.epochs * flops / (0.4 * peak_flops("A100")) / 3600
+    hours = 100_000 * cfg.optim.epochs * flops / (0.4 * GPUS["A100-80GB"].flops) / 3600
     assert float(given) == pytest.approx(hours, rel=0.03)
     for number, gpus in re.findall(r", ([\d.]+) on (two|eight)", others):
         assert float(number) == pytest.approx(hours / {"two": 2, "eight": 8}[gpus], rel=0.03)
