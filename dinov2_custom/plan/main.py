@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import OmegaConf
 
-from dinov2_custom import distributed
+from dinov2_custom import cli, distributed
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.parallel import bytes_elsewhere, strategies_on
@@ -323,3 +323,7 @@ def print_ablation(load: Callable, axes: dict[str, list[str]], name: str | None)
         print(f"{name}. {roofline.assumptions()}; memory is counted. --time measures on this machine.")
     else:
         print(f"Measured: median of {STEPS} steps on random images; MiB: CUDA's peak, or the process's resident set.")
+
+
+if __name__ == "__main__":
+    cli.main("plan")

@@ -74,6 +74,25 @@ def test_memory_in_the_header_is_the_count(name):
     assert float(said.group(1)) == pytest.approx(measure_step(cfg).peak / 1e9, abs=0.06)
 
 
+def test_memory_in_the_docs_is_that_of_the_headers():
+    root = RECIPES[0].parents[1]
+    docs, readme = ((root / name).read_text() for name in ("docs/scaling.md", "README.md"))
+    rows = re.findall(r"\| `configs/(\w+)\.yaml`, (\d+) \| ([\d.]+) \|", docs)
+    assert {name for name, _, _ in rows} == {"vits", "vitb", "vitl", "vitg"}
+    for name, batch, size in rows:
+        text = (RECIPES[0].parent / f"{name}.yaml").read_text()
+        header = re.search(r"# Memory +([\d.]+) GB on each GPU at batch (\d+)", text)
+        if batch == header[2]:
+            assert size == header[1]
+        else:
+            assert float(size) == pytest.approx(
+                measure_step(load(name, f"train.batch_size_per_gpu={batch}")).peak / 1e9, abs=0.06
+            )
+    of_vitl = {batch: size for name, batch, size in rows if name == "vitl"}
+    said = re.search(r"with 64 images on one GPU needs ([\d.]+) GB, with 128 images\s+([\d.]+) GB", readme)
+    assert said.groups() == (of_vitl["64"], of_vitl["128"])
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_recipe_is_for_ones_own_images(name):
     cfg = load(name)
