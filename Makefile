@@ -1,4 +1,4 @@
-# make quickstart: train on real photographs in minutes.  make test: the tests, on any machine.  make bench: figures for the docs.
+# make quickstart: train on real photographs in minutes.  make test: run the tests.  make bench: regenerate the docs' figures.
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=
@@ -18,17 +18,17 @@ quickstart: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 
-# Compiled modules are kept, whatever the shell says: the processes that tests start would compile the package again
+# Cache bytecode even if the shell disables it: otherwise every process that a test starts compiles the package again
 test: lint
 	PYTHONDONTWRITEBYTECODE= DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15 $(TESTS)
 
-# The host side of CUDA without a GPU, under the newest torch that pip offers and under an older one
+# Test the host side of CUDA without a GPU, with the latest torch on pip and with an older one
 CUDA_TORCH ?= torch torch==2.11.0
 
 test-cuda-host:
 	PYTHON=$(PYTHON) tests/cuda_host/versions.sh $(CUDA_TORCH)
 
-# CPU benchmarks, under 20 minutes on two cores; each writes a page to benchmarks/results/
+# CPU benchmarks, less than 20 minutes on two cores; each writes a page to benchmarks/results/
 bench: $(READY)
 	$(BIN)/python -m benchmarks.step --write
 	$(BIN)/python -m benchmarks.memory --write

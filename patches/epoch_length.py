@@ -1,11 +1,11 @@
-"""OFFICIAL_EPOCH_LENGTH: auto, and schedules that say what is wrong.
+"""Support OFFICIAL_EPOCH_LENGTH: auto, and report invalid schedules.
 
-Why: an epoch is 1250 iterations whatever the data; a warm-up longer than the run ends in a bare AssertionError.
+Why: an epoch is 1250 iterations for any dataset; a warm-up longer than the run raises a bare AssertionError.
 Target: dinov2/utils/config.py: apply_scaling_rules_to_cfg, distributed
     dinov2/utils/utils.py: CosineScheduler
 Kind: wraps a function, replaces a class (same values)
 Upstream: #135 #307 #376 #494
-Drop-When: the epoch length is always given as a number that was thought about
+Drop-When: the epoch length is always set explicitly
 Test: tests/patches/test_faults.py::test_epoch_length
 """
 

@@ -1,7 +1,7 @@
-"""ViT-S, ViT-Ti and every other width, in every number type.
+"""Support ViT-S, ViT-Ti and all other widths, in every dtype.
 
-Why: xformers' index kernels up to 0.0.22 take half precision and rows of multiples of 256
-    only, so ViT-S dies in training.
+Why: the index kernels of xformers up to 0.0.22 support only half precision and row lengths that are multiples of 256,
+    so training ViT-S fails.
 Target: dinov2/layers/block.py: index_select_cat, scaled_index_add
 Kind: replaces two functions
 Upstream: #160 #108 #278 #266 #319 #195

@@ -1,7 +1,7 @@
-"""A resumed run goes on with the images that would have come.
+"""A resumed run continues with the images that the uninterrupted run would have used.
 
-Why: the training loop seeds the order of images with the iteration it starts at and skips nothing, so that a resumed
-    run sees another order from its beginning, and draws the crops of the run's first batches again.
+Why: the training loop seeds the order of images with its first iteration and skips nothing, so a resumed run starts
+    another order from the beginning and repeats the crops of the run's first batches.
 Target: dinov2/data/loaders.py: make_data_loader, ShardedInfiniteSampler
 Requires: dinov2/train/train.py: seed=start_iter
 Kind: wraps a function, replaces a class

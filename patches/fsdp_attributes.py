@@ -1,11 +1,11 @@
-"""FSDP of torch 2.1 and later.
+"""Support FSDP of torch 2.1 and later.
 
 Why: the code reads FSDP attributes that torch 2.1 renamed (_handles) or removed (_streams).
 Target: dinov2/fsdp/__init__.py: free_if_fsdp, is_sharded_fsdp, _reshard
     dinov2/train/ssl_meta_arch.py: SSLMetaArch.fsdp_synchronize_streams
 Kind: replaces a function and a method
 Upstream: #265 #310 #391
-Drop-When: the checkout trains on two GPUs with the torch that is installed
+Drop-When: the checkout trains on two GPUs with the installed torch
 Test: tests/patches/test_faults.py::test_fsdp_attributes
 """
 

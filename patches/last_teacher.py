@@ -1,6 +1,6 @@
-"""A teacher checkpoint at the end of short runs.
+"""Write a teacher checkpoint at the end of short runs.
 
-Why: a run shorter than evaluation.eval_period_iterations leaves no teacher_checkpoint.pth at all.
+Why: a run shorter than evaluation.eval_period_iterations writes no teacher_checkpoint.pth.
 Target: dinov2/utils/config.py: apply_scaling_rules_to_cfg
 Kind: wraps a function
 Upstream: #234 #235 #487

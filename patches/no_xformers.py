@@ -1,13 +1,14 @@
 """Train and infer without xformers, on any device.
 
-Why: training asserts that xformers is installed, and inference on a CPU fails when it is. Attention becomes torch's.
+Why: training asserts that xformers is installed, and inference on a CPU fails when it is. The patch uses
+    torch's attention.
 Target: dinov2/fsdp/__init__.py: FSDPCheckpointer
     dinov2/layers/attention.py: MemEffAttention, XFORMERS_AVAILABLE
     dinov2/layers/block.py: NestedTensorBlock, XFORMERS_AVAILABLE
     dinov2/train/ssl_meta_arch.py: SSLMetaArch
-Kind: replaces the names that are imported from xformers
+Kind: replaces the names imported from xformers
 Upstream: #3 #13 #151 #180 #481
-Drop-When: the checkout trains with xformers uninstalled, or its kernels are wanted
+Drop-When: the checkout trains without xformers, or you want its kernels
 Test: tests/patches/test_faults.py::test_no_xformers
 """
 

@@ -1,13 +1,13 @@
-"""train.output_dir of the configuration, and flags after the overrides.
+"""Respect train.output_dir in the configuration, and accept flags after the overrides.
 
-Why: output_dir of the YAML file or the command line is overwritten by the working directory;
-    --output-dir after a key=value is swallowed.
+Why: the working directory overwrites output_dir from the YAML file or the command line; --output-dir after a key=value
+    is ignored.
 Target: dinov2/utils/config.py: get_cfg_from_args
     dinov2/run/submit.py: submit_jobs
 Elsewhere: dinov2/run/submit.py: submit_jobs
 Kind: wraps two functions
 Upstream: etienneguevel/dinov2 users, spec of the command line
-Drop-When: --output-dir is always given, before the overrides
+Drop-When: --output-dir is always given before the overrides
 Test: tests/patches/test_faults.py::test_output_dir
 """
 

@@ -1,6 +1,6 @@
-"""student.pretrained_weights and evaluation weights of any wrapper, prefix, chunking and image size.
+"""Load student.pretrained_weights and evaluation weights with any wrapper, prefix, chunking and image size.
 
-Why: released and teacher files end in KeyError: 'model'; other block_chunks load nothing, silently.
+Why: released weights and teacher files raise KeyError: 'model'; with other block_chunks, nothing is loaded, silently.
 Target: dinov2/train/ssl_meta_arch.py: SSLMetaArch.__init__
     dinov2/utils/utils.py: load_pretrained_weights
 Elsewhere: dinov2/utils/utils.py: load_pretrained_weights

@@ -1,6 +1,6 @@
-"""An unreadable image is replaced by the next one.
+"""Replace an unreadable image by the next one.
 
-Why: one broken file ends the training of all ranks. Evaluations, which want every label, still stop.
+Why: one broken file ends the training of all ranks. Evaluations, which need every label, still stop.
 Target: dinov2/data/loaders.py: make_dataset
 Kind: wraps a function
 Upstream: csaroff/dinov2 README, #98

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What every node runs: torchrun over all nodes, from SkyPilot's variables. A run with a checkpoint goes on from it, also
-# on another number of GPUs: the global batch stays. Variables: the envs of the task, WANDB_API_KEY (secret, may be empty),
-# VENV (default ~/dinov2-venv), CHECKPOINT_DIR (default ~/checkpoints), MASTER_PORT (default 29500).
+# Run torchrun over all nodes, configured by SkyPilot's variables; every node runs this script. A run resumes from its latest
+# checkpoint, also on a different number of GPUs, with the same global batch. Variables: the envs of the task, WANDB_API_KEY
+# (secret, may be empty), VENV (default ~/dinov2-venv), CHECKPOINT_DIR (default ~/checkpoints), MASTER_PORT (default 29500).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "error: $*" >&2; exit 1; }
@@ -9,7 +9,7 @@ fail() { echo "error: $*" >&2; exit 1; }
   fail "expected RUN_NAME of letters, digits, '_', '-' and '.', got '${RUN_NAME:-}'; it names the folder and the W&B run"
 
 wandb=()
-if [ -n "${WANDB_API_KEY:-}" ]; then   # stays in the environment: a command line can be read by others
+if [ -n "${WANDB_API_KEY:-}" ]; then   # passed in the environment, because other users can read command lines
   export WANDB_RUN_ID=${WANDB_RUN_ID:-$RUN_NAME}
   wandb=(wandb.mode=online "wandb.name=$RUN_NAME")
 else

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The Python environment of a node. Safe to run again at any time: what is complete is left alone. Variables: VENV (default
-# ~/dinov2-venv), PYTHON (default python3).
+# Create the Python environment of a node. Can be run again at any time: a complete environment is not changed. Variables:
+# VENV (default ~/dinov2-venv), PYTHON (default python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fail() { echo "error: $*" >&2; exit 1; }
 VENV=${VENV:-$HOME/dinov2-venv}
 
-# VENV.made holds the recipe that VENV was made from; an environment without it is the user's own and used as it is
+# VENV.made stores the recipe from which VENV was created; an environment without it belongs to the user and is not changed
 made=$VENV.made
 if [ -e "$VENV" ] && [ ! -e "$made" ]; then
   "$VENV/bin/python" -c 'import dinov2_custom, torch' ||
@@ -15,7 +15,7 @@ if [ -e "$VENV" ] && [ ! -e "$made" ]; then
 fi
 mkdir -p "$(dirname "$VENV")"
 exec 9>>"$VENV.lock"
-flock 9   # nodes may share the folder
+flock 9   # several nodes may share the folder
 recipe=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 [ "$(cat "$made" 2>/dev/null)" != "$recipe" ] || exit 0
 : >"$made"

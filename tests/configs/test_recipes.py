@@ -55,7 +55,7 @@ def test_work_and_hours_in_the_header_are_the_formulas(name):
         backbone, _ = build_model_from_cfg(cfg, only_teacher=True)
     flops = flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks)
     words = " ".join(next(path for path in RECIPES if path.stem == name).read_text().replace("#", " ").split())
-    assert f"Estimated: {flops / 1e9:.0f} GFLOP an image, 40 % of the A100's bf16 peak" in words
+    assert f"Estimated: {flops / 1e9:.0f} GFLOP per image, 40 % of the A100's bf16 peak" in words
     said = r"Hours ([\d.]+) on one A100(.*?) for 100,000 images \((\d+) passes\)"
     given, others, passes = re.search(said, words).groups()
     assert int(passes) == cfg.optim.epochs
@@ -69,7 +69,7 @@ def test_work_and_hours_in_the_header_are_the_formulas(name):
 def test_memory_in_the_header_is_the_count(name):
     cfg = load(name)
     header = next(path for path in RECIPES if path.stem == name).read_text()
-    said = re.search(r"# Memory +([\d.]+) GB on each GPU at batch (\d+)", header)
+    said = re.search(r"# Memory +([\d.]+) GB per GPU at batch (\d+)", header)
     assert int(said.group(2)) == cfg.train.batch_size_per_gpu
     assert float(said.group(1)) == pytest.approx(measure_step(cfg).peak / 1e9, abs=0.06)
 
@@ -81,7 +81,7 @@ def test_memory_in_the_docs_is_that_of_the_headers():
     assert {name for name, _, _ in rows} == {"vits", "vitb", "vitl", "vitg"}
     for name, batch, size in rows:
         text = (RECIPES[0].parent / f"{name}.yaml").read_text()
-        header = re.search(r"# Memory +([\d.]+) GB on each GPU at batch (\d+)", text)
+        header = re.search(r"# Memory +([\d.]+) GB per GPU at batch (\d+)", text)
         if batch == header[2]:
             assert size == header[1]
         else:

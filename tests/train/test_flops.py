@@ -44,7 +44,7 @@ def masked(batch, ratio):
 
 
 def test_known_models():
-    """Figures of the closed formula, GFLOP an image: L/14 with 2x224 + 8x98 has 1.5 TFLOP."""
+    """Figures of the closed formula, GFLOP per image: L/14 with 2x224 + 8x98 has 1.5 TFLOP."""
     sizes = "student.patch_size=14 crops.global_crops_size=224 crops.local_crops_size=98 crops.local_crops_number=8"
     head = "dino.head_n_prototypes=65536 dino.head_hidden_dim=2048 dino.head_bottleneck_dim=256"
     cfg = tiny_config(*f"{sizes} {head} student.drop_path_rate=0.3 train.batch_size_per_gpu=64".split())
