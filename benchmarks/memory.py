@@ -13,8 +13,9 @@ from torch import nn
 
 from benchmarks.machine import add_write_option, describe, finish, table
 from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.plan.memory import sharded
 from dinov2_custom.train.flops import flops_per_image
-from dinov2_custom.train.memory import CATEGORIES, measure_step, sharded
+from dinov2_custom.train.memory import CATEGORIES, measure_step
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 GIANT = "student.ffn_layer=swiglufused student.drop_path_rate=0.4 dino.head_n_prototypes=131072"

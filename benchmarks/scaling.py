@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import roofline
 from benchmarks.machine import add_write_option, describe, finish, table
 from benchmarks.memory import student_of
 from dinov2_custom import distributed, entry
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.parallel import GradientReducer
+from dinov2_custom.plan import roofline
+from dinov2_custom.train.gpus import GPUS
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 SMALL = (
@@ -124,8 +125,8 @@ def main() -> None:
         ffn = " student.ffn_layer=swiglufused" if arch == "vit_giant2" else ""
         cfg = config(LARGE.format(arch=arch, batch=batch) + ffn)
         size = sum(4 * p.numel() for p in student_of(cfg).parameters())
-        kernels, update, _ = roofline.predict(cfg)
-        step = kernels.total + update
+        kernels = roofline.predict(cfg)
+        step = kernels.seconds(GPUS["H100"]).total() + kernels.update_seconds(GPUS["H100"])
         for gpus in (8, 64, 512):
             networks = NETWORKS if gpus > 8 else NETWORKS[:1]
             predictions += [predict(arch, batch, gpus, network, size, step) for network in networks]

@@ -220,24 +220,69 @@ all keys: {list_of_keys()}
     return parser
 
 
-def memory_parser() -> OverridesParser:
-    """Return the parser of the memory count."""
+def plan_parser() -> OverridesParser:
+    """Return the parser of the plan."""
+    plan = f"{command('run/train/plan.py')} {small_recipe()}"
     parser = OverridesParser(
-        description="Count the memory of a training step, on tensors without data; no GPU is needed.",
-        epilog=f"example: {command('run/train/memory.py')} {small_recipe()} --fits 40",
+        description="Print memory, time and price of a run before it starts; no GPU is needed.",
+        epilog=f"""\
+examples:
+  which GPUs, how long, how much:
+    {plan} --images 1000000 --arch s,b,l --gpus 1,8 --gpu A100-80GB,H100
+  memory by category, and the largest batch for 24 GB:
+    {plan} --fits 24
+  seconds and memory of each combination, measured on this machine:
+    {plan} --ablate precision=fp32,bf16 batch=2,8 --time
+  the schedules of the run:
+    {plan} --schedule --images 1000000
+""",
     )
     _add_overrides(parser, "train.batch_size_per_gpu=32")
-    parser.add_argument(
-        "--fits",
-        type=float,
-        default=0.0,
-        metavar="GB",
-        help="also find the largest batch for a GPU with this many GB (10^9 bytes)",
+    add = parser.add_argument
+    add("--arch", type=_words, default=[], metavar="A[,A]", help="s, b, l, g or names of student.arch, a row for each")
+    add("--batch", type=_positive, default=[], metavar="N[,N]", help="values of train.batch_size_per_gpu")
+    add("--gpus", type=_positive, default=[1], metavar="N[,N]", help="numbers of GPUs, of all nodes together (1)")
+    add("--gpu", type=_words, default=[], metavar="GPU[,GPU]", help="kinds of GPUs, such as A100-80GB,L40S,4090")
+    add("--images", type=_whole(1, 1 << 40), metavar="N", help="images you have, where an epoch is one pass over them")
+    add("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="an hour; repeatable")
+    add("--prices", default="", metavar="FILE", help="YAML file of such prices, or of GPU: [SPOT, ON DEMAND]")
+    add("--time", action="store_true", help="time a few real steps on this machine")
+    add("--memory", action="store_true", help="print the memory of a step by category instead")
+    add("--fits", type=float, default=0.0, metavar="GB", help="that, and the largest batch for so many GB (10^9)")
+    add(
+        "--ablate",
+        type=_axis,
+        nargs="+",
+        default=[],
+        metavar="KEY=A,B",
+        help="print seconds and MiB of a step for each combination instead; KEY: arch, batch, precision or any key",
     )
-    parser.add_argument(
-        "--ngpus", type=int, default=1, metavar="N", help="also estimate the step with weights sharded over N GPUs"
-    )
+    add("--schedule", action="store_true", help="show learning rate, weight decay, momentum, temperature instead")
+    add_output_dir(parser, "where the figure of --schedule goes (default: the current folder)", default=".")
     return parser
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _positive(text: str) -> list[int]:
+    return [_whole(1)(part) for part in _words(text)]
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    key, _, values = text.partition("=")
+    if not key or not _words(values):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE,VALUE such as precision=fp32,bf16, got {text!r}")
+    return key, _words(values)
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"expected GPU=DOLLARS such as H100=2.10, got {text!r}") from e
 
 
 def _add_overrides(parser: OverridesParser, such_as: str) -> None:
@@ -520,7 +565,7 @@ COMMANDS = {
     for one in (
         Command("run/quickstart.py", "quickstart.main", quickstart_parser, "train on photographs", quiet_threads=True),
         Command("run/train/train.py", "run.train.train", None, "train, here or as a SLURM job"),
-        Command("run/train/memory.py", "train.memory", memory_parser, "count the memory of a training step"),
+        Command("run/train/plan.py", "plan.main", plan_parser, "memory, time and price of a run, before it"),
         Command("run/data/verify.py", "verify.main", verify_parser, "decode every image, list the bad ones", USAGE),
         Command("run/data/prepare.py", "prepare.main", prepare_parser, "shrink, convert, tile, pack images", USAGE),
         Command("run/eval/knn.py", "run.eval.knn", None, "evaluate by nearest neighbours"),

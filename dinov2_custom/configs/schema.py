@@ -224,7 +224,7 @@ class Train(Section):
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
         "auto",
         "activations recomputed in the backward pass: none; selective: each block's FFN; full: each block; auto: as "
-        "few as fit into the GPU with the least free memory, by the estimate of run/train/memory.py",
+        "few as fit into the GPU with the least free memory, by the estimate of run/train/plan.py",
         changes_results=False,
     )
     compile: Switch = key(
@@ -329,7 +329,7 @@ class Optim(Section):
     global_batch: NonNegativeInt = key(
         0,
         "images per step over all processes, a multiple of their number; determines train.batch_size_per_gpu and "
-        "optim.accumulation_steps: on GPUs, batches that do not fit by the estimate of run/train/memory.py are "
+        "optim.accumulation_steps: on GPUs, batches that do not fit by the estimate of run/train/plan.py are "
         "accumulated; overrides of these two are the maximum number of images and the minimum number of batches, "
         "values in a config file are ignored; 0: not set",
         unit="images",

@@ -12,32 +12,13 @@ import torch
 
 from dinov2_custom.layers.drop_path import num_kept
 from dinov2_custom.layers.swiglu_ffn import aligned_hidden_features
-
-# Dense bf16 or fp16 tensor-core rates without sparsity, FLOP/s. Source: vendors' data sheets. The
-# longest name that a device's name contains is used.
-PEAK_FLOPS = {
-    "V100": 125e12,
-    "T4": 65e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A100": 312e12,
-    "A40": 150e12,
-    "A6000": 155e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
+from dinov2_custom.train.gpus import GPUS, find_gpu
 
 
 def peak_flops(device_name: str) -> float | None:
     """Return a GPU's dense 16-bit rate in FLOP/s, or None for an unknown device."""
-    known = [name for name in PEAK_FLOPS if name in device_name]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    name = find_gpu(device_name)
+    return GPUS[name].flops if name else None
 
 
 def flops_per_image(cfg, width: int, depth: int) -> float:

@@ -2,17 +2,15 @@
 
 The step runs on tensors without data (torch's fake tensors) and every allocation and release is counted, so the count
 is exact for tensors; what an allocator loses between them, a CUDA context (about 0.5 GB) and libraries' workspaces are
-not in it. The optimizer is counted as AdamW's two moments. :func:`main` is the script
-``run/train/memory.py``, which prints the count and the largest batch that fits on a GPU.
+not in it. The optimizer is counted as AdamW's two moments. ``plan/memory.py`` prints the count and the largest batch
+that fits on a GPU.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -23,10 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinov2_custom import cli, distributed
+from dinov2_custom import distributed
 from dinov2_custom.configs.checks import divisors_of
-from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.errors import ConfigError
 from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
 from dinov2_custom.parallel import NO_SHARD, bytes_elsewhere, choose_strategies, strategies_on
@@ -39,7 +35,6 @@ NCCL_BYTES = 10**9
 SHARE_OF_TENSORS = 7 / 8  # of a device's memory; the rest is for what the count does not include
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "heads", "batch")
 MODES = ("none", "selective", "full")  # of train.activation_checkpointing
-LARGEST_BATCH = 1024  # upper limit of the search for the largest batch that fits
 
 
 class StepMemory(NamedTuple):
@@ -243,7 +238,7 @@ def measure_step(
         compiler: used in place of torch.compile, as with ``train.compile: on``.
     """
     live, mode = LiveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
-    batch = _batch(cfg)
+    batch = batch_shapes(cfg)
     with torch.device("meta"):
         model = SSLMetaArch(cfg).train()
     model.set_checkpointing(checkpointing)
@@ -296,7 +291,7 @@ def _bf16_unless_given(cfg, model: str, part: str) -> torch.dtype:
     return torch.bfloat16 if dtype == "auto" else as_torch_dtype(dtype)
 
 
-def _batch(cfg) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def batch_shapes(cfg) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of each tensor of a batch with the mean number of masked patches."""
     crops, b = cfg.crops, cfg.train.batch_size_per_gpu
     patches = (crops.global_crops_size // cfg.student.patch_size) ** 2
@@ -311,131 +306,3 @@ def _batch(cfg) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         "masks_weight": ((masked,), torch.float32),
         "n_masked_patches": ((1,), torch.long),
     }
-
-
-def main(args) -> int:
-    """Print the table, and with ``--fits`` the largest batches; return the exit code.
-
-    Args:
-        args: parsed by ``cli.memory_parser``.
-
-    Raises:
-        ConfigError: a configuration that training would also refuse, or one with no step that fits.
-    """
-    notes: list[str] = []
-    cfg = load_run_config(
-        args.config_file,
-        args.opts,
-        output_dir="unused",
-        allow_unknown_keys=args.allow_unknown_keys,
-        require_dataset=False,
-        world_size=max(args.ngpus, 1),
-        warn=notes.append,
-    )
-    count = functools.cache(functools.partial(measure_step, cfg))
-    for line in itertools.chain((f"note: {note}" for note in notes), report(cfg, count, args.ngpus)):
-        print(line, flush=True)
-    if args.fits:
-        print()
-        room, found = f"{args.fits:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free", 0
-        for mode, largest in fits(cfg, args.fits, count):
-            most = " or more" if largest == LARGEST_BATCH else ""
-            batch = f"train.batch_size_per_gpu={largest}{most} fits" if largest else "not even one image fits"
-            print(f"{mode}: {batch} into {room}", flush=True)
-            found = max(found, largest)
-        if not found:
-            raise ConfigError(
-                f"--fits {args.fits:g}: expected a step of one image to fit, got none; take a smaller student.arch, "
-                "fewer prototypes (dino.head_n_prototypes), smaller crops, or a larger GPU"
-            )
-        if cfg.optim.global_batch:
-            print(split_on(cfg, args.fits, max(args.ngpus, 1)))
-    return 0
-
-
-def report(cfg, count: Callable[[str], StepMemory], ngpus: int = 1) -> Iterable[str]:
-    """Yield the lines of the table: each activation checkpointing, in total and by category, in GB (10^9 bytes).
-
-    ``count``: maps an activation checkpointing to the memory of a step of ``cfg``.
-    """
-    crops, batch_size = cfg.crops, cfg.train.batch_size_per_gpu
-    yield (
-        f"{cfg.student.arch}/{cfg.student.patch_size}, 2 x {crops.global_crops_size} + {crops.local_crops_number} x "
-        f"{crops.local_crops_size} px, {cfg.dino.head_n_prototypes:,} prototypes, "
-        f"train.batch_size_per_gpu={batch_size}: GB at the peak of a step"
-    )
-    header = ("train.activation_checkpointing", "all", *CATEGORIES)
-    header += (f"sharded over {ngpus}",) if ngpus > 1 else ()
-    widths = [max(len(name), 6) for name in header]
-    yield "  ".join(name.rjust(width) for name, width in zip(header, widths, strict=True))
-    for mode in MODES:
-        memory = count(mode)
-        sizes = [memory.peak, *memory.categories.values(), *([sharded(memory, ngpus)] if ngpus > 1 else [])]
-        cells = [mode, *(f"{size / 1e9:.2f}" for size in sizes)]
-        yield "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-    yield "Counted on tensors in bf16 where the precision is auto. A CUDA context (about 0.5 GB) and gaps come on top."
-
-
-def sharded(memory: StepMemory, gpus: int) -> int:
-    """Estimate the peak with weights, gradients and optimizer state sharded; gathered blocks are not included."""
-    state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-    return memory.peak - state * (gpus - 1) // gpus
-
-
-def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterator[tuple[str, int]]:
-    """Yield each activation checkpointing with the largest batch whose step leaves enough of ``gigabytes`` free, or 0.
-
-    ``count``: maps an activation checkpointing to the memory of a step of ``cfg`` at its own batch; default: count it.
-    """
-    own, count = cfg.train.batch_size_per_gpu, count or functools.partial(measure_step, cfg)
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
-    for mode in MODES:
-
-        def peak(batch_size: int, mode: str = mode) -> int:
-            cfg.train.batch_size_per_gpu = batch_size
-            return measure_step(cfg, mode).peak
-
-        memory = count(mode)
-        state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-        yield mode, largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
-
-
-def split_on(cfg, gigabytes: float, ngpus: int) -> str:
-    """Return the line that says how ``optim.global_batch`` is divided on GPUs of ``gigabytes``."""
-    share = cfg.train.batch_size_per_gpu
-    batch = largest_batch(cfg, gigabytes * 1e9, ngpus)
-    return (
-        f"optim.global_batch={cfg.optim.global_batch}: {batch} per process x {ngpus} processes x "
-        f"{cfg.optim.accumulation_steps * share // batch} accumulated"
-    )
-
-
-def largest_below(
-    size: Callable[[int], int], limit: float, first: tuple[float, float], second: tuple[float, float]
-) -> int:
-    """Return an n up to ``LARGEST_BATCH`` with size(n) <= limit, within an eighth of the largest; 0 if 1 does not fit.
-
-    ``size`` must be non-decreasing. It is slow and nearly linear, so one or two interpolated guesses usually suffice.
-
-    Args:
-        first, second: (n, approximate size(n)) for two n, to start the interpolation.
-    """
-    fitting, too_large = 0, LARGEST_BATCH + 1
-    while too_large - fitting > 1:
-        slope = max((second[1] - first[1]) / (second[0] - first[0]), 1e-9)
-        guess = min(max(int(second[0] + (limit - second[1]) / slope), fitting + 1), too_large - 1)
-        found = (guess, size(guess))
-        if found[1] <= limit:
-            fitting = guess
-            if guess == LARGEST_BATCH or limit - found[1] < slope * max(1, guess / 8) / 2:
-                break  # interpolation would stop at half of an eighth
-        else:
-            too_large = guess
-            if fitting and too_large - fitting <= max(1, fitting // 8):
-                break
-        first, second = (second, found) if second[0] != guess else (first, found)
-    return fitting
-
-
-if __name__ == "__main__":
-    cli.main("memory")

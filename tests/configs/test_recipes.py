@@ -13,7 +13,8 @@ from dinov2_custom.logging import remove_logging
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.teacher import load_teacher
 from dinov2_custom.train import get_args_parser, main
-from dinov2_custom.train.flops import flops_per_image, peak_flops
+from dinov2_custom.train.flops import flops_per_image
+from dinov2_custom.train.gpus import GPUS
 from dinov2_custom.train.memory import measure_step
 from tests.data.textures import make_textures
 
@@ -58,7 +59,7 @@ def test_work_and_hours_in_the_header_are_the_formulas(name):
     said = r"Hours ([\d.]+) on one A100(.*?) for 100,000 images \((\d+) passes\)"
     given, others, passes = re.search(said, words).groups()
     assert int(passes) == cfg.optim.epochs
-    hours = 100_000 * cfg.optim.epochs * flops / (0.4 * peak_flops("A100")) / 3600
+    hours = 100_000 * cfg.optim.epochs * flops / (0.4 * GPUS["A100-80GB"].flops) / 3600
     assert float(given) == pytest.approx(hours, rel=0.03)
     for number, gpus in re.findall(r", ([\d.]+) on (two|eight)", others):
         assert float(number) == pytest.approx(hours / {"two": 2, "eight": 8}[gpus], rel=0.03)
@@ -71,6 +72,25 @@ def test_memory_in_the_header_is_the_count(name):
     said = re.search(r"# Memory +([\d.]+) GB per GPU at batch (\d+)", header)
     assert int(said.group(2)) == cfg.train.batch_size_per_gpu
     assert float(said.group(1)) == pytest.approx(measure_step(cfg).peak / 1e9, abs=0.06)
+
+
+def test_memory_in_the_docs_is_that_of_the_headers():
+    root = RECIPES[0].parents[1]
+    docs, readme = ((root / name).read_text() for name in ("docs/scaling.md", "README.md"))
+    rows = re.findall(r"\| `configs/(\w+)\.yaml`, (\d+) \| ([\d.]+) \|", docs)
+    assert {name for name, _, _ in rows} == {"vits", "vitb", "vitl", "vitg"}
+    for name, batch, size in rows:
+        text = (RECIPES[0].parent / f"{name}.yaml").read_text()
+        header = re.search(r"# Memory +([\d.]+) GB per GPU at batch (\d+)", text)
+        if batch == header[2]:
+            assert size == header[1]
+        else:
+            assert float(size) == pytest.approx(
+                measure_step(load(name, f"train.batch_size_per_gpu={batch}")).peak / 1e9, abs=0.06
+            )
+    of_vitl = {batch: size for name, batch, size in rows if name == "vitl"}
+    said = re.search(r"with 64 images on one GPU needs ([\d.]+) GB, with 128 images\s+([\d.]+) GB", readme)
+    assert said.groups() == (of_vitl["64"], of_vitl["128"])
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -3,20 +3,34 @@
 import pytest
 import torch
 
-from benchmarks import roofline
 from benchmarks.memory import config
+from dinov2_custom.plan import roofline
 from dinov2_custom.train.flops import flops_per_image
+from dinov2_custom.train.gpus import GPUS
+from dinov2_custom.train.memory import measure_step
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+
+H100 = GPUS["H100"]
 
 
 def test_operations_of_a_step_are_those_of_the_closed_formula():
     cfg = config("student.arch=vit_small student.drop_path_rate=0 dino.head_n_prototypes=4096", batch_size=4)
-    counted, update, mfu = roofline.predict(cfg)
+    counted = roofline.predict(cfg)
     with torch.device("meta"):
-        backbone = SSLMetaArch(cfg).student["backbone"]
+        student = SSLMetaArch(cfg).student
+    backbone = student["backbone"]
     expected = 4 * flops_per_image(cfg, backbone.embed_dim, backbone.n_blocks)
     assert counted.operations == pytest.approx(expected, rel=0.04)  # attention computes its scores twice
-    assert mfu == pytest.approx(expected / roofline.PEAK_FLOPS["H100"] / (counted.total + update))
+    assert counted.num_parameters == sum(p.numel() for p in student.parameters())
+    assert counted.memory == measure_step(cfg)
+
+
+def test_recomputing_takes_longer_and_a_slower_gpu_too():
+    cfg = config("student.arch=vit_small dino.head_n_prototypes=4096", batch_size=4)
+    none, full = roofline.predict(cfg), roofline.predict(cfg, "full")
+    assert full.operations > 1.15 * none.operations and full.memory.peak < none.memory.peak
+    assert none.seconds(GPUS["T4"]).total() > none.seconds(H100).total()
+    assert none.update_seconds(GPUS["T4"]) > 5 * none.update_seconds(H100) > 0
 
 
 def test_kernels_take_the_longest_of_launch_bytes_and_operations():
@@ -30,6 +44,7 @@ def test_kernels_take_the_longest_of_launch_bytes_and_operations():
     assert counted.kernels == 4
     assert counted.operations == 2 * 1024 * 2048 * 4096
     moved = 2 * 4 * 1024 * 2048
-    assert counted.seconds["add"] == pytest.approx(moved / roofline.BYTES)
-    assert counted.seconds["products"] == pytest.approx(counted.operations / roofline.PRODUCTS)
-    assert counted.seconds["add_"] == roofline.LAUNCH
+    seconds = counted.seconds(H100)
+    assert seconds["add"] == pytest.approx(moved / (roofline.BYTES * H100.bandwidth))
+    assert seconds["products"] == pytest.approx(counted.operations / (roofline.PRODUCTS * H100.flops))
+    assert seconds["add_"] == roofline.LAUNCH

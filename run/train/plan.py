@@ -1,4 +1,4 @@
-"""Does it fit on my GPU? No GPU is needed: python run/train/memory.py --config-file configs/vitl.yaml --fits 40"""
+"""What will a run take? python run/train/plan.py --config-file configs/vitl.yaml --images 1000000"""
 import sys
 
 try:
@@ -6,4 +6,4 @@ try:
 except ModuleNotFoundError:
     sys.exit(f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`")
 if __name__ == "__main__":
-    main("memory")
+    main("plan")

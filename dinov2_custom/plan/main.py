@@ -1,0 +1,329 @@
+"""Say what a run takes before it starts: memory, time, price. Read :func:`main` first; it is ``run/train/plan.py``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+
+from dinov2_custom import cli, distributed
+from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.parallel import bytes_elsewhere, strategies_on
+from dinov2_custom.plan import roofline
+from dinov2_custom.plan.memory import LARGEST_BATCH, largest_below, print_memory
+from dinov2_custom.plan.prices import Price, load_prices
+from dinov2_custom.plan.schedule import print_schedule
+from dinov2_custom.plan.table import aligned
+from dinov2_custom.plan.timing import STEPS, Timing, time_apart
+from dinov2_custom.train.course import RunLength, run_length
+from dinov2_custom.train.gpus import GPU, GPUS, find_gpu
+from dinov2_custom.train.memory import MODES, SHARE_OF_TENSORS, largest_batch, measure_step, room_on
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+
+ARCHITECTURES = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
+PRECISIONS = [
+    f"compute_precision.{model}.{part}.mixed_precision.param_dtype"
+    for model in ("student", "teacher")
+    for part in ("backbone", "dino_head", "ibot_head")
+]
+AXES = {"arch": ["student.arch"], "batch": ["train.batch_size_per_gpu"], "precision": PRECISIONS}
+HEADER = ["arch", "batch", "accumulated", "GPUs", "GPU", "recomputed", "GB", "fits", "s/iteration", "images/s"]
+HEADER += ["hours", "GPU-hours", "spot, $", "on-demand, $", "checkpoint GB", "largest batch"]
+NONE = "-"
+DEFAULT_GPUS = ("L4", "4090", "A100-80GB", "H100")
+
+
+class Choice(NamedTuple):
+    """What training would do on GPUs of one kind.
+
+    Attributes:
+        cfg: with the batch and the accumulated batches that it would choose.
+        mode: the activation checkpointing that it would choose.
+        needed: bytes of one GPU.
+        peak: bytes of a step, counted with whole weights.
+        limit: that fits on the GPU.
+    """
+
+    cfg: object
+    mode: str
+    needed: float
+    peak: int
+    limit: float
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+def main(args) -> int:
+    """Print what ``args`` asks for, of ``cli.plan_parser``; return 0.
+
+    Raises:
+        ConfigError: a configuration that training would refuse too, an unknown GPU, a bad price, or nothing fits.
+    """
+    load = loader(args)
+    names = [find_by_user_name(name) for name in args.gpu or ([] if args.time else DEFAULT_GPUS)]
+    if args.schedule:
+        cfg = load(args.gpus[0])
+        print_schedule(cfg, length_of(cfg, args.images, args.gpus[0]), Path(args.output_dir))
+    elif args.memory or args.fits:
+        for num_gpus in args.gpus:
+            print_memory(load(num_gpus), num_gpus, args.fits)
+    elif args.ablate:
+        print_ablation(load, dict(args.ablate), None if args.time else names[0])
+    else:
+        print_plan(load, args, names, load_prices(args.prices, args.price))
+    return 0
+
+
+def loader(args) -> Callable:
+    """Return a function from (number of GPUs, further overrides) to the configuration; it prints each note once."""
+    said: set[str] = set()
+
+    def note(text: str) -> None:
+        if text not in said:
+            print(f"note: {text}")
+        said.add(text)
+
+    def load(num_gpus: int, *overrides: str):
+        cfg = load_run_config(
+            args.config_file,
+            [*args.opts, *overrides],
+            output_dir="unused",
+            allow_unknown_keys=args.allow_unknown_keys,
+            require_dataset=False,
+            world_size=num_gpus,
+            warn=note,
+        )
+        return _copy(cfg)  # which can be changed
+
+    return load
+
+
+def length_of(cfg, num_images: int | None, num_gpus: int) -> RunLength:
+    """Return the length of the run.
+
+    Raises:
+        ConfigError: an epoch is a pass over the images, and their number is not given.
+    """
+    if cfg.train.OFFICIAL_EPOCH_LENGTH == "auto" and not num_images:
+        raise ConfigError("train.OFFICIAL_EPOCH_LENGTH=auto: expected the number of images, got none; add --images N")
+    return run_length(cfg, num_images or 1, num_gpus)
+
+
+def find_by_user_name(text: str) -> str:
+    """Return the key of ``GPUS`` for what a user or SkyPilot writes: a100-80gb, RTX4090, "RTX 4090"."""
+    plain = text.upper().replace("RTX", "").replace("_", "-").strip(" -")
+    found = [key for key in GPUS if key.upper() == plain]
+    if not found:
+        raise ConfigError(f"--gpu {text}: expected one of {', '.join(GPUS)}; for another one, --fits GB counts memory")
+    return found[0]
+
+
+class Counts:
+    """Steps counted so far, each once: by configuration, without what a step's memory and time do not depend on."""
+
+    def __init__(self) -> None:
+        self._steps: dict[tuple[str, str], roofline.Roofline] = {}
+        self._peaks: dict[tuple[str, str], dict[int, int]] = {}
+        self._largest: dict[tuple[str, str, float], int] = {}
+
+    def step(self, cfg, mode: str) -> roofline.Roofline:
+        """Return kernels and memory of the step of ``cfg`` with the activation checkpointing ``mode``."""
+        key = (_key(cfg), mode)
+        if key not in self._steps:
+            self._steps[key] = roofline.predict(cfg, mode)
+        return self._steps[key]
+
+    def largest(self, cfg, limit: float) -> int:
+        """Return the largest batch below ``limit`` bytes, with nothing recomputed where that is ``auto``; 0: none."""
+        cfg, mode, own = _copy(cfg), modes_of(cfg)[0], cfg.train.batch_size_per_gpu
+        memory = self.step(cfg, mode).memory
+        cfg.train.batch_size_per_gpu = 0
+        known = self._peaks.setdefault((_key(cfg), mode), {})
+        known[0] = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
+        known[own] = memory.peak
+
+        def peak(batch: int) -> int:
+            if batch not in known:
+                cfg.train.batch_size_per_gpu = batch
+                known[batch] = measure_step(cfg, mode).peak
+            return known[batch]
+
+        asked = (_key(cfg), mode, limit)
+        if asked not in self._largest:
+            nearest = sorted(known, key=lambda batch: abs(known[batch] - limit))[:2]
+            self._largest[asked] = largest_below(peak, limit, *sorted((batch, known[batch]) for batch in nearest))
+        return self._largest[asked]
+
+
+def _copy(cfg):
+    return OmegaConf.create(OmegaConf.to_container(cfg))
+
+
+def _key(cfg) -> str:
+    return str({name: value for name, value in OmegaConf.to_container(cfg).items() if name not in ("optim", "teacher")})
+
+
+def choose(cfg, gpu: GPU, num_gpus: int, counts: Counts) -> Choice:
+    """Return what training would do on ``num_gpus`` GPUs; does not change ``cfg``."""
+    cfg = _copy(cfg)
+    if cfg.optim.global_batch:
+        batch = largest_batch(cfg, gpu.memory, num_gpus)
+        cfg.optim.accumulation_steps *= cfg.train.batch_size_per_gpu // batch
+        cfg.train.batch_size_per_gpu = batch
+    with torch.device("meta"):
+        student = SSLMetaArch(cfg).student
+    strategies = strategies_on(cfg, student, gpu.memory, num_gpus)
+    room = room_on(gpu.memory, student, strategies, num_gpus)
+    elsewhere = bytes_elsewhere(student, strategies, num_gpus)
+    limit = room * SHARE_OF_TENSORS
+    for mode in modes_of(cfg):
+        peak = counts.step(cfg, mode).memory.peak
+        if peak <= limit:
+            break
+    besides = gpu.memory + elsewhere / SHARE_OF_TENSORS - room  # buckets, NCCL
+    return Choice(cfg, mode, peak - elsewhere + besides, peak, limit)
+
+
+def modes_of(cfg) -> Sequence[str]:
+    """Return the activation checkpointings that training would try, in order."""
+    wanted = cfg.train.activation_checkpointing
+    return MODES if wanted == "auto" else (wanted,)
+
+
+def print_plan(load: Callable, args, names: Sequence[str], prices: dict[str, Price]) -> None:
+    """Print the table: a row for each architecture, batch, number of GPUs and kind of GPU."""
+    archs = [f"student.arch={ARCHITECTURES.get(arch, arch)}" for arch in args.arch]
+    batches = [f"train.batch_size_per_gpu={batch}" for batch in args.batch]
+    cases = [combined(archs, batches, [n]) for n in args.gpus]
+    rows, counts, lengths, without_length = [], Counts(), [], False
+    for *overrides, num_gpus in itertools.chain.from_iterable(cases):
+        cfg = load(num_gpus, *overrides)
+        length = None
+        if cfg.train.OFFICIAL_EPOCH_LENGTH != "auto" or args.images:
+            length = length_of(cfg, args.images, num_gpus)
+            lengths.append(describe_length(length))
+        without_length |= length is None
+        for name in names:
+            choice = choose(cfg, GPUS[name], num_gpus, counts)
+            step = counts.step(choice.cfg, choice.mode)
+            seconds = step_seconds(choice, step, GPUS[name]) if choice.fits else None
+            largest = counts.largest(choice.cfg, choice.limit)
+            tail = [f"{checkpoint_bytes(step) / 1e9:.2f}", f"{largest}+" if largest == LARGEST_BATCH else str(largest)]
+            shown = "yes" if choice.fits else "no"
+            head = [choice.mode, f"{choice.needed / 1e9:.2f}", shown]
+            rows.append(row(choice.cfg, num_gpus, name, head, seconds, length, prices.get(name)) + tail)
+        if args.time and num_gpus == 1:
+            rows.append(timed_row(cfg, length, prices, counts))
+    for text in dict.fromkeys(lengths):
+        print(text)
+    print(aligned(HEADER, rows))
+    for text in footnotes(bool(names), args, without_length):
+        print(text)
+
+
+def combined(*choices: Sequence) -> list[tuple]:
+    """Return all combinations; an empty choice is left out."""
+    return list(itertools.product(*(choice for choice in choices if choice)))
+
+
+def row(cfg, num_gpus: int, name: str, memory: list[str], seconds: float | None, length, price: Price | None):
+    """Return the cells up to the price; of what does not fit, or is not known, a dash."""
+    arch, batch, accumulated = cfg.student.arch, cfg.train.batch_size_per_gpu, cfg.optim.accumulation_steps
+    cells = [arch, str(batch), str(accumulated), str(num_gpus), name, *memory]
+    if seconds is None:
+        return cells + [NONE] * 6
+    cells += [f"{seconds:.3g}", f"{batch * accumulated * num_gpus / seconds:,.0f}"]
+    if length is None:
+        return cells + [NONE] * 4
+    hours = length.max_hours or length.total * seconds / 3600
+    dollars = [_number(hours * num_gpus * each) for each in price] if price else [NONE] * 2
+    return cells + [_number(hours), _number(hours * num_gpus), *dollars]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def timed_row(cfg, length, prices: dict[str, Price], counts: Counts) -> list[str]:
+    """Time the step here and return its row; the checkpoint is counted."""
+    device = distributed.get_device()
+    here = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    single = _copy(cfg)
+    single.optim.accumulation_steps = 1
+    timing, accumulated = time_apart(single), cfg.optim.accumulation_steps
+    memory = [cfg.train.activation_checkpointing, f"{timing.peak / 1e9:.2f}" if timing else NONE]
+    price = prices.get(find_gpu(here) or "")
+    cells = row(
+        cfg, 1, f"{here}, measured", [*memory, "yes" if timing else "no"], timing and timing.seconds * accumulated,
+        length, price,
+    )  # fmt: skip
+    return [*cells, f"{checkpoint_bytes(counts.step(cfg, 'none')) / 1e9:.2f}", NONE]
+
+
+def step_seconds(choice: Choice, step: roofline.Roofline, gpu: GPU) -> float:
+    """Return the predicted seconds of an iteration."""
+    return choice.cfg.optim.accumulation_steps * step.seconds(gpu).total() + step.update_seconds(gpu)
+
+
+def checkpoint_bytes(step: roofline.Roofline) -> int:
+    """Return the size of a checkpoint: student, teacher and AdamW's two moments."""
+    return step.memory.categories["parameters"] + step.memory.categories["optimizer"]
+
+
+def describe_length(length: RunLength) -> str:
+    if length.max_hours:
+        return f"{length.max_hours:g} hours"
+    drawn = length.total * length.global_batch / 1e6
+    return (
+        f"{length.total / length.epoch_length:g} epochs = {length.total:,} steps x {length.global_batch:,} images = "
+        f"{drawn:.2f} million images"
+    )
+
+
+def footnotes(predicted: bool, args, without_length: bool) -> Iterator[str]:
+    """Yield what the table's figures are."""
+    if without_length:
+        yield "hours: an epoch is one pass over the images (train.OFFICIAL_EPOCH_LENGTH=auto); add --images N"
+    if predicted:
+        yield f"s/iteration: {roofline.assumptions()}; without data loading and the reduction between GPUs."
+        yield (
+            f"GB: counted, of 10^9 bytes on one GPU; it fits if {1 - SHARE_OF_TENSORS:.1%} of the memory stays free. "
+            "largest batch: a GPU, with nothing recomputed where train.activation_checkpointing is auto."
+        )
+    if args.time:
+        yield f"measured: median of {STEPS} steps on random images, one process, without data loading; its peak memory."
+    yield "prices: prices.yaml of the package, not checked since it was written, unless given by --price or --prices."
+
+
+def print_ablation(load: Callable, axes: dict[str, list[str]], name: str | None) -> None:
+    """Print seconds and MiB of each combination: predicted for ``GPUS[name]``, or, with None, measured here."""
+    rows, counts = [], Counts()
+    for values in itertools.product(*axes.values()):
+        chosen = zip(axes, values, strict=True)
+        cfg = load(1, *(f"{key}={value}" for axis, value in chosen for key in AXES.get(axis, [axis])))
+        if name:
+            choice = choose(cfg, GPUS[name], 1, counts)
+            timing = Timing(step_seconds(choice, counts.step(choice.cfg, choice.mode), GPUS[name]), choice.peak)
+        else:
+            timing = time_apart(cfg)
+        images = cfg.train.batch_size_per_gpu * cfg.optim.accumulation_steps
+        cells = [NONE] * 3
+        if timing:
+            cells = [f"{timing.seconds:.3g}", f"{images / timing.seconds:,.1f}", f"{timing.peak / 2**20:,.0f}"]
+        rows.append([*values, *cells])
+    print(aligned([*axes, "s/iteration", "images/s", "MiB"], rows))
+    if name:
+        print(f"{name}. {roofline.assumptions()}; memory is counted. --time measures on this machine.")
+    else:
+        print(f"Measured: median of {STEPS} steps on random images; MiB: CUDA's peak, or the process's resident set.")
+
+
+if __name__ == "__main__":
+    cli.main("plan")

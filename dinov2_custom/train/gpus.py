@@ -1,0 +1,55 @@
+"""GPUs by name, with the figures of the makers' data sheets."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class GPU(NamedTuple):
+    """One GPU.
+
+    Attributes:
+        memory: bytes, 10^9 for each GB of the data sheet.
+        flops: dense 16-bit tensor-core operations a second, without sparsity, sums in float32.
+        bandwidth: of its memory, bytes a second.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+# Source: the makers' data sheets. SXM boards where there are several; 16-bit rates that a sheet states with sparsity
+# only are halved.
+GPUS = {
+    "V100": GPU(16e9, 125e12, 900e9),
+    "T4": GPU(16e9, 65e12, 320e9),
+    "L4": GPU(24e9, 121e12, 300e9),
+    "A10": GPU(24e9, 125e12, 600e9),
+    "A10G": GPU(24e9, 70e12, 600e9),
+    "A5000": GPU(24e9, 111e12, 768e9),
+    "A6000": GPU(48e9, 155e12, 768e9),
+    "A40": GPU(48e9, 150e12, 696e9),
+    "3090": GPU(24e9, 71e12, 936e9),
+    "4090": GPU(24e9, 165e12, 1008e9),
+    "5090": GPU(32e9, 210e12, 1792e9),
+    "A100-40GB": GPU(40e9, 312e12, 1555e9),
+    "A100-80GB": GPU(80e9, 312e12, 2039e9),
+    "L40S": GPU(48e9, 362e12, 864e9),
+    "H100": GPU(80e9, 989e12, 3.35e12),
+    "H100-PCIe": GPU(80e9, 756e12, 2e12),
+    "GH200": GPU(96e9, 989e12, 4e12),
+    "H200": GPU(141e9, 989e12, 4.8e12),
+    "B200": GPU(180e9, 2250e12, 8e12),
+}
+
+
+def find_gpu(device_name: str) -> str | None:
+    """Return the key of ``GPUS`` for what ``torch.cuda.get_device_name`` returns; None for a GPU that is not known.
+
+    All words of the key are in the device's name ("A100-80GB": "NVIDIA A100-SXM4-80GB"); the key with the most counts.
+    """
+    words = set(re.split(r"[\s-]+", device_name))
+    known = [key for key in GPUS if words.issuperset(key.split("-"))]
+    return max(known, key=lambda key: key.count("-"), default=None)
