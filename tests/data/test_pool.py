@@ -230,7 +230,7 @@ def test_hanging_process_and_image_are_logged_repeatedly(start, monkeypatch, cap
     pid = ring.workers[0].process.pid
     assert take(ring, 2) == expected(2)
     caplog.clear()  # a busy machine may be slow to start the process
-    with pytest.raises(DataError, match=rf"no batch for \d s: data-loading process {pid} reads image-7.jpg; look"):
+    with pytest.raises(DataError, match=rf"no batch for \d s: data-loading process {pid} reads image-7.jpg; check"):
         ring.next_batch()
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) >= 2 and all(f"process {pid} reads image-7.jpg" in text for text in warned)
