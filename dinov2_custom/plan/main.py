@@ -299,7 +299,7 @@ def footnotes(predicted: bool, args, without_length: bool) -> Iterator[str]:
         )
     if args.time:
         yield f"measured: median of {STEPS} steps on random images, one process, without data loading; its peak memory."
-    yield "prices: prices.yaml of the package, not checked since it was written, unless given by --price or --prices."
+    yield "prices: those of --price or --prices, else of the package's prices.yaml (2026-05); -: none is known."
 
 
 def print_ablation(load: Callable, axes: dict[str, list[str]], name: str | None) -> None:
