@@ -32,8 +32,8 @@ REFUSED = "expected images, got none"
         (ended(143), True, Job("TIMEOUT"), False, "timeout"),
         (ended(143), True, Job("COMPLETING"), False, "completing"),
         (ended(130), True, Job(), False, "by hand"),
-        (ended(REFUSED), True, Job(), False, "meet again"),
-        (ended(1), True, Job(), False, "meet again"),
+        (ended(REFUSED), True, Job(), False, "another attempt would repeat"),
+        (ended(1), True, Job(), False, "another attempt would repeat"),
         (ended(CRASH), True, Job(), True, "it died; the next attempt resumes from"),
         (ended(CRASH, 143), True, Job(), True, "it died; the next attempt resumes from"),
         (ended(CRASH), False, Job(), False, "crashed before"),
@@ -41,7 +41,7 @@ REFUSED = "expected images, got none"
         (ended(75, 143), True, Job(), True, "it died; the next attempt resumes from"),
         ({}, True, Job(), True, "it died; the next attempt resumes from"),
         ({}, False, Job(), False, "killed before"),
-        (ended(CRASH, REFUSED), True, Job(), False, "meet again"),
+        (ended(CRASH, REFUSED), True, Job(), False, "another attempt would repeat"),
     ],
 )
 def test_decisions(results, progressed, job, again, why):
