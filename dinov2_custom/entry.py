@@ -22,7 +22,7 @@ from dinov2_custom.world import world_from_environment
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 REQUIREMENTS = (
     *("torch", "numpy", "PIL", "omegaconf", "yaml", "pydantic", "safetensors", "torchmetrics", "tqdm", "submitit"),
-    "filelock",
+    *("filelock", "iopath"),
 )
 
 

@@ -152,7 +152,6 @@ def remedy(reason: str) -> str:
 OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings it)
     "fvcore": ("fvcore", "fvcore"),
     "imagecodecs": ("imagecodecs", "slides"),
-    "iopath": ("iopath", "iopath"),
     "matplotlib": ("matplotlib", "plots"),
     "onnx": ("onnx", "export"),
     "onnxscript": ("onnxscript", "export"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from iopath.common.file_io import PathManager
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -41,7 +42,6 @@ __all__ = [
 
 logger = logging.getLogger("dinov2")
 Checkpointer = optional("fvcore.common.checkpoint", "dinov2.fsdp").Checkpointer
-PathManager = optional("iopath.common.file_io", "dinov2.fsdp").PathManager
 # a section's sharding_strategy -> fully_shard's reshard_after_forward
 _RESHARD = {"auto": False, "SHARD_GRAD_OP": False, "FULL_SHARD": True}
 

@@ -7,7 +7,7 @@ import re
 import urllib.parse
 from pathlib import Path
 
-from dinov2_custom.errors import CheckpointError, optional
+from dinov2_custom.errors import CheckpointError
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -26,7 +26,10 @@ def local_path(source: str | os.PathLike) -> Path:
     if not _SCHEME.match(text):
         return Path(source).expanduser()
     shown = without_credentials(text)
-    file_io = optional("iopath.common.file_io", shown, CheckpointError)
+    try:
+        from iopath.common import file_io
+    except ImportError as e:  # torch.hub, which needs only torch, safetensors and tqdm
+        raise CheckpointError(f"{shown}: expected the package iopath, got none ({e}); pip install iopath") from e
     try:
         return Path(_manager_for(text, file_io).get_local_path(text))
     except CheckpointError:
