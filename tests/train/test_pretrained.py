@@ -59,7 +59,7 @@ def test_a_whole_run_gives_student_teacher_and_centres(tmp_path, caplog):
     target = run_of(*both, "train.seed=5")
     start_from_weights(target.cfg, target)
     assert equal(source.state_dict(), target.state_dict())
-    assert "MODEL.WEIGHTS wins" in caplog.text
+    assert "MODEL.WEIGHTS takes precedence" in caplog.text
 
 
 def test_model_weights_takes_a_bare_backbone_too(tmp_path):
