@@ -37,19 +37,28 @@ for line in sys.stdin.read().splitlines():
 """
 
 
-def _ids(entry):
-    return f"{entry.module}:{entry.name}"
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=_ids)
-def test_name(entry):
+def _problem(entry) -> str:
+    """Return what is wrong with the object of ``entry`` here, or ""."""
     module = importlib.import_module(f"dinov2_custom.{_ELSEWHERE.get(entry.module, entry.module)}".rstrip("."))
-    found = operator.attrgetter(entry.name)(module)
-    if entry.value is not None:
-        assert names.of_value(getattr(found, "value", found)) == entry.value
+    try:
+        found = operator.attrgetter(entry.name)(module)
+    except AttributeError as e:
+        return str(e)
+    if entry.value is not None and (value := names.of_value(getattr(found, "value", found))) != entry.value:
+        return f"value {value} instead of {entry.value}"
     if entry.parameters is not None:
         got = names.of_callable(found, is_method=inspect.isfunction(found) and "." in entry.name)
-        assert names.lacks(entry.parameters, got) == []
+        return ", ".join(names.lacks(entry.parameters, got))
+    return ""
+
+
+def test_every_name_exists_with_upstreams_value_and_parameters():
+    found = {f"{entry.module}:{entry.name}": _problem(entry) for entry in ENTRIES}
+    assert {name: problem for name, problem in found.items() if problem} == {}
+
+
+def test_a_missing_name_is_a_problem():
+    assert _problem(ENTRIES[0]._replace(name="absent")) and not _problem(ENTRIES[0])
 
 
 def test_all_names_through_the_alias(site):  # noqa: F811
@@ -118,7 +127,7 @@ def test_contract_is_upstreams(upstream):
         if entry.note != "HEAD":
             same = same and names.lacks(entry.parameters, theirs) == []
         if not same:
-            wrong.append(f"{_ids(entry)}: {theirs}")
+            wrong.append(f"{entry.module}:{entry.name}: {theirs}")
     assert wrong == []
 
 

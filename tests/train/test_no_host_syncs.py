@@ -93,8 +93,9 @@ def as_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
-@pytest.mark.parametrize(("lean", "groups", "recompute"), [("true", 4, "selective"), ("false", 1, "full")])
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(
+    ("lean", "groups", "recompute", "padded"), [("true", 4, "selective", True), ("false", 1, "full", False)]
+)
 def test_a_whole_step_reads_nothing_from_the_device(as_a_gpu, centering, lean, groups, recompute, padded):
     cfg = tiny_config(
         f"train.centering={centering}", f"train.lean={lean}", f"train.view_groups={groups}", "ibot.separate_head=true",
