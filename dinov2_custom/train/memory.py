@@ -159,7 +159,7 @@ def memory_for_steps(model: SSLMetaArch) -> int:
     if distributed.is_enabled():
         strategies = choose_strategies(model.cfg, model)
         available = room_on(available, model.student, strategies, distributed.get_global_size())
-    return min(distributed.gather_objects(available))
+    return int(min(distributed.gather_objects(available)))
 
 
 def room_on(available: float, student: nn.ModuleDict, strategies: dict[str, str], world_size: int) -> float:
