@@ -243,12 +243,12 @@ examples:
     add("--batch", type=_positive, default=[], metavar="N[,N]", help="values of train.batch_size_per_gpu")
     add("--gpus", type=_positive, default=[1], metavar="N[,N]", help="numbers of GPUs, of all nodes together (1)")
     add("--gpu", type=_words, default=[], metavar="GPU[,GPU]", help="kinds of GPUs, such as A100-80GB,L40S,4090")
-    add("--images", type=_whole(1, 1 << 40), metavar="N", help="images you have, where an epoch is one pass over them")
-    add("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="an hour; repeatable")
-    add("--prices", default="", metavar="FILE", help="YAML file of such prices, or of GPU: [SPOT, ON DEMAND]")
+    add("--images", type=_whole(1, 1 << 40), metavar="N", help="number of images, if an epoch is one pass over them")
+    add("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="per hour; repeatable")
+    add("--prices", default="", metavar="FILE", help="YAML file of prices, GPU: DOLLARS or [SPOT, ON DEMAND]")
     add("--time", action="store_true", help="time a few real steps on this machine")
     add("--memory", action="store_true", help="print the memory of a step by category instead")
-    add("--fits", type=float, default=0.0, metavar="GB", help="that, and the largest batch for so many GB (10^9)")
+    add("--fits", type=float, default=0.0, metavar="GB", help="the same, and the largest batch for a GPU of so many GB")
     add(
         "--ablate",
         type=_axis,

@@ -1,4 +1,4 @@
-"""Say what a run takes before it starts: memory, time, price. Read :func:`main` first; it is ``run/train/plan.py``."""
+"""Print memory, time and price of a run before it starts: the command ``run/train/plan.py``."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def combined(*choices: Sequence) -> list[tuple]:
 
 
 def row(cfg, num_gpus: int, name: str, memory: list[str], seconds: float | None, length, price: Price | None):
-    """Return the cells up to the price; of what does not fit, or is not known, a dash."""
+    """Return the cells up to the price; a dash stands for values that are unknown or do not fit."""
     arch, batch, accumulated = cfg.student.arch, cfg.train.batch_size_per_gpu, cfg.optim.accumulation_steps
     cells = [arch, str(batch), str(accumulated), str(num_gpus), name, *memory]
     if seconds is None:
@@ -288,14 +288,14 @@ def describe_length(length: RunLength) -> str:
 
 
 def footnotes(predicted: bool, args, without_length: bool) -> Iterator[str]:
-    """Yield what the table's figures are."""
+    """Yield the footnotes that explain the table's figures."""
     if without_length:
         yield "hours: an epoch is one pass over the images (train.OFFICIAL_EPOCH_LENGTH=auto); add --images N"
     if predicted:
-        yield f"s/iteration: {roofline.assumptions()}; without data loading and the reduction between GPUs."
+        yield f"s/iteration: {roofline.assumptions()}; without data loading and gradient reduction between GPUs."
         yield (
             f"GB: counted, of 10^9 bytes on one GPU; it fits if {1 - SHARE_OF_TENSORS:.1%} of the memory stays free. "
-            "largest batch: a GPU, with nothing recomputed where train.activation_checkpointing is auto."
+            "largest batch: per GPU, with nothing recomputed if train.activation_checkpointing is auto."
         )
     if args.time:
         yield f"measured: median of {STEPS} steps on random images, one process, without data loading; its peak memory."

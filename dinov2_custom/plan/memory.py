@@ -1,6 +1,6 @@
-"""Print what a step keeps in memory, by category, and the largest batch that fits.
+"""Print the memory of a training step by category, and the largest batch that fits.
 
-The count itself is ``train/memory.py``, which training uses too. Read :func:`print_memory` first.
+The count itself is in ``train/memory.py``, which training also uses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dinov2_custom.train.memory import (
     measure_step,
 )
 
-LARGEST_BATCH = 1024  # that the search for one that fits considers
+LARGEST_BATCH = 1024  # upper limit of the search for the largest batch that fits
 
 
 def print_memory(cfg, num_gpus: int, gigabytes: float = 0.0) -> None:
@@ -51,9 +51,9 @@ def print_memory(cfg, num_gpus: int, gigabytes: float = 0.0) -> None:
 
 
 def report(cfg, count: Callable[[str], StepMemory], num_gpus: int = 1) -> Iterable[str]:
-    """Yield the lines of the table: each activation checkpointing, in all and by category, in GB (10^9 bytes).
+    """Yield the lines of the table: each activation checkpointing, in total and by category, in GB (10^9 bytes).
 
-    ``count``: activation checkpointing -> what a step of ``cfg`` needs.
+    ``count``: maps an activation checkpointing to the memory of a step of ``cfg``.
     """
     crops, batch_size = cfg.crops, cfg.train.batch_size_per_gpu
     yield (
@@ -74,7 +74,7 @@ def report(cfg, count: Callable[[str], StepMemory], num_gpus: int = 1) -> Iterab
 
 
 def sharded(memory: StepMemory, gpus: int) -> int:
-    """Estimate the peak with weights, gradients and optimizer state shared out; no gathered block is in it."""
+    """Estimate the peak with weights, gradients and optimizer state sharded; gathered blocks are not included."""
     state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
     return memory.peak - state * (gpus - 1) // gpus
 
@@ -82,7 +82,7 @@ def sharded(memory: StepMemory, gpus: int) -> int:
 def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterator[tuple[str, int]]:
     """Yield each activation checkpointing with the largest batch whose step leaves enough of ``gigabytes`` free, or 0.
 
-    ``count``: activation checkpointing -> what a step of ``cfg``, with its own batch, needs; default: it is counted.
+    ``count``: maps an activation checkpointing to the memory of a step of ``cfg`` at its own batch; default: count it.
     """
     own, count = cfg.train.batch_size_per_gpu, count or functools.partial(measure_step, cfg)
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
@@ -102,7 +102,7 @@ def split_on(cfg, gigabytes: float, num_gpus: int) -> str:
     share = cfg.train.batch_size_per_gpu
     batch = largest_batch(cfg, gigabytes * 1e9, num_gpus)
     return (
-        f"optim.global_batch={cfg.optim.global_batch}: {batch} a process x {num_gpus} processes x "
+        f"optim.global_batch={cfg.optim.global_batch}: {batch} per process x {num_gpus} processes x "
         f"{cfg.optim.accumulation_steps * share // batch} accumulated"
     )
 
@@ -110,12 +110,12 @@ def split_on(cfg, gigabytes: float, num_gpus: int) -> str:
 def largest_below(
     size: Callable[[int], int], limit: float, first: tuple[float, float], second: tuple[float, float]
 ) -> int:
-    """Return an n up to ``LARGEST_BATCH`` with size(n) <= limit, within an eighth of the largest; 0: not even 1.
+    """Return an n up to ``LARGEST_BATCH`` with size(n) <= limit, within an eighth of the largest; 0 if 1 does not fit.
 
-    ``size`` must not fall. It is slow, and nearly a straight line, so that a guess or two on it are mostly enough.
+    ``size`` must be non-decreasing. It is slow and nearly linear, so one or two interpolated guesses usually suffice.
 
     Args:
-        first, second: (n, about size(n)) of two n, to begin the line with.
+        first, second: (n, approximate size(n)) for two n, to start the interpolation.
     """
     fitting, too_large = 0, LARGEST_BATCH + 1
     while too_large - fitting > 1:
@@ -125,7 +125,7 @@ def largest_below(
         if found[1] <= limit:
             fitting = guess
             if guess == LARGEST_BATCH or limit - found[1] < slope * max(1, guess / 8) / 2:
-                break  # a straight line would end within the half of an eighth
+                break  # interpolation would stop at half of an eighth
         else:
             too_large = guess
             if fitting and too_large - fitting <= max(1, fitting // 8):

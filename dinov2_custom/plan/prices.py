@@ -15,14 +15,14 @@ PRICES_FILE = Path(__file__).with_name("prices.yaml")
 
 
 class Price(NamedTuple):
-    """US dollars an hour for one GPU."""
+    """US dollars per hour for one GPU."""
 
     spot: float
     on_demand: float
 
 
 def load_prices(file: str = "", given: Iterable[tuple[str, float]] = ()) -> dict[str, Price]:
-    """Return GPU -> price: the package's, over them those of ``file``, over them ``given``.
+    """Return a dict from GPU to price; ``given`` takes precedence over ``file``, and ``file`` over the package.
 
     Raises:
         ConfigError: lists every unknown GPU and every price that is not one or two numbers above 0.

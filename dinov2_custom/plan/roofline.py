@@ -1,8 +1,8 @@
-"""Predict what bounds a training step on a GPU, kernel by kernel, without one: products, or moving bytes.
+"""Predict what bounds a training step on a GPU, kernel by kernel, without a GPU: compute or memory traffic.
 
-The step runs on tensors without data, as ``train/memory.py`` does it. Each kernel takes the longest of its operations
-and its bytes at the rates below, and a launch at least; nothing overlaps and no cache helps. A model, not a
-measurement: ``timing.py`` measures. Read :class:`Roofline` first.
+The step runs on tensors without data, as in ``train/memory.py``. Each kernel takes the maximum of its compute time,
+its memory time and the launch latency; no overlap and no caching is assumed. This is a model, not a measurement:
+``timing.py`` measures.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch.utils._pytree import tree_leaves
 from dinov2_custom.train import memory
 from dinov2_custom.train.gpus import GPU
 
-# assumed shares of a data sheet's rates
-PRODUCTS = 0.7  # that large 16-bit products reach
-TF32_SHARE = 0.45  # of that for products of float32
+# assumed fractions of the data-sheet rates
+PRODUCTS = 0.7  # reached by large 16-bit products
+TF32_SHARE = 0.45  # of that for float32 products
 ATTENTION = 0.4  # fused, head width 64
 BYTES = 0.85
-LAUNCH = 4e-6  # seconds a kernel at least
-OPTIMIZER_BYTES = 28 + 12  # a parameter: AdamW reads p, g, m, v and writes p, m, v; the moving average t, s and t
-# What only looks at a tensor, or makes one without touching its bytes. Indices (int64) are the host's work.
+LAUNCH = 4e-6  # minimum seconds per kernel
+OPTIMIZER_BYTES = 28 + 12  # per parameter: AdamW reads p, g, m, v and writes p, m, v; the moving average t, s and t
+# Operators that only view a tensor, or allocate one without touching its bytes. Indices (int64) are handled by the
+# host.
 FREE = frozenset(
     "alias as_strided detach device dtype empty empty_like empty_strided expand lift_fresh new_empty permute select "
     "size slice split split_with_sizes squeeze stride t transpose unbind unfold unsqueeze view _reshape_alias "
@@ -37,7 +38,7 @@ FREE = frozenset(
 
 
 class Kernel(NamedTuple):
-    """What one kernel does: so many operations, at ``share`` of a GPU's rate, and bytes moved.
+    """The work of one kernel: ``operations`` at ``share`` of a GPU's rate, and ``moved`` bytes.
 
     ``kind``: ``products``, ``attention``, or the operator's name.
     """
@@ -206,5 +207,5 @@ def assumptions() -> str:
     """Return the sentence that belongs to every figure of :class:`Roofline`."""
     return (
         f"predicted, not measured: 16-bit products at {PRODUCTS:.0%} of the GPU's data sheet, attention at "
-        f"{ATTENTION:.0%}, memory at {BYTES:.0%}, {LAUNCH * 1e6:.0f} us a kernel at least"
+        f"{ATTENTION:.0%}, memory at {BYTES:.0%}, {LAUNCH * 1e6:.0f} us minimum per kernel"
     )

@@ -1,4 +1,4 @@
-"""Time a few real steps on this machine, on random images. Read :func:`time_steps` first."""
+"""Time a few real training steps on this machine, with random images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.allocator import keep_freed_memory
 from dinov2_custom.utils.rng import generator_for
 
-STEPS = 3  # timed, after one that is not
+STEPS = 3  # timed steps, after one warm-up step
 
 
 class Timing(NamedTuple):
@@ -41,9 +41,9 @@ class Timing(NamedTuple):
 
 
 def time_apart(cfg) -> Timing | None:
-    """Return :func:`time_steps` of a process of its own, whose memory is this configuration's alone.
+    """Run :func:`time_steps` in a separate process, so that the peak memory is that of this configuration alone.
 
-    None: it does not fit into the device's memory.
+    Returns None if the step does not fit into the device's memory.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
@@ -59,7 +59,7 @@ def _time_here(cfg: dict) -> Timing:
 
 
 def time_steps(cfg, num_steps: int = STEPS) -> Timing:
-    """Run one step and then ``num_steps`` timed ones, each as the training loop makes it; data loading is not in it."""
+    """Run one warm-up step and ``num_steps`` timed steps as in the training loop, without data loading."""
     device = distributed.get_device()
     model = SSLMetaArch(cfg).to(device)
     model.prepare_for_distributed_training(load_weights=False)

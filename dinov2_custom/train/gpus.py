@@ -1,4 +1,4 @@
-"""GPUs by name, with the figures of the makers' data sheets."""
+"""GPUs by name, with figures from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class GPU(NamedTuple):
 
     Attributes:
         memory: bytes, 10^9 for each GB of the data sheet.
-        flops: dense 16-bit tensor-core operations a second, without sparsity, sums in float32.
-        bandwidth: of its memory, bytes a second.
+        flops: dense 16-bit tensor-core FLOP/s, without sparsity, accumulated in float32.
+        bandwidth: memory bandwidth, bytes per second.
     """
 
     memory: float
@@ -20,8 +20,7 @@ class GPU(NamedTuple):
     bandwidth: float
 
 
-# Source: the makers' data sheets. SXM boards where there are several; 16-bit rates that a sheet states with sparsity
-# only are halved.
+# Source: the vendors' data sheets, SXM boards where there are several. Rates stated only with sparsity are halved.
 GPUS = {
     "V100": GPU(16e9, 125e12, 900e9),
     "T4": GPU(16e9, 65e12, 320e9),

@@ -67,7 +67,7 @@ def test_where_nothing_fits_the_command_fails(plan, capsys, monkeypatch):
 def test_how_a_global_batch_is_divided_is_what_training_does():
     cfg = tiny_config("optim.global_batch=48", "train.batch_size_per_gpu=48")
     room = 1.01 * measure_step(tiny_config("train.batch_size_per_gpu=12")).peak / SHARE_OF_TENSORS / 1e9
-    assert split_on(cfg, room, 1) == "optim.global_batch=48: 12 a process x 1 processes x 4 accumulated"
+    assert split_on(cfg, room, 1) == "optim.global_batch=48: 12 per process x 1 processes x 4 accumulated"
 
 
 @pytest.mark.parametrize("limit", [0.5, 1, 2, 3, 7, 8, 9, 100, 1000, 1023, 1024, 5000])
