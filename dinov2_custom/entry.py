@@ -128,7 +128,7 @@ def describe_full_disk(error: OSError) -> str:
         return ""
     place = f" for {error.filename}" if error.filename else ""
     what = remedy(error.strerror)
-    return f"expected room to write{place}, got {error.strerror}; {what}, then give the same command again"
+    return f"expected room to write{place}, got {error.strerror}; {what}, then run the same command again"
 
 
 def missing_requirement(error: ModuleNotFoundError) -> str:

@@ -230,7 +230,7 @@ def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
     notes = []
     unused = [key for key, field in all_keys().items() if key in given and field.json_schema_extra["unused"]]
     if unused:
-        notes.append(f"accepted for upstream's sake, but nothing reads them: {', '.join(unused)}")
+        notes.append(f"accepted for compatibility with upstream but not used: {', '.join(unused)}")
     if not values["ibot.separate_head"]:
         ignored = [key for key in values if key in given and key.startswith("ibot.head_")]
         if ignored:

@@ -113,7 +113,7 @@ def cached(key: Sequence[str], build: Build, cache_from: int = CACHE_FROM) -> In
     try:
         file = cache_file(key)
     except OSError as e:
-        logger.info(f"index: stays in memory ({e})")
+        logger.info(f"index: kept in memory ({e})")
         return Index(build(lambda count: None))
     index = load(file)
     if index is not None and stamps_hold(index):
@@ -137,7 +137,7 @@ def _keep(file: str, arrays: dict[str, np.ndarray]) -> Index:
     try:
         save(file, arrays)
     except OSError as e:
-        logger.info(f"index: stays in memory, {file} cannot be written ({e.strerror})")
+        logger.info(f"index: kept in memory, {file} cannot be written ({e.strerror})")
         return Index(arrays)
     return load(file) or Index(arrays)
 

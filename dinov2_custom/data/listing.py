@@ -215,9 +215,9 @@ def list_images(
 def log_passed_over(those: Sequence[PassedOver]) -> None:
     """Log a warning for each, or for the first few and the total number if there are many."""
     for path, reason in those[:MAX_LOGGED]:
-        logger.warning(f"passed over: {path} ({reason})")
+        logger.warning(f"skipped: {path} ({reason})")
     if len(those) > MAX_LOGGED:
-        logger.warning(f"passed over: {len(those) - MAX_LOGGED:,} more ({command('run/data/verify.py')} lists them)")
+        logger.warning(f"skipped: {len(those) - MAX_LOGGED:,} more ({command('run/data/verify.py')} lists them)")
 
 
 def list_chunks(roots: Sequence[str], listing: Listing) -> Iterator[Iterator[list[str]]]:

@@ -374,7 +374,7 @@ class Ring:
                 f"{DEATH_WINDOW} iterations; the last: {story}; if memory ran out, lower train.num_workers or "
                 "train.batch_size_per_gpu"
             )
-        logger.warning(f"{story}; another one takes its place")
+        logger.warning(f"{story}; it is replaced")
         tasks = dead.tasks
         dead.kill()
         fresh = self.spares.pop() if self.spares else self._start(dead.word)

@@ -118,7 +118,7 @@ def fit_torch(
     largest = max((grad_weight * scale).abs().max().item(), grad_bias.abs().max().item() * bias_scale)
     if largest <= _MOST_IN_FLOAT32:
         return solution
-    logger.info(f"L-BFGS C={C:.5g}: a gradient of {largest:.1e} is left in {dtype}; going on in float64")
+    logger.info(f"L-BFGS C={C:.5g}: a gradient of {largest:.1e} is left in {dtype}; continuing in float64")
     return fit_torch(features, labels, C, max_iter - iterations, solution, torch.float64)
 
 

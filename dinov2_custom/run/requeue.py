@@ -46,13 +46,13 @@ def decide(results: Mapping[int, Result], num_ranks: int, progressed: bool, job:
     crashed = [text for text in errors if _is_traceback(text)]
     if job.state != "RUNNING":
         state = job.state.lower()
-        return False, f"SLURM says {state}; it starts again if SLURM requeued it, after scancel it does not"
+        return False, f"SLURM reports {state}; it starts again if SLURM requeued it, but not after scancel"
     if len(crashed) < len(errors) or any(0 < code < 128 and code != LOST_PROCESS for code in codes):
         return False, "it ended with an error that another attempt would repeat"
     if 0 in codes:
         return False, "the run is complete"
     if _BY_HAND in codes:
-        return False, "it was interrupted by hand"
+        return False, "it was interrupted by the user"
     if progressed:
         # when a process dies, srun sends SIGTERM to the others, which may then report "stopped" without having saved
         saved = len(results) == num_ranks and not errors and LOST_PROCESS not in codes

@@ -239,7 +239,7 @@ class Checkpointer:
         newest = self.newest()
         what = f"; {remedy(trouble)}, then the same command"
         kept = f"the newest complete one ({newest}) is intact{what} resumes from it"
-        none = f"there is none from before{what} begins again"
+        none = f"there is no earlier one{what} starts over"
         return f"checkpoint: expected to write {path}, got {trouble}; {none if newest == 'none' else kept}"
 
     def _report(self, path: Path, trouble: str | None, required: bool) -> None:

@@ -143,7 +143,7 @@ class Course:
     def how_to_extend(self) -> str:
         """Return what to change to continue a finished run."""
         if self.limit_s:
-            return f"all {in_words(self.limit_s)} of training are over; raise train.max_hours to continue"
+            return f"all {in_words(self.limit_s)} of training have passed; raise train.max_hours to continue"
         key = "train.max_steps" if self.length.stretched else "optim.epochs"
         return f"all {self.length.total:,} iterations are done; raise {key} to continue"
 

@@ -123,7 +123,7 @@ def compile_step(model: SSLMetaArch, backend: str = "inductor") -> bool:
         _probe(model.device, backend)
     except Exception as e:  # the compiler's errors share no base class
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        logger.warning(f"train.compile: expected a working compiler, got {reason[:200]}; going on without")
+        logger.warning(f"train.compile: expected a working compiler, got {reason[:200]}; continuing without it")
         return False
     install(model, functools.partial(torch.compile, backend=backend, fullgraph=True, dynamic=True))
     seconds = time.perf_counter() - start

@@ -55,5 +55,5 @@ class StopRequests:
             return
         if not self.signum:
             self.signum = signum
-            again = ", once more to stop at once" if signum in (signal.SIGINT, signal.SIGTERM) else ""
+            again = ", again to stop immediately" if signum in (signal.SIGINT, signal.SIGTERM) else ""
             logger.warning(f"{signal.Signals(signum).name} received: saving after this step{again}")

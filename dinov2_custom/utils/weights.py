@@ -48,7 +48,7 @@ def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor
     state = _unwrapped(file, checkpoint_key)
     if "pos_embed" in state and (state["pos_embed"].ndim != 3 or state["pos_embed"].shape[1] < 2):
         shape = tuple(state["pos_embed"].shape)
-        raise CheckpointError(f"pos_embed: expected (1, 1 + patches, width), got {shape}; take the weights anew")
+        raise CheckpointError(f"pos_embed: expected (1, 1 + patches, width), got {shape}; get the file again")
     return {name: value for name, value in state.items() if not name.startswith(_HEADS)}
 
 

@@ -117,7 +117,7 @@ def as_text(summary: dict[str, Any]) -> str:
     """Return the summary as readable text."""
     lines = [f"images: {summary['images']:,}, sound: {summary['sound']:,}, bad: {summary['bad']:,}"]
     if those := summary["passed_over"]:
-        lines.append(f"passed over, so that images in them were not checked: {len(those):,} folders or files")
+        lines.append(f"skipped, so images in them were not checked: {len(those):,} folders or files")
         lines += [f"  {one['path']} ({one['reason']})" for one in those[:TOP]]
         lines += [f"  and {len(those) - TOP:,} more, see summary.json"] if len(those) > TOP else []
     for title, key in (("reasons", "reasons"), ("bad images by folder", "worst_folders"), ("formats", "formats"),

@@ -113,7 +113,7 @@ def test_unwritable_cache_folder_is_no_error(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "dinov2")
     (tmp_path / "cache").write_text("a file, where the folder would be")
     index = cached(["k"], lambda on_count: [on_count(9), arrays()][1], cache_from=1)
-    assert index.file == "" and list(PathTable(index=index)) == NAMES and "stays in memory" in caplog.text
+    assert index.file == "" and list(PathTable(index=index)) == NAMES and "kept in memory" in caplog.text
 
 
 def test_half_written_file_is_never_seen(tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ def test_unreadable_folder_is_skipped_and_logged(tmp_path, monkeypatch, caplog):
     labelled = LabelledFolder(tmp_path / "classes")
     reasons = {os.path.basename(path): reason for path, reason in labelled.passed_over()}
     assert "Permission denied" in reasons["locked"] and "1 images right in it" in reasons["classes"]
-    assert caplog.text.count("passed over: ") == 2
+    assert caplog.text.count("skipped: ") == 2
 
 
 def test_order_is_that_of_the_sorted_paths(tmp_path):

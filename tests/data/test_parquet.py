@@ -81,7 +81,7 @@ def test_an_arrow_stream_that_ends_between_two_batches_is_passed_over_and_one_wi
     path.write_bytes(whole[: ends[0]])
     dataset = make_dataset(dataset_str=f"Parquet:path={path}")
     [(where, reason)] = dataset.passed_over()
-    assert where == str(path) and "2 rows" in reason and f"passed over: {path}" in caplog.text and len(dataset) == 2
+    assert where == str(path) and "2 rows" in reason and f"skipped: {path}" in caplog.text and len(dataset) == 2
     path.write_bytes(whole[: ends[0] + 300])
     with pytest.raises(DataError, match="expected a Parquet or Arrow file: .*x.arrow .*got"):
         ParquetSource(path)

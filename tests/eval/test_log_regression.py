@@ -213,7 +213,7 @@ def test_a_float32_fit_stuck_off_the_minimum_continues_in_float64(monkeypatch, c
     monkeypatch.setattr(log_regression_solvers, "_MOST_IN_FLOAT32", 0.0)
     with caplog.at_level("INFO", logger="dinov2"):
         checked = fit(features, labels, 10.0, 1000, 5)
-    assert "going on in float64" in caplog.text and checked[0].dtype == torch.float32
+    assert "continuing in float64" in caplog.text and checked[0].dtype == torch.float32
 
 
 def test_number_type_of_the_fit():

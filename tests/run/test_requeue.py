@@ -31,7 +31,7 @@ REFUSED = "expected images, got none"
         (ended(143), True, Job("CANCELLED"), False, "cancelled"),
         (ended(143), True, Job("TIMEOUT"), False, "timeout"),
         (ended(143), True, Job("COMPLETING"), False, "completing"),
-        (ended(130), True, Job(), False, "by hand"),
+        (ended(130), True, Job(), False, "by the user"),
         (ended(REFUSED), True, Job(), False, "another attempt would repeat"),
         (ended(1), True, Job(), False, "another attempt would repeat"),
         (ended(CRASH), True, Job(), True, "it died; the next attempt resumes from"),
@@ -114,7 +114,7 @@ def test_exit_code_informs_the_batch_script(
     arguments = [str(tmp_path), str(tmp_path / "7"), marker, checked, code, SHOWN.format("Unknown")]
     assert main(arguments) == code_of_all and says in capsys.readouterr().out
     arguments[-1] = arguments[-1].replace("RUNNING", "CANCELLED")
-    assert main(arguments) != AGAIN and "ended from outside: SLURM says cancelled" in capsys.readouterr().out
+    assert main(arguments) != AGAIN and "ended from outside: SLURM reports cancelled" in capsys.readouterr().out
     (tmp_path / "last_checkpoint").write_bytes(b"\xff")  # torn: no new checkpoint
     assert main([*arguments[:-1], SHOWN.format("Unknown")]) == AGAIN
     assert "requeued: stopped by a signal" in capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_loose_images_are_skipped_with_a_warning_or_rejected(tmp_path, caplog):
         LabelledFolder(tmp_path)
     make_folder(tmp_path, ["cat/1.png"])
     assert len(LabelledFolder(str(tmp_path) + "/")) == 1
-    assert "passed over: " in caplog.text and "1 images right in it" in caplog.text
+    assert "skipped: " in caplog.text and "1 images right in it" in caplog.text
 
 
 def test_suffix_selects_files_and_content_determines_the_format(tmp_path):
