@@ -81,8 +81,8 @@ def read_definition(path: str | os.PathLike[str]) -> Definition:
         wrong.append(f"classes: expected a list of names, got {_kind(classes)}")
     elif len({str(one) for one in classes}) < len(classes):
         wrong.append("classes: expected every name once")
-    unknown = sorted(str(key) for key in content if key not in ("classes", *PARTS))
-    wrong += [f"{key}: expected classes, {', '.join(PARTS)}; got this key" for key in unknown]
+    if unknown := sorted(str(key) for key in content if key not in ("classes", *PARTS)):
+        wrong.append(f"{', '.join(unknown)}: unknown key (there are classes, {', '.join(PARTS)})")
     for part in PARTS:
         value = content.get(part)
         if value is None:
@@ -159,7 +159,8 @@ def read_yolo(path: str) -> YoloDataset:
     names = content.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or not all(isinstance(key, int) and key >= 0 for key in names):
+    numbered = isinstance(names, dict) and all(isinstance(key, int) and key >= 0 for key in names)
+    if not names or not numbered or not all(isinstance(name, str | int) for name in names.values()):
         raise DataError(f"expected YOLO's YAML with names, a list or a mapping of numbers: {path}, got {_kind(names)}")
     root = content.get("path") or ""
     if not isinstance(root, str):

@@ -1,6 +1,7 @@
 """Reading and checking labels: COCO, YOLO, masks and definition files."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -256,6 +257,43 @@ def test_faults_of_masks(tmp_path):
     assert "6 faults" in text
     assert "expected class names" in _faults(tmp_path, "semantic")
     assert "COCO or YOLO" in _faults(tmp_path, "detection", classes=["one"])
+
+
+def _bomb(path):
+    """A PNG of 300 bytes whose header states 10 gigapixels."""
+    Image.new("L", (8, 8)).save(path, "PNG")
+    data = bytearray(path.read_bytes())
+    data[16:24] = (100_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def test_bombs_are_faults(tmp_path):
+    good = np.zeros((HEIGHT, WIDTH), np.uint8)
+    _masks(tmp_path, [good, good])
+    _bomb(tmp_path / "masks" / "a.png")
+    _bomb(tmp_path / "images" / "b.jpg")
+    text = _faults(tmp_path, "semantic", classes=["one"])
+    assert "2 faults" in text and text.count("expected fewer pixels") == 2
+
+
+def test_definition_files_with_faults(tmp_path):
+    aliases = "a: &a [x, x]\nb: &b [*a, *a]\n" + "".join(f"c{n}: &c{n} [*b, *b]\n" for n in range(5))
+    for content, expected in {
+        "classes: [a, a]\ntrain: a.json\n": "every name once",
+        "train: a.json\n": "classes: expected a list",
+        "classes: [a]\ntrain: {coco: a.json, masks: b}\n": "train, source 1",
+        "classes: [a]\ntrain: []\n": "train: expected sources",
+        "classes: [a]\n": "in train, val, test",
+        "classes: [a]\ntrian: a.json\n": "trian: unknown key",
+        "classes: [a\n": "expected YAML",
+        "- a\n": "got a list",
+        "names: [[a]]\ntrain: images\n": "names",
+        aliases + "classes: *b\ntrain: *b\n": "classes: expected a list of names",
+        "!!python/object/apply:os.getcwd []\n": "expected YAML",
+    }.items():
+        (tmp_path / "data.yaml").write_text(content)
+        assert expected in _faults(tmp_path / "data.yaml", "detection"), content
 
 
 def _definition(folder):
