@@ -150,12 +150,15 @@ def remedy(reason: str) -> str:
 # packages that only some users need
 
 OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings it)
+    "accelerate": ("accelerate", "decoder"),
     "fvcore": ("fvcore", "fvcore"),
     "imagecodecs": ("imagecodecs", "slides"),
     "matplotlib": ("matplotlib", "plots"),
     "onnx": ("onnx", "export"),
     "onnxscript": ("onnxscript", "export"),
     "pyarrow": ("pyarrow", "parquet"),
+    "pycocotools": ("pycocotools", "decoder"),
+    "scipy": ("scipy", "decoder"),
     "simplejpeg": ("simplejpeg", "fast"),
     "skimage": ("scikit-image", "quickstart"),
     "sklearn": ("scikit-learn", "eval"),

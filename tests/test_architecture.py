@@ -61,7 +61,7 @@ ALLOWED = {
     "_dinov2": set(),
 }
 ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
-SATELLITES = {"compat", "eval", "hub", "export", "plan", "verify", "plots", "embed", "patching", "decoders"}
+SATELLITES = {"compat", "eval", "hub", "export", "plan", "verify", "plots", "embed", "patching", "decoder"}
 ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
 ALLOWED["prepare"] = ALLOWED["verify"] | {"verify"}  # what is written again is checked first
 # a demonstration of everything: uses the satellites, nothing uses it
