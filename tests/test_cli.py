@@ -305,7 +305,7 @@ def test_recipes_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("vits.yaml") == REPOSITORY / "configs" / "vits.yaml"
     assert load_run_config("vitb.yaml", require_dataset=False).student.arch == "vit_base"
-    with pytest.raises(errors.ConfigError, match=r"did you mean vits.yaml\?.*small.yaml"):
+    with pytest.raises(errors.ConfigError, match=r"did you mean vits.yaml .*: continue_vitb14.yaml.*, small.yaml"):
         load_run_config("vit_s.yaml", require_dataset=False)
     (tmp_path / "vits.yaml").write_text("student: {arch: vit_nano}\n")
     assert load_run_config("vits.yaml", require_dataset=False).student.arch == "vit_nano", "one's own file comes first"
@@ -321,11 +321,11 @@ def test_help_leaves_out_what_help_slurm_shows(capsys):
     from dinov2_custom.run.train.train import Trainer
 
     parser = Trainer.parser()
-    assert "--partition" not in parser.format_help() and "--ngpus" in parser.format_help()
+    assert "--qos" not in parser.format_help() and "--ngpus" in parser.format_help()
     with pytest.raises(SystemExit, match="0"):
         parser.parse_args(["--help-slurm"])
     shown = capsys.readouterr().out
-    assert all(flag in shown for flag in ("--partition", "--cluster", "--conda-env", "--sweep"))
+    assert all(flag in shown for flag in ("--qos", "--cluster", "--conda-env", "--sweep"))
     assert parser.parse_args(["--partition", "gpu"]).partition == "gpu"
 
 
