@@ -1,4 +1,4 @@
-# make quickstart: train on real photographs in minutes.  make test: run the tests.  make bench: regenerate the docs' figures.
+# make quickstart: train on real photographs in minutes.  make test: run the tests, 12 minutes on two cores.  make bench: regenerate the docs' figures.
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=
@@ -20,6 +20,7 @@ lint: $(READY)
 
 # Cache bytecode even if the shell disables it: otherwise every process that a test starts compiles the package again
 test: lint
+	@echo "$(if $(TESTS),testing $(TESTS),testing everything: about 12 minutes on two cores; TESTS=tests/train runs a part)"
 	PYTHONDONTWRITEBYTECODE= DINOV2_REQUIRE_ORACLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks --durations 15 $(TESTS)
 
 # Test the host side of CUDA without a GPU, with the latest torch on pip and with an older one

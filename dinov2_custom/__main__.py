@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """``python -m dinov2_custom COMMAND ...`` runs the scripts of ``run/`` without a checkout."""
 
 import sys

@@ -1,32 +1,36 @@
+# PYTHON_ARGCOMPLETE_OK
 """The commands of the package: their flags, the modules that implement them, and their exit codes. Torch-free.
 
-:data:`COMMANDS` lists them; :func:`main` runs one, for the scripts in ``run/`` and ``python -m dinov2_custom``.
+:data:`COMMANDS` lists them; :func:`main` runs one, for the scripts in ``run/``, ``dinov2-custom`` and
+``python -m dinov2_custom``.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from dinov2_custom import entry
+from dinov2_custom import __version__, entry
 from dinov2_custom.errors import ERROR, USAGE, command, list_of_keys, small_recipe
 
 AUTO = "auto"
+COMPLETING = "_ARGCOMPLETE"  # set by argcomplete's shell functions: 1 + the words before the program's name
 FEATURES = ("cls", "mean", "cls+mean")
 EXPORT_FORMATS = {
     "hf": "folder for transformers: AutoModel.from_pretrained, AutoImageProcessor.from_pretrained",
-    "timm": "folder for timm: timm.create_model('local-dir:<folder>')",
+    "timm": "folder for timm: timm.create_model('local-dir:<folder>', pretrained=True)",
     "torch": "one .pth in the layout of the released DINOv2 weights",
     "safetensors": "the same tensors as one .safetensors",
     "onnx": "one .onnx for any batch size: image -> cls_token, patch_tokens",
 }
+_RECIPE = "or the name of a recipe such as vits.yaml"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_ROOT = Path(__file__).resolve().parents[1]  # the root of the checkout, if there is one
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +42,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, or answer the shell's request for completions and exit."""
+        if COMPLETING in os.environ:
+            import argcomplete  # of the extra [completion]; without it, no shell makes such requests
+
+            argcomplete.autocomplete(self, print_suppressed=True)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` with the nearest flag, and how to get help; exit with 2, as argparse does."""
@@ -78,6 +90,8 @@ class OverridesParser(Parser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
         """Parse and check; print all mistakes, if any, and exit with status 2."""
+        if COMPLETING in os.environ:
+            super().parse_args(args, namespace)
         arguments = list(sys.argv[1:] if args is None else args)
         namespace, unknown = self.parse_known_args(arguments, namespace)
         problems = [self._explain_flag(text) for text in unknown]
@@ -286,22 +300,22 @@ def _price(text: str) -> tuple[str, float]:
 
 
 def _add_overrides(parser: OverridesParser, such_as: str) -> None:
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file that overrides the defaults")
+    help_text = f"YAML file that overrides the defaults, {_RECIPE}"
+    parser.add_argument("--config-file", default="", metavar="FILE", help=help_text)
     _add_allow_unknown_keys(parser)
     parser.add_argument("opts", nargs="*", default=[], metavar="key=value", help=f"overrides such as {such_as}")
 
 
 def quickstart_parser() -> OverridesParser:
-    """Return the parser of the quickstart; its recipe exists only in a checkout."""
-    recipe = _ROOT / "configs" / "quickstart.yaml"
+    """Return the parser of the quickstart."""
     parser = OverridesParser(
         description="Train DINOv2 for a few minutes on tiles of real photographs and show what it has learned."
     )
     parser.add_argument(
         "--config-file",
-        default=str(recipe if recipe.is_file() else recipe.relative_to(_ROOT)),
+        default="quickstart.yaml",
         metavar="FILE",
-        help="recipe (default: %(default)s)",
+        help="configuration file, or the name of a recipe (default: %(default)s)",
     )
     add_output_dir(
         parser,
@@ -560,7 +574,7 @@ class Command(NamedTuple):
     quiet_threads: bool = False
 
 
-COMMANDS = {
+COMMANDS = {  # by the names of the scripts
     Path(one.script).stem: one
     for one in (
         Command("run/quickstart.py", "quickstart.main", quickstart_parser, "train on photographs", quiet_threads=True),
@@ -579,6 +593,24 @@ COMMANDS = {
     )
 }
 
+ALIASES = {"plot": "history"}  # also accepted; command -> key of COMMANDS
+
+
+def _command_before_cursor() -> str | None:
+    """Return the command on the line that the shell is completing, from whose name on its parser completes it.
+
+    None while the command itself is being typed.
+    """
+    from argcomplete.lexers import split_line
+
+    words = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))[3]
+    number = int(os.environ[COMPLETING])  # of the words before the command
+    name = words[number] if len(words) > number else ""
+    if name not in COMMANDS and name not in ALIASES:
+        return None
+    os.environ[COMPLETING] = str(number + 1)
+    return name
+
 
 def main(name: str | None = None, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command ``name`` and end this process with its exit code.
@@ -588,22 +620,28 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> NoR
         arguments: command-line arguments; None for those of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if name is None and COMPLETING in os.environ:
+        name = _command_before_cursor()
     if name is None:
         lines = "\n".join(f"  {key:16}{one.does}" for key, one in COMMANDS.items())
+        lines += "".join(f"\n  {alias:16}the same as {key}" for alias, key in ALIASES.items())
         parser = Parser(
-            prog="python -m dinov2_custom",
-            usage="%(prog)s [-h] COMMAND ...",
+            prog=command("").rstrip(),
+            usage="%(prog)s [-h] [--version] COMMAND ...",
             description="DINOv2 pretraining on your own unlabeled images.",
             epilog=f"commands, each with its own --help:\n{lines}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="see below")
+        parser.add_argument("--version", action="version", version=f"dinov2_custom {__version__}")
+        parser.add_argument("command", choices=[*COMMANDS, *ALIASES], metavar="COMMAND", help="see below")
         name, words = parser.parse_args(words[:1]).command, words[1:]
-    chosen = COMMANDS[name]
+    chosen = COMMANDS[ALIASES.get(name, name)]
     args: Any = words
     if chosen.parser is not None:
         parser = chosen.parser()
-        parser.prog = command(chosen.script)
+        parser.prog = command(chosen.script if name in COMMANDS else f"{name}.py")
         args = parser.parse_args(words)
     module = f"{__package__}.{chosen.module}"
     entry.leave(entry.run(module, args, error_code=chosen.error_code, quiet_threads=chosen.quiet_threads))
+
+

@@ -19,6 +19,7 @@ import importlib
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -209,18 +210,26 @@ def install(name: str) -> str:
 # what a user can type: the scripts of a checkout, or without one the equivalent commands of the package
 
 
-def command(script: str) -> str:
-    """Return the command for ``script``: itself if the current directory has it, else the package's command.
+CONSOLE_SCRIPT = "dinov2-custom"  # [project.scripts] of pyproject.toml
 
-    Both take the same arguments (``cli.COMMANDS``).
+
+def command(script: str) -> str:
+    """Return the command for ``script`` in the form that started this process.
+
+    If that was none of the three forms, as in a notebook: the script if the current directory has it, else the
+    package's command. All take the same arguments (``cli.COMMANDS``).
     """
     path = Path(script)
-    return f"python {script}" if path.is_file() else f"python -m dinov2_custom {path.stem}"
+    if Path(sys.argv[0]).stem == CONSOLE_SCRIPT:
+        return f"{CONSOLE_SCRIPT} {path.stem}"
+    if path.is_file() and sys.argv[0] != "-m":  # which __main__.py sets
+        return f"python {script}"
+    return f"python -m dinov2_custom {path.stem}"
 
 
 def small_recipe(recipe: str = "configs/vits.yaml") -> str:
-    """Return the argument that selects ``recipe`` if the current directory has it, else the key for a ViT-S."""
-    return f"--config-file {recipe}" if Path(recipe).is_file() else "student.arch=vit_small"
+    """Return the argument that selects ``recipe``: its path if the current directory has it, else its name."""
+    return f"--config-file {recipe if Path(recipe).is_file() else Path(recipe).name}"
 
 
 def list_of_keys() -> str:

@@ -264,9 +264,9 @@ def load_teacher(
 
 def is_released(config_file: str) -> bool:
     """Return whether ``config_file`` is "" or, like those of released weights, describes a network but no training."""
-    from dinov2_custom.configs.load import read_yaml
+    from dinov2_custom.configs.load import find_config, read_yaml
 
-    return not config_file or not {"train", "optim"} & set(read_yaml(Path(config_file).expanduser()))
+    return not config_file or not {"train", "optim"} & set(read_yaml(find_config(config_file)))
 
 
 def _of_an_export(weights: str, file: Any) -> tuple[dict[str, tuple[float, ...]], Reading]:

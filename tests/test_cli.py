@@ -30,6 +30,7 @@ def python(tmp_path_factory):
     shutil.copytree(
         REPOSITORY / "dinov2_custom", source / "dinov2_custom", ignore=shutil.ignore_patterns("__pycache__")
     )
+    shutil.copytree(REPOSITORY / "configs", source / "configs")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
@@ -275,3 +276,67 @@ def test_parsing_and_its_errors_need_neither_torch_nor_omegaconf():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+
+
+# the forms of a command, recipes by name, completion
+
+
+@pytest.mark.parametrize("typed", ["/venv/bin/dinov2-custom", "-m"])
+def test_usage_and_hints_name_the_form_that_was_typed(typed, monkeypatch, capsys):
+    form = "dinov2-custom" if typed != "-m" else "python -m dinov2_custom"
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("sys.argv", [typed])
+    assert errors.command("run/eval/knn.py") == f"{form} knn"
+    for name in ("train", "plot"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(None, [name, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {form} {name} ")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(None, ["--version"])
+    assert re.fullmatch(r"dinov2_custom \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_recipes_are_found_by_name(tmp_path, monkeypatch):
+    from dinov2_custom.configs.load import find_config, load_run_config
+
+    monkeypatch.chdir(tmp_path)
+    assert find_config("vits.yaml") == REPOSITORY / "configs" / "vits.yaml"
+    assert load_run_config("vitb.yaml", require_dataset=False).student.arch == "vit_base"
+    with pytest.raises(errors.ConfigError, match=r"did you mean vits.yaml .*: continue_vitb14.yaml.*, small.yaml"):
+        load_run_config("vit_s.yaml", require_dataset=False)
+    (tmp_path / "vits.yaml").write_text("student: {arch: vit_nano}\n")
+    assert load_run_config("vits.yaml", require_dataset=False).student.arch == "vit_nano", "one's own file comes first"
+
+
+def test_recipes_are_in_the_wheel(python, tmp_path):
+    code = "from dinov2_custom.configs.load import recipe_folder as r; print(*(p.name for p in r().glob('*.yaml')))"
+    names = {path.name for path in (REPOSITORY / "configs").glob("*.yaml")}
+    assert set(run(python, tmp_path, "-c", code).stdout.split()) == names
+
+
+def test_help_leaves_out_what_help_slurm_shows(capsys):
+    from dinov2_custom.run.train.train import Trainer
+
+    parser = Trainer.parser()
+    assert "--qos" not in parser.format_help() and "--ngpus" in parser.format_help()
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args(["--help-slurm"])
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--qos", "--cluster", "--conda-env", "--sweep"))
+    assert parser.parse_args(["--partition", "gpu"]).partition == "gpu"
+
+
+@pytest.mark.parametrize(
+    "line, found", [("tr", "train "), ("train --parti", "--partition "), ("export out --to safe", "safetensors ")]
+)
+def test_completion(line, found, tmp_path):
+    pytest.importorskip("argcomplete")
+    line = f"dinov2-custom {line}"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer")}
+    code = "import sys; from dinov2_custom.cli import main; sys.argv = ['dinov2-custom']; main()"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | asked, check=True)
+    assert (tmp_path / "answer").read_text() == found

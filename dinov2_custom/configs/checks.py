@@ -48,6 +48,11 @@ _RGB = 3
 _RELEASED = re.compile(r"(?:dinov2_)?vit_?([sblg])(\d+)?(?:_reg(\d*))?")  # names of weights such as dinov2_vitb14_reg
 _ARCH_OF_LETTER = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
 
+def of_fork(key: str) -> str:
+    """Return the replacement of ``key``, or of a section that contains it, if it is a known fork's, else ""."""
+    parts = key.split(".")
+    return next((OF_FORKS[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in OF_FORKS), "")
+
 
 class Mistakes:
     """A list of mistakes with one final hint; it records their keys, so that no check uses an invalid value."""
@@ -78,8 +83,8 @@ def suggest_key(name: str) -> str:
 
     For a key of a known fork, return its replacement.
     """
-    if name in OF_FORKS:
-        return OF_FORKS[name]
+    if replacement := of_fork(name):
+        return replacement
     used = [key for key, field in all_keys().items() if not field.json_schema_extra["unused"] and key != "optim.lr"]
     known = {key: key.rsplit(".", 1)[-1].lower() for key in [*used, *section_keys()]}
     leaf = name.rsplit(".", 1)[-1].lower()

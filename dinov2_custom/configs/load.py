@@ -22,11 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dinov2_custom.configs.checks import (
-    OF_FORKS,
     Mistakes,
     check_combinations,
     explain_bad_override,
     list_notes,
+    of_fork,
     split_global_batch,
     suggest_key,
 )
@@ -42,7 +42,7 @@ from dinov2_custom.configs.schema import (
 )
 from dinov2_custom.errors import ConfigError, list_of_keys
 
-__all__ = ["check_output_dir", "load_run_config", "resolve_output_dir", "scaled_lr"]
+__all__ = ["check_output_dir", "find_config", "load_run_config", "resolve_output_dir", "scaled_lr"]
 
 UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException)
 PACKAGE_DIR = Path(__file__).parent
@@ -77,7 +77,7 @@ def load_run_config(
     """Return the complete, checked, read-only configuration of a run.
 
     Args:
-        config_file: YAML file; None or "" for the defaults only.
+        config_file: YAML file, or the name of a recipe such as "vits.yaml"; None or "" for the defaults only.
         overrides: strings `key.sub=value`; later ones take precedence.
         output_dir: overrides `train.output_dir`; the result's `train.output_dir` is absolute and is not created.
         allow_unknown_keys: keep unknown keys and warn about them instead of raising an error.
@@ -190,7 +190,7 @@ def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
     """Read a YAML config file (None and "" mean no file). Return None if it cannot be read."""
     if not path:
         return []
-    file = Path(path).expanduser()
+    file = find_config(path)
     try:
         content = OmegaConf.to_container(read_yaml(file), resolve=False)
     except FileNotFoundError:
@@ -204,6 +204,20 @@ def read_file(path: str | None, mistakes: Mistakes) -> list[Setting] | None:
         mistakes.add(f"--config-file {path}", "sections with keys", "a list", "start with a section such as train:")
         return None
     return _flatten(content, "", path, mistakes)
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the recipes: ``configs/`` of the checkout, which an installation has as ``recipes/``."""
+    package = PACKAGE_DIR.parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def find_config(path: str | os.PathLike) -> Path:
+    """Return the file that ``--config-file path`` names: ``path``, or else the recipe of that name, if it exists."""
+    file = Path(path).expanduser()
+    recipe = recipe_folder() / file
+    return recipe if not file.exists() and recipe.is_file() else file
 
 
 def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting]:
@@ -263,11 +277,14 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 def _nearest_files(missing: Path) -> str:
     """List config files with names similar to the missing one, then all files in configs/."""
     own = sorted(PACKAGE_DIR.rglob("*.yaml"))
-    folders = [missing.parent, Path("configs"), PACKAGE_DIR.parent.parent / "configs"]
     found: dict[Path, str] = {}
-    for folder in folders:
+    for folder in (missing.parent, Path("configs")):
         for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
             found.setdefault(path.resolve(), str(path))
+    recipes = recipe_folder()
+    for path in sorted(recipes.rglob("*.yaml")):
+        if path.parent.name != "cluster":  # flags of the launcher
+            found.setdefault(path.resolve(), str(path.relative_to(recipes)))
     listed = list(found.values())
     found.update({path.resolve(): str(path) for path in own})
     stems = {Path(name).stem: name for name in reversed(found.values())}
@@ -289,8 +306,9 @@ def _check_unknown(unknown: list[Setting], allowed: bool, mistakes: Mistakes) ->
         if parent:
             mistakes.add(label, f"{parent} to have no parts", "one", f"set {parent} itself")
         elif allowed:
+            fork = of_fork(setting.key)
             inside = f" with {', '.join(map(str, setting.value))}" if isinstance(setting.value, dict) else ""
-            kept.append(f"{label}{inside}" + (f": {OF_FORKS[setting.key]}" if setting.key in OF_FORKS else ""))
+            kept.append(f"{label}{inside}" + (fork and f": {fork}"))
         else:
             fix = suggest_key(setting.key) or f"see {list_of_keys()}"
             mistakes.add(label, "a known key", "an unknown one", fix)

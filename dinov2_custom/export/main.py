@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.normalize and args.to != "onnx":
         raise ConfigError(f"--normalize: expected --to onnx, whose graph it becomes a part of, got --to {args.to}")
-    path = Path(args.output).expanduser() if args.output else _default_path(args.source, args.to)
+    path = Path(args.output).expanduser() if args.output else default_path(args.source, args.to)
     if args.to == "torch" and (shards := upstream_shards(Path(args.source).expanduser())):
         teacher = gather(shards, args.config_file, args.opts, args.allow_unknown_keys)
         with replacing(path, args.overwrite) as written:
@@ -73,7 +73,7 @@ def export(model, form: str, path: Path, overwrite: bool = False) -> str:
         return check(model, form, written)
 
 
-def _default_path(source: str, form: str) -> Path:
+def default_path(source: str, form: str) -> Path:
     """Return ./outputs/export/<run or file>_<format> with the format's suffix."""
     given = Path(source).expanduser()
     folder = Path("outputs/export") / given.name if upstream_shards(given) else default_output("export", source)

@@ -132,7 +132,10 @@ def _loaded(
 ) -> DinoVisionTransformer:
     with torch.device("meta"):  # no memory and no random numbers for tensors that are replaced at once
         model = factory(**options)
-    advice = "load it under the name of its own architecture; delete the file where its download was cut"
+    advice = (
+        "load it under the name of its own architecture, or a run or export of any architecture with "
+        "dinov2_custom.load(PATH); delete the file where its download was cut"
+    )
     load_weights(model, file, state, key="weights", what=name, advice=advice, assign=True)
     return model.to(torch.get_default_device())
 

@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left on a terminal, and plain log lines elsewhere.
+"""A progress bar with rate and time left on a terminal or in a notebook, and plain log lines elsewhere.
 
 The bar is tqdm's, on stderr. The console handler of ``setup.py`` clears the bar while it writes, so that log lines and
 the bar do not mix on the same terminal.
@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from types import ModuleType
 from typing import Any, TextIO
 
 from dinov2_custom import distributed
@@ -25,7 +26,8 @@ _open_bars: list[ProgressBar] = []
 
 
 class ProgressBar:
-    """A bar on ``stream`` if that is a terminal and this is the main process; otherwise no method has any effect.
+    """A bar on ``stream``, a terminal, or in a notebook's cell; elsewhere, and in processes other than the main one, no
+    method has any effect.
 
     Args:
         total: total number of steps, or None if unknown; seconds with :data:`BY_THE_CLOCK`.
@@ -48,12 +50,19 @@ class ProgressBar:
     ):
         stream = sys.stderr if stream is None else stream
         self._bar = None
-        if distributed.is_main_process() and stream is not None and stream.isatty():
+        text = {"desc": description, "unit": unit, "bar_format": bar_format}
+        if not distributed.is_main_process() or stream is None:
+            return
+        if notebook_display():
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, initial=initial, file=stream, **text)
+            _open_bars.append(self)
+        elif stream.isatty():
             from tqdm import tqdm
 
             # tqdm draws no bar on a terminal without a known width
             width = {"dynamic_ncols": True} if _has_width(stream) else {"ncols": 100, "nrows": 24}
-            text = {"desc": description, "unit": unit, "bar_format": bar_format}
             self._bar = tqdm(total=total, initial=initial, file=stream, **text, **width)
             _open_bars.append(self)
 
@@ -89,6 +98,13 @@ class ProgressBar:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def notebook_display() -> ModuleType | None:
+    """Return ``IPython.display`` if this process runs the cells of a notebook, else None."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return ipython.display if shell is not None and "IPKernelApp" in shell.config else None
 
 
 def _has_width(stream: TextIO) -> bool:

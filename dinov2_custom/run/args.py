@@ -270,26 +270,52 @@ def get_args_parser(
         action="store_true",
         help="print job and configuration, and when SLURM would start it; submit and write nothing",
     )
+    for action in _add_slurm(parser):
+        action.help = argparse.SUPPRESS
+    slurm_help = "show the flags of SLURM jobs, such as --partition, and exit"
+    launch.add_argument("--help-slurm", action=_SlurmHelp, nargs=0, help=slurm_help)
+    return parser
+
+
+def _add_slurm(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     slurm = parser.add_argument_group("SLURM")
-    slurm.add_argument(
+    cluster = slurm.add_argument(
         "--cluster",
         type=text,
         metavar="NAME|FILE",
         help="defaults of these flags: a YAML file, or its name in configs/cluster or ~/.config/dinov2_custom/cluster",
     )
-    _add(slurm, *RESOURCES)
-    _add(parser.add_argument_group("environment of a SLURM job (default: the interpreter that submits)"), *ENVIRONMENT)
-    return parser
+    of_job = parser.add_argument_group("environment of a SLURM job (default: the interpreter that submits)")
+    return [cluster, *_add(slurm, *RESOURCES), *_add(of_job, *ENVIRONMENT)]
 
 
-def _add(group, *options: Option) -> None:
+class _SlurmHelp(argparse.Action):
+    """Print the flags that ``--help`` leaves out, and exit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS})
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
+        described = argparse.ArgumentParser(
+            usage=f"{parser.prog} ... [SLURM flags]",
+            description="Any of these flags submits the command as a SLURM job.",
+            add_help=False,
+        )
+        _add_slurm(described)
+        described.print_help()
+        parser.exit()
+
+
+def _add(group, *options: Option) -> list[argparse.Action]:
+    added = []
     for option in options:
         how: dict[str, Any] = {"action": "append"} if option.many else {}
         metavar = option.metavar or ("N" if option.type is count else option.dest.upper())
         how |= {"type": option.type, "metavar": metavar}
         if option.many == "flag":
             how = {"action": "store_true"}
-        group.add_argument(*option.flags, dest=option.dest, default=None, help=option.help, **how)
+        added.append(group.add_argument(*option.flags, dest=option.dest, default=None, help=option.help, **how))
+    return added
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -337,12 +363,14 @@ def find(name: str, user_folder: Path) -> Path:
     Raises:
         ConfigError: if there is none; lists the available names.
     """
+    from dinov2_custom.configs.load import recipe_folder  # slow to import, for omegaconf
+
     if os.sep in name or name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser().absolute()
         if path.is_file():
             return path
         raise ConfigError(f"--cluster: expected a YAML file, got nothing at {path}; check the path")
-    folders = [user_folder / "cluster", Path(__file__).resolve().parents[2] / "configs" / "cluster"]
+    folders = [user_folder / "cluster", recipe_folder() / "cluster"]
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
@@ -375,7 +403,7 @@ def read(path: Path) -> dict[str, Any]:
         if option is None:
             near = difflib.get_close_matches(str(key), known, n=1)
             problems.append(
-                f"{key}: expected a launcher flag -> " + (f"did you mean {near[0]}?" if near else "see --help")
+                f"{key}: expected a launcher flag -> " + (f"did you mean {near[0]}?" if near else "see --help-slurm")
             )
             continue
         try:

@@ -50,10 +50,15 @@ class Task:
     @classmethod
     def launch(cls, arguments: Sequence[str] | None = None) -> int:
         """Parse the command line including the launcher's flags, launch, and return the exit code."""
+        return submit_jobs(cls, cls.parser().parse_args(arguments), cls.name)
+
+    @classmethod
+    def parser(cls) -> launch_args.LaunchParser:
+        """Return the parser of the task's and the launcher's flags."""
         own = cls.get_parser(add_help=False)
         parser = get_args_parser(own.description, parents=[own])
         parser.prog = command(cls.script)
-        return submit_jobs(cls, parser.parse_args(arguments), cls.name)
+        return parser
 
     def prepare(self, warn: Callable[[str], None]) -> str | None:
         """Check ``args`` before anything is started; return the complete configuration as YAML, if any.

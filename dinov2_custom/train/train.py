@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from dinov2_custom import distributed, entry
 from dinov2_custom.cli import train_parser as get_args_parser
-from dinov2_custom.configs.load import check_output_dir, with_defaults
+from dinov2_custom.configs.load import check_output_dir, find_config, with_defaults
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.errors import DONE, CheckpointError, stopped_by
 from dinov2_custom.logging import (
@@ -254,6 +254,8 @@ def _run(args, rank: int) -> int:
     OmegaConf.set_readonly(cfg, True)
     check_output_dir(cfg.train.output_dir)
     setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)
+    if args.config_file:
+        logger.info(f"config: {find_config(args.config_file).absolute()}")
     bad_images = BadImageLog(Path(cfg.train.output_dir) / BAD_IMAGES_FILE)
     cfg, loader = open_data(cfg, not args.no_resume, on_bad_image=bad_images)
 

@@ -261,3 +261,8 @@ def test_all_mistakes_are_raised_at_once():
 
 def test_memeff_suffix_is_stripped():
     assert plain_arch_name("vit_small_memeff") == plain_arch_name("vit_small") == "vit_small"
+
+
+def test_keys_in_a_section_of_a_fork_are_explained_as_the_section():
+    assert suggest_key("tune.foo") == suggest_key("tune") != ""
+    assert suggest_key("tune.knn.k") == suggest_key("tune")

@@ -208,7 +208,7 @@ def test_all_mistakes_at_once(tmp_path):
         filled("--cluster", path)
     text = str(caught.value)
     assert "partitoin: expected a launcher flag -> did you mean partition?" in text
-    assert "learning_rate: expected a launcher flag -> see --help" in text
+    assert "learning_rate: expected a launcher flag -> see --help-slurm" in text
     assert "ngpus: expected a number" in text and "timeout: expected minutes" in text
     assert "exclusive: expected true or false" in text and "mem: expected one value" in text
 

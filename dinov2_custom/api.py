@@ -1,0 +1,347 @@
+"""The commands as functions: ``import dinov2_custom as d; run = d.pretrain("/images", out="out")``.
+
+Every function builds the arguments of its command and calls what the command calls. Keyword arguments beyond the named
+ones are the command's flags with underscores: ``batch_size=32`` is ``--batch-size 32``, ``overwrite=True`` is
+``--overwrite``, a list is several values; False and None leave a flag out. Configuration keys are dotted and therefore
+in a mapping, ``overrides={"optim.epochs": 5}``.
+
+Errors are :class:`dinov2_custom.errors.DINOv2Error`. Data-loading processes do not import the caller's script, which
+needs no ``if __name__ == "__main__"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dinov2_custom import cli
+from dinov2_custom.configs.checks import suggest_key
+from dinov2_custom.errors import CONSOLE_SCRIPT, DONE, ConfigError, DINOv2Error, stopped_by
+from dinov2_custom.logging import remove_logging
+from dinov2_custom.logging.progress import notebook_display
+from dinov2_custom.plots.metrics_file import METRICS_FILE, read_metrics
+from dinov2_custom.run.submit import submit_jobs
+from dinov2_custom.utils.run_folder import default_output
+
+if TYPE_CHECKING:
+    import numpy as np
+    from omegaconf import DictConfig
+
+    from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+
+StrPath = str | os.PathLike
+_SIGINT = stopped_by(2)
+
+
+class Run:
+    """A training run, finished or not: its directory ``out`` and what it contains."""
+
+    def __init__(self, out: StrPath) -> None:
+        self.out = Path(out).expanduser().absolute()
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.out)!r})"
+
+    def __fspath__(self) -> str:
+        return str(self.out)
+
+    @property
+    def config(self) -> DictConfig:
+        """The complete configuration, config.yaml.
+
+        Raises:
+            ConfigError: the directory has none.
+        """
+        from omegaconf import OmegaConf
+
+        from dinov2_custom.configs.load import read_config
+
+        return OmegaConf.create(read_config(self.out / "config.yaml", "give the directory of a training"))
+
+    @property
+    def metrics(self) -> Any:
+        """The rows of training_metrics.json: a pandas DataFrame if pandas is installed, else a list of dicts.
+
+        Raises:
+            DataError: there are no rows.
+        """
+        rows = read_metrics(self.out / METRICS_FILE)
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            return rows
+        return pandas.DataFrame(rows)
+
+    def teacher(self) -> DinoVisionTransformer:
+        """Return the newest teacher, see :func:`load`."""
+        return load(self.out)
+
+    def plot(self) -> Path:
+        """Write history.png and history.html into the run directory; return the first's path, shown in a notebook.
+
+        Raises:
+            DataError: there are no metrics.
+            ConfigError: matplotlib is missing.
+        """
+        _call("history", self.out)
+        path = self.out / "history.png"
+        if display := notebook_display():
+            display.display(display.Image(filename=str(path)))
+        return path
+
+    def resume(self, overrides: Mapping[str, Any] | None = None, **flags: Any) -> Run:
+        """Continue from the newest checkpoint with the run's own configuration, changed by ``overrides``.
+
+        A finished run goes on if ``overrides`` makes it longer: ``{"optim.epochs": 200}``. Raises what
+        :func:`pretrain` raises.
+        """
+        _call("train", *_opts(overrides), config_file=self.out / "config.yaml", output_dir=self.out, **flags)
+        return self
+
+
+class Embedding(NamedTuple):
+    """Features of a dataset.
+
+    Attributes:
+        features: (N, D); float32 unless ``save_dtype`` was given.
+        rows: one dict per row of ``features``, with ``path`` and, for labelled datasets, ``label``.
+        folder: where both are.
+    """
+
+    features: np.ndarray
+    rows: list[dict[str, Any]]
+    folder: Path
+
+
+def pretrain(
+    images: StrPath | Sequence[StrPath],
+    out: StrPath,
+    *,
+    config: StrPath = "vits.yaml",
+    arch: str = "",
+    overrides: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> Run:
+    """Train on unlabeled images, or continue the run in ``out``, and return the run.
+
+    This is ``dinov2-custom train``: one process per GPU of this machine, log lines or a progress bar, all files in
+    ``out``. Ctrl-C, or a notebook's stop button, saves after the current step and raises KeyboardInterrupt; the same
+    call, or ``Run(out).resume()``, continues.
+
+    Args:
+        images: folder, several folders, or a dataset string, as for ``train.dataset_path``.
+        out: run directory.
+        config: YAML file, or the name of a recipe; "" for the defaults.
+        arch: ``student.arch``, such as "vit_small"; "" for that of ``config``.
+        overrides: dotted keys of the configuration and their values, such as ``{"optim.epochs": 5}``.
+        flags: further flags of the command, such as ``no_resume=True`` or ``ngpus=2``.
+
+    Raises:
+        DINOv2Error: bad configuration, data or checkpoint, or the run ended early.
+        KeyboardInterrupt: after saving, see above.
+    """
+    chosen: dict[str, Any] = {"train.dataset_path": images} | ({"student.arch": arch} if arch else {})
+    opts = _opts(chosen | dict(overrides or {}))
+    _call("train", *opts, config_file=config or None, output_dir=out, **flags)
+    return Run(out)
+
+
+def load(source: Run | StrPath) -> DinoVisionTransformer:
+    """Return the teacher's backbone of a run or an export, of any architecture, frozen and in evaluation mode.
+
+    Args:
+        source: run directory (its newest teacher), weight file, URL, or folder of transformers or timm.
+
+    Three attributes describe its images: ``image_size`` (pixels), ``normalize`` (``{"mean": ..., "std": ...}`` for
+    values in 0..1) and ``preprocess``, a function from a PIL image to a normalised tensor (3, image_size, image_size).
+
+    Raises:
+        CheckpointError: the weights are missing, unreadable, or of another architecture.
+        ConfigError: the configuration beside them cannot be read.
+    """
+    from dinov2_custom.data.transforms import make_classification_eval_transform
+    from dinov2_custom.teacher import load_teacher
+
+    teacher = load_teacher(os.fspath(source))
+    backbone, size = teacher.backbone, teacher.image_size
+    backbone.image_size, backbone.normalize = size, teacher.normalize
+    backbone.preprocess = make_classification_eval_transform(
+        resize_size=round(size * 256 / 224), crop_size=size, **teacher.normalize
+    )
+    return backbone
+
+
+def embed(source: Run | StrPath, images: StrPath, out: StrPath = "", **flags: Any) -> Embedding:
+    """Compute the features of all images; return them with their file names.
+
+    This is ``dinov2-custom embed``: a second call with the same arguments reads the result of the first.
+
+    Args:
+        source: as for :func:`load`.
+        images: folder of images, or a dataset string.
+        out: folder of the result; "" for outputs/embed/<name of the run>.
+        flags: of the command, such as ``features="cls+mean"`` or ``batch_size=256``; one ``image_size``, and not
+            ``format``.
+
+    Raises:
+        DINOv2Error: bad arguments, weights or data.
+    """
+    import numpy as np
+
+    if isinstance(flags.get("image_size"), Sequence) or "format" in flags:
+        raise ConfigError("embed: expected one image_size and no format; the command `embed` has these")
+    folder = Path(out or default_output("embed", os.fspath(source))).expanduser()
+    _call("embed", source, images, output_dir=folder, **flags)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Embedding(np.load(folder / "features.npy", mmap_mode="r"), rows, folder)
+
+
+def knn(source: Run | StrPath, train: StrPath, val: StrPath, out: StrPath = "", **flags: Any) -> dict[str, float]:
+    """Classify the images of ``val`` by their nearest neighbours in ``train``; return accuracies in per cent.
+
+    This is ``dinov2-custom knn``.
+
+    Args:
+        source: a run, or a weight file of one.
+        train, val: folder with one folder per class, or a dataset string with labels.
+        out: folder of the results; "" for outputs/<date>_<time>.
+        flags: of the command, such as ``nb_knn=[10, 20]``.
+
+    Returns:
+        ``{"('full', 10) Top 1": percent, ...}``.
+
+    Raises:
+        DINOv2Error: bad arguments, weights or data.
+    """
+    datasets = {
+        f"{name}_dataset": f"LabelledFolder:root={os.fspath(given)}" if Path(given).expanduser().is_dir() else given
+        for name, given in (("train", train), ("val", val))
+    }
+    args = _call("knn", pretrained_weights=source, output_dir=out or None, **datasets, **flags)
+    lines = (Path(args.output_dir) / "results_eval_knn.json").read_text(encoding="utf-8").splitlines()
+    results: dict[str, float] = {}
+    for line in lines:
+        results |= json.loads(line)
+    return results
+
+
+def export(source: Run | StrPath, to: str, output: StrPath = "", **flags: Any) -> Path:
+    """Write the backbone for another library, compare the features there, and return the path.
+
+    This is ``dinov2-custom export``.
+
+    Args:
+        source: as for :func:`load`.
+        to: "hf", "timm", "torch", "safetensors" or "onnx".
+        output: file or folder; "" for outputs/export/<name of the run>_<to>.
+        flags: of the command, such as ``overwrite=True``.
+
+    Raises:
+        DINOv2Error: bad arguments or weights, or the other library does not reproduce the features.
+    """
+    from dinov2_custom.export.main import default_path
+
+    args = _call("export", source, to=to, output=output or None, **flags)
+    return Path(args.output).expanduser() if args.output else default_path(args.source, args.to)
+
+
+# from keyword arguments to a command
+
+
+def _call(command: str, *words: Any, **flags: Any) -> argparse.Namespace:
+    """Run ``command`` in this process and return its parsed arguments, completed.
+
+    Raises:
+        DINOv2Error: also for an exit code other than 0, which it has as ``exit_code``.
+        KeyboardInterrupt: it was interrupted, or saved and ended after an interrupt.
+    """
+    chosen = cli.COMMANDS[command]
+    module = importlib.import_module(f"{cli.__package__}.{chosen.module}")
+    task = module.main.__self__ if chosen.parser is None else None  # a launched one's main is a method of its Task
+    parser = task.parser() if task else chosen.parser()
+    arguments = [*map(_text, words), *_arguments(command, parser, flags)]
+    args, typed = _parse(parser, arguments), sys.argv
+    main = partial(submit_jobs, task, args, task.name) if task else partial(module.main, args)
+    try:
+        sys.argv = [CONSOLE_SCRIPT, command, *arguments]  # which the log gives as the command, for the same run again
+        with _without_main_module():
+            code = main()
+    finally:
+        sys.argv = typed
+        remove_logging("dinov2")
+    if code == _SIGINT:
+        raise KeyboardInterrupt(f"{command}: stopped and saved; the same call continues")
+    if code != DONE:
+        error = DINOv2Error(f"{command}: expected it to finish, got exit code {code}; see the messages above")
+        error.exit_code = code
+        raise error
+    return args
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parser.parse_args(arguments)
+    except SystemExit as e:
+        text = said.getvalue().strip().removeprefix("error: ").partition("\nhelp: ")[0]
+        raise ConfigError(text) from e
+
+
+def _arguments(command: str, parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> Iterator[str]:
+    known: dict[str, str] = {}
+    for flag in parser._option_string_actions:
+        if flag.startswith("--"):
+            known.setdefault(flag.lstrip("-").replace("-", "_"), flag)  # the first of two spellings
+    for name, value in flags.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            key = suggest_key(name)
+            advice = f"did you mean {near[0]}?" if near else "configuration keys are given as overrides={'key': value}"
+            if command == "train" and key and not near:
+                advice = f"a configuration key is given as overrides={{'key': value}}; {key}"
+            raise ConfigError(f"{command}: expected a flag of the command, got {name}; {advice}")
+        if value is None or value is False:
+            continue
+        if value is True:
+            yield known[name]
+        elif isinstance(value, list | tuple):
+            yield from (known[name], *map(_text, value))
+        else:
+            yield f"{known[name]}={_text(value)}"
+
+
+def _opts(overrides: Mapping[str, Any] | None) -> list[str]:
+    """Return ``key=value`` for each item; JSON is YAML, and quotes keep text as it is."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=_text)}" for key, value in (overrides or {}).items()]
+
+
+def _text(value: Any) -> str:
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+@contextlib.contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Hide where the caller's script is from processes that are spawned in the body.
+
+    multiprocessing would import it into each of them, where a script without ``if __name__ == "__main__"`` would start
+    the training once more. What these processes receive is of this package alone.
+    """
+    of_main = vars(sys.modules["__main__"])
+    hidden = {name: of_main.pop(name) for name in ("__file__", "__spec__") if name in of_main}
+    of_main["__spec__"] = None  # as in a notebook, where multiprocessing finds neither
+    try:
+        yield
+    finally:
+        of_main.pop("__spec__")
+        of_main.update(hidden)
