@@ -191,9 +191,11 @@ class OnlineEvaluation:
         share = seconds / (now - before[1])
         if share > MAX_SHARE and not self._warned:
             self._warned = True
+            iteration_s = (now - before[1] - seconds) / self.every
+            enough = math.ceil(seconds * (1 / MAX_SHARE - 1) / iteration_s)
             logger.warning(
                 f"evaluation.online takes {share:.1%} of the time; evaluation.online.every="
-                f"{math.ceil(self.every * share / MAX_SHARE)} or fewer images would take {MAX_SHARE:.0%}"
+                f"{enough} or fewer images would take {MAX_SHARE:.0%}"
             )
         return f", {share:.1%} of the time"
 
