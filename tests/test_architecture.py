@@ -57,6 +57,10 @@ ALLOWED = {
     "cli": {"errors", "entry", "configs"},  # command lines, parsed without torch
     "__main__": {"cli"},
     "eval.args": {"cli"},
+    # labelled images, their features and neighbours, which training uses too; without commands and checkpoints
+    "eval.datasets": BASE | {"data", "distributed", "reading"},
+    "eval.utils": BASE | {"data", "distributed"},
+    "eval.neighbours": BASE | {"distributed", "eval.datasets", "eval.utils"},
     "run": {"errors", "world", "entry", "cli", "configs", "utils.cluster", "utils.run_folder", "eval.args"},
     "_dinov2": set(),
 }

@@ -31,7 +31,7 @@ from tests.hub.served import serve
 def test_a_run_means_its_newest_teacher(tmp_path):
     make_run(tmp_path / "run", "data.normalize.mean=[0.1,0.2,0.3]")
     source = tmp_path / "run" / "eval" / "training_9"
-    for name in ("training_10", "manual_8", "other"):
+    for name in ("training_10", "manual_8", "other", "best"):
         (source.parent / name).mkdir()
         (source.parent / name / "teacher_checkpoint.pth").write_bytes((source / "teacher_checkpoint.pth").read_bytes())
     assert find_weights(str(tmp_path / "run")) == str(source.parent / "training_10" / "teacher_checkpoint.pth")
@@ -39,6 +39,15 @@ def test_a_run_means_its_newest_teacher(tmp_path):
     assert teacher.image_size == 16 and teacher.normalize["mean"] == (0.1, 0.2, 0.3)
     assert teacher.described_by == str(tmp_path / "run" / "config.yaml")
     assert not teacher.backbone.training and not any(p.requires_grad for p in teacher.backbone.parameters())
+
+
+def test_the_best_teacher_is_used_only_if_it_is_named(tmp_path):
+    best = tmp_path / "eval" / "best"
+    best.mkdir(parents=True)
+    torch.save({"teacher": {}, "iteration": 3}, best / "teacher_checkpoint.pth")
+    with pytest.raises(CheckpointError, match="expected a weight file or a run directory"):
+        find_weights(str(tmp_path))
+    assert find_weights(str(best)) == str(best / "teacher_checkpoint.pth")
 
 
 def test_a_run_without_teacher_means_its_last_checkpoint(tmp_path):

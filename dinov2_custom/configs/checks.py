@@ -223,6 +223,15 @@ def _for_training(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str
         "train.path_preserved to say of which images",
         "name folders, or a text file to keep a list of all images in",
     )
+    keys = [f"evaluation.online.{name}" for name in ("knn_train", "knn_val", "best")]
+    train, val, best = (values[key] for key in keys)
+    yield (bool(train) == bool(val), keys[:2], "both or neither", "name the neighbours and the images to classify")
+    yield (
+        best != "knn" or bool(train),
+        keys[::-2],
+        "labelled images for kNN",
+        "set evaluation.online.knn_train and knn_val",
+    )
 
 
 def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:

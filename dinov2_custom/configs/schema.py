@@ -363,8 +363,43 @@ class Crops(Section):
     local_crops_size: PositiveInt = key(96, "side of a local crop, a multiple of student.patch_size", unit="px")
 
 
+class Online(Section):
+    """Evaluation of the teacher during the run; see docs/monitoring.md."""
+
+    every: NonNegativeInt = key(
+        0,
+        "interval of evaluations, of which there is another one at the end; 0: none",
+        unit="iterations",
+        changes_results=False,
+    )
+    images: PositiveInt = key(
+        256,
+        "number of images: of the run's hold-out (train.frac), or else a fixed sample of the training images; kept "
+        "in host memory as crops, about 0.5 MB an image, shared by the processes",
+        unit="images",
+        changes_results=False,
+    )
+    knn_train: Text = key(
+        "",
+        "dataset string of labelled images, the neighbours of kNN; with evaluation.online.knn_val; empty: no kNN",
+        changes_results=False,
+    )
+    knn_val: Text = key("", "dataset string of labelled images to classify", changes_results=False)
+    compare_to_start: bool = key(
+        True, "evaluate the initial weights too, and raw pixels by kNN, and compare with them", changes_results=False
+    )
+    best: Literal["auto", "knn", "rankme", "loss", "none"] = key(
+        "auto",
+        "value by which the best teacher so far is kept in eval/best/teacher_checkpoint.pth; auto: knn if there are "
+        "datasets for it, else rankme; loss: the held-out loss, lower is better; none: not kept",
+        changes_results=False,
+    )
+
+
 class Evaluation(Section):
     """Teacher checkpoints along the way."""
+
+    online: Online = Online()
 
     eval_period_iterations: int = key(
         12500,

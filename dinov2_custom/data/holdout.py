@@ -59,7 +59,14 @@ class IndexSubset(Dataset):
 def split_off(
     dataset: Any, path_preserved: str | Sequence[str], frac: float, output_dir: str = ".", write: bool = True
 ) -> Any:
-    """Return ``dataset`` without the held-out images.
+    """Return ``dataset`` without the held-out images, the first result of :func:`split`."""
+    return split(dataset, path_preserved, frac, output_dir, write)[0]
+
+
+def split(
+    dataset: Any, path_preserved: str | Sequence[str], frac: float, output_dir: str = ".", write: bool = True
+) -> tuple[Any, IndexSubset | None]:
+    """Return ``dataset`` without the held-out images, and these, or None if there are none.
 
     ``path_preserved`` is either a text file for the list, in which case a fraction ``frac`` of all images is held out,
     or one or more folders, in which case that fraction of the images below them is held out and the list is
@@ -71,17 +78,19 @@ def split_off(
         DataError: if no training image is left.
     """
     if not path_preserved and frac in (0, 1):  # 1 is a fork's default; without folders it holds out nothing
-        return dataset
+        return dataset, None
     folders, list_file = _where(path_preserved, frac, output_dir)
     listed = os.path.isfile(list_file)
     held_out = _read_list(list_file) if listed else choose(_Names(dataset, folders), frac)
-    kept = np.flatnonzero(np.fromiter((name not in held_out for name in _Names(dataset)), np.bool_, len(dataset)))
+    is_kept = np.fromiter((name not in held_out for name in _Names(dataset)), np.bool_, len(dataset))
+    kept, others = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
     if not len(kept):
         raise DataError(f"expected images left to train on, got all {len(dataset)} of them held out by {list_file}")
     if write and not listed:
         _write_list(list_file, sorted(held_out))
     logger.info(f"held out: {len(dataset) - len(kept)} of {len(dataset)} images, listed in {list_file}")
-    return dataset.subset(kept, IndexSubset) if hasattr(dataset, "subset") else IndexSubset(dataset, kept)
+    rest = dataset.subset(kept, IndexSubset) if hasattr(dataset, "subset") else IndexSubset(dataset, kept)
+    return rest, IndexSubset(dataset, others) if len(others) else None
 
 
 def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) -> tuple[list[str] | None, str]:

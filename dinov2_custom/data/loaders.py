@@ -22,7 +22,7 @@ from .datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder, Sourc
 from .definition import DefinitionSource
 from .depth import Reading
 from .finish import Finisher
-from .holdout import split_off
+from .holdout import split
 from .lists import ListSource
 from .masking import MaskingGenerator, Masks
 from .mixture import Mixture
@@ -165,7 +165,7 @@ def make_train_loader(
         dataset = make_dataset(dataset_str=cfg.train.dataset_path)
         intensity = cfg.data.intensity
         dataset.reading = Reading(None if intensity == "auto" else tuple(intensity), cfg.data.page)
-    dataset = split_off(
+    dataset, held_out = split(
         dataset,
         cfg.train.path_preserved,
         cfg.train.frac,
@@ -195,6 +195,7 @@ def make_train_loader(
         cores=cores,
         colours=cfg.augmentation.device,
         start_iteration=start_iteration,
+        held_out=held_out,
     )
 
 
@@ -268,6 +269,7 @@ class TrainLoader:
     ``num_workers``: number of processes; 0 loads in this process, "auto" uses as many as needed, at most ``cores``.
     ``colours``: where colours are changed, "cpu" | "device" | "auto" (the device unless it is a CPU); the pixels are
     identical.
+    ``held_out``: dataset of the images that are held out of training, or None.
     """
 
     def __init__(
@@ -280,7 +282,9 @@ class TrainLoader:
         cores: int | None = None,
         colours: str = "auto",
         start_iteration: int = 0,
+        held_out: Any = None,
     ):
+        self.held_out = held_out
         self.builder = builder
         self.finish = finish
         self.bad_images = bad_images

@@ -137,7 +137,7 @@ def extract_features(
     return extract_features_with_dataloader(model, loader, len(dataset), gather_on_cpu)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose tensors FSDP2 would keep for the training that follows
 def extract_features_with_dataloader(
     model: nn.Module, data_loader, sample_count: int, gather_on_cpu: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def extract_features_with_dataloader(
     Raises:
         DataError: some of the ``sample_count`` indices are missing.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters()), distributed.get_device())
     keep_on = torch.device("cpu") if gather_on_cpu else device
     features: Tensor | None = None
     labels: Tensor | None = None

@@ -49,11 +49,16 @@ class MetricLogger:
         self.sinks = sinks
         self.counts: dict[str, int] = {}
         self._ends = False
+        self._once: dict[str, float] = {}
         self._report: Callable[[], None] | None = None
 
     def end_after_this(self) -> None:
         """Make :meth:`log_every` end after the current iteration and write its row."""
         self._ends = True
+
+    def add_to_row(self, **values: float) -> None:
+        """Write the row of the current iteration even if it is not due, with ``values`` in it and in no other row."""
+        self._once |= values
 
     def write_now(self) -> None:
         """Write the line and row of the current iteration of :meth:`log_every` now, if they are due.
@@ -110,7 +115,7 @@ class MetricLogger:
             return
         read_pending(self.meters.values())
         row: dict[str, Any] = {"iteration": iteration, "iter_time": iter_time, "data_time": data_time}
-        row |= {name: meter.median for name, meter in self.meters.items()} | rates | self.counts
+        row |= {name: meter.median for name, meter in self.meters.items()} | rates | self.counts | self._once
         if self.output_file is not None:
             append_row(self.output_file, row)
         if self.sinks is not None:
@@ -162,7 +167,7 @@ class MetricLogger:
 
         def report() -> None:
             nonlocal reported
-            writes = is_last() or iteration % print_freq == 0
+            writes = is_last() or iteration % print_freq == 0 or bool(self._once)
             if writes:
                 read_pending(self.meters.values())  # waits for the device, which is part of the iteration's time
             before, reported = reported, time.perf_counter()
@@ -177,6 +182,7 @@ class MetricLogger:
                 count = f"it={iteration}" if limit_s else ""
                 bar.show(" ".join(filter(None, (count, self._headline()))))
                 logger.info(self.delimiter.join(filter(None, fields)), extra={"shown_by_bar": bar.visible})
+                self._once = {}
 
         place: dict[str, Any] = {"total": n_iterations, "initial": start_iteration}
         if limit_s:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -84,6 +87,18 @@ class CenteredLoss(nn.Module):
         """Discard the pending updates if the 0-dim ``where`` is 1, as their step is skipped."""
         for sum_and_count in self._finished_updates():
             sum_and_count.masked_fill_(where > 0, 0.0)
+
+    @contextmanager
+    def kept_center(self) -> Iterator[None]:
+        """Apply the pending update, as the next step would; within the body, the centre is used and stays unchanged."""
+        self.apply_center_update()
+        held, self.hold_center = self.hold_center, True
+        try:
+            yield
+        finally:
+            self._finished_updates()
+            self._pending.clear()
+            self.hold_center = held
 
     @torch.no_grad()
     def apply_center_update(self) -> None:

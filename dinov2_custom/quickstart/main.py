@@ -18,6 +18,7 @@ from torch import nn
 from dinov2_custom.configs.load import check_output_dir, load_run_config
 from dinov2_custom.data.transforms import MaybeToTensor, Normalize
 from dinov2_custom.errors import command, small_recipe
+from dinov2_custom.eval.neighbours import NEIGHBOURS
 from dinov2_custom.plots import (
     average_neighbours,
     dino_loss,
@@ -27,7 +28,7 @@ from dinov2_custom.plots import (
     plot_rows,
     read_metrics,
 )
-from dinov2_custom.quickstart.measure import NEIGHBOURS, Measurement, measure_run
+from dinov2_custom.quickstart.measure import Measurement, measure_run
 from dinov2_custom.quickstart.photos import Tiling, cut_photos, open_photo
 from dinov2_custom.train.train import main as train
 
@@ -75,7 +76,9 @@ def main(args: argparse.Namespace, tiling: Tiling = DEFAULT_TILING) -> int:
 
 def training_args(args: argparse.Namespace, run: Path, tiles: Path, seed: int) -> argparse.Namespace:
     """Return the arguments of the training command for one seed."""
-    opts = [*args.opts, f"train.dataset_path={tiles / 'train'}", f"train.seed={seed}"]
+    labelled = {"knn_train": tiles / "train", "knn_val": tiles / "held_out"}
+    knn = [f"evaluation.online.{name}=LabelledFolder:root={folder}" for name, folder in labelled.items()]
+    opts = [*knn, *args.opts, f"train.dataset_path={tiles / 'train'}", f"train.seed={seed}"]
     return argparse.Namespace(
         config_file=args.config_file,
         opts=opts,

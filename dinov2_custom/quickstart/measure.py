@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +13,13 @@ from dinov2_custom import distributed
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.data.transforms import Compose, MaybeToTensor, Normalize
-from dinov2_custom.eval.knn import eval_knn_features
+from dinov2_custom.eval.neighbours import knn_accuracy
 from dinov2_custom.eval.setup import get_autocast_dtype
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 from dinov2_custom.train.health import COLLAPSE_MARGIN
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch, Targets, assignment_entropies
 from dinov2_custom.utils.weights import read_weights
 
-NEIGHBOURS = 20
 BATCH_SIZE = 256
 
 
@@ -61,7 +59,8 @@ def measure_run(run: Path, tiles: Path, final_dino_loss: float) -> tuple[Measure
     untrained, trained = SSLMetaArch(cfg).to(device).eval(), SSLMetaArch(cfg).to(device).eval()
     trained.teacher.load_state_dict(read_weights(newest_teacher(run))["teacher"], strict=True)
     backbones = untrained.teacher["backbone"], trained.teacher["backbone"]
-    raw, before, after = (knn_accuracy(model, datasets, dtype) for model in (nn.Flatten(), *backbones))
+    networks = (ModelWithNormalize(model.eval(), dtype) for model in (nn.Flatten(), *backbones))
+    raw, before, after = (knn_accuracy(network, *datasets, BATCH_SIZE, 0) for network in networks)
     probabilities = assignments(cfg, trained, datasets[1], dtype)
     entropies = {name: float(v) for name, v in assignment_entropies(Targets(probabilities, None)).items()}
     num_prototypes = probabilities.shape[1]
@@ -87,14 +86,6 @@ def load_tiles(folder: Path, normalize: Normalize) -> list[LabelledFolder]:
 def newest_teacher(run: Path) -> Path:
     """Return the teacher checkpoint of the last iteration of ``run``."""
     return max(run.glob("eval/training_*/teacher_checkpoint.pth"), key=lambda path: int(path.parent.name.split("_")[1]))
-
-
-def knn_accuracy(model: nn.Module, datasets: Sequence, dtype: torch.dtype) -> float:
-    """Return the top-1 accuracy of classifying ``datasets[1]`` by its nearest neighbours in ``datasets[0]``."""
-    normalized = ModelWithNormalize(model.eval(), dtype)
-    features = [part for dataset in datasets for part in extract_features(normalized, dataset, BATCH_SIZE, 0)]
-    (scores,) = eval_knn_features(*features, nb_knn=[NEIGHBOURS]).values()
-    return float(scores["top-1"])
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import platform
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,12 +138,16 @@ class Checkpointer:
             logger.warning(f"the checkpoint that was being written is not complete: {reason_of(e)}")
         self._group = None  # otherwise its threads stay alive wherever an error refers to this object
 
-    def save_teacher(self, name: str, *, final: bool = False) -> Path:
-        """Write the teacher as :func:`save_teacher` does, with the errors and synchronisation of :meth:`save`."""
+    def save_teacher(self, name: str, *, final: bool = False, facts: Mapping[str, Any] | None = None) -> Path:
+        """Write the teacher as :func:`save_teacher` does, with the errors and synchronisation of :meth:`save`.
+
+        Args:
+            facts: plain values to store beside the key ``teacher``.
+        """
         self.wait()  # the writer thread and this one may not use collectives at the same time
         self._check_there()
         path, teacher = teacher_path(self.folder, name), teacher_weights(self.model)
-        _, trouble = self._on_main(lambda: save_atomically(teacher, path))
+        _, trouble = self._on_main(lambda: save_atomically({**teacher, **(facts or {})}, path))
         self._report(path, trouble, required=final)
         return path
 

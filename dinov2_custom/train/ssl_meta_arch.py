@@ -211,14 +211,7 @@ class SSLMetaArch(nn.Module):
             0-dim losses on the device, detached. KoLeo and iBOT are half of the trained terms, as upstream reports
             them.
         """
-        self.update_shortcuts()
-        groups = self.plan_groups(images, generator)
-        masked_in_first = self.masked_in_first(images)
-        if self.constant_shapes:
-            apart = any(len(group.global_views) == 1 for group, _ in groups)
-            images, masked_in_first = pad_patches(images, masked_in_first, apart)
-        images = {name: to_device(v, self.device) if isinstance(v, Tensor) else v for name, v in images.items()}
-        images |= {name: images[name].float() for name in images if name.endswith("_crops")}  # upstream's are float16
+        images, groups, masked_in_first = self._prepare(images, generator)
         if on_last_backward is None and self.averages_gradients:
             self._reducer = self._reducer or GradientReducer(self.student.named_parameters())
             on_last_backward = self._reducer.arm
@@ -242,6 +235,47 @@ class SSLMetaArch(nn.Module):
         if self.averages_gradients:
             self._reducer.finish()
         return {name: reported[name] for name in LOSS_NAMES if name in reported}
+
+    @torch.no_grad()
+    def evaluate(self, images: dict, teacher_temp: float) -> tuple[dict[str, Tensor], Tensor]:
+        """Return a batch's losses, and the teacher's class tokens (2b, D) of the global crops, and change no state.
+
+        The student is in evaluation mode meanwhile, without drop path, and the centres stay as they are. All processes
+        must call it.
+        """
+        modes, diagnose = {module: module.training for module in self.modules()}, self.diagnose
+        self.eval()
+        self.diagnose = False
+        images, groups, masked_in_first = self._prepare(images, None)  # nothing is drawn in evaluation mode
+        reported: dict[str, Tensor] = {}
+        with self.dino_loss.kept_center(), self.ibot_patch_loss.kept_center():
+            cls, patches = self.get_teacher_features(images)
+            targets = self._targets(cls, patches, images, teacher_temp)
+            for group, draws in groups:
+                views = cut_views(images, group, masked_in_first)
+                _, terms = self.compute_losses(self.get_student_output(views, draws), targets, group, views)
+                for name, value in terms.items():
+                    reported[name] = reported[name] + value if name in reported else value
+        for module, mode in modes.items():
+            module.training = mode
+            if hasattr(module, "reshard"):  # FSDP2's, which keeps weights gathered for a backward pass
+                module.reshard()
+        self.diagnose = diagnose
+        return reported, cls
+
+    def _prepare(
+        self, images: dict, generator: torch.Generator | None
+    ) -> tuple[dict, list[tuple[ViewGroup, list[Draw]]], int]:
+        """Return a batch on the device, :meth:`plan_groups` and :meth:`masked_in_first`."""
+        self.update_shortcuts()
+        groups = self.plan_groups(images, generator)
+        masked_in_first = self.masked_in_first(images)
+        if self.constant_shapes:
+            apart = any(len(group.global_views) == 1 for group, _ in groups)
+            images, masked_in_first = pad_patches(images, masked_in_first, apart)
+        images = {name: to_device(v, self.device) if isinstance(v, Tensor) else v for name, v in images.items()}
+        images |= {name: images[name].float() for name in images if name.endswith("_crops")}  # upstream's are float16
+        return images, groups, masked_in_first
 
     def masked_in_first(self, images: dict) -> int:
         """Return the number of masked patches of the first global crops (waits for the device if they are on it)."""
@@ -268,17 +302,27 @@ class SSLMetaArch(nn.Module):
         """Compute target probabilities from the unmasked global crops."""
         if not (self.do_dino or self.do_ibot):
             return Targets(None, None)
+        cls, patches = self.get_teacher_features(images)
+        targets = self._targets(cls, patches, images, teacher_temp)
+        if self.diagnose:
+            rows = cls.chunk(2)[0][:MAX_RANKME_ROWS].float()
+            self.diagnostics = assignment_entropies(targets) | {"rankme": rows}
+        return targets
+
+    @torch.no_grad()
+    def get_teacher_features(self, images: dict) -> tuple[Tensor, Tensor | None]:
+        """Return the teacher's class tokens (2b, D) of the unmasked global crops, and its features of the masked
+        patches (M, D), None without iBOT."""
         with self.autocast("teacher", "backbone"):
             crops, packed = images["collated_global_crops"], self._packed("teacher")
             options = {"packed": packed} if fast_paths.takes_options(self.teacher["backbone"]) else {}
             features = self.teacher["backbone"](crops, is_training=True, **options)
-        first, second = features["x_norm_clstoken"].chunk(2)
-        cls = torch.cat((second, first))  # swapped: each crop's target is the other crop
-        patches = self._masked_patches(features, images["mask_indices_list"])
-        targets = self.assign(cls if self.do_dino else None, patches, images, teacher_temp)
-        if self.diagnose:
-            self.diagnostics = assignment_entropies(targets) | {"rankme": first[:MAX_RANKME_ROWS].float()}
-        return targets
+        return features["x_norm_clstoken"], self._masked_patches(features, images["mask_indices_list"])
+
+    def _targets(self, cls: Tensor, patches: Tensor | None, images: dict, teacher_temp: float) -> Targets:
+        first, second = cls.chunk(2)
+        swapped = torch.cat((second, first)) if self.do_dino else None  # each crop's target is the other crop
+        return self.assign(swapped, patches, images, teacher_temp)
 
     def assign(self, cls: Tensor | None, patches: Tensor | None, images: dict, teacher_temp: float) -> Targets:
         """Compute targets from the teacher's class tokens and masked patches by the configured centering."""

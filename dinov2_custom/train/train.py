@@ -35,6 +35,7 @@ from dinov2_custom.train.faults import Watchdog, reported
 from dinov2_custom.train.flops import speed_report
 from dinov2_custom.train.health import BAD_IMAGES_FILE, BadImageLog, LearningAlarm, flat_dino_loss, rankme
 from dinov2_custom.train.memory import split_over_memory
+from dinov2_custom.train.online import OnlineEvaluation
 from dinov2_custom.train.optimization import (
     accumulate_gradients,
     apply_optim_scheduler,
@@ -52,6 +53,7 @@ from dinov2_custom.train.stopping import StopRequests
 from dinov2_custom.utils.allocator import keep_freed_memory
 from dinov2_custom.utils.config import get_cfg_from_args, load_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
+from dinov2_custom.utils.run_folder import BEST
 
 __all__ = [
     "apply_optim_scheduler",
@@ -88,6 +90,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     out, rank, world_size = Path(cfg.train.output_dir), distributed.get_global_rank(), distributed.get_global_size()
     if loader is None:
         cfg, loader = open_data(cfg, resume)
+    online = OnlineEvaluation(cfg, loader)
     length = run_length(cfg, loader.num_images, world_size)
     schedules = build_schedulers(cfg, length)
     resume = resume and has_checkpoints(out)
@@ -128,6 +131,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(model), course.expected_total)
     alarm.read(read_rows(out / METRICS_FILE) if rank == 0 else [])
     sinks.add(alarm)
+    online.begin(read_rows(out / METRICS_FILE) if rank == 0 else [], resumed is not None)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
     frozen = length.iterations(cfg.student.freeze_backbone_epochs)
     eval_period = cfg.evaluation.eval_period_iterations
@@ -156,9 +160,13 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             lr, wd, momentum, teacher_temp, last_layer_lr = (float(schedule[position]) for schedule in schedules)
             apply_optim_scheduler(optimizer, lr, wd, last_layer_lr, frozen_backbone=position < frozen)
 
+            if online.start_is_due:  # not earlier: data-loading processes must start before the first collective
+                online.evaluate_start(model, teacher_temp)
+            evaluates = online.is_due(iteration, last)
+
             # gradients
             optimizer.zero_grad(set_to_none=True)
-            model.diagnose = iteration % cfg.train.log_every == 0 or last
+            model.diagnose = iteration % cfg.train.log_every == 0 or last or evaluates
             drop_path_draws = generator_for(cfg.train.seed, "drop_path", iteration, rank)
             losses = accumulate_gradients(cfg, model, reducer, batch, batches, teacher_temp, drop_path_draws)
 
@@ -182,6 +190,10 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             )
             if model.diagnose:
                 metrics.update(**model.diagnostics)
+            if evaluates:
+                watch.mark(iteration, patience=3)
+                row = online.evaluate(model, iteration, teacher_temp, metrics.total_loss.median)
+                metrics.add_to_row(**row)
 
             if last or flags.stop_signal:
                 guard.drain()
@@ -194,6 +206,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
             watch.mark(iteration, patience=3)
             if last or (eval_period > 0 and (iteration + 1) % eval_period == 0):
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
+            if evaluates and online.is_best:
+                checkpointer.save_teacher(BEST, facts=online.facts)
             if last or flags.stop_signal or (iteration + 1) % save_period == 0:
                 leaving = bool(flags.stop_signal)
                 extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()

@@ -17,6 +17,7 @@ MARKER = "checkpoint.json"  # the last file of a training checkpoint
 LAST = "last_checkpoint"
 _FILE_NAME = re.compile(r"[\w-][\w.-]{0,250}", re.ASCII)  # of a file in this folder
 _SHARD = re.compile(r"(model_(?:\d{7,}|final))\.rank_(\d+)\.pth")  # upstream's
+BEST = "best"  # in ``eval``: the teacher with the best value of evaluation.online
 _NUMBERED = re.compile(r"(?:training|manual)_(\d+)$")
 
 
@@ -36,6 +37,7 @@ def find_weights(source: str) -> str:
     if not path.is_dir() or is_complete(path) or hugging_face:
         return str(path)
     teachers = [path / "teacher_checkpoint.pth", *path.glob("eval/*/teacher_checkpoint.pth")]
+    teachers = [t for t in teachers if t != path / "eval" / BEST / "teacher_checkpoint.pth"]  # seldom the newest
     found = [(int(match[1]) if (match := _NUMBERED.search(t.parent.name)) else -1, t) for t in teachers if t.is_file()]
     if found:
         return str(max(found)[1])

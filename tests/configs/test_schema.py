@@ -17,6 +17,11 @@ OURS = {
     "compute_precision.gather_dtype": "fp32",
     "train.path_preserved": "",
     "train.frac": 0.0,
+    **{f"evaluation.online.{key}": "" for key in ("knn_train", "knn_val")},
+    "evaluation.online.every": 0,
+    "evaluation.online.images": 256,
+    "evaluation.online.compare_to_start": True,
+    "evaluation.online.best": "auto",
     "train.channel_adaptive": False,  # of one of upstream's evaluation YAMLs, where nothing reads it
     "train.max_bad_fraction": 0.01,
     "student.freeze_backbone_epochs": 0,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.eval import knn
+from dinov2_custom.eval import neighbours
 from dinov2_custom.eval.args import MetricType, get_knn_args_parser
 from dinov2_custom.eval.datasets import Relabelled, find_same_files, open_pair
 from dinov2_custom.eval.knn import KnnModule, eval_knn_features, eval_knn_with_model, leave_one_out_accuracy, main
@@ -106,7 +106,7 @@ def test_features_that_differ_are_compared_by_their_cosines(monkeypatch):
     train, queries = features_of(0, labels), features_of(1, labels)
     module = KnnModule(train, labels, [5], TEMPERATURE, num_classes=7)
     assert module.train_features.data_ptr() == train.data_ptr()  # no second copy of an ImageNet
-    monkeypatch.setattr(knn, "_ALIKE", 2.0)
+    monkeypatch.setattr(neighbours, "_ALIKE", 2.0)
     centred = KnnModule(train, labels, [5], TEMPERATURE, num_classes=7)
     torch.testing.assert_close(centred(queries)[5].float(), module(queries)[5])
 

@@ -1,0 +1,267 @@
+"""Evaluation of the teacher during a run (``evaluation.online``), compared with the weights that the run started from.
+
+One forward pass over a fixed set of images with fixed crops and masks gives everything but kNN: the losses, and the
+teacher's class tokens of both global crops of each image. Nothing is drawn from a random stream of the training, and
+no weight, centre or statistic changes, so the weights of a run do not depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_custom import distributed
+from dinov2_custom.data.loaders import TrainLoader
+from dinov2_custom.data.pool import allocate, workers_of_choice
+from dinov2_custom.data.samples import TrainBatches, TrainSamples, unpack
+from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.errors import CheckpointError, DataError
+from dinov2_custom.eval.datasets import open_pair
+from dinov2_custom.eval.neighbours import knn_accuracy
+from dinov2_custom.eval.utils import ModelWithNormalize, all_gather_and_flatten
+from dinov2_custom.reading import reading_of
+from dinov2_custom.train.health import rankme
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.train.teacher_file import save_atomically, teacher_path
+from dinov2_custom.utils.dtype import resolve_dtype
+from dinov2_custom.utils.rng import seed_for
+from dinov2_custom.utils.run_folder import BEST
+
+logger = logging.getLogger("dinov2")
+START_FILE = Path("eval") / "online_start.pth"
+MAX_SHARE = 0.03  # of the time
+PIXELS_SIDE = 32  # of the images whose raw pixels are compared by kNN
+KNN_BATCH = 64
+
+
+class OnlineEvaluation:
+    """Evaluate the teacher every ``evaluation.online.every`` iterations and at the end. All processes call all methods.
+
+    Attributes:
+        start_is_due: whether :meth:`evaluate_start` has to be called before the first step.
+        is_best: whether the last evaluation was the best so far.
+        facts: values to store beside the teacher, if it was.
+
+    Raises:
+        ConfigError, DataError: the datasets of kNN cannot be used.
+    """
+
+    def __init__(self, cfg, loader: TrainLoader) -> None:
+        self.cfg, self.options, self.out = cfg, cfg.evaluation.online, Path(cfg.train.output_dir)
+        self.every, self.is_best, self.facts, self.start = self.options.every, False, {}, None
+        self.start_is_due = False
+        self._measured_from: tuple[int, float] | None = None
+        self._warned = False
+        if not self.every:
+            return
+        dataset, self.where = loader.held_out, "held-out images"
+        if dataset is None:
+            dataset, self.where = loader.builder.samples.dataset, "training images, as none are held out (train.frac)"
+        self.loader, self.num_images = loader, min(self.options.images, len(dataset))
+        self.samples = TrainSamples(
+            dataset,
+            loader.builder.samples.augment,
+            seed_for(cfg.train.seed, "online"),
+            dct_scaling=cfg.data.dct_scaling,
+        )
+        self._batches: list[tuple[dict, int]] = []
+        self.labelled = _open_labelled(cfg) if self.options.knn_train else None
+        metric = self.options.best if self.options.best != "auto" else ("knn" if self.labelled else "rankme")
+        self.metric, self.sign = f"eval_{metric}", -1 if metric == "loss" else 1
+        self.best = -math.inf
+
+    def begin(self, rows: Sequence[Mapping[str, float]], resumed: bool) -> None:
+        """Continue after ``rows``, which the main process has.
+
+        Args:
+            resumed: whether the run continues; its start is then in ``START_FILE``.
+        """
+        if not self.every:
+            return
+        best = max((self.sign * row[self.metric] for row in rows if self.metric in row), default=-math.inf)
+        self.best = distributed.broadcast_object(best)
+        self.start_is_due = self.options.compare_to_start and not resumed
+        if distributed.is_main_process():
+            if resumed and self.options.compare_to_start:
+                self.start = self._read_start()
+            if not resumed:  # of an attempt that left no checkpoint
+                teacher_path(self.out, BEST).unlink(missing_ok=True)
+        logger.info(f"evaluation: every {self.every} iterations, {self.num_images} {self.where}")
+
+    def is_due(self, iteration: int, last: bool) -> bool:
+        return bool(self.every) and (last or (iteration + 1) % self.every == 0)
+
+    def evaluate_start(self, model: SSLMetaArch, teacher_temp: float) -> None:
+        """Evaluate the initial weights, and raw pixels, and store the result for resumes."""
+        features, _ = self._features(model, teacher_temp)
+        values = self._knn("start_knn", model.teacher["backbone"])
+        values |= self._knn("pixels_knn", nn.Sequential(_Shrink(), nn.Flatten()))
+        self.start_is_due, self._measured_from = False, (-1, time.perf_counter())
+        if distributed.is_main_process():
+            values |= {f"start_{name}": value for name, value in geometry(features).items()}
+            self.start = {"features": features[:, 0].contiguous(), "values": _finite(values), "of": self._digest()}
+            save_atomically(self.start, self.out / START_FILE)
+
+    def evaluate(self, model: SSLMetaArch, iteration: int, teacher_temp: float, training_loss: float) -> dict:
+        """Return the values of the teacher after ``iteration`` for its row, the same in all processes, and log them."""
+        began = time.perf_counter()
+        features, loss = self._features(model, teacher_temp)
+        row = {"eval_loss": loss} | self._knn("eval_knn", model.teacher["backbone"])
+        if distributed.is_main_process():
+            row |= {f"eval_{name}": value for name, value in geometry(features).items()}
+            if self.start is not None:
+                row |= {f"eval_{name}": v for name, v in similarity(features[:, 0], self.start["features"]).items()}
+                row |= self.start["values"]
+        row = distributed.broadcast_object(_finite(row) | {"eval_s": time.perf_counter() - began})
+        value = self.sign * row.get(self.metric, -math.inf)
+        self.is_best = self.options.best != "none" and value > self.best
+        if self.is_best:
+            self.best, self.facts = value, {"iteration": iteration, self.metric: row[self.metric]}
+        logger.info(f"evaluation: {describe(row, training_loss)}{self._describe_share(iteration, row['eval_s'])}")
+        return row
+
+    def _features(self, model: SSLMetaArch, teacher_temp: float) -> tuple[Tensor, float]:
+        """Return the teacher's class tokens (N, 2, D) of both global crops, float32 in host memory, and the loss."""
+        rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
+        size = min(self.cfg.train.batch_size_per_gpu, -(-self.num_images // world_size))
+        if not self._batches:
+            place = {"batch_size": size, "rank": rank, "world_size": world_size}
+            builder = TrainBatches(self.samples, self.loader.builder.masks, **place)
+            for index in range(-(-self.num_images // (size * world_size))):
+                arrays = allocate(builder.fields)
+                report = builder.build(index, arrays)
+                if not report.complete:
+                    raise DataError(f"evaluation.online: expected readable images, got {report.bad[0][1:]}")
+                self._batches.append((arrays, report.upperbound))
+        tokens, losses = [], []
+        for arrays, upperbound in self._batches:
+            batch = unpack(arrays, upperbound, self.loader.finish, model.device)
+            terms, cls = model.evaluate(batch, teacher_temp)
+            losses.append(sum(terms.values()))
+            tokens.append(cls.float().unflatten(0, (2, size)).transpose(0, 1))
+        loss = distributed.all_reduce(torch.stack(losses).mean(), average=True)
+        gathered = all_gather_and_flatten(torch.stack(tokens)).unflatten(0, (-1, len(tokens)))
+        in_order = gathered.transpose(0, 1).flatten(0, 2)  # of draws: batch, process, image
+        return in_order[: self.num_images].cpu(), float(loss)
+
+    def _knn(self, name: str, network: nn.Module) -> dict[str, float]:
+        if self.labelled is None:
+            return {}
+        dtype = self.cfg.compute_precision.teacher.backbone.mixed_precision.param_dtype
+        model = ModelWithNormalize(network, resolve_dtype(dtype, distributed.get_device()))
+        workers = workers_of_choice(self.cfg.train.num_workers, distributed.share_of_cores())
+        return {name: knn_accuracy(model, *self.labelled, KNN_BATCH, workers)}
+
+    def _digest(self) -> str:
+        """Return a digest of what the values of the start depend on, besides the weights."""
+        names = [self.samples.dataset.name(self.samples.image_of(draw)) for draw in range(self.num_images)]
+        return hashlib.blake2b("\n".join([*names, self.options.knn_train, self.options.knn_val]).encode()).hexdigest()
+
+    def _read_start(self) -> dict[str, Any] | None:
+        path = self.out / START_FILE
+        if not path.exists():
+            logger.warning(
+                f"evaluation: no {path}, as the run started without evaluation.online; nothing to compare with"
+            )
+            return None
+        try:
+            start = torch.load(path, weights_only=True)
+        except Exception as e:  # torch raises many types on torn files
+            raise CheckpointError(f"{path}: expected the evaluation of the start, got {e}; remove the file") from e
+        if start["of"] != self._digest():
+            logger.warning(f"evaluation: other images than those of {path}; they are not compared with the start")
+            return None
+        return start
+
+    def _describe_share(self, iteration: int, seconds: float) -> str:
+        """Return the share of the time since the evaluation before, and warn once if it is above ``MAX_SHARE``."""
+        now, before = time.perf_counter(), self._measured_from
+        self._measured_from = (iteration, now)
+        if before is None or iteration - before[0] != self.every:
+            return ""
+        share = seconds / (now - before[1])
+        if share > MAX_SHARE and not self._warned:
+            self._warned = True
+            iteration_s = (now - before[1] - seconds) / self.every
+            enough = math.ceil(seconds * (1 / MAX_SHARE - 1) / iteration_s)
+            logger.warning(
+                f"evaluation.online takes {share:.1%} of the time; evaluation.online.every="
+                f"{enough} or fewer images would take {MAX_SHARE:.0%}"
+            )
+        return f", {share:.1%} of the time"
+
+
+class _Shrink(nn.Module):
+    """Reduce images to at most ``PIXELS_SIDE`` pixels a side, as kNN on all pixels takes too much memory."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        sides = [min(side, PIXELS_SIDE) for side in images.shape[-2:]]
+        return F.adaptive_avg_pool2d(images, sides)
+
+
+def _open_labelled(cfg) -> tuple[Any, Any]:
+    """Open the datasets of kNN, with the central crop at the size of training's global crops."""
+    size = cfg.crops.global_crops_size
+    transform = make_classification_eval_transform(
+        resize_size=round(size * 256 / 224), crop_size=size, mean=cfg.data.normalize.mean, std=cfg.data.normalize.std
+    )
+    strings = {f"evaluation.online.{name}": cfg.evaluation.online[name] for name in ("knn_train", "knn_val")}
+    return open_pair(*((key, string, transform) for key, string in strings.items()), reading_of(cfg))
+
+
+def geometry(features: Tensor) -> dict[str, float]:
+    """Return RankMe, uniformity and alignment of features (N, 2, D) of two crops of each image.
+
+    Source: Garrido et al. 2023 (RankMe); Wang and Isola 2020, eq. 1 and 2 with alpha = t = 2, on features of length 1.
+    """
+    first, second = F.normalize(features.double(), dim=-1).unbind(1)
+    values = {"rankme": rankme(features[:, 0]), "alignment": float((first - second).square().sum(dim=-1).mean())}
+    if len(first) > 1:
+        values["uniformity"] = float(F.pdist(first).square().mul(-2).exp().mean().log())
+    return values
+
+
+def similarity(features: Tensor, start: Tensor) -> dict[str, float]:
+    """Return the mean cosine and the linear CKA between two sets of features (N, D) of the same images.
+
+    Source: Kornblith et al. 2019, linear CKA.
+    """
+    now, before = features.double(), start.double()
+    cosine = F.cosine_similarity(now, before).mean()
+    grams = [centred @ centred.T for centred in (one - one.mean(dim=0) for one in (now, before))]
+    alike = (grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm())
+    return {"cosine_to_start": float(cosine), "cka_to_start": float(alike)}
+
+
+def describe(row: Mapping[str, float], training_loss: float) -> str:
+    """Return the values of a row as text: each with the start's, and the loss with the training's."""
+    parts = []
+    for label, name, digits in (
+        ("kNN", "knn", ".3f"),
+        ("RankMe", "rankme", ".1f"),
+        ("uniformity", "uniformity", ".2f"),
+        ("alignment", "alignment", ".3f"),
+    ):
+        found = {"": f"eval_{name}", "start ": f"start_{name}", "pixels ": f"pixels_{name}"}
+        values = [f"{who}{row[key]:{digits}}" for who, key in found.items() if key in row]
+        parts += [f"{label} {', '.join(values)}"] if values else []
+    if "eval_loss" in row:
+        parts.append(f"loss {row['eval_loss']:.3f}, training {training_loss:.3f}")
+    if "eval_cosine_to_start" in row:
+        parts.append(
+            f"to the start: cosine {row['eval_cosine_to_start']:.3f}, CKA {row.get('eval_cka_to_start', 0):.3f}"
+        )
+    return f"{'; '.join(parts)}; {row['eval_s']:.1f} s"
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if math.isfinite(value)}

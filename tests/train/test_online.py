@@ -1,0 +1,156 @@
+"""Evaluation during training: the same weights with and without, the same rows after a kill, the best teacher kept."""
+
+import math
+
+import pytest
+import torch
+
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.train import online
+from dinov2_custom.train.online import START_FILE, geometry, similarity
+from dinov2_custom.utils.run_folder import find_weights
+from tests.processes import launch_source
+from tests.train.test_train import NOT_NUMBERS_OF_TRAINING, RUN, clean, images, rows, train, weights
+
+__all__ = ["clean", "images"]  # fixtures
+SETTINGS = (*RUN, "evaluation.online.every=3", "evaluation.online.images=6", "checkpointing.period=3")
+HELD_OUT = {"eval_rankme", "eval_uniformity", "eval_alignment", "eval_loss", "eval_s"}
+TO_START = {"eval_cosine_to_start", "eval_cka_to_start", "start_rankme", "start_uniformity", "start_alignment"}
+KNN = {"eval_knn", "start_knn", "pixels_knn"}
+
+
+def of_evaluation(out) -> dict[int, dict]:
+    """Return the numbers of training and evaluation by iteration, without times."""
+    return {
+        row["iteration"]: {key: value for key, value in row.items() if key not in NOT_NUMBERS_OF_TRAINING | {"eval_s"}}
+        for row in rows(out)
+    }
+
+
+def best_teacher(out) -> dict:
+    return torch.load(out / "eval" / "best" / "teacher_checkpoint.pth", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("train.centering=sinkhorn_knopp", "student.drop_path_rate=0.3", "train.lean=false")]
+)
+def test_weights_are_bitwise_the_same_with_and_without(images, tmp_path, capsys, more):
+    base = [f"train.dataset_path={images}", *RUN, *more]
+    state = torch.get_rng_state()
+    train(*base, "--output-dir", tmp_path / "without")
+    knn = [f"evaluation.online.{name}=LabelledFolder:root={images}" for name in ("knn_train", "knn_val")]
+    options = ["evaluation.online.every=3", "evaluation.online.images=6", *knn]
+    train(*base, *options, "--output-dir", tmp_path / "with")
+    assert torch.equal(state, torch.get_rng_state())
+    without, with_ = weights(tmp_path / "without"), weights(tmp_path / "with")
+    assert without.keys() == with_.keys() and all(torch.equal(without[key], with_[key]) for key in without)
+    found = of_evaluation(tmp_path / "with")
+    for iteration in (2, 5, 7):
+        assert HELD_OUT | TO_START | KNN <= found[iteration].keys() | {"eval_s"}
+        assert all(math.isfinite(value) for value in found[iteration].values())
+    assert not (HELD_OUT | TO_START | KNN) & found[0].keys()
+    of_training = {key: value for key, value in found[7].items() if not key.startswith(("eval_", "start_", "pixels_"))}
+    assert of_training.keys() == of_evaluation(tmp_path / "without")[7].keys()
+    assert of_training["total_loss"] == of_evaluation(tmp_path / "without")[7]["total_loss"]
+    log = capsys.readouterr().out
+    line = next(line for line in log.splitlines() if "evaluation: kNN" in line)
+    assert "start 0." in line and "pixels 0." in line and "RankMe" in line and "training" in line
+    assert "6 training images, as none are held out" in log
+
+
+def test_a_killed_run_writes_the_same_rows_and_keeps_the_same_best_teacher(images, tmp_path, monkeypatch):
+    base = [f"train.dataset_path={images}", *SETTINGS, "train.path_preserved=held.txt", "train.frac=0.5"]
+    train(*base, "--output-dir", tmp_path / "whole")
+
+    calls, evaluate = [], online.OnlineEvaluation.evaluate
+
+    def killed(self, model, iteration, *rest):
+        if iteration == 5 and not calls:
+            calls.append(iteration)
+            raise KeyboardInterrupt
+        return evaluate(self, model, iteration, *rest)
+
+    monkeypatch.setattr(online.OnlineEvaluation, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(*base, "--output-dir", tmp_path / "killed")
+    train(*base, "--output-dir", tmp_path / "killed")
+    assert of_evaluation(tmp_path / "whole") == of_evaluation(tmp_path / "killed")
+    assert list(of_evaluation(tmp_path / "whole")) == [0, 2, 5, 7]
+    a, b = (best_teacher(tmp_path / name) for name in ("whole", "killed"))
+    assert a["iteration"] == b["iteration"] and all(
+        torch.equal(a["teacher"][key], b["teacher"][key]) for key in a["teacher"]
+    )
+    values = {
+        iteration: row["eval_rankme"] for iteration, row in of_evaluation(tmp_path / "whole").items() if iteration
+    }
+    assert a["iteration"] == max(values, key=values.get) and a["eval_rankme"] == max(values.values())
+    numbered = torch.load(tmp_path / "whole/eval/training_7/teacher_checkpoint.pth", weights_only=True)
+    assert numbered.keys() == {"teacher"} and numbered["teacher"].keys() == a["teacher"].keys()
+    assert find_weights(str(tmp_path / "whole")).endswith("training_7/teacher_checkpoint.pth")
+
+
+def test_held_out_images_are_evaluated_and_not_trained_on(images, tmp_path, capsys):
+    train(f"train.dataset_path={images}", *SETTINGS, "train.path_preserved=held.txt", "train.frac=0.5",
+          "evaluation.online.images=99", "evaluation.online.best=none", "evaluation.online.compare_to_start=false",
+          "--output-dir", tmp_path / "out")  # fmt: skip
+    assert "6 held-out images" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "eval" / "best").exists() and not (tmp_path / "out" / START_FILE).exists()
+    assert not TO_START & of_evaluation(tmp_path / "out")[7].keys()
+
+
+def test_best_by_loss_is_the_lowest_and_needs_datasets_for_knn(images, tmp_path):
+    train(f"train.dataset_path={images}", *SETTINGS, "evaluation.online.best=loss", "--output-dir", tmp_path / "out")
+    losses = {i: row["eval_loss"] for i, row in of_evaluation(tmp_path / "out").items() if "eval_loss" in row}
+    assert best_teacher(tmp_path / "out")["iteration"] == min(losses, key=losses.get)
+    for wrong in ("evaluation.online.best=knn", f"evaluation.online.knn_val=LabelledFolder:root={images}"):
+        with pytest.raises(ConfigError, match=r"evaluation\.online\.knn"):
+            train(f"train.dataset_path={images}", *SETTINGS, wrong, "--output-dir", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+TWO = """
+import sys
+from dinov2_custom.train import get_args_parser, main
+folder, *options = sys.argv[1:]
+for name, every in (("with", 3), ("without", 0)):
+    args = [*options, f"evaluation.online.every={every}", "--output-dir", f"{folder}/{name}"]
+    assert main(get_args_parser().parse_args(args)) == 0
+"""
+
+
+def test_two_processes_share_the_images_also_sharded(images, tmp_path):
+    parts = [f"compute_precision.{m}.{p}" for m in ("student", "teacher") for p in ("backbone", "dino_head")]
+    sharded = [f"{part}.sharding_strategy=FULL_SHARD" for part in parts]
+    labelled = [f"evaluation.online.{name}=LabelledFolder:root={images}" for name in ("knn_train", "knn_val")]
+    base = [f"train.dataset_path={images}", *SETTINGS, *labelled]
+    launch_source(tmp_path, TWO, str(tmp_path), *base, *sharded, "train.batch_size_per_gpu=2")
+    one, two = weights(tmp_path / "with"), weights(tmp_path / "without")
+    assert all(torch.equal(one[key], two[key]) for key in two)
+    train(*base, "--output-dir", tmp_path / "one")
+    one, two = (of_evaluation(tmp_path / name)[7] for name in ("one", "with"))
+    for key in ("start_rankme", "start_uniformity", "start_alignment", "start_knn", "pixels_knn"):
+        assert two[key] == pytest.approx(one[key], rel=1e-4), key
+
+
+def test_geometry_of_known_features():
+    same = torch.ones(5, 2, 3)
+    found = geometry(same)
+    assert found["rankme"] == pytest.approx(1, abs=1e-4) and found["alignment"] == 0 and found["uniformity"] == 0
+    axes = torch.eye(4)[:, None].repeat(1, 2, 1)
+    axes[:, 1] *= 3  # lengths do not matter
+    found = geometry(axes)
+    assert found["rankme"] == pytest.approx(4, rel=1e-4) and found["alignment"] == pytest.approx(0, abs=1e-12)
+    assert found["uniformity"] == pytest.approx(-4)  # squared distances are 2
+    opposite = torch.stack([torch.eye(4), -torch.eye(4)], dim=1)
+    assert geometry(opposite)["alignment"] == pytest.approx(4)
+
+
+def test_similarity_ignores_a_rotation_in_cka_only():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 6, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    assert similarity(features, features) == pytest.approx({"cosine_to_start": 1, "cka_to_start": 1})
+    turned = similarity(2 * features @ rotation, features)
+    assert turned["cka_to_start"] == pytest.approx(1, rel=1e-5) and turned["cosine_to_start"] < 0.9
+    other = similarity(torch.randn(20, 6, generator=generator), features)
+    assert other["cka_to_start"] < 0.7
