@@ -67,6 +67,7 @@ ALLOWED = {
 ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
 SATELLITES = {"compat", "eval", "hub", "export", "plan", "verify", "plots", "embed", "patching", "decoder"}
 ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
+ALLOWED["plots"] |= {"plan"}  # prices of a forecast
 ALLOWED["prepare"] = ALLOWED["verify"] | {"verify"}  # what is written again is checked first
 # a demonstration of everything: uses the satellites, nothing uses it
 ALLOWED["quickstart"] = set(ALLOWED) - {"_dinov2"}

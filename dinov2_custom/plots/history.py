@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +13,11 @@ import numpy as np
 
 from dinov2_custom import cli
 from dinov2_custom.configs.paths import check_output_dir
+from dinov2_custom.errors import ConfigError
 from dinov2_custom.files import atomic_write
+from dinov2_custom.plan.prices import Price, load_prices
 from dinov2_custom.plots.figure import new_figure
+from dinov2_custom.plots.forecast import Forecast, make_forecast
 from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run, short_names
 from dinov2_custom.plots.page import make_page
 
@@ -22,7 +26,10 @@ COLUMNS = 3
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6BB1")
 STYLES = ("-", "--", ":")
 NOISY_POINTS = 200
+FEW_POINTS = 40
 SMOOTHED_POINTS = 60
+
+FORECAST = ("eval_knn", "eval_rankme", "eval_loss", "total_loss")  # the first that the run has
 
 Value = Callable[[dict], float | None]
 
@@ -34,16 +41,31 @@ class Line(NamedTuple):
     value: Value
 
 
+class Level(NamedTuple):
+    """A reference line: a label, and a function from a run to its value (None if it has none)."""
+
+    label: str
+    value: Callable[[Run], float | None]
+
+
 class Panel(NamedTuple):
-    """One plot. ``level`` returns a run's reference line; ``noisy`` curves with many points are smoothed."""
+    """One plot. ``levels`` are its reference lines; ``noisy`` curves with many points are smoothed."""
 
     title: str
     unit: str
     lines: tuple[Line, ...]
-    level: Callable[[Run], float | None] = lambda run: None
+    levels: tuple[Level, ...] = ()
     noisy: bool = True
     log: bool = False
     from_zero: bool = False
+
+
+class Forecasts(NamedTuple):
+    """Forecasts of one metric: those made, and the reasons for those that were not, by the number of the run."""
+
+    metric: str
+    found: dict[int, Forecast]
+    refused: dict[int, str] = {}
 
 
 def _key(name: str, factor: float = 1.0) -> Value:
@@ -72,8 +94,49 @@ def uniform_level(run: Run) -> float | None:
     return math.log(prototypes) if isinstance(prototypes, int) and prototypes > 1 else None
 
 
+def _constant(key: str) -> Callable[[Run], float | None]:
+    return lambda run: next((row[key] for row in reversed(run.rows) if row.get(key) is not None), None)
+
+
+UNIFORM = Level("ln(prototypes)", uniform_level)
+
+
 PANELS = (
-    Panel("Total loss", "nats, as reported", (Line("", _key("total_loss")),)),
+    Panel(
+        "Total loss",
+        "nats, as reported",
+        (Line("training", _key("total_loss")), Line("held-out images", _key("eval_loss"))),
+        from_zero=True,
+    ),
+    Panel(
+        "kNN accuracy",
+        "fraction, held-out images",
+        (Line("teacher", _key("eval_knn")),),
+        levels=(Level("start", _constant("start_knn")), Level("raw pixels", _constant("pixels_knn"))),
+        from_zero=True,
+    ),
+    Panel(
+        "RankMe, held-out images",
+        "effective dimensions",
+        (Line("teacher", _key("eval_rankme")),),
+        levels=(Level("start", _constant("start_rankme")),),
+        from_zero=True,
+    ),
+    Panel(
+        "Similarity to the start",
+        "0 to 1, held-out images",
+        (Line("mean cosine", _key("eval_cosine_to_start")), Line("linear CKA", _key("eval_cka_to_start"))),
+        from_zero=True,
+    ),
+    Panel(
+        "Uniformity and alignment",
+        "held-out images",
+        (Line("uniformity", _key("eval_uniformity")), Line("alignment", _key("eval_alignment"))),
+        levels=(
+            Level("uniformity, start", _constant("start_uniformity")),
+            Level("alignment, start", _constant("start_alignment")),
+        ),
+    ),
     Panel(
         "DINO loss",
         "nats",
@@ -82,16 +145,23 @@ PANELS = (
             Line("local crops", _key("dino_local_crops_loss")),
             Line("global crops", _key("dino_global_crops_loss")),
         ),
-        level=lambda run: uniform_level(run) if run.setting("crops.local_crops_number") else None,
+        levels=(
+            Level(
+                "ln(prototypes)", lambda run: uniform_level(run) if run.setting("crops.local_crops_number") else None
+            ),
+        ),
+        from_zero=True,
     ),
-    Panel("iBOT loss, half", "nats", (Line("", _key("ibot_loss")),)),
+    Panel("iBOT loss, half", "nats", (Line("", _key("ibot_loss")),), from_zero=True),
     Panel("KoLeo loss, half", "weighted", (Line("", _key("koleo_loss")),)),
     Panel(
         "Teacher's assignments",
         "entropy, nats",
         (Line("of an image, mean", _key("teacher_entropy")), Line("of the mean", _key("prototype_entropy"))),
-        level=uniform_level,
+        levels=(UNIFORM,),
+        from_zero=True,
     ),
+    Panel("RankMe of a training batch", "effective dimensions", (Line("", _key("rankme")),), from_zero=True),
     Panel(
         "Gradient norm before clipping",
         "norm",
@@ -120,14 +190,22 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         DataError: if a path contains no run, or a run has no rows.
-        ConfigError: if matplotlib is missing, or the output cannot be written.
+        ConfigError: if matplotlib is missing, the output cannot be written, or there is nothing to forecast.
     """
     folders = find_runs(args.runs)
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
     out = Path(args.output_dir or (folders[0] if len(folders) == 1 else ".")).expanduser()
     check_output_dir(out, "--output-dir")
     out.mkdir(parents=True, exist_ok=True)
-    figure = draw_history(runs)
+    forecasts = Forecasts("", {})
+    if args.forecast:
+        forecasts = forecast_runs(runs, args.metric, args.forecast)
+        prices = load_prices(given=args.price)
+        for number, run in enumerate(runs):
+            reason, price = forecasts.refused.get(number), prices.get(args.gpu)
+            line = bill(run, forecasts, number, args.forecast, price) if reason is None else f"no forecast, {reason}"
+            print(f"{run.name}: {line}")
+    figure = draw_history(runs, forecasts=forecasts)
     with atomic_write(out / "history.png", "wb") as file:
         figure.savefig(file, format="png")
     print(out / "history.png")
@@ -137,18 +215,82 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def draw_history(runs: Sequence[Run]):
+def iterations_per_epoch(run: Run) -> float | None:
+    """Return the number from the column ``epoch``, else from the configuration, else None."""
+    last = run.rows[-1]
+    if last.get("epoch"):
+        return (last["iteration"] + 1) / last["epoch"]
+    length = run.setting("train.OFFICIAL_EPOCH_LENGTH")
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def forecast_runs(runs: Sequence[Run], metric: str | None, epochs: float) -> Forecasts:
+    """Extrapolate ``metric`` of each run, by default the first of ``FORECAST`` that a run has.
+
+    Raises:
+        ConfigError: if no run has the metric.
+    """
+    keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
+    chosen = metric or next((key for key in FORECAST if key in keys), "")
+    if chosen not in keys:
+        raise ConfigError(f"--metric {chosen}: expected a key of the rows, got {', '.join(keys)}")
+    found, refused = {}, {}
+    for number, run in enumerate(runs):
+        length = iterations_per_epoch(run)
+        if length is None:
+            refused[number] = "the length of an epoch is unknown: the rows have no epoch and there is no config.yaml"
+            continue
+        x, y = _series(run, Line("", _key(chosen)))
+        after_warmup = x >= length * float(run.setting("optim.warmup_epochs") or 0)
+        made = make_forecast(x[after_warmup], y[after_warmup], run.rows[-1]["iteration"] + epochs * length)
+        (refused if isinstance(made, str) else found)[number] = f"{chosen}: {made}" if isinstance(made, str) else made
+    return Forecasts(chosen, found, refused)
+
+
+def bill(run: Run, forecasts: Forecasts, number: int, epochs: float, price: Price | None) -> str:
+    """Return what ``epochs`` more epochs take, cost and change: 30 more epochs, 4.1 h, $13: eval_knn +0.1 +- 0.02."""
+    made, parts = forecasts.found[number], [f"{epochs:g} more epochs"]
+    times = [row["iter_time"] for row in run.rows if row.get("iter_time")]
+    if times:
+        hours = epochs * iterations_per_epoch(run) * statistics.median(times) / 3600
+        parts.append(f"{hours:.3g} h")
+        if price:
+            per_hour = _num_processes(run)
+            spot, on_demand = (hours * per_hour * dollars for dollars in price)
+            parts.append(f"${on_demand:.3g}" + (f" (spot ${spot:.3g})" if spot != on_demand else ""))
+    spread = (made.change_high - made.change_low) / 2
+    return f"{', '.join(parts)}: {forecasts.metric} {made.change:+.3g} +- {spread:.2g} by {made.family}"
+
+
+def _num_processes(run: Run) -> int:
+    """Return the number of GPUs: images of an iteration over those of a process."""
+    row = run.rows[-1]
+    per_process = row.get("current_batch_size", 0) * (run.setting("optim.accumulation_steps") or 1)
+    return max(round(row.get("images_per_s", 0) * row.get("iter_time", 0) / per_process), 1) if per_process else 1
+
+
+def draw_history(runs: Sequence[Run], panels: Sequence[Panel] = PANELS, forecasts: Forecasts | None = None):
     """Return a matplotlib figure with a panel for every metric that any run has.
+
+    ``forecasts`` are drawn into the panel of their metric, or one of its own.
 
     For one run, each curve has a colour. For several, each run has a colour and each curve a dash pattern.
     """
-    panels = [panel for panel in PANELS if any(_series(run, line)[0].size for run in runs for line in panel.lines)]
+    forecasts = forecasts or Forecasts("", {})
+    if forecasts.found and not any(_shows(panel, forecasts.metric) for panel in panels):
+        panels = (Panel(forecasts.metric, "as reported", (Line("", _key(forecasts.metric)),)), *panels)
+    panels = [panel for panel in panels if any(_series(run, line)[0].size for run in runs for line in panel.lines)]
     grid = -(-len(panels) // COLUMNS)
     figure = new_figure(figsize=(5.2 * COLUMNS, 3.1 * grid + 0.7), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     axes = figure.subplots(grid, COLUMNS, squeeze=False).flatten()
     for axis, panel in zip(axes, panels, strict=False):
         _draw_panel(axis, panel, runs)
+        if _shows(panel, forecasts.metric):
+            for number, forecast in forecasts.found.items():
+                colour = _colour(number) if len(runs) > 1 else "#444444"
+                axis.fill_between(forecast.x, forecast.low, forecast.high, color=colour, alpha=0.18, linewidth=0)
+                axis.plot(forecast.x, forecast.y, color=colour, linestyle="--", linewidth=1.5)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     last = max(run.rows[-1]["iteration"] for run in runs)
@@ -159,6 +301,11 @@ def draw_history(runs: Sequence[Run]):
         handles = [Line2D([], [], color=_colour(n), linewidth=3, label=run.name) for n, run in enumerate(runs)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
     return figure
+
+
+def _shows(panel: Panel, metric: str) -> bool:
+    """Return whether a curve of ``panel`` is the value of ``metric`` itself."""
+    return bool(metric) and any(line.value({metric: 1.0}) == 1.0 for line in panel.lines)
 
 
 def _draw_panel(axis, panel: Panel, runs: Sequence[Run]) -> None:
@@ -177,10 +324,18 @@ def _draw_panel(axis, panel: Panel, runs: Sequence[Run]) -> None:
     axis.set(xlabel="iteration", ylabel=panel.unit)
     if panel.log:
         axis.set_yscale("log")
+    else:
+        axis.ticklabel_format(axis="y", style="plain", useOffset=False)
     if panel.from_zero:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0] if axis.dataLim.y0 < 0 else 0))
     axis.locator_params(axis="x", nbins=6)
     axis.xaxis.set_major_formatter("{x:,.0f}")
+    per_epoch = [iterations_per_epoch(run) for run in runs]
+    if all(per_epoch) and max(per_epoch) < 1.01 * min(per_epoch):
+        epochs = axis.secondary_xaxis("top", functions=(lambda x: x / per_epoch[0], lambda x: x * per_epoch[0]))
+        epochs.set_xlabel("epoch", fontsize=8, color="#777777", labelpad=1)
+        epochs.tick_params(labelsize=8, colors="#777777")
+        epochs.spines["top"].set_visible(False)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -190,24 +345,25 @@ def _draw_curve(axis, x: np.ndarray, y: np.ndarray, colour: str, style: str, noi
         axis.plot(x, y, color=colour, linewidth=0.6, alpha=0.25)
         width = x.size // SMOOTHED_POINTS
         x, y = (np.convolve(values, np.full(width, 1 / width), mode="valid") for values in (x, y))
-    marker = {"marker": "o", "markersize": 3} if x.size == 1 else {}
+    marker = {"marker": "o", "markersize": 3} if x.size <= FEW_POINTS else {}
     axis.plot(x, y, color=colour, linestyle=style, linewidth=1.5, **marker)
 
 
 def _draw_levels(axis, panel: Panel, runs: Sequence[Run]) -> None:
-    for level in sorted({level for run in runs if (level := panel.level(run)) is not None}):
-        axis.axhline(level, color="#777777", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1)
-        axis.annotate(
-            f"ln(prototypes) = {level:.2f}",
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color="#555555",
-        )
-        axis.margins(y=0.12)
+    for label, value in panel.levels:
+        for level in sorted({level for run in runs if (level := value(run)) is not None}):
+            axis.axhline(level, color="#777777", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1)
+            axis.annotate(
+                f"{label} = {level:.3g}" if label != UNIFORM.label else f"{label} = {level:.2f}",
+                (1, level),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, 3),
+                textcoords="offset points",
+                ha="right",
+                fontsize=8,
+                color="#555555",
+            )
+            axis.margins(y=0.12)
 
 
 def _add_legend(axis, panel: Panel, lines: Sequence[Line], single: bool) -> None:
@@ -219,7 +375,8 @@ def _add_legend(axis, panel: Panel, lines: Sequence[Line], single: bool) -> None
         Line2D([], [], color=_colour(m) if single else "#444444", linestyle=_style(panel, m, single), label=line.label)
         for m, line in enumerate(lines)
     ]
-    axis.legend(handles=handles, fontsize=8, framealpha=0.7)
+    # below the axes, where it hides no curve
+    axis.legend(handles=handles, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3)
 
 
 def _style(panel: Panel, number: int, single: bool) -> str:

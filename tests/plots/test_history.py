@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,10 @@ from PIL import Image
 
 from dinov2_custom.cli import history_parser
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.plots.history import PANELS, draw_history, main
+from dinov2_custom.plots.history import COLOURS, PANELS, draw_history, main
 from dinov2_custom.plots.metrics_file import Run
 from dinov2_custom.plots.page import config_differences
+from tests.processes import CEILING_S
 
 CONFIG = {"dino": {"head_n_prototypes": 256}, "crops": {"local_crops_number": 8}, "optim": {"base_lr": 0.004}}
 UPSTREAM = [
@@ -21,7 +23,7 @@ UPSTREAM = [
 ]  # fmt: skip
 OURS = [
     "grad_norm_backbone", "grad_norm_dino_head", "teacher_entropy", "prototype_entropy", "images_per_s", "data_wait",
-    "memory_mib", "skipped_steps",
+    "memory_mib", "skipped_steps", "rankme", "eval_knn", "eval_rankme", "eval_cosine_to_start", "eval_uniformity",
 ]  # fmt: skip
 
 
@@ -59,7 +61,8 @@ def test_everything_a_run_reports_has_a_panel_with_a_unit():
 def test_upstreams_rows_have_no_panels_of_ours():
     figure = draw_history([Run("r", rows(UPSTREAM), {})])
     gone = {"Teacher's assignments", "Gradient norm before clipping", "Throughput", "Peak memory of rank 0"}
-    gone.add("Steps skipped as not finite")
+    gone |= {"Steps skipped as not finite", "RankMe of a training batch", "kNN accuracy", "RankMe, held-out images"}
+    gone |= {"Similarity to the start", "Uniformity and alignment"}
     assert set(titles(figure)) == {p.title for p in PANELS} - gone
     wait = panel(figure, "Time spent waiting for data").lines[0]
     np.testing.assert_allclose(wait.get_ydata(), 100.0)  # both times are equal in these rows
@@ -143,3 +146,43 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path):
 def test_drawing_does_not_load_torch():
     code = "import sys, dinov2_custom.plots.history, dinov2_custom.plots.page; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_flat_entropy_is_flat_from_zero_and_epochs_are_above():
+    flat = [{"iteration": 10 * i, "teacher_entropy": 5.54 - i * 1e-6, "epoch": i + 0.1} for i in range(5)]
+    axis = panel(draw_history([Run("r", flat, CONFIG)]), "Teacher's assignments")
+    assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > math.log(256)
+    assert not axis.yaxis.get_offset_text().get_text()
+    assert axis.child_axes[0].get_xlabel() == "epoch"
+
+
+def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
+    out = write(tmp_path / "run")
+    lines = [
+        {
+            "iteration": 10 * i,
+            "eval_knn": 0.5 - 0.4 / (10 * i + 1) ** 0.5,
+            "iter_time": 36.0,
+            "epoch": (10 * i + 1) / 100,
+        }
+        for i in range(30)
+    ]
+    (out / "training_metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    assert draw(out, "--forecast", 3, "--gpu", "H100", "--price", "H100=2") == 0
+    assert "3 more epochs, 3 h, $6: eval_knn +0.0" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--metric nothing"):
+        draw(out, "--forecast", 3, "--metric", "nothing")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: the Debian package of this name")
+def test_a_browser_shows_the_figures(tmp_path):
+    draw(write(tmp_path / "run"))
+    picture = tmp_path / "page.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    options += [f"--user-data-dir={tmp_path / 'user'}"]
+    options += ["--window-size=1500,2000", f"--screenshot={picture}", (tmp_path / "run" / "history.html").as_uri()]
+    subprocess.run(["chromium", *options], check=True, capture_output=True, timeout=CEILING_S)
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    for colour in COLOURS[:3]:
+        assert (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1).sum() > 50

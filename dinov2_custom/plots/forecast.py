@@ -1,0 +1,143 @@
+"""Extrapolate a metric of a run: the best of three families by held-back error, a band by residual bootstrap."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov2_custom.utils.rng import seed_for
+
+MIN_POINTS = 12
+MAX_POINTS = 60  # more are averaged in groups: a fit does not need them, and means are less correlated
+RESAMPLES = 200
+PLAUSIBLE = 5  # families with at most this multiple of the least held-back error widen the band
+LEAST_EXPLAINED = (
+    0.5  # of the variance; all families are monotone, so this is low for a curve that turns or only scatters
+)
+EXPONENTS = np.geomspace(0.05, 3, 80)
+FAMILIES = ("a + b x^-c", "a + b ln x", "ln y = a + b ln x")
+BAND = (1, 99)  # per cent of the resamples: these alone are too narrow, because they leave out the choice of family
+
+
+class Forecast(NamedTuple):
+    """An extrapolation.
+
+    Attributes:
+        family: one of ``FAMILIES``.
+        x: iterations, from the last one of the run to the last one of the forecast, float64 (n,).
+        y: the fitted curve there, float64 (n,).
+        low, high: the band in which the curve (not each noisy row) is expected, float64 (n,).
+        change: rise of the curve over the forecast; ``change_low`` and ``change_high`` are its band.
+    """
+
+    family: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    change: float
+    change_low: float
+    change_high: float
+
+
+def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> Forecast | str:
+    """Fit the points and extrapolate them; return a reason instead if they do not allow it.
+
+    Each family is fitted to the first two thirds and the one that predicts the last third best is fitted to all points.
+    For the band, residuals are drawn with replacement, added to the fitted curve and fitted again by every family that
+    predicted the last third about as well: the families differ more from each other than their own fits scatter.
+
+    Args:
+        x: increasing iterations from 0, float64 (n,), without the warm-up, whose curve is another one.
+        y: finite values, float64 (n,).
+        until: iteration to extrapolate to.
+    """
+    if x.size < MIN_POINTS:
+        return f"it has {x.size} points after the warm-up, a forecast needs {MIN_POINTS}"
+    if np.ptp(y) == 0:
+        return "all its values are equal"
+    last = x[-1]
+    groups = np.array_split(np.arange(x.size), min(x.size, MAX_POINTS))
+    x, y = (np.array([values[group].mean() for group in groups]) for values in (x, y))
+    future, split = np.linspace(last, until, 50), _split(x)
+
+    def position(iterations: np.ndarray) -> np.ndarray:
+        return (iterations + 1) / (last + 1)
+
+    families = range(3 if (y > 0).all() else 2)
+    early = [FITS[n](position(x[:split]), y[:split, None], position(x[split:]))[:, 0] for n in families]
+    errors = [float(np.sqrt(((curve - y[split:]) ** 2).mean())) for curve in early]
+    best = int(np.argmin(errors))
+    fitted = FITS[best](position(x), y[:, None], position(np.concatenate([x, future])))[:, 0]
+    residuals = y - fitted[: x.size]
+    if (explained := 1 - residuals.var() / y.var()) < LEAST_EXPLAINED:
+        return (
+            f"it does not rise or fall steadily: the best of three monotone curves explains {max(explained, 0):.0%} "
+            f"of its variance, a forecast needs {LEAST_EXPLAINED:.0%}"
+        )
+    no_change = np.sqrt(((y[split:] - y[split - max(split // 4, 1) : split].mean()) ** 2).mean())
+    if errors[best] > max(no_change, 2 * residuals.std()):
+        return "its last third departs from the curve of the first two thirds more than from no change at all"
+    generator = np.random.default_rng(seed_for(seed, "forecast"))
+    residuals = _widened(residuals)
+    samples = fitted[: x.size, None] + residuals[generator.integers(0, x.size, (x.size, RESAMPLES))]
+    lowest, bands, changes = y.min(), [], []
+    for family, error in enumerate(errors):
+        if error <= PLAUSIBLE * errors[best]:
+            values = np.maximum(samples, lowest / 10) if family == 2 else samples  # whose logarithm is fitted
+            sampled = FITS[family](position(x), values, position(future))
+            bands.append(np.percentile(sampled, BAND, axis=1))
+            changes.append(np.percentile(sampled[-1] - sampled[0], BAND))
+    low, high = np.min([band[0] for band in bands], axis=0), np.max([band[1] for band in bands], axis=0)
+    y = fitted[x.size :]
+    change = float(y[-1] - y[0])
+    change_low, change_high = min(c[0] for c in changes), max(c[1] for c in changes)
+    return Forecast(FAMILIES[best], future, y, low, high, change, float(change_low), float(change_high))
+
+
+def _split(x: np.ndarray) -> int:
+    """Return the number of points in the first two thirds of the iterations, at least four on each side."""
+    return int(np.clip(np.searchsorted(x, x[0] + (x[-1] - x[0]) * 2 / 3), 4, x.size - 4))
+
+
+def _widened(residuals: np.ndarray) -> np.ndarray:
+    """Return the residuals, centred and scaled for three fitted parameters and for the correlation of neighbours.
+
+    Independent draws with (1 + r) / (1 - r) times the variance have the same slow variation as values with correlation
+    r, which blocks of a short series do not have. The estimate of r is too low by about 3 / n in a fit.
+    """
+    n = residuals.size
+    residuals = residuals - residuals.mean()
+    correlation = residuals[:-1] @ residuals[1:] / max(float(residuals @ residuals), 1e-300)
+    r = float(np.clip(correlation + 3 / n, 0, 0.9))
+    return residuals * np.sqrt(n / (n - 3) * (1 + r) / (1 - r))
+
+
+def _line(g: np.ndarray, y: np.ndarray, g_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the least-squares line a + b g at ``g_at``, (len(g_at), B), and the squared error (B,)."""
+    centred = g - g.mean()
+    slope = centred @ y / (centred @ centred)
+    rest = y - y.mean(axis=0) - np.outer(centred, slope)
+    return y.mean(axis=0) + np.outer(g_at - g.mean(), slope), (rest**2).sum(axis=0)
+
+
+def _power(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Fit a + b x^-c: a line for each c, so that there are no starting values and no failures to converge."""
+    fits = [_line(x**-c, y, at**-c) for c in EXPONENTS]
+    best = np.stack([error for _, error in fits]).argmin(axis=0)
+    curves = np.empty((at.size, y.shape[1]))
+    for number in np.unique(best):
+        curves[:, best == number] = fits[number][0][:, best == number]
+    return curves
+
+
+def _log(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return _line(np.log(x), y, np.log(at))[0]
+
+
+def _log_log(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return np.exp(_log(x, np.log(y), at))
+
+
+FITS = (_power, _log, _log_log)  # in the order of FAMILIES
