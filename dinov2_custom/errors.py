@@ -153,6 +153,7 @@ OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings 
     "fvcore": ("fvcore", "fvcore"),
     "imagecodecs": ("imagecodecs", "slides"),
     "matplotlib": ("matplotlib", "plots"),
+    "mlflow": ("mlflow-skinny", "mlflow"),
     "onnx": ("onnx", "export"),
     "onnxscript": ("onnxscript", "export"),
     "pyarrow": ("pyarrow", "parquet"),

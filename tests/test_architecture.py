@@ -43,7 +43,7 @@ ALLOWED = {
     "entry": {"errors", "world"},
     "distributed": {"errors", "world"},
     "configs": {"errors"},
-    "logging": {"errors", "files", "distributed"},
+    "logging": {"errors", "files", "distributed", "utils.paths"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
     "models": BASE | {"layers"},
