@@ -151,6 +151,7 @@ def remedy(reason: str) -> str:
 
 OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings it)
     "fvcore": ("fvcore", "fvcore"),
+    "huggingface_hub": ("huggingface_hub", "export"),
     "imagecodecs": ("imagecodecs", "slides"),
     "matplotlib": ("matplotlib", "plots"),
     "mlflow": ("mlflow-skinny", "mlflow"),

@@ -64,6 +64,7 @@ ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
 SATELLITES = {"compat", "eval", "hub", "export", "plan", "verify", "plots", "embed", "patching", "decoders"}
 ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
 ALLOWED["prepare"] = ALLOWED["verify"] | {"verify"}  # what is written again is checked first
+ALLOWED["export"] = ALLOWED["export"] | {"plots"}  # the model card has a picture of the loss
 # a demonstration of everything: uses the satellites, nothing uses it
 ALLOWED["quickstart"] = set(ALLOWED) - {"_dinov2"}
 LAZY_ONLY = {("run", "train"), ("run", "eval")}  # allowed inside a function: the node imports it, not who submits

@@ -1,8 +1,8 @@
 """Log metrics to MLflow: into files of the run directory by default, or to a tracking server.
 
 A sink never ends a run: without the package or the server, one warning is logged. A resumed run continues the MLflow
-run whose id is stored in ``mlflow_run_id`` next to the log files and in checkpoints. Credentials of a server are read by
-MLflow itself (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN).
+run whose id is stored in ``mlflow_run_id`` next to the log files and in checkpoints. Credentials of a server are read
+by MLflow itself (MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, MLFLOW_TRACKING_TOKEN).
 """
 
 from __future__ import annotations

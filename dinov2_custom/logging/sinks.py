@@ -71,7 +71,7 @@ class Sinks:
             self._sinks.append(sink)
 
     def state(self) -> dict[str, str]:
-        """Return the state needed to resume the sinks from a checkpoint: ``wandb_run_id`` and ``mlflow_run_id``, if used."""
+        """Return what resumes the sinks from a checkpoint: ``wandb_run_id`` and ``mlflow_run_id``, if used."""
         return {key: value for sink in self._sinks for key, value in sink.state().items()}
 
     def close(self, exit_code: int = 0) -> None:
