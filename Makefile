@@ -5,7 +5,7 @@ TESTS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-cuda-host lint bench clean
+.PHONY: quickstart test test-cuda-host lint bench docs package clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,16 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.roofline --write
 	$(BIN)/python -m benchmarks.scaling --write
 	$(BIN)/python -m benchmarks.same_curve --write
+
+# The documentation as a site in build/site; a broken link is an error
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
+# Build and check the distributions, the wheel in another environment, and the Dockerfile without docker
+package: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ci]"
+	tests/packaging/check.sh $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .venv-cuda-* .oracle* build *.egg-info

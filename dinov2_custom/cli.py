@@ -491,6 +491,13 @@ def export_parser() -> Parser:
     )
     add_configuration(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at the output path")
+    parser.add_argument(
+        "--push",
+        default="",
+        metavar="USER/NAME",
+        help="also upload the export and its card to this model repository of the Hugging Face Hub, created as a "
+        "private one if there is none; the token is that of `hf auth login` or HF_TOKEN",
+    )
     return parser
 
 

@@ -153,8 +153,10 @@ def remedy(reason: str) -> str:
 OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings it)
     "accelerate": ("accelerate", "decoder"),
     "fvcore": ("fvcore", "fvcore"),
+    "huggingface_hub": ("huggingface_hub", "export"),
     "imagecodecs": ("imagecodecs", "slides"),
     "matplotlib": ("matplotlib", "plots"),
+    "mlflow": ("mlflow-skinny", "mlflow"),
     "onnx": ("onnx", "export"),
     "onnxscript": ("onnxscript", "export"),
     "pyarrow": ("pyarrow", "parquet"),

@@ -43,7 +43,7 @@ ALLOWED = {
     "entry": {"errors", "world"},
     "distributed": {"errors", "world"},
     "configs": {"errors"},
-    "logging": {"errors", "files", "distributed"},
+    "logging": {"errors", "files", "distributed", "utils.paths"},
     "utils.config": BASE | {"configs", "distributed", "logging", "utils.utils"},
     "layers": BASE,
     "models": BASE | {"layers"},
@@ -69,6 +69,7 @@ SATELLITES = {"compat", "eval", "hub", "export", "plan", "verify", "plots", "emb
 ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
 ALLOWED["plots"] |= {"plan"}  # prices of a forecast
 ALLOWED["prepare"] = ALLOWED["verify"] | {"verify"}  # what is written again is checked first
+ALLOWED["export"] = ALLOWED["export"] | {"plots"}  # the model card has a picture of the loss
 # a demonstration of everything: uses the satellites, nothing uses it
 ALLOWED["quickstart"] = set(ALLOWED) - {"_dinov2"}
 ALLOWED["api"] = set(ALLOWED) - {"_dinov2"}  # the commands as functions

@@ -38,3 +38,32 @@ def test_every_data_file_is_listed():
     listed = {path for pattern in patterns["dinov2_custom"] for path in package.glob(pattern)}
     data = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")}
     assert data and data == listed
+
+
+def test_citation_is_valid_and_of_this_version():
+    import yaml
+
+    import dinov2_custom
+
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)  # what version 1.2.0 requires
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software" and cited["license"] == "Apache-2.0"
+    assert cited["version"] == dinov2_custom.__version__
+    for entry in [cited, *cited["references"]]:
+        assert entry["authors"] and all(set(one) <= {"name", "family-names", "given-names"} for one in entry["authors"])
+
+
+def test_every_file_of_a_dockerfile_step_is_sent():
+    """Every path that the image installs from is let through by .dockerignore, and nothing else is."""
+    from tests.packaging.dockerfile import instructions, is_sent
+
+    steps = instructions((REPOSITORY / "Dockerfile").read_text())
+    assert [name for name, _ in steps if name in ("FROM", "COPY", "RUN", "ENTRYPOINT")] == [
+        "FROM", "COPY", "RUN", "ENTRYPOINT",
+    ]  # fmt: skip
+    lines = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    sent = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "configs/vits.yaml", "dinov2_custom/cli.py")
+    left = (".git/config", ".venv/bin/python", "tests/conftest.py", "out/config.yaml", "dinov2_custom/__pycache__/a.pyc")
+    assert [path for path in sent if not is_sent(path, patterns)] == []
+    assert [path for path in left if is_sent(path, patterns)] == []

@@ -456,6 +456,24 @@ class Wandb(Section):
     )
 
 
+class Mlflow(Section):
+    """MLflow; see docs/monitoring.md."""
+
+    enabled: bool = key(False, "log metrics to MLflow", changes_results=False)
+    tracking_uri: Text = key(
+        "",
+        "server or store; empty: MLFLOW_TRACKING_URI, else files in <output_dir>/logs/mlruns",
+        changes_results=False,
+    )
+    experiment: Text = key("", "empty: MLFLOW_EXPERIMENT_NAME, else dinov2_custom", changes_results=False)
+    name: Text = key("", "of the run; empty: the output directory's", changes_results=False)
+    id: Text = key(
+        "",
+        "id of an existing run; empty: MLFLOW_RUN_ID, else the id of this run directory, else new",
+        changes_results=False,
+    )
+
+
 class Normalize(Section):
     mean: Triple[float] = key([0.485, 0.456, 0.406], "subtracted from R, G, B in 0..1 (ImageNet's)")
     std: Triple[PositiveFloat] = key([0.229, 0.224, 0.225], "then divided by (ImageNet's)")
@@ -519,6 +537,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     checkpointing: Checkpointing = Checkpointing()
     wandb: Wandb = Wandb()
+    mlflow: Mlflow = Mlflow()
     data: Data = Data()
     augmentation: Augmentation = Augmentation()
 

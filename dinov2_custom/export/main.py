@@ -10,10 +10,12 @@ import torch
 
 from dinov2_custom import cli
 from dinov2_custom.errors import ConfigError
+from dinov2_custom.export.card import write_card
 from dinov2_custom.export.compare import check
 from dinov2_custom.export.hugging_face import write_hugging_face
 from dinov2_custom.export.onnx_file import write_onnx
 from dinov2_custom.export.portable import portable
+from dinov2_custom.export.push import open_hub, push
 from dinov2_custom.export.timm_folder import write_timm
 from dinov2_custom.export.upstream_shards import gather
 from dinov2_custom.export.write import replacing, write_safetensors, write_torch
@@ -35,13 +37,18 @@ def main(args: argparse.Namespace) -> int:
     """Run the export that ``args`` (``cli.export_parser``) describe and print what was written; return the exit code.
 
     Raises:
-        ConfigError: the size, path or model cannot be exported.
+        ConfigError: the size, path or model cannot be exported, or the Hub refuses it.
         CheckpointError: the weights are unreadable, or the other library does not reproduce the features.
     """
     if args.normalize and args.to != "onnx":
         raise ConfigError(f"--normalize: expected --to onnx, whose graph it becomes a part of, got --to {args.to}")
+    hub = open_hub(args.push) if args.push else None
     path = Path(args.output).expanduser() if args.output else default_path(args.source, args.to)
     if args.to == "torch" and (shards := upstream_shards(Path(args.source).expanduser())):
+        if hub is not None:
+            raise ConfigError(
+                "--push: expected a backbone, got the shards of an upstream run; export the gathered file"
+            )
         teacher = gather(shards, args.config_file, args.opts, args.allow_unknown_keys)
         with replacing(path, args.overwrite) as written:
             torch.save(teacher, written)
@@ -54,6 +61,9 @@ def main(args: argparse.Namespace) -> int:
     print(f"weights: {shown} (architecture from {teacher.described_by})", file=sys.stderr)
     model = portable(teacher, args.image_size)._replace(normalizes=args.normalize)
     print(export(model, args.to, path, args.overwrite), file=sys.stderr)
+    print(f"card: {write_card(model, teacher, args.to, path)}", file=sys.stderr)
+    if hub is not None:
+        print(f"pushed: {push(hub, args.push, path)}", file=sys.stderr)
     print(path)
     return 0
 

@@ -19,7 +19,10 @@ from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.portable import Portable
 from dinov2_custom.reading import to_facts
 
-EXPORTED = {"model.safetensors", "config.json", "preprocessor_config.json"}  # all files of an exported folder
+EXPORTED = {  # all files of an exported folder
+    *("model.safetensors", "config.json", "preprocessor_config.json"),
+    *("README.md", "curves.png"),  # see card.py
+}
 
 
 def write_torch(model: Portable, path: Path) -> None:

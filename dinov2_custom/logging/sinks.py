@@ -1,4 +1,4 @@
-"""Destinations for rows of metrics: the run's JSON-lines file, TensorBoard and Weights & Biases.
+"""Destinations for rows of metrics: the run's JSON-lines file, TensorBoard, Weights & Biases and MLflow.
 
 All have the method ``log(step, row)``. A sink never ends a run: a failure is reported once, and training continues.
 """
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from dinov2_custom import distributed
 from dinov2_custom.errors import missing
 from dinov2_custom.files import append_row, atomic_write, parse_json_object
+from dinov2_custom.logging.mlflow_sink import open_mlflow
 from dinov2_custom.logging.wandb_sink import open_wandb, without_secrets
 
 logger = logging.getLogger("dinov2")
@@ -70,7 +71,7 @@ class Sinks:
             self._sinks.append(sink)
 
     def state(self) -> dict[str, str]:
-        """Return the state needed to resume the sinks from a checkpoint: ``wandb_run_id`` if W&B is used."""
+        """Return what resumes the sinks from a checkpoint: ``wandb_run_id`` and ``mlflow_run_id``, if used."""
         return {key: value for sink in self._sinks for key, value in sink.state().items()}
 
     def close(self, exit_code: int = 0) -> None:
@@ -152,17 +153,19 @@ def open_sinks(
     config: Mapping[str, Any],
     first_step: int,
     stored_run_id: str | None = None,
+    stored_mlflow_run_id: str | None = None,
 ) -> Sinks:
     """Open the sinks enabled in ``config`` on rank 0; other ranks have none.
 
-    ``training_metrics.json`` is always written. TensorBoard and W&B keep their files in ``<output_dir>/logs``. A sink
+    ``training_metrics.json`` is always written. The others keep their files in ``<output_dir>/logs``. A sink
     that cannot be opened is omitted with one warning.
 
     Args:
-        config: configuration of the run as nested dicts, recorded in full; ``train.tensorboard`` and ``wandb`` select
-            the sinks.
+        config: configuration of the run as nested dicts, recorded in full; ``train.tensorboard``, ``wandb`` and
+            ``mlflow`` select the sinks.
         first_step: next iteration.
-        stored_run_id: W&B run id from the checkpoint, used if ``<output_dir>/logs`` has none.
+        stored_run_id, stored_mlflow_run_id: ids of the W&B and MLflow runs from the checkpoint, used if
+            ``<output_dir>/logs`` has none.
     """
     if not distributed.is_main_process():
         return Sinks()
@@ -179,9 +182,13 @@ def open_sinks(
         except Exception as e:
             logger.warning(f"train.tensorboard: cannot write to {folder}, {e}; training continues without it")
     # the recorded configuration keeps ``${oc.env:...}`` unresolved, because it may be a secret; resolve it only here
-    options = OmegaConf.to_container(OmegaConf.create(dict(config)).wandb, resolve=True)
-    wandb = open_wandb(options, out / "logs", config, out.resolve().name, stored_run_id)
-    return Sinks([*sinks, wandb] if wandb else sinks)
+    plain, name = OmegaConf.create(dict(config)), out.resolve().name
+    wandb, mlflow = (OmegaConf.to_container(section, resolve=True) for section in (plain.wandb, plain.mlflow))
+    opened = (
+        open_wandb(wandb, out / "logs", config, name, stored_run_id),
+        open_mlflow(mlflow, out / "logs", config, name, stored_mlflow_run_id),
+    )
+    return Sinks([*sinks, *filter(None, opened)])
 
 
 def truncate_after(path: str | os.PathLike, iteration: int) -> int:

@@ -22,7 +22,7 @@ table { border-collapse: collapse; } th, td { padding: .25em .8em; border-bottom
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
 svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1em; overflow: auto; }
 """
-_NOT_SETTINGS = ("train.output_dir", "wandb.name", "wandb.id")
+_NOT_SETTINGS = ("train.output_dir", "wandb.name", "wandb.id", "mlflow.name", "mlflow.id")
 
 
 def make_page(runs: Sequence[Run], figure: Any) -> str:

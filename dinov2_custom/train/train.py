@@ -123,7 +123,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         logger.warning(doubts)
     if rank == 0:
         truncate_after(out / METRICS_FILE, iteration - kept.get("has_row_of_stop", 0))
-    sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, kept.get("wandb_run_id"))
+    sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, kept.get("wandb_run_id"), kept.get("mlflow_run_id"))
     seldom = partial(SmoothedValue, max(1, WINDOW // cfg.train.log_every))  # of what is computed for rows only
     make = {"teacher_entropy": seldom, "prototype_entropy": seldom, "rankme": partial(seldom, of=rankme)}
     metrics = MetricLogger(delimiter="  ", sinks=sinks, make=make)

@@ -182,8 +182,9 @@ def check_values(values: Mapping[str, Any]) -> None:
         check_whole(data, "images", 0, _INT64)
         if not isinstance(data.get("digest"), str):
             raise ValueError(f"expected text as data.digest, got {data.get('digest')!r:.100}")
-    if not isinstance(values.get("wandb_run_id"), str | None):
-        raise ValueError(f"expected text as wandb_run_id, got {values['wandb_run_id']!r:.100}")
+    for name in ("wandb_run_id", "mlflow_run_id"):
+        if not isinstance(values.get(name), str | None):
+            raise ValueError(f"expected text as {name}, got {values[name]!r:.100}")
 
 
 def _is_number(value: Any) -> bool:

@@ -38,6 +38,8 @@ OURS = {
     "train.activation_checkpointing": "auto",
     "wandb.mode": "disabled",
     **{f"wandb.{key}": "" for key in ("project", "entity", "name", "group", "tags", "id")},
+    "mlflow.enabled": False,
+    **{f"mlflow.{key}": "" for key in ("tracking_uri", "experiment", "name", "id")},
     "checkpointing.period": 0,
     "checkpointing.keep_last": 3,
     "checkpointing.keep_every": 0,

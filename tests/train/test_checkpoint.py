@@ -136,7 +136,7 @@ def test_a_marker_with_any_altered_value_is_rejected(tmp_path, caplog, key):
         ("iteration", float("inf")), ("iteration", float("nan")), ("iteration", 2**63), ("iteration", 10**4000),
         ("draws", -1), ("draws", "many"), ("draws", float("inf")), ("number", 0), ("number", []), ("world_size", 0),
         ("scaler", {"scale": 1.0}), ("scaler", 3), ("config", []), ("course", {"elapsed_s": float("nan")}),
-        ("course", {"elapsed_s": "long"}), ("wandb_run_id", 7), ("files", {}),
+        ("course", {"elapsed_s": "long"}), ("wandb_run_id", 7), ("mlflow_run_id", 7), ("files", {}),
         ("windows", [1.0]), ("windows", {"lr": 1.0}), ("windows", {"lr": ["one"]}), ("windows", {"lr": [10**4000]}),
         ("data", 16), ("data", {"images": 16}), ("data", {"images": "16", "digest": ""}), ("has_row_of_stop", "yes"),
         ("has_row_of_stop", 2), ("skipped_steps", "no"),
