@@ -150,17 +150,21 @@ def remedy(reason: str) -> str:
 # packages that only some users need
 
 OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings it)
+    "accelerate": ("accelerate", "decoder"),
     "fvcore": ("fvcore", "fvcore"),
     "imagecodecs": ("imagecodecs", "slides"),
     "matplotlib": ("matplotlib", "plots"),
     "onnx": ("onnx", "export"),
     "onnxscript": ("onnxscript", "export"),
     "pyarrow": ("pyarrow", "parquet"),
+    "pycocotools": ("pycocotools", "decoder"),
+    "scipy": ("scipy", "decoder"),
     "simplejpeg": ("simplejpeg", "fast"),
     "skimage": ("scikit-image", "quickstart"),
     "sklearn": ("scikit-learn", "eval"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "tifffile": ("tifffile", "slides"),
+    "transformers": ("transformers>=5.24", "decoder"),
     "wandb": ("wandb", "wandb"),
 }
 
@@ -212,7 +216,13 @@ def command(script: str) -> str:
     Both take the same arguments (``cli.COMMANDS``).
     """
     path = Path(script)
-    return f"python {script}" if path.is_file() else f"python -m dinov2_custom {path.stem}"
+    return f"python {script}" if path.is_file() else f"python -m dinov2_custom {command_name(script)}"
+
+
+def command_name(script: str) -> str:
+    """Return the command of the package for ``script``: train for run/train/train.py, decode-train in run/decoder."""
+    path = Path(script)
+    return f"decode-{path.stem}" if path.parent.name == "decoder" else path.stem
 
 
 def small_recipe(recipe: str = "configs/vits.yaml") -> str:

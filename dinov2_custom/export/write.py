@@ -19,7 +19,8 @@ from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.portable import Portable
 from dinov2_custom.reading import to_facts
 
-EXPORTED = {"model.safetensors", "config.json", "preprocessor_config.json"}  # all files of an exported folder
+# all files of an exported folder; the last two are a trained decoder's
+EXPORTED = {"model.safetensors", "config.json", "preprocessor_config.json", "decoder.json", "scores.json"}
 
 
 def write_torch(model: Portable, path: Path) -> None:
