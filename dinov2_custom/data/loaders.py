@@ -19,6 +19,7 @@ from dinov2_custom.errors import ConfigError
 
 from .augmentations import DataAugmentationDINO
 from .datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder, SourceDataset
+from .definition import DefinitionSource
 from .depth import Reading
 from .finish import Finisher
 from .holdout import split_off
@@ -254,6 +255,8 @@ def make_source(spec: DatasetSpec) -> Source:
         return ParquetSource(list(spec.roots), **spec.options)
     if spec.kind == "ImageList":
         return ListSource(spec.roots[0], **spec.options)
+    if spec.kind == "Definition":
+        return DefinitionSource(spec.roots[0], **spec.options)
     raise ConfigError(f"train.dataset_path: unknown kind of dataset {spec.kind!r}")
 
 

@@ -8,6 +8,7 @@
 ``ImageList:path=/my/files.csv:column=image``           a list; ``column``, ``root`` (of relative paths) optional
 ``Tar:path=/my/shards``                                 a folder of tars; also ``WebDataset``
 ``Parquet:path=/my/shards:column=image``                a folder of Parquet files; ``column`` optional
+``Definition:path=/my/data.yaml:part=train``           the images of a dataset definition; ``part`` optional
 ``LabelledFolder:root=/my/classes``                     one folder per class, for evaluation
 ``ImageNet:split=TRAIN:root=/imagenet:extra=/extra``    upstream's layout; ``extra`` optional
 ``ImageNet22k:root=/imagenet22k:extra=/extra``          upstream's layout; ``extra`` optional
@@ -42,6 +43,7 @@ KINDS = {
     "Tar": ("path",),
     "WebDataset": ("path",),
     "Parquet": ("path", "column"),
+    "Definition": ("path", "part"),
     "LabelledFolder": ("root",),
     "ImageNet": ("split", "root", "extra"),
     "ImageNet22k": ("root", "extra"),
@@ -49,7 +51,7 @@ KINDS = {
 ALIASES = {"ImageFolder": "ImageDataset", "RecursiveImageDataset": "ImageDataset", "WebDataset": "Tar"}
 KIND_OF_SUFFIX = {".txt": "ImageList", ".csv": "ImageList", ".tar": "Tar", ".tgz": "Tar", ".tar.gz": "Tar"}
 KIND_OF_SUFFIX |= {".tsv": "ImageList", ".jsonl": "ImageList", ".ndjson": "ImageList"}
-KIND_OF_SUFFIX |= {".parquet": "Parquet", ".arrow": "Parquet"}
+KIND_OF_SUFFIX |= {".parquet": "Parquet", ".arrow": "Parquet", ".yaml": "Definition", ".yml": "Definition"}
 SEVERAL = ("ImageDataset", "Tar", "Parquet")
 SPLITS = ("TRAIN", "VAL", "TEST")
 # Upstream's datasets of cell images and their keys, which are not supported.
