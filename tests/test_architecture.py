@@ -68,6 +68,7 @@ ALLOWED["train"] = set(ALLOWED) - {"run", "_dinov2"}
 SATELLITES = {"compat", "eval", "hub", "export", "plan", "verify", "plots", "embed", "patching", "decoder"}
 ALLOWED |= {satellite: set(ALLOWED) - {"_dinov2"} for satellite in SATELLITES}
 ALLOWED["prepare"] = ALLOWED["verify"] | {"verify"}  # what is written again is checked first
+ALLOWED["decoder"] = ALLOWED["verify"] | {"export", "plots"}  # a backbone goes to transformers as its export does
 # a demonstration of everything: uses the satellites, nothing uses it
 ALLOWED["quickstart"] = set(ALLOWED) - {"_dinov2"}
 LAZY_ONLY = {("run", "train"), ("run", "eval")}  # allowed inside a function: the node imports it, not who submits

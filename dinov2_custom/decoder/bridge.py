@@ -250,9 +250,20 @@ def load(folder: str | Path) -> Decoder:
     else:
         name = {"detection": "RfDetrForObjectDetection", "instance": "RfDetrForInstanceSegmentation"}
         kind = getattr(transformers, name.get(facts["task"], "UperNetForSemanticSegmentation"))
-    model, report = kind.from_pretrained(path, output_loading_info=True)
-    if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise CheckpointError(f"expected all tensors of the decoder in {path}, got none of {', '.join(map(str, missing))}")
+    model = read_model(kind, path)
     normalize = {name: tuple(values) for name, values in facts["normalize"].items()}
     facts |= {"classes": tuple(facts["classes"]), "normalize": normalize, "reading": from_facts(facts["reading"])}
     return Decoder(model.eval(), Facts(**facts))
+
+
+def read_model(kind: Any, folder: str | Path) -> nn.Module:
+    """Return ``kind.from_pretrained(folder)``, which by itself only logs that tensors are missing.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
+    model, found = kind.from_pretrained(folder, output_loading_info=True)
+    if missing := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
+        names = ", ".join(map(str, missing))
+        raise CheckpointError(f"expected the tensors of a {kind.__name__} in {folder}, got none or others for {names}")
+    return model

@@ -8,13 +8,14 @@ from typing import Any
 
 from dinov2_custom import distributed
 from dinov2_custom.decoder import bridge
-from dinov2_custom.decoder.evaluate import measure, predict_split
-from dinov2_custom.decoder.labels import Split
-from dinov2_custom.decoder.measures import paired_interval
+from dinov2_custom.decoder.bridge import Facts
+from dinov2_custom.decoder.evaluate import predict_split, to_coco
+from dinov2_custom.decoder.instances import Split, semantic_mask
+from dinov2_custom.decoder.measures import confusion, paired_interval
 from dinov2_custom.files import atomic_write
 
 REPORT_FILE = "comparison.json"
-_NAMES = {"detection": ("AP50", "ap50"), "instance": ("AP50 of masks", "ap50"), "semantic": ("mIoU", "miou")}
+_NAMES = {"detection": ("AP50", "bbox"), "instance": ("AP50 of masks", "segm"), "semantic": ("mIoU", "semantic")}
 
 
 def report(folder: Path, other: Path, split: Split, num_labelled: int) -> dict[str, Any]:
@@ -27,19 +28,9 @@ def report(folder: Path, other: Path, split: Split, num_labelled: int) -> dict[s
         decoder = bridge.load(place)
         device = distributed.get_device()
         found, _ = predict_split(decoder._replace(model=decoder.model.to(device)), split, 8, device, alone=True)
-        predictions.append(found)
-    facts = decoder.facts
-    label, key = _NAMES[facts.task]
-
-    def difference(numbers: Any) -> float:
-        part = split._replace(images=tuple(split.images[number] for number in numbers))
-        first, second = (
-            measure(facts.task, facts.classes, part, [one[number] for number in numbers])[key] for one in predictions
-        )
-        return first - second
-
-    change = difference(range(len(split.images)))
-    low, high = paired_interval(difference, len(split.images))
+        predictions.append(_scorable(decoder.facts, split, found))
+    label, kind = _NAMES[decoder.facts.task]
+    change, low, high = paired_interval(split, *predictions, kind, seed=0)
     sentence = (
         f"{label} {_signed(change)}, 95 % interval {_signed(low)} to {_signed(high)}, {num_labelled} labelled images"
     )
@@ -47,6 +38,17 @@ def report(folder: Path, other: Path, split: Split, num_labelled: int) -> dict[s
     with atomic_write(folder / REPORT_FILE) as out:
         out.write(json.dumps(content, indent=2) + "\n")
     return content
+
+
+def _scorable(facts: Facts, split: Split, predictions: list[Any]) -> list[Any]:
+    """Return what ``paired_interval`` takes."""
+    if facts.task != "semantic":
+        return to_coco(predictions)
+    num_classes = len(facts.classes)
+    return [
+        confusion(found, semantic_mask(image, num_classes), num_classes)
+        for image, found in zip(split.images, predictions, strict=True)
+    ]
 
 
 def _signed(value: float) -> str:

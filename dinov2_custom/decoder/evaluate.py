@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from dinov2_custom.decoder import bridge
 from dinov2_custom.decoder.bridge import Decoder
 from dinov2_custom.decoder.images import Images, collate
 from dinov2_custom.decoder.inference import predict
-from dinov2_custom.decoder.labels import Split, read_split, semantic_mask
+from dinov2_custom.decoder.instances import Split, semantic_mask
+from dinov2_custom.decoder.labels import read_split
 from dinov2_custom.decoder.measures import coco_scores, confusion, mean_iou
 from dinov2_custom.files import atomic_write
 from dinov2_custom.teacher import device_of_choice
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "scores.json") as out:
         out.write(json.dumps(scores, indent=2) + "\n")
-    print(table(scores))
+    print(table(scores, split.classes))
     print(folder / "scores.json", file=sys.stderr)
     return 0
 
@@ -111,20 +112,16 @@ def to_coco(predictions: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def headline(task: str, scores: dict[str, Any]) -> tuple[str, float]:
-    """Return the name and value of the score by which epochs are compared."""
+    """Return the name and value of the score by which epochs are compared; 0 without ground truth."""
     name = "miou" if task == "semantic" else "ap"
-    return name, scores[name]
+    return name, scores[name] or 0.0
 
 
-def table(scores: dict[str, Any]) -> str:
-    """Return the scores as lines of text; nested ones, such as those of each class, are indented."""
-    lines = []
-    for name, value in scores.items():
-        if isinstance(value, dict):
-            lines += [name, *(f"  {key:30} {number:8.4f}" for key, number in value.items())]
-        else:
-            lines.append(f"{name:32} {value:8.4f}")
-    return "\n".join(lines)
+def table(scores: dict[str, Any], classes: Sequence[str]) -> str:
+    """Return the scores as lines of text, those of each class last; a dash where there is no ground truth."""
+    rows = [(name, value) for name, value in scores.items() if name != "per_class"]
+    rows += [(f"  {name}", value) for name, value in zip(classes, scores["per_class"], strict=True)]
+    return "\n".join(f"{name:32} {'-' if value is None else f'{value:.4f}':>8}" for name, value in rows)
 
 
 if __name__ == "__main__":

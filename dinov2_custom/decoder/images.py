@@ -13,11 +13,10 @@ from torch.utils.data import Dataset
 
 from dinov2_custom.data.decode import decode_rgb
 from dinov2_custom.decoder.bridge import Facts
-from dinov2_custom.decoder.labels import LabelledImage, Split, instance_mask, semantic_mask
+from dinov2_custom.decoder.instances import IGNORE, LabelledImage, Split, instance_mask, semantic_mask
 from dinov2_custom.decoder.settings import Settings
 from dinov2_custom.utils.rng import random_for
 
-IGNORED = 255
 _LEAST_VISIBLE = 0.25  # share of a box that must stay in a zoomed image
 
 
@@ -136,9 +135,9 @@ def _resized_mask(mask: np.ndarray, view: View, size: int) -> Tensor:
 
 
 def classes_in(image: LabelledImage, view: View, size: tuple[int, int], facts: Facts) -> Tensor:
-    """Return the class of each pixel (S, S), ``IGNORED`` where there is none."""
+    """Return the class of each pixel (S, S), ``IGNORE`` where there is none."""
     mask = Image.fromarray(semantic_mask(image, len(facts.classes)))
-    cut = _cut(mask, view, IGNORED, facts.image_size, Image.Resampling.NEAREST)
+    cut = _cut(mask, view, IGNORE, facts.image_size, Image.Resampling.NEAREST)
     return torch.from_numpy(np.array(cut, dtype=np.int64))
 
 

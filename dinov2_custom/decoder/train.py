@@ -21,8 +21,9 @@ from dinov2_custom.decoder import bridge
 from dinov2_custom.decoder.bridge import Decoder, backbone_of, build
 from dinov2_custom.decoder.compare import report
 from dinov2_custom.decoder.evaluate import headline, score
-from dinov2_custom.decoder.images import IGNORED, Images, collate
-from dinov2_custom.decoder.labels import Split, read_split
+from dinov2_custom.decoder.images import Images, collate
+from dinov2_custom.decoder.instances import IGNORE, Split
+from dinov2_custom.decoder.labels import read_split
 from dinov2_custom.decoder.settings import Settings, read_settings
 from dinov2_custom.errors import ConfigError, missing
 from dinov2_custom.export.write import replacing
@@ -210,10 +211,13 @@ def fit(
                 loss = output.loss
             return (loss, output) if return_outputs else loss
 
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # the Trainer's own compares names with those in the file, which transformers renames when it saves: it
+            # would leave the attention of the backbone as it is, with a warning
+            self.model.load_state_dict(bridge.read_model(type(self.model), resume_from_checkpoint).state_dict())
+
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            scores = score(
-                decoder._replace(model=self.model), val, settings.batch, self.args.device, self.compute_loss
-            )
+            scores = score(decoder._replace(model=self.model), val, settings.batch, self.args.device, self.compute_loss)
             if distributed.is_main_process():
                 keep(decoder._replace(model=self.model), scores, self.state.global_step, folder)
             distributed.barrier()
@@ -297,10 +301,8 @@ def fit(
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Return the mean over labelled pixels; 0 if there are none."""
-    total = F.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORED, label_smoothing=smoothing, reduction="sum"
-    )
-    return total / (labels != IGNORED).sum().clamp_min(1)
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp_min(1)
 
 
 def keep(decoder: Decoder, scores: dict[str, Any], step: int, folder: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from dinov2_custom.decoder.labels import Instance, LabelledImage, Split
+from dinov2_custom.decoder.instances import Instance, LabelledImage, Split
 
 SIDE = 48
 CLASSES = ("square", "disc")

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from dinov2_custom.decoder.bridge import Facts
-from dinov2_custom.decoder.images import IGNORED, Images, View, boxes_in, classes_in, collate, masks_in
+from dinov2_custom.decoder.images import Images, View, boxes_in, classes_in, collate, masks_in
+from dinov2_custom.decoder.instances import IGNORE
 from dinov2_custom.reading import Reading
 from tests.decoder.scenes import SIDE, make_split
 
@@ -40,7 +41,7 @@ def test_crowds_and_what_is_out_of_view_are_left_out(tmp_path):
 def test_pixels_beyond_the_image_have_no_class(tmp_path):
     image = make_split(tmp_path / "a", 1, semantic=True).images[0]
     target = classes_in(image, View(-SIDE, 0, 2 * SIDE, SIDE), (SIDE, SIDE), facts("semantic"))
-    assert (target[:, :48] == IGNORED).all() and set(target[:, 48:].unique().tolist()) <= {0, 1, 2}
+    assert (target[:, :48] == IGNORE).all() and set(target[:, 48:].unique().tolist()) <= {0, 1, 2}
 
 
 def test_the_augmentation_depends_on_seed_epoch_and_image_alone(tiny, tmp_path):
