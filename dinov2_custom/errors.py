@@ -164,7 +164,6 @@ OF_EXTRA = {  # module -> (its package, the extra in pyproject.toml that brings 
     "sklearn": ("scikit-learn", "eval"),
     "tensorboard": ("tensorboard", "tensorboard"),
     "tifffile": ("tifffile", "slides"),
-    "transformers": ("transformers>=5.24", "decoder"),
     "wandb": ("wandb", "wandb"),
 }
 

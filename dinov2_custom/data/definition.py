@@ -24,9 +24,9 @@ import yaml
 from dinov2_custom.errors import DataError
 from dinov2_custom.files import parse_json_object
 
-from .index import PathTable
+from .index import Index, PathTable, pack_texts
 from .listing import list_images
-from .sources import Source, read_file
+from .sources import Source, pack_passed_over, read_file, unreadable
 
 PARTS = ("train", "val", "test")
 OTHER_NAMES = {"val": ("val", "valid", "validation")}
@@ -81,8 +81,8 @@ def read_definition(path: str | os.PathLike[str]) -> Definition:
         wrong.append(f"classes: expected a list of names, got {_kind(classes)}")
     elif len({str(one) for one in classes}) < len(classes):
         wrong.append("classes: expected every name once")
-    unknown = sorted(str(key) for key in content if key not in ("classes", *PARTS))
-    wrong += [f"{key}: expected classes, {', '.join(PARTS)}; got this key" for key in unknown]
+    if unknown := sorted(str(key) for key in content if key not in ("classes", *PARTS)):
+        wrong.append(f"{', '.join(unknown)}: unknown key (there are classes, {', '.join(PARTS)})")
     for part in PARTS:
         value = content.get(part)
         if value is None:
@@ -159,7 +159,8 @@ def read_yolo(path: str) -> YoloDataset:
     names = content.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or not all(isinstance(key, int) and key >= 0 for key in names):
+    numbered = isinstance(names, dict) and all(isinstance(key, int) and key >= 0 for key in names)
+    if not names or not numbered or not all(isinstance(name, str | int) for name in names.values()):
         raise DataError(f"expected YOLO's YAML with names, a list or a mapping of numbers: {path}, got {_kind(names)}")
     root = content.get("path") or ""
     if not isinstance(root, str):
@@ -239,10 +240,15 @@ def read_text(path: str) -> str:
     """Return a file's text.
 
     Raises:
-        DataError: it is missing, too large for a file of labels, or not UTF-8.
+        DataError: it is missing, not a regular file, or not UTF-8.
     """
+    if not os.path.isfile(path):  # opening a named pipe blocks
+        raise DataError(f"expected a file: {path}, got {'another kind' if os.path.exists(path) else 'nothing'}")
     try:
-        return read_file(path).decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:  # COCO JSON of 1 GiB exists, above the limit for images
+            return file.read()
+    except OSError as e:
+        raise unreadable(e, path) from e
     except UnicodeDecodeError as e:
         raise DataError(f"expected text in UTF-8: {path} ({e})") from e
 
@@ -283,8 +289,8 @@ class DefinitionSource(Source):
             self._parts.append((source.labels, len(found) - before))
         if not found:
             raise DataError(f"expected images in {part} of {definition.path}, got none")
-        self.paths = PathTable(found)
-        self.index = self.paths.index
+        self.index = Index(pack_texts([list(found)], "path") | pack_passed_over([]))
+        self.paths = PathTable(index=self.index)
 
     def __len__(self) -> int:
         return len(self.paths)

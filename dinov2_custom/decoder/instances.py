@@ -76,7 +76,8 @@ class Faults:
             return
         more = [f"  ... and {self.count - SHOWN:,} more"] if self.count > SHOWN else []
         number = "1 fault" if self.count == 1 else f"{self.count:,} faults"
-        raise DataError("\n".join([f"expected labels without faults in {what}, got {number}:", *(f"  - {line}" for line in self.lines), *more]))
+        lines = [f"expected labels without faults in {what}, got {number}:", *(f"  - {line}" for line in self.lines)]
+        raise DataError("\n".join([*lines, *more]))
 
 
 # images and masks
@@ -138,13 +139,12 @@ def instance_mask(instance: Instance, height: int, width: int) -> np.ndarray:
     outline = instance.segmentation
     if not outline:
         raise DataError("expected an instance with an outline, got only its box; read labels with task='instance'")
-    if isinstance(outline, dict):
-        runs = run_lengths(outline, width, height)
-        if isinstance(runs, str):
-            raise DataError(runs)
-        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-    coco = optional("pycocotools.mask", "outlines of instances", DataError)
-    return coco.decode(coco.merge(coco.frPyObjects(outline, height, width))).astype(bool)
+    if isinstance(outline, list):
+        outline = encode_outline(outline, width, height)
+    runs = run_lengths(outline, width, height)
+    if isinstance(runs, str):
+        raise DataError(runs)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 # checks
@@ -198,7 +198,8 @@ def check_outline(value: Any, width: int, height: int, faults: Faults, where: st
         return None
     outside = max(max(-min(one), max(one[::2]) - width, max(one[1::2]) - height) for one in polygons)
     if outside > MARGIN:
-        faults.add(where, f"expected an outline inside the image of {width} x {height}, got a point {outside:.6g} outside")
+        inside = f"expected an outline inside the image of {width} x {height}"
+        faults.add(where, f"{inside}, got a point {outside:.6g} pixels outside")
         return None
     if outside > 0:
         faults.clipped += outside > 1e-6

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dinov2_custom.data.definition import (
     SUFFIXES,
     LabelSource,
@@ -149,7 +151,7 @@ def _open_coco(source: LabelSource, task: str, faults: Faults) -> OPENED:
     def read(index: dict[str, int]) -> Iterator[LabelledImage]:
         images = _coco_images(content["images"], source, faults)
         by_image: dict[Any, list[Instance]] = {key: [] for key in images}
-        broken = {one.get("id") for one in content["images"] if isinstance(one, dict) and _is_id(one.get("id"))}
+        known = {one.get("id") for one in content["images"] if isinstance(one, dict) and _is_id(one.get("id"))}
         seen = set()
         for number, one in enumerate(content["annotations"]):
             key = one.get("id") if isinstance(one, dict) else None
@@ -162,7 +164,7 @@ def _open_coco(source: LabelSource, task: str, faults: Faults) -> OPENED:
                 continue
             seen.add(key)
             image = one.get("image_id")
-            if not _is_id(image) or image not in broken:
+            if not _is_id(image) or image not in known:
                 faults.add(where, f"expected the id of an image, got image_id {image!r:.40}")
             elif image in images:
                 width, height = images[image][1:]
@@ -303,7 +305,8 @@ def _yolo_instances(
         if len(values) == 5:
             x, y, w, h = values[1:]
             outline = None
-            box = check_box(((x - w / 2) * width, (y - h / 2) * height, w * width, h * height), width, height, faults, where)
+            corner = ((x - w / 2) * width, (y - h / 2) * height)
+            box = check_box((*corner, w * width, h * height), width, height, faults, where)
             if box and task != "detection":
                 faults.add(where, f"expected an outline for the task {task}, got a box")
                 continue
@@ -329,8 +332,10 @@ def _open_masks(source: LabelSource, task: str, faults: Faults) -> OPENED:
 
     def read(index: dict[str, int]) -> Iterator[LabelledImage]:
         for stem in sorted(images.keys() ^ masks.keys()):
-            kind, path = ("a mask", images[stem]) if stem in images else ("an image", masks[stem])
-            faults.add(path, f"expected {kind} of the same name in {source.labels if stem in images else source.images}")
+            if stem in images:
+                faults.add(images[stem], f"expected a mask of the same name in {source.labels}")
+            else:
+                faults.add(masks[stem], f"expected an image of the same name in {source.images}")
         both = [stem for stem in images if stem in masks]
         sizes = _sizes([images[stem] for stem in both], [images[stem] for stem in both], faults)
         for stem, size in zip(both, sizes, strict=True):
@@ -360,10 +365,11 @@ def _check_mask(path: str, size: tuple[int, int], num_classes: int, faults: Faul
         height, width = values.shape
         faults.add(path, f"expected the size of its image, {size[0]} x {size[1]}, got {width} x {height}")
         return False
-    beyond = sorted({int(value) for value in set(values.ravel().tolist()) if value >= num_classes and value != IGNORE})
+    beyond = [value for value in np.unique(values).tolist() if not (0 <= value < num_classes or value == IGNORE)]
     if beyond:
         got = ", ".join(map(str, beyond[:5])) + (" ..." if len(beyond) > 5 else "")
-        faults.add(path, f"expected values below {num_classes}, the number of classes, or {IGNORE} (ignored), got {got}")
+        expected = f"expected values below {num_classes}, the number of classes, or {IGNORE} (ignored)"
+        faults.add(path, f"{expected}, got {got}")
     return not beyond
 
 

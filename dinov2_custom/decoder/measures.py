@@ -46,7 +46,8 @@ def coco_scores(split: Split, predictions: Sequence[dict[str, Any]], kind: str) 
 
     scores = {"ap": mean(precision[:, :, :, 0, -1]), "ap50": mean(precision[0, :, :, 0, -1])}
     scores["ap75"] = mean(precision[5, :, :, 0, -1])
-    scores |= {f"ap_{name}": mean(precision[:, :, :, at, -1]) for at, name in enumerate(("small", "medium", "large"), 1)}
+    for at, name in enumerate(("small", "medium", "large"), start=1):
+        scores[f"ap_{name}"] = mean(precision[:, :, :, at, -1])
     return scores | {"per_class": [mean(precision[:, :, at, 0, -1]) for at in range(len(split.classes))]}
 
 
