@@ -83,7 +83,8 @@ def build(
     if head == "rf_detr" and teacher.backbone.num_register_tokens:
         raise ConfigError(
             f"--task {task}: RF-DETR of transformers has no register tokens, got a backbone with "
-            f"{teacher.backbone.num_register_tokens}; use --task semantic, or pretrain with student.num_register_tokens=0"
+            f"{teacher.backbone.num_register_tokens}; use --task semantic, or student.num_register_tokens=0 in "
+            "pretraining"
         )
     with tempfile.TemporaryDirectory() as folder:
         write_hugging_face(model, Path(folder))
