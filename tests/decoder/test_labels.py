@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.decoder.labels import IGNORE, instance_mask, read_split, semantic_mask
 from dinov2_custom.errors import DataError
 
@@ -277,25 +276,6 @@ def test_bombs_are_faults(tmp_path):
     assert "2 faults" in text and text.count("expected fewer pixels") == 2
 
 
-def test_definition_files_with_faults(tmp_path):
-    aliases = "a: &a [x, x]\nb: &b [*a, *a]\n" + "".join(f"c{n}: &c{n} [*b, *b]\n" for n in range(5))
-    for content, expected in {
-        "classes: [a, a]\ntrain: a.json\n": "every name once",
-        "train: a.json\n": "classes: expected a list",
-        "classes: [a]\ntrain: {coco: a.json, masks: b}\n": "train, source 1",
-        "classes: [a]\ntrain: []\n": "train: expected sources",
-        "classes: [a]\n": "in train, val, test",
-        "classes: [a]\ntrian: a.json\n": "trian: unknown key",
-        "classes: [a\n": "expected YAML",
-        "- a\n": "got a list",
-        "names: [[a]]\ntrain: images\n": "names",
-        aliases + "classes: *b\ntrain: *b\n": "classes: expected a list of names",
-        "!!python/object/apply:os.getcwd []\n": "expected YAML",
-    }.items():
-        (tmp_path / "data.yaml").write_text(content)
-        assert expected in _faults(tmp_path / "data.yaml", "detection"), content
-
-
 def _definition(folder):
     _coco(folder / "north", [_annotation(1)])
     _yolo(folder / "south", {"train/a": ["1 .5 .5 .2 .2"], "val/b": ["0 .5 .5 .2 .2"]})
@@ -313,12 +293,3 @@ def test_definition_file(tmp_path):
     assert [[one.category for one in image.instances] for image in split.images] == [[1], [], [0]]
     assert [image.path.name for image in read_split(tmp_path / "data.yaml", "detection", "val").images] == ["b.png"]
     assert "expected test" in _faults(tmp_path / "data.yaml", "detection", "test")
-
-
-def test_pretraining_reads_the_images_of_a_definition(tmp_path):
-    file = _definition(tmp_path)
-    images = [str(image.path) for image in read_split(file, "detection").images]
-    dataset = make_dataset(dataset_str=str(file))
-    assert [dataset.name(i) for i in range(len(dataset))] == images
-    assert dataset[0][0].size == (WIDTH, HEIGHT) and dataset[0][1] == ()
-    assert len(make_dataset(dataset_str=f"Definition:path={file}:part=val")) == 1
