@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dinov2_custom import __version__, entry
-from dinov2_custom.errors import ERROR, USAGE, command, list_of_keys, small_recipe
+from dinov2_custom.errors import ERROR, USAGE, command, command_name, list_of_keys, small_recipe
 
 AUTO = "auto"
 COMPLETING = "_ARGCOMPLETE"  # set by argcomplete's shell functions: 1 + the words before the program's name
@@ -548,6 +548,74 @@ def features_parser() -> Parser:
     return parser
 
 
+def decoder_train_parser(add_help: bool = True) -> OverridesParser:
+    """Return the parser of a decoder's training, without the launcher's flags."""
+    train = command("run/decoder/train.py")
+    parser = OverridesParser(
+        description="Train a detector or a segmenter on a pretrained backbone. The same command continues.",
+        epilog=f"""\
+examples:
+  boxes, fine-tuned with layer-wise decay of the learning rate:
+    {train} --backbone out --task detection --train train.json --val val.json --output-dir detector
+  a small GPU:
+    {train} ... batch=2 accumulation=4 precision=bf16
+  the frozen backbone, for 50 epochs:
+    {train} ... frozen=true epochs=50
+  does pretraining pay? the same decoder from random weights:
+    {train} ... --compare-to random
+""",
+        add_help=add_help,
+    )
+    add = parser.add_argument
+    add("opts", nargs="*", default=[], metavar="key=value", help="settings such as lr=1e-4, anywhere; docs/decoder.md")
+    backbone = "run directory, weight file, released name (dinov2_vitb14) or folder of Hugging Face"
+    add("--backbone", required=True, metavar="WEIGHTS", help=backbone)
+    add("--task", required=True, choices=("detection", "instance", "semantic"), help="boxes, masks of objects, classes")
+    add("--train", required=True, metavar="LABELS", help="COCO JSON, YOLO YAML, folder of masks or definition file")
+    add("--val", required=True, metavar="LABELS", help="the same, for validation after each epoch")
+    add("--compare-to", default="", metavar="WEIGHTS", help="train a second decoder from these weights, or `random`")
+    add_output_dir(parser, "where everything of the run goes", default=None, required=True)
+    return parser
+
+
+def _decoder_parser(description: str) -> Parser:
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("decoder", metavar="DECODER", help="output directory of the training, or its best or last")
+    return parser
+
+
+def decoder_eval_parser() -> Parser:
+    """Return the parser of a decoder's evaluation."""
+    parser = _decoder_parser("Print AP of boxes or masks, or IoU of classes, and write scores.json.")
+    parser.add_argument("data", metavar="LABELS", help="as --val of the training")
+    parser.add_argument("--part", default="val", help="part of a definition file: train, val or test")
+    add_output_dir(parser, "where scores.json goes (empty: beside the decoder)")
+    parser.add_argument("--batch-size", type=_whole(1), default=8, help="images per step")
+    _add_device(parser)
+    return parser
+
+
+def decoder_predict_parser() -> Parser:
+    """Return the parser of a decoder's predictions."""
+    parser = _decoder_parser("Find objects in a folder: predictions.json (COCO) or masks, and pictures.")
+    parser.add_argument("images", metavar="FOLDER", help="folder of images")
+    add_output_dir(parser, "where the results go (empty: ./outputs/predict/<name of the folder>)")
+    parser.add_argument("--threshold", type=float, default=0.3, help="least score of objects that are kept")
+    parser.add_argument("--num-pictures", type=_whole(0), default=20, help="pictures that are drawn")
+    parser.add_argument("--batch-size", type=_whole(1), default=8, help="images per step")
+    _add_device(parser)
+    return parser
+
+
+def decoder_export_parser() -> Parser:
+    """Return the parser of a decoder's export."""
+    parser = _decoder_parser("Write a trained decoder as ONNX for any batch size and compare it in onnxruntime.")
+    parser.add_argument("--output", required=True, metavar="FILE", help="file to write, such as detector.onnx")
+    parser.add_argument("--normalize", action="store_true", help="put the normalization of images into the graph")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    return parser
+
+
 def patches_parser() -> Parser:
     """Return the parser of the patches."""
     parser = Parser(
@@ -585,8 +653,8 @@ class Command(NamedTuple):
     quiet_threads: bool = False
 
 
-COMMANDS = {  # by the names of the scripts
-    Path(one.script).stem: one
+COMMANDS = {
+    command_name(one.script): one
     for one in (
         Command("run/quickstart.py", "quickstart.main", quickstart_parser, "train on photographs", quiet_threads=True),
         Command("run/train/train.py", "run.train.train", None, "train, here or as a SLURM job"),
@@ -600,6 +668,10 @@ COMMANDS = {  # by the names of the scripts
         Command("run/export/export.py", "export.main", export_parser, "write a backbone for another library"),
         Command("run/plots/history.py", "plots.history", history_parser, "draw the metrics of runs"),
         Command("run/plots/features.py", "plots.look", features_parser, "draw what a model sees", quiet_threads=True),
+        Command("run/decoder/train.py", "run.decoder.train", None, "train a detector or segmenter"),
+        Command("run/decoder/eval.py", "decoder.evaluate", decoder_eval_parser, "score a detector or segmenter"),
+        Command("run/decoder/predict.py", "decoder.predict", decoder_predict_parser, "find objects in a folder"),
+        Command("run/decoder/export.py", "decoder.export", decoder_export_parser, "write a detector as ONNX"),
         Command("run/patches/apply.py", "patching.main", patches_parser, "fix a checkout of dinov2"),
     )
 }

@@ -222,11 +222,18 @@ def command(script: str) -> str:
     package's command. All take the same arguments (``cli.COMMANDS``).
     """
     path = Path(script)
+    name = command_name(script)
     if Path(sys.argv[0]).stem == CONSOLE_SCRIPT:
-        return f"{CONSOLE_SCRIPT} {path.stem}"
+        return f"{CONSOLE_SCRIPT} {name}"
     if path.is_file() and sys.argv[0] != "-m":  # which __main__.py sets
         return f"python {script}"
-    return f"python -m dinov2_custom {path.stem}"
+    return f"python -m dinov2_custom {name}"
+
+
+def command_name(script: str) -> str:
+    """Return the command of the package for ``script``: train for run/train/train.py, decode-train in run/decoder."""
+    path = Path(script)
+    return f"decode-{path.stem}" if path.parent.name == "decoder" else path.stem
 
 
 def small_recipe(recipe: str = "configs/vits.yaml") -> str:

@@ -52,8 +52,8 @@ def check(model: Portable, form: str, path: Path) -> str:
         loaded = _LOADERS[form](path, model)
     except ImportError as e:
         return f"not compared: {library} cannot be imported here ({e})"
-    wanted = _wanted(model, form)
-    if unlike := _unlike(loaded.tensors, wanted):
+    wanted = wanted_tensors(model, form)
+    if unlike := unlike_tensors(loaded.tensors, wanted):
         raise CheckpointError(
             f"--to {form}: expected {library} to load the model's {len(wanted)} tensors, got {len(unlike)} others; "
             "nothing was written:\n  " + "\n  ".join(unlike[:5])
@@ -67,7 +67,7 @@ def check(model: Portable, form: str, path: Path) -> str:
     return f"features in {library} differ by at most {difference:.1e} with LayerScale near 1, tensors are the same"
 
 
-def _wanted(model: Portable, form: str) -> dict[str, Tensor]:
+def wanted_tensors(model: Portable, form: str) -> dict[str, Tensor]:
     """Return the expected tensors, from the backbone itself."""
     backbone, side = model.backbone, model.image_size
     state = {flat_name(name): value.detach().float().cpu() for name, value in backbone.state_dict().items()}
@@ -90,7 +90,7 @@ def _class_token_with_position(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | {"cls_token": state["cls_token"] + state["pos_embed"][:, :1], "pos_embed": positions}
 
 
-def _unlike(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+def unlike_tensors(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
     """Return a line for every tensor that is missing, unexpected or different."""
     lines = [f"{name}: missing" for name in wanted if name not in got]
     lines += [f"{name}: unexpected" for name in got if name not in wanted]
@@ -191,7 +191,7 @@ def _onnx(path: Path, model: Portable) -> _Loaded:
     names = {flat_name(name): name for name in held if name.startswith("backbone.")}
     tensors = {name: held[full] for name, full in names.items()}
     # the exporter stores a linear layer's weight transposed and unnamed, equal tensors once, and no zero biases
-    for name, value in _wanted(model, "onnx").items():
+    for name, value in wanted_tensors(model, "onnx").items():
         forms = [value, value.T] if value.ndim == 2 else [value]
         same = name not in tensors and any(torch.equal(one, form) for one in held.values() for form in forms)
         if same or (name not in tensors and name.endswith(".bias") and not value.any()):

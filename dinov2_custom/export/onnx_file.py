@@ -38,7 +38,7 @@ class _TwoOutputs(nn.Module):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Suppress the exporter's diagnostic output."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -68,7 +68,7 @@ def write_onnx(model: Portable, path: Path) -> None:
     for block in backbone.all_blocks():
         block.attn.backend = "sdpa"
     image = torch.zeros(2, model.in_chans, model.image_size, model.image_size)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             _TwoOutputs(backbone, model.normalize if model.normalizes else None).eval(),
             (image,),

@@ -22,6 +22,7 @@ from dinov2_custom.reading import to_facts
 EXPORTED = {  # all files of an exported folder
     *("model.safetensors", "config.json", "preprocessor_config.json"),
     *("README.md", "curves.png"),  # see card.py
+    *("decoder.json", "scores.json"),  # of a trained decoder
 }
 
 

@@ -1,0 +1,328 @@
+"""Train a decoder with the Trainer of transformers; validate after each epoch; keep ``best`` and ``last``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_custom import cli, distributed
+from dinov2_custom.configs.paths import check_output_dir
+from dinov2_custom.decoder import bridge
+from dinov2_custom.decoder.bridge import Decoder, backbone_of, build
+from dinov2_custom.decoder.compare import report
+from dinov2_custom.decoder.evaluate import headline, score
+from dinov2_custom.decoder.images import Images, collate
+from dinov2_custom.decoder.instances import IGNORE, Split
+from dinov2_custom.decoder.labels import read_split
+from dinov2_custom.decoder.settings import Settings, read_settings
+from dinov2_custom.errors import ConfigError, missing
+from dinov2_custom.export.write import replacing
+from dinov2_custom.files import append_row, atomic_write, parse_json_object
+from dinov2_custom.logging.wandb_sink import open_wandb
+from dinov2_custom.plots.metrics_file import METRICS_FILE
+from dinov2_custom.teacher import Teacher, load_teacher
+from dinov2_custom.utils.weights import RELEASED_URL
+
+logger = logging.getLogger("dinov2")
+SETTINGS_FILE = "decoder_settings.json"
+CHECKPOINTS = "checkpoints"
+_ROWS_PER_EPOCH = 10
+_RELEASED = re.compile(r"(dinov2_vit[sblg]14)(_reg4?)?")
+_FREE = ("num_workers", "wandb")  # keys that may change when a run is continued
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command line parsed by ``cli.decoder_train_parser``; return the exit code.
+
+    Raises:
+        ConfigError: if settings, sizes or libraries do not fit.
+        CheckpointError: if the backbone cannot be read or does not arrive in the decoder unchanged.
+        DataError: if images or labels are wrong; lists all mistakes.
+    """
+    settings = read_settings(args.opts)
+    bridge.choose_head(args.task, settings.head)
+    require("training a decoder")
+    folder = Path(args.output_dir).expanduser()
+    check_output_dir(folder, "--output-dir")
+    with distributed.enabled():
+        train = read_split(args.train, args.task, part="train")
+        val = read_split(args.val, args.task, part="val", classes=train.classes)
+        _run(args, args.backbone, folder, settings, train, val)
+        if args.compare_to:
+            other = folder / "compared_to"
+            _run(args, args.compare_to, other, settings, train, val, start_from=args.backbone)
+            if distributed.is_main_process():
+                print(report(folder, other, val, len(train.images))["sentence"])
+    return 0
+
+
+def require(purpose: str) -> None:
+    """Check that the libraries of the extra ``decoder`` are installed.
+
+    Raises:
+        ConfigError: one is missing or too old.
+    """
+    from dinov2_custom.errors import optional
+
+    for name in ("accelerate", "pycocotools", "scipy"):
+        optional(name, purpose)
+    if not hasattr(optional("transformers", purpose), "RfDetrForObjectDetection"):
+        raise ConfigError(missing("transformers", purpose, got="got a version before 5.24"))
+
+
+def load_backbone(source: str) -> Teacher:
+    """Return the backbone of a run, weight file, Hugging Face folder or released name such as dinov2_vitb14."""
+    if name := _RELEASED.fullmatch(source):
+        source = f"{RELEASED_URL}/{name[1]}/{name[1]}{'_reg4' if name[2] else ''}_pretrain.pth"
+    return load_teacher(source)
+
+
+def _run(
+    args: argparse.Namespace,
+    source: str,
+    folder: Path,
+    settings: Settings,
+    train: Split,
+    val: Split,
+    start_from: str = "",
+) -> dict[str, Any]:
+    """Train the decoder of one backbone; ``source`` may be ``random`` for the architecture of ``start_from``."""
+    teacher = load_backbone(start_from if source == "random" else source)
+    decoder = build(teacher, args.task, train.classes, settings, random_backbone=source == "random")
+    _check_batch(decoder, settings, train)
+    if distributed.is_main_process():
+        _describe(args, source, folder, settings)
+    distributed.barrier()
+    return fit(decoder, train, val, folder, settings)
+
+
+def _check_batch(decoder: Decoder, settings: Settings, train: Split) -> None:
+    if decoder.facts.task == "semantic" and min(settings.batch, len(train.images)) < 2:
+        raise ConfigError(
+            f"batch: expected at least 2 images for batch normalisation, got batch={settings.batch} and "
+            f"{len(train.images)} training images"
+        )
+
+
+def _describe(args: argparse.Namespace, source: str, folder: Path, settings: Settings) -> None:
+    """Write the settings of a new run, or compare them with those of the run that is continued.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    now = {"backbone": source, "task": args.task, "train": args.train, "val": args.val}
+    now |= json.loads(settings.model_dump_json(exclude=set(_FREE)))
+    file = folder / SETTINGS_FILE
+    try:
+        before = parse_json_object(file.read_bytes())
+    except (OSError, ValueError):
+        before = now
+    if changed := [key for key in now if now[key] != before.get(key)]:
+        lines = "; ".join(f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in changed)
+        raise ConfigError(f"{folder}: expected the settings of the run there, got {lines}; choose another --output-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as out:
+        out.write(json.dumps(now, indent=2) + "\n")
+
+
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """Return AdamW's groups: ``lr * layer_decay ** k`` for the k-th block from the end, 0 for the decoder.
+
+    The embeddings count as a block before the first one. The mask token, which is not used, is not trained. Vectors,
+    positions and queries have no weight decay.
+    """
+    backbone = backbone_of(model)
+    depth = len(backbone.encoder.layer)
+    distances = {id(value): 0 for value in model.parameters()}
+    distances |= {id(value): depth + 1 for value in backbone.embeddings.parameters()}
+    for index, layer in enumerate(backbone.encoder.layer):
+        distances |= {id(value): depth - index for value in layer.parameters()}
+    if settings.frozen:
+        backbone.requires_grad_(False)
+    if getattr(backbone.embeddings, "mask_token", None) is not None:
+        backbone.embeddings.mask_token.requires_grad_(False)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            plain = value.ndim < 2 or "embeddings." in name or "reference_point" in name or "query_feat" in name
+            groups.setdefault((distances[id(value)], plain), []).append(value)
+    return [
+        {
+            "params": values,
+            "lr": settings.lr * settings.layer_decay**distance,
+            "weight_decay": 0.0 if plain else settings.weight_decay,
+        }
+        for (distance, plain), values in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def learning_rate_factor(step: int, num_steps: int, warmup_steps: int) -> float:
+    """Return the factor of ``step`` in 0..num_steps - 1: linear warm-up, and a tenth from 11/12 of the run."""
+    warm = min(1.0, (step + 1) / (warmup_steps + 1))
+    return warm * (0.1 if step >= num_steps * 11 // 12 else 1.0)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """Return the newest whole checkpoint; a torn one lacks the state, which is written last."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(found, key=lambda path: int(path.name.partition("-")[2]))) if found else None
+
+
+def fit(
+    decoder: Decoder,
+    train: Split,
+    val: Split,
+    folder: Path,
+    settings: Settings,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Train ``decoder`` in ``folder`` and return the scores of the best epoch.
+
+    The newest checkpoint in ``folder`` is continued, with the same result as without the interruption.
+    """
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    facts = decoder.facts
+    data = Images(train, facts, settings)
+    drop_last = len(data) >= settings.batch * distributed.get_global_size()
+    batches = len(data) / (settings.batch * distributed.get_global_size())
+    steps_per_epoch = max((math.floor(batches) if drop_last else math.ceil(batches)) // settings.accumulation, 1)
+    num_steps = steps_per_epoch * settings.epochs
+
+    class DecoderTrainer(Trainer):
+        """A Trainer with the loss of semantic segmentation, and AP or mIoU as validation."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if facts.task == "semantic":
+                output = model(pixel_values=inputs["pixel_values"])
+                loss = cross_entropy(output.logits, inputs["labels"], settings.label_smoothing)
+            else:
+                output = model(**inputs)
+                loss = output.loss
+            return (loss, output) if return_outputs else loss
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # the Trainer's own compares names with those in the file, which transformers renames when it saves: it
+            # would leave the attention of the backbone as it is, with a warning
+            self.model.load_state_dict(bridge.read_model(type(self.model), resume_from_checkpoint).state_dict())
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            scores = score(decoder._replace(model=self.model), val, settings.batch, self.args.device, self.compute_loss)
+            if distributed.is_main_process():
+                keep(decoder._replace(model=self.model), scores, self.state.global_step, folder)
+            distributed.barrier()
+            metrics = {f"eval_{name}": value for name, value in scores.items() if isinstance(value, float)}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    class Rows(TrainerCallback):
+        """Write rows of metrics, one for an iteration, to the run's file and to W&B."""
+
+        def __init__(self) -> None:
+            self.row: dict[str, float] = {}
+            self.sink = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if state.is_world_process_zero:
+                options = settings.wandb.model_dump()
+                self.sink = open_wandb(options, folder / "logs", settings.model_dump(), folder.name)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                names = {"loss": "total_loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
+                self._write(state, {new: float(logs[old]) for old, new in names.items() if old in logs})
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            values = {f"val_{name.removeprefix('eval_')}": value for name, value in (metrics or {}).items()}
+            self._write(state, self.row | values)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if self.sink is not None:
+                self.sink.close(0)
+
+        def _write(self, state: Any, values: dict[str, float]) -> None:
+            self.row = {name: value for name, value in values.items() if not name.startswith("val_")}
+            if state.is_world_process_zero:
+                row = {"iteration": state.global_step, "epoch": float(state.epoch or 0)} | values
+                append_row(folder / METRICS_FILE, row)
+                if self.sink is not None:
+                    self.sink.log(state.global_step, row)
+
+    optimizer = torch.optim.AdamW(parameter_groups(decoder.model, settings))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, num_steps, settings.warmup_steps)
+    )
+    device = distributed.get_device()
+    arguments = TrainingArguments(
+        output_dir=str(folder / CHECKPOINTS),
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        max_grad_norm=settings.clip_grad,
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        seed=settings.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_steps=max(steps_per_epoch // _ROWS_PER_EPOCH, 1),
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=settings.num_workers,
+        dataloader_drop_last=drop_last,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+        use_cpu=device.type == "cpu",
+    )
+    trainer = DecoderTrainer(
+        model=decoder.model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=Images(val, facts),
+        data_collator=collate,
+        optimizers=(optimizer, schedule),
+        callbacks=[Rows(), *callbacks],
+    )
+    trainer.model_accepts_loss_kwargs = False  # else the Trainer does not divide by the accumulated steps
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder / CHECKPOINTS))
+    return read_scores(folder / "best")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Return the mean over labelled pixels; 0 if there are none."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp_min(1)
+
+
+def keep(decoder: Decoder, scores: dict[str, Any], step: int, folder: Path) -> None:
+    """Write ``last``, and ``best`` if no earlier epoch scored higher."""
+    name, value = headline(decoder.facts.task, scores)
+    earlier = read_scores(folder / "best") if (folder / "best").is_dir() else {}
+    targets = ["last"]
+    if not earlier or earlier["iteration"] >= step or value > headline(decoder.facts.task, earlier)[1]:
+        targets.append("best")
+    for target in targets:
+        with replacing(folder / target, overwrite=True, folder=True) as written:
+            bridge.save(decoder, written)
+            (written / "scores.json").write_text(json.dumps({"iteration": step} | scores, indent=2) + "\n")
+    logger.info(f"step {step}: {name} {value:.3f}, validation loss {scores['loss']:.3f}; wrote {' and '.join(targets)}")
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Return the scores that :func:`keep` wrote beside a decoder."""
+    return parse_json_object((folder / "scores.json").read_bytes())
+
+
+if __name__ == "__main__":
+    cli.main("decode-train")

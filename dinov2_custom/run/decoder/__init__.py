@@ -1,0 +1,1 @@
+"""Launcher of the training of decoders."""

@@ -1,0 +1,9 @@
+"""Score a detector or segmenter: python run/decoder/eval.py DECODER LABELS"""
+import sys
+
+try:
+    from dinov2_custom.cli import main
+except ModuleNotFoundError:
+    sys.exit(f"error: no dinov2_custom in {sys.executable}: activate another or `pip install -c constraints.txt -e .`")
+if __name__ == "__main__":
+    main("decode-eval")

@@ -1,0 +1,134 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from dinov2_custom import cli
+from dinov2_custom.decoder import train
+from dinov2_custom.decoder.bridge import backbone_of, build, load
+from dinov2_custom.decoder.train import cross_entropy, fit, learning_rate_factor, newest_checkpoint, parameter_groups
+from dinov2_custom.errors import ConfigError
+from dinov2_custom.plots.metrics_file import read_metrics
+from tests.decoder.scenes import make_split, write_coco
+from tests.export.backbones import make_teacher
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(TrainerCallback):
+    """End the process's training in the middle of an epoch."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
+
+
+def make(task, settings, **options):
+    return build(
+        make_teacher("patch 14", img_size=32, patch_size=8),
+        task,
+        ("ground", "square", "disc")[task != "semantic" :],
+        settings,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("task", ["detection", "semantic", "instance"])
+def test_a_run_continued_after_a_kill_ends_with_the_same_weights(task, tiny, tmp_path, monkeypatch):
+    data, val = (make_split(tmp_path / name, 8, n, task == "semantic") for n, name in enumerate(("a", "b")))
+    settings = tiny("precision=bf16") if task == "detection" else tiny("accumulation=2", "label_smoothing=0.1")
+    fit(make(task, settings), data, val, tmp_path / "whole", settings)
+    with pytest.raises(Killed):
+        fit(make(task, settings), data, val, tmp_path / "killed", settings, [KillAt(3 if task == "detection" else 2)])
+    torn = tmp_path / "killed" / train.CHECKPOINTS / "checkpoint-9"
+    if task == "detection":  # without accumulation there is an epoch before the kill
+        assert newest_checkpoint(torn.parent).endswith("checkpoint-2")
+        torn.mkdir()
+        assert newest_checkpoint(torn.parent).endswith("checkpoint-2")
+        torn.rmdir()
+    fit(make(task, settings), data, val, tmp_path / "killed", settings)
+    whole, killed = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    rows, again = (read_metrics(tmp_path / name / "training_metrics.json") for name in ("whole", "killed"))
+    assert [row["total_loss"] for row in rows] == [row["total_loss"] for row in again]
+    assert {"val_loss", "val_miou" if task == "semantic" else "val_ap50", "lr", "epoch"} <= rows[-1].keys()
+
+
+def test_the_backbone_learns_more_slowly_towards_its_first_block(tiny):
+    model = make("detection", tiny()).model
+    groups = parameter_groups(model, tiny("layer_decay=0.5", "lr=1"))
+    lr = {id(value): group["lr"] for group in groups for value in group["params"]}
+    decay = {id(value): group["weight_decay"] for group in groups for value in group["params"]}
+    backbone = backbone_of(model)
+    depth = len(backbone.encoder.layer)
+    assert [lr[id(layer.mlp.fc1.weight)] for layer in backbone.encoder.layer] == [0.5**k for k in range(depth, 0, -1)]
+    assert lr[id(backbone.embeddings.cls_token)] == 0.5 ** (depth + 1) and lr[id(model.class_embed.weight)] == 1
+    assert decay[id(model.class_embed.weight)] > 0 and decay[id(model.class_embed.bias)] == 0
+    assert decay[id(backbone.embeddings.position_embeddings)] == 0
+    unused = [name for name, value in model.named_parameters() if id(value) not in lr]
+    assert len(unused) == 1 and unused[0].endswith("mask_token")
+
+
+def test_a_frozen_backbone_keeps_its_features_and_the_decoder_learns(tiny, tmp_path):
+    data = make_split(tmp_path / "a", 8, semantic=True)
+    settings = tiny("frozen=true", "head=linear", "epochs=1")
+    decoder = make("semantic", settings)
+    before = {name: value.clone() for name, value in decoder.model.state_dict().items()}
+    fit(decoder, data, data, tmp_path / "out", settings)
+    after = load(tmp_path / "out").model.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if name.startswith("backbone.")} == {n for n in same if n.startswith("backbone.")}
+    assert "classifier.weight" not in same
+
+
+def test_the_learning_rate_falls_to_a_tenth_at_11_12():
+    factors = [learning_rate_factor(step, 12, 0) for step in range(12)]
+    assert factors == [1.0] * 11 + [0.1]
+    assert [learning_rate_factor(step, 100, 3) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_loss_counts_labelled_pixels():
+    logits = torch.randn(2, 3, 4, 4)
+    labels = torch.full((2, 4, 4), 255)
+    assert cross_entropy(logits, labels, 0.0) == 0
+    labels[0, 0, :2] = 1
+    wanted = torch.nn.functional.cross_entropy(logits[0, :, 0, :2].T, labels[0, 0, :2])
+    assert torch.allclose(cross_entropy(logits, labels, 0.0), wanted)
+
+
+def test_the_command_trains_compares_and_refuses_other_settings(tmp_path, monkeypatch, capsys):
+    from tests.decoder.conftest import TINY
+
+    data = write_coco(make_split(tmp_path / "a", 8), tmp_path / "a" / "labels.json")
+    monkeypatch.setattr(train, "load_backbone", lambda source: make_teacher("patch 14", img_size=32, patch_size=8))
+    flags = ["--backbone", "b", "--task", "detection", "--train", str(data), "--val", str(data)]
+    flags += ["--output-dir", str(tmp_path / "out"), "--compare-to", "random", *TINY, "epochs=1"]
+    args = cli.decoder_train_parser().parse_args(flags)
+    assert train.main(args) == 0
+    assert "8 labelled images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["images"] == 8
+    args.opts = [*args.opts, "lr=1"]
+    with pytest.raises(ConfigError, match="lr: 0.001 before, 1"):
+        train.main(args)
+
+
+def test_batch_normalisation_needs_two_images(tiny, tmp_path):
+    data = make_split(tmp_path / "a", 4, semantic=True)
+    with pytest.raises(ConfigError, match="batch"):
+        train._check_batch(make("semantic", tiny("batch=1")), tiny("batch=1"), data)
+
+
+def test_released_names_are_urls(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "load_teacher", seen.append)
+    for name in ("dinov2_vitb14", "dinov2_vits14_reg", "some/run"):
+        train.load_backbone(name)
+    assert seen[0].endswith("/dinov2_vitb14/dinov2_vitb14_pretrain.pth")
+    assert seen[1].endswith("/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth") and seen[2] == "some/run"
