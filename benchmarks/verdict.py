@@ -3,7 +3,7 @@
 ``python -m benchmarks.verdict --seeds 20 --write`` trains, for each seed, a good run and four that fail in known ways,
 on grey tiles of photographs (as in the quickstart, smaller). ``train.on_collapse: stop`` ends a run that collapses. The
 rows of the runs that are good or worse than the start also get ``eval_knn``: of the teachers that they write, on the
-tiles held out. The same command resumes: runs with a ``verdict.json`` are not repeated. About two CPU minutes a seed.
+tiles held out. The same command resumes: runs with a ``rows.json`` are not repeated. About two CPU minutes a seed.
 Writes results/verdict.md. Needs the extra ``quickstart``.
 """
 
@@ -33,9 +33,10 @@ from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
+DONE = "rows.json"
 TOTAL = 200
 QUARTER = TOTAL // 4
-EVALUATED = [*range(9, QUARTER, 10), *range(79, TOTAL, 40)]  # iterations whose teachers are classified with
+EVALUATED = [9, 19, 29, 39, 49, 89, 119, 149, 199]  # iterations whose teachers are classified with
 TILING = Tiling(size=48, train=40, held_out=20)
 COMMON = (
     "student.patch_size=8",
@@ -75,7 +76,9 @@ RUNS = {
             "teacher.warmup_teacher_temp=0.01",
         ),
     ),
-    "trained weights, WORSE_HOW": Kind(WORSE, ("optim.base_lr=0.018",), from_good=True),
+    "trained weights, learning rate x 5": Kind(
+        WORSE, ("optim.base_lr=0.03", "optim.warmup_epochs=0.05"), from_good=True
+    ),
 }
 
 
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/verdict"), help="tiles and runs")
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
     parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of prepared runs")
+    parser.add_argument("--record", type=Path, help="also write the rows of all runs to this file, for tests")
     add_write_option(parser)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -94,6 +98,10 @@ def main() -> None:
         for name in args.only:
             results[name].append(result := judged(name, work, seed))
             print(seed, name, result, flush=True)
+    if args.record:
+        args.record.write_text(
+            json.dumps({name: [recorded(name, work, seed) for seed in range(args.seeds)] for name in args.only})
+        )
     page = (
         "# Verdicts on prepared runs\n\n"
         f"{describe('benchmarks.verdict')}\n"
@@ -119,11 +127,25 @@ HEADER = [
 
 
 def judged(name: str, work: Path, seed: int) -> dict[str, Any]:
-    """Train one prepared run, unless that is done, and return its first verdict with the iteration."""
+    """Return the first verdict of one prepared run with its iteration; train it first, unless that is done."""
     kind, run = RUNS[name], work / f"{list(RUNS).index(name)}_{seed}"
-    done = run / "verdict.json"
-    if done.is_file():
-        return json.loads(done.read_text())
+    if not (run / DONE).is_file():
+        (run / DONE).write_text(json.dumps(trained(kind, run, work, seed)))
+    done = json.loads((run / DONE).read_text())
+    rows, model = done["rows"], SSLMetaArch(load_run_config(str(run / "config.yaml")))
+    flat = flat_dino_loss(model)
+    alarm = LearningAlarm(model.num_prototypes, flat, lambda iteration: TOTAL, trained_start=kind.from_good)
+    calls = [(row["iteration"], called) for row in rows for called in alarm.check(row, TOTAL)]
+    at, first = calls[0] if calls else (None, "")
+    evaluated = [row for row in rows if "eval_knn" in row and (at is None or row["iteration"] <= at)]
+    result = {"first": first, "at": at, "all": calls, "seconds": done["seconds"]}
+    if evaluated:
+        result |= {"start_knn": evaluated[0]["start_knn"], "knn": evaluated[-1]["eval_knn"]}
+    return result
+
+
+def trained(kind: Kind, run: Path, work: Path, seed: int) -> dict[str, Any]:
+    """Train one prepared run; return its rows and the CPU seconds."""
     options = [f"train.dataset_path={work / 'tiles' / 'train'}", f"train.seed={seed}", *COMMON, *kind.options]
     if kind.evaluated:
         options.append("evaluation.eval_period_iterations=10")
@@ -134,20 +156,20 @@ def judged(name: str, work: Path, seed: int) -> dict[str, Any]:
     config = ["--config-file", str(ROOT / "configs" / "quickstart.yaml"), "--output-dir", str(run), "--no-resume"]
     train(get_args_parser().parse_args([*config, *options]))
     seconds = time.process_time() - began
-    cfg = load_run_config(str(run / "config.yaml"))
-    model = SSLMetaArch(cfg).eval()
-    rows = read_rows(run / METRICS_FILE)
+    rows, cfg = read_rows(run / METRICS_FILE), load_run_config(str(run / "config.yaml"))
     if kind.evaluated and not any("eval_knn" in row for row in rows):
-        add_knn(rows, cfg, run, work / "tiles", model.teacher["backbone"])
-    alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(model), lambda iteration: TOTAL)
-    calls = [(row["iteration"], called) for row in rows for called in alarm.check(row, TOTAL)]
-    at, first = calls[0] if calls else (None, "")
-    evaluated = [row for row in rows if "eval_knn" in row and (at is None or row["iteration"] <= at)]
-    result = {"first": first, "at": at, "all": calls, "seconds": seconds}
-    if evaluated:
-        result |= {"start_knn": evaluated[0]["start_knn"], "knn": evaluated[-1]["eval_knn"]}
-    done.write_text(json.dumps(result))
-    return result
+        add_knn(rows, cfg, run, work / "tiles", SSLMetaArch(cfg).eval().teacher["backbone"])
+    return {"rows": rows, "seconds": seconds}
+
+
+def recorded(name: str, work: Path, seed: int) -> dict[str, list[float | None]]:
+    """Return the rows of a finished run as columns of the values that verdicts depend on, with four digits."""
+    rows = json.loads((work / f"{list(RUNS).index(name)}_{seed}" / DONE).read_text())["rows"]
+    names = [key for key in dict.fromkeys(key for row in rows for key in row) if key in READ or key.startswith("grad_")]
+    return {
+        key: [None if (v := row.get(key)) is None else v if isinstance(v, int) else float(f"{v:.4g}") for row in rows]
+        for key in names
+    }
 
 
 def add_knn(rows: list[dict], cfg, run: Path, tiles: Path, backbone: nn.Module) -> None:
@@ -191,6 +213,10 @@ def summary(name: str, results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+READ = {
+    "iteration", "current_batch_size", "dino_local_crops_loss", "dino_global_crops_loss", "teacher_entropy",
+    "prototype_entropy", "rankme", "weight_norm_backbone", "skipped_steps", "eval_knn", "start_knn",
+}  # fmt: skip
 KNN = ("start_knn", "knn")
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ class LearningAlarm:
     * ``single_prototype``: the assignments of a batch lie on a few prototypes.
     * ``dimensional``: the features fill less than a quarter of the dimensions (RankMe) that they once filled.
     * ``no_progress``: the loss stays at 1, or stops falling before it was below ``LEARNED``.
-    * ``worse_than_start``: ``eval_knn``, else ``eval_rankme``, is below its value before the run, and does not rise.
+    * ``worse_than_start``: ``eval_knn``, else ``eval_rankme``, is below its value before the run, and does not rise
+      fast enough to reach it soon.
 
     An untrained network has a loss of 1, too. Until the loss has been below ``LEARNED``, ``uniform`` and
     ``no_progress`` need ``STRETCH`` of the run, and twice as long while the entropy or the loss falls (for
@@ -85,6 +86,8 @@ class LearningAlarm:
         num_prototypes: K, prototypes of the monitored head.
         flat_loss: DINO loss if every image is spread evenly; None: there is no such loss, the entropy is used instead.
         total: maps an iteration to the run's length in iterations, as far as known then.
+        trained_start: whether the run started from trained weights. Random features first get worse in good runs, too:
+            without trained weights, ``worse_than_start`` counts evaluations from when the loss is below ``LEARNED``.
         announce: called with {"verdict": kinds} whenever they change, for the destinations that show a summary.
 
     Attributes:
@@ -103,9 +106,10 @@ class LearningAlarm:
         flat_loss: float | None,
         total: Callable[[int], float],
         announce: Callable[[dict[str, str]], None] = lambda facts: None,
+        trained_start: bool = False,
     ) -> None:
         self.uniform_entropy, self.flat_loss, self.total = math.log(num_prototypes), flat_loss, total
-        self.announce = announce
+        self.announce, self.trained_start = announce, trained_start
         self.stretches: dict[str, list[dict[str, float]]] = {kind: [] for kind in (*KINDS, PLATEAU)}
         self.num_rows = self.num_flat = 0
         self.has_learned, self.has_collapsed = False, False
@@ -188,8 +192,7 @@ class LearningAlarm:
             NO_PROGRESS: flat,
             PLATEAU: loss >= self.LEARNED,
         }
-        measure = _measure(row)
-        if measure:
+        if (measure := _measure(row)) and (self.trained_start or self.has_learned):
             now, start = row[f"eval_{measure}"], row[f"start_{measure}"]
             least = start - self.KNN_LOSS if measure == "knn" else start * self.RANKME_LEFT
             found[WORSE] = now < least
@@ -225,9 +228,10 @@ class LearningAlarm:
         stretch = self.stretches[kind]
         span = stretch[-1]["iteration"] - stretch[0]["iteration"]
         if kind == WORSE:
-            before, after = _halves(stretch, f"eval_{_measure(stretch[-1])}")
-            is_rising = after > before + COLLAPSE_MARGIN * abs(before)
-            return len(stretch) >= self.MIN_EVALS and not is_rising
+            measure = _measure(stretch[-1])
+            before, after = _halves(stretch, f"eval_{measure}")
+            recovers = 2 * (after - before) >= stretch[-1][f"start_{measure}"] - after
+            return len(stretch) >= self.MIN_EVALS and not recovers
         if len(stretch) < self.MIN_ROWS:
             return False
         if kind == PLATEAU:
@@ -270,9 +274,8 @@ class LearningAlarm:
     def _reason(self, kind: str, last: dict[str, float]) -> tuple[str, str]:
         """Return what is wrong and what to change."""
         if kind in (UNIFORM, NO_PROGRESS) and last.get("rankme", math.inf) < ALIKE:
-            return "the features of all images are nearly the same", (
-                "student.layerscale=1 in a short run, a longer run, or a lower optim.base_lr"
-            )
+            advice = f"student.layerscale=1 in a short run, or a longer run; else {ADVICE[kind][1]}"
+            return "the features of all images are nearly the same", advice
         if kind == NO_PROGRESS and last["teacher_entropy"] >= self.UNIFORM * self.uniform_entropy:
             kind = UNIFORM
         if kind == DIMENSIONAL:

@@ -127,7 +127,9 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     make["rankme"] = partial(seldom, of=rankme)
     metrics = MetricLogger(delimiter="  ", sinks=sinks, make=make)
     metrics.load_state(kept.get("windows", {}))
-    alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(model), course.expected_total, sinks.summarize)
+    trained_start = bool(cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
+    flat_loss = flat_dino_loss(model)
+    alarm = LearningAlarm(model.num_prototypes, flat_loss, course.expected_total, sinks.summarize, trained_start)
     alarm.read(read_rows(out / METRICS_FILE) if rank == 0 else [])
     sinks.add(alarm)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
