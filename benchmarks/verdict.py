@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 DONE = "rows.json"
 TOTAL = 200
 QUARTER = TOTAL // 4
-EVALUATED = [9, 19, 29, 39, 49, 89, 119, 149, 199]  # iterations whose teachers are classified with
+EVALUATED = {"": [9, 19, 29, 39, 49, 89, 119, 149, 199], WORSE: range(4, TOTAL, 5)}  # iterations, by expected verdict
 TILING = Tiling(size=48, train=40, held_out=20)
 COMMON = (
     "student.patch_size=8",
@@ -148,7 +148,7 @@ def trained(kind: Kind, run: Path, work: Path, seed: int) -> dict[str, Any]:
     """Train one prepared run; return its rows and the CPU seconds."""
     options = [f"train.dataset_path={work / 'tiles' / 'train'}", f"train.seed={seed}", *COMMON, *kind.options]
     if kind.evaluated:
-        options.append("evaluation.eval_period_iterations=10")
+        options.append("evaluation.eval_period_iterations=5")
     if kind.from_good:
         good = work / f"0_{seed}" / "eval" / f"training_{TOTAL - 1}" / "teacher_checkpoint.pth"
         options.append(f"student.pretrained_weights={good}")
@@ -158,7 +158,10 @@ def trained(kind: Kind, run: Path, work: Path, seed: int) -> dict[str, Any]:
     seconds = time.process_time() - began
     rows, cfg = read_rows(run / METRICS_FILE), load_run_config(str(run / "config.yaml"))
     if kind.evaluated and not any("eval_knn" in row for row in rows):
-        add_knn(rows, cfg, run, work / "tiles", SSLMetaArch(cfg).eval().teacher["backbone"])
+        backbone = SSLMetaArch(cfg).eval().teacher["backbone"]
+        add_knn(
+            [row for row in rows if row["iteration"] in EVALUATED[kind.expected]], cfg, run, work / "tiles", backbone
+        )
     return {"rows": rows, "seconds": seconds}
 
 
@@ -173,14 +176,15 @@ def recorded(name: str, work: Path, seed: int) -> dict[str, list[float | None]]:
 
 
 def add_knn(rows: list[dict], cfg, run: Path, tiles: Path, backbone: nn.Module) -> None:
-    """Add ``eval_knn`` and ``start_knn`` to the rows in ``EVALUATED``, as an evaluation during training does."""
+    """Add ``eval_knn`` and ``start_knn`` to ``rows``, as an evaluation during training does."""
     datasets = load_tiles(tiles, Normalize(**cfg.data.normalize))
     if weights := cfg.student.pretrained_weights:
         _load(backbone, Path(weights))
     start = knn_accuracy(backbone, datasets, torch.float32)
     for row in rows:
-        if row["iteration"] in EVALUATED:
-            _load(backbone, run / "eval" / f"training_{row['iteration']}" / "teacher_checkpoint.pth")
+        file = run / "eval" / f"training_{row['iteration']}" / "teacher_checkpoint.pth"
+        if file.is_file():  # not of the step at which the run was ended
+            _load(backbone, file)
             row |= {"eval_knn": knn_accuracy(backbone, datasets, torch.float32), "start_knn": start}
 
 
