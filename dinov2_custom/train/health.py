@@ -98,6 +98,7 @@ class LearningAlarm:
     MIN_ROWS, STRETCH, LEARNED, UNIFORM, FALL = 10, 0.2, 0.97, 0.98, 0.003
     RANK_LOSS, RANK_RISE, FEW_PROTOTYPES = 4.0, 1.1, 0.4
     GROWTH, LESS_RANK, RISE = 1.1, 0.8, 10.0
+    SETTLED = 90  # iterations, by when the centre and the medians of rows have forgotten the first steps
     MIN_EVALS, KNN_LOSS, RANKME_LEFT = 3, 0.02, 0.5
 
     def __init__(
@@ -234,6 +235,8 @@ class LearningAlarm:
             return len(stretch) >= self.MIN_EVALS and not recovers
         if len(stretch) < self.MIN_ROWS:
             return False
+        if kind == SINGLE:
+            return span >= min(self.STRETCH * total, self.SETTLED)
         if kind == PLATEAU:
             return span >= 2 * self.STRETCH * total and not self._falls_still(stretch, total)
         if kind not in (UNIFORM, NO_PROGRESS) or self.has_learned:
