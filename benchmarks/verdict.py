@@ -109,9 +109,9 @@ def main() -> None:
         f"Runs of {TOTAL} iterations on {len(list((work / 'tiles' / 'train').rglob('*.png'))):,} grey tiles of "
         "sixteen photographs. *right*: the expected verdict comes before a quarter of the run; "
         "for the good run: no verdict at all until its end. *kNN*: k = 20, tiles held out, at the start and at the "
-        "latest evaluation before the verdict, mean over seeds. Thresholds, runs and the meaning of *right* were chosen "
-        "while looking at seeds 0 to 2, so only further seeds are a test. If *right* meant the first verdict, 1 of 3 "
-        "runs from trained weights would be.\n\n"
+        "latest evaluation before the verdict, mean over seeds. Thresholds, runs and the meaning of *right* were "
+        "chosen while looking at seeds 0 to 2, so only further seeds are a test. If *right* meant the first verdict, "
+        "1 of 3 runs from trained weights would be.\n\n"
         f"{table(HEADER, [summary(name, found) for name, found in results.items()])}\n"
     )
     finish(page, "verdict", args.write)
