@@ -7,6 +7,7 @@ path) and what to do. The exit codes, for shells, launchers and schedulers:
 0          done, or nothing to do
 1          an error that needs attention; a one-line message or a traceback is in the log
 2          an invalid command line
+3          the run has collapsed and train.on_collapse is stop; saved first. Nothing restarts it
 75         a process of the job (or this one) died or hangs; the same command resumes from the newest checkpoint
 128 + n    stopped by signal n: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1, 140 SIGUSR2; in training, saved first
 =========  ==================================================================================================
@@ -26,6 +27,7 @@ from types import ModuleType
 DONE = 0
 ERROR = 1
 USAGE = 2
+COLLAPSED = 3
 LOST_PROCESS = 75  # sysexits.h calls it EX_TEMPFAIL: try again
 # exit codes, as Python reports them, of a child that ended because another one did: it lost it, or a launcher stopped
 # it

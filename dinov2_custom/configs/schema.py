@@ -255,6 +255,12 @@ class Train(Section):
         unit="steps",
         changes_results=False,
     )
+    on_collapse: Literal["warn", "stop"] = key(
+        "warn",
+        "what follows the verdict that the run has collapsed or explodes: warn, or stop: save a checkpoint after the "
+        "step and end with exit code 3, which no launcher restarts",
+        changes_results=False,
+    )
     hang_timeout: NonNegativeInt | NonNegativeFloat = key(
         480,
         "time without a step (three times that for the first step and for saves) after which each process writes its "

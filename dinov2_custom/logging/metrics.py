@@ -47,7 +47,7 @@ class MetricLogger:
         self.delimiter = delimiter
         self.output_file = output_file
         self.sinks = sinks
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
         self._ends = False
         self._once: dict[str, float] = {}
         self._report: Callable[[], None] | None = None
@@ -209,12 +209,18 @@ class MetricLogger:
             return str(self)
         read_pending(self.meters.values())
         fields = [f"{name}: {self.meters[name].median:.4g}" for name in shown if name in self.meters]
-        return self.delimiter.join([*fields, *(f"{name}: {count}" for name, count in self.counts.items() if count)])
+        return self.delimiter.join(
+            [*fields, *(f"{name}: {_short(count)}" for name, count in self.counts.items() if count)]
+        )
 
     def _headline(self) -> str:
         return " ".join(
             f"{name}={self.meters[name].median:.4g}" for name in ("total_loss", "lr") if name in self.meters
         )
+
+
+def _short(count: float) -> str:
+    return f"{count:.4g}" if isinstance(count, float) else str(count)
 
 
 def _place(

@@ -33,6 +33,8 @@ class Sink(Protocol):
 
     def log(self, step: int, row: Mapping[str, float]) -> None: ...
 
+    def summarize(self, facts: Mapping[str, str]) -> None: ...
+
     def state(self) -> dict[str, str]: ...
 
     def close(self, exit_code: int) -> None: ...
@@ -64,6 +66,14 @@ class Sinks:
                 if not sink.retries:
                     self._sinks.remove(sink)
                     self._close(sink, 1)
+
+    def summarize(self, facts: Mapping[str, str]) -> None:
+        """Show ``facts`` about the whole run, such as its verdict, where a destination has a place for them."""
+        for sink in self._sinks:
+            try:
+                sink.summarize(facts)
+            except Exception as e:
+                self._report(sink, e, "its summary is incomplete there")
 
     def add(self, sink: Sink) -> None:
         """Add ``sink`` if there are other sinks, that is, on the rank that reports."""
@@ -109,6 +119,9 @@ class JsonLines:
     def log(self, step: int, row: Mapping[str, float]) -> None:
         append_row(self.path, {"iteration": step} | dict(row))
 
+    def summarize(self, facts: Mapping[str, str]) -> None:
+        pass  # rows only, as upstream writes them
+
     def state(self) -> dict[str, str]:
         return {}
 
@@ -140,6 +153,10 @@ class TensorBoard:
     def log(self, step: int, row: Mapping[str, float]) -> None:
         for key, value in row.items():
             self._writer.add_scalar(key, value, step)
+
+    def summarize(self, facts: Mapping[str, str]) -> None:
+        for key, value in facts.items():
+            self._writer.add_text(key, value)
 
     def state(self) -> dict[str, str]:
         return {}

@@ -39,6 +39,9 @@ class WandB:
     def log(self, step: int, row: Mapping[str, float]) -> None:
         self._run.log(dict(row), step=step)
 
+    def summarize(self, facts: Mapping[str, str]) -> None:
+        self._run.summary.update(dict(facts))
+
     def state(self) -> dict[str, str]:
         return {"wandb_run_id": self._run.id}
 

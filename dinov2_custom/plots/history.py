@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from dinov2_custom.files import atomic_write
 from dinov2_custom.plan.prices import Price, load_prices
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.forecast import Forecast, make_forecast
-from dinov2_custom.plots.metrics_file import Run, dino_loss, find_runs, read_run, short_names
+from dinov2_custom.plots.metrics_file import Run, dino_loss, epoch_means, find_runs, read_run, short_names
 from dinov2_custom.plots.page import make_page
 
 COLUMNS = 3
@@ -196,6 +197,8 @@ PANELS = (
 def main(args: argparse.Namespace) -> int:
     """Plot the runs in ``args.runs`` and print the paths of the files; return 0.
 
+    For one run, ``epochs.csv`` contains the means over each pass over the data, if its rows have ``epoch``.
+
     Raises:
         DataError: if a path contains no run, or a run has no rows.
         ConfigError: if matplotlib is missing, the output cannot be written, or there is nothing to forecast.
@@ -220,6 +223,12 @@ def main(args: argparse.Namespace) -> int:
     with atomic_write(out / "history.html") as file:
         file.write(make_page(runs, figure))
     print(out / "history.html")
+    if len(runs) == 1 and (means := epoch_means(runs[0].rows)):
+        with atomic_write(out / "epochs.csv") as file:
+            table = csv.DictWriter(file, list(dict.fromkeys(name for row in means for name in row)))
+            table.writeheader()
+            table.writerows(means)
+        print(out / "epochs.csv")
     return 0
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import yaml
@@ -49,6 +51,27 @@ def read_metrics(path: str | Path) -> list[dict]:
     if not rows:
         raise DataError(f"expected rows of metrics, got none in {path}; the run ended before its first report")
     return [rows[iteration] for iteration in sorted(rows)]
+
+
+def epoch_means(rows: Sequence[dict]) -> list[dict]:
+    """Return one row for each started pass over the data: ``pass`` (from 1), ``rows``, and the means of all values.
+
+    ``epoch`` and ``iteration`` are the last ones of the pass instead. Rows without ``epoch`` (upstream's) are left out,
+    as are values that are not finite.
+    """
+    passes: dict[int, list[dict]] = {}
+    for row in rows:
+        if row.get("epoch"):
+            passes.setdefault(math.ceil(row["epoch"]), []).append(row)
+    means = []
+    for number, members in passes.items():
+        mean: dict[str, float] = {"pass": number, "rows": len(members)}
+        for name in dict.fromkeys(name for row in members for name in row):
+            values = [v for row in members if isinstance(v := row.get(name), int | float) and math.isfinite(v)]
+            if values:
+                mean[name] = values[-1] if name in ("epoch", "iteration") else fmean(values)
+        means.append(mean)
+    return means
 
 
 def dino_loss(row: dict) -> float:

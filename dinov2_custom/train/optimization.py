@@ -108,6 +108,12 @@ def clip_gradients(cfg, model, optimizer) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def weight_norm(part: torch.nn.Module) -> Tensor:
+    """Return the norm of all weights of ``part``, 0-dim, also if they are sharded over processes."""
+    return whole_tensor(torch.nn.utils.get_total_norm(list(part.parameters())))
+
+
+@torch.no_grad()
 def unscale(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
     """Divide this process's shards of the gradients by the loss scale, in place.
 

@@ -6,6 +6,7 @@ import math
 import platform
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -75,13 +76,21 @@ def short_run_warning(cfg, course: Course, num_images: int) -> str:
     )
 
 
-def describe_end(cfg, teacher_path: Path, checkpoint_path: Path) -> list[str]:
-    """Return lines on what was written and what to do next."""
+def describe_end(cfg, teacher_path: Path, checkpoint_path: Path, verdicts: Collection[str] = ()) -> list[str]:
+    """Return lines on what was written and what to do next; ``verdicts``: kinds that hold, of ``train/health.py``."""
     out = Path(cfg.train.output_dir)
+    next_step = (
+        f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
+        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL"
+    )
+    if verdicts:
+        next_step = (
+            f"next: the verdict is {', '.join(verdicts)}: change what the last lines say, and train again into "
+            "another --output-dir"
+        )
     return [
         f"teacher weights: {teacher_path}",
         f"training state: {checkpoint_path} (to extend the run, increase its length and rerun the same command)",
         f"losses: {out / 'training_metrics.json'}",
-        f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
-        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL",
+        next_step,
     ]

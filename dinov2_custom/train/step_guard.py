@@ -1,5 +1,4 @@
-"""Skip steps with non-finite numbers: decided on the device, read by the host one step later, so that it never waits.
-"""
+"""Skip steps with non-finite numbers: decided on the device, read by the host one step later, without waiting."""
 
 from __future__ import annotations
 
@@ -23,10 +22,16 @@ _NUM_SIGNALS = 64
 
 class Flags(NamedTuple):
     """What the processes share in each step: the signal that requests a stop (0: none) and, from the main process, the
-    training time."""
+    training time and whether the run has collapsed and is to end."""
 
     stop_signal: int = 0
     seconds: float = 0.0
+    collapsed: bool = False
+
+    @property
+    def end(self) -> bool:
+        """Whether the run is to end after this step."""
+        return bool(self.stop_signal or self.collapsed)
 
 
 _NO_FLAGS = Flags()
@@ -131,13 +136,16 @@ class StepGuard:
 
 def _encode(flags: Flags) -> Tensor:
     """Return a vector whose sum over all processes :func:`_decode` can read."""
-    encoded = torch.zeros(1 + _NUM_SIGNALS)
-    encoded[0] = flags.seconds if distributed.is_main_process() else 0.0
+    encoded = torch.zeros(2 + _NUM_SIGNALS)
+    if distributed.is_main_process():
+        encoded[0], encoded[1] = flags.seconds, float(flags.collapsed)
     if flags.stop_signal:
-        encoded[1 + flags.stop_signal] = 1.0
+        encoded[2 + flags.stop_signal] = 1.0
     return encoded
 
 
 def _decode(summed: list[float]) -> Flags:
-    asked = [signum for signum, count in enumerate(summed[1:]) if count]
-    return Flags(asked[0] if asked else 0, summed[0] if summed else 0.0)
+    if not summed:
+        return _NO_FLAGS
+    asked = [signum for signum, count in enumerate(summed[2:]) if count]
+    return Flags(asked[0] if asked else 0, summed[0], bool(summed[1]))

@@ -14,7 +14,7 @@ from dinov2_custom import distributed, entry
 from dinov2_custom.cli import train_parser as get_args_parser
 from dinov2_custom.configs.load import check_output_dir, find_config, with_defaults
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
-from dinov2_custom.errors import DONE, CheckpointError, stopped_by
+from dinov2_custom.errors import COLLAPSED, DONE, CheckpointError, stopped_by
 from dinov2_custom.logging import (
     METRICS_FILE,
     WINDOW,
@@ -43,6 +43,7 @@ from dinov2_custom.train.optimization import (
     build_schedulers,
     clip_gradients,
     step_unless,
+    weight_norm,
 )
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.run_directory import changed_batch, changed_data, changed_keys, is_refusal, made_and_locked
@@ -125,10 +126,13 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         truncate_after(out / METRICS_FILE, iteration - kept.get("has_row_of_stop", 0))
     sinks = open_sinks(out, OmegaConf.to_container(cfg), iteration, kept.get("wandb_run_id"), kept.get("mlflow_run_id"))
     seldom = partial(SmoothedValue, max(1, WINDOW // cfg.train.log_every))  # of what is computed for rows only
-    make = {"teacher_entropy": seldom, "prototype_entropy": seldom, "rankme": partial(seldom, of=rankme)}
+    make = dict.fromkeys(("teacher_entropy", "prototype_entropy", "weight_norm_backbone"), seldom)
+    make["rankme"] = partial(seldom, of=rankme)
     metrics = MetricLogger(delimiter="  ", sinks=sinks, make=make)
     metrics.load_state(kept.get("windows", {}))
-    alarm = LearningAlarm(model.num_prototypes, flat_dino_loss(model), course.expected_total)
+    trained_start = bool(cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
+    flat_loss = flat_dino_loss(model)
+    alarm = LearningAlarm(model.num_prototypes, flat_loss, course.expected_total, sinks.summarize, trained_start)
     alarm.read(read_rows(out / METRICS_FILE) if rank == 0 else [])
     sinks.add(alarm)
     online.begin(read_rows(out / METRICS_FILE) if rank == 0 else [], resumed is not None)
@@ -137,6 +141,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     eval_period = cfg.evaluation.eval_period_iterations
     guard = StepGuard(cfg.train.max_nonfinite_steps, model.fp16_scaler is not None, checkpointer.newest)
     guard.skipped = kept.get("skipped_steps", 0)
+    stops = cfg.train.on_collapse == "stop"
     model.train()
 
     watching = Watchdog(out, cfg.train.hang_timeout)
@@ -172,7 +177,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
 
             # update, unless something is not finite
             grad_norms = clip_gradients(cfg, model, optimizer)
-            losses, skip = guard.check(iteration, losses, grad_norms, Flags(stop.signum, course.read_clock()))
+            own = Flags(stop.signum, course.read_clock(), stops and alarm.has_collapsed)
+            losses, skip = guard.check(iteration, losses, grad_norms, own)
             step_unless(skip, model, optimizer, momentum)
             flags = guard.poll()
             course.update(flags.seconds)
@@ -189,17 +195,18 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 **grad_norms,
             )
             if model.diagnose:
-                metrics.update(**model.diagnostics)
+                metrics.update(**model.diagnostics, weight_norm_backbone=weight_norm(model.student["backbone"]))
             if evaluates:
                 watch.mark(iteration, patience=3)
                 row = online.evaluate(model, iteration, teacher_temp, metrics.total_loss.median)
                 metrics.add_to_row(**row)
 
-            if last or flags.stop_signal:
+            if last or flags.end:
                 guard.drain()
                 reducer.check()
                 metrics.end_after_this()
             metrics.counts["skipped_steps"] = guard.skipped
+            metrics.counts["epoch"] = round((iteration + 1) * length.global_batch / loader.num_images, 6)
             metrics.write_now()  # otherwise a kill after the save would leave a gap in the metrics
 
             # save
@@ -208,8 +215,8 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 teacher_path = checkpointer.save_teacher(f"training_{iteration}", final=last)
             if evaluates and online.is_best:
                 checkpointer.save_teacher(BEST, facts=online.facts)
-            if last or flags.stop_signal or (iteration + 1) % save_period == 0:
-                leaving = bool(flags.stop_signal)
+            if last or flags.end or (iteration + 1) % save_period == 0:
+                leaving = flags.end
                 extra = sinks.state() | course.state(ended=last) | {"windows": metrics.state()} | guard.state()
                 extra["data"] = loader.found
                 # a run without the stop does not have the row that the stop writes
@@ -219,17 +226,23 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 )
             watch.mark(iteration)
             iteration += 1
+        verdicts = alarm.final_verdicts()
+        sinks.summarize({"verdict": ", ".join(verdicts) or "none"})
         if not last:
-            sinks.close(stopped_by(flags.stop_signal))
+            code = stopped_by(flags.stop_signal) if flags.stop_signal else COLLAPSED
+            sinks.close(code)
             distributed.barrier()  # a launcher ends the other processes when the first one exits
-            for warning in alarm.final_warnings():
+            for warning in verdicts.values():
                 logger.warning(warning)
-            logger.warning(f"stopped after iteration={iteration - 1}; the same command resumes from {checkpoint_path}")
-            return stopped_by(flags.stop_signal)
+            why = "" if flags.stop_signal else " because the run has collapsed (train.on_collapse=stop)"
+            logger.warning(
+                f"stopped after iteration={iteration - 1}{why}; the same command resumes from {checkpoint_path}"
+            )
+            return code
 
-    for line in describe_end(cfg, teacher_path, checkpoint_path):
+    for line in describe_end(cfg, teacher_path, checkpoint_path, verdicts):
         logger.info(line)
-    for warning in alarm.final_warnings():
+    for warning in verdicts.values():
         logger.warning(warning)
     return DONE
 

@@ -31,6 +31,9 @@ class Broken:
         self.calls += 1
         raise ConnectionResetError("gone")
 
+    def summarize(self, facts):
+        raise BrokenPipeError("gone")
+
     def state(self):
         return {"a": "b"}
 
@@ -148,6 +151,7 @@ def test_tensorboard_reads_back_and_continues_after_a_kill(tmp_path):
             sinks.log(step, {"total_loss": step / 7, "data_wait": 0.25})
     with open_sinks(tmp_path, values, 15) as sinks:  # the checkpoint was of iteration 14
         sinks.log(20, {"total_loss": -1.0, "data_wait": 0.25})
+        sinks.summarize({"verdict": "uniform"})
     events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["data_wait", "total_loss"]
@@ -155,6 +159,8 @@ def test_tensorboard_reads_back_and_continues_after_a_kill(tmp_path):
     assert scalars == [(0, 0.0), (10, pytest.approx(10 / 7)), (20, -1.0)]
     (text,) = events.Tensors("config/text_summary")[:1]
     assert b'"arch": "vit_large"' in text.tensor_proto.string_val[0]
+    (text,) = events.Tensors("verdict/text_summary")
+    assert text.tensor_proto.string_val[0] == b"uniform"
 
 
 # the JSON-lines file across kills and resumes
@@ -195,7 +201,8 @@ def test_truncate_leaves_a_good_file_untouched(path):
 
 
 @pytest.mark.parametrize(
-    "torn", [b'{"iteration": 4, "lo', b'{"iteration": 4, "loss": 2}', b"\xff\xfe", b"[1]\n", b"{}\n"]
+    "torn",
+    [b'{"iteration": 4, "lo', b'{"iteration": 4, "loss": 2}', b"\xff\xfe", b"[1]\n", b"{}\n"]
     + [b"[" * 100_000 + b"\n", b'{"iteration": 1, "iteration": 2}\n'],
     ids=range(7),
 )

@@ -53,6 +53,7 @@ def test_reads_back_and_a_second_start_continues_with_id_and_steps(tmp_path, mon
         state = sinks.state()
     with start(out, 15, project="cells") as sinks:
         sinks.log(20, {"iteration": 20, "total_loss": 2.5})
+        sinks.summarize({"verdict": "uniform"})
         sinks.close(143)
     first, second = sorted(offline_runs(out), key=lambda run: run.history[0]["_step"])
     assert (first.project, first.name, first.group, first.tags) == ("cells", "my_run", "sweep", ["a", "7"])
@@ -62,6 +63,7 @@ def test_reads_back_and_a_second_start_continues_with_id_and_steps(tmp_path, mon
     assert first.history[0]["images_per_s"] == 64.0
     assert first.config["student"]["arch"] == "vit_large" and first.config["wandb"]["project"] == "cells"
     assert (first.exit_code, second.exit_code) == (0, 143)
+    assert second.summary["verdict"] == "uniform" and "verdict" not in first.summary
     assert warnings_of(caplog) == []
     assert [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()] == []
 

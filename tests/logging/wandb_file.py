@@ -29,10 +29,10 @@ def raw_records(data: bytes):
 
 
 def read_offline_run(file: Path) -> SimpleNamespace:
-    """Return id, project, name, group, tags, config, history (one dict per row) and exit code (None: not ended)."""
+    """Return id, project, name, group, tags, config, summary, history (a dict per row), exit code (None: not ended)."""
     from wandb.proto import wandb_internal_pb2
 
-    run = SimpleNamespace(config={}, history=[], exit_code=None)
+    run = SimpleNamespace(config={}, summary={}, history=[], exit_code=None)
     for raw in raw_records(file.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(raw)
         kind = record.WhichOneof("record_type")
@@ -42,6 +42,9 @@ def read_offline_run(file: Path) -> SimpleNamespace:
             run.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         elif kind == "config":
             run.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        elif kind == "summary":
+            items = record.summary.update
+            run.summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
         elif kind == "history":
             items = record.history.item
             run.history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})

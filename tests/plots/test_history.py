@@ -123,6 +123,17 @@ def test_files_of_one_run(tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_means_over_each_pass_are_written_for_a_run_with_epochs(tmp_path):
+    out = write(tmp_path / "run")
+    losses, epochs = [4.0, 2.0, math.nan, 3.0, 1.0], [0.5, 1.0, 1.25, 2.0, 2.5]
+    numbers = [{"iteration": 10 * i, "total_loss": losses[i], "epoch": epochs[i]} for i in range(5)]
+    (out / "training_metrics.json").write_text("".join(json.dumps(row) + "\n" for row in numbers))
+    assert draw(out) == 0
+    assert (out / "epochs.csv").read_text().split() == [
+        "pass,rows,iteration,total_loss,epoch", "1,2,10,3.0,1.0", "2,2,30,3.0,2.0", "3,1,40,1.0,2.5",
+    ]  # fmt: skip
+
+
 def test_comparison_shows_the_settings_that_differ(tmp_path):
     other = {**CONFIG, "optim": {"base_lr": 0.001}, "train": {"output_dir": "x"}}
     folders = [write(tmp_path / "a"), write(tmp_path / "b", config=other)]

@@ -33,6 +33,7 @@ REFUSED = "expected images, got none"
         (ended(143), True, Job("COMPLETING"), False, "completing"),
         (ended(130), True, Job(), False, "by the user"),
         (ended(REFUSED), True, Job(), False, "another attempt would repeat"),
+        (ended(3, 3), True, Job(), False, "another attempt would repeat"),  # train.on_collapse=stop
         (ended(1), True, Job(), False, "another attempt would repeat"),
         (ended(CRASH), True, Job(), True, "it died; the next attempt resumes from"),
         (ended(CRASH, 143), True, Job(), True, "it died; the next attempt resumes from"),

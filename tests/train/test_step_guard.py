@@ -71,7 +71,7 @@ def test_a_loss_scaler_may_search_for_its_scale():
 def test_alone_a_stop_is_read_at_once():
     guard = guard_of()
     check(guard, 0, GOOD, flags=Flags(15, 2.5))
-    assert guard.poll() == (15, 2.5)
+    assert guard.poll() == (15, 2.5, False)
 
 
 class Trainer:
@@ -278,7 +278,7 @@ for options in (["train.centering=centering"], ["train.centering=sinkhorn_knopp"
     weights = whole_tensor(trainer.model.student["backbone"].pos_embed.detach()).clone()
     results[-1].append(torch.equal(distributed.all_reduce(weights.clone()) / 2, weights))
 one = {"a": torch.ones(())}
-trainer.guard.check(3, one, one, Flags(12, 7.0) if rank == 1 else Flags(0, 4.5))
+trainer.guard.check(3, one, one, Flags(12, 7.0) if rank == 1 else Flags(0, 4.5, True))
 flags = [trainer.guard.poll()]
 trainer.guard.check(4, one, one)
 flags.append(trainer.guard.poll())
@@ -289,4 +289,4 @@ distributed.disable()
     for rank in (0, 1):
         results, flags = json.loads((tmp_path / f"rank{rank}").read_text())
         assert results == [[True, 1, True, True]] * 3
-        assert flags == [[0, 0.0], [12, 4.5]]  # agreed on, one step late; the main process's clock
+        assert flags == [[0, 0.0, False], [12, 4.5, True]]  # agreed on, one step late; the main process's clock

@@ -12,7 +12,15 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinov2_custom.errors import CheckpointError, ConfigError, DataError, DINOv2Error, LaunchError, ResourceError
+from dinov2_custom.errors import (
+    COLLAPSED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DINOv2Error,
+    LaunchError,
+    ResourceError,
+)
 from dinov2_custom.eval import knn
 from dinov2_custom.eval.args import get_knn_args_parser
 from dinov2_custom.logging import remove_logging
@@ -303,6 +311,22 @@ def test_a_run_that_does_not_learn_is_reported_and_again_at_the_end(images, tmp_
         said = [number for number, line in enumerate(lines) if "the run does not learn" in line]
         assert len(said) == 2 and said[1] == len(lines) - 1
         assert "[ 9/12]" in lines[said[0] + 1]  # the row that completed ten
+        assert all("lower teacher.teacher_temp and" in lines[number] for number in said)
+        (next_step,) = [line for line in lines if "next: " in line]
+        assert "the verdict is uniform" in next_step and "knn" not in next_step
+    assert [row["epoch"] for row in rows(tmp_path)] == pytest.approx([n * 4 / 12 for n in range(1, 13)], abs=1e-6)
+
+
+def test_a_collapsed_run_can_stop_with_a_checkpoint_and_is_not_stopped_again(images, tmp_path, capsys):
+    options = ["train.log_every=1", "teacher.teacher_temp=100", "teacher.warmup_teacher_temp=100", "optim.epochs=3"]
+    command = [f"train.dataset_path={images}", *RUN, *options, "train.on_collapse=stop", "--output-dir", tmp_path]
+    assert train(*command) == COLLAPSED
+    *_, verdict, end = capsys.readouterr().out.splitlines()
+    assert "verdict uniform" in verdict and "stopped after iteration=10" in end and "train.on_collapse=stop" in end
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000010" and rows(tmp_path)[-1]["iteration"] == 10
+    assert train(*command) == 0  # the one who resumes it has read the verdict
+    assert "next: the verdict is uniform" in capsys.readouterr().out
+    assert [row["iteration"] for row in rows(tmp_path)] == list(range(12))
 
 
 def test_the_hint_after_a_run_works_as_it_stands_beside_the_run(images, tmp_path, capsys):
