@@ -125,7 +125,7 @@ PANELS = (
     ),
     Panel(
         "Similarity to the start",
-        "0 to 1, held-out images",
+        "-1 to 1, held-out images",
         (Line("mean cosine", _key("eval_cosine_to_start")), Line("linear CKA", _key("eval_cka_to_start"))),
         from_zero=True,
     ),
