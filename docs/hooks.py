@@ -1,4 +1,4 @@
-"""A hook of mkdocs: show links to files outside docs/, which lead somewhere in a checkout, as plain names on the site."""
+"""A hook of mkdocs: on the site, show links to files outside docs/ as plain names."""
 
 import re
 

@@ -64,6 +64,6 @@ def test_every_file_of_a_dockerfile_step_is_sent():
     lines = (REPOSITORY / ".dockerignore").read_text().splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
     sent = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "configs/vits.yaml", "dinov2_custom/cli.py")
-    left = (".git/config", ".venv/bin/python", "tests/conftest.py", "out/config.yaml", "dinov2_custom/__pycache__/a.pyc")
+    left = (".git/config", ".venv/bin/python", "tests/conftest.py", "out/config.yaml", "configs/__pycache__/a.pyc")
     assert [path for path in sent if not is_sent(path, patterns)] == []
     assert [path for path in left if is_sent(path, patterns)] == []

@@ -1,8 +1,8 @@
 """Run the RUN steps of a Dockerfile without docker: ``dockerfile.py DOCKERFILE SOURCE FOLDER``.
 
-FOLDER becomes what the image gets from SOURCE, without the files that .dockerignore leaves out, and the steps run there with
-the ``pip`` and ``python`` on PATH. Base image and users are not emulated; build arguments have their defaults, except that
-packages come from pip's configured index.
+FOLDER becomes what the image gets from SOURCE, without the files that .dockerignore leaves out, and the steps run there
+with the ``pip`` and ``python`` on PATH. Base image and users are not emulated; build arguments have their defaults,
+except that packages come from pip's configured index.
 """
 
 import os
