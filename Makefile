@@ -5,7 +5,7 @@ TESTS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test test-cuda-host lint bench docs package clean
+.PHONY: quickstart test test-cuda-host lint bench commands docs package clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,12 +37,16 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.scaling --write
 	$(BIN)/python -m benchmarks.same_curve --write
 
+# Run the commands that the pages show, on generated images and with a tiny network
+commands: $(READY)
+	$(BIN)/python -m tests.docs.run_commands
+
 # The documentation as a site in build/site; a broken link is an error
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/python -m mkdocs build --strict
 
-# Build and check the distributions, the wheel in another environment, and the Dockerfile without docker
+# Build and check the distributions, the wheel in another environment, the Dockerfile without docker, and the notebook
 package: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ci]"
 	tests/packaging/check.sh $(BIN)/python

@@ -3,10 +3,8 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,39 +13,9 @@ from dinov2_custom import cli, errors
 from dinov2_custom.cli import COMMANDS, OverridesParser
 from dinov2_custom.cli import train_parser as get_args_parser
 from dinov2_custom.run.args import get_args_parser as get_launch_parser
-from tests.train.batches import TINY
-from tests.train.test_train import write_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHORT = ["train.OFFICIAL_EPOCH_LENGTH=2", "optim.epochs=1", "optim.warmup_epochs=0", "train.num_workers=0"]
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """Return the interpreter of an environment with our wheel and this environment's other packages."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    shutil.copytree(
-        REPOSITORY / "dinov2_custom", source / "dinov2_custom", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    shutil.copytree(REPOSITORY / "configs", source / "configs")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
-    subprocess.run(build, check=True, capture_output=True, text=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
-    site = next((folder / "venv").glob("lib/python*/site-packages"))
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        wheel.extractall(site)
-    # the folders alone: what an editable installation has put there finds nothing
-    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (site / "others.pth").write_text("\n".join(others))
-    return str(folder / "venv" / "bin" / "python")
-
-
-def run(python, folder, *arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([python, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_a_checkout_names_its_scripts(monkeypatch):
@@ -134,35 +102,6 @@ def test_a_misspelled_flag_is_answered_with_the_nearest(flag, said, capsys):
         parser.parse_args(["/my/images", flag, "x"])
     first = capsys.readouterr().err.splitlines()[0]
     assert first == f"error: unrecognized arguments: {flag} x{said}"
-
-
-def test_the_hints_of_an_installation_can_be_followed(python, tmp_path):
-    images = write_images(tmp_path / "images", 4)
-    train = [
-        "-m",
-        "dinov2_custom",
-        "train",
-        "--output-dir",
-        "out",
-        f"train.dataset_path={images}",
-        *TINY,
-        *SHORT,
-    ]
-    done = run(python, tmp_path, *train)
-    assert done.returncode == 0, done.stderr
-    hint = re.search(r"next: python (.*) --train-dataset", done.stdout)[1]
-    for name in ("train", "val"):
-        write_images(tmp_path / name / "a", 2)
-        write_images(tmp_path / name / "b", 2)
-    labelled = ["--train-dataset", "LabelledFolder:root=train", "--val-dataset", "LabelledFolder:root=val"]
-    sizes = ["--nb_knn", "1", "--resize-size", "32", "--crop-size", "32", "--num-workers", "0", "--output-dir", "knn"]
-    followed = run(python, tmp_path, *shlex.split(hint), *labelled, *sizes)
-    assert followed.returncode == 0 and (tmp_path / "knn" / "results_eval_knn.json").exists(), followed.stderr
-    unknown = run(python, tmp_path, *train, "nosuchkey=1")
-    assert "`python -m dinov2_custom.configs.document`" in unknown.stderr
-    assert run(python, tmp_path, "-m", "dinov2_custom.configs.document").stdout.startswith("# Configuration")
-    where = run(python, tmp_path, "-c", "import dinov2_custom; print(dinov2_custom.__file__)").stdout
-    assert where.startswith(str(Path(python).parents[1])), "the installation was tried, not the checkout"
 
 
 # flags and overrides of a training
@@ -309,12 +248,6 @@ def test_recipes_are_found_by_name(tmp_path, monkeypatch):
         load_run_config("vit_s.yaml", require_dataset=False)
     (tmp_path / "vits.yaml").write_text("student: {arch: vit_nano}\n")
     assert load_run_config("vits.yaml", require_dataset=False).student.arch == "vit_nano", "one's own file comes first"
-
-
-def test_recipes_are_in_the_wheel(python, tmp_path):
-    code = "from dinov2_custom.configs.load import recipe_folder as r; print(*(p.name for p in r().glob('*.yaml')))"
-    names = {path.name for path in (REPOSITORY / "configs").glob("*.yaml")}
-    assert set(run(python, tmp_path, "-c", code).stdout.split()) == names
 
 
 def test_help_leaves_out_what_help_slurm_shows(capsys):

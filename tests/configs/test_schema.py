@@ -28,6 +28,7 @@ OURS = {
     "dino.koleo_neighbours": "process",
     "train.max_nonfinite_steps": 3,
     "train.hang_timeout": 480,
+    "train.on_collapse": "warn",
     "train.max_steps": 0,
     "train.max_hours": 0,
     "train.log_every": 10,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the source distribution and the wheel, check their metadata, train two steps from the wheel in another environment, and
-# check the Dockerfile without docker. Needs the extra [ci] in the environment of the interpreter given: check.sh PYTHON
+# check the Dockerfile without docker; execute the notebook. Needs the extra [ci] in the environment of the interpreter given: check.sh PYTHON
 #
 # The other environments take torch and the requirements from that interpreter's, through a .pth file, instead of downloading
 # them again. A plain path in such a file adds packages, but not the editable installation of this checkout.
@@ -30,8 +30,10 @@ done
 environment "$scratch/wheel"
 "$scratch/wheel/bin/python" -m pip install --quiet --no-deps "$scratch"/dist/*.whl
 mkdir -p "$scratch/elsewhere/images" && cd "$scratch/elsewhere"
-"$scratch/wheel/bin/python" - "$scratch/wheel" <<'PY'
+wheel=$scratch/wheel/bin/python
+"$wheel" - "$scratch/wheel" <<'PY'
 import sys
+from pathlib import Path
 
 import dinov2_custom
 import numpy as np
@@ -40,16 +42,29 @@ from PIL import Image
 assert dinov2_custom.__file__.startswith(sys.argv[1]), dinov2_custom.__file__
 for seed in range(8):
     pixels = np.random.default_rng(seed).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(f"images/{seed}.png")
+    for folder in ("images", f"labelled/{seed % 2}"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(f"{folder}/{seed}.png")
 PY
-"$scratch/wheel/bin/python" -m dinov2_custom --help >/dev/null
-"$scratch/wheel/bin/python" -m dinov2_custom train --config-file "$repository/configs/small.yaml" --output-dir out \
-  train.dataset_path=images train.max_steps=2 train.batch_size_per_gpu=4 train.num_workers=0 >"$scratch/train.log" 2>&1 ||
-  { cat "$scratch/train.log"; exit 1; }
+logged() { # what follows the name of a log file: a command whose output is shown only if it fails
+  "${@:2}" >"$scratch/$1.log" 2>&1 || { cat "$scratch/$1.log"; exit 1; }
+}
+logged train "$scratch/wheel/bin/dinov2-custom" train --config-file small.yaml --output-dir out \
+  train.dataset_path=images train.max_steps=2 train.batch_size_per_gpu=4 train.num_workers=0 evaluation.online.every=0
 test -f out/eval/training_1/teacher_checkpoint.pth
-echo "wheel: trained two steps"
+# the command that the log ends with, and the one that an unknown key is answered with
+next=$(sed -n 's/.*next: \(dinov2-custom knn --pretrained-weights [^ ]*\) .*/\1/p' "$scratch/train.log")
+test -n "$next"
+labelled=LabelledFolder:root=labelled
+PATH=$scratch/wheel/bin:$PATH logged knn bash -c "$next --train-dataset $labelled --val-dataset $labelled --nb_knn 1 \
+  --num-workers 0 --output-dir knn"
+test -f knn/results_eval_knn.json
+"$wheel" -m dinov2_custom --help >/dev/null
+"$wheel" -m dinov2_custom.configs.document | grep -q '^# Configuration'
+echo "wheel: trained two steps with its own recipe, and evaluated"
 
 cd "$repository"
 PATH=$(dirname "$python"):$PATH hadolint Dockerfile
 environment "$scratch/image"
 PATH=$scratch/image/bin:$PATH "$python" tests/packaging/dockerfile.py Dockerfile "$source" "$scratch/context"
+"$python" tests/packaging/notebook.py

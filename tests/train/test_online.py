@@ -111,10 +111,7 @@ def test_best_by_loss_is_the_lowest_and_needs_datasets_for_knn(images, tmp_path)
 TWO = """
 import sys
 from dinov2_custom.train import get_args_parser, main
-folder, *options = sys.argv[1:]
-for name, every in (("with", 3), ("without", 0)):
-    args = [*options, f"evaluation.online.every={every}", "--output-dir", f"{folder}/{name}"]
-    assert main(get_args_parser().parse_args(args)) == 0
+assert main(get_args_parser().parse_args(sys.argv[1:])) == 0
 """
 
 
@@ -123,7 +120,9 @@ def test_two_processes_share_the_images_also_sharded(images, tmp_path):
     sharded = [f"{part}.sharding_strategy=FULL_SHARD" for part in parts]
     labelled = [f"evaluation.online.{name}=LabelledFolder:root={images}" for name in ("knn_train", "knn_val")]
     base = [f"train.dataset_path={images}", *SETTINGS, *labelled]
-    launch_source(tmp_path, TWO, str(tmp_path), *base, *sharded, "train.batch_size_per_gpu=2")
+    for name, every in (("with", 3), ("without", 0)):
+        options = [f"evaluation.online.every={every}", "train.batch_size_per_gpu=2", "--output-dir", tmp_path / name]
+        launch_source(tmp_path, TWO, *map(str, [*base, *sharded, *options]))
     one, two = weights(tmp_path / "with"), weights(tmp_path / "without")
     assert all(torch.equal(one[key], two[key]) for key in two)
     train(*base, "--output-dir", tmp_path / "one")
