@@ -101,7 +101,7 @@ class OverridesParser(Parser):
         if problems:
             self.error("\n  ".join(["cannot understand these arguments:", *problems]))
         if getattr(namespace, "eval", ""):
-            print(f"{self.prog}: note: --eval is accepted for upstream's sake and not used", file=sys.stderr)
+            print(f"{self.prog}: note: --eval is accepted for compatibility with upstream and ignored", file=sys.stderr)
         return namespace
 
     def _explain_flag(self, text: str) -> str:
@@ -222,9 +222,9 @@ all keys: {list_of_keys()}
         add_help=add_help,
     )
     _add_overrides(parser, "optim.epochs=10, anywhere")
-    add_output_dir(parser, "where everything of the run goes (default: train.output_dir, else ./outputs/<date>_<time>)")
+    add_output_dir(parser, "directory for all files of the run (default: train.output_dir, else ./outputs/<date>_<time>)")
     parser.add_argument(
-        "--no-resume", action="store_true", help="start anew, even if the output directory has a checkpoint"
+        "--no-resume", action="store_true", help="start over, even if the output directory has a checkpoint"
     )
     parser.add_argument(
         "--eval-only", action="store_true", help="write the teacher of the newest checkpoint, without training"
@@ -318,13 +318,13 @@ def quickstart_parser() -> OverridesParser:
     )
     add_output_dir(
         parser,
-        "where everything goes; a finished run there is only measured again (default: %(default)s)",
+        "output directory; a run that is finished there is only measured again (default: %(default)s)",
         default="outputs/quickstart",
     )
     parser.add_argument(
         "--seeds", type=_numbers, default=[0], metavar="N[,N]", help="train once for each seed (default: 0)"
     )
-    parser.add_argument("--no-resume", action="store_true", help="train anew, even if there is a finished run")
+    parser.add_argument("--no-resume", action="store_true", help="train again, even if there is a finished run")
     _add_allow_unknown_keys(parser)
     parser.add_argument("opts", nargs="*", default=[], metavar="key=value", help="overrides of the recipe, anywhere")
     return parser
@@ -339,7 +339,7 @@ def verify_parser() -> Parser:
     )
     _add_datasets(parser)
     add_output_dir(
-        parser, "where results go; run again with the same one to go on (default: ./outputs/verify_<dataset>)"
+        parser, "where results go; give the same one again to resume (default: ./outputs/verify_<dataset>)"
     )
     parser.add_argument(
         "--workers", type=_whole(1), default=0, metavar="N", help="decoder processes (default: one for each core)"
@@ -454,7 +454,7 @@ def embed_parser(add_help: bool = True) -> Parser:
         help="number type that the model computes in; auto: bf16 on a GPU that has it, else fp32",
     )
     add_configuration(parser)
-    parser.add_argument("--overwrite", action="store_true", help="begin anew where other features lie")
+    parser.add_argument("--overwrite", action="store_true", help="replace features that are already there")
     return parser
 
 
@@ -524,7 +524,7 @@ def history_parser() -> Parser:
 def features_parser() -> Parser:
     """Return the parser of the feature images."""
     parser = _teacher_parser(
-        "Draw what a trained backbone sees in images: pca.png (principal components of patch features), "
+        "Draw features of a trained backbone: pca.png (principal components of patch features), "
         "attention.png (where the class token looks, all heads) and scatter.png (each image a point, coloured by class "
         "where there are classes: LabelledFolder, or one folder per class)."
     )
@@ -618,12 +618,12 @@ def decoder_export_parser() -> Parser:
 def patches_parser() -> Parser:
     """Return the parser of the patches."""
     parser = Parser(
-        description="Apply this project's fixes to a checkout of dinov2, take them out again, or show which are "
+        description="Apply this project's fixes to a checkout of dinov2, remove them, or show which are "
         "applied. Each appends a marked block to the modules it concerns; no other line is touched.",
     )
     parser.add_argument("checkout", help="folder that holds the package dinov2")
     parser.add_argument("--only", default="", metavar="a,b", help="these patches instead of all of the series")
-    parser.add_argument("--revert", action="store_true", help="take the blocks out, to the byte")
+    parser.add_argument("--revert", action="store_true", help="remove the blocks; the files are then the same, byte for byte")
     parser.add_argument("--status", action="store_true", help="show the state of each patch; change nothing")
     parser.add_argument("--diff", action="store_true", help="show what would change; change nothing")
     parser.add_argument(
@@ -666,7 +666,7 @@ COMMANDS = {
         Command("run/embed.py", "run.embed", None, "write the features of a dataset"),
         Command("run/export/export.py", "export.main", export_parser, "write a backbone for another library"),
         Command("run/plots/history.py", "plots.history", history_parser, "draw the metrics of runs"),
-        Command("run/plots/features.py", "plots.look", features_parser, "draw what a model sees", quiet_threads=True),
+        Command("run/plots/features.py", "plots.look", features_parser, "draw patch features, attention and a map of the images", quiet_threads=True),
         Command("run/decoder/train.py", "run.decoder.train", None, "train a detector or segmenter"),
         Command("run/decoder/eval.py", "decoder.evaluate", decoder_eval_parser, "score a detector or segmenter"),
         Command("run/decoder/predict.py", "decoder.predict", decoder_predict_parser, "find objects in a folder"),

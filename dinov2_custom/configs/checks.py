@@ -29,7 +29,7 @@ _OTHER_NAMES = {
 # Keys and sections of known forks that are not supported, and their replacements.
 OF_FORKS = {
     "daino": "the supervised side loss of a fork, which is not here",
-    "tune": "kNN during training of a fork: not here; run/eval/knn.py, in the command that a run ends with",
+    "tune": "kNN during training of a fork: set evaluation.online.knn_train and evaluation.online.knn_val instead",
     "early_stopping": "stop when a score no longer rises, of a fork: not here",
     "optim.max_iter": "train.max_steps",
     "optim.warmup_pct": "optim.warmup_epochs with a share of the run, such as 10%",

@@ -119,7 +119,7 @@ def get_linear_args_parser(
         default=[1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1],
         help="for 256 images per step, scaled to the real number",
     )
-    add("--no-resume", action="store_true", help="do not go on from a checkpoint in the output directory")
+    add("--no-resume", action="store_true", help="do not resume from a checkpoint in the output directory")
     add("--val-metric-type", choices=metrics, default="mean_accuracy", help="what --val-dataset is scored by")
     add("--test-metric-types", nargs="+", choices=metrics, help="one for each of --test-datasets; none: as val")
     add("--classifier-fpath", metavar="FILE", help="classifiers to start from, such as a model_final.pth")

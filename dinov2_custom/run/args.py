@@ -218,7 +218,7 @@ class LaunchParser(OverridesParser):
         flag, _, value = text.partition("=")
         name = flag.lstrip("-")
         if name.replace("_", "-") == "local-rank":
-            return f"{text}: unknown flag -> start with torchrun, which says it in the environment (LOCAL_RANK)"
+            return f"{text}: unknown flag -> start with torchrun, which sets it in the environment (LOCAL_RANK)"
         is_letter = not flag.startswith("--") and name not in _SBATCH and f"--{name}" not in self._option_string_actions
         if is_letter and name[:1] in _LETTERS:  # -n 8, -n8
             name, value = _LETTERS[name[0]], value or name[1:]

@@ -38,6 +38,7 @@ def train(images, out, *options, compute=False):
 def test_a_resumed_run_is_the_uninterrupted_one(preloaded, images, tmp_path):
     """3 + 3 steps equal 6, with real values."""
     options = ["train.max_steps=6", "checkpointing.period=3", "optim.warmup_epochs=0"]
+    options += ["evaluation.online.every=2", "evaluation.online.images=6"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     finished(train(images, straight, *options, compute=True), preloaded)
     shutil.copytree(straight, resumed)

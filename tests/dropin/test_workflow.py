@@ -93,7 +93,7 @@ def trained(imagenet, home):
     folder, (train, _) = imagenet
     command = ["run/train/train.py", "--config-file", "dinov2_custom/configs/train/vitl16_short.yaml"]
     done = run(home, *command, f"train.dataset_path={train}", *TINY, "--output-dir", folder / "out", "--eval", "unused")
-    assert "--eval is accepted for upstream's sake and not used" in done.stderr
+    assert "--eval is accepted for compatibility with upstream and ignored" in done.stderr
     return folder / "out"
 
 
