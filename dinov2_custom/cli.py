@@ -224,7 +224,9 @@ all keys: {list_of_keys()}
     _add_overrides(parser, "optim.epochs=10, anywhere")
     add_output_dir(parser, "directory for all files of the run (default: train.output_dir, else ./outputs/<date>_<time>)")
     parser.add_argument(
-        "--no-resume", action="store_true", help="start over, even if the output directory has a checkpoint"
+        "--no-resume",
+        action="store_true",
+        help="start over, even if the output directory has a checkpoint",
     )
     parser.add_argument(
         "--eval-only", action="store_true", help="write the teacher of the newest checkpoint, without training"
@@ -623,7 +625,7 @@ def patches_parser() -> Parser:
     )
     parser.add_argument("checkout", help="folder that holds the package dinov2")
     parser.add_argument("--only", default="", metavar="a,b", help="these patches instead of all of the series")
-    parser.add_argument("--revert", action="store_true", help="remove the blocks; the files are then the same, byte for byte")
+    parser.add_argument("--revert", action="store_true", help="remove the blocks, byte for byte")
     parser.add_argument("--status", action="store_true", help="show the state of each patch; change nothing")
     parser.add_argument("--diff", action="store_true", help="show what would change; change nothing")
     parser.add_argument(
@@ -666,7 +668,7 @@ COMMANDS = {
         Command("run/embed.py", "run.embed", None, "write the features of a dataset"),
         Command("run/export/export.py", "export.main", export_parser, "write a backbone for another library"),
         Command("run/plots/history.py", "plots.history", history_parser, "draw the metrics of runs"),
-        Command("run/plots/features.py", "plots.look", features_parser, "draw patch features, attention and a map of the images", quiet_threads=True),
+        Command("run/plots/features.py", "plots.look", features_parser, "draw features and attention", quiet_threads=True),
         Command("run/decoder/train.py", "run.decoder.train", None, "train a detector or segmenter"),
         Command("run/decoder/eval.py", "decoder.evaluate", decoder_eval_parser, "score a detector or segmenter"),
         Command("run/decoder/predict.py", "decoder.predict", decoder_predict_parser, "find objects in a folder"),
