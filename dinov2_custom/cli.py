@@ -222,7 +222,7 @@ all keys: {list_of_keys()}
         add_help=add_help,
     )
     _add_overrides(parser, "optim.epochs=10, anywhere")
-    add_output_dir(parser, "directory for all files of the run (default: train.output_dir, else ./outputs/<date>_<time>)")
+    add_output_dir(parser, "directory of the run (default: train.output_dir, else ./outputs/<date>_<time>)")
     parser.add_argument(
         "--no-resume",
         action="store_true",
@@ -668,7 +668,7 @@ COMMANDS = {
         Command("run/embed.py", "run.embed", None, "write the features of a dataset"),
         Command("run/export/export.py", "export.main", export_parser, "write a backbone for another library"),
         Command("run/plots/history.py", "plots.history", history_parser, "draw the metrics of runs"),
-        Command("run/plots/features.py", "plots.look", features_parser, "draw features and attention", quiet_threads=True),
+        Command("run/plots/features.py", "plots.look", features_parser, "draw features, attention", quiet_threads=True),
         Command("run/decoder/train.py", "run.decoder.train", None, "train a detector or segmenter"),
         Command("run/decoder/eval.py", "decoder.evaluate", decoder_eval_parser, "score a detector or segmenter"),
         Command("run/decoder/predict.py", "decoder.predict", decoder_predict_parser, "find objects in a folder"),
