@@ -25,7 +25,7 @@ def complaint(shown: Shown) -> str:
 def _python(words: list[str]) -> str:
     if words[:1] != ["-m"]:
         return _script(words)
-    if len(words) == 1 or words[1] in ("venv", "pip"):
+    if len(words) == 1 or words[1].split(".")[0] not in ("dinov2_custom", "benchmarks", "tests"):
         return ""
     if words[1] == "dinov2_custom":
         return _own(words[2:])
