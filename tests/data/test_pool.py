@@ -78,7 +78,7 @@ def test_a_killed_process_is_replaced_and_the_image_named(start, tmp_path, caplo
     ring = start(builders.KilledOnce(tmp_path))
     assert take(ring, 8) == expected(8)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert "was killed by SIGKILL (out of memory?) while it read image-7.jpg; another one" in caplog.text
+    assert "was killed by SIGKILL (out of memory?) while it read image-7.jpg; it is replaced" in caplog.text
 
 
 def test_an_image_that_kills_twice_counts_as_unreadable(start, caplog):
