@@ -1,5 +1,6 @@
 """The commands as functions: a run and what is made of it, in this process."""
 
+import importlib.util
 import multiprocessing.spawn
 import os
 import re
@@ -46,7 +47,8 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def test_a_run_has_its_metrics_configuration_and_curves(run, images):
-    assert list(run.metrics["iteration"]) == [0, 1]
+    rows = run.metrics.to_dict("records") if importlib.util.find_spec("pandas") else run.metrics
+    assert [row["iteration"] for row in rows] == [0, 1]
     assert run.config.student.arch == "vit_micro" and run.config.optim.base_lr == 1e-3, "of vits.yaml"
     assert run.config.train.dataset_path == str(images)
     assert run.plot().read_bytes()[:4] == b"\x89PNG"
@@ -121,10 +123,18 @@ def test_values_of_overrides_keep_their_types():
     assert {s.key: s.value for s in read} == values | {"e": ["/x y", "[z]"]}
 
 
-def test_spawned_processes_do_not_import_the_script():
+def test_spawned_processes_do_not_import_the_script(monkeypatch, tmp_path):
+    of_main = vars(sys.modules["__main__"])
+    monkeypatch.setitem(of_main, "__spec__", None)
+    monkeypatch.setitem(of_main, "__file__", str(tmp_path / "script.py"))
+
+    def of_script() -> list[str]:
+        return [key for key in multiprocessing.spawn.get_preparation_data("x") if "init_main" in key]
+
+    assert of_script()
     with api._without_main_module():
-        assert not [key for key in multiprocessing.spawn.get_preparation_data("x") if "init_main" in key]
-    assert sys.modules["__main__"].__spec__ or sys.modules["__main__"].__file__
+        assert not of_script()
+    assert of_script() and of_main["__file__"] == str(tmp_path / "script.py")
 
 
 def test_the_packages_named_like_functions_are_callable():
