@@ -52,6 +52,9 @@ LEFT_OUT = (  # (in the command, where it is run instead)
     ("run/decoder/", "needs labels: tests/decoder"),
     ("--forecast", "needs a longer run: tests/plots"),
     ("--push", "needs an account: tests/export"),
+    ("twine", "a release: make package"),
+    ("build", "a release: make package"),
+    ("pytest", "tests"),
     ("upstream_run", "needs a run of upstream: tests/export"),
     ("benchmarks.", "minutes to hours: tests/benchmarks"),
     ("tests.", "minutes: tests/train"),
@@ -93,6 +96,17 @@ def make_inputs(folder: Path) -> None:
     rows = "".join(f"{path.relative_to(folder / 'my' / 'images')}\n" for path in names)
     (folder / "my" / "files.csv").write_text("image\n" + rows)
     make_shards(folder / "my", names)
+    make_labels(folder / "my")
+
+
+def make_labels(folder: Path) -> None:
+    """Write a dataset definition whose images are labelled by masks."""
+    for kind, pixels in (("images", np.zeros((40, 40, 3), np.uint8)), ("masks", np.zeros((40, 40), np.uint8))):
+        (folder / "scenes" / kind).mkdir(parents=True)
+        for index in range(6):
+            Image.fromarray(pixels).save(folder / "scenes" / kind / f"{index}.png")
+    source = "{images: scenes/images, masks: scenes/masks}"
+    (folder / "data.yaml").write_text(f"classes: [background, cell]\ntrain: {source}\n")
 
 
 def make_shards(folder: Path, names: list[Path]) -> None:
