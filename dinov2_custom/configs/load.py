@@ -124,7 +124,7 @@ def load_run_config(
         notes += list_notes(values, {key for key in given if values[key] != all_keys()[key].default})
     for note in notes:
         (warn or _logger.warning)(note)
-    cfg = OmegaConf.create(_nested(values | {setting.key: setting.value for setting in unknown}))
+    cfg = OmegaConf.create(nested(values | {setting.key: setting.value for setting in unknown}))
     OmegaConf.set_struct(cfg, True)
     OmegaConf.set_readonly(cfg, True)
     return cfg
@@ -261,7 +261,8 @@ def _flatten(content: dict[Any, Any], prefix: str, where: str, mistakes: Mistake
     return settings
 
 
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Return ``{"a": {"b": 1}}`` for ``{"a.b": 1}``."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *path, leaf = key.split(".")
@@ -351,14 +352,14 @@ def _parsable(settings: Iterable[Setting]) -> DictConfig:
 def _validate(resolved: dict[str, Any], given: dict[str, Setting], mistakes: Mistakes) -> dict[str, Any]:
     """Return each key's value converted to its type; invalid values are reported and replaced by the default."""
     try:
-        config = Config.model_validate(_nested(resolved))
+        config = Config.model_validate(nested(resolved))
     except ValidationError as error:
         places = [[str(part) for part in problem["loc"]] for problem in error.errors()]
         wrong = {".".join(place[:count]) for place in places for count in range(len(place) + 1)} & resolved.keys()
         for key in [key for key in resolved if key in wrong]:
             value = resolved.pop(key)
             mistakes.add(f"{key} ({given[key].where})", expected(key), _show(value), _hint(key, value), key=key)
-        config = Config.model_validate(_nested(resolved))
+        config = Config.model_validate(nested(resolved))
     return {key: attrgetter(key)(config) for key in all_keys()}
 
 

@@ -556,14 +556,16 @@ def default_values() -> dict[str, Any]:
 @functools.cache
 def all_keys() -> dict[str, FieldInfo]:
     """Return every key by dotted name, in the order of the schema. The caller must not modify the result."""
-    return _keys_below(Config, "")
+    return keys_below(Config)
 
 
-def _keys_below(section: type[Section], prefix: str) -> dict[str, FieldInfo]:
+def keys_below(section: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    """Return the keys of ``section`` and of those in it, by dotted name after ``prefix``."""
     found: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
-        if isinstance(field.default, Section):
-            found |= _keys_below(type(field.default), f"{prefix}{name}.")
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, Section):
+            found |= keys_below(type(default), f"{prefix}{name}.")
         else:
             found[prefix + name] = field
     return found

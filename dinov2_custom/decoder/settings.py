@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from dinov2_custom.configs.load import parse_yaml
-from dinov2_custom.configs.schema import Fraction, Section, Wandb, key
+from dinov2_custom.configs.load import nested, parse_yaml
+from dinov2_custom.configs.schema import Fraction, Section, Wandb, key, keys_below
 from dinov2_custom.errors import ConfigError
 
 
@@ -56,18 +56,12 @@ def read_settings(overrides: Sequence[str]) -> Settings:
     Raises:
         ConfigError: lists all unknown keys and invalid values.
     """
-    values: dict[str, Any] = {}
-    for override in overrides:
-        name, _, text = override.partition("=")
-        *sections, leaf = name.split(".")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = parse_yaml(text)
+    given = (override.partition("=") for override in overrides)
+    values = nested({name: parse_yaml(text) for name, _, text in given})
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        known = ", ".join(_names(Settings))
+        known = ", ".join(keys_below(Settings))
         lines = []
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
@@ -77,17 +71,5 @@ def read_settings(overrides: Sequence[str]) -> Settings:
                 lines.append(f"{name}: {problem['msg']}, got {problem['input']!r}")
         text = "\n  - ".join(lines)
         raise ConfigError(
-            f"{len(lines)} mistakes in the decoder's settings:\n  - {text}\nknown keys: {known}"
+            f"mistakes in the decoder's settings: {len(lines)}\n  - {text}\nknown keys: {known}"
         ) from error
-
-
-def _names(section: type[Section], prefix: str = "") -> list[str]:
-    """Return all dotted keys."""
-    names = []
-    for name, field in section.model_fields.items():
-        below = field.annotation if isinstance(field.annotation, type) else None
-        if below is not None and issubclass(below, Section):
-            names += _names(below, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
