@@ -26,7 +26,7 @@ from dinov2_custom.files import parse_json_object
 
 from .index import Index, PathTable, pack_texts
 from .listing import list_images
-from .sources import Source, pack_passed_over, read_file, unreadable
+from .sources import PathSource, pack_passed_over, unreadable
 
 PARTS = ("train", "val", "test")
 OTHER_NAMES = {"val": ("val", "valid", "validation")}
@@ -268,7 +268,7 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-class DefinitionSource(Source):
+class DefinitionSource(PathSource):
     """The images of one part of a definition file, without labels, each once, in the order of its sources.
 
     Raises:
@@ -291,15 +291,6 @@ class DefinitionSource(Source):
             raise DataError(f"expected images in {part} of {definition.path}, got none")
         self.index = Index(pack_texts([list(found)], "path") | pack_passed_over([]))
         self.paths = PathTable(index=self.index)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, i: int) -> str:
-        return self.paths[i]
-
-    def read(self, i: int) -> bytes:
-        return read_file(self.paths[i])
 
     def parts(self) -> list[tuple[str, int]]:
         return self._parts

@@ -87,7 +87,22 @@ def pack_passed_over(those: Iterable[PassedOver]) -> dict[str, np.ndarray]:
     return pack_texts([["\0".join(one) for one in those]], "passed_over")
 
 
-class FolderSource(Source):
+class PathSource(Source):
+    """The files of ``paths``, a table that a subclass sets."""
+
+    paths: PathTable
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def read(self, i: int) -> bytes:
+        return read_file(self.paths[i])
+
+
+class FolderSource(PathSource):
     """All image files below one or more folders; a large listing is cached and reused while nothing has changed.
 
     Raises:
@@ -104,15 +119,6 @@ class FolderSource(Source):
         key = ["folders, passed over", *sorted(set(extensions)), *places]
         self.index = cached(key, lambda on_count: index_folders(self.roots, extensions, on_count), cache_from)
         self.paths = PathTable(index=self.index)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, i: int) -> str:
-        return self.paths[i]
-
-    def read(self, i: int) -> bytes:
-        return read_file(self.paths[i])
 
     def parts(self) -> list[tuple[str, int]]:
         return list(zip(self.roots, self.index["root_sizes"].tolist(), strict=True))
