@@ -133,9 +133,10 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     trained_start = bool(cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
     flat_loss = flat_dino_loss(model)
     alarm = LearningAlarm(model.num_prototypes, flat_loss, course.expected_total, sinks.summarize, trained_start)
-    alarm.read(read_rows(out / METRICS_FILE) if rank == 0 else [])
+    earlier = read_rows(out / METRICS_FILE) if rank == 0 else []
+    alarm.read(earlier)
     sinks.add(alarm)
-    online.begin(read_rows(out / METRICS_FILE) if rank == 0 else [], resumed is not None)
+    online.begin(earlier, resumed is not None)
     save_period = cfg.checkpointing.period or 3 * length.epoch_length
     frozen = length.iterations(cfg.student.freeze_backbone_epochs)
     eval_period = cfg.evaluation.eval_period_iterations
