@@ -102,7 +102,7 @@ class Run:
     def resume(self, overrides: Mapping[str, Any] | None = None, **flags: Any) -> Run:
         """Continue from the newest checkpoint with the run's own configuration, changed by ``overrides``.
 
-        A finished run goes on if ``overrides`` makes it longer: ``{"optim.epochs": 200}``. Raises what
+        A finished run continues if ``overrides`` makes it longer: ``{"optim.epochs": 200}``. Raises what
         :func:`pretrain` raises.
         """
         _call("train", *_opts(overrides), config_file=self.out / "config.yaml", output_dir=self.out, **flags)
@@ -169,15 +169,13 @@ def load(source: Run | StrPath) -> DinoVisionTransformer:
         CheckpointError: the weights are missing, unreadable, or of another architecture.
         ConfigError: the configuration beside them cannot be read.
     """
-    from dinov2_custom.data.transforms import make_classification_eval_transform
+    from dinov2_custom.data.transforms import make_central_crop_transform
     from dinov2_custom.teacher import load_teacher
 
     teacher = load_teacher(os.fspath(source))
     backbone, size = teacher.backbone, teacher.image_size
     backbone.image_size, backbone.normalize = size, teacher.normalize
-    backbone.preprocess = make_classification_eval_transform(
-        resize_size=round(size * 256 / 224), crop_size=size, **teacher.normalize
-    )
+    backbone.preprocess = make_central_crop_transform(size, **teacher.normalize)
     return backbone
 
 

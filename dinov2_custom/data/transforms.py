@@ -184,6 +184,17 @@ def make_classification_train_transform(
     return Compose([*steps, MaybeToTensor(), make_normalize_transform(mean, std)])
 
 
+def resize_side(image_size: int) -> int:
+    """Return the shorter side before the central crop of ``image_size``, in the ratio of 256 to 224."""
+    return round(image_size * 256 / 224)
+
+
+def make_central_crop_transform(image_size: int, mean: Sequence[float], std: Sequence[float]) -> Compose:
+    """Return :func:`make_classification_eval_transform` for a central crop of ``image_size`` pixels."""
+    sizes = {"resize_size": resize_side(image_size), "crop_size": image_size}
+    return make_classification_eval_transform(**sizes, mean=mean, std=std)
+
+
 def make_classification_eval_transform(
     *,
     resize_size: int = 256,

@@ -19,7 +19,7 @@ from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.image_batches import ImageBatches, batches
 from dinov2_custom.data.loaders import make_dataset
 from dinov2_custom.data.pool import workers_of_choice
-from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.data.transforms import make_central_crop_transform
 from dinov2_custom.embed.store import Store
 from dinov2_custom.errors import ConfigError, optional
 from dinov2_custom.logging.progress import ProgressBar
@@ -131,9 +131,7 @@ def _embed(teacher: Teacher, dataset: Any, size: int, folder: Path, device: torc
 
 def _make_parts(store: Store, parts, teacher: Teacher, dataset, size: int, device, args, bar: ProgressBar) -> None:
     """Compute and save each (number, images) of ``parts``."""
-    transform = make_classification_eval_transform(
-        resize_size=round(size * 256 / 224), crop_size=size, **teacher.normalize
-    )
+    transform = make_central_crop_transform(size, **teacher.normalize)
     step = args.batch_size
     groups = [part[start : start + step] for _, part in parts for start in range(0, len(part), step)]
     builder = ImageBatches(dataset, groups.__getitem__, step, (3, size, size), transform=transform, skip_bad=True)

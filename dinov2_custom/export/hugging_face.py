@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2_custom.export.portable import Portable, completed, resize_side
+from dinov2_custom.data.transforms import resize_side
+from dinov2_custom.export.portable import Portable, completed
 from dinov2_custom.export.write import save_safetensors
 from dinov2_custom.reading import to_facts
 

@@ -91,8 +91,3 @@ def completed(model: Portable) -> dict[str, Tensor]:
         for name in ("attn.qkv", "attn.proj", *(("mlp.w12", "mlp.w3") if model.swiglu else ("mlp.fc1", "mlp.fc2"))):
             state.setdefault(f"{block}{name}.bias", torch.zeros(len(state[f"{block}{name}.weight"])))
     return state
-
-
-def resize_side(image_size: int) -> int:
-    """Return the shorter side before the central crop, 256 for 224 as in evaluation."""
-    return round(image_size * 256 / 224)

@@ -15,7 +15,7 @@ from PIL import Image
 from dinov2_custom import cli
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.data.transforms import make_central_crop_transform
 from dinov2_custom.errors import ConfigError, DataError, command, shortage
 from dinov2_custom.logging.progress import track
 from dinov2_custom.plots.attention import class_attention, overlay
@@ -100,9 +100,7 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
 def draw_points(teacher: Teacher, dataset: Any, folder: Path, count: int) -> Path:
     """Save scatter.png with the class-token features of up to ``count`` images spread over the dataset."""
     side = teacher.image_size
-    transform = make_classification_eval_transform(
-        resize_size=round(side * 256 / 224), crop_size=side, **teacher.normalize
-    )
+    transform = make_central_crop_transform(side, **teacher.normalize)
     device = next(teacher.backbone.parameters()).device
     indices, features, batch = [], [], []
     chosen = spread(len(dataset), count)

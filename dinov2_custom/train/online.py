@@ -23,7 +23,7 @@ from dinov2_custom import distributed
 from dinov2_custom.data.loaders import TrainLoader
 from dinov2_custom.data.pool import allocate, workers_of_choice
 from dinov2_custom.data.samples import TrainBatches, TrainSamples, unpack
-from dinov2_custom.data.transforms import make_classification_eval_transform
+from dinov2_custom.data.transforms import make_central_crop_transform
 from dinov2_custom.errors import CheckpointError, DataError
 from dinov2_custom.eval.datasets import open_pair
 from dinov2_custom.eval.neighbours import knn_accuracy
@@ -210,10 +210,7 @@ class _Shrink(nn.Module):
 
 def _open_labelled(cfg) -> tuple[Any, Any]:
     """Open the datasets of kNN, with the central crop at the size of training's global crops."""
-    size = cfg.crops.global_crops_size
-    transform = make_classification_eval_transform(
-        resize_size=round(size * 256 / 224), crop_size=size, mean=cfg.data.normalize.mean, std=cfg.data.normalize.std
-    )
+    transform = make_central_crop_transform(cfg.crops.global_crops_size, **cfg.data.normalize)
     strings = {f"evaluation.online.{name}": cfg.evaluation.online[name] for name in ("knn_train", "knn_val")}
     return open_pair(*((key, string, transform) for key, string in strings.items()), reading_of(cfg))
 
