@@ -14,7 +14,7 @@ FORK = str(Path(__file__).with_name("fork.yaml"))
 NOT_ADOPTED = {
     "daino": "side loss",
     "optim.max_iter": "train.max_steps",
-    "tune": "run/eval/knn.py",
+    "tune": "evaluation.online.knn_train",
     "wandb.enable": "wandb.mode",
 }
 
