@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,14 @@ def test_usage_and_hints_name_the_form_that_was_typed(typed, monkeypatch, capsys
         with pytest.raises(SystemExit, match="0"):
             cli.main(None, [name, "--help"])
         assert capsys.readouterr().out.startswith(f"usage: {form} {name} ")
+
+
+def test_usage_of_a_module_of_the_package_names_it(monkeypatch):
+    spec = types.SimpleNamespace(name="dinov2_custom.eval.knn")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    assert cli.embed_parser().prog == "python -m dinov2_custom.eval.knn"
+    monkeypatch.setattr(spec, "name", "pytest.__main__")
+    assert "pytest.__main__" not in cli.embed_parser().prog
 
 
 def test_version(capsys):
