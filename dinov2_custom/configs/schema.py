@@ -443,7 +443,7 @@ class Checkpointing(Section):
 
 
 class Wandb(Section):
-    """Weights & Biases; see docs/monitoring.md."""
+    """Weights & Biases; see docs/trackers.md."""
 
     mode: Literal["disabled", "online", "offline"] = key(
         "disabled",
@@ -463,7 +463,7 @@ class Wandb(Section):
 
 
 class Mlflow(Section):
-    """MLflow; see docs/monitoring.md."""
+    """MLflow; see docs/trackers.md."""
 
     enabled: bool = key(False, "log metrics to MLflow", changes_results=False)
     tracking_uri: Text = key(
