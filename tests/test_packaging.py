@@ -1,5 +1,6 @@
 """Contents of an installation: every package of the source tree, and the data files that code reads."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -18,15 +19,38 @@ def test_every_package_is_listed():
     assert set(listed) == source - {"dinov2_custom._dinov2"} | {"dinov2", "dinov2_custom.recipes"}  # recipes: configs/
 
 
-def test_links_in_the_documents_lead_somewhere():
-    import re
+def _anchors(page):
+    """Return the anchors of a page's headings, as GitHub and mkdocs form them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return {_anchor(title) for title in re.findall(r"^#+ (.*)", text, re.MULTILINE)}
 
+
+def _anchor(title):
+    return re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
+
+
+def test_links_in_the_documents_lead_somewhere():
     broken = []
-    for page in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "sky" / "README.md"]:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-            if "://" not in target and not (page.parent / target).exists():
-                broken.append(f"{page.name}: {target}")
+    folders = [REPOSITORY / name for name in ("", "docs", "sky", "patches")]
+    for page in [path for folder in folders for path in folder.glob("*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+            place = page.parent / target if target else page
+            if "://" not in target and not (place.exists() and (not anchor or anchor in _anchors(place))):
+                broken.append(f"{page.name}: {target}#{anchor}")
     assert broken == []
+
+
+def test_pages_that_the_code_names_exist():
+    """Also their sections, written as "docs/page.md, Section" or "docs/page.md, 'Section'"."""
+    named = []
+    mention = re.compile(r"\b(docs/[\w-]+\.md)(?:, (?:'([^']+)'|([A-Z][\w ]+)))?")
+    for folder in ("dinov2_custom", "configs", "run", "sky", "patches", "notebooks", "benchmarks"):
+        files = [path for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".yaml", ".ipynb", ".sh")]
+        for path in files:
+            for name, *section in mention.findall(path.read_text()):
+                named.append((path, REPOSITORY / name, _anchor("".join(section))))
+    lost = [str(path) for path, page, anchor in named if not page.exists() or anchor and anchor not in _anchors(page)]
+    assert len(named) > 20 and lost == []
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11; CI runs this there")

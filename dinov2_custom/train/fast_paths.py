@@ -68,8 +68,8 @@ class Shortcuts(NamedTuple):
         return (
             f"train.lean: expected modules as they were built, got {self.changes[0]}{others}; the blocks, "
             "heads or losses that contain it are called as modules, which keeps about twice as much for the backward "
-            "pass, and all logits of a head at once; the results are the same (docs/drop-in.md, Hooks, patches, "
-            "subclasses)"
+            "pass, and all logits of a head at once; the results are the same "
+            "(docs/drop-in.md, 'Hooks, patches, subclasses')"
         )
 
 
