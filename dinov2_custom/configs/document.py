@@ -15,24 +15,26 @@ _INTRO = """# Configuration
 
 <!-- Generated: python -m dinov2_custom.configs.document > docs/configuration.md -->
 
-A run is described by the keys below. A value comes from, later ones winning: the default, the file given with
-`--config-file`, the `key=value` overrides on the command line. `--output-dir` wins over `train.output_dir`.
+A run is described by the keys below. Values are taken, in increasing precedence, from the defaults, the file given with
+`--config-file`, and the `key=value` overrides on the command line. `--output-dir` takes precedence over
+`train.output_dir`.
 
 ```
 python run/train/train.py --config-file configs/vits.yaml --output-dir out train.dataset_path=/my/images optim.epochs=20
 ```
 
-The value of an override is read as YAML: `true`, `1e-3`, `[0.1,0.5]`, `null`. Texts such as paths are taken as they
-stand; quote them to keep YAML from reading `[...]` or `null`. `${train.seed}` refers to another key and
-`${oc.env:NAME}` to an environment variable. A whole section can be given at once: `optim={epochs: 20, base_lr: 5e-4}`.
+* The value of an override is read as YAML: `true`, `1e-3`, `[0.1,0.5]`, `null`. Strings such as paths need no quotes,
+  unless YAML would read them as something else (`[...]`, `null`).
+* `${train.seed}` refers to another key and `${oc.env:NAME}` to an environment variable.
+* A whole section can be given at once: `optim={epochs: 20, base_lr: 5e-4}`.
 
 Every mistake in a configuration is reported at once, before any work: unknown keys with the nearest known ones, wrong
 types, illegal values and values that do not go together. `--allow-unknown-keys` keeps unknown keys, unused, with a
 warning. The complete configuration of a run is written to `config.yaml` in its output directory and can be given to
 `--config-file` again.
 
-"changes results" says whether another value may change the trained weights. Keys of upstream that nothing reads are
-accepted and said to be unused.
+The column "changes results" says whether another value may change the trained weights. Keys of upstream that have no
+effect are accepted and marked as unused.
 """
 
 _YAML_INTRO = """# Defaults of every key: the start of every run, and a place to look them up.

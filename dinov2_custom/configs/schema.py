@@ -91,8 +91,8 @@ class Model(Section):
 
     WEIGHTS: Text = key(
         "",
-        "file whose weights a fresh run starts from, of a training state student, teacher and centres; wins over "
-        "student.pretrained_weights; empty: none",
+        "file with the initial weights of a new run; from a training state, student, teacher and centres are each "
+        "loaded; takes precedence over student.pretrained_weights; empty: none",
         unit="path",
     )
 
@@ -100,12 +100,13 @@ class Model(Section):
 class MixedPrecision(Section):
     param_dtype: Literal["auto", Dtype] = key(
         "auto",
-        "number format of the forward and backward pass; auto: bf16 where the device has it natively, "
-        "else fp16 on CUDA, else fp32; fp32 is without TF32, convolutions included",
+        "number format of the forward and backward pass; auto: bf16 if the device supports it natively, "
+        "else fp16 on CUDA, else fp32; fp32 does not use TF32, also not for convolutions",
     )
     reduce_dtype: Literal["auto", Dtype] = key(
         "auto",
-        "number format in which sharded gradients are summed; auto: fp32; fp16 only where param_dtype is fp16, too",
+        "number format in which sharded gradients are summed; auto: fp32; fp16 is possible only if param_dtype is fp16 "
+        "too",
     )
     buffer_dtype: Dtype = key("fp32", "number format of buffers of a sharded module")
 
@@ -113,9 +114,10 @@ class MixedPrecision(Section):
 class ModulePrecision(Section):
     sharding_strategy: Literal["auto", "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"] = key(
         "auto",
-        "NO_SHARD: whole in every process (data parallel); SHARD_GRAD_OP: weights and optimizer state split over "
-        "processes (FSDP2), weights gathered once a step; FULL_SHARD: again in the backward pass, least memory; auto: "
-        "NO_SHARD on CPUs and while 20 bytes a parameter fit into a quarter of a GPU's memory, else SHARD_GRAD_OP",
+        "NO_SHARD: whole in every process (data parallel); SHARD_GRAD_OP: weights and optimizer state are sharded over "
+        "the processes (FSDP2), and weights are gathered once per step; FULL_SHARD: they are gathered again in the "
+        "backward pass, which needs the least memory; auto: NO_SHARD on CPUs and while 20 bytes per parameter fit into "
+        "a quarter of a GPU's memory, else SHARD_GRAD_OP",
         changes_results=False,
     )
     mixed_precision: MixedPrecision = MixedPrecision()
@@ -130,7 +132,7 @@ class NetworkPrecision(Section):
 class ComputePrecision(Section):
     """Number formats and sharding, for each network."""
 
-    grad_scaler: bool = key(True, "scale the loss against underflow; takes effect only where fp16 is in use")
+    grad_scaler: bool = key(True, "scale the loss to prevent underflow; has an effect only with fp16")
     gather_dtype: Literal["fp32", "param_dtype"] = key(
         "fp32",
         "number format in which sharded weights are gathered; param_dtype: half the traffic in 16 bits, and biases, "
@@ -144,15 +146,15 @@ class Dino(Section):
     """Image-level loss and its head; KoLeo."""
 
     loss_weight: NonNegativeFloat = key(1.0, "weight of the image-level loss; 0: off")
-    head_n_prototypes: PositiveInt = key(65536, "outputs of the head")
-    head_bottleneck_dim: PositiveInt = key(256, "width before the prototypes")
-    head_nlayers: PositiveInt = key(3, "linear layers before the prototypes")
+    head_n_prototypes: PositiveInt = key(65536, "number of prototypes, the outputs of the head")
+    head_bottleneck_dim: PositiveInt = key(256, "width of the bottleneck, the layer before the prototypes")
+    head_nlayers: PositiveInt = key(3, "number of linear layers before the prototypes")
     head_hidden_dim: PositiveInt = key(2048, "width of the hidden layers")
-    koleo_loss_weight: NonNegativeFloat = key(0.1, "weight of the KoLeo spreading loss; 0: off")
+    koleo_loss_weight: NonNegativeFloat = key(0.1, "weight of the KoLeo loss, which spreads features apart; 0: off")
     koleo_neighbours: Literal["process", "all"] = key(
         "process",
-        "where KoLeo searches an image's nearest neighbour: in the batch of its process, as upstream, or of all "
-        "processes, which makes the result independent of their number",
+        "images among which KoLeo searches the nearest neighbour: process: those of the same process, as upstream; "
+        "all: those of all processes, so that the result does not depend on their number",
     )
 
 
@@ -160,16 +162,16 @@ class Ibot(Section):
     """Masked-patch loss and its head."""
 
     loss_weight: NonNegativeFloat = key(1.0, "weight of the masked-patch loss; 0: off")
-    mask_sample_probability: Fraction = key(
-        0.5, "share of the global crops that get a mask; applies with loss_weight 0 too"
+    mask_sample_probability: Fraction = key(0.5, "share of the global crops that are masked, also if loss_weight is 0")
+    mask_ratio_min_max: Range[Fraction] = key(
+        [0.1, 0.5], "range of the share of patches that are masked in a masked crop"
     )
-    mask_ratio_min_max: Range[Fraction] = key([0.1, 0.5], "range of the masked share of a masked crop's patches")
     separate_head: bool = key(
-        False, "give patches a head of their own; false: they go through dino's head and ibot.head_* are ignored"
+        False, "use a separate head for patches; false: they use the DINO head, and ibot.head_* are ignored"
     )
-    head_n_prototypes: PositiveInt = key(65536, "outputs of the separate head")
-    head_bottleneck_dim: PositiveInt = key(256, "width before its prototypes")
-    head_nlayers: PositiveInt = key(3, "its linear layers before the prototypes")
+    head_n_prototypes: PositiveInt = key(65536, "number of prototypes of the separate head")
+    head_bottleneck_dim: PositiveInt = key(256, "width of its bottleneck")
+    head_nlayers: PositiveInt = key(3, "number of its linear layers before the prototypes")
     head_hidden_dim: PositiveInt = key(2048, "width of its hidden layers")
 
 
@@ -189,10 +191,10 @@ class Train(Section):
         changes_results=False,
     )
     saveckp_freq: int = key(20, "unused, as upstream; see checkpointing.period", changes_results=False, unused=True)
-    seed: NonNegativeInt = key(0, "seed of weights, order, crops and masks")
+    seed: NonNegativeInt = key(0, "seed of weights, order of images, crops, masks and drop path")
     num_workers: NonNegativeInt | Literal["auto"] = key(
         10,
-        "data-loading processes per GPU; 0: load in the main process; auto: as many as measured to keep up",
+        "data-loading processes per GPU; 0: load in the main process; auto: measure how many are needed",
         changes_results=False,
     )
     OFFICIAL_EPOCH_LENGTH: PositiveInt | Literal["auto"] = key(
@@ -210,15 +212,20 @@ class Train(Section):
         unit="hours",
     )
     cache_dataset: bool = key(True, "unused, as upstream", changes_results=False, unused=True)
-    cell_augmentation: bool = key(False, "upstream's augmentation of cell images, which is not here: false only")
+    cell_augmentation: bool = key(
+        False, "upstream's augmentation of cell images, which is not supported: must be false"
+    )
     channel_adaptive: bool = key(
         False, "unused, as upstream; see student.channel_adaptive", changes_results=False, unused=True
     )
-    centering: Literal["centering", "sinkhorn_knopp"] = key("centering", "how teacher outputs are kept from collapsing")
+    centering: Literal["centering", "sinkhorn_knopp"] = key(
+        "centering", "how a collapse of the teacher's outputs is prevented"
+    )
     view_groups: PositiveInt | Literal["auto"] = key(
         "auto",
-        "number of sequential parts in which the student's crops are computed, which divides the memory; 1: all at "
-        "once; 2: global, local; more: single global crops, local crops in parts; auto: as many as are worthwhile",
+        "number of groups in which the student's crops are computed one after the other; more groups need less memory; "
+        "1: all at once; 2: global, local; more: each global crop separately, local crops in parts; auto: as many as "
+        "are worthwhile",
         changes_results=False,
     )
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
@@ -242,11 +249,13 @@ class Train(Section):
     )
     path_preserved: Text | NonEmpty[str] = key(
         "",
-        "folder or folders of whose images train.frac is held out, with the list in the run's preserved_images.txt; "
-        "or a text file for the list, to hold out of all images; empty: none",
+        "what train.frac holds out: images of this folder or these folders, listed in the run's preserved_images.txt; "
+        "or a text file: images of the whole dataset, listed in that file; empty: none",
     )
     frac: Fraction = key(
-        0.0, "share of the images that train.path_preserved names held out; without it 0, or 1 as a fork has it: none"
+        0.0,
+        "share of the images named by train.path_preserved that is held out; without that key it must be 0, or 1 as in "
+        "forks, and none is held out",
     )
     max_bad_fraction: Fraction = key(0.01, "stop when more than this share of the images read so far is unreadable")
     max_nonfinite_steps: PositiveInt = key(
@@ -257,8 +266,8 @@ class Train(Section):
     )
     on_collapse: Literal["warn", "stop"] = key(
         "warn",
-        "what follows the verdict that the run has collapsed or explodes: warn, or stop: save a checkpoint after the "
-        "step and end with exit code 3, which no launcher restarts",
+        "what to do when the run has collapsed or explodes; warn: log it; stop: save a checkpoint after the step and "
+        "end with exit code 3, after which no launcher restarts the run",
         changes_results=False,
     )
     hang_timeout: NonNegativeInt | NonNegativeFloat = key(
@@ -270,7 +279,9 @@ class Train(Section):
     )
     log_every: PositiveInt = key(10, "log interval", unit="iterations", changes_results=False)
     tensorboard: bool = key(
-        False, "write the metrics to <output_dir>/logs/tensorboard too; needs that package", changes_results=False
+        False,
+        "also write the metrics to <output_dir>/logs/tensorboard; needs the package tensorboard",
+        changes_results=False,
     )
 
 
@@ -290,24 +301,30 @@ class Student(Section):
         unit="path",
     )
     freeze_backbone_epochs: Length = key(
-        0, "start of the run in which only the heads train, for random heads on a pretrained backbone", unit="epochs"
+        0,
+        "length of the beginning of the run in which only the heads train, for new heads on a pretrained backbone",
+        unit="epochs",
     )
-    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"] = key("mlp", "feed-forward kind; identity: none")
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"] = key(
+        "mlp", "kind of feed-forward network; identity: none"
+    )
     block_chunks: NonNegativeInt = key(
-        0, "groups of blocks; only the names in the state dict depend on it, 0: blocks.{i}", changes_results=False
+        0,
+        "number of groups of blocks; only the names in the state dict depend on it; 0: blocks.{i}",
+        changes_results=False,
     )
     qkv_bias: bool = key(True, "biases in the query, key and value layer")
     proj_bias: bool = key(True, "biases in the attention's output layer")
     ffn_bias: bool = key(True, "biases in the feed-forward layers")
     num_register_tokens: NonNegativeInt = key(0, "extra tokens besides CLS and patches; 4 is usual")
     in_chans: PositiveInt = key(
-        3, "channels of an image; training reads RGB and takes 3 only, features of other weights any"
+        3, "channels of an image; training reads RGB and requires 3; models that only compute features can have others"
     )
     channel_adaptive: bool = key(
         False,
         "bag of channels: get_intermediate_layers treats each channel as a separate image; for weights of in_chans 1",
     )
-    interpolate_antialias: bool = key(False, "antialias when position embeddings are resampled")
+    interpolate_antialias: bool = key(False, "resample position embeddings with antialiasing")
     interpolate_offset: NonNegativeFloat = key(
         0.1, "added to the grid size when position embeddings are resampled; 0: exact size"
     )
@@ -321,8 +338,10 @@ class Teacher(Section):
     warmup_teacher_temp: PositiveFloat = key(0.04, "teacher's softmax temperature at the start")
     teacher_temp: PositiveFloat = key(0.07, "teacher's softmax temperature after its warm-up")
     warmup_teacher_temp_epochs: Length = key(30, "length of that linear warm-up; may exceed the run", unit="epochs")
-    in_chans: PositiveInt = key(3, "as student.in_chans, which the teacher follows: that, or the default")
-    channel_adaptive: bool = key(False, "as student.channel_adaptive, likewise")
+    in_chans: PositiveInt = key(3, "must equal student.in_chans or the default; the student's value is used")
+    channel_adaptive: bool = key(
+        False, "must equal student.channel_adaptive or the default; the student's value is used"
+    )
 
 
 class Optim(Section):
@@ -330,14 +349,16 @@ class Optim(Section):
 
     epochs: PositiveInt | PositiveFloat = key(100, "length of the run; fractions are fine", unit="epochs")
     accumulation_steps: PositiveInt = key(
-        1, "batches whose gradients make one step; learning rate and epochs follow the effective batch", unit="batches"
+        1,
+        "number of batches whose gradients are summed for one step; learning rate and epochs depend on the total batch",
+        unit="batches",
     )
     global_batch: NonNegativeInt = key(
         0,
-        "images per step over all processes, a multiple of their number; determines train.batch_size_per_gpu and "
-        "optim.accumulation_steps: on GPUs, batches that do not fit by the estimate of run/train/plan.py are "
-        "accumulated; overrides of these two are the maximum number of images and the minimum number of batches, "
-        "values in a config file are ignored; 0: not set",
+        "images per step over all processes, a multiple of their number; train.batch_size_per_gpu and "
+        "optim.accumulation_steps are derived from it: on GPUs, batches that do not fit by the estimate of "
+        "run/train/plan.py are accumulated; these two, as overrides, set the maximum number of images and the minimum "
+        "number of batches, and are ignored in a config file; 0: not set",
         unit="images",
     )
     weight_decay: NonNegativeFloat = key(0.04, "weight decay at the start")
@@ -347,12 +368,12 @@ class Optim(Section):
     warmup_epochs: Length = key(10, "linear warm-up of the learning rate from 0; at most the whole run", unit="epochs")
     min_lr: NonNegativeFloat = key(1e-6, "learning rate at the end (cosine)")
     clip_grad: NonNegativeFloat | None = key(
-        3.0, "largest gradient norm, of backbone and heads separately; 0 or null: no clipping"
+        3.0, "maximum gradient norm, for backbone and heads separately; 0 or null: no clipping"
     )
     freeze_last_layer_epochs: Length = key(
-        1, "start of the run in which the prototypes stay as they are", unit="epochs"
+        1, "length of the beginning of the run in which the prototypes are frozen", unit="epochs"
     )
-    scaling_rule: Literal["sqrt_wrt_1024"] = key("sqrt_wrt_1024", "how optim.lr follows from base_lr")
+    scaling_rule: Literal["sqrt_wrt_1024"] = key("sqrt_wrt_1024", "how optim.lr is computed from base_lr")
     patch_embed_lr_mult: NonNegativeFloat = key(0.2, "learning-rate factor of the patch embedding")
     layerwise_decay: PositiveFloat = key(0.9, "learning-rate factor from each block to the one below it; 1: none")
     adamw_beta1: NonNegativeFloat = key(0.9, "AdamW's decay of the mean gradient", lt=1)
@@ -374,7 +395,7 @@ class Online(Section):
 
     every: NonNegativeInt = key(
         0,
-        "interval of evaluations, of which there is another one at the end; 0: none",
+        "interval of evaluations; there is another one at the end; 0: none",
         unit="iterations",
         changes_results=False,
     )
@@ -396,8 +417,8 @@ class Online(Section):
     )
     best: Literal["auto", "knn", "rankme", "loss", "none"] = key(
         "auto",
-        "value by which the best teacher so far is kept in eval/best/teacher_checkpoint.pth; auto: knn if there are "
-        "datasets for it, else rankme; loss: the held-out loss, lower is better; none: not kept",
+        "metric by which the best teacher is chosen, which is kept in eval/best/teacher_checkpoint.pth; auto: knn if "
+        "there are datasets for it, else rankme; loss: the held-out loss, lower is better; none: not kept",
         changes_results=False,
     )
 
@@ -421,7 +442,9 @@ class Checkpointing(Section):
     period: NonNegativeInt = key(
         0, "save interval; 0: three epochs, as upstream", unit="iterations", changes_results=False
     )
-    keep_last: PositiveInt = key(3, "newest periodic checkpoints kept", unit="checkpoints", changes_results=False)
+    keep_last: PositiveInt = key(
+        3, "number of latest periodic checkpoints to keep", unit="checkpoints", changes_results=False
+    )
     keep_every: NonNegativeInt = key(
         0,
         "interval of checkpoints that are never removed; 0: none",
@@ -435,9 +458,9 @@ class Checkpointing(Section):
     )
     async_save: bool = key(
         False,
-        "copy the state to host memory (16 bytes a parameter, of sharded parts a process's share) and write it while "
-        "training continues, instead of one tensor after the other while training waits; an error shows at the next "
-        "save",
+        "copy the state to host memory (16 bytes per parameter; of sharded parameters, the process's share) and write "
+        "it while training continues, instead of writing tensor by tensor while training waits; an error is reported "
+        "at the next save",
         changes_results=False,
     )
 
@@ -450,10 +473,12 @@ class Wandb(Section):
         "offline: write to <output_dir>/logs/wandb for wandb sync; online falls back to it; WANDB_MODE can restrict it",
         changes_results=False,
     )
-    project: Text = key("", "empty: WANDB_PROJECT, else dinov2_custom", changes_results=False)
-    entity: Text = key("", "user or team; empty: the key's own", changes_results=False)
-    name: Text = key("", "of the run; empty: WANDB_NAME, else the output directory's", changes_results=False)
-    group: Text = key("", "runs to be shown together", changes_results=False)
+    project: Text = key("", "name of the project; empty: WANDB_PROJECT, else dinov2_custom", changes_results=False)
+    entity: Text = key("", "user or team; empty: the owner of the API key", changes_results=False)
+    name: Text = key(
+        "", "name of the run; empty: WANDB_NAME, else the name of the output directory", changes_results=False
+    )
+    group: Text = key("", "name of a group of runs that W&B shows together", changes_results=False)
     tags: Text | int | float | NonEmpty[str | int | float] = key(
         "", "label, or list of labels, of the run", changes_results=False
     )
@@ -471,8 +496,10 @@ class Mlflow(Section):
         "server or store; empty: MLFLOW_TRACKING_URI, else files in <output_dir>/logs/mlruns",
         changes_results=False,
     )
-    experiment: Text = key("", "empty: MLFLOW_EXPERIMENT_NAME, else dinov2_custom", changes_results=False)
-    name: Text = key("", "of the run; empty: the output directory's", changes_results=False)
+    experiment: Text = key(
+        "", "name of the experiment; empty: MLFLOW_EXPERIMENT_NAME, else dinov2_custom", changes_results=False
+    )
+    name: Text = key("", "name of the run; empty: the name of the output directory", changes_results=False)
     id: Text = key(
         "",
         "id of an existing run; empty: MLFLOW_RUN_ID, else the id of this run directory, else new",
