@@ -1,6 +1,8 @@
 """Evaluation during training: the same weights with and without, the same rows after a kill, the best teacher kept."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,9 @@ def test_weights_are_bitwise_the_same_with_and_without(images, tmp_path, capsys,
     line = next(line for line in log.splitlines() if "evaluation: kNN" in line)
     assert "start 0." in line and "pixels 0." in line and "RankMe" in line and "training" in line
     assert "6 training images, as none are held out" in log
+    page = Path(__file__).resolve().parents[2] / "docs" / "monitoring.md"
+    keys = {key for row in rows(tmp_path / "with") for key in row}
+    assert keys <= set(re.findall(r"`(\w+)`", page.read_text()))
 
 
 def test_a_killed_run_writes_the_same_rows_and_keeps_the_same_best_teacher(images, tmp_path, monkeypatch):
