@@ -66,9 +66,9 @@ def main() -> None:
     for name, (batches, overrides) in MODELS.items():
         for batch_size in batches if args.only in name else ():
             cfg = config(overrides, batch_size)
-            plain = measure_step(config(f"{overrides} {WITHOUT}", batch_size))
-            none, selective, full = (measure_step(cfg, mode) for mode in ("none", "selective", "full"))
-            compiled.append(measure_step(cfg, compiler=lambda function: function).peak - none.peak)
+            plain = measure_step(SSLMetaArch, config(f"{overrides} {WITHOUT}", batch_size))
+            none, selective, full = (measure_step(SSLMetaArch, cfg, mode) for mode in ("none", "selective", "full"))
+            compiled.append(measure_step(SSLMetaArch, cfg, compiler=lambda function: function).peak - none.peak)
             counts = (plain.peak, none.peak, selective.peak, full.peak, sharded(none, SHARDED_OVER))
             rows.append([name, batch_size, *map(gigabytes, counts)])
             parts.append([name, batch_size, *(f"{none.categories[part] / 1e9:.2f}" for part in CATEGORIES)])

@@ -6,7 +6,9 @@ before that, and in a single process, the rank is 0 and the world size 1. ``prin
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import os
 import re
 import socket
@@ -28,6 +30,7 @@ _timeout: timedelta | None = None  # timeout of a collective; None for torch's d
 # started a group.
 _OWN_GPU_SOURCES = ("SLURM", "existing process group")
 _LONGEST = timedelta(days=24)  # below 2^31 milliseconds, the limit of sockets
+_groups = itertools.count()  # of this process: a store keeps the addresses of earlier groups, where nobody answers
 _environment_before: dict[str, str | None] = {}  # environment variables changed by enable()
 
 
@@ -306,12 +309,21 @@ def _backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
+@functools.cache  # kept as long as the process: others may reach a server that is about to end, and use it again
+def _store(world: World) -> dist.Store:
+    """Connect to the store through which the processes of ``world`` meet."""
+    # env:// is the only method that uses torchrun's own store
+    return next(dist.rendezvous("env://", **({} if _timeout is None else {"timeout": _timeout})))[0]
+
+
 def _start_group(world: World) -> None:
     # its functions bind the default group at import, and would keep it forever
     importlib.import_module("torch.distributed.nn.functional")
     try:
-        # env:// is the only method that uses torchrun's own store
-        dist.init_process_group(_backend(), timeout=_timeout)
+        store = dist.PrefixStore(f"group {next(_groups)}", _store(world))
+        if _timeout is not None:
+            store.set_timeout(_timeout)
+        dist.init_process_group(_backend(), store=store, rank=world.rank, world_size=world.size, timeout=_timeout)
     except Exception as e:
         disable()
         raise LaunchError(

@@ -105,9 +105,6 @@ TORCH_FREE = [
     "plots.history",
     "patching.main",
 ]
-CIRCLES = {
-    frozenset({"train.memory", "train.ssl_meta_arch"}),
-}  # to be taken apart
 # who may rename or lock besides files.py: folders, files of former runs, and what a library wrote by itself
 RENAMES = {"files", "train.checkpoint_store", "export.write", "run.process"}
 WORK = {
@@ -314,7 +311,7 @@ def test_no_modules_import_each_other():
     for name, file in MODULES.items():
         found = _imports(ast.parse(file.read_text()), name, file.name == "__init__.py")
         imports[name] = {own for imported, _ in found if (own := _own_module(imported)) and own != name}
-    assert circles(imports) <= CIRCLES
+    assert circles(imports) == set()
 
 
 def test_circle_check_sees():

@@ -13,11 +13,10 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dinov2_custom.errors import ConfigError
-
 Box = tuple[int, int, int, int]
 Jitter = tuple[tuple[str, float], ...]
 OTHER_KEYS = ("device",)  # keys of the same section that do not belong to the recipe
+_SEQUENCES = ("blur_p", "blur_sigma")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,49 +43,18 @@ class Recipe:
 
     @classmethod
     def from_config(cls, section: Recipe | Mapping[str, Any] | object | None) -> Recipe:
-        """Read a recipe from a mapping, from an object with these attributes, or from None (the defaults).
+        """Read a recipe from a mapping or an object with these attributes, or None (the defaults).
+
+        The ranges of its values are in ``configs/schema.py``.
 
         Raises:
-            ConfigError: if there are unknown keys or values out of range; lists all of them.
+            TypeError: there are unknown keys.
         """
         if section is None or isinstance(section, cls):
             return section or cls()
-        names = [field.name for field in dataclasses.fields(cls)]
-        if isinstance(section, Mapping):
-            given = {key: value for key, value in section.items() if key not in OTHER_KEYS}
-        else:
-            given = {name: getattr(section, name) for name in names if hasattr(section, name)}
-        wrong = [f"augmentation.{key}: no such key (there are {', '.join(names)})" for key in given if key not in names]
-        values = {key: tuple(v) if _is_list(v) else v for key, v in given.items() if key in names}
-        recipe = cls(**values)
-        for name, rule in _wrong(recipe):
-            wrong.append(f"augmentation.{name}: expected {rule}, got {getattr(recipe, name)!r}")
-        if wrong:
-            raise ConfigError("; ".join(wrong))
-        return recipe
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _wrong(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return (field, expected values) for every value out of range."""
-    rules = {name: ("a number >= 0", lambda v: v >= 0) for name in ("brightness", "contrast", "saturation")}
-    rules["hue"] = ("a number in 0..0.5", lambda v: 0 <= v <= 0.5)
-    for name in ("jitter_p", "gray_p", "solarize_p", "hflip_p"):
-        rules[name] = ("a probability in 0..1", lambda v: 0 <= v <= 1)
-    rules["blur_p"] = ("three probabilities in 0..1", lambda v: len(v) == 3 and all(0 <= p <= 1 for p in v))
-    rules["blur_sigma"] = ("[low, high] with 0 < low <= high, pixels", lambda v: len(v) == 2 and 0 < v[0] <= v[1])
-    found = []
-    for name, (rule, holds) in rules.items():
-        try:
-            fine = bool(holds(getattr(recipe, name)))
-        except TypeError:
-            fine = False
-        if not fine:
-            found.append((name, rule))
-    return found
+        given = section if isinstance(section, Mapping) else vars(section)
+        values = {key: tuple(v) if key in _SEQUENCES else v for key, v in given.items() if key not in OTHER_KEYS}
+        return cls(**values)
 
 
 class CropDraw(NamedTuple):

@@ -56,13 +56,6 @@ class IndexSubset(Dataset):
         return [(part[0], number, number / len(self)) for part, number in zip(parts, numbers, strict=True)]
 
 
-def split_off(
-    dataset: Any, path_preserved: str | Sequence[str], frac: float, output_dir: str = ".", write: bool = True
-) -> Any:
-    """Return ``dataset`` without the held-out images, the first result of :func:`split`."""
-    return split(dataset, path_preserved, frac, output_dir, write)[0]
-
-
 def split(
     dataset: Any, path_preserved: str | Sequence[str], frac: float, output_dir: str = ".", write: bool = True
 ) -> tuple[Any, IndexSubset | None]:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
@@ -155,18 +153,10 @@ def sweep_C_values(  # noqa: N802 - upstream's name
             device=train_features_device,
         )
         logger.info(f"C={model.C:.5g} " + text_of(scores[index]))
-    for other in _from_all_processes(scores):
+    for other in distributed.gather_objects(scores):
         scores |= other
     best = max(sorted(scores), key=lambda index: float(scores[index]["top-1"].mean()))
     return scores[best], float(10.0 ** powers[best])
-
-
-def _from_all_processes(value: Any) -> list[Any]:
-    if not distributed.is_enabled():
-        return [value]
-    values: list[Any] = [None] * distributed.get_global_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def text_of(scores: dict[str, Tensor]) -> str:

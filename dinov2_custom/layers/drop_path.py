@@ -2,7 +2,7 @@
 
 DINOv2 trains with the second: a residual branch is computed for a random subset of the samples only, which saves the
 cost, and the result is scaled by batch / kept so that its expectation is unchanged. The samples are drawn on the CPU,
-for a whole pass at once if wanted; :func:`restrict` cuts such a draw for passes over parts of the samples.
+optionally for a whole pass at once; :func:`restrict` cuts such a draw for passes over parts of the samples.
 """
 
 from __future__ import annotations
@@ -132,11 +132,3 @@ def to_subsets(draws: Sequence[Draw], segments: Segments, device: torch.device) 
 
 def _moved(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     return to_device(torch.cat(tensors), device).split([len(tensor) for tensor in tensors])
-
-
-def draw_subset(
-    segments: Segments, drop_ratio: float, generator: torch.Generator | None, device: torch.device
-) -> Subset:
-    """Draw one branch's subset: :func:`draw_kept`, then :func:`to_subsets`."""
-    draw = draw_kept([total for total, _ in segments], drop_ratio, generator)
-    return to_subsets([draw], segments, device)[0]

@@ -20,7 +20,7 @@ _CHUNK_LOGITS = {"cuda": 2**24, "cpu": 2**22}
 # Gradients of logits that are multiplied with their features at once: each product adds to a (K, D) tensor in float32,
 # which on a CPU takes longer than the product of a small chunk. Elsewhere a chunk at a time.
 _PRODUCT_LOGITS = {"cpu": 2**24}
-_ACCUMULATE = torch.float32  # logits, losses and gradients, whatever the products are in
+_ACCUMULATE = torch.float32  # logits, losses and gradients, for any dtype of the products
 _FP16_LARGEST_FACTOR = 64.0
 
 

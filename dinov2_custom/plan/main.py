@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 
 from dinov2_custom import cli, distributed
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.parallel import bytes_elsewhere, strategies_on
 from dinov2_custom.plan import roofline
-from dinov2_custom.plan.memory import LARGEST_BATCH, largest_below, print_memory
+from dinov2_custom.plan.memory import LARGEST_BATCH, Counts, copy_of, print_memory
 from dinov2_custom.plan.prices import Price, load_prices
 from dinov2_custom.plan.schedule import print_schedule
 from dinov2_custom.plan.table import aligned
 from dinov2_custom.plan.timing import STEPS, Timing, time_apart
 from dinov2_custom.train.course import RunLength, run_length
 from dinov2_custom.train.gpus import GPU, GPUS, find_gpu
-from dinov2_custom.train.memory import MODES, SHARE_OF_TENSORS, largest_batch, measure_step, room_on
+from dinov2_custom.train.memory import MODES, SHARE_OF_TENSORS, largest_batch, room_on
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 ARCHITECTURES = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
@@ -100,7 +99,7 @@ def loader(args) -> Callable:
             world_size=num_gpus,
             warn=note,
         )
-        return _copy(cfg)  # which can be changed
+        return copy_of(cfg)
 
     return load
 
@@ -125,64 +124,19 @@ def find_by_user_name(text: str) -> str:
     return found[0]
 
 
-class Counts:
-    """Steps counted so far, each once: by configuration, without what a step's memory and time do not depend on."""
-
-    def __init__(self) -> None:
-        self._steps: dict[tuple[str, str], roofline.Roofline] = {}
-        self._peaks: dict[tuple[str, str], dict[int, int]] = {}
-        self._largest: dict[tuple[str, str, float], int] = {}
-
-    def step(self, cfg, mode: str) -> roofline.Roofline:
-        """Return kernels and memory of the step of ``cfg`` with the activation checkpointing ``mode``."""
-        key = (_key(cfg), mode)
-        if key not in self._steps:
-            self._steps[key] = roofline.predict(cfg, mode)
-        return self._steps[key]
-
-    def largest(self, cfg, limit: float) -> int:
-        """Return the largest batch below ``limit`` bytes, with nothing recomputed where that is ``auto``; 0: none."""
-        cfg, mode, own = _copy(cfg), modes_of(cfg)[0], cfg.train.batch_size_per_gpu
-        memory = self.step(cfg, mode).memory
-        cfg.train.batch_size_per_gpu = 0
-        known = self._peaks.setdefault((_key(cfg), mode), {})
-        known[0] = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-        known[own] = memory.peak
-
-        def peak(batch: int) -> int:
-            if batch not in known:
-                cfg.train.batch_size_per_gpu = batch
-                known[batch] = measure_step(cfg, mode).peak
-            return known[batch]
-
-        asked = (_key(cfg), mode, limit)
-        if asked not in self._largest:
-            nearest = sorted(known, key=lambda batch: abs(known[batch] - limit))[:2]
-            self._largest[asked] = largest_below(peak, limit, *sorted((batch, known[batch]) for batch in nearest))
-        return self._largest[asked]
-
-
-def _copy(cfg):
-    return OmegaConf.create(OmegaConf.to_container(cfg))
-
-
-def _key(cfg) -> str:
-    return str({name: value for name, value in OmegaConf.to_container(cfg).items() if name not in ("optim", "teacher")})
-
-
 def choose(cfg, gpu: GPU, num_gpus: int, counts: Counts) -> Choice:
     """Return what training would do on ``num_gpus`` GPUs; does not change ``cfg``."""
-    cfg = _copy(cfg)
-    if cfg.optim.global_batch:
-        batch = largest_batch(cfg, gpu.memory, num_gpus)
-        cfg.optim.accumulation_steps *= cfg.train.batch_size_per_gpu // batch
-        cfg.train.batch_size_per_gpu = batch
+    cfg = copy_of(cfg)
     with torch.device("meta"):
         student = SSLMetaArch(cfg).student
     strategies = strategies_on(cfg, student, gpu.memory, num_gpus)
     room = room_on(gpu.memory, student, strategies, num_gpus)
     elsewhere = bytes_elsewhere(student, strategies, num_gpus)
     limit = room * SHARE_OF_TENSORS
+    if cfg.optim.global_batch:
+        batch = largest_batch(cfg, limit, counts.memory)
+        cfg.optim.accumulation_steps *= cfg.train.batch_size_per_gpu // batch
+        cfg.train.batch_size_per_gpu = batch
     for mode in modes_of(cfg):
         peak = counts.step(cfg, mode).memory.peak
         if peak <= limit:
@@ -214,7 +168,7 @@ def print_plan(load: Callable, args, names: Sequence[str], prices: dict[str, Pri
             choice = choose(cfg, GPUS[name], num_gpus, counts)
             step = counts.step(choice.cfg, choice.mode)
             seconds = step_seconds(choice, step, GPUS[name]) if choice.fits else None
-            largest = counts.largest(choice.cfg, choice.limit)
+            largest = counts.largest(choice.cfg, modes_of(choice.cfg)[0], choice.limit)
             tail = [f"{checkpoint_bytes(step) / 1e9:.2f}", f"{largest}+" if largest == LARGEST_BATCH else str(largest)]
             shown = "yes" if choice.fits else "no"
             head = [choice.mode, f"{choice.needed / 1e9:.2f}", shown]
@@ -255,7 +209,7 @@ def timed_row(cfg, length, prices: dict[str, Price], counts: Counts) -> list[str
     """Time the step here and return its row; the checkpoint is counted."""
     device = distributed.get_device()
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    single = _copy(cfg)
+    single = copy_of(cfg)
     single.optim.accumulation_steps = 1
     timing, accumulated = time_apart(single), cfg.optim.accumulation_steps
     memory = [cfg.train.activation_checkpointing, f"{timing.peak / 1e9:.2f}" if timing else NONE]

@@ -1,16 +1,17 @@
 """Print the memory of a training step by category, and the largest batch that fits.
 
-The count itself is in ``train/memory.py``, which training also uses.
+The count itself is in ``train/memory.py``, which training also uses. It takes seconds for a large network, so
+:class:`Counts` keeps each one.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from omegaconf import OmegaConf
 
 from dinov2_custom.errors import ConfigError
+from dinov2_custom.plan import roofline
 from dinov2_custom.train.memory import (
     CATEGORIES,
     MODES,
@@ -18,9 +19,59 @@ from dinov2_custom.train.memory import (
     StepMemory,
     largest_batch,
     measure_step,
+    step_limit,
 )
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 LARGEST_BATCH = 1024  # upper limit of the search for the largest batch that fits
+
+
+class Counts:
+    """Steps counted so far, each once: by configuration, without what a step's memory and time do not depend on."""
+
+    def __init__(self) -> None:
+        # by configuration and activation checkpointing, then by batch
+        self._steps: dict[tuple[str, str], dict[int, roofline.Roofline]] = {}
+        self._memory: dict[tuple[str, str], dict[int, StepMemory]] = {}
+
+    def step(self, cfg, mode: str) -> roofline.Roofline:
+        """Return kernels and memory of the step of ``cfg`` with the activation checkpointing ``mode``."""
+        key, batch = (_key(cfg), mode), cfg.train.batch_size_per_gpu
+        known = self._steps.setdefault(key, {})
+        if batch not in known:
+            known[batch] = roofline.predict(cfg, mode)
+            self._memory.setdefault(key, {})[batch] = known[batch].memory
+        return known[batch]
+
+    def memory(self, cfg, mode: str) -> StepMemory:
+        """Return the memory of that step."""
+        key, batch = (_key(cfg), mode), cfg.train.batch_size_per_gpu
+        known = self._memory.setdefault(key, {})
+        if batch not in known:
+            known[batch] = measure_step(SSLMetaArch, cfg, mode)
+        return known[batch]
+
+    def largest(self, cfg, mode: str, limit: float) -> int:
+        """Return the largest batch whose step takes at most ``limit`` bytes, within an eighth of it; 0 if none does."""
+        cfg, memory = copy_of(cfg), self.memory(cfg, mode)
+
+        def peak(batch: int) -> int:
+            cfg.train.batch_size_per_gpu = batch
+            return self.memory(cfg, mode).peak
+
+        peaks = {batch: counted.peak for batch, counted in self._memory[_key(cfg), mode].items()}
+        return largest_below(peak, limit, {0: memory.state, **peaks})
+
+
+def copy_of(cfg):
+    """Return a configuration that can be changed."""
+    return OmegaConf.create(OmegaConf.to_container(cfg))
+
+
+def _key(cfg) -> str:
+    sections = OmegaConf.to_container(cfg)
+    del sections["train"]["batch_size_per_gpu"]
+    return str({name: value for name, value in sections.items() if name not in ("optim", "teacher")})
 
 
 def print_memory(cfg, num_gpus: int, gigabytes: float = 0.0) -> None:
@@ -29,14 +80,15 @@ def print_memory(cfg, num_gpus: int, gigabytes: float = 0.0) -> None:
     Raises:
         ConfigError: not even a step of one image fits.
     """
-    count = functools.cache(functools.partial(measure_step, cfg))
-    for line in report(cfg, count, num_gpus):
+    counts = Counts()
+    for line in report(cfg, counts, num_gpus):
         print(line, flush=True)
     if not gigabytes:
         return
     print()
     room, found = f"{gigabytes:g} GB, {1 - SHARE_OF_TENSORS:.1%} of it left free", 0
-    for mode, largest in fits(cfg, gigabytes, count):
+    for mode in MODES:
+        largest = counts.largest(cfg, mode, gigabytes * 1e9 * SHARE_OF_TENSORS)
         most = " or more" if largest == LARGEST_BATCH else ""
         batch = f"train.batch_size_per_gpu={largest}{most} fits" if largest else "not even one image fits"
         print(f"{mode}: {batch} into {room}", flush=True)
@@ -47,14 +99,11 @@ def print_memory(cfg, num_gpus: int, gigabytes: float = 0.0) -> None:
             "fewer prototypes (dino.head_n_prototypes), smaller crops, or a larger GPU"
         )
     if cfg.optim.global_batch:
-        print(split_on(cfg, gigabytes, num_gpus))
+        print(split_on(cfg, gigabytes, num_gpus, counts))
 
 
-def report(cfg, count: Callable[[str], StepMemory], num_gpus: int = 1) -> Iterable[str]:
-    """Yield the lines of the table: each activation checkpointing, in total and by category, in GB (10^9 bytes).
-
-    ``count``: maps an activation checkpointing to the memory of a step of ``cfg``.
-    """
+def report(cfg, counts: Counts, num_gpus: int = 1) -> Iterable[str]:
+    """Yield the lines of the table: each activation checkpointing, in total and by category, in GB (10^9 bytes)."""
     crops, batch_size = cfg.crops, cfg.train.batch_size_per_gpu
     yield (
         f"{cfg.student.arch}/{cfg.student.patch_size}, 2 x {crops.global_crops_size} + {crops.local_crops_number} x "
@@ -66,7 +115,7 @@ def report(cfg, count: Callable[[str], StepMemory], num_gpus: int = 1) -> Iterab
     widths = [max(len(name), 6) for name in header]
     yield "  ".join(name.rjust(width) for name, width in zip(header, widths, strict=True))
     for mode in MODES:
-        memory = count(mode)
+        memory = counts.memory(cfg, mode)
         sizes = [memory.peak, *memory.categories.values(), *([sharded(memory, num_gpus)] if num_gpus > 1 else [])]
         cells = [mode, *(f"{size / 1e9:.2f}" for size in sizes)]
         yield "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
@@ -75,60 +124,35 @@ def report(cfg, count: Callable[[str], StepMemory], num_gpus: int = 1) -> Iterab
 
 def sharded(memory: StepMemory, gpus: int) -> int:
     """Estimate the peak with weights, gradients and optimizer state sharded; gathered blocks are not included."""
-    state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-    return memory.peak - state * (gpus - 1) // gpus
+    return memory.peak - memory.state * (gpus - 1) // gpus
 
 
-def fits(cfg, gigabytes: float, count: Callable[[str], StepMemory] | None = None) -> Iterator[tuple[str, int]]:
-    """Yield each activation checkpointing with the largest batch whose step leaves enough of ``gigabytes`` free, or 0.
-
-    ``count``: maps an activation checkpointing to the memory of a step of ``cfg`` at its own batch; default: count it.
-    """
-    own, count = cfg.train.batch_size_per_gpu, count or functools.partial(measure_step, cfg)
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
-    for mode in MODES:
-
-        def peak(batch_size: int, mode: str = mode) -> int:
-            cfg.train.batch_size_per_gpu = batch_size
-            return measure_step(cfg, mode).peak
-
-        memory = count(mode)
-        state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-        yield mode, largest_below(peak, gigabytes * 1e9 * SHARE_OF_TENSORS, (0, state), (own, memory.peak))
-
-
-def split_on(cfg, gigabytes: float, num_gpus: int) -> str:
+def split_on(cfg, gigabytes: float, num_gpus: int, counts: Counts) -> str:
     """Return the line that says how ``optim.global_batch`` is divided on GPUs of ``gigabytes``."""
     share = cfg.train.batch_size_per_gpu
-    batch = largest_batch(cfg, gigabytes * 1e9, num_gpus)
+    batch = largest_batch(cfg, step_limit(SSLMetaArch, cfg, gigabytes * 1e9, num_gpus), counts.memory)
     return (
         f"optim.global_batch={cfg.optim.global_batch}: {batch} per process x {num_gpus} processes x "
         f"{cfg.optim.accumulation_steps * share // batch} accumulated"
     )
 
 
-def largest_below(
-    size: Callable[[int], int], limit: float, first: tuple[float, float], second: tuple[float, float]
-) -> int:
+def largest_below(size: Callable[[int], int], limit: float, sizes: dict[int, float]) -> int:
     """Return an n up to ``LARGEST_BATCH`` with size(n) <= limit, within an eighth of the largest; 0 if 1 does not fit.
 
     ``size`` must be non-decreasing. It is slow and nearly linear, so one or two interpolated guesses usually suffice.
 
     Args:
-        first, second: (n, approximate size(n)) for two n, to start the interpolation.
+        sizes: n -> size(n), at least two, to start the interpolation; those that were asked for are added.
     """
-    fitting, too_large = 0, LARGEST_BATCH + 1
-    while too_large - fitting > 1:
-        slope = max((second[1] - first[1]) / (second[0] - first[0]), 1e-9)
-        guess = min(max(int(second[0] + (limit - second[1]) / slope), fitting + 1), too_large - 1)
-        found = (guess, size(guess))
-        if found[1] <= limit:
-            fitting = guess
-            if guess == LARGEST_BATCH or limit - found[1] < slope * max(1, guess / 8) / 2:
-                break  # interpolation would stop at half of an eighth
-        else:
-            too_large = guess
-            if fitting and too_large - fitting <= max(1, fitting // 8):
-                break
-        first, second = (second, found) if second[0] != guess else (first, found)
-    return fitting
+    while True:
+        fitting = max((n for n, known in sizes.items() if known <= limit), default=0)
+        too_large = min((n for n, known in sizes.items() if known > limit), default=LARGEST_BATCH + 1)
+        (first, at_first), (second, at_second) = sorted(sizes.items(), key=lambda item: abs(item[1] - limit))[:2]
+        slope = max((at_second - at_first) / (second - first), 1e-9)
+        tolerance = max(1, fitting // 8)
+        if too_large - fitting <= tolerance or (fitting and limit - sizes[fitting] < slope * tolerance / 2):
+            return min(fitting, LARGEST_BATCH)
+        guess = first + 0.99 * (limit - at_first) / slope  # rather below than above, which would need another guess
+        guess = min(max(int(guess), fitting + 1), too_large - 1)
+        sizes[guess] = size(guess)

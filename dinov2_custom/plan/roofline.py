@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from dinov2_custom.train import memory
 from dinov2_custom.train.gpus import GPU
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 # assumed fractions of the data-sheet rates
 PRODUCTS = 0.7  # reached by large 16-bit products
@@ -197,7 +198,7 @@ def predict(cfg, checkpointing: str = "none", compiled: bool = False) -> Rooflin
     roofline = Roofline()
     with counting_attention(roofline):
         roofline.memory = memory.measure_step(
-            cfg, checkpointing, inside=roofline, compiler=roofline.as_kernels if compiled else None
+            SSLMetaArch, cfg, checkpointing, inside=roofline, compiler=roofline.as_kernels if compiled else None
         )
     roofline.num_parameters = roofline.memory.categories["optimizer"] // 8  # two moments in float32
     return roofline

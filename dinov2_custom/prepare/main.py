@@ -250,7 +250,7 @@ def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
         other = [f"{key}: {before.get(key)}, now {task[key]}" for key in task if before.get(key) != task[key]]
         if other:
             raise ConfigError(
-                f"--output-dir: expected the dataset and options that {folder} was begun with, got other ones "
+                f"--output-dir: expected the dataset and options that {folder} was started with, got other ones "
                 f"({'; '.join(other)}); choose an empty folder"
             )
     with atomic_write(folder / MARKER, fsync=True) as file:

@@ -90,7 +90,7 @@ class Watchdog:
             if self._marks != marks:
                 marks, still_s, reported = self._marks, 0.0, False
             if lost_s > GRACE_S:
-                what = f"{', '.join(lost)} has ended, killed from outside perhaps (out of memory: see dmesg)"
+                what = f"{', '.join(lost)} has ended, possibly killed from outside (out of memory: see dmesg)"
                 is_over = lost_s > GRACE_S + LEAVE_S
             elif self.hang_s and still_s > self._allowed_s:
                 what = f"no step for {self._allowed_s:g} s (train.hang_timeout)"

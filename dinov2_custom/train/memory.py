@@ -8,11 +8,12 @@ that fits on a GPU.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -27,12 +28,15 @@ from dinov2_custom.layers import backend as kernels
 from dinov2_custom.layers import prototype_loss
 from dinov2_custom.parallel import NO_SHARD, bytes_elsewhere, choose_strategies, strategies_on
 from dinov2_custom.train import fast_paths
-from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.dtype import as_torch_dtype
+
+if TYPE_CHECKING:
+    from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 # Share of a device's memory reserved for nccl's buffers, which it allocates itself: an allowance.
 NCCL_BYTES = 10**9
 SHARE_OF_TENSORS = 7 / 8  # of a device's memory; the rest is for what the count does not include
+Architecture = type["SSLMetaArch"]  # an argument, because ssl_meta_arch imports this module
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "heads", "batch")
 MODES = ("none", "selective", "full")  # of train.activation_checkpointing
 
@@ -46,6 +50,11 @@ class StepMemory(NamedTuple):
 
     peak: int
     categories: dict[str, int]
+
+    @property
+    def state(self) -> int:
+        """The bytes that do not depend on the batch."""
+        return sum(self.categories[name] for name in ("parameters", "gradients", "optimizer"))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -175,16 +184,16 @@ def room_on(available: float, student: nn.ModuleDict, strategies: dict[str, str]
     return available + bytes_elsewhere(student, strategies, world_size) / SHARE_OF_TENSORS
 
 
-def least_checkpointing(cfg, available: int) -> str:
+def least_checkpointing(arch: Architecture, cfg, available: int) -> str:
     """Return the least activation checkpointing that keeps a step below ``available`` bytes; ``full`` if none does.
 
     ``SHARE_OF_TENSORS`` leaves room for what the count does not include.
     """
     room = available * SHARE_OF_TENSORS
-    return next((mode for mode in ("none", "selective") if measure_step(cfg, mode).peak < room), "full")
+    return next((mode for mode in ("none", "selective") if measure_step(arch, cfg, mode).peak < room), "full")
 
 
-def split_over_memory(cfg) -> None:
+def split_over_memory(arch: Architecture, cfg) -> None:
     """With ``optim.global_batch``, lower the batch of a process to what fits on its GPU, and accumulate the rest.
 
     The limit is the memory of the smallest GPU, not what is free on it, so that a restarted run has the same batches.
@@ -194,43 +203,51 @@ def split_over_memory(cfg) -> None:
     if not cfg.optim.global_batch or device.type != "cuda":
         return
     smallest = min(distributed.gather_objects(torch.cuda.mem_get_info(device)[1]))
-    world_size = distributed.get_global_size()
-    batch = largest_batch(cfg, smallest, world_size) if distributed.is_main_process() else 0
+    batch = 0
+    if distributed.is_main_process():
+        limit = step_limit(arch, cfg, smallest, distributed.get_global_size())
+        batch = largest_batch(cfg, limit, functools.partial(measure_step, arch))
     batch = distributed.broadcast_object(batch)
     cfg.optim.accumulation_steps *= cfg.train.batch_size_per_gpu // batch
     cfg.train.batch_size_per_gpu = batch
 
 
-def largest_batch(cfg, device_bytes: float, world_size: int) -> int:
-    """Return the largest divisor of ``train.batch_size_per_gpu`` whose step fits on a GPU of ``device_bytes``, else 1.
+def step_limit(arch: Architecture, cfg, device_bytes: float, world_size: int) -> float:
+    """Return how many bytes a step, counted with whole weights, may take on each of ``world_size`` GPUs."""
+    with torch.device("meta"):
+        student = arch(cfg).student
+    strategies = strategies_on(cfg, student, device_bytes, world_size)
+    return room_on(device_bytes, student, strategies, world_size) * SHARE_OF_TENSORS
 
-    With ``train.activation_checkpointing: auto`` this assumes no recomputation, as accumulation costs less.
+
+def largest_batch(cfg, limit: float, measure: Callable[..., StepMemory]) -> int:
+    """Return the largest divisor of ``train.batch_size_per_gpu`` whose step takes at most ``limit`` bytes, else 1.
+
+    ``measure(cfg, checkpointing)`` counts a step, as :func:`measure_step` does. With
+    ``train.activation_checkpointing: auto`` this assumes no recomputation, as accumulation costs less.
     """
     cfg = OmegaConf.create(OmegaConf.to_container(cfg))
     mode = {"auto": "none"}.get(cfg.train.activation_checkpointing, cfg.train.activation_checkpointing)
-    with torch.device("meta"):
-        student = SSLMetaArch(cfg).student
-    strategies = strategies_on(cfg, student, device_bytes, world_size)
-    room = room_on(device_bytes, student, strategies, world_size) * SHARE_OF_TENSORS
     divisors = divisors_of(cfg.train.batch_size_per_gpu)
     while divisors[0] > 1:
         cfg.train.batch_size_per_gpu = divisors[0]
-        memory = measure_step(cfg, mode)
-        if memory.peak <= room:
+        memory = measure(cfg, mode)
+        if memory.peak <= limit:
             break
-        state = sum(memory.categories[name] for name in ("parameters", "gradients", "optimizer"))
-        guess = divisors[0] * (room - state) / (memory.peak - state)  # memory is nearly linear in the batch
+        # memory is nearly linear in the batch
+        guess = divisors[0] * (limit - memory.state) / (memory.peak - memory.state)
         divisors = [n for n in divisors[1:] if n <= guess] or [1]
     return divisors[0]
 
 
 def measure_step(
+    arch: Architecture,
     cfg,
     checkpointing: str = "none",
     inside: AbstractContextManager = nullcontext(),  # noqa: B008 - does nothing
     compiler: fast_paths.Compiler | None = None,
 ) -> StepMemory:
-    """Run one step of ``cfg`` on fake tensors and return its peak; ``auto`` precisions count as bf16.
+    """Run one step of ``arch(cfg)`` on fake tensors and return its peak; ``auto`` precisions count as bf16.
 
     Args:
         checkpointing: ``none``, ``selective`` or ``full``.
@@ -240,7 +257,7 @@ def measure_step(
     live, mode = LiveBytes(), FakeTensorMode(allow_non_fake_inputs=True)
     batch = batch_shapes(cfg)
     with torch.device("meta"):
-        model = SSLMetaArch(cfg).train()
+        model = arch(cfg).train()
     model.set_checkpointing(checkpointing)
     if compiler is not None:
         fast_paths.install(model, lambda function: live.as_one_operation(compiler(function)))

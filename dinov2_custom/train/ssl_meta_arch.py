@@ -33,6 +33,7 @@ from dinov2_custom.models import build_heads, build_model_from_cfg
 from dinov2_custom.parallel import GradientReducer, own_share
 from dinov2_custom.train import fast_paths
 from dinov2_custom.train.health import MAX_RANKME_ROWS
+from dinov2_custom.train.memory import least_checkpointing, memory_for_steps
 from dinov2_custom.train.pretrained import start_from_weights
 from dinov2_custom.train.views import (
     ViewGroup,
@@ -149,9 +150,7 @@ class SSLMetaArch(nn.Module):
         wanted = self.cfg.train.activation_checkpointing
         if wanted != "auto" or self.device.type != "cuda":
             return "none" if wanted == "auto" else wanted
-        from dinov2_custom.train.memory import least_checkpointing, memory_for_steps  # which imports this class
-
-        return least_checkpointing(self.cfg, available=memory_for_steps(self))
+        return least_checkpointing(SSLMetaArch, self.cfg, available=memory_for_steps(self))
 
     def set_checkpointing(self, mode: str) -> None:
         """Let the student's blocks recompute ``none``, ``selective`` or ``full`` in the backward pass."""

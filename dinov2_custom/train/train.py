@@ -278,7 +278,7 @@ def main(args) -> int:
 def _run(args, rank: int) -> int:
     notes: list[str] = []
     cfg = get_cfg_from_args(args, warn=notes.append)
-    split_over_memory(cfg)
+    split_over_memory(SSLMetaArch, cfg)
     OmegaConf.set_readonly(cfg, True)
     check_output_dir(cfg.train.output_dir)
     setup_logging(output=cfg.train.output_dir, name="dinov2", level=logging.INFO, hold=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from dinov2_custom.data.pool import end_with_parent
+from dinov2_custom.data.pool import describe_exit, end_with_parent
 from dinov2_custom.errors import DataError, DINOv2Error
 
 IDLE = -1
@@ -183,7 +183,7 @@ class _Pool:
             lost.remove(item)
             self.deaths[item] = self.deaths.get(item, 0) + 1
             if reason or self.deaths[item] >= ATTEMPTS:
-                self.finished.append((item, Death(reason or f"the process died decoding it ({_how(code)})")))
+                self.finished.append((item, Death(reason or f"the process {describe_exit(code)} while decoding it")))
             else:
                 self.again.append([item])
         else:
@@ -191,7 +191,7 @@ class _Pool:
             if self.deaths_without_work > 10 + 2 * len(self.workers):
                 raise DataError(
                     f"expected decoder processes to run, got {self.deaths_without_work} that died at once "
-                    f"({_how(code)}); use fewer --workers, or more memory"
+                    f"(the last {describe_exit(code)}); use fewer --workers, or more memory"
                 )
         self.again.extend(lost[i : i + self.chunk] for i in range(0, len(lost), self.chunk))
         self._start()
@@ -199,17 +199,6 @@ class _Pool:
     def close(self) -> None:
         for worker in self.workers:
             worker.end()
-
-
-def _how(code: int | None) -> str:
-    """Describe an exit code: "SIGSEGV", "SIGKILL: out of memory?", "exit code 3"."""
-    if code is None or code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"{name}: out of memory?" if name == "SIGKILL" else name
 
 
 def _serve(work: Callable[[int], Any], pipe: Connection, current: Any, inherited: list[Connection]) -> None:

@@ -9,6 +9,7 @@ import torch
 from benchmarks.step import COMMON, batch_for, our_step
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.train.memory import measure_step
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.cuda_host.counts import counted, sync_stacks, syncs
 
 SMALL = [*COMMON.split(), "student.arch=vit_tiny"]
@@ -60,7 +61,7 @@ def test_the_allocator_needs_what_was_counted(batch_size, checkpointing):
     options = [f"train.batch_size_per_gpu={batch_size}", f"train.activation_checkpointing={checkpointing}"]
     overrides = [*COMMON.split(), "student.arch=vit_small", *options]
     cfg = load_run_config("", overrides, "unused", require_dataset=False, warn=lambda note: None)
-    wanted = measure_step(cfg, checkpointing)
+    wanted = measure_step(SSLMetaArch, cfg, checkpointing)
     batch = pinned_batch(overrides, batch_size)
     ahead = sum(v.nbytes for v in batch.values() if torch.is_tensor(v))  # the next batch, which is not here yet
     torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2_custom.data.holdout import IndexSubset, split_off
+from dinov2_custom.data.holdout import IndexSubset, split
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.data.mixture import Mixture, Shares
 from dinov2_custom.data.samplers import permuted_index
@@ -156,7 +156,7 @@ def test_mixture_of_everything(tmp_path):
     assert dataset.read(0) == (tmp_path / "f" / "0.png").read_bytes()
     with pytest.raises(DataError, match="gone.png"):
         dataset[8]
-    rest = split_off(dataset, str(tmp_path / "held.txt"), 0.3)
+    rest, _ = split(dataset, str(tmp_path / "held.txt"), 0.3)
     held = (tmp_path / "held.txt").read_text().splitlines()
     assert len(held) == 4 and len(rest) == 9 and [share for _, _, share in rest.shares()] == [0.5, 0.25, 0.25]
     assert {rest.name(rest.index_of_draw(draw, 0)) for draw in range(100)} == {rest.name(i) for i in range(9)}

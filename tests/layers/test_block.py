@@ -3,7 +3,7 @@ import torch
 
 from dinov2_custom.layers import NestedTensorBlock, SwiGLUFFNFused
 from dinov2_custom.layers.block import BlockChunk
-from dinov2_custom.layers.drop_path import draw_subset, num_kept
+from dinov2_custom.layers.drop_path import draw_kept, num_kept, to_subsets
 from tests.layers.both_ways import run
 
 
@@ -48,10 +48,10 @@ def test_drop_path_computes_the_drawn_samples_and_leaves_the_rest(way):
 
 
 def test_same_generator_same_subset_and_expectation_is_kept():
-    subset = draw_subset([(64, 2)], 0.3, torch.Generator().manual_seed(1), torch.device("cpu"))
-    again = draw_subset([(64, 2)], 0.3, torch.Generator().manual_seed(1), torch.device("cpu"))
+    draws = [draw_kept([64], 0.3, torch.Generator().manual_seed(1)) for _ in range(2)]
+    subset, again = to_subsets(draws, [(64, 2)], torch.device("cpu"))
     assert torch.equal(subset.rows, again.rows)
-    assert subset.segments == [(44, 2)]
+    assert subset.segments == [(44, 2)] and len(subset.rows) == 88
     assert subset.scale == pytest.approx(64 / 44)
 
 

@@ -67,12 +67,12 @@ def test_what_does_not_fit_has_no_time_and_no_price(plan, monkeypatch):
 
 def test_what_is_recomputed_is_what_training_would():
     cfg = tiny_config("student.arch=vit_micro", "train.batch_size_per_gpu=64", "train.activation_checkpointing=auto")
-    none, selective = measure_step(cfg).peak, measure_step(cfg, "selective").peak
+    none, selective = measure_step(SSLMetaArch, cfg).peak, measure_step(SSLMetaArch, cfg, "selective").peak
     for room in (2 * none, (none + selective) / 2):
         gpu = GPU(room / SHARE_OF_TENSORS, 1e14, 1e12)
         choice = choose(cfg, gpu, 1, Counts())
-        assert choice.mode == least_checkpointing(cfg, gpu.memory) and choice.fits
-        assert choice.needed == choice.peak == measure_step(cfg, choice.mode).peak
+        assert choice.mode == least_checkpointing(SSLMetaArch, cfg, gpu.memory) and choice.fits
+        assert choice.needed == choice.peak == measure_step(SSLMetaArch, cfg, choice.mode).peak
 
 
 def test_sharded_weights_take_less_of_each_gpu():
@@ -96,12 +96,12 @@ def test_a_global_batch_is_divided_as_training_does(plan):
 def test_the_largest_batch_is_the_same_for_the_same_memory():
     cfg, counts = tiny_config(), Counts()
     counts.step(cfg, "none")
-    limit = 3 * measure_step(cfg).peak
-    found = counts.largest(cfg, limit)
-    assert found == counts.largest(cfg, limit)
-    assert measure_step(tiny_config(f"train.batch_size_per_gpu={found}")).peak <= limit
+    limit = 3 * measure_step(SSLMetaArch, cfg).peak
+    found = counts.largest(cfg, "none", limit)
+    assert found == counts.largest(cfg, "none", limit)
+    assert measure_step(SSLMetaArch, tiny_config(f"train.batch_size_per_gpu={found}")).peak <= limit
     larger = tiny_config(f"train.batch_size_per_gpu={found + found // 8 + 1}")
-    assert measure_step(larger).peak > limit
+    assert measure_step(SSLMetaArch, larger).peak > limit
 
 
 def test_names_of_gpus():
@@ -127,7 +127,7 @@ def test_the_checkpoint_has_the_size_that_the_table_says(tmp_path):
 def test_a_few_real_steps_are_timed():
     cfg = tiny_config("optim.accumulation_steps=2", "ibot.mask_sample_probability=0.5")
     timing = time_steps(cfg, num_steps=1)
-    assert timing.seconds > 0 and timing.peak > measure_step(cfg).peak
+    assert timing.seconds > 0 and timing.peak > measure_step(SSLMetaArch, cfg).peak
     batch = random_batch(cfg, torch.Generator().manual_seed(0))
     assert batch["collated_masks"].sum() == batch["n_masked_patches"] == len(batch["mask_indices_list"])
     assert batch["masks_weight"].sum() == pytest.approx(batch["collated_masks"].any(1).sum())

@@ -21,6 +21,7 @@ from dinov2_custom.train.memory import (
     measure_step,
     room_on,
     split_over_memory,
+    step_limit,
 )
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.views import cut_views
@@ -68,7 +69,7 @@ def test_fake_count_is_what_a_real_run_keeps(overrides):
 
 def test_categories_add_up_and_parameters_are_exact():
     cfg = tiny_config(*WIDE)
-    memory = measure_step(cfg)
+    memory = measure_step(SSLMetaArch, cfg)
     model = SSLMetaArch(cfg)
     student = sum(p.numel() for p in model.student.parameters())
     tensors = [*model.parameters(), *model.buffers()]
@@ -80,33 +81,33 @@ def test_categories_add_up_and_parameters_are_exact():
 
 def test_every_means_of_saving_saves():
     common = (*WIDE, "train.batch_size_per_gpu=64")
-    plain = measure_step(tiny_config(*common, "train.lean=false", "train.view_groups=1")).peak
-    lean = measure_step(tiny_config(*common, "train.view_groups=1")).peak
-    grouped = measure_step(tiny_config(*common, "train.view_groups=4")).peak
-    selective = measure_step(tiny_config(*common, "train.view_groups=4"), "selective").peak
-    full = measure_step(tiny_config(*common, "train.view_groups=4"), "full").peak
+    plain = measure_step(SSLMetaArch, tiny_config(*common, "train.lean=false", "train.view_groups=1")).peak
+    lean = measure_step(SSLMetaArch, tiny_config(*common, "train.view_groups=1")).peak
+    grouped = measure_step(SSLMetaArch, tiny_config(*common, "train.view_groups=4")).peak
+    selective = measure_step(SSLMetaArch, tiny_config(*common, "train.view_groups=4"), "selective").peak
+    full = measure_step(SSLMetaArch, tiny_config(*common, "train.view_groups=4"), "full").peak
     assert plain > 1.2 * lean > 1.2 * grouped > selective > full
 
 
 def test_auto_recomputes_as_little_as_fits():
     cfg = tiny_config(*WIDE, "train.batch_size_per_gpu=64")
-    none, selective = measure_step(cfg).peak, measure_step(cfg, "selective").peak
-    assert least_checkpointing(cfg, none * 2) == "none"
-    assert least_checkpointing(cfg, (none + selective) / 2 * 8 / 7) == "selective"
-    assert least_checkpointing(cfg, 1000) == "full"
+    none, selective = measure_step(SSLMetaArch, cfg).peak, measure_step(SSLMetaArch, cfg, "selective").peak
+    assert least_checkpointing(SSLMetaArch, cfg, none * 2) == "none"
+    assert least_checkpointing(SSLMetaArch, cfg, (none + selective) / 2 * 8 / 7) == "selective"
+    assert least_checkpointing(SSLMetaArch, cfg, 1000) == "full"
 
 
 def test_auto_counts_what_other_processes_hold_of_sharded_weights():
     cfg = tiny_config(*WIDE, "train.batch_size_per_gpu=64")
-    none, selective = measure_step(cfg).peak, measure_step(cfg, "selective").peak
+    none, selective = measure_step(SSLMetaArch, cfg).peak, measure_step(SSLMetaArch, cfg, "selective").peak
     with torch.device("meta"):
         student = SSLMetaArch(cfg).student
     weights = 20 * sum(p.numel() for p in student.parameters())
     whole, sharded = dict.fromkeys(student, "NO_SHARD"), dict.fromkeys(student, "FULL_SHARD")
     needed = none - weights * 3 / 4  # in each of four processes
     available = (needed + (none - selective) / 2) / SHARE_OF_TENSORS + NCCL_BYTES
-    assert least_checkpointing(cfg, room_on(available, student, sharded, 4)) == "none"
-    assert least_checkpointing(cfg, room_on(available, student, whole, 4)) != "none"
+    assert least_checkpointing(SSLMetaArch, cfg, room_on(available, student, sharded, 4)) == "none"
+    assert least_checkpointing(SSLMetaArch, cfg, room_on(available, student, whole, 4)) != "none"
     assert room_on(available, student, whole, 1) == available
 
 
@@ -115,12 +116,12 @@ def test_auto_counts_what_other_processes_hold_of_sharded_weights():
 def test_one_process_of_several_counts_alone(tmp_path, monkeypatch, centering, lean):
     """Fake tensors cannot be sent, and the other processes may count at another time."""
     cfg = tiny_config(f"train.centering={centering}", f"train.lean={lean}", "dino.koleo_neighbours=all")
-    alone, sent = measure_step(cfg), []
+    alone, sent = measure_step(SSLMetaArch, cfg), []
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     for collective in ("all_reduce", "all_gather", "broadcast"):
         monkeypatch.setattr(torch.distributed, collective, lambda *_, name=collective, **__: sent.append(name))
     try:
-        assert measure_step(cfg) == alone and sent == []
+        assert measure_step(SSLMetaArch, cfg) == alone and sent == []
         SSLMetaArch(cfg).forward_backward(random_batch(cfg), 0.05)
         assert {"all_reduce", "all_gather"} <= {*sent}  # which a step that is not only counted sends
     finally:
@@ -139,7 +140,7 @@ def test_memory_of_the_heads_does_not_grow_with_the_batch(monkeypatch, centering
             f"ibot.separate_head={separate}", "dino.head_n_prototypes=65536", "ibot.head_n_prototypes=65536",
             "crops.global_crops_size=64",
         )  # fmt: skip
-        return measure_step(cfg).categories["heads"]
+        return measure_step(SSLMetaArch, cfg).categories["heads"]
 
     of_an_image = (2 + 0.15 * 2 * 256) * 65536 * 2  # bytes of logits in 16 bits
     assert heads(256) - heads(128) < 3 * of_an_image  # features; below this chunks are not full
@@ -148,7 +149,7 @@ def test_memory_of_the_heads_does_not_grow_with_the_batch(monkeypatch, centering
 def test_kept_logits_are_bounded():
     def heads(batch_size):
         overrides = [f"train.batch_size_per_gpu={batch_size}", "dino.head_n_prototypes=65536", "train.view_groups=4"]
-        return measure_step(tiny_config(*overrides, "train.centering=sinkhorn_knopp")).categories["heads"]
+        return measure_step(SSLMetaArch, tiny_config(*overrides, "train.centering=sinkhorn_knopp")).categories["heads"]
 
     many, more = heads(1024), heads(2048)
     assert many > 2 * 4 * 2**26 and more - many < 0.02 * many  # class tokens' and patches', in float32
@@ -156,7 +157,7 @@ def test_kept_logits_are_bounded():
 
 @functools.cache
 def counted(batch: int):
-    return measure_step(tiny_config(f"train.batch_size_per_gpu={batch}"))
+    return measure_step(SSLMetaArch, tiny_config(f"train.batch_size_per_gpu={batch}"))
 
 
 def room_for(batch: int) -> float:
@@ -168,34 +169,39 @@ def config(batch: int, *overrides: str):
     return tiny_config("optim.global_batch=96", f"train.batch_size_per_gpu={batch}", *overrides)
 
 
+def largest(cfg, device_bytes: float, world_size: int) -> int:
+    limit = step_limit(SSLMetaArch, cfg, device_bytes, world_size)
+    return largest_batch(cfg, limit, functools.partial(measure_step, SSLMetaArch))
+
+
 def test_it_is_the_largest_divisor_that_fits():
-    assert largest_batch(config(96), room_for(96), 1) == 96
-    assert largest_batch(config(96), room_for(24), 1) == 24
-    assert largest_batch(config(96), 0.998 * room_for(24), 1) == 16
-    assert largest_batch(config(96), 1000, 1) == 1
-    assert largest_batch(config(12), room_for(96), 1) == 12
+    assert largest(config(96), room_for(96), 1) == 96
+    assert largest(config(96), room_for(24), 1) == 24
+    assert largest(config(96), 0.998 * room_for(24), 1) == 16
+    assert largest(config(96), 1000, 1) == 1
+    assert largest(config(12), room_for(96), 1) == 12
 
 
 def test_several_processes_need_room_for_buffers_and_less_for_sharded_weights():
     alone, optimizer = room_for(24), counted(24).categories["optimizer"]  # 8 bytes per parameter
     whole = alone + NCCL_BYTES + optimizer / 2
-    assert largest_batch(config(48), whole, 2) == 24 and largest_batch(config(48), whole - 1e6, 2) < 24
+    assert largest(config(48), whole, 2) == 24 and largest(config(48), whole - 1e6, 2) < 24
     sharded = [
         f"compute_precision.{model}.{part}.sharding_strategy=FULL_SHARD"
         for model in ("student", "teacher")
         for part in ("backbone", "dino_head")
     ]
     elsewhere = 20 / 8 * optimizer * 3 / 4 / SHARE_OF_TENSORS  # in the three others of four
-    assert largest_batch(config(48, *sharded), alone + NCCL_BYTES - elsewhere, 4) == 24
+    assert largest(config(48, *sharded), alone + NCCL_BYTES - elsewhere, 4) == 24
 
 
 def test_what_does_not_fit_at_once_is_accumulated(monkeypatch):
     cfg = config(96, "optim.accumulation_steps=2")
     OmegaConf.set_readonly(cfg, False)
     assert (cfg.train.batch_size_per_gpu, cfg.optim.accumulation_steps) == (48, 2)
-    split_over_memory(cfg)  # on a CPU
+    split_over_memory(SSLMetaArch, cfg)  # on a CPU
     assert (cfg.train.batch_size_per_gpu, cfg.optim.accumulation_steps) == (48, 2)
     monkeypatch.setattr(distributed, "get_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, int(room_for(24))))  # nothing is free
-    split_over_memory(cfg)
+    split_over_memory(SSLMetaArch, cfg)
     assert (cfg.train.batch_size_per_gpu, cfg.optim.accumulation_steps) == (24, 4)

@@ -89,7 +89,7 @@ def test_a_crashing_decoder_is_survived_and_named(tmp_path):
     summary = run(dataset, tmp_path / "out", workers=2, time_limit_s=3.0)
     assert (summary["sound"], summary["bad"]) == (60, 2)
     reasons = {Path(row["path"]).name: row["reason"] for row in rows(tmp_path / "out" / "bad_images.jsonl")}
-    assert reasons["crash.SIGSEGV"] == "decoder died: the process died decoding it (SIGSEGV)"
+    assert reasons["crash.SIGSEGV"] == "decoder died: the process was killed by SIGSEGV while decoding it"
     assert reasons["hang.jpg"].startswith("too slow: took longer")
 
 

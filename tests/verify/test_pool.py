@@ -44,7 +44,7 @@ def test_every_item_once(workers, ordered):
 @pytest.mark.parametrize("ordered", [False, True])
 def test_dead_and_hanging_processes_are_survived(workers, ordered):
     found = dict(run_pool(moody, range(40), workers=workers, chunk=4, ordered=ordered, window=24, time_limit_s=3.0))
-    assert found.pop(KILLS) == Death("the process died decoding it (SIGSEGV)")
+    assert found.pop(KILLS) == Death("the process was killed by SIGSEGV while decoding it")
     assert found.pop(HANGS) == Death("took longer than 3 s")
     assert found == {i: i * i for i in range(40) if i not in (KILLS, HANGS)}
 
@@ -79,13 +79,13 @@ def test_window_bounds_what_is_under_way():
 
 def test_processes_that_never_work_end_the_run(monkeypatch):
     monkeypatch.setattr("dinov2_custom.verify.pool._serve", lambda *args: os._exit(3))
-    with pytest.raises(DataError, match=r"died at once \(exit code 3\)"):
+    with pytest.raises(DataError, match=r"died at once \(the last ended with exit code 3\)"):
         list(run_pool(square, range(4), workers=1))
 
 
 def test_all_items_kill():
     found = dict(run_pool(leave, range(3), workers=2, chunk=2))
-    assert {death.reason for death in found.values()} == {"the process died decoding it (exit code 3)"}
+    assert {death.reason for death in found.values()} == {"the process ended with exit code 3 while decoding it"}
     assert sorted(found) == [0, 1, 2]
 
 
@@ -93,7 +93,7 @@ def test_processes_that_are_not_forked(monkeypatch):
     context = multiprocessing.get_context("spawn")
     monkeypatch.setattr("dinov2_custom.verify.pool.multiprocessing.get_context", lambda method: context)
     found = list(run_pool(moody, [1, KILLS, 2], workers=1, chunk=1, ordered=True))
-    assert found == [(1, 1), (KILLS, Death("the process died decoding it (SIGSEGV)")), (2, 4)]
+    assert found == [(1, 1), (KILLS, Death("the process was killed by SIGSEGV while decoding it")), (2, 4)]
 
 
 def test_processes_end_with_the_caller():
