@@ -104,7 +104,7 @@ class OnlineEvaluation:
         """Evaluate the initial weights, and raw pixels, and store the result for resumes."""
         features, _ = self._features(model, teacher_temp)
         values = self._knn("start_knn", model.teacher["backbone"])
-        values |= self._knn("pixels_knn", nn.Sequential(_Shrink(), nn.Flatten()))
+        values |= self._knn("pixels_knn", nn.Sequential(Shrink(), nn.Flatten()))
         self.start_is_due, self._measured_from = False, (-1, time.perf_counter())
         if distributed.is_main_process():
             values |= {f"start_{name}": value for name, value in geometry(features).items()}
@@ -200,7 +200,7 @@ class OnlineEvaluation:
         return f", {share:.1%} of the time"
 
 
-class _Shrink(nn.Module):
+class Shrink(nn.Module):
     """Reduce images to at most ``PIXELS_SIDE`` pixels a side, as kNN on all pixels takes too much memory."""
 
     def forward(self, images: Tensor) -> Tensor:
