@@ -135,10 +135,10 @@ def describe_files(out: Path, seed: int) -> list[str]:
 
 def next_commands(out: Path, seed: int) -> dict[str, str]:
     """Return commands to go on with, by what they do."""
-    run = shlex.quote(str(out / f"seed_{seed}"))
+    run, recipe = shlex.quote(str(out / f"seed_{seed}")), small_recipe("configs/small.yaml")
+    train_command = f"{command('run/train/train.py')} {recipe} --output-dir out train.dataset_path=/my/images"
     return {
-        "your own images": f"{command('run/train/train.py')} {small_recipe('configs/small.yaml')} --output-dir out "
-        "train.dataset_path=/my/images",
-        "all curves of this run": f"{command('run/plots/history.py')} {run}",
-        "features of your images by this network": f"{command('run/embed.py')} {run} /my/images",
+        "train on your own images": train_command,
+        "draw all curves of this run": f"{command('run/plots/history.py')} {run}",
+        "write the features of your images by this network": f"{command('run/embed.py')} {run} /my/images",
     }

@@ -83,7 +83,7 @@ def make_report(
             "output for every image would have the loss and the entropies at ln(prototypes).</p>",
             html_svg(draw_history(runs, [panel for panel in PANELS if panel.title in CURVES])),
             "<h2>Next</h2>",
-            *(f"<p>{escape(text)}</p><pre>{escape(line)}</pre>" for text, line in commands.items()),
+            *(f"<p>{escape(text.capitalize())}:</p><pre>{escape(line)}</pre>" for text, line in commands.items()),
             *(html_config(run) for run in runs[:1]),
         ],
     )
