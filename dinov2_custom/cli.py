@@ -313,7 +313,7 @@ def _add_overrides(parser: OverridesParser, such_as: str) -> None:
 def quickstart_parser() -> OverridesParser:
     """Return the parser of the quickstart."""
     parser = OverridesParser(
-        description="Train DINOv2 for a few minutes on tiles of real photographs and show what it has learned."
+        description="Train DINOv2 for two minutes on tiles of real photographs and report what it has learned."
     )
     parser.add_argument(
         "--config-file",

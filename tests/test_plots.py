@@ -8,51 +8,44 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.errors import DataError
 from dinov2_custom.plots import (
     average_neighbours,
-    patch_feature_map,
     pca_colours,
+    pca_colours_on_one_scale,
     plot_loss_curve,
     plot_rows,
     read_metrics,
+    window_feature_map,
 )
 
 
-class Position(torch.nn.Module):
-    """A backbone whose patch features are the patches' mean colours."""
-
-    patch_size = 4
-    embed_dim = 3
+class Centre(torch.nn.Module):
+    """A network whose feature is the middle pixel of a window."""
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, images, is_training):
-        means = torch.nn.functional.avg_pool2d(images, 4)
-        return {"x_norm_patchtokens": means.flatten(2).transpose(1, 2)}
+    def forward(self, windows):
+        return windows[:, :, windows.shape[-2] // 2, windows.shape[-1] // 2]
 
 
-@pytest.mark.parametrize("step", [2, 4, 8])
-def test_patch_feature_map_puts_cells_where_they_belong(step):
-    rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(36.0), indexing="ij")
-    image = torch.stack([rows, columns, torch.ones(24, 36)])
-    got = patch_feature_map(Position(), image, window=8, step=step, batch_size=5)
-    cell = min(step, 4)
-    expected = torch.nn.functional.avg_pool2d(image, cell).permute(1, 2, 0).numpy()
-    assert got.shape == (24 // cell, got.shape[1], 3)
-    # cells that several windows cover from all sides see a mean position equal to their own
-    inner = slice(8 // cell, -8 // cell)
-    np.testing.assert_allclose(got[inner, inner, 2], 1.0)
-    tolerance = 1e-4 if step >= 4 else 1.01
-    np.testing.assert_allclose(got[inner, inner], expected[inner, : got.shape[1]][:, inner], atol=tolerance)
+@pytest.mark.parametrize("window, step", [(8, 1), (8, 4), (7, 5)])
+def test_window_feature_map_has_the_window_around_each_point(window, step):
+    image = torch.rand(3, 24, 37, generator=torch.Generator().manual_seed(0))
+    got = window_feature_map(Centre(), image, window, step, batch_size=5)
+    np.testing.assert_array_equal(got, image[:, ::step, ::step].permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize("window, step", [(8, 3), (10, 2), (64, 4)])
-def test_patch_feature_map_refuses(window, step):
-    with pytest.raises(ConfigError, match=f"window {window}"):
-        patch_feature_map(Position(), torch.zeros(3, 24, 24), window=window, step=step)
+def test_components_on_one_scale_are_grey_where_they_hardly_vary():
+    generator = np.random.default_rng(0)
+    maps = [generator.normal(size=(30, 20, 8)) * [9, 6, 3, 0.1, 0.1, 0.1, 0.1, 0.1] for _ in range(2)]
+    (first, second), shares = pca_colours_on_one_scale(maps, 2)
+    assert [one.shape for one in first] == [(30, 20, 3)] * 2 and shares[0] > 0.99 > 0.01 > shares[1] > 0
+    spread = np.std(np.concatenate([one.reshape(-1, 3) for one in first]).astype(float), axis=0)
+    assert np.all(np.diff(spread) < -10) and 50 < spread[0] < 70
+    assert max(np.abs(one.astype(int) - 128).max() for one in second) < 8
 
 
 def test_average_neighbours_is_a_mean_over_a_square():

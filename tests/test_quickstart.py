@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import base64
 import json
 import math
+import shlex
+import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,11 @@ from PIL import Image
 from dinov2_custom.cli import quickstart_parser as get_args_parser
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.logging import remove_logging
+from dinov2_custom.plots.history import COLOURS
+from dinov2_custom.plots.metrics_file import Run
 from dinov2_custom.quickstart import main as quickstart
-from dinov2_custom.quickstart import photos
-from dinov2_custom.quickstart.measure import Measurement, describe_collapse
+from dinov2_custom.quickstart import photos, pictures
+from dinov2_custom.quickstart.measure import Measurement, describe_collapse, measure_run
 from dinov2_custom.quickstart.photos import (
     PHOTOS,
     Tiling,
@@ -26,6 +32,9 @@ from dinov2_custom.quickstart.photos import (
     open_photo,
     training_corners,
 )
+from dinov2_custom.quickstart.pictures import RIGHT, WRONG, Neighbours, choose_typical, draw_neighbours
+from dinov2_custom.quickstart.report import Pictures, make_report
+from tests.browser import count_pixels, needs_browser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FEW = {name: PHOTOS[name] for name in ("coins", "handwriting", "print")}
@@ -48,6 +57,8 @@ TINY = [
     "optim.freeze_last_layer_epochs=0",
     "optim.epochs=2",
     "optim.warmup_epochs=1",
+    "evaluation.online.every=1",
+    "evaluation.online.images=4",
 ]
 
 
@@ -146,38 +157,112 @@ def run(out, *arguments):
     return quickstart.main(args, SMALL)
 
 
-def test_end_to_end(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def few(monkeypatch):
     monkeypatch.setattr(photos, "PHOTOS", FEW)
     monkeypatch.setattr(quickstart, "SHOWN", ("print",))
-    monkeypatch.setattr(quickstart, "PCA_STEP", 64)
-    out = tmp_path / "out"
+    monkeypatch.setattr(pictures, "STEP", 64)
+
+
+class Contents(HTMLParser):
+    """Collect the text, the tags and what the tags refer to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.links = "", [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_end_to_end(few, tmp_path, capsys):
+    out = tmp_path / "d\u00fcr <b>& aus"  # as a folder may be called
     code = run(out, "--seeds", "3,4")
-    report = capsys.readouterr().out
+    summary = capsys.readouterr().out
     results = json.loads((out / "quickstart.json").read_text())
     assert set(results) == {"3", "4"}
-    assert code == int(any(r["collapse"] for r in results.values())) == int("ALARM" in report)
-    for figure in ("loss_curve.png", "pca.png"):
+    assert code == int(any(r["collapse"] for r in results.values())) == int("ALARM" in summary)
+    for figure in ("loss_curve.png", "neighbours.png", "pca.png"):
         with Image.open(out / figure) as image:
             assert min(image.size) > 50
-    assert "12 held-out tiles of 3 photographs" in report and "over 2 seeds" in report
-    for r in results.values():
-        assert 0 <= min(r["raw_pixels"], r["untrained"], r["trained"]) and r["num_prototypes"] == 16
+    assert "12 held-out tiles of 3 photographs" in summary and "over 2 seeds" in summary
+    assert (out / "report.html").as_uri() in summary
+    for seed, r in results.items():
+        assert r["num_prototypes"] == 16 and r["final_dino_loss"] > 0
         assert 0 <= r["teacher_entropy"] <= r["prototype_entropy"] + 1e-4 <= math.log(16) + 2e-4
+        last = json.loads((out / f"seed_{seed}" / "training_metrics.json").read_text().splitlines()[-1])
+        assert [r["raw_pixels"], r["untrained"], r["trained"]] == [
+            last[f"{k}_knn"] for k in ("pixels", "start", "eval")
+        ]
     assert results["3"]["final_dino_loss"] != results["4"]["final_dino_loss"]
 
+    page = Contents((out / "report.html").read_text())
+    shown = [link for link in page.links if not link.startswith("#")]
+    for link, figure in zip(shown, ("neighbours.png", "pca.png"), strict=True):  # and nothing from elsewhere
+        kind, _, data = link.partition(",")
+        assert kind == "data:image/png;base64" and base64.b64decode(data) == (out / figure).read_bytes()
+    assert page.tags.count("svg") == 1 and not {"script", "link", "iframe", "b"} & set(page.tags)
+    assert f"{results['4']['trained']:.3f}" in page.text and "train.dataset_path=/my/images" in page.text
+    assert shlex.quote(str(out / "seed_3")) in page.text
+
     weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")}
+    (out / "report.html").unlink()  # interrupted before it was written
     run(out, "--seeds", "3,4")  # finished runs are measured again, not trained
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pth")} == weights
-    assert json.loads((out / "quickstart.json").read_text()) == results
+    assert json.loads((out / "quickstart.json").read_text()) == results and (out / "report.html").exists()
 
 
-def test_a_uniform_teacher_raises_the_alarm(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(photos, "PHOTOS", FEW)
-    monkeypatch.setattr(quickstart, "SHOWN", ("print",))
-    monkeypatch.setattr(quickstart, "PCA_STEP", 64)
+def test_a_uniform_teacher_raises_the_alarm(few, tmp_path, capsys):
     code = run(tmp_path / "out", "optim.base_lr=1e-6", "optim.min_lr=0", "teacher.teacher_temp=5")
     assert code == 1
     assert "ALARM: seed 0 collapsed: every image is spread evenly" in capsys.readouterr().out
+    assert "Seed 0 collapsed: every image is spread evenly" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_the_report_needs_is_checked_before_training(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"evaluation\.online\.every"):
+        quickstart.main(get_args_parser().parse_args(["--output-dir", str(tmp_path), "evaluation.online.every=0"]))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match="matplotlib"):
+        quickstart.main(get_args_parser().parse_args(["--output-dir", str(tmp_path)]))
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="expected start_knn"):  # a run of before
+        measure_run(tmp_path, tmp_path, {"eval_knn": 0.5, "pixels_knn": 0.3})
+
+
+def test_the_tiles_shown_are_typical():
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(8), 30)
+    hits = np.stack([generator.integers(0, 6, len(labels)) / 5 for _ in range(3)], axis=1) * [0.5, 0.8, 1]
+    chosen = choose_typical(hits, labels, 6)
+    assert len(set(labels[chosen])) == 6 and chosen == choose_typical(hits, labels, 6)
+    np.testing.assert_allclose(hits[chosen].mean(axis=0), hits.mean(axis=0), atol=0.05)
+    assert len(choose_typical(hits, np.minimum(labels, 1), 6)) == 2
+
+
+@needs_browser
+def test_a_browser_shows_the_report(tmp_path):
+    tile = tmp_path / "cat" / "y0_x0.png"
+    tile.parent.mkdir()
+    Image.new("L", (64, 64), 90).save(tile)
+    wrong = Path(shutil.copytree(tile.parent, tmp_path / "coins"), tile.name)
+    found = Neighbours(
+        [tile], {"untrained": [[tile, wrong]], "trained": [[tile, tile]]}, {"untrained": 0.5, "trained": 1}
+    )
+    assert found.count_right("untrained") == 1 and found.count_right("trained") == 2
+    drawn = draw_neighbours(found, tmp_path / "neighbours.png")
+    knn = {"pixels_knn": 0.2, "start_knn": 0.3}
+    rows = [{"iteration": i, "epoch": 1.0 + i, "eval_knn": 0.5 + i / 10, **knn} for i in range(3)]
+    good = Measurement(0.2, 0.3, 0.7, 4.0, 5.0, 200, 256, 4.9, "")
+    counts = {"train": {"cat": 2}, "held_out": {"cat": 1}}
+    shown = Pictures(drawn, drawn, {"untrained": 0.9, "trained": 0.4})
+    (tmp_path / "report.html").write_text(make_report({0: good}, [Run("seed 0", rows, {})], counts, shown, {}))
+    assert min(count_pixels(tmp_path / "report.html", [RIGHT, WRONG, COLOURS[0]], tmp_path)) > 50
 
 
 def test_script_help_is_quick_to_import():

@@ -10,22 +10,24 @@ _MODULES = {
     "average_neighbours": "features",
     "dino_loss": "metrics_file",
     "draw_history": "history",
-    "patch_feature_map": "features",
     "pca_colours": "features",
+    "pca_colours_on_one_scale": "features",
     "plot_loss_curve": "loss_curve",
     "plot_rows": "features",
     "read_metrics": "metrics_file",
+    "window_feature_map": "features",
 }
 
 __all__ = [
     "average_neighbours",
     "dino_loss",
     "draw_history",
-    "patch_feature_map",
     "pca_colours",
+    "pca_colours_on_one_scale",
     "plot_loss_curve",
     "plot_rows",
     "read_metrics",
+    "window_feature_map",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Show patch features as colours: of a whole photograph, with one basis for several images, in rows of images."""
+"""Show features as colours: of windows of a whole photograph, with one basis for several images, in rows of images."""
 
 from __future__ import annotations
 
@@ -7,64 +7,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from dinov2_custom.errors import ConfigError
 from dinov2_custom.plots.figure import new_figure
 
 
 @torch.inference_mode()
-def patch_feature_map(
-    backbone: nn.Module, image: torch.Tensor, window: int, step: int, batch_size: int = 256
+def window_feature_map(
+    network: nn.Module, image: torch.Tensor, window: int, step: int, batch_size: int = 256
 ) -> np.ndarray:
-    """Return patch features of a whole photograph, computed in overlapping windows.
-
-    The backbone processes ``window`` x ``window`` pixels every ``step`` pixels, and each cell of the map is the mean
-    over the patches that cover it. Patches thus have the same scale and amount of context as in training.
+    """Return the feature of the window around every ``step``-th pixel of a whole photograph.
 
     Args:
-        image: (3, H, W) normalised; the remainder at the right and bottom that no whole step reaches is ignored.
-        step: a multiple or a divisor of the patch size, in pixels.
+        network: maps windows (B, 3, ``window``, ``window``) to features (B, D).
+        image: (3, H, W) normalised, larger than half a window; its border is continued by reflection.
 
     Returns:
-        float32 (h, w, D); a cell is min(``step``, patch size) pixels wide.
-
-    Raises:
-        ConfigError: if the image is smaller than a window, or the step does not fit the patch size.
+        float32 (ceil(H / step), ceil(W / step), D).
     """
-    patch = backbone.patch_size
-    cell = min(step, patch)
-    if patch % cell or step % cell or window % patch or window % step or min(image.shape[1:]) < window:
-        raise ConfigError(
-            "patch_feature_map: expected an image of at least the window, a window of whole patches and steps, a step "
-            f"that divides the patch or is a multiple of it, got image {tuple(image.shape[1:])}, window {window}, "
-            f"patch {patch}, step {step}"
-        )
-    device = next(backbone.parameters()).device
-    rows, columns = ((side - window) // step + 1 for side in image.shape[1:])
-    reach, grid, cells_a_step = window // cell, window // patch, step // cell
-    shape = [(n - 1) * cells_a_step + reach for n in (rows, columns)]
-    total, count = torch.zeros(*shape, backbone.embed_dim), torch.zeros(*shape, 1)
-    corners = [(row, column) for row in range(rows) for column in range(columns)]
-    for start in range(0, len(corners), batch_size):
-        chosen = corners[start : start + batch_size]
-        windows = [image[:, r * step : r * step + window, c * step : c * step + window] for r, c in chosen]
-        features = backbone(torch.stack(windows).to(device), is_training=True)["x_norm_patchtokens"].float().cpu()
-        features = features.reshape(len(chosen), grid, grid, -1)
-        features = features.repeat_interleave(patch // cell, dim=1).repeat_interleave(patch // cell, dim=2)
-        for (r, c), feature in zip(chosen, features, strict=True):
-            top, left = r * cells_a_step, c * cells_a_step
-            total[top : top + reach, left : left + reach] += feature
-            count[top : top + reach, left : left + reach] += 1
-    return (total / count).numpy()
+    device = next(network.parameters()).device
+    before, after = window // 2, (window - 1) // 2
+    padded = F.pad(image[None], (before, after, before, after), mode="reflect")[0]
+    windows = padded.unfold(1, window, step).unfold(2, window, step)  # views, copied a batch at a time
+    rows, columns = windows.shape[1:3]
+    corners = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    features = []
+    for chosen in corners.split(batch_size):
+        batch = windows[:, chosen[:, 0], chosen[:, 1]].transpose(0, 1)
+        features.append(network(batch.to(device)).float().cpu())
+    return torch.cat(features).reshape(rows, columns, -1).numpy()
 
 
 def average_neighbours(features: np.ndarray, radius: int) -> np.ndarray:
-    """Average each cell of a map (h, w, D) over the cells at most ``radius`` away, repeating the border.
-
-    Features of single small patches mostly encode edges and their orientation; a neighbourhood represents texture.
-    """
+    """Average each cell of a map (h, w, D) over the cells at most ``radius`` away, repeating the border."""
     padded = np.pad(features, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
     sides = (2 * radius + 1, 2 * radius + 1)
     return np.lib.stride_tricks.sliding_window_view(padded, sides, axis=(0, 1)).mean(axis=(3, 4))
@@ -74,16 +51,41 @@ def pca_colours(maps: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Map feature maps (h, w, D) to uint8 colours (h, w, 3) by their first three principal components.
 
     All maps share one basis, so equal colours mean similar features across images. Each component is scaled so that its
-    1st and 99th percentiles become black and full colour; its sign is fixed by its largest weight.
+    1st and 99th percentiles become black and full colour.
+    """
+    projected, _ = principal_components(maps, 3)
+    low, high = np.percentile(np.concatenate([one.reshape(-1, 3) for one in projected]), [1, 99], axis=0)
+    scaled = [(one - low) / np.maximum(high - low, 1e-12) for one in projected]
+    return [(one.clip(0, 1) * 255).round().astype(np.uint8) for one in scaled]
+
+
+def pca_colours_on_one_scale(maps: Sequence[np.ndarray], number: int) -> tuple[list[list[np.ndarray]], np.ndarray]:
+    """Map feature maps (h, w, D) to uint8 colours (h, w, 3), once by each of ``number`` triples of components.
+
+    All components have the scale of the first, whose standard deviation is a quarter of the range of a colour, so
+    components that hardly vary are grey.
+
+    Returns:
+        The pictures by triple, and the share of the variance of each triple.
+    """
+    projected, shares = principal_components(maps, 3 * number)
+    scale = 4 * np.concatenate([one[..., 0].ravel() for one in projected]).std()
+    colours = [((one / max(scale, 1e-12) + 0.5).clip(0, 1) * 255).round().astype(np.uint8) for one in projected]
+    triples = [[one[..., k : k + 3] for one in colours] for k in range(0, 3 * number, 3)]
+    return triples, shares.reshape(-1, 3).sum(axis=1)
+
+
+def principal_components(maps: Sequence[np.ndarray], number: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return maps (h, w, ``number``) of the principal components of all ``maps`` (h, w, D) together, of mean 0.
+
+    A component's sign is fixed by its largest weight. The second result is each component's share of the variance.
     """
     flat = np.concatenate([one.reshape(-1, one.shape[-1]) for one in maps]).astype(np.float64)
     mean = flat.mean(axis=0)
-    _, vectors = np.linalg.eigh(np.cov(flat - mean, rowvar=False))
-    basis = vectors[:, ::-1][:, :3]
-    basis = basis * np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(3)])
-    low, high = np.percentile((flat - mean) @ basis, [1, 99], axis=0)
-    scaled = [((one - mean) @ basis - low) / np.maximum(high - low, 1e-12) for one in maps]
-    return [(one.clip(0, 1) * 255).round().astype(np.uint8) for one in scaled]
+    values, vectors = np.linalg.eigh(np.cov(flat - mean, rowvar=False))
+    basis = vectors[:, ::-1][:, :number]
+    basis = basis * np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(number)])
+    return [(one - mean) @ basis for one in maps], values[::-1][:number] / max(values.sum(), 1e-12)
 
 
 def plot_rows(rows: dict[str, Sequence[np.ndarray]], path: str | Path, title: str, height: int = 150) -> Path:

@@ -1,14 +1,17 @@
-"""Create one HTML file with the panels, the latest numbers and the differences between the runs' configurations.
+"""Create HTML files that contain their figures and load no external scripts, fonts or images.
 
-The page loads no external scripts, fonts or images.
+``make_page`` has the panels of runs, their latest numbers and the differences between their configurations; the
+functions before it make any page.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,27 +24,55 @@ h1 { font-size: 1.4em; } h2 { font-size: 1.1em; margin-top: 1.6em; }
 table { border-collapse: collapse; } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
 svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1em; overflow: auto; }
+p { max-width: 60em; } img { max-width: 100%; }
 """
 _NOT_SETTINGS = ("train.output_dir", "wandb.name", "wandb.id", "mlflow.name", "mlflow.id")
 
 
+def html_page(title: str, parts: Iterable[str]) -> str:
+    """Return a page with ``title``, which is text, as its first heading, above ``parts``, which are HTML."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table of text."""
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def html_svg(figure: Any) -> str:
+    """Return a matplotlib figure as an SVG element, without XML declaration and date."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def html_picture(path: Path, description: str) -> str:
+    """Return the PNG file at ``path`` as an image element that contains it."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def html_config(run: Run) -> str:
+    """Return the configuration of ``run``, folded."""
+    text = escape(yaml.safe_dump(run.config, sort_keys=False))
+    return f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{text}</pre></details>"
+
+
 def make_page(runs: Sequence[Run], figure: Any) -> str:
     """Return the HTML page, with ``figure`` embedded as SVG."""
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [
-        f"<h1>{escape(title)}</h1>",
-        _table(["run", *(label for label, _ in _FACTS)], ([run.name, *_facts(run)] for run in runs)),
-        _svg(figure),
+        html_table(["run", *(label for label, _ in _FACTS)], ([run.name, *_facts(run)] for run in runs)),
+        html_svg(figure),
     ]
     if len(runs) > 1 and (differences := config_differences(runs)):
-        parts += ["<h2>Settings that differ</h2>", _table(["key", *(run.name for run in runs)], differences)]
-    for run in runs:
-        if run.config:
-            text = escape(yaml.safe_dump(run.config, sort_keys=False))
-            parts.append(f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{text}</pre></details>")
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    body = "\n".join(parts)
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+        parts += ["<h2>Settings that differ</h2>", html_table(["key", *(run.name for run in runs)], differences)]
+    parts += [html_config(run) for run in runs if run.config]
+    return html_page(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", parts)
 
 
 def config_differences(runs: Sequence[Run]) -> list[list[str]]:
@@ -90,17 +121,3 @@ _FACTS: tuple[tuple[str, Callable[[Run], float | None]], ...] = (
 def _facts(run: Run) -> list[str]:
     values = [value(run) for _, value in _FACTS]
     return ["" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}" for v in values]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
-
-
-def _svg(figure: Any) -> str:
-    """Return the figure as an SVG element, without XML declaration and date."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -1,8 +1,9 @@
-"""Measure a trained network: kNN accuracy on held-out tiles, and the teacher's distribution over prototypes."""
+"""Collect what is known of a trained network: kNN accuracy, and the teacher's distribution over prototypes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 from dinov2_custom import distributed
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.datasets import LabelledFolder
-from dinov2_custom.data.transforms import Compose, MaybeToTensor, Normalize
-from dinov2_custom.eval.neighbours import knn_accuracy
+from dinov2_custom.data.transforms import Compose, MaybeToTensor, Normalize, make_central_crop_transform
+from dinov2_custom.errors import DataError
 from dinov2_custom.eval.setup import get_autocast_dtype
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
+from dinov2_custom.plots.metrics_file import dino_loss
 from dinov2_custom.train.health import COLLAPSE_MARGIN
+from dinov2_custom.train.online import Shrink
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch, Targets, assignment_entropies
 from dinov2_custom.utils.weights import read_weights
 
 BATCH_SIZE = 256
+ACCURACIES = {"raw_pixels": "pixels_knn", "untrained": "start_knn", "trained": "eval_knn"}  # keys of the metrics' rows
 
 
 class Measurement(NamedTuple):
@@ -41,40 +45,63 @@ class Measurement(NamedTuple):
         return self.trained - self.untrained
 
 
-def measure_run(run: Path, tiles: Path, final_dino_loss: float) -> tuple[Measurement, nn.Module, nn.Module]:
-    """Compare raw pixels, the run's network before training and its newest teacher.
+class Measured(NamedTuple):
+    """The numbers of a run, and what they were measured with.
+
+    ``networks`` maps "raw pixels", "untrained" and "trained" to functions from images to features of length 1;
+    ``train`` and ``held_out`` are the tiles as these functions get them, ``crop`` pixels high.
+    """
+
+    numbers: Measurement
+    networks: dict[str, nn.Module]
+    train: LabelledFolder
+    held_out: LabelledFolder
+    crop: int
+    normalize: Normalize
+
+
+def measure_run(run: Path, tiles: Path, row: Mapping[str, float]) -> Measured:
+    """Return the accuracies of the run's own last evaluation, and the distribution of held-out tiles over prototypes.
 
     Args:
         run: a finished training run.
         tiles: folder with ``train``, the neighbours, and ``held_out``, the tiles to classify.
-        final_dino_loss: local + global loss at the end.
+        row: the last row of the run's metrics.
 
-    Returns:
-        The measurement, the untrained and the trained backbone.
+    Raises:
+        DataError: the row has no evaluation.
     """
+    missing = [key for key in ACCURACIES.values() if key not in row]
+    if missing:
+        raise DataError(
+            f"{run}: expected {', '.join(missing)} in the last row of the metrics, got a run without evaluation.online "
+            "from its start; train again with --no-resume, or choose another --output-dir"
+        )
     cfg = load_run_config(str(run / "config.yaml"))
-    device = distributed.get_device()
-    datasets = load_tiles(tiles, Normalize(**cfg.data.normalize))
-    dtype = get_autocast_dtype(cfg, device)
+    device, dtype = distributed.get_device(), get_autocast_dtype(cfg)
     untrained, trained = SSLMetaArch(cfg).to(device).eval(), SSLMetaArch(cfg).to(device).eval()
     trained.teacher.load_state_dict(read_weights(newest_teacher(run))["teacher"], strict=True)
-    backbones = untrained.teacher["backbone"], trained.teacher["backbone"]
-    networks = (ModelWithNormalize(model.eval(), dtype) for model in (nn.Flatten(), *backbones))
-    raw, before, after = (knn_accuracy(network, *datasets, BATCH_SIZE, 0) for network in networks)
-    probabilities = assignments(cfg, trained, datasets[1], dtype)
+    probabilities = assignments(cfg, trained, load_tiles(tiles, Normalize(**cfg.data.normalize))[1], dtype)
     entropies = {name: float(v) for name, v in assignment_entropies(Targets(probabilities, None)).items()}
-    num_prototypes = probabilities.shape[1]
-    measurement = Measurement(
-        raw_pixels=raw,
-        untrained=before,
-        trained=after,
+    num_prototypes, final_dino_loss = probabilities.shape[1], dino_loss(row)
+    numbers = Measurement(
+        **{name: row[key] for name, key in ACCURACIES.items()},
         **entropies,
         prototypes_used=int(probabilities.argmax(dim=1).unique().numel()),
         num_prototypes=num_prototypes,
         final_dino_loss=final_dino_loss,
         collapse=describe_collapse(final_dino_loss, **entropies, num_prototypes=num_prototypes),
     )
-    return measurement, *backbones
+    models = {
+        "raw pixels": nn.Sequential(Shrink(), nn.Flatten()),
+        "untrained": untrained.teacher["backbone"],
+        "trained": trained.teacher["backbone"],
+    }
+    crop, statistics = cfg.crops.global_crops_size, dict(cfg.data.normalize)
+    transform = make_central_crop_transform(crop, **statistics)
+    datasets = (LabelledFolder(str(tiles / part), transform=transform) for part in ("train", "held_out"))
+    networks = {name: ModelWithNormalize(model.eval(), dtype) for name, model in models.items()}
+    return Measured(numbers, networks, *datasets, crop, Normalize(**statistics))
 
 
 def load_tiles(folder: Path, normalize: Normalize) -> list[LabelledFolder]:

@@ -39,6 +39,7 @@ from dinov2_custom.utils.run_folder import BEST
 logger = logging.getLogger("dinov2")
 START_FILE = Path("eval") / "online_start.pth"
 MAX_SHARE = 0.03  # of the time
+WARN_AFTER_S = 600  # what a shorter run loses is not worth a warning
 PIXELS_SIDE = 32  # of the images whose raw pixels are compared by kNN
 KNN_BATCH = 64
 
@@ -60,7 +61,7 @@ class OnlineEvaluation:
         self.every, self.is_best, self.facts, self.start = self.options.every, False, {}, None
         self.start_is_due = False
         self._measured_from: tuple[int, float] | None = None
-        self._warned = False
+        self._warned, self._began = False, time.perf_counter()
         if not self.every:
             return
         dataset, self.where = loader.held_out, "held-out images"
@@ -104,7 +105,7 @@ class OnlineEvaluation:
         """Evaluate the initial weights, and raw pixels, and store the result for resumes."""
         features, _ = self._features(model, teacher_temp)
         values = self._knn("start_knn", model.teacher["backbone"])
-        values |= self._knn("pixels_knn", nn.Sequential(_Shrink(), nn.Flatten()))
+        values |= self._knn("pixels_knn", nn.Sequential(Shrink(), nn.Flatten()))
         self.start_is_due, self._measured_from = False, (-1, time.perf_counter())
         if distributed.is_main_process():
             values |= {f"start_{name}": value for name, value in geometry(features).items()}
@@ -183,13 +184,16 @@ class OnlineEvaluation:
         return start
 
     def _describe_share(self, iteration: int, seconds: float) -> str:
-        """Return the share of the time since the evaluation before, and warn once if it is above ``MAX_SHARE``."""
+        """Return the share of the time since the evaluation before.
+
+        Above ``MAX_SHARE``, warn once, after ``WARN_AFTER_S``.
+        """
         now, before = time.perf_counter(), self._measured_from
         self._measured_from = (iteration, now)
         if before is None or iteration - before[0] != self.every:
             return ""
         share = seconds / (now - before[1])
-        if share > MAX_SHARE and not self._warned:
+        if share > MAX_SHARE and not self._warned and now - self._began > WARN_AFTER_S:
             self._warned = True
             iteration_s = (now - before[1] - seconds) / self.every
             enough = math.ceil(seconds * (1 / MAX_SHARE - 1) / iteration_s)
@@ -200,7 +204,7 @@ class OnlineEvaluation:
         return f", {share:.1%} of the time"
 
 
-class _Shrink(nn.Module):
+class Shrink(nn.Module):
     """Reduce images to at most ``PIXELS_SIDE`` pixels a side, as kNN on all pixels takes too much memory."""
 
     def forward(self, images: Tensor) -> Tensor:

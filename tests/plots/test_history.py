@@ -1,7 +1,6 @@
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.plots.history import COLOURS, PANELS, draw_history, main
 from dinov2_custom.plots.metrics_file import Run
 from dinov2_custom.plots.page import config_differences
-from tests.processes import CEILING_S
+from tests.browser import count_pixels, needs_browser
 
 CONFIG = {"dino": {"head_n_prototypes": 256}, "crops": {"local_crops_number": 8}, "optim": {"base_lr": 0.004}}
 UPSTREAM = [
@@ -186,15 +185,7 @@ def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
         draw(out, "--forecast", 3, "--metric", "nothing")
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium: the Debian package of this name")
+@needs_browser
 def test_a_browser_shows_the_figures(tmp_path):
     draw(write(tmp_path / "run"))
-    picture = tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    options += [f"--user-data-dir={tmp_path / 'user'}"]
-    options += ["--window-size=1500,2000", f"--screenshot={picture}", (tmp_path / "run" / "history.html").as_uri()]
-    subprocess.run(["chromium", *options], check=True, capture_output=True, timeout=CEILING_S)
-    with Image.open(picture) as image:
-        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    for colour in COLOURS[:3]:
-        assert (pixels == [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1).sum() > 50
+    assert min(count_pixels(tmp_path / "run" / "history.html", COLOURS[:3], tmp_path)) > 50
