@@ -224,11 +224,14 @@ def _coco_instance(
     outline = None
     if task != "detection" and box is not None:
         outline = check_outline(one.get("segmentation"), width, height, faults, where)
+    crowd = one.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        faults.add(where, f"expected iscrowd 0 or 1, got {crowd!r:.40}")
     if box is None or (task != "detection" and outline is None):
         return None
     stated = as_numbers([one.get("area")])
     area = stated[0] if stated and stated[0] > 0 else box[2] * box[3] if outline is None else area_of(outline)
-    return Instance(index[name], box, outline, area, one.get("iscrowd") in (1, True))
+    return Instance(index[name], box, outline, area, crowd == 1)
 
 
 def _is_id(value: Any) -> bool:
