@@ -27,6 +27,7 @@ EXPORT_FORMATS = {
     "torch": "one .pth in the layout of the released DINOv2 weights",
     "safetensors": "the same tensors as one .safetensors",
     "onnx": "one .onnx for any batch size: image -> cls_token, patch_tokens",
+    "rf-detr": "folder for transformers: RfDetrForObjectDetection.from_pretrained; decoder and heads are new",
 }
 _RECIPE = "or the name of a recipe such as vits.yaml"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -517,7 +518,7 @@ def history_parser() -> Parser:
         default=None,
     )
     parser.add_argument("--forecast", type=float, default=0, metavar="EPOCHS", help="extrapolate a metric, with a band")
-    parser.add_argument("--metric", metavar="KEY", help="key of the rows to extrapolate (default: kNN, RankMe or loss)")
+    parser.add_argument("--metric", metavar="KEY", help="that is extrapolated (default: kNN, RankMe, AP, mIoU or loss)")
     parser.add_argument("--gpu", default="", metavar="GPU", help="that the forecast is priced for, such as H100")
     parser.add_argument("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="per hour")
     return parser
