@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from dinov2_custom.decoder.bridge import TOLERANCE, backbone_of, build, load, prove, save
+from dinov2_custom.decoder.bridge import build, load, save
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.export.portable import portable
+from dinov2_custom.export.rf_detr_folder import TOLERANCE, backbone_of, prove
 from tests.export.backbones import make_teacher
 
 
