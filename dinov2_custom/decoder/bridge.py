@@ -21,6 +21,7 @@ from dinov2_custom.export.rf_detr_folder import (
     with_backbone,
     write_preprocessor,
 )
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.reading import from_facts, to_facts
 from dinov2_custom.teacher import Teacher
 
@@ -161,18 +162,29 @@ def load(folder: str | Path) -> Decoder:
     path = Path(folder).expanduser()
     path = path / "best" if (path / "best" / FACTS_FILE).is_file() else path
     try:
-        facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        facts = _read_facts(path / FACTS_FILE)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(
-            f"expected a trained decoder, got no readable {FACTS_FILE} in {path}; give the --output-dir of "
-            "run/decoder/train.py, or its folder best or last"
+            f"expected a trained decoder, got no readable {FACTS_FILE} in {path} ({type(e).__name__}: {e}); give the "
+            "--output-dir of run/decoder/train.py, or its folder best or last"
         ) from e
-    if facts["head"] == "linear":
+    if facts.head == "linear":
         from dinov2_custom.decoder.linear_head import LinearSegmenter as kind
     else:
         name = {"detection": "RfDetrForObjectDetection", "instance": "RfDetrForInstanceSegmentation"}
-        kind = getattr(transformers, name.get(facts["task"], "UperNetForSemanticSegmentation"))
-    model = read_model(kind, path)
-    normalize = {name: tuple(values) for name, values in facts["normalize"].items()}
-    facts |= {"classes": tuple(facts["classes"]), "normalize": normalize, "reading": from_facts(facts["reading"])}
-    return Decoder(model.eval(), Facts(**facts))
+        kind = getattr(transformers, name.get(facts.task, "UperNetForSemanticSegmentation"))
+    return Decoder(read_model(kind, path).eval(), facts)
+
+
+def _read_facts(file: Path) -> Facts:
+    """Read what :func:`save` wrote.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError, AttributeError: it cannot be read, or is something else.
+    """
+    found = parse_json_object(file.read_bytes())
+    if found["head"] not in HEADS[found["task"]]:
+        raise ValueError(f"a head {found['head']!r:.40} of the task {found['task']}")
+    found["normalize"] = {name: tuple(map(float, found["normalize"][name])) for name in ("mean", "std")}
+    found |= {"classes": tuple(map(str, found["classes"])), "image_size": int(found["image_size"])}
+    return Facts(**found | {"reading": from_facts(found["reading"])})

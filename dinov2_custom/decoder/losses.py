@@ -129,5 +129,7 @@ def _sum(
             for name in criterion.losses:
                 for term, value in criterion.get_loss(name, outputs, labels, indices, groups).items():
                     terms[term] = terms[term] + value.sum()
+            if len(level) > 2 and not count(labels):  # transformers' terms of masks are then no function of them
+                terms["loss_mask_ce"] = terms["loss_mask_ce"] + 0 * outputs["pred_masks"].sum()
     terms = {term: value for term, value in terms.items() if isinstance(value, Tensor)}
     return sum(weights[term] * value for term, value in terms.items()), terms, None

@@ -182,9 +182,13 @@ def read_model(kind: Any, folder: str | Path) -> nn.Module:
     """Return ``kind.from_pretrained(folder)``, which by itself only logs that tensors are missing.
 
     Raises:
-        CheckpointError: a tensor is missing.
+        CheckpointError: a tensor is missing, or transformers cannot read the folder.
     """
-    model, found = kind.from_pretrained(folder, output_loading_info=True)
+    try:
+        model, found = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+    except Exception as e:  # each library raises its own errors
+        reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        raise CheckpointError(f"expected a {kind.__name__} that transformers reads in {folder}, got {reason}") from e
     if wrong := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
         names = ", ".join(map(str, wrong))
         raise CheckpointError(f"expected the tensors of a {kind.__name__} in {folder}, got none or others for {names}")

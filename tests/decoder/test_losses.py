@@ -4,6 +4,7 @@ import torch
 from dinov2_custom.decoder.bridge import build
 from dinov2_custom.decoder.images import Images, collate
 from dinov2_custom.decoder.losses import count, cross_entropy, set_loss
+from dinov2_custom.decoder.train import parameter_groups
 from tests.decoder.scenes import make_split
 from tests.export.backbones import make_teacher
 
@@ -46,6 +47,18 @@ def test_in_evaluation_all_queries_compete_and_images_add_up(task, tiny, tmp_pat
     parts = [batch_of(decoder, tmp_path / f"b{number}", (number,)) for number in (0, 1, 3)]
     summed = sum(loss_of(decoder, part, training=False) for part in parts)
     torch.testing.assert_close(loss_of(decoder, whole, training=False), summed)
+
+
+@pytest.mark.parametrize("task", ["detection", "instance"])
+@pytest.mark.parametrize("numbers", [(1,), (0, 1)], ids=["no object", "objects"])
+def test_every_parameter_has_a_gradient_as_processes_that_average_them_need(task, numbers, tiny, tmp_path):
+    settings = tiny()
+    decoder = make(task, settings)
+    parameter_groups(decoder.model, settings)  # sets what is trained
+    set_loss(decoder.model, 0.0)
+    decoder.model.train()(**batch_of(decoder, tmp_path / "a", numbers)).loss.backward()
+    trained = {name: value for name, value in decoder.model.named_parameters() if value.requires_grad}
+    assert [name for name, value in trained.items() if value.grad is None] == []
 
 
 @pytest.mark.parametrize(
