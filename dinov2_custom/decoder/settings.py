@@ -35,7 +35,7 @@ class Settings(Section):
     clip_grad: NonNegativeFloat = key(1.0, "largest norm of the gradient; 0: not clipped")
     warmup_steps: NonNegativeInt = key(0, "steps in which the learning rate rises linearly")
     frozen: bool = key(False, "train the decoder alone")
-    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "of the forward pass (mixed precision)")
+    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "of the forward pass (mixed precision); fp16 needs a GPU")
     seed: NonNegativeInt = key(0, "of the decoder's first weights, the order of images and the augmentation")
     image_size: NonNegativeInt = key(0, "side of the square that images are resized to; 0: that of pretraining")
     flip: Fraction = key(0.5, "probability of a horizontal flip")

@@ -17,12 +17,19 @@ from dinov2_custom.errors import ConfigError, LaunchError
 from dinov2_custom.export.portable import portable
 from dinov2_custom.export.rf_detr_folder import backbone_of
 from dinov2_custom.export.write import write_torch
+from dinov2_custom.logging import remove_logging
 from dinov2_custom.plots.metrics_file import read_metrics
 from tests.decoder.conftest import TINY
 from tests.decoder.scenes import make_split, write_coco
 from tests.export.backbones import make_teacher
 from tests.logging.wandb_file import read_offline_run
 from tests.processes import ENVIRONMENT, REPOSITORY, children, wait_until
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left():
+    yield
+    remove_logging("dinov2")
 
 
 class Killed(Exception):
@@ -117,6 +124,20 @@ def test_the_command_trains_compares_and_refuses_other_settings(tmp_path, monkey
     args.opts = [*args.opts, "lr=1"]
     with pytest.raises(ConfigError, match="lr: 0.001 before, 1"):
         train.main(args)
+
+
+def test_mixed_precision_rounds_the_forward_pass_alone(tiny, tmp_path):
+    data, losses = make_split(tmp_path / "a", 4), []
+    for precision in ("fp32", "bf16"):
+        settings = tiny(f"precision={precision}", "epochs=1", "dropout=0")
+        decoder = make("detection", settings)
+        fit(decoder, data, data, tmp_path / precision, settings)
+        losses.append(read_metrics(tmp_path / precision / "training_metrics.json")[0]["total_loss"])
+        assert {value.dtype for value in decoder.model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+    flags = ["--backbone", "b", "--task", "detection", "--train", "t", "--val", "v", "--output-dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match="fp16, which needs a GPU"):
+        train.main(cli.decoder_train_parser().parse_args([*flags, "precision=fp16"]))
 
 
 def test_accumulated_batches_are_one_batch_and_the_rate_falls_at_the_end(tiny, tmp_path):
