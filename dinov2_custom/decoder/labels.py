@@ -102,6 +102,24 @@ def read_split(
     return Split(tuple(classes), tuple(images))
 
 
+def read_train_and_val(train: str | Path, val: str | Path, task: str) -> tuple[Split, Split]:
+    """Read and check both; the classes of ``val`` are those of ``train``.
+
+    Raises:
+        ConfigError, DataError: see :func:`read_split`; faults of both are in one error.
+    """
+    found: list[Split] = []
+    wrong: list[DataError] = []
+    for source, part in ((train, "train"), (val, "val")):
+        try:
+            found.append(read_split(source, task, part, found[0].classes if found else None))
+        except DataError as e:
+            wrong.append(e)
+    if wrong:
+        raise DataError("\n".join(map(str, wrong))) from wrong[0]
+    return found[0], found[1]
+
+
 _DEFINE = "name them in a dataset definition file (docs/decoder.md)"
 
 

@@ -24,7 +24,7 @@ from dinov2_custom.decoder.compare import report
 from dinov2_custom.decoder.evaluate import headline, score
 from dinov2_custom.decoder.images import Images, collate
 from dinov2_custom.decoder.instances import Split
-from dinov2_custom.decoder.labels import read_split
+from dinov2_custom.decoder.labels import read_train_and_val
 from dinov2_custom.decoder.losses import count, cross_entropy, set_loss
 from dinov2_custom.decoder.settings import Settings, read_settings
 from dinov2_custom.errors import ConfigError, optional
@@ -64,8 +64,7 @@ def main(args: argparse.Namespace) -> int:
         if settings.precision == "fp16" and distributed.get_device().type == "cpu":
             raise ConfigError("precision: expected fp32 or bf16 on a CPU, got fp16, which needs a GPU")
         setup_logging(folder, name="dinov2", level=logging.INFO, hold=True)
-        train = read_split(args.train, args.task, part="train")
-        val = read_split(args.val, args.task, part="val", classes=train.classes)
+        train, val = read_train_and_val(args.train, args.val, args.task)
         with made_and_locked(folder) if distributed.is_main_process() else nullcontext():
             _run(args, args.backbone, folder, settings, train, val)
             if args.compare_to:
