@@ -36,6 +36,8 @@ def test_from_pretrained_loads_every_tensor_also_for_other_classes(kind, tmp_pat
     names = {0: "cell", 1: "parasite", 2: "other"}
     other = detector.from_pretrained(tmp_path / "out", id2label=names, ignore_mismatched_sizes=True)
     assert unlike(other, model) == [] and other.class_embed.weight.shape[0] == 3
+    for name in ("AutoModelForObjectDetection", "RfDetrForInstanceSegmentation"):
+        assert unlike(getattr(transformers, name).from_pretrained(tmp_path / "out"), model) == []
     facts = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())  # its class needs torchvision
     assert facts["size"] == {"height": model.image_size, "width": model.image_size}
     assert tuple(facts["image_mean"]) == teacher.normalize["mean"] and facts["intensity"] == [0, 4095]
