@@ -134,6 +134,7 @@ def _describe(args: argparse.Namespace, source: str, folder: Path, settings: Set
         ConfigError: they differ.
     """
     now = {"backbone": source, "task": args.task, "train": args.train, "val": args.val}
+    now["processes"] = distributed.get_global_size()
     now |= json.loads(settings.model_dump_json(exclude=set(_FREE)))
     file = folder / SETTINGS_FILE
     try:

@@ -124,6 +124,9 @@ def test_the_command_trains_compares_and_refuses_other_settings(tmp_path, monkey
     args.opts = [*args.opts, "lr=1"]
     with pytest.raises(ConfigError, match="lr: 0.001 before, 1"):
         train.main(args)
+    monkeypatch.setattr(train.distributed, "get_global_size", lambda: 2)
+    with pytest.raises(ConfigError, match="processes: 1 before, 2 now"):
+        train._describe(args, "b", tmp_path / "out", train.read_settings(args.opts[:-1]))
 
 
 def test_mixed_precision_rounds_the_forward_pass_alone(tiny, tmp_path):
