@@ -4,6 +4,7 @@ import pytest
 
 from dinov2_custom.decoder.settings import LossWeights, Settings, read_settings
 from dinov2_custom.errors import ConfigError
+from dinov2_custom.run.decoder.train import DecoderTraining
 
 
 def test_settings_are_typed_and_nested():
@@ -27,6 +28,14 @@ def test_all_mistakes_of_settings_are_listed():
         "write loss.box=VALUE",
     ):
         assert said in str(error.value)
+
+
+def test_settings_that_are_not_key_value_are_explained_from_these_keys(capsys):
+    flags = "--backbone x --task detection --train a --val b --output-dir c bach /tmp lr:3".split()
+    with pytest.raises(SystemExit):
+        DecoderTraining.parser().parse_args(flags)
+    said = capsys.readouterr().err
+    assert "did you mean batch=VALUE?" in said and "instead of the first colon" in said and "dataset_path" not in said
 
 
 def test_the_documents_list_every_key_with_its_default():
