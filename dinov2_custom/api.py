@@ -240,7 +240,7 @@ def export(source: Run | StrPath, to: str, output: StrPath = "", **flags: Any) -
 
     Args:
         source: as for :func:`load`.
-        to: "hf", "timm", "torch", "safetensors" or "onnx".
+        to: "hf", "timm", "torch", "safetensors", "onnx" or "rf-detr".
         output: file or folder; "" for outputs/export/<name of the run>_<to>.
         flags: of the command, such as ``overwrite=True``.
 

@@ -27,6 +27,7 @@ EXPORT_FORMATS = {
     "torch": "one .pth in the layout of the released DINOv2 weights",
     "safetensors": "the same tensors as one .safetensors",
     "onnx": "one .onnx for any batch size: image -> cls_token, patch_tokens",
+    "rf-detr": "folder for transformers: RfDetrForObjectDetection.from_pretrained; decoder and heads are new",
 }
 _RECIPE = "or the name of a recipe such as vits.yaml"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -100,7 +101,7 @@ class OverridesParser(Parser):
         bad = [text for text in getattr(namespace, "opts", []) if "=" not in text or text.startswith("=")]
         bare = [flag for flag in unknown if "=" not in flag]
         their_values = {after for flag, after in zip(arguments, arguments[1:], strict=False) if flag in bare}
-        problems += [_explain_override(text) for text in bad if text not in their_values]
+        problems += [self._explain_override(text) for text in bad if text not in their_values]
         if problems:
             self.error("\n  ".join(["cannot understand these arguments:", *problems]))
         if getattr(namespace, "eval", ""):
@@ -115,11 +116,12 @@ class OverridesParser(Parser):
         near = difflib.get_close_matches(flag.lstrip("-"), [name for name in flags if len(name) > 1], n=1, cutoff=0.65)
         return f"{text}: unknown flag -> " + (f"did you mean --{near[0]}?" if near else "--help lists the flags")
 
+    def _explain_override(self, text: str) -> str:
+        from dinov2_custom.configs.checks import explain_bad_override
 
-def _explain_override(text: str) -> str:
-    from dinov2_custom.configs.checks import explain_bad_override
-
-    return f"{text}: expected key=value -> {explain_bad_override(text)}"
+        opts = next(action for action in self._actions if action.dest == "opts")
+        schema = [opts.schema()] if hasattr(opts, "schema") else []  # of another command than training
+        return f"{text}: expected key=value -> {explain_bad_override(text, *schema)}"
 
 
 # flags shared by several programs
@@ -520,7 +522,7 @@ def history_parser() -> Parser:
         default=None,
     )
     parser.add_argument("--forecast", type=float, default=0, metavar="EPOCHS", help="extrapolate a metric, with a band")
-    parser.add_argument("--metric", metavar="KEY", help="key of the rows to extrapolate (default: kNN, RankMe or loss)")
+    parser.add_argument("--metric", metavar="KEY", help="that is extrapolated (default: kNN, RankMe, AP, mIoU or loss)")
     parser.add_argument("--gpu", default="", metavar="GPU", help="that the forecast is priced for, such as H100")
     parser.add_argument("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="per hour")
     return parser
@@ -571,7 +573,9 @@ examples:
         add_help=add_help,
     )
     add = parser.add_argument
-    add("opts", nargs="*", default=[], metavar="key=value", help="settings such as lr=1e-4, anywhere; docs/decoder.md")
+    opts_help = "settings such as lr=1e-4, anywhere; docs/decoder.md"
+    opts = add("opts", nargs="*", default=[], metavar="key=value", help=opts_help)
+    opts.schema = _decoder_settings  # for advice on mistakes, also in a parser with this one as a parent
     backbone = "run directory, weight file, released name (dinov2_vitb14) or folder of Hugging Face"
     add("--backbone", required=True, metavar="WEIGHTS", help=backbone)
     add("--task", required=True, choices=("detection", "instance", "semantic"), help="boxes, masks of objects, classes")
@@ -580,6 +584,12 @@ examples:
     add("--compare-to", default="", metavar="WEIGHTS", help="train a second decoder from these weights, or `random`")
     add_output_dir(parser, "where everything of the run goes", default=None, required=True)
     return parser
+
+
+def _decoder_settings() -> type:
+    from dinov2_custom.decoder.settings import Settings
+
+    return Settings
 
 
 def _decoder_parser(description: str) -> Parser:

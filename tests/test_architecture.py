@@ -56,7 +56,7 @@ ALLOWED = {
     "reading": BASE | {"configs", "data", "distributed"},
     "teacher": BASE
     | {"configs", "reading", "distributed", "models", "utils.paths", "utils.run_folder", "utils.weights"},
-    "cli": {"errors", "entry", "configs"},  # command lines, parsed without torch
+    "cli": {"errors", "entry", "configs", "decoder.settings"},  # command lines, parsed without torch
     "__main__": {"cli"},
     "eval.args": {"cli"},
     # labelled images, their features and neighbours, which training uses too; without commands and checkpoints

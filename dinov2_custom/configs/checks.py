@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dinov2_custom.configs.schema import DEPTH_OF_ARCH, all_keys, section_keys
+from dinov2_custom.configs.schema import DEPTH_OF_ARCH, Config, Section, all_keys, section_keys
 from dinov2_custom.errors import ConfigError
 
 # Common guesses of a key, and the actual key.
@@ -55,9 +55,14 @@ def of_fork(key: str) -> str:
 
 
 class Mistakes:
-    """A list of mistakes with one final hint; it records their keys, so that no check uses an invalid value."""
+    """A list of mistakes with one final hint; it records their keys, so that no check uses an invalid value.
 
-    def __init__(self) -> None:
+    Args:
+        of: what has the mistakes.
+    """
+
+    def __init__(self, of: str = "the configuration") -> None:
+        self.of = of
         self.lines: list[str] = []
         self.keys: set[str] = set()
         self.advice = ""
@@ -74,22 +79,22 @@ class Mistakes:
         if not self.lines:
             return
         count = "1 mistake" if len(self.lines) == 1 else f"{len(self.lines)} mistakes"
-        lines = [f"{count} in the configuration:", *(f"  - {line}" for line in self.lines), self.advice]
+        lines = [f"{count} in {self.of}:", *(f"  - {line}" for line in self.lines), self.advice]
         raise ConfigError("\n".join(lines).rstrip())
 
 
-def suggest_key(name: str) -> str:
+def suggest_key(name: str, root: type[Section] = Config) -> str:
     """Suggest the known keys or sections most similar to an unknown dotted key, in any section, or "".
 
-    For a key of a known fork, return its replacement.
+    For a key of a known fork, return its replacement in a run's configuration.
     """
-    if replacement := of_fork(name):
+    if root is Config and (replacement := of_fork(name)):
         return replacement
-    used = [key for key, field in all_keys().items() if not field.json_schema_extra["unused"] and key != "optim.lr"]
-    known = {key: key.rsplit(".", 1)[-1].lower() for key in [*used, *section_keys()]}
+    used = [key for key, field in all_keys(root).items() if not field.json_schema_extra["unused"] and key != "optim.lr"]
+    known = {key: key.rsplit(".", 1)[-1].lower() for key in [*used, *section_keys(root)]}
     leaf = name.rsplit(".", 1)[-1].lower()
     near = [key for key, its_leaf in known.items() if its_leaf == leaf]
-    if not near and leaf in _OTHER_NAMES:
+    if not near and _OTHER_NAMES.get(leaf) in known:
         near = [_OTHER_NAMES[leaf]]
     near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.8)
     if not near:
@@ -98,19 +103,19 @@ def suggest_key(name: str) -> str:
     return f"did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def explain_bad_override(text: str) -> str:
+def explain_bad_override(text: str, root: type[Section] = Config) -> str:
     """Return how to fix an override that is not of the form key=value."""
     if text.endswith((".yaml", ".yml")):
         return f"for a config file write --config-file {text}"
-    if text in all_keys():
+    if text in all_keys(root):
         return f"write {text}=VALUE"
-    if os.path.exists(os.path.expanduser(text)):
+    if root is Config and os.path.exists(os.path.expanduser(text)):
         return f"for images write train.dataset_path={text}"
-    if ":" in text and text.split(":", 1)[0] in all_keys():
+    if ":" in text and text.split(":", 1)[0] in all_keys(root):
         return "write = instead of the first colon"
     if text != text.strip("[]{},:"):
         return "a list or mapping with blanks needs quotes around the whole override: 'key=[a, b]'"
-    return suggest_key(text).replace("?", "=VALUE?") or "write key=value, without spaces around ="
+    return suggest_key(text, root).replace("?", "=VALUE?") or "write key=value, without spaces around ="
 
 
 def check_combinations(

@@ -33,6 +33,7 @@ from dinov2_custom.configs.checks import (
 from dinov2_custom.configs.paths import check_output_dir, resolve_output_dir, with_absolute_paths
 from dinov2_custom.configs.schema import (
     Config,
+    Section,
     all_keys,
     choices,
     default_values,
@@ -100,7 +101,7 @@ def load_run_config(
     # environment variables of a finished run may no longer be set when only its model is loaded
     gone = set() if training else {key for key, value in unresolved.items() if _names_unset(value)}
     needed = {key: setting for key, setting in given.items() if key not in gone}
-    values = _validate(_resolve(needed, unknown, mistakes), given, mistakes)
+    values = validated(_resolve(needed, unknown, mistakes), given, mistakes)
 
     def where(key: str) -> str:
         return given[key].where if key in given else "default"
@@ -220,42 +221,44 @@ def find_config(path: str | os.PathLike) -> Path:
     return recipe if not file.exists() and recipe.is_file() else file
 
 
-def read_overrides(overrides: Iterable[str], mistakes: Mistakes) -> list[Setting]:
+def read_overrides(overrides: Iterable[str], mistakes: Mistakes, root: type[Section] = Config) -> list[Setting]:
     """Parse `key.sub=value` strings; values are YAML, except that text keys take them verbatim."""
     settings: list[Setting] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not _KEY.fullmatch(key):
-            mistakes.add("override", "key=value", repr(override), explain_bad_override(override))
+            mistakes.add("override", "key=value", repr(override), explain_bad_override(override, root))
             continue
         try:
-            value = text if _is_plain_text(key, text) else parse_yaml(text)
+            value = text if _is_plain_text(key, text, root) else parse_yaml(text)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             reason = " ".join(str(error).split())
             mistakes.add(f"{key} (override)", "a YAML value", f"{text!r}", f"fix it: {reason}", key=key)
             continue
-        settings += _flatten({key: value}, "", "override", mistakes)
+        settings += _flatten({key: value}, "", "override", mistakes, root)
     return settings
 
 
-def _is_plain_text(key: str, text: str) -> bool:
+def _is_plain_text(key: str, text: str, root: type[Section]) -> bool:
     """Return whether an override's value is plain text with YAML's special characters instead of YAML."""
-    if key not in all_keys() or "string" not in kinds(key) or _YAML_TEXT.fullmatch(text):
+    if key not in all_keys(root) or "string" not in kinds(key, root) or _YAML_TEXT.fullmatch(text):
         return False
-    return "object" not in kinds(key) or not _MAPPING.fullmatch(text)
+    return "object" not in kinds(key, root) or not _MAPPING.fullmatch(text)
 
 
-def _flatten(content: dict[Any, Any], prefix: str, where: str, mistakes: Mistakes) -> list[Setting]:
+def _flatten(
+    content: dict[Any, Any], prefix: str, where: str, mistakes: Mistakes, root: type[Section] = Config
+) -> list[Setting]:
     """Return the leaves of nested sections; anything that is not a section of the schema is kept whole."""
-    sections = section_keys()
+    sections = section_keys(root)
     settings: list[Setting] = []
     for name, value in content.items():
         key = f"{prefix}{name}"
         if key not in sections:
             settings.append(Setting(key, value, where))
         elif isinstance(value, dict):
-            settings += _flatten(value, key + ".", where, mistakes)
+            settings += _flatten(value, key + ".", where, mistakes, root)
         elif value is not None:
             mistakes.add(f"{key} ({where})", f"a section with keys {', '.join(sections[key])}", repr(value))
     return settings
@@ -297,6 +300,13 @@ def _nearest_files(missing: Path) -> str:
 # ---- values
 
 
+def report_unknown(unknown: Iterable[Setting], mistakes: Mistakes, root: type[Section], otherwise: str) -> None:
+    """Report unknown keys as mistakes, each with similar ones, or with ``otherwise``."""
+    for setting in unknown:
+        fix = suggest_key(setting.key, root) or otherwise
+        mistakes.add(f"{setting.key} ({setting.where})", "a known key", "an unknown one", fix)
+
+
 def _check_unknown(unknown: list[Setting], allowed: bool, mistakes: Mistakes) -> list[str]:
     """Report unknown keys as mistakes, or return one warning that lists them."""
     kept = []
@@ -311,8 +321,7 @@ def _check_unknown(unknown: list[Setting], allowed: bool, mistakes: Mistakes) ->
             inside = f" with {', '.join(map(str, setting.value))}" if isinstance(setting.value, dict) else ""
             kept.append(f"{label}{inside}" + (fork and f": {fork}"))
         else:
-            fix = suggest_key(setting.key) or f"see {list_of_keys()}"
-            mistakes.add(label, "a known key", "an unknown one", fix)
+            report_unknown([setting], mistakes, Config, f"see {list_of_keys()}")
             mistakes.advice = "Unknown keys on purpose, of a fork say: --allow-unknown-keys keeps them, unused."
     return ["unknown keys, kept but not used:\n  " + "\n  ".join(kept)] if kept else []
 
@@ -349,18 +358,21 @@ def _parsable(settings: Iterable[Setting]) -> DictConfig:
     return tree
 
 
-def _validate(resolved: dict[str, Any], given: dict[str, Setting], mistakes: Mistakes) -> dict[str, Any]:
+def validated(
+    resolved: dict[str, Any], given: dict[str, Setting], mistakes: Mistakes, root: type[Section] = Config
+) -> dict[str, Any]:
     """Return each key's value converted to its type; invalid values are reported and replaced by the default."""
     try:
-        config = Config.model_validate(nested(resolved))
+        config = root.model_validate(nested(resolved))
     except ValidationError as error:
         places = [[str(part) for part in problem["loc"]] for problem in error.errors()]
         wrong = {".".join(place[:count]) for place in places for count in range(len(place) + 1)} & resolved.keys()
         for key in [key for key in resolved if key in wrong]:
             value = resolved.pop(key)
-            mistakes.add(f"{key} ({given[key].where})", expected(key), _show(value), _hint(key, value), key=key)
-        config = Config.model_validate(nested(resolved))
-    return {key: attrgetter(key)(config) for key in all_keys()}
+            fix = _hint(key, value, root)
+            mistakes.add(f"{key} ({given[key].where})", expected(key, root), _show(value), fix, key=key)
+        config = root.model_validate(nested(resolved))
+    return {key: attrgetter(key)(config) for key in all_keys(root)}
 
 
 def _from_environment(given: dict[str, Setting], unknown: list[Setting]) -> dict[str, Any]:
@@ -399,16 +411,16 @@ def _show(value: Any) -> str:
     return repr(value)
 
 
-def _hint(key: str, value: Any) -> str:
+def _hint(key: str, value: Any, root: type[Section]) -> str:
     """Return how to fix a value of the wrong type or range."""
-    if isinstance(value, str) and kinds(key) & {"integer", "number"} and _is_number(value):
+    if isinstance(value, str) and kinds(key, root) & {"integer", "number"} and _is_number(value):
         return "write the number without quotes"
-    if "string" in kinds(key) and isinstance(value, (int, float)):
+    if "string" in kinds(key, root) and isinstance(value, (int, float)):
         return "put the text in quotes"
-    near = difflib.get_close_matches(str(value), choices(key), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value), choices(key, root), n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]}?"
-    default = all_keys()[key].default
+    default = all_keys(root)[key].default
     return f"the default is {_show(default)}" if default != "" else ""
 
 

@@ -581,9 +581,13 @@ def default_values() -> dict[str, Any]:
 
 
 @functools.cache
-def all_keys() -> dict[str, FieldInfo]:
-    """Return every key by dotted name, in the order of the schema. The caller must not modify the result."""
-    return keys_below(Config)
+def all_keys(root: type[Section] = Config) -> dict[str, FieldInfo]:
+    """Return every key by dotted name, in the order of the schema. The caller must not modify the result.
+
+    Args:
+        root: the schema, here and below: that of a run, or of another command with settings.
+    """
+    return keys_below(root)
 
 
 def keys_below(section: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
@@ -599,10 +603,10 @@ def keys_below(section: type[Section], prefix: str = "") -> dict[str, FieldInfo]
 
 
 @functools.cache
-def section_keys() -> dict[str, list[str]]:
+def section_keys(root: type[Section] = Config) -> dict[str, list[str]]:
     """Return the names directly inside each section, by dotted section name."""
     inside: dict[str, dict[str, None]] = {}
-    for name in all_keys():
+    for name in all_keys(root):
         parts = name.split(".")
         for count in range(1, len(parts)):
             inside.setdefault(".".join(parts[:count]), {})[parts[count]] = None
@@ -610,36 +614,36 @@ def section_keys() -> dict[str, list[str]]:
 
 
 @functools.cache
-def _json_schemas(section: str) -> dict[str, Any]:
-    return type(attrgetter(section)(Config())).model_json_schema()["properties"]
+def _json_schemas(section: str, root: type[Section]) -> dict[str, Any]:
+    return (type(attrgetter(section)(root())) if section else root).model_json_schema()["properties"]
 
 
-def alternatives(name: str) -> list[dict[str, Any]]:
+def alternatives(name: str, root: type[Section] = Config) -> list[dict[str, Any]]:
     """Return the alternative JSON schemas of a key's value, without integer if all numbers are legal."""
     section, _, leaf = name.rpartition(".")
-    schema = _json_schemas(section)[leaf]
+    schema = _json_schemas(section, root)[leaf]
     found = schema.get("anyOf", [schema])
     numbers = any(one["type"] == "number" for one in found)
     return [one for one in found if not (numbers and one["type"] == "integer")]
 
 
-def kinds(name: str) -> set[str]:
+def kinds(name: str, root: type[Section] = Config) -> set[str]:
     """Return the JSON types of a key's legal values, with "string" only if any text is legal."""
-    return {one["type"] for one in alternatives(name) if not one.keys() & {"const", "enum", "pattern"}}
+    return {one["type"] for one in alternatives(name, root) if not one.keys() & {"const", "enum", "pattern"}}
 
 
-def choices(name: str) -> list[str]:
+def choices(name: str, root: type[Section] = Config) -> list[str]:
     """Return the names among a key's legal values."""
-    return [choice for one in alternatives(name) for choice in _named(one)]
+    return [choice for one in alternatives(name, root) for choice in _named(one)]
 
 
 def _named(schema: dict[str, Any]) -> list[str]:
     return schema.get("enum") or ([schema["const"]] if "const" in schema else [])
 
 
-def expected(name: str) -> str:
+def expected(name: str, root: type[Section] = Config) -> str:
     """Describe the legal values of a key in a few words."""
-    return " or ".join(_describe(schema) for schema in alternatives(name))
+    return " or ".join(_describe(schema) for schema in alternatives(name, root))
 
 
 def _describe(schema: dict[str, Any]) -> str:

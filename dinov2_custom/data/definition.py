@@ -253,9 +253,23 @@ def read_text(path: str) -> str:
         raise DataError(f"expected text in UTF-8: {path} ({e})") from e
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself keeps the last of two equal keys: a second ``train`` hides the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"{key.value!r:.100} is there twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.load(read_text(path), _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as e:
         raise DataError(f"expected YAML: {path} ({' '.join(str(e).split())})") from e
     if not isinstance(content, dict):

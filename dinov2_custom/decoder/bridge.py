@@ -1,34 +1,32 @@
-"""Build a detector or a segmenter of transformers around a pretrained backbone, and prove that it has its weights.
-
-``RfDetrForObjectDetection.from_pretrained(<a backbone>)`` leaves every tensor of the backbone random and only logs it.
-Here the backbone's tensors are copied, all of them are compared bit for bit, and the features of both are compared.
-"""
+"""Build a detector or a segmenter of transformers around a pretrained backbone; write and read a trained one."""
 
 from __future__ import annotations
 
-import copy
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dinov2_custom.data.depth import Reading
 from dinov2_custom.decoder.settings import Settings
 from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.export.compare import unlike_tensors, wanted_tensors
-from dinov2_custom.export.hugging_face import write_hugging_face
-from dinov2_custom.export.portable import Portable, portable
+from dinov2_custom.export.portable import portable
+from dinov2_custom.export.rf_detr_folder import (
+    architecture,
+    need_rf_detr,
+    read_model,
+    rf_detr_config,
+    stages,
+    with_backbone,
+    write_preprocessor,
+)
+from dinov2_custom.files import parse_json_object
 from dinov2_custom.reading import from_facts, to_facts
 from dinov2_custom.teacher import Teacher
-from dinov2_custom.utils.hugging_face import from_hugging_face
-from dinov2_custom.utils.rng import seed_for
 
 TASKS = ("detection", "instance", "semantic")
 HEADS = {"detection": ("rf_detr",), "instance": ("rf_detr",), "semantic": ("upernet", "linear")}
-TOLERANCE = 1e-5
 FACTS_FILE = "decoder.json"  # in the folder of a trained decoder
 
 
@@ -80,63 +78,30 @@ def build(
         raise ConfigError(f"--task semantic: expected at least two classes, got {', '.join(classes) or 'none'}")
     model = portable(teacher, settings.image_size)
     head = choose_head(task, settings.head)
-    if head == "rf_detr" and teacher.backbone.num_register_tokens:
-        raise ConfigError(
-            f"--task {task}: RF-DETR of transformers has no register tokens, got a backbone with "
-            f"{teacher.backbone.num_register_tokens}; use --task semantic, or student.num_register_tokens=0 in "
-            "pretraining"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        write_hugging_face(model, Path(folder))
-        config = json.loads((Path(folder) / "config.json").read_text())
-        with torch.random.fork_rng():  # transformers initialises from the global generator
-            torch.manual_seed(seed_for(settings.seed, "decoder"))
-            decoder = _MAKERS[head](task, config, classes, settings)
-        if not random_backbone:
-            backbone_of(decoder).load_state_dict(_plain_backbone(Path(folder), config).state_dict(), strict=False)
-            prove(decoder, model)
+    decoder = with_backbone(
+        lambda config: _MAKERS[head](task, config, classes, settings), model, settings.seed, random_backbone
+    )
     facts = Facts(task, head, classes, model.image_size, teacher.normalize, teacher.reading or Reading())
     return Decoder(decoder.train(), facts)
-
-
-def _plain_backbone(folder: Path, config: dict[str, Any]) -> nn.Module:
-    from transformers import Dinov2Backbone, Dinov2WithRegistersBackbone
-
-    kind = Dinov2WithRegistersBackbone if "num_register_tokens" in config else Dinov2Backbone
-    return kind.from_pretrained(folder)
-
-
-def _stages(depth: int, count: int = 4) -> list[str]:
-    """Return the names of ``count`` blocks at equal distances, up to the last one."""
-    return [f"stage{index}" for index in dict.fromkeys(-(-depth * (k + 1) // count) for k in range(count))]
 
 
 def _labels(classes: tuple[str, ...]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
 
 
-def _architecture(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
-
-
 def _rf_detr(task: str, config: dict[str, Any], classes: tuple[str, ...], settings: Settings) -> nn.Module:
-    from transformers import RfDetrConfig, RfDetrDinov2Config, RfDetrForInstanceSegmentation, RfDetrForObjectDetection
+    from transformers import RfDetrForInstanceSegmentation, RfDetrForObjectDetection
 
-    if config["mlp_ratio"] != int(config["mlp_ratio"]):
-        raise ConfigError(f"RF-DETR: expected a whole ratio of the feed-forward network, got {config['mlp_ratio']:g}")
     if settings.width % 16:
         raise ConfigError(f"width: expected a multiple of 16, got {settings.width}")
-    backbone = RfDetrDinov2Config(
-        **_architecture(config), num_windows=1, out_features=_stages(config["num_hidden_layers"])
-    )
-    num_patches = (config["image_size"] // config["patch_size"]) ** 2
     weights = settings.loss
-    full = RfDetrConfig(
-        backbone_config=backbone,
-        num_queries=min(settings.queries, num_patches),
+    full = rf_detr_config(
+        config,
+        num_queries=settings.queries,
         group_detr=settings.groups,
         decoder_layers=settings.decoder_layers,
         d_model=settings.width,
+        dropout=settings.dropout,
         class_loss_coefficient=weights.classes,
         bbox_loss_coefficient=weights.box,
         giou_loss_coefficient=weights.giou,
@@ -151,7 +116,7 @@ def _backbone_config(config: dict[str, Any], count: int) -> Any:
     from transformers import Dinov2Config, Dinov2WithRegistersConfig
 
     kind = Dinov2WithRegistersConfig if "num_register_tokens" in config else Dinov2Config
-    return kind(**_architecture(config), out_features=_stages(config["num_hidden_layers"], count))
+    return kind(**architecture(config), out_features=stages(config["num_hidden_layers"], count))
 
 
 def _upernet(task: str, config: dict[str, Any], classes: tuple[str, ...], settings: Settings) -> nn.Module:
@@ -176,55 +141,12 @@ def _linear(task: str, config: dict[str, Any], classes: tuple[str, ...], setting
 _MAKERS = {"rf_detr": _rf_detr, "upernet": _upernet, "linear": _linear}
 
 
-def backbone_of(decoder: nn.Module) -> nn.Module:
-    """Return the module of ``decoder`` that has the backbone's embeddings and encoder."""
-    return next(part for part in decoder.modules() if hasattr(part, "embeddings") and hasattr(part, "encoder"))
-
-
-@torch.no_grad()
-def prove(decoder: nn.Module, model: Portable) -> float:
-    """Return the largest difference of features, relative to the largest feature, with LayerScale 1 on both sides.
-
-    Raises:
-        CheckpointError: a tensor of the backbone is missing, left over or different, or features differ by more than
-            ``TOLERANCE``.
-    """
-    backbone = backbone_of(decoder)
-    wanted = wanted_tensors(model, "hf")
-    if unlike := unlike_tensors(from_hugging_face(backbone.state_dict()), wanted):
-        raise CheckpointError(
-            f"expected the decoder to have the backbone's {len(wanted)} tensors, got {len(unlike)} others:\n  "
-            + "\n  ".join(unlike[:5])
-        )
-    images = 4 * torch.rand(2, model.in_chans, *2 * [model.image_size], generator=torch.Generator().manual_seed(0)) - 2
-    own = _ones(copy.deepcopy(model.backbone).cpu().float().eval(), "gamma").forward_features(images)
-    got = _ones(copy.deepcopy(backbone).eval(), "lambda1")(images).feature_maps[-1].flatten(2).transpose(1, 2)
-    patches: Tensor = own["x_norm_patchtokens"]
-    difference = float((got - patches).abs().max() / patches.abs().max().clamp_min(1))
-    if not difference <= TOLERANCE:
-        raise CheckpointError(
-            f"expected the decoder's backbone to give the same features, got a difference of {difference:.1e} "
-            f"(allowed {TOLERANCE:.0e})"
-        )
-    return difference
-
-
-def _ones(module: nn.Module, name: str) -> nn.Module:
-    for key, value in module.named_parameters():
-        if key.endswith(f".{name}"):
-            value.fill_(1)
-    return module
-
-
 def save(decoder: Decoder, folder: Path) -> None:
     """Write the model as transformers does, its preprocessing, and the facts into ``folder``."""
     facts = decoder.facts
     decoder.model.save_pretrained(folder)
-    side = {"height": facts.image_size, "width": facts.image_size}
-    common = {"size": side, "image_mean": list(facts.normalize["mean"]), "image_std": list(facts.normalize["std"])}
     kind = "RfDetrImageProcessor" if facts.head == "rf_detr" else "SegformerImageProcessor"
-    content = {"image_processor_type": kind, "do_resize": True, "do_rescale": True, "do_normalize": True, **common}
-    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_preprocessor(folder, kind, facts.image_size, facts.normalize, facts.reading)
     content = facts._asdict() | {"reading": to_facts(facts.reading)}
     (folder / FACTS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -234,37 +156,35 @@ def load(folder: str | Path) -> Decoder:
 
     Raises:
         CheckpointError: there is none, or a tensor is missing from the file.
+        ConfigError: transformers is missing or too old.
     """
-    import transformers
-
+    transformers = need_rf_detr("a decoder")
     path = Path(folder).expanduser()
     path = path / "best" if (path / "best" / FACTS_FILE).is_file() else path
     try:
-        facts = json.loads((path / FACTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        facts = _read_facts(path / FACTS_FILE)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise CheckpointError(
-            f"expected a trained decoder, got no readable {FACTS_FILE} in {path}; give the --output-dir of "
-            "run/decoder/train.py, or its folder best or last"
+            f"expected a trained decoder, got no readable {FACTS_FILE} in {path} ({type(e).__name__}: {e}); give the "
+            "--output-dir of run/decoder/train.py, or its folder best or last"
         ) from e
-    if facts["head"] == "linear":
+    if facts.head == "linear":
         from dinov2_custom.decoder.linear_head import LinearSegmenter as kind
     else:
         name = {"detection": "RfDetrForObjectDetection", "instance": "RfDetrForInstanceSegmentation"}
-        kind = getattr(transformers, name.get(facts["task"], "UperNetForSemanticSegmentation"))
-    model = read_model(kind, path)
-    normalize = {name: tuple(values) for name, values in facts["normalize"].items()}
-    facts |= {"classes": tuple(facts["classes"]), "normalize": normalize, "reading": from_facts(facts["reading"])}
-    return Decoder(model.eval(), Facts(**facts))
+        kind = getattr(transformers, name.get(facts.task, "UperNetForSemanticSegmentation"))
+    return Decoder(read_model(kind, path).eval(), facts)
 
 
-def read_model(kind: Any, folder: str | Path) -> nn.Module:
-    """Return ``kind.from_pretrained(folder)``, which by itself only logs that tensors are missing.
+def _read_facts(file: Path) -> Facts:
+    """Read what :func:`save` wrote.
 
     Raises:
-        CheckpointError: a tensor is missing.
+        OSError, ValueError, LookupError, TypeError, AttributeError: it cannot be read, or is something else.
     """
-    model, found = kind.from_pretrained(folder, output_loading_info=True)
-    if missing := [*found["missing_keys"], *found["mismatched_keys"], *found["unexpected_keys"]]:
-        names = ", ".join(map(str, missing))
-        raise CheckpointError(f"expected the tensors of a {kind.__name__} in {folder}, got none or others for {names}")
-    return model
+    found = parse_json_object(file.read_bytes())
+    if found["head"] not in HEADS[found["task"]]:
+        raise ValueError(f"a head {found['head']!r:.40} of the task {found['task']}")
+    found["normalize"] = {name: tuple(map(float, found["normalize"][name])) for name in ("mean", "std")}
+    found |= {"classes": tuple(map(str, found["classes"])), "image_size": int(found["image_size"])}
+    return Facts(**found | {"reading": from_facts(found["reading"])})

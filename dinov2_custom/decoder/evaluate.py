@@ -19,6 +19,7 @@ from dinov2_custom.decoder.images import Images, collate
 from dinov2_custom.decoder.inference import predict
 from dinov2_custom.decoder.instances import Split, semantic_mask
 from dinov2_custom.decoder.labels import read_split
+from dinov2_custom.decoder.losses import count
 from dinov2_custom.decoder.measures import coco_scores, confusion, mean_iou
 from dinov2_custom.files import atomic_write
 from dinov2_custom.teacher import device_of_choice
@@ -47,15 +48,19 @@ def main(args: argparse.Namespace) -> int:
 
 
 def score(
-    decoder: Decoder, split: Split, batch_size: int, device: torch.device, compute_loss: Callable | None = None
+    decoder: Decoder, split: Split, batch_size: int, device: torch.device, sum_of_losses: Callable | None = None
 ) -> dict[str, Any]:
-    """Return the scores of ``split``, computed by all processes together; with ``compute_loss`` also the mean ``loss``.
+    """Return the scores of ``split``, computed by all processes together, and with ``sum_of_losses`` its ``loss``.
 
     The model returns to the mode that it was in.
+
+    Args:
+        sum_of_losses: maps the model and a batch to the sum over its objects or labelled pixels; ``loss`` is the mean
+            over those of all images.
     """
-    predictions, losses = predict_split(decoder, split, batch_size, device, compute_loss)
+    predictions, loss = predict_split(decoder, split, batch_size, device, sum_of_losses)
     scores = measure(decoder.facts.task, decoder.facts.classes, split, predictions)
-    return scores | ({"loss": float(np.mean(losses))} if losses else {})
+    return scores if loss is None else scores | {"loss": loss}
 
 
 def predict_split(
@@ -63,10 +68,10 @@ def predict_split(
     split: Split,
     batch_size: int,
     device: torch.device,
-    compute_loss: Callable | None = None,
+    sum_of_losses: Callable | None = None,
     alone: bool = False,
-) -> tuple[list[Any], list[float]]:
-    """Return the predictions of each image of ``split``, and the losses of its batches.
+) -> tuple[list[Any], float | None]:
+    """Return the predictions of each image of ``split``, and the mean loss.
 
     The images are divided among the processes, unless this one is ``alone`` in calling the function.
     """
@@ -75,25 +80,27 @@ def predict_split(
     model.eval()
     rank, size = (0, 1) if alone else (distributed.get_global_rank(), distributed.get_global_size())
     mine = range(rank, len(data), size)
-    found, losses = {}, []
+    found, total, number = {}, 0.0, 0
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
         batch = collate([data[number] for number in numbers])
         pixels = batch["pixel_values"].to(device)
         sizes = [(split.images[number].width, split.images[number].height) for number in numbers]
         found |= dict(zip(numbers, predict(model, pixels, sizes, decoder.facts), strict=True))
-        if compute_loss is not None:
+        if sum_of_losses is not None:
             labels = batch["labels"]
+            number += count(labels)
             if isinstance(labels, list):
                 labels = [{name: value.to(device) for name, value in one.items()} for one in labels]
             else:
                 labels = labels.to(device)
             with torch.no_grad():
-                losses.append(float(compute_loss(model, {"pixel_values": pixels, "labels": labels})))
+                total += float(sum_of_losses(model, {"pixel_values": pixels, "labels": labels}))
     model.train(was_training)
-    everyone = [(found, losses)] if alone else distributed.gather_objects((found, losses))
-    found = {number: one for theirs, _ in everyone for number, one in theirs.items()}
-    return [found[number] for number in range(len(data))], [loss for _, theirs in everyone for loss in theirs]
+    everyone = [(found, total, number)] if alone else distributed.gather_objects((found, total, number))
+    found = {at: one for theirs, _, _ in everyone for at, one in theirs.items()}
+    loss = sum(theirs for _, theirs, _ in everyone) / max(sum(theirs for _, _, theirs in everyone), 1)
+    return [found[at] for at in range(len(data))], None if sum_of_losses is None else loss
 
 
 def measure(task: str, classes: tuple[str, ...], split: Split, predictions: list[Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Images(Dataset):
         return len(self.split.images)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the augmentation; called by accelerate's loader."""
+        """Set the epoch of the augmentation, before a data loader is iterated over."""
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from dinov2_custom.errors import DataError, optional
 
 IGNORE = 255  # value of pixels without a class
 SHOWN = 20
+LONGEST = 600  # characters of a fault
 MARGIN = 1.0  # pixels that rounding may place a box or point outside its image
 
 Box = tuple[float, float, float, float]
@@ -68,7 +70,7 @@ class Faults:
     def add(self, where: str, text: str) -> None:
         self.count += 1
         if len(self.lines) < SHOWN:
-            self.lines.append(f"{where}: {text}" if where else text)
+            self.lines.append(_shown(f"{where}: {text}" if where else text))
 
     def raise_if_any(self, what: str) -> None:
         """Raise one DataError with the first faults and the number of all."""
@@ -80,14 +82,21 @@ class Faults:
         raise DataError("\n".join([*lines, *more]))
 
 
+def _shown(line: str) -> str:
+    """Return ``line`` without what names and ids of label files may contain: control characters, or megabytes."""
+    line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line[: LONGEST + 1])
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 100]} ... {line[-90:]}"
+
+
 # images and masks
 
 
 def image_size(path: str) -> tuple[int, int] | str:
     """Return (width, height) from an image file's header, or why it cannot be read."""
     try:
-        with Image.open(path, formats=formats()) as image:
-            return image.size
+        if os.path.isfile(path):  # opening a named pipe blocks
+            with Image.open(path, formats=formats()) as image:
+                return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         pass  # the decoder names the reason, and opens some files that Pillow does not
     try:

@@ -102,6 +102,24 @@ def read_split(
     return Split(tuple(classes), tuple(images))
 
 
+def read_train_and_val(train: str | Path, val: str | Path, task: str) -> tuple[Split, Split]:
+    """Read and check both; the classes of ``val`` are those of ``train``.
+
+    Raises:
+        ConfigError, DataError: see :func:`read_split`; faults of both are in one error.
+    """
+    found: list[Split] = []
+    wrong: list[DataError] = []
+    for source, part in ((train, "train"), (val, "val")):
+        try:
+            found.append(read_split(source, task, part, found[0].classes if found else None))
+        except DataError as e:
+            wrong.append(e)
+    if wrong:
+        raise DataError("\n".join(map(str, wrong))) from wrong[0]
+    return found[0], found[1]
+
+
 _DEFINE = "name them in a dataset definition file (docs/decoder.md)"
 
 
@@ -224,11 +242,14 @@ def _coco_instance(
     outline = None
     if task != "detection" and box is not None:
         outline = check_outline(one.get("segmentation"), width, height, faults, where)
+    crowd = one.get("iscrowd", 0)
+    if crowd not in (0, 1):
+        faults.add(where, f"expected iscrowd 0 or 1, got {crowd!r:.40}")
     if box is None or (task != "detection" and outline is None):
         return None
     stated = as_numbers([one.get("area")])
     area = stated[0] if stated and stated[0] > 0 else box[2] * box[3] if outline is None else area_of(outline)
-    return Instance(index[name], box, outline, area, one.get("iscrowd") in (1, True))
+    return Instance(index[name], box, outline, area, crowd == 1)
 
 
 def _is_id(value: Any) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dinov2_custom.configs.load import nested, parse_yaml
-from dinov2_custom.configs.schema import Fraction, Section, Wandb, key, keys_below
-from dinov2_custom.errors import ConfigError
+from dinov2_custom.configs.checks import Mistakes
+from dinov2_custom.configs.load import nested, read_overrides, report_unknown, validated
+from dinov2_custom.configs.schema import Fraction, Section, Wandb, all_keys, key
 
 
 class LossWeights(Section):
@@ -35,14 +35,15 @@ class Settings(Section):
     clip_grad: NonNegativeFloat = key(1.0, "largest norm of the gradient; 0: not clipped")
     warmup_steps: NonNegativeInt = key(0, "steps in which the learning rate rises linearly")
     frozen: bool = key(False, "train the decoder alone")
-    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "of the forward pass (mixed precision)")
+    precision: Literal["fp32", "bf16", "fp16"] = key("fp32", "of the forward pass (mixed precision); fp16 needs a GPU")
     seed: NonNegativeInt = key(0, "of the decoder's first weights, the order of images and the augmentation")
     image_size: NonNegativeInt = key(0, "side of the square that images are resized to; 0: that of pretraining")
     flip: Fraction = key(0.5, "probability of a horizontal flip")
     scale_jitter: Fraction = key(0.25, "random zoom in or out by at most this share; 0: none")
-    label_smoothing: Fraction = key(0.0, "of the cross-entropy of semantic segmentation")
+    label_smoothing: Fraction = key(0.0, "of the loss of the classes")
     queries: PositiveInt = key(300, "objects per image that RF-DETR can find, at most one for each patch")
     groups: PositiveInt = key(13, "copies of the queries during training (group DETR)")
+    dropout: Fraction = key(0.1, "share of activations in RF-DETR's decoder that are zeroed in training")
     decoder_layers: PositiveInt = key(3, "layers of RF-DETR's decoder")
     width: PositiveInt = key(256, "channels of the decoder, a multiple of 16")
     num_workers: NonNegativeInt = key(2, "data-loading processes per process", changes_results=False)
@@ -56,20 +57,10 @@ def read_settings(overrides: Sequence[str]) -> Settings:
     Raises:
         ConfigError: lists all unknown keys and invalid values.
     """
-    given = (override.partition("=") for override in overrides)
-    values = nested({name: parse_yaml(text) for name, _, text in given})
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        known = ", ".join(keys_below(Settings))
-        lines = []
-        for problem in error.errors():
-            name = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
-                lines.append(f"{name}: expected a key of the decoder, got an unknown one")
-            else:
-                lines.append(f"{name}: {problem['msg']}, got {problem['input']!r}")
-        text = "\n  - ".join(lines)
-        raise ConfigError(
-            f"mistakes in the decoder's settings: {len(lines)}\n  - {text}\nknown keys: {known}"
-        ) from error
+    mistakes, known = Mistakes("the decoder's settings"), all_keys(Settings)
+    settings = read_overrides(overrides, mistakes, Settings)
+    given = {setting.key: setting for setting in settings if setting.key in known}
+    report_unknown([one for one in settings if one.key not in known], mistakes, Settings, "see docs/decoder.md")
+    values = validated({name: setting.value for name, setting in given.items()}, given, mistakes, Settings)
+    mistakes.raise_if_any()
+    return Settings.model_validate(nested(values))

@@ -7,30 +7,35 @@ import json
 import logging
 import math
 import re
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_custom import cli, distributed
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.decoder import bridge
-from dinov2_custom.decoder.bridge import Decoder, backbone_of, build
+from dinov2_custom.decoder.bridge import Decoder, build
 from dinov2_custom.decoder.compare import report
 from dinov2_custom.decoder.evaluate import headline, score
 from dinov2_custom.decoder.images import Images, collate
-from dinov2_custom.decoder.instances import IGNORE, Split
-from dinov2_custom.decoder.labels import read_split
+from dinov2_custom.decoder.instances import Split
+from dinov2_custom.decoder.labels import read_train_and_val
+from dinov2_custom.decoder.losses import count, cross_entropy, set_loss
 from dinov2_custom.decoder.settings import Settings, read_settings
-from dinov2_custom.errors import ConfigError, missing
+from dinov2_custom.errors import ConfigError, optional
+from dinov2_custom.export.rf_detr_folder import backbone_of, need_rf_detr, read_model
 from dinov2_custom.export.write import replacing
-from dinov2_custom.files import append_row, atomic_write, parse_json_object
+from dinov2_custom.files import atomic_write, parse_json_object
+from dinov2_custom.logging import METRICS_FILE, Sinks, open_log, setup_logging, truncate_after
+from dinov2_custom.logging.sinks import JsonLines
 from dinov2_custom.logging.wandb_sink import open_wandb
-from dinov2_custom.plots.metrics_file import METRICS_FILE
 from dinov2_custom.teacher import Teacher, load_teacher
+from dinov2_custom.train.run_directory import made_and_locked
 from dinov2_custom.utils.weights import RELEASED_URL
 
 logger = logging.getLogger("dinov2")
@@ -48,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
         ConfigError: if settings, sizes or libraries do not fit.
         CheckpointError: if the backbone cannot be read or does not arrive in the decoder unchanged.
         DataError: if images or labels are wrong; lists all mistakes.
+        LaunchError: if another process trains in the same directory.
     """
     settings = read_settings(args.opts)
     bridge.choose_head(args.task, settings.head)
@@ -55,15 +61,24 @@ def main(args: argparse.Namespace) -> int:
     folder = Path(args.output_dir).expanduser()
     check_output_dir(folder, "--output-dir")
     with distributed.enabled():
-        train = read_split(args.train, args.task, part="train")
-        val = read_split(args.val, args.task, part="val", classes=train.classes)
-        _run(args, args.backbone, folder, settings, train, val)
-        if args.compare_to:
-            other = folder / "compared_to"
-            _run(args, args.compare_to, other, settings, train, val, start_from=args.backbone)
-            if distributed.is_main_process():
-                print(report(folder, other, val, len(train.images))["sentence"])
+        if settings.precision == "fp16" and distributed.get_device().type == "cpu":
+            raise ConfigError("precision: expected fp32 or bf16 on a CPU, got fp16, which needs a GPU")
+        setup_logging(folder, name="dinov2", level=logging.INFO, hold=True)
+        train, val = read_train_and_val(args.train, args.val, args.task)
+        with made_and_locked(folder) if distributed.is_main_process() else nullcontext():
+            _run(args, args.backbone, folder, settings, train, val)
+            if args.compare_to:
+                other = folder / "compared_to"
+                _run(args, args.compare_to, other, _other(settings, folder), train, val, start_from=args.backbone)
+                if distributed.is_main_process():
+                    print(report(folder, other, val, len(train.images))["sentence"])
     return 0
+
+
+def _other(settings: Settings, folder: Path) -> Settings:
+    """Return the settings of the run that is compared: those of the first, as another run of W&B."""
+    name = f"{settings.wandb.name or folder.resolve().name}, compared to"
+    return settings.model_copy(update={"wandb": settings.wandb.model_copy(update={"id": "", "name": name})})
 
 
 def require(purpose: str) -> None:
@@ -72,12 +87,9 @@ def require(purpose: str) -> None:
     Raises:
         ConfigError: one is missing or too old.
     """
-    from dinov2_custom.errors import optional
-
+    need_rf_detr(purpose)
     for name in ("accelerate", "pycocotools", "scipy"):
         optional(name, purpose)
-    if not hasattr(optional("transformers", purpose), "RfDetrForObjectDetection"):
-        raise ConfigError(missing("transformers", purpose, got="got a version before 5.24"))
 
 
 def load_backbone(source: str) -> Teacher:
@@ -103,6 +115,7 @@ def _run(
     if distributed.is_main_process():
         _describe(args, source, folder, settings)
     distributed.barrier()
+    open_log("dinov2")
     return fit(decoder, train, val, folder, settings)
 
 
@@ -121,6 +134,7 @@ def _describe(args: argparse.Namespace, source: str, folder: Path, settings: Set
         ConfigError: they differ.
     """
     now = {"backbone": source, "task": args.task, "train": args.train, "val": args.val}
+    now["processes"] = distributed.get_global_size()
     now |= json.loads(settings.model_dump_json(exclude=set(_FREE)))
     file = folder / SETTINGS_FILE
     try:
@@ -193,70 +207,82 @@ def fit(
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     facts = decoder.facts
+    if facts.task != "semantic":
+        set_loss(decoder.model, settings.label_smoothing)
     data = Images(train, facts, settings)
     drop_last = len(data) >= settings.batch * distributed.get_global_size()
     batches = len(data) / (settings.batch * distributed.get_global_size())
-    steps_per_epoch = max((math.floor(batches) if drop_last else math.ceil(batches)) // settings.accumulation, 1)
+    steps_per_epoch = math.ceil((math.floor(batches) if drop_last else math.ceil(batches)) / settings.accumulation)
     num_steps = steps_per_epoch * settings.epochs
+    images_per_step = settings.batch * distributed.get_global_size() * settings.accumulation
+
+    def sum_of_losses(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if facts.task == "semantic":
+            logits = model(pixel_values=inputs["pixel_values"]).logits
+            return cross_entropy(logits, inputs["labels"], settings.label_smoothing)
+        return model(**inputs).loss
 
     class DecoderTrainer(Trainer):
-        """A Trainer with the loss of semantic segmentation, and AP or mIoU as validation."""
+        """A Trainer whose loss is the mean over the objects or pixels of a step, and whose validation is AP or mIoU."""
+
+        loss_is_scaled_for_ga = True
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if facts.task == "semantic":
-                output = model(pixel_values=inputs["pixel_values"])
-                loss = cross_entropy(output.logits, inputs["labels"], settings.label_smoothing)
-            else:
-                output = model(**inputs)
-                loss = output.loss
-            return (loss, output) if return_outputs else loss
+            return sum_of_losses(model, inputs) / num_items_in_batch
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            number = torch.tensor(float(sum(count(batch["labels"]) for batch in batches)), device=device)
+            # gradients are averaged over processes
+            return batches, distributed.all_reduce(number, average=True).clamp_min(1 / distributed.get_global_size())
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             # the Trainer's own compares names with those in the file, which transformers renames when it saves: it
             # would leave the attention of the backbone as it is, with a warning
-            self.model.load_state_dict(bridge.read_model(type(self.model), resume_from_checkpoint).state_dict())
+            self.model.load_state_dict(read_model(type(self.model), resume_from_checkpoint).state_dict())
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            scores = score(decoder._replace(model=self.model), val, settings.batch, self.args.device, self.compute_loss)
+            scores = score(decoder._replace(model=self.model), val, settings.batch, self.args.device, sum_of_losses)
             if distributed.is_main_process():
-                keep(decoder._replace(model=self.model), scores, self.state.global_step, folder)
+                keep(decoder._replace(model=self.model), scores, self.state.global_step - 1, folder)
             distributed.barrier()
             metrics = {f"eval_{name}": value for name, value in scores.items() if isinstance(value, float)}
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
+    class Epochs(TrainerCallback):
+        """Give the images the epoch, which accelerate does in a single process only."""
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            data.set_epoch(round(state.epoch or 0))
+
     class Rows(TrainerCallback):
-        """Write rows of metrics, one for an iteration, to the run's file and to W&B."""
+        """Send a row of metrics for an iteration, from 0, to ``sinks``; the row of a validation repeats it."""
 
         def __init__(self) -> None:
             self.row: dict[str, float] = {}
-            self.sink = None
+            self.step, self.since = 0, 0.0
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            if state.is_world_process_zero:
-                options = settings.wandb.model_dump()
-                self.sink = open_wandb(options, folder / "logs", settings.model_dump(), folder.name)
+        def on_step_begin(self, args, state, control, **kwargs):
+            if not self.since:
+                self.step, self.since = state.global_step, time.monotonic()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and "loss" in logs:
                 names = {"loss": "total_loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
-                self._write(state, {new: float(logs[old]) for old, new in names.items() if old in logs})
+                values = {new: float(logs[old]) for old, new in names.items() if old in logs}
+                seconds, self.since = (time.monotonic() - self.since) / (state.global_step - self.step), 0.0
+                self._write(state, values | {"iter_time": seconds, "images_per_s": images_per_step / seconds})
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             values = {f"val_{name.removeprefix('eval_')}": value for name, value in (metrics or {}).items()}
             self._write(state, self.row | values)
-
-        def on_train_end(self, args, state, control, **kwargs):
-            if self.sink is not None:
-                self.sink.close(0)
+            self.since = 0.0
 
         def _write(self, state: Any, values: dict[str, float]) -> None:
             self.row = {name: value for name, value in values.items() if not name.startswith("val_")}
-            if state.is_world_process_zero:
-                row = {"iteration": state.global_step, "epoch": float(state.epoch or 0)} | values
-                append_row(folder / METRICS_FILE, row)
-                if self.sink is not None:
-                    self.sink.log(state.global_step, row)
+            iteration = state.global_step - 1
+            sinks.log(iteration, {"iteration": iteration, "epoch": float(state.epoch or 0)} | values)
 
     optimizer = torch.optim.AdamW(parameter_groups(decoder.model, settings))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -292,31 +318,37 @@ def fit(
         eval_dataset=Images(val, facts),
         data_collator=collate,
         optimizers=(optimizer, schedule),
-        callbacks=[Rows(), *callbacks],
+        callbacks=[Epochs(), Rows(), *callbacks],
     )
-    trainer.model_accepts_loss_kwargs = False  # else the Trainer does not divide by the accumulated steps
-    trainer.train(resume_from_checkpoint=newest_checkpoint(folder / CHECKPOINTS))
+    newest = newest_checkpoint(folder / CHECKPOINTS)
+    with open_sinks(folder, settings, 0 if newest is None else int(newest.rpartition("-")[2])) as sinks:
+        trainer.train(resume_from_checkpoint=newest)
     return read_scores(folder / "best")
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Return the mean over labelled pixels; 0 if there are none."""
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp_min(1)
+def open_sinks(folder: Path, settings: Settings, first_step: int) -> Sinks:
+    """Open the file of metrics and W&B on the main process; drop rows from ``first_step`` on of an earlier start."""
+    if not distributed.is_main_process():
+        return Sinks()
+    truncate_after(folder / METRICS_FILE, first_step)
+    wandb = open_wandb(settings.wandb.model_dump(), folder / "logs", settings.model_dump(), folder.resolve().name)
+    return Sinks([JsonLines(folder / METRICS_FILE), *filter(None, [wandb])])
 
 
 def keep(decoder: Decoder, scores: dict[str, Any], step: int, folder: Path) -> None:
-    """Write ``last``, and ``best`` if no earlier epoch scored higher."""
+    """Write ``last``, and ``best`` if no earlier epoch scored higher, or as high with a lower loss."""
     name, value = headline(decoder.facts.task, scores)
     earlier = read_scores(folder / "best") if (folder / "best").is_dir() else {}
     targets = ["last"]
-    if not earlier or earlier["iteration"] >= step or value > headline(decoder.facts.task, earlier)[1]:
+    before = (headline(decoder.facts.task, earlier)[1], -earlier["loss"]) if earlier else ()
+    if not earlier or earlier["iteration"] >= step or (value, -scores["loss"]) > before:
         targets.append("best")
     for target in targets:
         with replacing(folder / target, overwrite=True, folder=True) as written:
             bridge.save(decoder, written)
             (written / "scores.json").write_text(json.dumps({"iteration": step} | scores, indent=2) + "\n")
-    logger.info(f"step {step}: {name} {value:.3f}, validation loss {scores['loss']:.3f}; wrote {' and '.join(targets)}")
+    said = f"{name} {value:.3f}, validation loss {scores['loss']:.3f}"
+    logger.info(f"iteration {step}: {said}; wrote {' and '.join(targets)}")
 
 
 def read_scores(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import MARKER, last_checkpoint, run_config_near
 
 CURVES = "curves.png"
-_LIBRARIES = {"hf": "transformers", "timm": "timm"}
+_LIBRARIES = {"hf": "transformers", "timm": "timm", "rf-detr": "transformers"}
 _RELEASED = re.compile(r"dinov2_vit[sblg]14(_reg4)?_(pretrain|linear\d?_head)\b|facebook[/\\]dinov2-")
 _ROWS = {  # column of eval_<key>, start_<key> and pixels_<key>
     "knn": "kNN accuracy",
@@ -39,9 +39,15 @@ _USE = {
     "timm": 'model = timm.create_model("local-dir:{name}", pretrained=True)',
     "torch": 'state = torch.load("{name}", weights_only=True)  # of a DINOv2 ViT with block_chunks=0',
     "safetensors": 'state = safetensors.torch.load_file("{name}")  # of a DINOv2 ViT with block_chunks=0',
+    "rf-detr": 'model = transformers.RfDetrForObjectDetection.from_pretrained(\n'
+    '    "{name}", id2label={{0: "cell"}}, label2id={{"cell": 0}}, ignore_mismatched_sizes=True\n'
+    ")  # your classes: their layers are new; train the model before use\n"
+    'processor = transformers.AutoImageProcessor.from_pretrained("{name}")',
     "onnx": 'session = onnxruntime.InferenceSession("{name}")\n'
     'cls_token, patch_tokens = session.run(None, {{"image": images}})',
 }
+
+_MORE = {"rf-detr": " It is in an RF-DETR whose decoder and heads are randomly initialised: train it before use."}
 
 
 def card_path(path: Path) -> Path:
@@ -90,7 +96,7 @@ def card(
     head = {
         "library_name": _LIBRARIES.get(form, "dinov2_custom"),
         "license": licence,
-        "pipeline_tag": "image-feature-extraction",
+        "pipeline_tag": "object-detection" if form == "rf-detr" else "image-feature-extraction",
         "tags": ["dinov2", "self-supervised", "vision", *([form] if form == "onnx" else [])],
     }
     backbone = model.backbone
@@ -104,7 +110,7 @@ def card(
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",
-        "A DINOv2 backbone, trained without labels with dinov2_custom.",
+        "A DINOv2 backbone, trained without labels with dinov2_custom." + _MORE.get(form, ""),
         f"```python\n{_USE[form].format(name=name)}\n```",
         "## Model",
         _table(("", ""), sizes.items()),

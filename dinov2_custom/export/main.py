@@ -16,6 +16,7 @@ from dinov2_custom.export.hugging_face import write_hugging_face
 from dinov2_custom.export.onnx_file import write_onnx
 from dinov2_custom.export.portable import portable
 from dinov2_custom.export.push import open_hub, push
+from dinov2_custom.export.rf_detr_folder import write_rf_detr
 from dinov2_custom.export.timm_folder import write_timm
 from dinov2_custom.export.upstream_shards import gather
 from dinov2_custom.export.write import replacing, write_safetensors, write_torch
@@ -30,6 +31,7 @@ _WRITERS = {
     "torch": (write_torch, ".pth"),
     "safetensors": (write_safetensors, ".safetensors"),
     "onnx": (write_onnx, ".onnx"),
+    "rf-detr": (write_rf_detr, ""),
 }
 
 
@@ -79,8 +81,8 @@ def export(model, form: str, path: Path, overwrite: bool = False) -> str:
     """
     write, suffix = _WRITERS[form]
     with replacing(path, overwrite, suffix, folder=not suffix) as written:
-        write(model, written)
-        return check(model, form, written)
+        said = write(model, written)
+        return said or check(model, form, written)
 
 
 def default_path(source: str, form: str) -> Path:

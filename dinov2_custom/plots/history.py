@@ -30,7 +30,7 @@ NOISY_POINTS = 200
 FEW_POINTS = 40
 SMOOTHED_POINTS = 60
 
-FORECAST = ("eval_knn", "eval_rankme", "eval_loss", "total_loss")  # the first that the run has
+FORECAST = ("eval_knn", "eval_rankme", "eval_loss", "val_ap", "val_miou", "total_loss")  # the first that the run has
 
 Value = Callable[[dict], float | None]
 

@@ -1,4 +1,4 @@
-"""Write a trained backbone for another library: python run/export/export.py out --to hf|timm|torch|onnx|safetensors"""
+"""Write a trained backbone for another library: python run/export/export.py out --to hf|timm|torch|onnx|..."""
 import sys
 
 try:

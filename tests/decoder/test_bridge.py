@@ -1,9 +1,13 @@
+import json
+
 import pytest
 import torch
 
-from dinov2_custom.decoder.bridge import TOLERANCE, backbone_of, build, load, prove, save
+from dinov2_custom.decoder.bridge import Facts, build, load, save
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.export.portable import portable
+from dinov2_custom.export.rf_detr_folder import TOLERANCE, backbone_of, prove
+from dinov2_custom.reading import Reading
 from tests.export.backbones import make_teacher
 
 
@@ -72,5 +76,23 @@ def test_a_torn_folder_is_refused(tiny, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="class_embed.weight"):
         load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(CheckpointError, match="that transformers reads"):
+        load(tmp_path)
     with pytest.raises(CheckpointError, match="decoder.json"):
         load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("head", "__class__"), ("task", ["detection"]), ("classes", 5), ("normalize", {"mean": "abc"}),
+        ("image_size", "x"), ("reading", []), ("more", 1), ("", None),
+    ],
+)  # fmt: skip
+def test_facts_of_something_else_are_refused(key, value, tmp_path):
+    facts = Facts("detection", "rf_detr", ("a",), 56, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, Reading())
+    content = facts._asdict() | {"reading": {}}
+    (tmp_path / "decoder.json").write_text(json.dumps(content | {key: value} if key else [content]))
+    with pytest.raises(CheckpointError, match="decoder.json"):
+        load(tmp_path)

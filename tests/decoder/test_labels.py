@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_custom.decoder.labels import IGNORE, instance_mask, read_split, semantic_mask
+from dinov2_custom.decoder.labels import IGNORE, instance_mask, read_split, read_train_and_val, semantic_mask
 from dinov2_custom.errors import DataError
 
 WIDTH, HEIGHT = 40, 30
@@ -123,6 +123,17 @@ def test_all_faults_at_once_with_their_ids(tmp_path):
     text = _faults(file, "instance")
     missed = [name for number, name in enumerate(BAD) if f"{file} annotation {100 + number}: expected" not in text]
     assert missed == [] and f"{len(BAD)} faults" in text
+
+
+def test_faults_of_train_and_val_are_one_error(tmp_path):
+    train, val = (_coco(tmp_path / name, [_annotation(5, category=9)]) for name in "ab")
+    good = _coco(tmp_path / "good", [_annotation(5)])
+    for pair in ((train, val), (train, good), (good, val)):
+        with pytest.raises(DataError) as found:
+            read_train_and_val(*pair, "detection")
+        assert [f"{file} annotation 5" in str(found.value) for file in (train, val, good)] == [
+            train in pair, val in pair, False
+        ]  # fmt: skip
 
 
 def test_many_faults_are_counted(tmp_path):

@@ -185,6 +185,20 @@ def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
         draw(out, "--forecast", 3, "--metric", "nothing")
 
 
+@pytest.mark.parametrize(("key", "label"), [("val_ap", "AP"), ("val_miou", "mIoU")])
+def test_a_decoder_has_panels_and_a_forecast_of_its_score(key, label, tmp_path, capsys):
+    lines = []
+    for epoch in range(1, 15):
+        row = {"iteration": 10 * epoch - 1, "epoch": float(epoch), "total_loss": 5 + 9 / epoch, "iter_time": 3.6}
+        lines.append(row | {key: 0.5 - 0.4 / epoch, "val_loss": 6 + 5 / epoch})
+    (tmp_path / "training_metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    assert draw(tmp_path, "--forecast", 10) == 0
+    assert f"10 more epochs, 0.1 h: {key} +0.0" in capsys.readouterr().out
+    shown = draw_history([Run("r", lines, {})])
+    assert {"Validation of a decoder", "Validation loss of a decoder", "Total loss"} <= set(titles(shown))
+    assert "AP or IoU" == panel(shown, "Validation of a decoder").get_ylabel()
+
+
 @needs_browser
 def test_a_browser_shows_the_figures(tmp_path):
     draw(write(tmp_path / "run"))

@@ -231,3 +231,26 @@ def test_interactive_allocations(cluster, images, tmp_path):
         assert f"world_size={size}" in (tmp_path / name / "logs/log.txt").read_text()
         logs = {path.name for path in (tmp_path / name / "logs").glob("log.txt*")}
         assert logs == {"log.txt", *(f"log.txt.rank{rank}" for rank in range(1, size))}
+
+
+def test_a_decoder_is_trained_by_two_processes_and_continues_after_a_signal(cluster, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra decoder")
+    for name in ("accelerate", "pycocotools", "scipy"):
+        pytest.importorskip(name, reason="needs the extra decoder")
+    if not hasattr(transformers, "RfDetrForObjectDetection"):
+        pytest.skip("needs the extra decoder: transformers>=5.24")
+    from tests.decoder.conftest import TINY as SMALL
+    from tests.decoder.scenes import make_split, write_coco
+    from tests.decoder.test_train import write_backbone
+
+    data, out = write_coco(make_split(tmp_path / "a", 8), tmp_path / "a" / "labels.json"), tmp_path / "out"
+    what = ["--backbone", write_backbone(tmp_path), "--task", "detection", "--train", data, "--val", data]
+    flags = ["--cpu", "--ngpus", 2, "--cpus-per-task", 2, "--timeout", 10, "--partition", "hard", "--output-dir", out]
+    script = Path(__file__).parents[2] / "run/decoder/train.py"
+    job = cluster.run(sys.executable, script, *what, *flags, *SMALL, "batch=2", "epochs=6").stdout.split()[1]
+    wait_until(lambda: list(out.glob("checkpoints/*/trainer_state.json")), "a checkpoint")
+    cluster.run("scancel", "--signal=TERM", job)
+    assert cluster.wait(job)["Restarts"] == "1" and cluster.facts(job)["Partition"] == "hard"
+    assert "requeued: stopped by a signal" in (out / f"{job}_log.out").read_text()
+    written = [row["iteration"] for row in rows(out)]
+    assert sorted(set(written)) == list(range(12)) and {"best", "last"} <= {path.name for path in out.iterdir()}

@@ -15,7 +15,7 @@ class DecoderTraining(Task):
     get_parser = staticmethod(cli.decoder_train_parser)
 
     def prepare(self, warn: Callable[[str], None]) -> None:
-        """Check the settings, and warn of labels that are not on this machine.
+        """Check the settings, and warn of weights and labels that are not on this machine.
 
         Raises:
             ConfigError: unknown keys or invalid values.
@@ -23,7 +23,7 @@ class DecoderTraining(Task):
         from dinov2_custom.decoder.settings import read_settings
 
         read_settings(self.args.opts or [])
-        for flag in ("train", "val"):
+        for flag in ("backbone", "train", "val"):
             warn_of_absent(f"--{flag}", getattr(self.args, flag), warn)
 
 
