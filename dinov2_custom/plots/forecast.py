@@ -1,4 +1,4 @@
-"""Extrapolate a metric of a run: the best of three families by held-back error, a band by residual bootstrap."""
+"""Extrapolate a metric of a run: the best of four families by held-back error, a band by residual bootstrap."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ LEAST_EXPLAINED = (
     0.5  # of the variance; all families are monotone, so this is low for a curve that turns or only scatters
 )
 EXPONENTS = np.geomspace(0.05, 3, 80)
-FAMILIES = ("a + b x^-c", "a + b ln x", "ln y = a + b ln x")
-BAND = (1, 99)  # per cent of the resamples: these alone are too narrow, because they leave out the choice of family
+RATES = np.geomspace(0.5, 50, 120)  # per length of the run
+FAMILIES = ("a + b x^-c", "a + b ln x", "a + b e^-cx", "ln y = a + b ln x")
+BAND = (5, 95)  # per cent of the resamples: 10 and 90 leave out what the choice of family and of its exponent adds
 
 
 class Forecast(NamedTuple):
@@ -65,7 +66,7 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
     def position(iterations: np.ndarray) -> np.ndarray:
         return (iterations + 1) / (last + 1)
 
-    families = range(3 if (y > 0).all() else 2)
+    families = range(4 if (y > 0).all() else 3)
     early = [FITS[n](position(x[:split]), y[:split, None], position(x[split:]))[:, 0] for n in families]
     errors = [float(np.sqrt(((curve - y[split:]) ** 2).mean())) for curve in early]
     best = int(np.argmin(errors))
@@ -73,7 +74,7 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
     residuals = y - fitted[: x.size]
     if (explained := 1 - residuals.var() / y.var()) < LEAST_EXPLAINED:
         return (
-            f"it does not rise or fall steadily: the best of three monotone curves explains {max(explained, 0):.0%} "
+            f"it does not rise or fall steadily: the best of four monotone curves explains {max(explained, 0):.0%} "
             f"of its variance, a forecast needs {LEAST_EXPLAINED:.0%}"
         )
     no_change = np.sqrt(((y[split:] - y[split - max(split // 4, 1) : split].mean()) ** 2).mean())
@@ -85,7 +86,7 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
     lowest, bands, changes = y.min(), [], []
     for family, error in enumerate(errors):
         if error <= PLAUSIBLE * errors[best]:
-            values = np.maximum(samples, lowest / 10) if family == 2 else samples  # whose logarithm is fitted
+            values = np.maximum(samples, lowest / 10) if family == 3 else samples  # whose logarithm is fitted
             sampled = FITS[family](position(x), values, position(future))
             bands.append(np.percentile(sampled, BAND, axis=1))
             changes.append(np.percentile(sampled[-1] - sampled[0], BAND))
@@ -125,14 +126,22 @@ def _line(g: np.ndarray, y: np.ndarray, g_at: np.ndarray) -> tuple[np.ndarray, n
     return y.mean(axis=0) + np.outer(g_at - g.mean(), slope), (rest**2).sum(axis=0)
 
 
-def _power(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Fit a + b x^-c: a line for each c, so that there are no starting values and no failures to converge."""
-    fits = [_line(x**-c, y, at**-c) for c in EXPONENTS]
+def _best_line(bases: list[tuple[np.ndarray, np.ndarray]], y: np.ndarray) -> np.ndarray:
+    """Fit a + b g_c(x): a line for each c, so that there are no starting values and no failures to converge."""
+    fits = [_line(g, y, g_at) for g, g_at in bases]
     best = np.stack([error for _, error in fits]).argmin(axis=0)
-    curves = np.empty((at.size, y.shape[1]))
+    curves = np.empty((bases[0][1].size, y.shape[1]))
     for number in np.unique(best):
         curves[:, best == number] = fits[number][0][:, best == number]
     return curves
+
+
+def _power(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return _best_line([(x**-c, at**-c) for c in EXPONENTS], y)
+
+
+def _exponential(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return _best_line([(np.exp(-c * x), np.exp(-c * at)) for c in RATES], y)
 
 
 def _log(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -143,4 +152,4 @@ def _log_log(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.exp(_log(x, np.log(y), at))
 
 
-FITS = (_power, _log, _log_log)  # in the order of FAMILIES
+FITS = (_power, _log, _exponential, _log_log)  # in the order of FAMILIES

@@ -37,15 +37,19 @@ def correlated(r: float, seed: int) -> np.ndarray:
     return draws
 
 
-@pytest.mark.parametrize(("noise", "r"), [(0.01, 0.0), (0.05, 0.0), (0.02, 0.8), (0.08, 0.9)])
-@pytest.mark.parametrize("shape", [lambda x: 2 + 3 * x**-0.3, lambda x: 6 + 40 / x], ids=["slow", "fast"])
+@pytest.mark.parametrize(("noise", "r"), [(0.02, 0.0), (0.05, 0.8)])
+@pytest.mark.parametrize(
+    "shape",
+    [lambda x: 2 + 3 * x**-0.3, lambda x: 6 + 40 / x, lambda x: 0.6 - 0.3 * np.exp(-x / 200)],
+    ids=["slow", "fast", "levelling"],
+)
 def test_the_band_contains_the_truth_at_four_times_the_length(shape, noise, r):
     truth, inside, refused = shape(X + 1), 0, 0
     for seed in range(20):
         made = make_forecast(X, truth + noise * np.ptp(truth) * correlated(r, seed), 4 * X[-1], seed)
         refused += isinstance(made, str)
         inside += isinstance(made, Forecast) and made.low[-1] <= shape(4 * X[-1] + 1) <= made.high[-1]
-    assert inside >= 16 - refused and refused <= (4 if r else 0)
+    assert inside >= 16 and refused <= (2 if r else 0)
 
 
 # python run/quickstart.py --seeds 0 train.max_steps=400: its rows after the warm-up, of iterations 50, 60 .. 390, 399
