@@ -16,6 +16,7 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=3, help="thresholds were chosen on seeds 0 to 2")
     parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of prepared runs")
+    parser.add_argument("--read", action="store_true", help="train nothing: count the runs that are there")
     parser.add_argument("--record", type=Path, help="also write the rows of all runs to this file, for tests")
     add_write_option(parser)
     args = parser.parse_args()
@@ -97,6 +99,8 @@ def main() -> None:
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     for seed in seeds:
         for name in args.only:
+            if args.read and not (run_of(name, work, seed) / DONE).is_file():
+                continue
             results[name].append(result := judged(name, work, seed))
             print(seed, name, result, flush=True)
     if args.record:
@@ -129,9 +133,13 @@ HEADER = [
 ]
 
 
+def run_of(name: str, work: Path, seed: int) -> Path:
+    return work / f"{list(RUNS).index(name)}_{seed}"
+
+
 def judged(name: str, work: Path, seed: int) -> dict[str, Any]:
     """Return the first verdict of one prepared run with its iteration; train it first, unless that is done."""
-    kind, run = RUNS[name], work / f"{list(RUNS).index(name)}_{seed}"
+    kind, run = RUNS[name], run_of(name, work, seed)
     if not (run / DONE).is_file():
         (run / DONE).write_text(json.dumps(trained(kind, run, work, seed)))
     done = json.loads((run / DONE).read_text())
@@ -154,7 +162,7 @@ def trained(kind: Kind, run: Path, work: Path, seed: int) -> dict[str, Any]:
         options += [f"evaluation.online.every={kind.evaluated}", "evaluation.online.images=64"]
         options += [f"evaluation.online.{key}=LabelledFolder:root={work / 'tiles' / part}" for key, part in KNN_DATA]
     if kind.from_good:
-        good = work / f"0_{seed}" / "eval" / f"training_{TOTAL - 1}" / "teacher_checkpoint.pth"
+        good = run_of("good", work, seed) / "eval" / f"training_{TOTAL - 1}" / "teacher_checkpoint.pth"
         options.append(f"student.pretrained_weights={good}")
     began = time.process_time()
     config = ["--config-file", str(ROOT / "configs" / "quickstart.yaml"), "--output-dir", str(run), "--no-resume"]
@@ -174,7 +182,7 @@ def log_until_a_quarter(sink: JsonLines, step: int, row: dict[str, float], log=J
 
 def recorded(name: str, work: Path, seed: int) -> dict[str, list[float | None]]:
     """Return the rows of a finished run as columns of the values that verdicts depend on, with four digits."""
-    rows = json.loads((work / f"{list(RUNS).index(name)}_{seed}" / DONE).read_text())["rows"]
+    rows = json.loads((run_of(name, work, seed) / DONE).read_text())["rows"]
     names = [key for key in dict.fromkeys(key for row in rows for key in row) if key in READ or key.startswith("grad_")]
     return {
         key: [None if (v := row.get(key)) is None else v if isinstance(v, int) else float(f"{v:.4g}") for row in rows]
@@ -192,7 +200,7 @@ def summary(name: str, results: list[dict[str, Any]]) -> list[str]:
     """Return the row of one prepared run in the table."""
     at = [result["at"] for result in results if result["at"] is not None]
     others = Counter(called for result in results for _, called in result["all"] if called != RUNS[name].expected)
-    knn = [math.nan if "knn" not in results[0] else sum(r[key] for r in results) / len(results) for key in KNN]
+    knn = [fmean(result.get(key, math.nan) for result in results) for key in KNN]
     return [
         name,
         RUNS[name].expected or "none",
@@ -202,7 +210,7 @@ def summary(name: str, results: list[dict[str, Any]]) -> list[str]:
         f"{min(at)} to {max(at)}" if at else "",
         ", ".join(f"{count} {kind}" for kind, count in others.items()),
         "" if math.isnan(knn[0]) else f"{knn[0]:.3f}, {knn[1]:.3f}",
-        f"{sum(result['seconds'] for result in results) / len(results):.0f}",
+        f"{fmean(result['seconds'] for result in results):.0f}",
     ]
 
 
