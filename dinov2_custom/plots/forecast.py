@@ -118,34 +118,34 @@ def _widened(residuals: np.ndarray) -> np.ndarray:
     return residuals * np.sqrt(n * (m + 3)) / m
 
 
-def _line(g: np.ndarray, y: np.ndarray, g_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the least-squares line a + b g at ``g_at``, (len(g_at), B), and the squared error (B,)."""
-    centred = g - g.mean()
-    slope = centred @ y / (centred @ centred)
-    rest = y - y.mean(axis=0) - np.outer(centred, slope)
-    return y.mean(axis=0) + np.outer(g_at - g.mean(), slope), (rest**2).sum(axis=0)
+def _best_line(g: np.ndarray, y: np.ndarray, g_at: np.ndarray) -> np.ndarray:
+    """Fit y (n, B) by a + b g_c with the best c for each column; no starting values, and no failures to converge.
 
+    Args:
+        g, g_at: the functions g_c at the points, (C, n), and where the fit is wanted, (C, m).
 
-def _best_line(bases: list[tuple[np.ndarray, np.ndarray]], y: np.ndarray) -> np.ndarray:
-    """Fit a + b g_c(x): a line for each c, so that there are no starting values and no failures to converge."""
-    fits = [_line(g, y, g_at) for g, g_at in bases]
-    best = np.stack([error for _, error in fits]).argmin(axis=0)
-    curves = np.empty((bases[0][1].size, y.shape[1]))
-    for number in np.unique(best):
-        curves[:, best == number] = fits[number][0][:, best == number]
-    return curves
+    Returns:
+        the fitted values, (m, B).
+    """
+    mean = g.mean(axis=1, keepdims=True)
+    squares = ((g - mean) ** 2).sum(axis=1, keepdims=True)
+    slopes = (g - mean) @ y / squares
+    best = (slopes**2 * squares).argmax(axis=0)  # explains the most
+    return y.mean(axis=0) + (g_at - mean)[best].T * slopes[best, np.arange(y.shape[1])]
 
 
 def _power(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    return _best_line([(x**-c, at**-c) for c in EXPONENTS], y)
+    c = -EXPONENTS[:, None]
+    return _best_line(x**c, y, at**c)
 
 
 def _exponential(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    return _best_line([(np.exp(-c * x), np.exp(-c * at)) for c in RATES], y)
+    c = -RATES[:, None]
+    return _best_line(np.exp(c * x), y, np.exp(c * at))
 
 
 def _log(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    return _line(np.log(x), y, np.log(at))[0]
+    return _best_line(np.log(x)[None], y, np.log(at)[None])
 
 
 def _log_log(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
