@@ -85,7 +85,8 @@ def add_evaluations(run: Path, tiles: Path) -> None:
 
     start_knn, start_rankme, start = evaluate()
     constants = {"start_knn": start_knn, "start_rankme": start_rankme}
-    constants["pixels_knn"] = knn_accuracy(ModelWithNormalize(torch.nn.Flatten(), dtype), *datasets, BATCH_SIZE, 0)
+    pixels = ModelWithNormalize(torch.nn.Flatten(), dtype)
+    constants["pixels_knn"] = knn_accuracy(pixels, *datasets, BATCH_SIZE, 0)
     rows = {row["iteration"]: row for row in read_metrics(run / METRICS_FILE)}
     for checkpoint in run.glob("eval/training_*/teacher_checkpoint.pth"):
         iteration = int(checkpoint.parent.name.split("_")[1])

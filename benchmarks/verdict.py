@@ -1,10 +1,10 @@
 """Count how often prepared runs get the right verdict before a quarter of their length.
 
 ``python -m benchmarks.verdict --seeds 20 --write`` trains, for each seed, a good run and four that fail in known ways,
-on grey tiles of photographs (as in the quickstart, smaller). ``train.on_collapse: stop`` ends a run that collapses. The
-rows of the runs that are good or worse than the start also get ``eval_knn``: of the teachers that they write, on the
-tiles held out. The same command resumes: runs with a ``rows.json`` are not repeated. About two CPU minutes a seed.
-Writes results/verdict.md. Needs the extra ``quickstart``.
+on grey tiles of photographs (as in the quickstart, smaller). Runs that fail end after a quarter, or when
+``train.on_collapse: stop`` ends them; ``evaluation.online`` measures kNN on the tiles held out. The same command
+resumes: runs with a ``rows.json`` are not repeated, only their rows are read again. About a CPU minute a seed. Writes
+results/verdict.md. Needs the extra ``quickstart``.
 """
 
 from __future__ import annotations
@@ -12,32 +12,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
-from torch import nn
 
 from benchmarks.machine import add_write_option, describe, finish, table
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.data.transforms import Normalize
-from dinov2_custom.errors import COLLAPSED
+from dinov2_custom.errors import COLLAPSED, stopped_by
 from dinov2_custom.logging import METRICS_FILE, read_rows
-from dinov2_custom.quickstart.measure import knn_accuracy, load_tiles
+from dinov2_custom.logging.sinks import JsonLines
 from dinov2_custom.quickstart.photos import Tiling, cut_photos
 from dinov2_custom.train import get_args_parser
 from dinov2_custom.train import main as train
 from dinov2_custom.train.health import EXPLODING, SINGLE, UNIFORM, WORSE, LearningAlarm, flat_dino_loss
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.utils.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
 DONE = "rows.json"
 TOTAL = 200
 QUARTER = TOTAL // 4
-EVALUATED = {"": [9, 19, 29, 39, 49, 89, 119, 149, 199], WORSE: range(4, TOTAL, 5)}  # iterations, by expected verdict
 TILING = Tiling(size=48, train=40, held_out=20)
 COMMON = (
     "student.patch_size=8",
@@ -57,15 +56,12 @@ class Kind(NamedTuple):
 
     expected: str
     options: tuple[str, ...] = ()
+    evaluated: int = 0  # iterations from one evaluation to the next
     from_good: bool = False  # starts from the teacher of the good run
-
-    @property
-    def evaluated(self) -> bool:
-        return self.expected in ("", WORSE)
 
 
 RUNS = {
-    "good": Kind(""),
+    "good": Kind("", evaluated=10),
     "learning rate x 30": Kind(EXPLODING, ("optim.base_lr=0.18",)),
     "teacher temperature 1": Kind(UNIFORM, ("teacher.teacher_temp=1.0", "teacher.warmup_teacher_temp=1.0")),
     "one prototype: centering, temperature 0.01": Kind(
@@ -78,7 +74,10 @@ RUNS = {
         ),
     ),
     "trained weights, learning rate x 5": Kind(
-        WORSE, ("optim.base_lr=0.03", "optim.warmup_epochs=0.05"), from_good=True
+        WORSE,
+        ("optim.base_lr=0.03", "optim.warmup_epochs=0.05", "train.on_collapse=warn"),
+        evaluated=5,
+        from_good=True,
     ),
 }
 
@@ -87,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("outputs/verdict"), help="tiles and runs")
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=3, help="thresholds were chosen on seeds 0 to 2")
     parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of prepared runs")
+    parser.add_argument("--read", action="store_true", help="train nothing: count the runs that are there")
     parser.add_argument("--record", type=Path, help="also write the rows of all runs to this file, for tests")
     add_write_option(parser)
     args = parser.parse_args()
@@ -95,23 +96,25 @@ def main() -> None:
     work = args.work.absolute()
     cut_photos(work / "tiles", TILING)
     results: dict[str, list[dict]] = {name: [] for name in args.only}
-    for seed in range(args.seeds):
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for seed in seeds:
         for name in args.only:
+            if args.read and not (run_of(name, work, seed) / DONE).is_file():
+                continue
             results[name].append(result := judged(name, work, seed))
             print(seed, name, result, flush=True)
     if args.record:
-        args.record.write_text(
-            json.dumps({name: [recorded(name, work, seed) for seed in range(args.seeds)] for name in args.only})
-        )
+        args.record.write_text(json.dumps({name: [recorded(name, work, seed) for seed in seeds] for name in args.only}))
     page = (
         "# Verdicts on prepared runs\n\n"
         f"{describe('benchmarks.verdict')}\n"
         f"Runs of {TOTAL} iterations on {len(list((work / 'tiles' / 'train').rglob('*.png'))):,} grey tiles of "
-        "sixteen photographs. *right*: the expected verdict comes before a quarter of the run; "
-        "for the good run: no verdict at all until its end. *kNN*: k = 20, tiles held out, at the start and at the "
-        "latest evaluation before the verdict, mean over seeds. Thresholds, runs and the meaning of *right* were "
-        "chosen while looking at seeds 0 to 2, so only further seeds are a test. If *right* meant the first verdict, "
-        "1 of 3 runs from trained weights would be.\n\n"
+        f"sixteen photographs, seeds {seeds[0]} to {seeds[-1]}. *right*: the expected verdict comes before a quarter "
+        "of the run; for the good run: no verdict at all until its end. *first*: no other verdict comes before it. "
+        "*kNN*: k = 20, tiles held out, at the start and at the latest evaluation before the first verdict, mean over "
+        "seeds. "
+        "Thresholds, runs and the meaning of *right* were chosen while looking at seeds 0 to 2, so only further seeds "
+        "are a test.\n\n"
         f"{table(HEADER, [summary(name, found) for name, found in results.items()])}\n"
     )
     finish(page, "verdict", args.write)
@@ -122,16 +125,21 @@ HEADER = [
     "expected verdict",
     "seeds",
     "right",
-    "iteration of the verdict",
+    "first",
+    "iteration of the first verdict",
     "other verdicts",
     "kNN",
     "CPU s a run",
 ]
 
 
+def run_of(name: str, work: Path, seed: int) -> Path:
+    return work / f"{list(RUNS).index(name)}_{seed}"
+
+
 def judged(name: str, work: Path, seed: int) -> dict[str, Any]:
     """Return the first verdict of one prepared run with its iteration; train it first, unless that is done."""
-    kind, run = RUNS[name], work / f"{list(RUNS).index(name)}_{seed}"
+    kind, run = RUNS[name], run_of(name, work, seed)
     if not (run / DONE).is_file():
         (run / DONE).write_text(json.dumps(trained(kind, run, work, seed)))
     done = json.loads((run / DONE).read_text())
@@ -151,52 +159,35 @@ def trained(kind: Kind, run: Path, work: Path, seed: int) -> dict[str, Any]:
     """Train one prepared run; return its rows and the CPU seconds."""
     options = [f"train.dataset_path={work / 'tiles' / 'train'}", f"train.seed={seed}", *COMMON, *kind.options]
     if kind.evaluated:
-        options.append("evaluation.eval_period_iterations=5")
+        options += [f"evaluation.online.every={kind.evaluated}", "evaluation.online.images=64"]
+        options += [f"evaluation.online.{key}=LabelledFolder:root={work / 'tiles' / part}" for key, part in KNN_DATA]
     if kind.from_good:
-        good = work / f"0_{seed}" / "eval" / f"training_{TOTAL - 1}" / "teacher_checkpoint.pth"
+        good = run_of("good", work, seed) / "eval" / f"training_{TOTAL - 1}" / "teacher_checkpoint.pth"
         options.append(f"student.pretrained_weights={good}")
     began = time.process_time()
     config = ["--config-file", str(ROOT / "configs" / "quickstart.yaml"), "--output-dir", str(run), "--no-resume"]
-    if (code := train(get_args_parser().parse_args([*config, *options]))) not in (0, COLLAPSED):
+    with mock.patch.object(JsonLines, "log", log_until_a_quarter if kind.expected else JsonLines.log):
+        code = train(get_args_parser().parse_args([*config, *options]))
+    if code not in (0, COLLAPSED, stopped_by(signal.SIGTERM)):
         raise SystemExit(code)
     seconds = time.process_time() - began
-    rows, cfg = read_rows(run / METRICS_FILE), load_run_config(str(run / "config.yaml"))
-    if kind.evaluated and not any("eval_knn" in row for row in rows):
-        backbone = SSLMetaArch(cfg).eval().teacher["backbone"]
-        add_knn(
-            [row for row in rows if row["iteration"] in EVALUATED[kind.expected]], cfg, run, work / "tiles", backbone
-        )
-    return {"rows": rows, "seconds": seconds}
+    return {"rows": read_rows(run / METRICS_FILE), "seconds": seconds}
+
+
+def log_until_a_quarter(sink: JsonLines, step: int, row: dict[str, float], log=JsonLines.log) -> None:
+    log(sink, step, row)
+    if step == QUARTER:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def recorded(name: str, work: Path, seed: int) -> dict[str, list[float | None]]:
     """Return the rows of a finished run as columns of the values that verdicts depend on, with four digits."""
-    rows = json.loads((work / f"{list(RUNS).index(name)}_{seed}" / DONE).read_text())["rows"]
+    rows = json.loads((run_of(name, work, seed) / DONE).read_text())["rows"]
     names = [key for key in dict.fromkeys(key for row in rows for key in row) if key in READ or key.startswith("grad_")]
     return {
         key: [None if (v := row.get(key)) is None else v if isinstance(v, int) else float(f"{v:.4g}") for row in rows]
         for key in names
     }
-
-
-def add_knn(rows: list[dict], cfg, run: Path, tiles: Path, backbone: nn.Module) -> None:
-    """Add ``eval_knn`` and ``start_knn`` to ``rows``, as an evaluation during training does."""
-    datasets = load_tiles(tiles, Normalize(**cfg.data.normalize))
-    if weights := cfg.student.pretrained_weights:
-        _load(backbone, Path(weights))
-    start = knn_accuracy(backbone, datasets, torch.float32)
-    for row in rows:
-        file = run / "eval" / f"training_{row['iteration']}" / "teacher_checkpoint.pth"
-        if file.is_file():  # not of the step at which the run was ended
-            _load(backbone, file)
-            row |= {"eval_knn": knn_accuracy(backbone, datasets, torch.float32), "start_knn": start}
-
-
-def _load(backbone: nn.Module, path: Path) -> None:
-    teacher = read_weights(path)["teacher"]
-    prefix = "backbone."
-    own = {name.removeprefix(prefix): value for name, value in teacher.items() if name.startswith(prefix)}
-    backbone.load_state_dict(own, strict=True)
 
 
 def is_right(name: str, result: dict[str, Any]) -> bool:
@@ -209,16 +200,17 @@ def summary(name: str, results: list[dict[str, Any]]) -> list[str]:
     """Return the row of one prepared run in the table."""
     at = [result["at"] for result in results if result["at"] is not None]
     others = Counter(called for result in results for _, called in result["all"] if called != RUNS[name].expected)
-    knn = [math.nan if "knn" not in results[0] else sum(r[key] for r in results) / len(results) for key in KNN]
+    knn = [fmean(result.get(key, math.nan) for result in results) for key in KNN]
     return [
         name,
         RUNS[name].expected or "none",
         str(len(results)),
         str(sum(is_right(name, result) for result in results)),
+        str(sum(result["first"] == RUNS[name].expected for result in results)),
         f"{min(at)} to {max(at)}" if at else "",
         ", ".join(f"{count} {kind}" for kind, count in others.items()),
         "" if math.isnan(knn[0]) else f"{knn[0]:.3f}, {knn[1]:.3f}",
-        f"{sum(result['seconds'] for result in results) / len(results):.0f}",
+        f"{fmean(result['seconds'] for result in results):.0f}",
     ]
 
 
@@ -227,6 +219,7 @@ READ = {
     "prototype_entropy", "rankme", "weight_norm_backbone", "skipped_steps", "eval_knn", "start_knn",
 }  # fmt: skip
 KNN = ("start_knn", "knn")
+KNN_DATA = (("knn_train", "train"), ("knn_val", "held_out"))
 
 if __name__ == "__main__":
     main()

@@ -522,8 +522,8 @@ def history_parser() -> Parser:
         default=None,
     )
     parser.add_argument("--forecast", type=float, default=0, metavar="EPOCHS", help="extrapolate a metric, with a band")
-    parser.add_argument("--metric", metavar="KEY", help="that is extrapolated (default: kNN, RankMe, AP, mIoU or loss)")
-    parser.add_argument("--gpu", default="", metavar="GPU", help="that the forecast is priced for, such as H100")
+    parser.add_argument("--metric", metavar="KEY", help="to extrapolate (default: kNN, RankMe, AP, mIoU or loss)")
+    parser.add_argument("--gpu", default="", metavar="GPU", help="priced in the forecast, such as H100 (the run's own)")
     parser.add_argument("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="per hour")
     return parser
 

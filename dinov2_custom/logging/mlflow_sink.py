@@ -47,6 +47,10 @@ class MLflow:
         metrics = [self._metric(key, float(value), now, step) for key, value in row.items() if key != "iteration"]
         self._client.log_batch(self._run_id, metrics=metrics)
 
+    def summarize(self, facts: Mapping[str, str]) -> None:
+        for key, value in facts.items():
+            self._client.set_tag(self._run_id, key, value)
+
     def state(self) -> dict[str, str]:
         return {"mlflow_run_id": self._run_id}
 

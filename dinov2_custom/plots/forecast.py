@@ -1,4 +1,4 @@
-"""Extrapolate a metric of a run: the best of three families by held-back error, a band by residual bootstrap."""
+"""Extrapolate a metric of a run: the best of four families by held-back error, a band by residual bootstrap."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ LEAST_EXPLAINED = (
     0.5  # of the variance; all families are monotone, so this is low for a curve that turns or only scatters
 )
 EXPONENTS = np.geomspace(0.05, 3, 80)
-FAMILIES = ("a + b x^-c", "a + b ln x", "ln y = a + b ln x")
-BAND = (1, 99)  # per cent of the resamples: these alone are too narrow, because they leave out the choice of family
+RATES = np.geomspace(0.5, 50, 120)  # per length of the run
+FAMILIES = ("a + b x^-c", "a + b ln x", "a + b e^-cx", "ln y = a + b ln x")
+BAND = (5, 95)  # per cent of the resamples: 10 and 90 leave out what the choice of family and of its exponent adds
 
 
 class Forecast(NamedTuple):
@@ -65,7 +66,7 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
     def position(iterations: np.ndarray) -> np.ndarray:
         return (iterations + 1) / (last + 1)
 
-    families = range(3 if (y > 0).all() else 2)
+    families = range(4 if (y > 0).all() else 3)
     early = [FITS[n](position(x[:split]), y[:split, None], position(x[split:]))[:, 0] for n in families]
     errors = [float(np.sqrt(((curve - y[split:]) ** 2).mean())) for curve in early]
     best = int(np.argmin(errors))
@@ -73,7 +74,7 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
     residuals = y - fitted[: x.size]
     if (explained := 1 - residuals.var() / y.var()) < LEAST_EXPLAINED:
         return (
-            f"it does not rise or fall steadily: the best of three monotone curves explains {max(explained, 0):.0%} "
+            f"it does not rise or fall steadily: the best of four monotone curves explains {max(explained, 0):.0%} "
             f"of its variance, a forecast needs {LEAST_EXPLAINED:.0%}"
         )
     no_change = np.sqrt(((y[split:] - y[split - max(split // 4, 1) : split].mean()) ** 2).mean())
@@ -85,7 +86,7 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
     lowest, bands, changes = y.min(), [], []
     for family, error in enumerate(errors):
         if error <= PLAUSIBLE * errors[best]:
-            values = np.maximum(samples, lowest / 10) if family == 2 else samples  # whose logarithm is fitted
+            values = np.maximum(samples, lowest / 10) if family == 3 else samples  # whose logarithm is fitted
             sampled = FITS[family](position(x), values, position(future))
             bands.append(np.percentile(sampled, BAND, axis=1))
             changes.append(np.percentile(sampled[-1] - sampled[0], BAND))
@@ -102,42 +103,53 @@ def _split(x: np.ndarray) -> int:
 
 
 def _widened(residuals: np.ndarray) -> np.ndarray:
-    """Return the residuals, centred and scaled for three fitted parameters and for the correlation of neighbours.
+    """Return the residuals of a fit, centred, and scaled to what the noise does to a fit.
 
-    Independent draws with (1 + r) / (1 - r) times the variance have the same slow variation as values with correlation
-    r, which blocks of a short series do not have. The estimate of r is too low by about 3 / n in a fit.
+    Values whose neighbours have correlation r vary slowly: n of them are worth m = n (1 - r) / (1 + r) independent
+    ones. Independent draws with n / m times the variance vary as much when fitted. The curve with three parameters has
+    taken its part of the noise, which leaves about m / (m + 3) of the variance and an estimate of r that is too low by
+    (3 + 5 r) / n; both were checked by simulation.
     """
     n = residuals.size
     residuals = residuals - residuals.mean()
     correlation = residuals[:-1] @ residuals[1:] / max(float(residuals @ residuals), 1e-300)
-    r = float(np.clip(correlation + 3 / n, 0, 0.9))
-    return residuals * np.sqrt(n / (n - 3) * (1 + r) / (1 - r))
+    r = float(np.clip((n * correlation + 3) / (n - 5), 0, 0.95))
+    m = n * (1 - r) / (1 + r)
+    return residuals * np.sqrt(n * (m + 3)) / m
 
 
-def _line(g: np.ndarray, y: np.ndarray, g_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the least-squares line a + b g at ``g_at``, (len(g_at), B), and the squared error (B,)."""
-    centred = g - g.mean()
-    slope = centred @ y / (centred @ centred)
-    rest = y - y.mean(axis=0) - np.outer(centred, slope)
-    return y.mean(axis=0) + np.outer(g_at - g.mean(), slope), (rest**2).sum(axis=0)
+def _best_line(g: np.ndarray, y: np.ndarray, g_at: np.ndarray) -> np.ndarray:
+    """Fit y (n, B) by a + b g_c with the best c for each column; no starting values, and no failures to converge.
+
+    Args:
+        g, g_at: the functions g_c at the points, (C, n), and where the fit is wanted, (C, m).
+
+    Returns:
+        the fitted values, (m, B).
+    """
+    mean = g.mean(axis=1, keepdims=True)
+    squares = ((g - mean) ** 2).sum(axis=1, keepdims=True)
+    slopes = (g - mean) @ y / squares
+    best = (slopes**2 * squares).argmax(axis=0)  # explains the most
+    return y.mean(axis=0) + (g_at - mean)[best].T * slopes[best, np.arange(y.shape[1])]
 
 
 def _power(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Fit a + b x^-c: a line for each c, so that there are no starting values and no failures to converge."""
-    fits = [_line(x**-c, y, at**-c) for c in EXPONENTS]
-    best = np.stack([error for _, error in fits]).argmin(axis=0)
-    curves = np.empty((at.size, y.shape[1]))
-    for number in np.unique(best):
-        curves[:, best == number] = fits[number][0][:, best == number]
-    return curves
+    c = -EXPONENTS[:, None]
+    return _best_line(x**c, y, at**c)
+
+
+def _exponential(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    c = -RATES[:, None]
+    return _best_line(np.exp(c * x), y, np.exp(c * at))
 
 
 def _log(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    return _line(np.log(x), y, np.log(at))[0]
+    return _best_line(np.log(x)[None], y, np.log(at)[None])
 
 
 def _log_log(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     return np.exp(_log(x, np.log(y), at))
 
 
-FITS = (_power, _log, _log_log)  # in the order of FAMILIES
+FITS = (_power, _log, _exponential, _log_log)  # in the order of FAMILIES

@@ -6,7 +6,7 @@ import argparse
 import csv
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.forecast import Forecast, make_forecast
 from dinov2_custom.plots.metrics_file import Run, dino_loss, epoch_means, find_runs, read_run, short_names
 from dinov2_custom.plots.page import make_page
+from dinov2_custom.train.gpus import find_gpu
 
 COLUMNS = 3
 # Okabe and Ito's palette, which colour-blind readers can distinguish
@@ -213,8 +214,9 @@ def main(args: argparse.Namespace) -> int:
         forecasts = forecast_runs(runs, args.metric, args.forecast)
         prices = load_prices(given=args.price)
         for number, run in enumerate(runs):
-            reason, price = forecasts.refused.get(number), prices.get(args.gpu)
-            line = bill(run, forecasts, number, args.forecast, price) if reason is None else f"no forecast, {reason}"
+            reason = forecasts.refused.get(number)
+            words = (run, forecasts, number, args.forecast, args.gpu, prices)
+            line = bill(*words) if reason is None else f"no forecast, {reason}"
             print(f"{run.name}: {line}")
     figure = draw_history(runs, forecasts=forecasts)
     with atomic_write(out / "history.png", "wb") as file:
@@ -264,17 +266,23 @@ def forecast_runs(runs: Sequence[Run], metric: str | None, epochs: float) -> For
     return Forecasts(chosen, found, refused)
 
 
-def bill(run: Run, forecasts: Forecasts, number: int, epochs: float, price: Price | None) -> str:
-    """Return what ``epochs`` more epochs take, cost and change: 30 more epochs, 4.1 h, $13: eval_knn +0.1 +- 0.02."""
+def bill(run: Run, forecasts: Forecasts, number: int, epochs: float, gpu: str, prices: Mapping[str, Price]) -> str:
+    """Return what ``epochs`` more epochs take, cost and change: 30 more epochs, 4.1 h, $13: eval_knn +0.1 +- 0.02.
+
+    Args:
+        gpu: a key of ``prices``; empty for the GPU of the run. What has no price is named instead of it.
+    """
     made, parts = forecasts.found[number], [f"{epochs:g} more epochs"]
+    gpu = gpu or find_gpu(run.device) or ""
     times = [row["iter_time"] for row in run.rows if row.get("iter_time")]
     if times:
         hours = epochs * iterations_per_epoch(run) * statistics.median(times) / 3600
         parts.append(f"{hours:.3g} h")
-        if price:
-            per_hour = _num_processes(run)
-            spot, on_demand = (hours * per_hour * dollars for dollars in price)
+        if gpu in prices:
+            spot, on_demand = (hours * _num_processes(run) * dollars for dollars in prices[gpu])
             parts.append(f"${on_demand:.3g}" + (f" (spot ${spot:.3g})" if spot != on_demand else ""))
+        else:
+            parts.append(f"no price of {gpu} (--price {gpu}=DOLLARS)" if gpu else "no price (--gpu GPU)")
     spread = (made.change_high - made.change_low) / 2
     return f"{', '.join(parts)}: {forecasts.metric} {made.change:+.3g} +- {spread:.2g} by {made.family}"
 

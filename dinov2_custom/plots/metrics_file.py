@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -12,16 +13,24 @@ import yaml
 
 from dinov2_custom.errors import DataError
 from dinov2_custom.files import parse_json_object
+from dinov2_custom.train.gpus import find_device
 
 METRICS_FILE = "training_metrics.json"
 
 
 class Run(NamedTuple):
-    """One run: ``rows`` by iteration, and ``config``, empty if the directory has none."""
+    """One run.
+
+    Attributes:
+        rows: by iteration.
+        config: empty if the directory has none.
+        device: name of the GPU or CPU; empty if the directory has no log that contains it.
+    """
 
     name: str
     rows: list[dict]
     config: dict[str, Any]
+    device: str = ""
 
     def setting(self, key: str) -> Any:
         """Return the value of a dotted key, or None."""
@@ -111,12 +120,13 @@ def read_run(folder: Path, name: str) -> Run:
     Raises:
         DataError: if there are no rows; see :func:`read_metrics`.
     """
-    config: Any = {}
-    try:
+    config, log = {}, ""  # neither is needed to draw the curves
+    with suppress(OSError, ValueError, yaml.YAMLError):
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        pass  # not needed to draw the curves
-    return Run(name, read_metrics(folder / METRICS_FILE), config if isinstance(config, dict) else {})
+    with suppress(OSError):
+        log = (folder / "logs" / "log.txt").read_text(encoding="utf-8", errors="replace")
+    rows = read_metrics(folder / METRICS_FILE)
+    return Run(name, rows, config if isinstance(config, dict) else {}, find_device(log) or "")
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

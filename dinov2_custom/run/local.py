@@ -19,7 +19,7 @@ from submitit.core.utils import environment_variables
 
 from dinov2_custom import errors
 from dinov2_custom.configs.paths import missing_folders, remove_empty
-from dinov2_custom.errors import LaunchError
+from dinov2_custom.errors import COLLAPSED, LaunchError
 from dinov2_custom.run.process import VARIABLE, Process, to_variable
 from dinov2_custom.world import num_cores
 
@@ -144,7 +144,7 @@ def _loopback(params: Any) -> Any:
 
 
 def _explain(failure: Any, errors: dict[int, str], folder: Path) -> None:
-    """Print which rank ended the run, or its error, unless rank 0 has printed it already or a signal stopped the run.
+    """Print which rank ended the run, or its error, unless rank 0 has printed why it ended, or a signal stopped it.
 
     Args:
         errors: error messages and tracebacks by rank.
@@ -155,7 +155,7 @@ def _explain(failure: Any, errors: dict[int, str], folder: Path) -> None:
             print(f"error: {sentences[min(sentences)]}", file=sys.stderr)
         return
     rank, code = failure.local_rank, failure.exitcode
-    if code > 128:
+    if code > 128 or code == COLLAPSED:
         return
     end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     words = f"rank {rank} {end}, the other processes were stopped"

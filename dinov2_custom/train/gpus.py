@@ -1,4 +1,4 @@
-"""GPUs by name, with figures from the vendors' data sheets."""
+"""GPUs by name, with figures from the vendors' data sheets, and the device that a run's log names."""
 
 from __future__ import annotations
 
@@ -52,3 +52,14 @@ def find_gpu(device_name: str) -> str | None:
     words = set(re.split(r"[\s-]+", device_name))
     known = [key for key in GPUS if words.issuperset(key.split("-"))]
     return max(known, key=lambda key: key.count("-"), default=None)
+
+
+def describe_device(kind: str, name: str, threads: int, world_size: int) -> str:
+    """Return the line of a run's log on what it runs on."""
+    return f"device: {kind} ({name}) threads={threads} world_size={world_size}"
+
+
+def find_device(log: str) -> str | None:
+    """Return the device's name in the last line of :func:`describe_device` in a run's log; None if there is none."""
+    found = re.findall(r"\] device: \w+ \((.*)\) threads=\d+ world_size=\d+$", log, re.MULTILINE)
+    return found[-1] if found else None

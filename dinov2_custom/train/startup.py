@@ -16,6 +16,7 @@ from dinov2_custom import __version__
 from dinov2_custom.errors import command
 from dinov2_custom.reading import describe, reading_of
 from dinov2_custom.train.course import Course
+from dinov2_custom.train.gpus import describe_device
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.utils import get_sha
 
@@ -34,7 +35,7 @@ def describe_run(cfg, model, course: Course, num_images: int, world_size: int) -
         f"command: {shlex.join(sys.argv)}",
         f"versions: dinov2_custom={__version__} torch={torch.__version__} python={platform.python_version()} "
         f"git=({get_sha()})",
-        f"device: {device.type} ({name}) threads={torch.get_num_threads()} world_size={world_size}",
+        describe_device(device.type, name, torch.get_num_threads(), world_size),
         f"precision: {dtype.removeprefix('torch.')}, losses and weights in float32",
         f"model: {cfg.student.arch} patch={cfg.student.patch_size} student_parameters={millions:.2f}M",
         f"prototypes: {model.num_prototypes:,} (ln = {math.log(model.num_prototypes):.3f}), "

@@ -232,13 +232,13 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
         if not last:
             code = stopped_by(flags.stop_signal) if flags.stop_signal else COLLAPSED
             sinks.close(code)
-            distributed.barrier()  # a launcher ends the other processes when the first one exits
             for warning in verdicts.values():
                 logger.warning(warning)
             why = "" if flags.stop_signal else " because the run has collapsed (train.on_collapse=stop)"
             logger.warning(
                 f"stopped after iteration={iteration - 1}{why}; the same command resumes from {checkpoint_path}"
             )
+            distributed.barrier()  # a launcher ends the other processes when the first one exits
             return code
 
     for line in describe_end(cfg, teacher_path, checkpoint_path, verdicts):

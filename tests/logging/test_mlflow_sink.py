@@ -47,11 +47,13 @@ def test_a_resumed_run_continues_with_the_id_of_the_checkpoint(tmp_path, caplog)
     with start(out, experiment="cells") as sinks:
         for step in (0, 10):
             sinks.log(step, {"iteration": step, "total_loss": step / 8, "rankme": float("nan")})
+        sinks.summarize({"verdict": "uniform"})
         run_id = sinks.state()["mlflow_run_id"]
         sinks.close(143)
     client = client_of(out)
     run = client.get_run(run_id)
     assert (run.info.status, run.info.run_name) == ("KILLED", "my_run")
+    assert run.data.tags["verdict"] == "uniform"
     assert run.data.params["student.arch"] == "vit_large" and "iteration" not in run.data.metrics
     assert client.get_experiment(run.info.experiment_id).name == "cells"
     (out / "logs" / "mlflow_run_id").unlink()  # the checkpoint also has it

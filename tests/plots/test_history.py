@@ -10,9 +10,11 @@ from PIL import Image
 
 from dinov2_custom.cli import history_parser
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.plots.history import COLOURS, PANELS, draw_history, main
-from dinov2_custom.plots.metrics_file import Run
+from dinov2_custom.plan.prices import Price
+from dinov2_custom.plots.history import COLOURS, PANELS, bill, draw_history, forecast_runs, main
+from dinov2_custom.plots.metrics_file import Run, read_run
 from dinov2_custom.plots.page import config_differences
+from dinov2_custom.train.gpus import describe_device
 from tests.browser import count_pixels, needs_browser
 
 CONFIG = {"dino": {"head_n_prototypes": 256}, "crops": {"local_crops_number": 8}, "optim": {"base_lr": 0.004}}
@@ -181,6 +183,15 @@ def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
     (out / "training_metrics.json").write_text("\n".join(map(json.dumps, lines)))
     assert draw(out, "--forecast", 3, "--gpu", "H100", "--price", "H100=2") == 0
     assert "3 more epochs, 3 h, $6: eval_knn +0.0" in capsys.readouterr().out
+    (out / "logs").mkdir()
+    for name, words in (
+        ("NVIDIA H100 80GB HBM3", "$6: "),
+        ("NVIDIA L4", "no price of L4 (--price L4=DOLLARS): "),
+        ("AMD EPYC", "no price (--gpu GPU): "),
+    ):
+        (out / "logs" / "log.txt").write_text(f"I] {describe_device('cuda', name, 8, 1)}\n")
+        run = read_run(out, "run")
+        assert f"3 h, {words}" in bill(run, forecast_runs([run], None, 3), 0, 3, "", {"H100": Price(2, 2)})
     with pytest.raises(ConfigError, match="--metric nothing"):
         draw(out, "--forecast", 3, "--metric", "nothing")
 

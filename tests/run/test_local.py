@@ -12,14 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dinov2_custom.errors import LaunchError
+from dinov2_custom.errors import COLLAPSED, LaunchError
 from dinov2_custom.run import local
+from dinov2_custom.utils.weights import read_weights
 from tests.processes import ENVIRONMENT, REPOSITORY, children, running, wait_until
 from tests.run.tasks import Listen, Misbehave
 from tests.train.batches import TINY
-from tests.train.test_train import weights, write_images
+from tests.train.test_train import write_images
 
-TOTAL = 40
+TOTAL = 100  # it collapses at the tenth row, of iteration 36
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,11 @@ def command(images: Path, out: Path, *flags: str) -> list[str]:
         "optim.epochs=1",
         "optim.warmup_epochs=0.25",
         "train.num_workers=0",
-        "train.log_every=1",
+        "train.log_every=4",
         "checkpointing.period=10",
+        "teacher.teacher_temp=100",
+        "teacher.warmup_teacher_temp=100",
+        "train.on_collapse=stop",
     ]
     script = str(REPOSITORY / "run/train/train.py")
     return [sys.executable, script, "--ngpus", "2", "--output-dir", str(out), *flags, *TINY, *overrides]
@@ -56,15 +60,21 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(images, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    assert start(images, out).wait(timeout=600) == 0
+    assert start(images, out).wait(timeout=600) == COLLAPSED
     return out
 
 
-def test_two_processes_are_one_run(uninterrupted):
-    assert "world_size=2" in (uninterrupted / "logs/log.txt").read_text()
-    assert (uninterrupted / "logs/log.txt.rank1").exists() and (uninterrupted / "local_1_log.out").exists()
+def test_two_processes_are_one_run_that_ends_when_it_has_collapsed(uninterrupted):
+    log, printed = (uninterrupted / "logs/log.txt").read_text(), uninterrupted.with_name("whole.log").read_text()
+    assert log.count("world_size=2") == 1  # nothing has restarted it
+    for text in (log, printed):
+        *_, verdict, end = text.splitlines()
+        assert text.count("verdict uniform: ") == 2 and "verdict uniform: " in verdict
+        assert "stopped after iteration=3" in end and text.count("stopped after iteration=") == 1
+    assert "verdict uniform: " not in (uninterrupted / "logs/log.txt.rank1").read_text()
+    assert children_are_gone(uninterrupted) and (uninterrupted / "local_1_log.out").exists()
     assert not (uninterrupted / "local_0_log.out").exists(), "rank 0 keeps the terminal"
-    assert "Training" in uninterrupted.with_name("whole.log").read_text()
+    assert "Training" in printed
 
 
 def test_ctrl_c_saves_and_the_same_command_resumes_bit_for_bit(images, uninterrupted, tmp_path):
@@ -75,10 +85,10 @@ def test_ctrl_c_saves_and_the_same_command_resumes_bit_for_bit(images, uninterru
     assert process.wait(timeout=600) == 130
     assert not (out / "model_final").exists() and children_are_gone(out)
 
-    assert start(images, out).wait(timeout=600) == 0
+    assert start(images, out).wait(timeout=600) == COLLAPSED
     log = (tmp_path / "out.log").read_text()
     assert "resumed from=" in log and "Traceback" not in log
-    expected, got = weights(uninterrupted), weights(out)
+    expected, got = (read_weights(run / (run / "last_checkpoint").read_text())["model"] for run in (uninterrupted, out))
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 

@@ -77,6 +77,7 @@ def test_every_sink_through_a_stop_and_a_resume(images, tmp_path, monkeypatch):
     for row, other in zip(rows(out), seen, strict=True):
         assert {key: other[key] for key in row} == row
     assert stopped.config["student"]["arch"] == "vit_nano"
+    assert stopped.summary["verdict"] == resumed.summary["verdict"] == "none"
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
