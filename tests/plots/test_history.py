@@ -204,7 +204,7 @@ def test_a_decoder_has_panels_and_a_forecast_of_its_score(key, label, tmp_path, 
         lines.append(row | {key: 0.5 - 0.4 / epoch, "val_loss": 6 + 5 / epoch})
     (tmp_path / "training_metrics.json").write_text("\n".join(map(json.dumps, lines)))
     assert draw(tmp_path, "--forecast", 10) == 0
-    assert f"10 more epochs, 0.1 h: {key} +0.0" in capsys.readouterr().out
+    assert f"10 more epochs, 0.1 h, no price (--gpu GPU): {key} +0.0" in capsys.readouterr().out
     shown = draw_history([Run("r", lines, {})])
     assert {"Validation of a decoder", "Validation loss of a decoder", "Total loss"} <= set(titles(shown))
     assert "AP or IoU" == panel(shown, "Validation of a decoder").get_ylabel()
