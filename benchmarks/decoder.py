@@ -63,7 +63,7 @@ class Kind(NamedTuple):
 KINDS = {
     "classes_frozen": Kind("semantic", "linear layer, frozen", ("lr=1e-2", "head=linear", "frozen=true")),
     "classes": Kind("semantic", "UperNet, fine-tuned", ("lr=1e-3",)),
-    # not a default: AP50 is still below 0.1 after 240 steps, for random and for pretrained weights
+    # not a default: AP50 was still below 0.1 after 240 steps from pretrained weights
     "boxes": Kind("detection", "RF-DETR, fine-tuned", ("lr=1e-3", "epochs=50", *BOXES)),
 }
 METRICS = {"detection": ("AP50", "ap50"), "semantic": ("mIoU", "miou")}
