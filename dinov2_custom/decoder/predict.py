@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from dinov2_custom import cli
 from dinov2_custom.configs.paths import check_output_dir
@@ -20,11 +20,13 @@ from dinov2_custom.decoder import bridge
 from dinov2_custom.decoder.bridge import Decoder, Facts
 from dinov2_custom.decoder.images import read_image, to_input
 from dinov2_custom.decoder.inference import predict
+from dinov2_custom.decoder.labels import BACKGROUND
 from dinov2_custom.errors import DataError, UnreadableImageError
 from dinov2_custom.files import atomic_write
 from dinov2_custom.teacher import device_of_choice
 
 _OPACITY = 0.45
+_LEAST_SIDE = 448  # pixels of the longer side of a picture
 
 
 def main(args: argparse.Namespace) -> int:
@@ -115,25 +117,86 @@ def colours(count: int) -> list[tuple[int, int, int]]:
 
 
 def draw(image: Image.Image, found: Any, facts: Facts) -> Image.Image:
-    """Return a copy of ``image`` with the objects or classes that were found, coloured by class."""
-    palette = colours(len(facts.classes))
+    """Return a picture of ``image`` with the objects or classes in ``found``, coloured by class.
+
+    ``found`` is one element of what ``inference.predict`` returns; objects without a ``score``, such as labels, are
+    drawn without one. A small image is enlarged by a whole number so that the text is legible. The class
+    ``background`` is not painted. Classes of pixels are named in a legend below the image.
+    """
+    factor = -(-_LEAST_SIDE // max(image.size))
+    picture = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    painted = [number for number, name in enumerate(facts.classes) if name != BACKGROUND]
+    palette, line = dict(zip(painted, colours(len(painted)), strict=True)), max(2, max(picture.size) // 250)
+    font = ImageFont.load_default(max(14, max(picture.size) // 24))
     if facts.task == "semantic":
-        layer = Image.fromarray(np.array(palette, np.uint8)[found])
-        return Image.blend(image, layer, _OPACITY)
-    picture = image.copy()
+        present = [number for number in painted if (found == number).any()]
+        for number in present:
+            _paint(picture, found == number, palette[number], line)
+        return _with_legend(picture, [(facts.classes[number], palette[number]) for number in present], font)
+    found = sorted(found, key=lambda one: one.get("score", 1))  # the surest on top
     for one in found:
         if "segmentation" in one:
             from pycocotools.mask import decode
 
-            mask = Image.fromarray(decode(one["segmentation"]) * round(255 * _OPACITY))
-            picture.paste(palette[one["category_id"]], (0, 0), mask)
+            _paint(picture, decode(one["segmentation"]), palette[one["category_id"]], line)
     pen = ImageDraw.Draw(picture)
     for one in found:
-        x, y, width, height = one["bbox"]
-        colour = palette[one["category_id"]]
-        pen.rectangle((x, y, x + width, y + height), outline=colour, width=max(1, max(image.size) // 300))
-        pen.text((x + 2, y + 1), f"{facts.classes[one['category_id']]} {one['score']:.2f}", fill=colour)
+        x, y, width, height = (factor * value for value in one["bbox"])
+        _frame(pen, (x, y, x + width, y + height), palette[one["category_id"]], line)
+    for one in found:
+        score = f" {one['score']:.2f}" if "score" in one else ""
+        x, y = (factor * value for value in one["bbox"][:2])
+        _label(pen, (x, y), f"{facts.classes[one['category_id']]}{score}", palette[one["category_id"]], font)
     return picture
+
+
+def _paint(picture: Image.Image, mask: np.ndarray, colour: tuple[int, int, int], line: int) -> None:
+    """Tint the pixels of ``mask`` (height, width of the original image) and draw its border."""
+    inside = Image.fromarray(np.asarray(mask, np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
+    border = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(2 * line + 1)))
+    picture.paste(colour, (0, 0), inside.point(lambda value: round(_OPACITY * value)))
+    picture.paste(colour, (0, 0), border)
+
+
+def _frame(pen: ImageDraw.ImageDraw, box: tuple[float, ...], colour: tuple[int, int, int], line: int) -> None:
+    """Draw a box with a dark rim, which separates it from an image of the same colour."""
+    left, top, right, bottom = box
+    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="black", width=line + 2)
+    pen.rectangle(box, outline=colour, width=line)
+
+
+def _label(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: tuple, font: Any) -> None:
+    """Write on a filled rectangle above ``corner``, moved as far as it needs to be inside the picture."""
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+    width, height = right - left + 6, bottom - top + 6
+    x = max(0, min(corner[0], pen.im.size[0] - width))
+    y = max(0, corner[1] - height)
+    pen.rectangle((x, y, x + width, y + height), fill=colour)
+    pen.text((x + 3 - left, y + 3 - top), text, fill=_readable_on(colour), font=font)
+
+
+def _with_legend(picture: Image.Image, entries: list[tuple[str, tuple[int, int, int]]], font: Any) -> Image.Image:
+    """Return ``picture`` above a white strip with the names of the classes; as many lines as they need."""
+    height, places, x, y = round(1.6 * font.size), [], 0, 0
+    for name, _ in entries:
+        width = height + round(font.getlength(name)) + font.size // 2
+        if x and x + width > picture.width:
+            x, y = 0, y + height
+        places.append((x, y))
+        x += width
+    out = Image.new("RGB", (picture.width, picture.height + y + height), "white")
+    out.paste(picture, (0, 0))
+    pen = ImageDraw.Draw(out)
+    for (name, colour), (x, y) in zip(entries, places, strict=True):
+        middle = picture.height + y + height / 2
+        pen.rectangle((x + height * 0.25, middle - height * 0.3, x + height * 0.85, middle + height * 0.3), fill=colour)
+        pen.text((x + height, middle), name, fill="black", font=font, anchor="lm")
+    return out
+
+
+def _readable_on(colour: tuple[int, int, int]) -> str:
+    """Return black or white, whichever has the higher contrast with ``colour`` (luminance of Rec. 601)."""
+    return "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 128 else "white"
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_predictions_of_a_folder_are_coco_and_pictures(task, tiny, tmp_path):
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
     names = [image["file_name"] for image in content["images"]]
     assert names == ["0.png", "0_mask.png", "1.png", "1_mask.png"]
-    assert pixels_of(tmp_path / "out" / "pictures" / "0.png").shape == (SIDE, SIDE, 3)
+    assert pixels_of(tmp_path / "out" / "pictures" / "0.png").shape[1:] == (10 * SIDE, 3)
     if task == "semantic":
         assert pixels_of(tmp_path / "out" / "masks" / "0.png").shape == (SIDE, SIDE)
         return
@@ -71,6 +71,29 @@ def test_predictions_of_a_folder_are_coco_and_pictures(task, tiny, tmp_path):
     assert 0 <= one["bbox"][0] <= SIDE and (task == "detection" or one["segmentation"]["size"] == [SIDE, SIDE])
     with pytest.raises(DataError, match="none in"):
         predict.images_in(tmp_path / "decoder")
+
+
+@pytest.mark.parametrize(("task", "size"), [("detection", (40, 30)), ("semantic", (40, 30)), ("detection", (900, 700))])
+def test_pictures_show_classes_and_scores_on_images_of_any_size(task, size):
+    """Small images are enlarged; a label stays in the picture; the class background is not painted."""
+    grey = Image.new("RGB", size, (90, 90, 90))
+    facts = Facts(task, "", ("cell", "background", "parasite"), 32, NORMALIZE, Reading())
+    blue = predict.colours(2)[1]
+    if task == "semantic":
+        found = np.ones((size[1], size[0]), np.uint8)
+        found[5:15, 10:20] = 2
+        picture = predict.draw(grey, found, facts)
+        assert picture.size[0] == 480 and picture.size[1] > 360  # with a legend
+        assert picture.getpixel((121, 61)) == blue and picture.getpixel((0, 0)) == (90, 90, 90)
+        return
+    found = [{"category_id": 2, "bbox": [0, 0, 10, 10], "score": 0.9}, {"category_id": 0, "bbox": [30, 5, 10, 20]}]
+    picture = predict.draw(grey, found, facts)
+    factor = picture.size[0] // size[0]
+    assert max(picture.size) >= 448 and picture.size == (factor * size[0], factor * size[1])
+    pixels = np.asarray(picture)
+    assert tuple(pixels[10 * factor, 5 * factor]) == blue  # the frame's lower edge
+    text = (pixels[: picture.size[1] // 20] == 0).all(-1)  # black on the label
+    assert text.any() and grey.getpixel((0, 0)) == (90, 90, 90)
 
 
 def test_the_evaluation_writes_scores_of_each_class(tiny, tmp_path, capsys):
