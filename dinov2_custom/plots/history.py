@@ -352,7 +352,9 @@ def _draw_panel(axis, panel: Panel, runs: Sequence[Run]) -> None:
     else:
         axis.ticklabel_format(axis="y", style="plain", useOffset=False)
     if panel.from_zero:
-        axis.set_ylim(bottom=min(0, axis.get_ylim()[0] if axis.dataLim.y0 < 0 else 0))
+        bottom, top = axis.get_ylim()
+        top = max(top, 1.15 * axis.dataLim.y1)  # room for the label above a line at the top
+        axis.set_ylim(bottom if axis.dataLim.y0 < 0 else 0, top)
     axis.locator_params(axis="x", nbins=6)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     per_epoch = [iterations_per_epoch(run) for run in runs]
