@@ -107,18 +107,18 @@ PANELS = (
     Panel(
         "Total loss",
         "nats, as reported",
-        (Line("training", _key("total_loss")), Line("held-out images", _key("eval_loss"))),
+        (Line("training", _key("total_loss")), Line("evaluation", _key("eval_loss"))),
         from_zero=True,
     ),
     Panel(
         "kNN accuracy",
-        "fraction, held-out images",
+        "fraction of the labelled images",
         (Line("teacher", _key("eval_knn")),),
         levels=(Level("start", _constant("start_knn")), Level("raw pixels", _constant("pixels_knn"))),
         from_zero=True,
     ),
     Panel(
-        "RankMe, held-out images",
+        "RankMe of the evaluation",
         "effective dimensions",
         (Line("teacher", _key("eval_rankme")),),
         levels=(Level("start", _constant("start_rankme")),),
@@ -126,13 +126,13 @@ PANELS = (
     ),
     Panel(
         "Similarity to the start",
-        "-1 to 1, held-out images",
+        "-1 to 1",
         (Line("mean cosine", _key("eval_cosine_to_start")), Line("linear CKA", _key("eval_cka_to_start"))),
         from_zero=True,
     ),
     Panel(
         "Uniformity and alignment",
-        "held-out images",
+        "of the evaluation",
         (Line("uniformity", _key("eval_uniformity")), Line("alignment", _key("eval_alignment"))),
         levels=(
             Level("uniformity, start", _constant("start_uniformity")),

@@ -62,7 +62,7 @@ def test_everything_a_run_reports_has_a_panel_with_a_unit():
 def test_upstreams_rows_have_no_panels_of_ours():
     figure = draw_history([Run("r", rows(UPSTREAM), {})])
     gone = {"Teacher's assignments", "Gradient norm before clipping", "Throughput", "Peak memory of rank 0"}
-    gone |= {"Steps skipped as not finite", "RankMe of a training batch", "kNN accuracy", "RankMe, held-out images"}
+    gone |= {"Steps skipped as not finite", "RankMe of a training batch", "kNN accuracy", "RankMe of the evaluation"}
     gone |= {"Similarity to the start", "Uniformity and alignment"}
     gone |= {"Validation of a decoder", "Validation loss of a decoder"}
     assert set(titles(figure)) == {p.title for p in PANELS} - gone
