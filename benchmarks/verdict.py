@@ -79,6 +79,7 @@ RUNS = {
         evaluated=5,
         from_good=True,
     ),
+    "trained weights, learning rate / 4": Kind("", ("optim.base_lr=0.0015",), evaluated=10, from_good=True),
 }
 
 

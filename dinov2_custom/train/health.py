@@ -99,7 +99,7 @@ class LearningAlarm:
     RANK_LOSS, RANK_RISE, FEW_PROTOTYPES = 4.0, 1.1, 0.4
     GROWTH, LESS_RANK, RISE = 1.1, 0.8, 10.0
     SETTLED = 90  # iterations, by when the centre and the medians of rows have forgotten the first steps
-    MIN_EVALS, KNN_LOSS, RANKME_LEFT = 3, 0.02, 0.5
+    MIN_EVALS, KNN_LOSS, RANKME_LEFT = 4, 0.02, 0.5
 
     def __init__(
         self,
