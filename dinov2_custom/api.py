@@ -311,7 +311,7 @@ def _call(command: str, words: Sequence[str], given: Mapping[str, Any], flags: M
 def _of_the_command(words: list[str]) -> Iterator[None]:
     """Make ``words`` the command line, which the log gives, and remove the command's logging at the end."""
     typed, level = sys.argv, logging.getLogger("dinov2").level
-    captured = warnings.showwarning.__module__ == logging.__name__
+    captured = getattr(warnings.showwarning, "__module__", "") == logging.__name__
     try:
         sys.argv = words
         yield

@@ -54,7 +54,8 @@ def test_a_run_has_its_metrics_configuration_and_curves(run, images):
     assert [row["iteration"] for row in rows] == [0, 1]
     assert run.config.student.arch == "vit_micro" and run.config.optim.base_lr == 1e-3, "of vits.yaml"
     assert run.config.train.dataset_path == str(images)
-    assert run.plot().read_bytes()[:4] == b"\x89PNG"
+    with api._running:  # while another call is, as in a thread
+        assert run.plot().read_bytes()[:4] == b"\x89PNG"
     command = re.search(r"command: (.*)", (run.out / "logs" / "log.txt").read_text())[1]
     assert command.startswith("dinov2-custom train ") and f"--output-dir={run.out}" in command
     assert "dinov2-custom knn" in (run.out / "logs" / "log.txt").read_text()
@@ -118,11 +119,10 @@ def test_the_process_is_as_before(run, images):
     assert all(state == states[0] for state in states[1:])
 
 
-def test_one_call_at_a_time_and_curves_at_any_time(run, images):
+def test_one_call_at_a_time(run, images):
     with api._running:
         with pytest.raises(LaunchError, match="one call at a time"):
             d.embed(run, images)
-        assert run.plot().is_file()
     d.embed(run, images, num_workers=0)
 
 
@@ -143,7 +143,7 @@ def test_a_stop_saves_and_raises_and_the_run_goes_on(images, tmp_path, monkeypat
     assert len(run.resume({"train.max_steps": 5}).metrics) == 5
 
 
-def test_mistakes_are_errors_of_ours(tmp_path, images):
+def test_mistakes_are_errors_of_ours(tmp_path, images, capsys):
     with pytest.raises(ConfigError, match="did you mean optim.epochs"):
         d.pretrain(images, tmp_path / "out", overrides={"optim.epoch": 3})
     with pytest.raises(ConfigError, match=r"got epochs; a configuration key is given as overrides=.*optim.epochs"):
@@ -162,6 +162,8 @@ def test_mistakes_are_errors_of_ours(tmp_path, images):
         d.pretrain(images, tmp_path / "out", output_dir="other")
     with pytest.raises(ConfigError, match="output_dir from the function's own argument"):
         d.export("out", "torch", "a.pth", output_dir="other")
+    d.pretrain(images, tmp_path / "out", overrides=SHORT, dry_run=True)
+    assert f"cd {tmp_path} && dinov2-custom train " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="got help"):
         d.pretrain(images, tmp_path / "out", help=True)
     with pytest.raises(TypeError):
