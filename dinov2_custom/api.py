@@ -17,8 +17,11 @@ import difflib
 import importlib
 import io
 import json
+import logging
 import os
 import sys
+import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dinov2_custom import cli
 from dinov2_custom.configs.checks import suggest_key
-from dinov2_custom.errors import CONSOLE_SCRIPT, DONE, ConfigError, DINOv2Error, stopped_by
+from dinov2_custom.errors import CONSOLE_SCRIPT, DONE, ConfigError, DINOv2Error, LaunchError, stopped_by
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.logging.progress import notebook_display
 from dinov2_custom.plots.metrics_file import METRICS_FILE, read_metrics
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike
 _SIGINT = stopped_by(2)
+_KNN_FILE = "results_eval_knn.json"
+_running = threading.Lock()  # held during a call: logging, process group and sys.argv are those of the process
 
 
 class Run:
@@ -89,11 +94,14 @@ class Run:
     def plot(self) -> Path:
         """Write history.png and history.html into the run directory; return the first's path, shown in a notebook.
 
+        Also while the run is training.
+
         Raises:
             DataError: there are no metrics.
             ConfigError: matplotlib is missing.
         """
-        _call("history", self.out)
+        history = importlib.import_module("dinov2_custom.plots.history")
+        history.main(cli.history_parser().parse_args([str(self.out)]))
         path = self.out / "history.png"
         if display := notebook_display():
             display.display(display.Image(filename=str(path)))
@@ -105,7 +113,9 @@ class Run:
         A finished run continues if ``overrides`` makes it longer: ``{"optim.epochs": 200}``. Raises what
         :func:`pretrain` raises.
         """
-        _call("train", *_opts(overrides), config_file=self.out / "config.yaml", output_dir=self.out, **flags)
+        opts = _opts(overrides)
+        _ = self.config  # must exist
+        _call("train", opts, {"config_file": self.out / "config.yaml", "output_dir": self.out}, flags)
         return self
 
 
@@ -140,7 +150,7 @@ def pretrain(
 
     Args:
         images: folder, several folders, or a dataset string, as for ``train.dataset_path``.
-        out: run directory.
+        out: run directory; "" for outputs/<date>_<time>.
         config: YAML file, or the name of a recipe; "" for the defaults.
         arch: ``student.arch``, such as "vit_small"; "" for that of ``config``.
         overrides: dotted keys of the configuration and their values, such as ``{"optim.epochs": 5}``.
@@ -151,9 +161,9 @@ def pretrain(
         KeyboardInterrupt: after saving, see above.
     """
     chosen: dict[str, Any] = {"train.dataset_path": images} | ({"student.arch": arch} if arch else {})
-    opts = _opts(chosen | dict(overrides or {}))
-    _call("train", *opts, config_file=config or None, output_dir=out, **flags)
-    return Run(out)
+    opts = [*_opts(chosen), *_opts(overrides)]
+    args = _call("train", opts, {"config_file": config or None, "output_dir": out or None}, flags)
+    return Run(args.output_dir)
 
 
 def load(source: Run | StrPath) -> DinoVisionTransformer:
@@ -172,21 +182,22 @@ def load(source: Run | StrPath) -> DinoVisionTransformer:
     from dinov2_custom.data.transforms import make_central_crop_transform
     from dinov2_custom.teacher import load_teacher
 
-    teacher = load_teacher(os.fspath(source))
+    with _random_state():
+        teacher = load_teacher(os.fspath(source))
     backbone, size = teacher.backbone, teacher.image_size
     backbone.image_size, backbone.normalize = size, teacher.normalize
     backbone.preprocess = make_central_crop_transform(size, **teacher.normalize)
     return backbone
 
 
-def embed(source: Run | StrPath, images: StrPath, out: StrPath = "", **flags: Any) -> Embedding:
+def embed(source: Run | StrPath, images: StrPath | Sequence[StrPath], out: StrPath = "", **flags: Any) -> Embedding:
     """Compute the features of all images; return them with their file names.
 
     This is ``dinov2-custom embed``: a second call with the same arguments reads the result of the first.
 
     Args:
         source: as for :func:`load`.
-        images: folder of images, or a dataset string.
+        images: folder, several folders, or a dataset string.
         out: folder of the result; "" for outputs/embed/<name of the run>.
         flags: of the command, such as ``features="cls+mean"`` or ``batch_size=256``; one ``image_size``, and not
             ``format``.
@@ -199,7 +210,7 @@ def embed(source: Run | StrPath, images: StrPath, out: StrPath = "", **flags: An
     if isinstance(flags.get("image_size"), Sequence) or "format" in flags:
         raise ConfigError("embed: expected one image_size and no format; the command `embed` has these")
     folder = Path(out or default_output("embed", os.fspath(source))).expanduser()
-    _call("embed", source, images, output_dir=folder, **flags)
+    _call("embed", [os.fspath(source), _dataset(images)], {"output_dir": folder}, flags)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     return Embedding(np.load(folder / "features.npy", mmap_mode="r"), rows, folder)
 
@@ -221,14 +232,16 @@ def knn(source: Run | StrPath, train: StrPath, val: StrPath, out: StrPath = "", 
     Raises:
         DINOv2Error: bad arguments, weights or data.
     """
-    datasets = {
-        f"{name}_dataset": f"LabelledFolder:root={os.fspath(given)}" if Path(given).expanduser().is_dir() else given
-        for name, given in (("train", train), ("val", val))
-    }
-    args = _call("knn", pretrained_weights=source, output_dir=out or None, **datasets, **flags)
-    lines = (Path(args.output_dir) / "results_eval_knn.json").read_text(encoding="utf-8").splitlines()
+    given: dict[str, Any] = {"pretrained_weights": os.fspath(source), "output_dir": out or None}
+    for name, data in (("train", train), ("val", val)):
+        given[f"{name}_dataset"] = (
+            f'LabelledFolder:root="{os.fspath(data)}"' if Path(data).expanduser().is_dir() else data
+        )
+    file = Path(out).expanduser() / _KNN_FILE
+    earlier = len(file.read_bytes()) if out and file.is_file() else 0  # the command appends
+    args = _call("knn", [], given, flags)
     results: dict[str, float] = {}
-    for line in lines:
+    for line in (Path(args.output_dir) / _KNN_FILE).read_bytes()[earlier:].splitlines():
         results |= json.loads(line)
     return results
 
@@ -249,15 +262,20 @@ def export(source: Run | StrPath, to: str, output: StrPath = "", **flags: Any) -
     """
     from dinov2_custom.export.main import default_path
 
-    args = _call("export", source, to=to, output=output or None, **flags)
+    args = _call("export", [os.fspath(source)], {"to": to, "output": output or None}, flags)
     return Path(args.output).expanduser() if args.output else default_path(args.source, args.to)
 
 
 # from keyword arguments to a command
 
 
-def _call(command: str, *words: Any, **flags: Any) -> argparse.Namespace:
+def _call(command: str, words: Sequence[str], given: Mapping[str, Any], flags: Mapping[str, Any]) -> argparse.Namespace:
     """Run ``command`` in this process and return its parsed arguments, completed.
+
+    Args:
+        words: positional arguments.
+        given: flags that the function sets; None leaves one out.
+        flags: further flags, of the caller.
 
     Raises:
         DINOv2Error: also for an exit code other than 0, which it has as ``exit_code``.
@@ -267,16 +285,19 @@ def _call(command: str, *words: Any, **flags: Any) -> argparse.Namespace:
     module = importlib.import_module(f"{cli.__package__}.{chosen.module}")
     task = module.main.__self__ if chosen.parser is None else None  # a launched one's main is a method of its Task
     parser = task.parser() if task else chosen.parser()
-    arguments = [*map(_text, words), *_arguments(command, parser, flags)]
-    args, typed = _parse(parser, arguments), sys.argv
+    arguments = [*words, *_arguments(command, parser, given, flags)]
+    args = _parse(parser, arguments)
     main = partial(submit_jobs, task, args, task.name) if task else partial(module.main, args)
+    if not _running.acquire(blocking=False):
+        raise LaunchError(
+            f"{command}: expected one call at a time in a process, got another that is still running in a thread; wait "
+            "for it, or use another process"
+        )
     try:
-        sys.argv = [CONSOLE_SCRIPT, command, *arguments]  # which the log gives as the command, for the same run again
-        with _without_main_module():
+        with _of_the_command([CONSOLE_SCRIPT, command, *arguments]), _random_state(), _without_main_module():
             code = main()
     finally:
-        sys.argv = typed
-        remove_logging("dinov2")
+        _running.release()
     if code == _SIGINT:
         raise KeyboardInterrupt(f"{command}: stopped and saved; the same call continues")
     if code != DONE:
@@ -284,6 +305,36 @@ def _call(command: str, *words: Any, **flags: Any) -> argparse.Namespace:
         error.exit_code = code
         raise error
     return args
+
+
+@contextlib.contextmanager
+def _of_the_command(words: list[str]) -> Iterator[None]:
+    """Make ``words`` the command line, which the log gives, and remove the command's logging at the end."""
+    typed, level = sys.argv, logging.getLogger("dinov2").level
+    captured = getattr(warnings.showwarning, "__module__", "") == logging.__name__
+    try:
+        sys.argv = words
+        yield
+    finally:
+        sys.argv = typed
+        remove_logging("dinov2")
+        logging.getLogger("dinov2").setLevel(level)
+        logging.captureWarnings(captured)
+
+
+@contextlib.contextmanager
+def _random_state() -> Iterator[None]:
+    """Restore the state of the caller's random numbers; building a model draws some.
+
+    Torch is not imported for this, because commands set the variables that it reads at import.
+    """
+    torch = sys.modules.get("torch")
+    state = torch.get_rng_state() if torch else None
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_rng_state(state)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
@@ -296,12 +347,16 @@ def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Na
         raise ConfigError(text) from e
 
 
-def _arguments(command: str, parser: argparse.ArgumentParser, flags: Mapping[str, Any]) -> Iterator[str]:
+def _arguments(
+    command: str, parser: argparse.ArgumentParser, given: Mapping[str, Any], flags: Mapping[str, Any]
+) -> Iterator[str]:
     known: dict[str, str] = {}
     for flag in parser._option_string_actions:
-        if flag.startswith("--"):
+        if flag.startswith("--") and not flag.startswith("--help"):  # these end a program
             known.setdefault(flag.lstrip("-").replace("-", "_"), flag)  # the first of two spellings
-    for name, value in flags.items():
+    dests = {name: parser._option_string_actions[flag].dest for name, flag in known.items()}
+    set_already = {dests[name] for name, value in given.items() if value is not None}
+    for name in flags:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             key = suggest_key(name)
@@ -309,6 +364,10 @@ def _arguments(command: str, parser: argparse.ArgumentParser, flags: Mapping[str
             if command == "train" and key and not near:
                 advice = f"a configuration key is given as overrides={{'key': value}}; {key}"
             raise ConfigError(f"{command}: expected a flag of the command, got {name}; {advice}")
+        if dests[name] in set_already:
+            raise ConfigError(f"{command}: expected {name} from the function's own argument, got it as a flag too")
+    for name, value in {**given, **flags}.items():
+        value = _plain(value)
         if value is None or value is False:
             continue
         if value is True:
@@ -320,8 +379,30 @@ def _arguments(command: str, parser: argparse.ArgumentParser, flags: Mapping[str
 
 
 def _opts(overrides: Mapping[str, Any] | None) -> list[str]:
-    """Return ``key=value`` for each item; JSON is YAML, and quotes keep text as it is."""
-    return [f"{key}={json.dumps(value, ensure_ascii=False, default=_text)}" for key, value in (overrides or {}).items()]
+    """Return ``key=value`` for each item; JSON is YAML, and quotes keep text as it is.
+
+    Raises:
+        ConfigError: they are not a mapping.
+    """
+    if not isinstance(overrides, Mapping | None):
+        raise ConfigError(f"overrides: expected a mapping such as {{'optim.epochs': 5}}, got {overrides!r}")
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False, default=_plain)}" for key, value in (overrides or {}).items()
+    ]
+
+
+def _dataset(images: StrPath | Sequence[StrPath]) -> str:
+    """Return the dataset string of a folder, several folders, or of a dataset string itself."""
+    if isinstance(images, list | tuple):
+        return "ImageDataset" + "".join(f':root="{os.fspath(folder)}"' for folder in images)
+    return os.fspath(images)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of Python's own types for one of numpy, torch or pathlib."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, range) else _text(value) if isinstance(value, os.PathLike) else value
 
 
 def _text(value: Any) -> str:

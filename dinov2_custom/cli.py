@@ -33,6 +33,12 @@ _RECIPE = "or the name of a recipe such as vits.yaml"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return what ``name`` probably means: the one of ``known`` that it abbreviates, else the most similar; or ""."""
+    longer = [one for one in known if len(name.strip("-")) > 1 and one.startswith(name)]
+    return next(iter(longer or difflib.get_close_matches(name, known, n=1, cutoff=0.65)), "")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake and how to get help, instead of printing all its flags.
 
@@ -57,11 +63,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print ``message`` with the nearest flag, and how to get help; exit with 2, as argparse does."""
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        near = ""
         if message.startswith("unrecognized arguments") and unknown:
             flags = self._option_string_actions
-            shown = [f for f in flags if "_" not in f or f.replace("_", "-") not in flags]  # without second spellings
-            near = difflib.get_close_matches(unknown[0], shown, n=1)
-            message += f" -> did you mean {near[0]}?" if near else ""
+            # without second spellings
+            near = nearest(unknown[0], [f for f in flags if "_" not in f or f.replace("_", "-") not in flags])
+        elif chosen := re.search(r"invalid choice: '(.+?)' \(choose from (.*)\)", message):
+            near = nearest(chosen[1], re.findall(r"[\w.+-]+", chosen[2]))
+        message += f" -> did you mean {near}?" if near else ""
         print(f"error: {message}\nhelp: {self.prog} --help", file=sys.stderr)
         raise SystemExit(USAGE)
 
@@ -113,8 +122,8 @@ class OverridesParser(Parser):
         if "." in flag:
             return f"{text}: expected a flag -> an override is written without dashes: {text.lstrip('-')}"
         flags = [name.lstrip("-") for action in self._actions for name in action.option_strings]
-        near = difflib.get_close_matches(flag.lstrip("-"), [name for name in flags if len(name) > 1], n=1, cutoff=0.65)
-        return f"{text}: unknown flag -> " + (f"did you mean --{near[0]}?" if near else "--help lists the flags")
+        near = nearest(flag.lstrip("-"), [name for name in flags if len(name) > 1])
+        return f"{text}: unknown flag -> " + (f"did you mean --{near}?" if near else "--help lists the flags")
 
     def _explain_override(self, text: str) -> str:
         from dinov2_custom.configs.checks import explain_bad_override
@@ -345,9 +354,7 @@ def verify_parser() -> Parser:
         "listed), 2 it could not be run",
     )
     _add_datasets(parser)
-    add_output_dir(
-        parser, "where results go; give the same one again to resume (default: ./outputs/verify_<dataset>)"
-    )
+    add_output_dir(parser, "where results go; give the same one again to resume (default: ./outputs/verify_<dataset>)")
     parser.add_argument(
         "--workers", type=_whole(1), default=0, metavar="N", help="decoder processes (default: one for each core)"
     )
@@ -469,8 +476,7 @@ def export_parser() -> Parser:
     """Return the parser of the export."""
     formats = "\n".join(f"  {name:12} {text}" for name, text in EXPORT_FORMATS.items())
     parser = _teacher_parser(
-        "Write a trained backbone for another library, load it there and compare the features."
-        f"\n\nformats:\n{formats}",
+        f"Write a trained backbone for another library, load it there and compare the features.\n\nformats:\n{formats}",
         "source",
         argparse.RawDescriptionHelpFormatter,
     )
@@ -731,6 +737,9 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> NoR
         )
         parser.add_argument("--version", action="version", version=f"dinov2_custom {__version__}")
         parser.add_argument("command", choices=[*COMMANDS, *ALIASES], metavar="COMMAND", help="see below")
+        if not words and COMPLETING not in os.environ:
+            parser.print_help(sys.stderr)
+            raise SystemExit(USAGE)
         name, words = parser.parse_args(words[:1]).command, words[1:]
     chosen = COMMANDS[ALIASES.get(name, name)]
     args: Any = words
@@ -740,5 +749,3 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> NoR
         args = parser.parse_args(words)
     module = f"{__package__}.{chosen.module}"
     entry.leave(entry.run(module, args, error_code=chosen.error_code, quiet_threads=chosen.quiet_threads))
-
-

@@ -47,6 +47,7 @@ def reported(main: Callable[[], int], *, error_code: int = ERROR) -> int:
     When what reads standard output is gone, as in ``... | head -1``, it ends silently: with 128 + SIGPIPE where
     that stopped ``main``.
     """
+    _print_any_name()
     try:
         return _reported(main, error_code)
     except Exception:
@@ -168,8 +169,19 @@ def _reader_is_gone() -> bool:
         return False
 
 
+def _print_any_name() -> None:
+    """Print characters that standard output cannot encode as escapes, as Python does on standard error.
+
+    A name of a file may be any bytes, and the terminal's encoding ASCII.
+    """
+    if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _flush() -> None:
     """Flush standard output; discard it if the reader is gone, otherwise Python prints an error at exit."""
+    if sys.stdout is None:  # closed before the start
+        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,11 +1,14 @@
 """The commands as functions: a run and what is made of it, in this process."""
 
 import importlib.util
+import logging
 import multiprocessing.spawn
 import os
+import random
 import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,7 +20,7 @@ from PIL import Image
 
 import dinov2_custom as d
 from dinov2_custom import api
-from dinov2_custom.errors import ConfigError, DataError
+from dinov2_custom.errors import ConfigError, DataError, LaunchError
 from dinov2_custom.logging import remove_logging
 from dinov2_custom.train.step_guard import StepGuard
 from tests.train.batches import TINY
@@ -51,7 +54,8 @@ def test_a_run_has_its_metrics_configuration_and_curves(run, images):
     assert [row["iteration"] for row in rows] == [0, 1]
     assert run.config.student.arch == "vit_micro" and run.config.optim.base_lr == 1e-3, "of vits.yaml"
     assert run.config.train.dataset_path == str(images)
-    assert run.plot().read_bytes()[:4] == b"\x89PNG"
+    with api._running:  # while another call is, as in a thread
+        assert run.plot().read_bytes()[:4] == b"\x89PNG"
     command = re.search(r"command: (.*)", (run.out / "logs" / "log.txt").read_text())[1]
     assert command.startswith("dinov2-custom train ") and f"--output-dir={run.out}" in command
     assert "dinov2-custom knn" in (run.out / "logs" / "log.txt").read_text()
@@ -84,6 +88,44 @@ def test_features_neighbours_and_an_export(run, images):
     assert torch.equal(d.load(path).cls_token, run.teacher().cls_token)
 
 
+def test_several_folders_numpy_numbers_and_results_of_this_call_alone(run, images, tmp_path):
+    result = d.embed(run, [images / "class_0", images / "class_1"], num_workers=0, batch_size=np.int64(3))
+    assert len(result.rows) == 8
+    for ks in (range(1, 3), np.array([3])):
+        scores = d.knn(run, images, images, tmp_path / "knn", nb_knn=ks, num_workers=0)
+        assert set(scores) == {f"('full', {k}) Top {n}" for k in ks for n in (1, 5)}
+
+
+def test_the_process_is_as_before(run, images):
+    """Logging, command line, threads and random numbers are the caller's."""
+    ours = logging.getLogger("dinov2")
+    logging.captureWarnings(True)
+    try:
+        states = [
+            (
+                torch.get_rng_state().tolist(),
+                np.random.get_state()[1].tolist(),
+                random.getstate(),
+                sys.argv,
+                os.getcwd(),
+            )
+            + (torch.get_num_threads(), signal.getsignal(signal.SIGINT), warnings.showwarning)
+            + (ours.level, ours.propagate, list(ours.handlers), list(logging.root.handlers))
+            for call in (lambda: None, lambda: d.embed(run, images, num_workers=0), run.teacher, run.resume)
+            if [call()]
+        ]
+    finally:
+        logging.captureWarnings(False)
+    assert all(state == states[0] for state in states[1:])
+
+
+def test_one_call_at_a_time(run, images):
+    with api._running:
+        with pytest.raises(LaunchError, match="one call at a time"):
+            d.embed(run, images)
+    d.embed(run, images, num_workers=0)
+
+
 def test_a_stop_saves_and_raises_and_the_run_goes_on(images, tmp_path, monkeypatch, capsys):
     check = StepGuard.check
 
@@ -101,7 +143,7 @@ def test_a_stop_saves_and_raises_and_the_run_goes_on(images, tmp_path, monkeypat
     assert len(run.resume({"train.max_steps": 5}).metrics) == 5
 
 
-def test_mistakes_are_errors_of_ours(tmp_path, images):
+def test_mistakes_are_errors_of_ours(tmp_path, images, capsys):
     with pytest.raises(ConfigError, match="did you mean optim.epochs"):
         d.pretrain(images, tmp_path / "out", overrides={"optim.epoch": 3})
     with pytest.raises(ConfigError, match=r"got epochs; a configuration key is given as overrides=.*optim.epochs"):
@@ -112,15 +154,32 @@ def test_mistakes_are_errors_of_ours(tmp_path, images):
         d.pretrain(images, tmp_path / "out", config="vitz.yaml")
     with pytest.raises(DataError):
         d.Run(tmp_path / "out").metrics  # noqa: B018
+    with pytest.raises(ConfigError, match="give the directory of a training"):
+        d.Run(tmp_path / "out").resume()
+    with pytest.raises(ConfigError, match="overrides: expected a mapping"):
+        d.pretrain(images, tmp_path / "out", overrides=["optim.epochs=3"])
+    with pytest.raises(ConfigError, match="output_dir from the function's own argument"):
+        d.pretrain(images, tmp_path / "out", output_dir="other")
+    with pytest.raises(ConfigError, match="output_dir from the function's own argument"):
+        d.export("out", "torch", "a.pth", output_dir="other")
+    d.pretrain(images, tmp_path / "out", overrides=SHORT, dry_run=True)
+    assert f"cd {tmp_path} && dinov2-custom train " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="got help"):
+        d.pretrain(images, tmp_path / "out", help=True)
+    with pytest.raises(TypeError):
+        d.embed(torch.nn.Identity(), images)
     assert not (tmp_path / "out").exists()
 
 
 def test_values_of_overrides_keep_their_types():
     values = {"a": "null", "b": 1e-5, "c": True, "d": None, "e": [Path("/x y"), "[z]"], "f": "10%"}
+    values |= {"g": np.int64(2), "h": np.array([0.5, 1.0]), "i": np.bool_(False), "j": range(2), "k": torch.tensor(3)}
     from dinov2_custom.configs.load import Mistakes, read_overrides
 
     read = read_overrides(api._opts(values), Mistakes())
-    assert {s.key: s.value for s in read} == values | {"e": ["/x y", "[z]"]}
+    assert {s.key: s.value for s in read} == values | {
+        "e": ["/x y", "[z]"], "g": 2, "h": [0.5, 1.0], "i": False, "j": [0, 1], "k": 3
+    }  # fmt: skip
 
 
 def test_spawned_processes_do_not_import_the_script(monkeypatch, tmp_path):

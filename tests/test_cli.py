@@ -48,11 +48,15 @@ def test_the_commands_are_listed_and_a_wrong_one_is_named(capsys):
         cli.main(None, ["--help"])
     listed = capsys.readouterr().out
     assert all(f"  {name:16}{one.does}\n" in listed for name, one in COMMANDS.items())
-    for words in ([], ["trian", "--output-dir", "x"], ["--output-dir", "x"]):
+    for words in (["trian", "--output-dir", "x"], ["--output-dir", "x"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(None, words)
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("error: ") and lines[-1] == "help: python -m dinov2_custom --help"
+        assert lines[0].endswith("did you mean train?") == (words[0] == "trian")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(None, [])
+    assert capsys.readouterr().err == listed
 
 
 def test_a_command_ends_with_what_its_module_returns_or_with_its_code_for_errors(monkeypatch, capsys):
@@ -169,7 +173,13 @@ def test_all_mistakes_are_named_at_once(capsys):
 
 def test_only_a_flag_that_is_near_is_suggested(capsys):
     parser = get_launch_parser(parents=[get_args_parser(add_help=False)])
-    for given, near in (("--foo", ""), ("--gpu", "--gpus"), ("--node=2", "--nodes"), ("--resume", "--no-resume")):
+    for given, near in (
+        ("--foo", ""),
+        ("--out", "--output-dir"),
+        ("--gpu", "--gpus"),
+        ("--node=2", "--nodes"),
+        ("--resume", "--no-resume"),
+    ):
         with pytest.raises(SystemExit):
             parser.parse_args([given])
         error = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Messages of scripts for a full disk, a missing package or a closed pipe, and errors that stay tracebacks."""
 
 import errno
+import io
 import os
 import signal
 import socket
@@ -119,6 +120,15 @@ def test_a_reader_that_leaves_early_ends_it_without_a_word():
 def test_a_reader_that_leaves_before_a_short_text_is_written_changes_nothing():
     done = run_with_a_reader_that_leaves(PRINTS.format(lines=1))
     assert (done.returncode, done.stderr) == (3, "done\n")
+
+
+def test_any_name_can_be_printed_and_output_may_be_closed(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert entry.reported(lambda: print("é \udce9") or 0) == 0
+    assert out.buffer.getvalue().split() == [rb"\xe9", rb"\udce9"]
+    monkeypatch.setattr(sys, "stdout", None)
+    assert entry.reported(lambda: print("nothing") or 0) == 0
 
 
 def test_another_broken_pipe_is_an_error_like_any_other():

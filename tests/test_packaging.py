@@ -1,5 +1,6 @@
 """Contents of an installation: every package of the source tree, and the data files that code reads."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -75,6 +76,23 @@ def test_citation_is_valid_and_of_this_version():
     assert cited["version"] == dinov2_custom.__version__
     for entry in [cited, *cited["references"]]:
         assert entry["authors"] and all(set(one) <= {"name", "family-names", "given-names"} for one in entry["authors"])
+
+
+def test_kaggles_metadata_names_the_notebook_and_a_title_of_that_slug():
+    folder = REPOSITORY / "notebooks"
+    kernel = json.loads((folder / "kaggle" / "kernel-metadata.json").read_text())
+    user, slug = kernel["id"].split("/")
+    assert user == "INSERT_USER_NAME" and slug == kernel["title"].lower().replace(" ", "-")  # as Kaggle forms it
+    assert (folder / kernel["code_file"]).is_file() and kernel["kernel_type"] == "notebook"
+    assert kernel["language"] == "python" and kernel["enable_internet"] is True, "pip needs the network"
+
+
+def test_recipes_for_kaggle_are_of_its_folders():
+    from dinov2_custom.configs.load import load_run_config
+
+    for path in (REPOSITORY / "configs" / "kaggle").glob("*.yaml"):
+        train = load_run_config(str(path), [], output_dir="").train
+        assert train.dataset_path == f"/kaggle/input/{path.stem}" and train.output_dir == f"/kaggle/working/{path.stem}"
 
 
 def test_every_file_of_a_dockerfile_step_is_sent():

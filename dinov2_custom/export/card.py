@@ -69,7 +69,7 @@ def write_card(model: Portable, teacher: Teacher, form: str, path: Path) -> Path
     run = _run(folder, teacher.weights)
     picture = _draw(run, curves_path(path))
     text = card(model, teacher, form, path.name, run, _facts(folder), picture.name if picture else "")
-    card_path(path).write_text(text, encoding="utf-8")
+    card_path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
     return card_path(path)
 
 

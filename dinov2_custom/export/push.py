@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ def push(api: Any, repo: str, path: Path) -> str:
 
 
 def _refused(hub: Any, api: Any, repo: str, error: Exception, state: str) -> ConfigError:
-    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    causes = [error]  # of a large file, the error itself says only that it was not uploaded
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    lines = [f"{type(one).__name__}: {str(one).strip().partition(chr(10))[0].removesuffix('.')}" for one in causes]
+    reason = re.sub(r"\?[^\s'\"]+", "?...", ", ".join(dict.fromkeys(lines)))  # queries sign an address
     if token := hub.get_token():
         reason = reason.replace(token, "<HF_TOKEN>")
     return ConfigError(

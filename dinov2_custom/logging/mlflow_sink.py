@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ from dinov2_custom.utils.paths import without_credentials
 logger = logging.getLogger("dinov2")
 ID_FILE = "mlflow_run_id"
 DEFAULT_EXPERIMENT = "dinov2_custom"
+_NAME_LENGTH = 250
 _PARAM_LENGTH = 500  # the most that every server stores
+_TAG_LENGTH = 5000
 _PARAMS_PER_CALL = 100  # the most that a call takes
 # MLflow's own variables. Its defaults refuse the file store, and retry a request to a dead server for many minutes
 _ENVIRONMENT = {
@@ -44,12 +47,14 @@ class MLflow:
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        metrics = [self._metric(key, float(value), now, step) for key, value in row.items() if key != "iteration"]
+        metrics = [
+            self._metric(_name(key), float(value), now, step) for key, value in row.items() if key != "iteration"
+        ]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def summarize(self, facts: Mapping[str, str]) -> None:
         for key, value in facts.items():
-            self._client.set_tag(self._run_id, key, value)
+            self._client.set_tag(self._run_id, _name(key), value[:_TAG_LENGTH])
 
     def state(self) -> dict[str, str]:
         return {"mlflow_run_id": self._run_id}
@@ -97,7 +102,7 @@ def open_mlflow(
             run_id = client.create_run(
                 _experiment(client, options["experiment"]), run_name=options["name"] or default_name
             ).info.run_id
-            params = [Param(key, text[:_PARAM_LENGTH]) for key, text in _flat(config)]
+            params = [Param(_name(key), text[:_PARAM_LENGTH]) for key, text in _flat(config)]
             for start in range(0, len(params), _PARAMS_PER_CALL):
                 client.log_batch(run_id, params=params[start : start + _PARAMS_PER_CALL])
         client.log_dict(run_id, dict(config), "config.yaml")
@@ -145,6 +150,11 @@ def _experiment(client: Any, given: str) -> str:
     name = given or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
     found = client.get_experiment_by_name(name)
     return found.experiment_id if found else client.create_experiment(name)
+
+
+def _name(key: str) -> str:
+    """Return ``key`` as MLflow accepts it; a name that it refuses would end the reporting."""
+    return re.sub(r"[^\w/.: -]", "_", key, flags=re.ASCII)[:_NAME_LENGTH]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

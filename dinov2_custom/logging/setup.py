@@ -116,7 +116,7 @@ class _LogFileHandler(logging.FileHandler):
     said = False
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, encoding="utf-8", delay=True)
+        super().__init__(path, encoding="utf-8", delay=True, errors="backslashreplace")  # names of files are any bytes
         self._held: list[logging.LogRecord] | None = []
 
     def open_file(self) -> None:

@@ -58,7 +58,7 @@ class Process:
         if self.config is not None:
             file = paths.folder / f"{paths.job_id}_config.yaml"
             own = file.with_name(f"{file.name}.{paths.task_id}")
-            own.write_text(self.config, encoding="utf-8")
+            own.write_text(self.config, encoding="utf-8", errors="surrogateescape")
             own.replace(file)  # every rank writes the same text
             self.args.config_file, self.args.opts = str(file), []
         if os.environ.get("DINOV2_RESUME"):
@@ -105,7 +105,7 @@ def main(prefix: str) -> int:
     if text and code != errors.LOST_PROCESS:
         file = Path(f"{prefix}_{rank}.error")
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
     return code
 
 
@@ -137,7 +137,7 @@ def _add_to_main_log(folder: Path, rank: int, text: str) -> None:
     """Add the traceback to the run's log unless the task has already done so."""
     log = folder / "logs" / "log.txt"
     if log.is_file() and text.rstrip().splitlines()[-1] not in log.read_text(encoding="utf-8", errors="replace"):
-        with open(log, "a", encoding="utf-8") as file:
+        with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"rank {rank} ended with this error:\n{text}")
 
 

@@ -20,7 +20,7 @@ import submitit
 
 from dinov2_custom import entry, errors
 from dinov2_custom.configs.paths import absent, check_output_dir, resolve_output_dir
-from dinov2_custom.errors import LaunchError, command
+from dinov2_custom.errors import CONSOLE_SCRIPT, LaunchError, command
 from dinov2_custom.run import args as launch_args
 from dinov2_custom.run import environment, local, refusal, slurm
 from dinov2_custom.run.args import LAUNCH_DESTS, SLURM_DESTS, get_args_parser
@@ -282,7 +282,8 @@ def _warn_of_others(args: argparse.Namespace, warn: Callable[[str], None]) -> No
 
 def _command() -> str:
     words = [word for word in sys.argv if word != "--dry-run"]
-    return f"cd {shlex.quote(os.getcwd())} && {shlex.join([sys.executable, *words])}"
+    interpreter = [] if words[0] == CONSOLE_SCRIPT else [sys.executable]  # of the Python functions, see api.py
+    return f"cd {shlex.quote(os.getcwd())} && {shlex.join([*interpreter, *words])}"
 
 
 def _requeue_for_submitit(code: int) -> None:

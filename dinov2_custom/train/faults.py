@@ -149,7 +149,7 @@ def append_to_main_log(run: Path, text: str) -> None:
     path = Path(run) / "logs" / "log.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
-        file.write(line.encode())
+        file.write(line.encode(errors="backslashreplace"))
         with suppress(OSError):  # a file system without fsync
             os.fsync(file)
 

@@ -165,7 +165,8 @@ class OnlineEvaluation:
     def _digest(self) -> str:
         """Return a digest of what the values of the start depend on, besides the weights."""
         names = [self.samples.dataset.name(self.samples.image_of(draw)) for draw in range(self.num_images)]
-        return hashlib.blake2b("\n".join([*names, self.options.knn_train, self.options.knn_val]).encode()).hexdigest()
+        text = "\n".join([*names, self.options.knn_train, self.options.knn_val])
+        return hashlib.blake2b(text.encode(errors="surrogateescape")).hexdigest()
 
     def _read_start(self) -> dict[str, Any] | None:
         path = self.out / START_FILE

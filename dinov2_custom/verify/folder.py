@@ -46,4 +46,5 @@ def default_folder(command: str, dataset: Sequence[str]) -> str:
     """Return ``./outputs/<command>_<last part of the dataset>_<hash>``, the same for the same dataset."""
     text = "\n".join(os.path.abspath(os.path.expanduser(one)) if os.path.exists(one) else one for one in dataset)
     last = re.sub(r"[^\w.-]+", "_", re.split(r"[/\\:=]", dataset[0].rstrip("/\\:"))[-1]) or "dataset"
-    return os.path.join("outputs", f"{command}_{last}_{hashlib.sha256(text.encode()).hexdigest()[:8]}")
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return os.path.join("outputs", f"{command}_{last}_{digest[:8]}")

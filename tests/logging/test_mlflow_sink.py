@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from dinov2_custom.configs.schema import default_values
 from dinov2_custom.logging import mlflow_sink, open_sinks
 
+UNDERSCORES = str.maketrans("(é)?", "____")
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -46,15 +48,15 @@ def test_a_resumed_run_continues_with_the_id_of_the_checkpoint(tmp_path, caplog)
     out = tmp_path / "my_run"
     with start(out, experiment="cells") as sinks:
         for step in (0, 10):
-            sinks.log(step, {"iteration": step, "total_loss": step / 8, "rankme": float("nan")})
-        sinks.summarize({"verdict": "uniform"})
+            sinks.log(step, {"iteration": step, "total_loss": step / 8, "rankme": float("nan"), "top (k=1) %": 3.0})
+        sinks.summarize({"verdict": "none" + " " * 9000})
         run_id = sinks.state()["mlflow_run_id"]
         sinks.close(143)
     client = client_of(out)
     run = client.get_run(run_id)
     assert (run.info.status, run.info.run_name) == ("KILLED", "my_run")
-    assert run.data.tags["verdict"] == "uniform"
     assert run.data.params["student.arch"] == "vit_large" and "iteration" not in run.data.metrics
+    assert run.data.metrics["top _k_1_ _"] == 3.0 and run.data.tags["verdict"].strip() == "none"
     assert client.get_experiment(run.info.experiment_id).name == "cells"
     (out / "logs" / "mlflow_run_id").unlink()  # the checkpoint also has it
     with start(out, 15, run_id, experiment="cells") as sinks:
@@ -89,6 +91,23 @@ def test_an_unreachable_server_or_a_missing_package_is_one_warning(tmp_path, mon
     server, package = warnings_of(caplog)
     assert "127.0.0.1:9" in server and "hunter2" not in server
     assert "pip install 'dinov2_custom[mlflow]'" in package
+
+
+def test_long_values_strange_keys_and_a_store_that_disappears(tmp_path, caplog):
+    values = default_values()
+    values["mlflow"]["enabled"] = True
+    values["train"] |= {"dataset_path": "x" * 7000, "my key (é)?": 1}
+    with open_sinks(tmp_path, values, 0, None, None) as sinks:
+        run_id = sinks.state()["mlflow_run_id"]
+        params = client_of(tmp_path).get_run(run_id).data.params
+        assert set(params["train.dataset_path"]) == {"x"} and params["train.my key (é)?".translate(UNDERSCORES)] == "1"
+        shutil.rmtree(tmp_path / "logs" / "mlruns")
+        for step in range(3):
+            sinks.log(step, {"iteration": step, "total_loss": 1.0})
+        assert sinks.names == ["training_metrics.json"]
+    assert len((tmp_path / "training_metrics.json").read_text().splitlines()) == 3
+    (warning,) = warnings_of(caplog)
+    assert "nothing more is sent there" in warning
 
 
 def test_disabled_imports_nothing(tmp_path, monkeypatch):

@@ -129,6 +129,13 @@ def test_warnings_become_records(tmp_path, name):
     assert line.startswith("W") and "mind the gap" in line
 
 
+def test_names_of_files_may_be_any_bytes(tmp_path, capsys):
+    setup_logging(tmp_path, name="dinov2")
+    logging.getLogger("dinov2").warning("bad image: \udce9.png")
+    remove_logging("dinov2")
+    assert r"bad image: \udce9.png" in (tmp_path / "logs" / "log.txt").read_text(encoding="utf-8")
+
+
 def test_unwritable_folder_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="output directory: expected one that can be written.*--output-dir"):

@@ -26,6 +26,8 @@ done
 
 "$python" -m build --outdir "$scratch/dist" "$source" >"$scratch/build.log" 2>&1 || { cat "$scratch/build.log"; exit 1; }
 "$python" -m twine check --strict "$scratch"/dist/*
+left_out=$(comm -23 <(cd "$source" && find . -type f | cut -c3- | sort) <(tar tzf "$scratch"/dist/*.tar.gz | cut -d/ -f2- | sort))
+test "$left_out" = .gitignore || { echo "the source distribution lacks: $left_out"; exit 1; }
 
 environment "$scratch/wheel"
 "$scratch/wheel/bin/python" -m pip install --quiet --no-deps "$scratch"/dist/*.whl

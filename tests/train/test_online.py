@@ -1,7 +1,9 @@
 """Evaluation during training: the same weights with and without, the same rows after a kill, the best teacher kept."""
 
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,8 @@ def test_held_out_images_are_evaluated_and_not_trained_on(images, tmp_path, caps
 
 
 def test_best_by_loss_is_the_lowest_and_needs_datasets_for_knn(images, tmp_path):
+    images = shutil.copytree(images, tmp_path / "images")
+    next(images.rglob("*.png")).rename(images / os.fsdecode(b"\xe9.png"))  # names may be any bytes
     train(f"train.dataset_path={images}", *SETTINGS, "evaluation.online.best=loss", "--output-dir", tmp_path / "out")
     losses = {i: row["eval_loss"] for i, row in of_evaluation(tmp_path / "out").items() if "eval_loss" in row}
     assert best_teacher(tmp_path / "out")["iteration"] == min(losses, key=losses.get)
