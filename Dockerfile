@@ -1,7 +1,7 @@
 # The commands of the package in a container.
 #
 #   CPU   docker build -t dinov2_custom .
-#   CUDA  docker build -t dinov2_custom --build-arg TORCH_INDEX=https://pypi.org/simple .
+#   CUDA  docker build -t dinov2_custom --build-arg PIP_EXTRA_INDEX_URL= .
 #
 #   docker run --rm --gpus all --shm-size 8g -v /my/images:/images:ro -v "$PWD/out:/work/out" dinov2_custom \
 #     train --config-file /opt/dinov2_custom/configs/vits.yaml --output-dir out train.dataset_path=/images
@@ -11,8 +11,8 @@
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 
-# a version with +cpu is higher than the same version without, so pip prefers the wheels of this index
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# read by pip; a version with +cpu is higher than the same version without, so the wheels of this index are preferred
+ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG EXTRAS=fast,plots,export,tensorboard
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -20,7 +20,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 
 WORKDIR /opt/dinov2_custom
 COPY . .
-RUN pip install --no-cache-dir --disable-pip-version-check --extra-index-url "${TORCH_INDEX}" -c constraints.txt ".[${EXTRAS}]" \
+RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ".[${EXTRAS}]" \
     && python -m dinov2_custom --help
 
 WORKDIR /work

@@ -46,11 +46,11 @@ def main(dockerfile: str, source: str, folder: str) -> None:
     environment = dict(os.environ)
     for instruction, arguments in instructions(Path(dockerfile).read_text()):
         if instruction in ("ARG", "ENV"):
-            environment |= dict(re.findall(r"(\w+)=(\S*)", arguments))
-            environment.pop("TORCH_INDEX", None)
+            values = dict(re.findall(r"(\w+)=(\S*)", arguments))
+            values.pop("PIP_EXTRA_INDEX_URL", None)  # torch comes from where this machine has it
+            environment |= values
         elif instruction == "RUN":
-            command = arguments.replace('--extra-index-url "${TORCH_INDEX}"', "")
-            subprocess.run(["sh", "-ec", command], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(["sh", "-ec", arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
             print(f"Dockerfile: ran {arguments}")
 
 
