@@ -80,6 +80,12 @@ RUNS = {
         from_good=True,
     ),
     "trained weights, learning rate / 4": Kind("", ("optim.base_lr=0.0015",), evaluated=10, from_good=True),
+    "trained weights, learning rate x 10": Kind(
+        WORSE,
+        ("optim.base_lr=0.06", "optim.warmup_epochs=0.05", "train.on_collapse=warn"),
+        evaluated=5,
+        from_good=True,
+    ),
 }
 
 
