@@ -84,7 +84,8 @@ def read_split(
         classes = list(dict.fromkeys(name for _, names, _ in opened for name in names))
         if not classes and opened:
             faults.add(str(source), f"expected class names, got none; {_DEFINE}")
-    if task == "semantic" and any(one.kind != "masks" for one, _, _ in opened) and BACKGROUND not in classes:
+    outlines = any(one.kind != "masks" for one, _, _ in opened)
+    if task == "semantic" and outlines and classes and BACKGROUND not in classes:
         classes = [*classes, BACKGROUND]
     if len(classes) > IGNORE:
         faults.add(str(source), f"expected at most {IGNORE} classes, got {len(classes)}")
@@ -236,7 +237,8 @@ def _coco_instance(
     name = names.get(category) if _is_id(category) else None
     if name is None or name not in index:
         got = f"category_id {category!r:.40}" if name is None else f"{name!r:.80}"
-        faults.add(where, f"expected one of the {len(index)} classes, got {got}")
+        if index:  # without any class there is one fault already
+            faults.add(where, f"expected one of the {len(index)} classes, got {got}")
         return None
     box = check_box(one.get("bbox"), width, height, faults, where)
     outline = None
@@ -387,7 +389,7 @@ def _check_mask(path: str, size: tuple[int, int], num_classes: int, faults: Faul
         faults.add(path, f"expected the size of its image, {size[0]} x {size[1]}, got {width} x {height}")
         return False
     beyond = [value for value in np.unique(values).tolist() if not (0 <= value < num_classes or value == IGNORE)]
-    if beyond:
+    if beyond and num_classes:  # without any class there is one fault already
         got = ", ".join(map(str, beyond[:5])) + (" ..." if len(beyond) > 5 else "")
         expected = f"expected values below {num_classes}, the number of classes, or {IGNORE} (ignored)"
         faults.add(path, f"{expected}, got {got}")

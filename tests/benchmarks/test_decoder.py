@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.decoder import CLASSES, KINDS, SIDE, summary, write_scenes
+from benchmarks.decoder import CLASSES, KINDS, SIDE, SPARSE, summary, write_scenes
 from dinov2_custom.decoder.instances import semantic_mask
 from dinov2_custom.decoder.labels import read_split
 
@@ -23,6 +24,16 @@ def test_scenes_are_labelled_for_every_task_and_the_same_every_time(tmp_path):
     for image in splits["semantic"].images:
         mask = semantic_mask(image, len(CLASSES) + 1)
         assert mask.shape == (SIDE, SIDE) and {one.category for one in image.instances} <= set(np.unique(mask))
+
+
+def test_scenes_for_boxes_have_few_blobs_on_a_dark_background(tmp_path):
+    path = write_scenes(tmp_path / "sparse_train", 6, 1, **SPARSE)
+    for image in read_split(str(path), "detection").images:
+        assert 1 <= len(image.instances) <= SPARSE["blobs"][1]
+        pixels, outside = np.asarray(Image.open(image.path)), np.ones((SIDE, SIDE), bool)
+        for x, y, width, height in (one.box for one in image.instances):
+            outside[int(y) : int(y + height) + 2, int(x) : int(x + width) + 2] = False
+        assert np.median(pixels[outside]) <= SPARSE["background"][1] < pixels.max()
 
 
 def test_a_row_shows_each_seed_and_the_spread_of_the_gain():

@@ -265,8 +265,17 @@ def test_faults_of_masks(tmp_path):
     for name in (*names, "imageless"):
         assert name in text
     assert "6 faults" in text
-    assert "expected class names" in _faults(tmp_path, "semantic")
     assert "COCO or YOLO" in _faults(tmp_path, "detection", classes=["one"])
+
+
+@pytest.mark.parametrize("task, kind", [("detection", "coco"), ("semantic", "coco"), ("semantic", "masks")])
+def test_missing_class_names_are_a_single_fault(tmp_path, task, kind):
+    if kind == "coco":
+        source = _coco(tmp_path, [_annotation(1), _annotation(2, category=90)], categories=[])
+    else:
+        source = _masks(tmp_path, [np.ones((HEIGHT, WIDTH), np.uint8)] * 2)
+    text = _faults(source, task)
+    assert "got 1 fault:" in text and "expected class names" in text, text
 
 
 def _bomb(path):
