@@ -387,7 +387,7 @@ def _opts(overrides: Mapping[str, Any] | None) -> list[str]:
     if not isinstance(overrides, Mapping | None):
         raise ConfigError(f"overrides: expected a mapping such as {{'optim.epochs': 5}}, got {overrides!r}")
     return [
-        f"{key}={json.dumps(value, ensure_ascii=False, default=_plain)}" for key, value in (overrides or {}).items()
+        f"{key}={json.dumps(value, ensure_ascii=False, default=_json)}" for key, value in (overrides or {}).items()
     ]
 
 
@@ -403,6 +403,12 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, range) else _text(value) if isinstance(value, os.PathLike) else value
+
+
+def _json(value: Any) -> Any:
+    """Return what ``json`` writes for a value that it does not know; that of other types is refused by their keys."""
+    plain = _plain(value)
+    return str(value) if plain is value else plain
 
 
 def _text(value: Any) -> str:

@@ -174,11 +174,12 @@ def test_mistakes_are_errors_of_ours(tmp_path, images, capsys):
 def test_values_of_overrides_keep_their_types():
     values = {"a": "null", "b": 1e-5, "c": True, "d": None, "e": [Path("/x y"), "[z]"], "f": "10%"}
     values |= {"g": np.int64(2), "h": np.array([0.5, 1.0]), "i": np.bool_(False), "j": range(2), "k": torch.tensor(3)}
+    values["l"] = 1j
     from dinov2_custom.configs.load import Mistakes, read_overrides
 
     read = read_overrides(api._opts(values), Mistakes())
     assert {s.key: s.value for s in read} == values | {
-        "e": ["/x y", "[z]"], "g": 2, "h": [0.5, 1.0], "i": False, "j": [0, 1], "k": 3
+        "e": ["/x y", "[z]"], "g": 2, "h": [0.5, 1.0], "i": False, "j": [0, 1], "k": 3, "l": "1j"
     }  # fmt: skip
 
 
