@@ -168,6 +168,5 @@ def test_two_processes_agree_on_the_clock(images, tmp_path):
     lrs = [
         [field for line in part for field in line.split("  ") if field.startswith("lr: ")] for part in lines.values()
     ]
-    assert lrs[0] == lrs[1]
-    assert len(set(lrs[0])) > 1 or len(lrs[0]) < 5  # on a busy machine, 6 s are over before the rate changes
+    assert lrs[0] == lrs[1] and len(set(lrs[0])) > 1
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
