@@ -1,4 +1,4 @@
-"""Does pretraining pay? Decoders from a backbone of our own run against the same decoders from random weights.
+"""Does pretraining help? Decoders from a backbone of our own run against the same decoders from random weights.
 
 ``python -m benchmarks.decoder --seeds 1 2 3 --write`` generates, for each seed, grey scenes of overlapping blobs whose
 texture is their class, pretrains a small ViT on 4,000 of them without labels (configs/small.yaml, 350 iterations), and

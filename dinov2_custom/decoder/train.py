@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: if settings, sizes or libraries do not fit.
-        CheckpointError: if the backbone cannot be read or does not arrive in the decoder unchanged.
+        CheckpointError: if the backbone cannot be read or differs from the one in the decoder.
         DataError: if images or labels are wrong; lists all mistakes.
         LaunchError: if another process trains in the same directory.
     """

@@ -29,7 +29,7 @@ _ROWS = {  # column of eval_<key>, start_<key> and pixels_<key>
     "rankme": "RankMe",
     "uniformity": "uniformity",
     "alignment": "alignment",
-    "loss": "held-out loss",
+    "loss": "loss of the evaluation",
     "cosine_to_start": "cosine to the start's features",
     "cka_to_start": "CKA with the start's features",
 }

@@ -1,4 +1,4 @@
-"""Put a backbone into models of transformers that contain one, prove that it arrived, and write an RF-DETR folder.
+"""Put a backbone into models of transformers that contain one, prove that it was loaded, and write an RF-DETR folder.
 
 ``RfDetrForObjectDetection.from_pretrained(<folder of a backbone>)`` leaves every tensor of the backbone random and only
 logs it. Here its tensors are copied and compared bit for bit, and so are the features.

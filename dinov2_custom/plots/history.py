@@ -148,9 +148,7 @@ PANELS = (
             Line("global crops", _key("dino_global_crops_loss")),
         ),
         levels=(
-            Level(
-                "ln(prototypes)", lambda run: uniform_level(run) if run.setting("crops.local_crops_number") else None
-            ),
+            Level(UNIFORM.label, lambda run: uniform_level(run) if run.setting("crops.local_crops_number") else None),
         ),
         from_zero=True,
     ),

@@ -126,10 +126,11 @@ def _mean_and_spread(values: Sequence[float]) -> str:
 
 def describe_files(out: Path, seed: int) -> list[str]:
     """Return lines on where the results are and what to do next."""
+    text, line = next(iter(next_commands(out, seed).items()))
     return [
         f"report: {(out / 'report.html').as_uri()}  (open it in a browser)",
         f"training run: {out / f'seed_{seed}'}",
-        *(f"next: {text}: {line}" for text, line in list(next_commands(out, seed).items())[:1]),
+        f"next: {text}: {line}",
     ]
 
 
