@@ -75,8 +75,8 @@ class LearningAlarm:
     * ``single_prototype``: the assignments of a batch lie on a few prototypes.
     * ``dimensional``: the features fill less than a quarter of the dimensions (RankMe) that they once filled.
     * ``no_progress``: the loss stays at 1, or stops falling before it was below ``LEARNED``.
-    * ``worse_than_start``: ``eval_knn``, else ``eval_rankme``, is below its value before the run, and does not rise
-      fast enough to reach it soon.
+    * ``worse_than_start``: ``eval_knn``, else ``eval_rankme``, is below its value before the run by more than
+      chance explains with so many labelled images, and does not rise fast enough to reach it soon.
 
     An untrained network has a loss of 1, too. Until the loss has been below ``LEARNED``, ``uniform`` and
     ``no_progress`` need ``STRETCH`` of the run, and twice as long while the entropy or the loss falls (for
@@ -194,10 +194,13 @@ class LearningAlarm:
             PLATEAU: loss >= self.LEARNED,
         }
         if (measure := _measure(row)) and (self.trained_start or self.has_learned):
-            now, start = row[f"eval_{measure}"], row[f"start_{measure}"]
-            least = start - self.KNN_LOSS if measure == "knn" else start * self.RANKME_LEFT
-            found[WORSE] = now < least
+            least = row["start_knn"] - self._knn_loss(row) if measure == "knn" else row["start_rankme"] * self.RANKME_LEFT
+            found[WORSE] = row[f"eval_{measure}"] < least
         return found
+
+    def _knn_loss(self, row: Mapping[str, float]) -> float:
+        """Return how far kNN may be below its start by chance: up to two standard errors of a proportion."""
+        return max(self.KNN_LOSS, row.get("knn_images", math.inf) ** -0.5)
 
     def _explodes(self, row: dict[str, float]) -> bool:
         skipped, self.skipped = self.skipped, row.get("skipped_steps", 0)
@@ -279,6 +282,8 @@ class LearningAlarm:
         if kind in (UNIFORM, NO_PROGRESS) and last.get("rankme", math.inf) < ALIKE:
             advice = f"student.layerscale=1 in a short run, or a longer run; else {ADVICE[kind][1]}"
             return "the features of all images are nearly the same", advice
+        if kind == NO_PROGRESS and self.stretches[WORSE]:
+            return f"{ADVICE[kind][0]}, and its features are worse than those that it started from", ADVICE[WORSE][1]
         if kind == NO_PROGRESS and last["teacher_entropy"] >= self.UNIFORM * self.uniform_entropy:
             kind = UNIFORM
         if kind == DIMENSIONAL:
@@ -286,6 +291,8 @@ class LearningAlarm:
             return f"the features fill {filled}", ADVICE[kind][1]
         if kind == WORSE and (measure := _measure(last)):
             was = f"{measure} {last[f'eval_{measure}']:.4g}, at the start {last[f'start_{measure}']:.4g}"
+            if measure == "knn" and "knn_images" in last:
+                was += f" (with {last['knn_images']:,.0f} images, {self._knn_loss(last):.2g} may be chance)"
             return f"its features are worse than those that it started from: {was}", ADVICE[kind][1]
         return ADVICE[kind]
 

@@ -106,6 +106,8 @@ class OnlineEvaluation:
         features, _ = self._features(model, teacher_temp)
         values = self._knn("start_knn", model.teacher["backbone"])
         values |= self._knn("pixels_knn", nn.Sequential(Shrink(), nn.Flatten()))
+        if self.labelled:
+            values["knn_images"] = len(self.labelled[1])
         self.start_is_due, self._measured_from = False, (-1, time.perf_counter())
         if distributed.is_main_process():
             values |= {f"start_{name}": value for name, value in geometry(features).items()}
