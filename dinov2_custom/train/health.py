@@ -194,8 +194,8 @@ class LearningAlarm:
             PLATEAU: loss >= self.LEARNED,
         }
         if (measure := _measure(row)) and (self.trained_start or self.has_learned):
-            least = row["start_knn"] - self._knn_loss(row) if measure == "knn" else row["start_rankme"] * self.RANKME_LEFT
-            found[WORSE] = row[f"eval_{measure}"] < least
+            now, start = row[f"eval_{measure}"], row[f"start_{measure}"]
+            found[WORSE] = now < (start - self._knn_loss(row) if measure == "knn" else start * self.RANKME_LEFT)
         return found
 
     def _knn_loss(self, row: Mapping[str, float]) -> float:

@@ -188,6 +188,30 @@ def test_features_that_stay_below_those_of_the_start_are_called_while_a_dip_is_n
     assert better_again == ([(150, "worse_than_start")], [])  # no longer true at the end
 
 
+def test_few_labelled_images_leave_room_for_chance():
+    """1 / sqrt(number of images), two standard errors of an accuracy of one half."""
+    values, start = [0.46] * 5, 0.52  # .06 below
+    verdict = [(150, "worse_than_start")]
+    for images, expected in ((250, []), (300, verdict), (100_000, verdict)):
+        some = [row | {"knn_images": images} for row in evaluated(values, start)]
+        assert called(some)[0] == expected, images
+    little = [row | {"knn_images": 100_000} for row in evaluated([0.505] * 5, start)]
+    assert called(little)[0] == []  # however many images
+
+
+def test_no_progress_below_the_features_of_the_start_advises_a_lower_learning_rate():
+    loss = {"dino_local_crops_loss": 0.8 * FLAT_LOSS, "dino_global_crops_loss": 0.2 * FLAT_LOSS}
+    advice = {}
+    for name, knn in (("worse", 0.41), ("equal", 0.53)):
+        alarm = LearningAlarm(256, FLAT_LOSS, lambda iteration: 1000, trained_start=True)
+        alarm.has_learned = True
+        for row in evaluated([knn] * 12, 0.52, at=range(0, 120, 10)):
+            alarm.check(row | loss, 1000)
+        advice[name] = alarm.called["no_progress"]
+    assert "worse than those that it started from" in advice["worse"] and "lower optim.base_lr" in advice["worse"]
+    assert "worse" not in advice["equal"] and "crops.global_crops_scale" in advice["equal"]
+
+
 def test_random_features_may_get_worse_until_the_run_learns_but_trained_ones_may_not():
     early = [row | {"dino_local_crops_loss": math.log(256)} for row in evaluated([0.41, 0.42, 0.41, 0.41], 0.52)]
     assert called(early)[0] == []

@@ -20,7 +20,7 @@ __all__ = ["clean", "images"]  # fixtures
 SETTINGS = (*RUN, "evaluation.online.every=3", "evaluation.online.images=6", "checkpointing.period=3")
 HELD_OUT = {"eval_rankme", "eval_uniformity", "eval_alignment", "eval_loss", "eval_s"}
 TO_START = {"eval_cosine_to_start", "eval_cka_to_start", "start_rankme", "start_uniformity", "start_alignment"}
-KNN = {"eval_knn", "start_knn", "pixels_knn"}
+KNN = {"eval_knn", "start_knn", "pixels_knn", "knn_images"}
 
 
 def of_evaluation(out) -> dict[int, dict]:
@@ -53,7 +53,8 @@ def test_weights_are_bitwise_the_same_with_and_without(images, tmp_path, capsys,
         assert HELD_OUT | TO_START | KNN <= found[iteration].keys() | {"eval_s"}
         assert all(math.isfinite(value) for value in found[iteration].values())
     assert not (HELD_OUT | TO_START | KNN) & found[0].keys()
-    of_training = {key: value for key, value in found[7].items() if not key.startswith(("eval_", "start_", "pixels_"))}
+    added = ("eval_", "start_", "pixels_", "knn_")
+    of_training = {key: value for key, value in found[7].items() if not key.startswith(added)}
     assert of_training.keys() == of_evaluation(tmp_path / "without")[7].keys()
     assert of_training["total_loss"] == of_evaluation(tmp_path / "without")[7]["total_loss"]
     log = capsys.readouterr().out
