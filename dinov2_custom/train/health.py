@@ -97,7 +97,7 @@ class LearningAlarm:
     name, retries = "alarm", True
     MIN_ROWS, STRETCH, LEARNED, UNIFORM, FALL = 10, 0.2, 0.97, 0.98, 0.003
     RANK_LOSS, RANK_RISE, FEW_PROTOTYPES = 4.0, 1.1, 0.4
-    GROWTH, LESS_RANK, RISE = 1.1, 0.8, 10.0
+    GROWTH, LESS_RANK, FEWER_RANK, RISE = 1.1, 0.8, 0.7, 10.0
     SETTLED = 90  # iterations, by when the centre and the medians of rows have forgotten the first steps
     MIN_EVALS, KNN_LOSS, RANKME_LEFT = 4, 0.02, 0.5
 
@@ -218,7 +218,9 @@ class LearningAlarm:
                 self.lowest_norms[name] = min(mean, self.lowest_norms.get(name, math.inf))
         grown = row.get("weight_norm_backbone", 0.0) > self.GROWTH * self.first.get("weight_norm_backbone", math.inf)
         shrunk = row.get("rankme", math.inf) < self.LESS_RANK * self.first.get("rankme", 0.0)
-        is_bad = grown and row["loss"] >= self.LEARNED and (shrunk or EXPLODING in self.called)
+        before = self.stretches[EXPLODING]
+        grows_on = bool(before) and row.get("weight_norm_backbone", 0.0) > before[-1].get("weight_norm_backbone", 0.0)
+        is_bad = grown and row["loss"] >= self.LEARNED and (shrunk or grows_on or EXPLODING in self.called)
         return is_bad or rises or (steep and row["loss"] > 1.1 * self.best_loss)
 
     def _share_of_flat(self, row: Mapping[str, float]) -> float:
@@ -239,7 +241,9 @@ class LearningAlarm:
         if len(stretch) < self.MIN_ROWS:
             return False
         if kind == SINGLE:
-            return span >= min(self.STRETCH * total, self.SETTLED)
+            before, after = _halves(stretch, "prototype_entropy")
+            shrinks = after < before and stretch[-1].get("rankme", math.inf) < self.FEWER_RANK * self.best_rank
+            return span >= min(self.STRETCH * total * (0.5 if shrinks else 2), self.SETTLED)
         if kind == PLATEAU:
             return span >= 2 * self.STRETCH * total and not self._falls_still(stretch, total)
         if kind not in (UNIFORM, NO_PROGRESS) or self.has_learned:
