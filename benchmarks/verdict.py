@@ -1,10 +1,10 @@
 """Count how often prepared runs get the right verdict before a quarter of their length.
 
-``python -m benchmarks.verdict --seeds 20 --write`` trains, for each seed, good runs and some that fail in known ways, on
-grey tiles of photographs (as in the quickstart, smaller). Three of them continue the weights of one good run of 1,000
-iterations. Runs that fail end after a quarter, or when ``train.on_collapse: stop`` ends them;
+``python -m benchmarks.verdict --seeds 20 --write`` trains, for each seed, good runs and some that fail in known ways,
+on grey tiles of photographs (as in the quickstart, smaller). Three of them continue the weights of one good run of
+1,000 iterations. Runs that fail end after a quarter, or when ``train.on_collapse: stop`` ends them;
 ``evaluation.online`` measures kNN on the tiles held out. The same command resumes: runs with a ``rows.json`` are not
-repeated, only their rows are read again. About two CPU minutes a seed. Writes results/verdict.md. Needs the extra
+repeated, only their rows are read again. About 150 CPU seconds a seed. Writes results/verdict.md. Needs the extra
 ``quickstart``.
 """
 

@@ -72,7 +72,8 @@ class LearningAlarm:
     * ``exploding``: the backbone's weights grow while its features lose dimensions (RankMe) and the loss has not
       fallen; or the loss rises above 1; or gradients and loss rise; or steps are skipped as not finite in every row.
     * ``uniform``: the teacher spreads every image over all prototypes: its entropy is ``UNIFORM`` of ln(prototypes).
-    * ``single_prototype``: the assignments of a batch lie on a few prototypes.
+    * ``single_prototype``: the assignments of a batch lie on a few prototypes; for longer while RankMe does not fall or
+      the entropy rises, as in the first iterations with centering.
     * ``dimensional``: the features fill less than a quarter of the dimensions (RankMe) that they once filled.
     * ``no_progress``: the loss stays at 1, or stops falling before it was below ``LEARNED``.
     * ``worse_than_start``: ``eval_knn``, else ``eval_rankme``, is below its value before the run by more than

@@ -231,6 +231,30 @@ def test_rising_and_non_finite_numbers_explode_while_a_search_for_the_loss_scale
     assert called([row | {"skipped_steps": 3 * i} for i, row in enumerate(fine)])[0] == [(230, "exploding")]
 
 
+def test_weights_that_grow_on_explode_although_rankme_recovers():
+    good = {"loss": [5.5] * 40, "teacher": [4.0] * 40, "prototype": [5.5] * 40}
+    rank = [10.0] * 10 + [7.0] * 5 + [10.0] * 25
+    for growth, expected in ((0.02, [(190, "exploding")]), (0.0, [])):
+        weights = [40.0 + min(i, 10) + 40 * growth * max(i - 10, 0) for i in range(40)]
+        series = zip(rows(good | {"rank": rank}), weights, strict=True)
+        found, _ = called([row | {"weight_norm_backbone": norm} for row, norm in series])
+        assert [call for call in found if call[1] == "exploding"] == expected
+
+
+def test_few_prototypes_need_a_tenth_of_the_run_if_dimensions_are_lost_else_more():
+    at = {}
+    for name, entropy, rank in (
+        ("falls", 1.5 - 0.01 * torch.arange(100), 10.0 - 0.2 * torch.arange(100).clamp(max=30)),
+        ("keeps its dimensions", 1.5 - 0.01 * torch.arange(100), torch.full((100,), 10.0)),
+        ("recovers", 1.0 + 0.005 * torch.arange(100), 10.0 - 0.2 * torch.arange(100).clamp(max=30)),
+    ):
+        columns = {"loss": [4.0] * 100, "teacher": [0.3] * 100, "prototype": entropy.tolist(), "rank": rank.tolist()}
+        some = [row | {"current_batch_size": 32} for row in rows(columns, every=1)]
+        alarm = alarm_for(256, 200)
+        at[name] = next(row["iteration"] for row in some if "single_prototype" in alarm.check(row, 200))
+    assert at == {"falls": 20, "keeps its dimensions": 80, "recovers": 80}
+
+
 @pytest.mark.parametrize("name", list(RECORDED))
 def test_recorded_runs_get_the_right_verdict_before_a_quarter(name):
     """Rows of ``benchmarks/verdict.py --record``, of runs of 200 iterations."""
