@@ -75,9 +75,10 @@ class LearningAlarm:
     * ``single_prototype``: the assignments of a batch lie on a few prototypes; for longer while RankMe does not fall or
       the entropy rises, as in the first iterations with centering.
     * ``dimensional``: the features fill less than a quarter of the dimensions (RankMe) that they once filled.
-    * ``no_progress``: the loss stays at 1, or stops falling before it was below ``LEARNED``.
-    * ``worse_than_start``: ``eval_knn``, else ``eval_rankme``, is below its value before the run by more than
-      chance explains with so many labelled images, and does not rise fast enough to reach it soon.
+    * ``no_progress``: the loss stays at 1, or stops falling before it was below ``LEARNED``, and ``eval_knn``, if there
+      is one, is not above its value before the run by more than chance explains with so many labelled images.
+    * ``worse_than_start``: ``eval_knn``, else ``eval_rankme``, is below its value before the run, kNN by more than
+      chance explains, and does not rise fast enough to reach it soon.
 
     An untrained network has a loss of 1, too. Until the loss has been below ``LEARNED``, ``uniform`` and
     ``no_progress`` need ``STRETCH`` of the run, and twice as long while the entropy or the loss falls (for
@@ -114,7 +115,7 @@ class LearningAlarm:
         self.announce, self.trained_start = announce, trained_start
         self.stretches: dict[str, list[dict[str, float]]] = {kind: [] for kind in (*KINDS, PLATEAU)}
         self.num_rows = self.num_flat = 0
-        self.has_learned, self.has_collapsed = False, False
+        self.has_learned, self.has_collapsed, self.is_better = False, False, False
         self.best_rank, self.best_loss = 0.0, math.inf
         self.first: dict[str, float] = {}
         self.skipped = 0.0
@@ -197,6 +198,10 @@ class LearningAlarm:
         if (measure := _measure(row)) and (self.trained_start or self.has_learned):
             now, start = row[f"eval_{measure}"], row[f"start_{measure}"]
             found[WORSE] = now < (start - self._knn_loss(row) if measure == "knn" else start * self.RANKME_LEFT)
+        if _measure(row) == "knn":
+            self.is_better = row["eval_knn"] > row["start_knn"] + self._knn_loss(row)
+        if self.is_better:  # whatever the loss is
+            found |= {NO_PROGRESS: False, PLATEAU: False}
         return found
 
     def _knn_loss(self, row: Mapping[str, float]) -> float:

@@ -212,6 +212,18 @@ def test_no_progress_below_the_features_of_the_start_advises_a_lower_learning_ra
     assert "worse" not in advice["equal"] and "crops.global_crops_scale" in advice["equal"]
 
 
+def test_a_flat_loss_is_no_progress_unless_knn_is_above_its_start():
+    stuck = at_share(0.978) | {"teacher": [0.9 * math.log(256)] * 100}
+    for knn, expected in ((0.52, ["no_progress"]), (0.56, [])):  # with 1,000 images, .03 may be chance
+        some = rows(stuck)
+        some[20] |= {"eval_knn": knn, "start_knn": 0.5, "knn_images": 1000}
+        assert [kind for _, kind in called(some)[0]] == expected
+    falls_back = rows(stuck)
+    for index, knn in ((20, 0.56), (40, 0.5)):
+        falls_back[index] |= {"eval_knn": knn, "start_knn": 0.5, "knn_images": 1000}
+    assert [kind for _, kind in called(falls_back)[0]] == ["no_progress"]
+
+
 def test_random_features_may_get_worse_until_the_run_learns_but_trained_ones_may_not():
     early = [row | {"dino_local_crops_loss": math.log(256)} for row in evaluated([0.41, 0.42, 0.41, 0.41], 0.52)]
     assert called(early)[0] == []
