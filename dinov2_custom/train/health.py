@@ -119,6 +119,7 @@ class LearningAlarm:
         self.best_rank, self.best_loss = 0.0, math.inf
         self.first: dict[str, float] = {}
         self.skipped = 0.0
+        self.weight, self.ranks = 0.0, deque([math.inf], maxlen=self.MIN_ROWS)
         self.norms: deque[dict[str, float]] = deque(maxlen=self.MIN_ROWS)
         self.lowest_norms: dict[str, float] = {}
         self.called: dict[str, str] = {}
@@ -222,11 +223,14 @@ class LearningAlarm:
             for name in norms:
                 mean = fmean(earlier.get(name, math.inf) for earlier in self.norms)
                 self.lowest_norms[name] = min(mean, self.lowest_norms.get(name, math.inf))
-        grown = row.get("weight_norm_backbone", 0.0) > self.GROWTH * self.first.get("weight_norm_backbone", math.inf)
-        shrunk = row.get("rankme", math.inf) < self.LESS_RANK * self.first.get("rankme", 0.0)
-        before = self.stretches[EXPLODING]
-        grows_on = bool(before) and row.get("weight_norm_backbone", 0.0) > before[-1].get("weight_norm_backbone", 0.0)
-        is_bad = grown and row["loss"] >= self.LEARNED and (shrunk or grows_on or EXPLODING in self.called)
+        weight, before = row.get("weight_norm_backbone", 0.0), self.weight
+        self.weight = weight
+        self.ranks.append(row.get("rankme", math.inf))
+        least = self.LESS_RANK * self.first.get("rankme", 0.0)
+        shrunk = self.ranks[-1] < least or EXPLODING in self.called
+        grows_on = weight > before and (min(self.ranks) < least or bool(self.stretches[EXPLODING]))
+        grown = weight > self.GROWTH * self.first.get("weight_norm_backbone", math.inf)
+        is_bad = grown and row["loss"] >= self.LEARNED and (shrunk or grows_on)
         return is_bad or rises or (steep and row["loss"] > 1.1 * self.best_loss)
 
     def _share_of_flat(self, row: Mapping[str, float]) -> float:
