@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("outputs/verdict"), help="tiles and runs")
     parser.add_argument("--seeds", type=int, default=20, help="number of seeds")
-    parser.add_argument("--first-seed", type=int, default=50, help="thresholds were chosen on smaller seeds")
+    parser.add_argument("--first-seed", type=int, default=70, help="thresholds were chosen on smaller seeds")
     parser.add_argument("--only", nargs="+", default=list(RUNS), help="names of prepared runs")
     parser.add_argument("--read", action="store_true", help="train nothing: count the runs that are there")
     parser.add_argument("--record", type=Path, help="also write the rows of all runs to this file, for tests")
