@@ -21,7 +21,7 @@ from dinov2_custom.cli import train_parser
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.transforms import Normalize
 from dinov2_custom.eval.knn import eval_knn_features
-from dinov2_custom.eval.neighbours import NEIGHBOURS, knn_accuracy
+from dinov2_custom.eval.neighbours import NEIGHBOURS, KnnAccuracy
 from dinov2_custom.eval.setup import get_autocast_dtype
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 from dinov2_custom.plots.history import PANELS, draw_history
@@ -86,7 +86,7 @@ def add_evaluations(run: Path, tiles: Path) -> None:
     start_knn, start_rankme, start = evaluate()
     constants = {"start_knn": start_knn, "start_rankme": start_rankme}
     pixels = ModelWithNormalize(torch.nn.Flatten(), dtype)
-    constants["pixels_knn"] = knn_accuracy(pixels, *datasets, BATCH_SIZE, 0)
+    constants["pixels_knn"] = KnnAccuracy(*datasets, BATCH_SIZE, 0)(pixels)
     rows = {row["iteration"]: row for row in read_metrics(run / METRICS_FILE)}
     for checkpoint in run.glob("eval/training_*/teacher_checkpoint.pth"):
         iteration = int(checkpoint.parent.name.split("_")[1])

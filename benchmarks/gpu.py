@@ -1,9 +1,10 @@
 """Measure time and memory of the step on a CUDA GPU against upstream with xformers. **We had no GPU to run it yet.**
 
 ``python -m benchmarks.gpu --output gpu.md``: images/s, peak memory and MFU of ViT-L, S and B, one engine at a time on
-one card, within eight minutes; ours also with its data loader. The page is rewritten after each row, and an engine that
-fails gets a row with the error. Needs CUDA; ``pip install xformers scikit-image scikit-learn`` first. To try it without
-a GPU: ``python -m tests.cuda_host.run -m benchmarks.gpu --small``.
+one card, within eight minutes; ours also with its data loader, and how long an evaluation during a run takes beyond its
+forward passes. The page is rewritten after each row, and an engine that fails gets a row with the error. Needs CUDA;
+``pip install xformers scikit-image scikit-learn`` first. To try it without a GPU:
+``python -m tests.cuda_host.run -m benchmarks.gpu --small``.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import argparse
 import gc
 import importlib
 import importlib.metadata
-import itertools
 import os
 import statistics
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,11 @@ from benchmarks.photographs import encoded
 from benchmarks.step import COMMON, Step, batch_for, our_step, steps_of
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.loaders import make_train_loader
+from dinov2_custom.data.samples import unpack
+from dinov2_custom.eval.utils import ModelWithNormalize
 from dinov2_custom.train.flops import peak_flops
+from dinov2_custom.train.online import KNN_BATCH, OnlineEvaluation
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from tests.oracle import OracleTrainer, ensure_oracle, load_oracle
 from tests.oracle import trainer as oracle_trainer
 
@@ -51,6 +55,8 @@ BF16 = [
 FILES = 400  # photographs of 500 x 375 that the loader reads
 WARM_UP, BLOCKS = 3, 3
 HEADER = ["model", "batch", "engine", "images/s", "peak GB", "reserved GB", "MFU", "host ms a step", "attention"]
+EVALUATION = ["model", "batch", "evaluation", "ms", "its forward passes, ms", "more, ms"]
+PAUSE_S = 3.0  # before an evaluation; in a run, processes have more time to read labelled images ahead
 NOTES = """
 2 x 224 + 8 x 98 px, patch 14, 65,536 prototypes, bf16. The batch lies in pinned memory and each step moves it, or, with
 the loader, is made from {files} JPEG files of 500 x 375 in this machine's page cache by {workers} processes. images/s:
@@ -64,6 +70,11 @@ attention: the operators that a step called for it.
   process, which shards nothing. Both read each loss on the host in every step, as its training loop does.
 * Ours is the step of the training loop, with the check that every number is finite and the update that depends on it.
 * The weights are random, and no checkpoints of activations are made.
+"""
+EVALUATION_NOTES = """
+An evaluation during a run (`evaluation.online`) of up to 256 of the photographs, without kNN and with kNN on all
+{files}, and its forward passes alone, on batches that are on the GPU already: medians of {blocks}. "more": by how much
+the evaluation delays the next step beyond them.
 """
 
 
@@ -179,6 +190,69 @@ def measure_with_loader(overrides: list[str], images: Path, workers: int, repeti
         return measure(our_step(options, batches, device="cuda", made_on="cuda"), repetitions)
 
 
+def measure_evaluation(
+    overrides: list[str], images: Path, workers: int, knn: bool, device: str = "cuda", pause_s: float = PAUSE_S
+) -> tuple[float, float]:
+    """Return median seconds of an evaluation during a run, and of its forward passes alone."""
+    options = [*overrides, f"train.dataset_path=ImageFolder:root={images}", f"train.num_workers={workers}"]
+    labelled = [f"evaluation.online.{part}=LabelledFolder:root={images}" for part in ("knn_train", "knn_val")]
+    options += ["evaluation.online.every=1", *(labelled if knn else [])]
+    with tempfile.TemporaryDirectory() as out:
+        cfg = load_run_config("", options, out, warn=lambda note: None)
+        with torch.device(device):
+            model = SSLMetaArch(cfg)
+        model = model.to(device).train()
+        model.prepare_for_distributed_training()
+        with closing(OnlineEvaluation(cfg, make_train_loader(cfg, rank=0, world_size=1))) as online:
+            online.evaluate_start(model, cfg.teacher.teacher_temp)
+            temperature, finish = cfg.teacher.teacher_temp, online.loader.finish
+            whole = _seconds(lambda: online.evaluate(model, 0, temperature, lambda: 0.0), device, pause_s)
+            batches = [unpack(*packed, finish, torch.device(device)) for packed in online._batches]
+            network = ModelWithNormalize(model.teacher["backbone"], model.precision("teacher", "backbone"))
+            side, count = cfg.crops.global_crops_size, len(online.knn.dataset) if knn else 0
+            crops = torch.zeros(count, 3, side, side, device=device)
+
+            @torch.no_grad()
+            def forward_passes() -> None:
+                for batch in batches:
+                    model.evaluate(batch, temperature)
+                for part in crops.split(KNN_BATCH) if knn else ():
+                    network(part)
+
+            return whole, _seconds(forward_passes, device)
+
+
+def _seconds(run: Callable[[], object], device: str, pause_s: float = 0.0) -> float:
+    """Return the median seconds of ``run``, after one that is not counted, until the device is done."""
+    seconds = []
+    for _ in range(1 + BLOCKS):
+        time.sleep(pause_s)
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def evaluation_rows(arch: str, batch_size: int, args, images: Path) -> Iterator[list[object]]:
+    """Measure an evaluation of one model without and with kNN."""
+    overrides = [*OPTIONS.split(), *args.override, f"student.arch={arch}", f"train.batch_size_per_gpu={batch_size}"]
+    for knn in (False, True):
+        run = partial(measure_evaluation, overrides, images, args.workers, knn)
+        yield [arch, batch_size, "with kNN" if knn else "without kNN", *_evaluation_cells(run)]
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _evaluation_cells(run: Callable[[], tuple[float, float]]) -> list[str]:
+    def cells() -> list[str]:
+        whole, passes = run()
+        return [f"{1e3 * seconds:.0f}" for seconds in (whole, passes, whole - passes)]
+
+    return _tried(cells, len(EVALUATION) - 3)
+
+
 def rows(arch: str, batch_size: int, args, images: Path) -> Iterator[list[object]]:
     """Measure all engines on one model and batch, in turn."""
     overrides = [*OPTIONS.split(), *args.override, f"student.arch={arch}", f"train.batch_size_per_gpu={batch_size}"]
@@ -206,23 +280,33 @@ def rows(arch: str, batch_size: int, args, images: Path) -> Iterator[list[object
 
 
 def _cells(run: Callable[[], Measured], batch_size: int, operations: float) -> list[str]:
-    try:
+    def cells() -> list[str]:
         seconds, host, allocated, reserved, attention = run()
+        peak = peak_flops(torch.cuda.get_device_name())
+        mfu = f"{operations / seconds / peak:.0%}" if peak else "unknown GPU"
+        memory = f"{allocated / 1e9:.1f}", f"{reserved / 1e9:.1f}"
+        return [f"{batch_size / seconds:.0f}", *memory, mfu, f"{host * 1e3:.0f}", attention]
+
+    return _tried(cells, len(HEADER) - 3)
+
+
+def _tried(cells: Callable[[], list[str]], width: int) -> list[str]:
+    """Return ``cells()``, or the error in the first of ``width`` cells, since the other rows are still wanted."""
+    try:
+        return cells()
     except torch.cuda.OutOfMemoryError:
-        return ["out of memory", *["-"] * (len(HEADER) - 4)]
-    except Exception as e:  # the other engines' rows are still wanted
+        return ["out of memory", *["-"] * (width - 1)]
+    except Exception as e:
         traceback.print_exc()
-        return [f"failed: {type(e).__name__}", *["-"] * (len(HEADER) - 4)]
-    peak = peak_flops(torch.cuda.get_device_name())
-    mfu = f"{operations / seconds / peak:.0%}" if peak else "unknown GPU"
-    memory = f"{allocated / 1e9:.1f}", f"{reserved / 1e9:.1f}"
-    return [f"{batch_size / seconds:.0f}", *memory, mfu, f"{host * 1e3:.0f}", attention]
+        return [f"failed: {type(e).__name__}", *["-"] * (width - 1)]
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """Write ``count`` JPEG files."""
+    """Write ``count`` JPEG files in four folders, which are the classes of kNN."""
     for index, data in enumerate(encoded(500, 375, "JPEG", count)):
-        (folder / f"{index:04}.jpg").write_bytes(data)
+        path = folder / str(index % 4) / f"{index:04}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
 
 
 def main() -> None:
@@ -248,25 +332,33 @@ def main() -> None:
     # the CUDA stand-in computes nothing, so that no number is finite
     args.override = ["train.max_nonfinite_steps=1000"] if args.small else []
     models, args.files = ({"vit_small": (4,)}, 8) if args.small else (MODELS, FILES)
-    cases = [(arch, size) for arch, sizes in models.items() if args.only in arch for size in sizes]
     lines: list[list[object]] = []
+    evaluations: list[list[object]] = []
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder), args.files)
-        for row in itertools.chain.from_iterable(rows(*case, args, Path(folder)) for case in cases):
-            lines.append(row)
+        measured: list[tuple[list[list[object]], Iterator[list[object]]]] = []
+        for arch, sizes in models.items():
+            if args.only in arch:
+                measured += [(lines, rows(arch, size, args, Path(folder))) for size in sizes]
+                measured.append((evaluations, evaluation_rows(arch, sizes[0], args, Path(folder))))
+        for table_rows, row in ((one, row) for one, found in measured for row in found):
+            table_rows.append(row)
             print(" | ".join(map(str, row)), f"| after {time.monotonic() - start:.0f} s", flush=True)
             if args.output:  # after each row, so that an interrupted run keeps its results
-                args.output.write_text(_page(args, lines, state))
+                args.output.write_text(_page(args, lines, state, evaluations))
             if time.monotonic() - start > args.minutes * 60:
                 break
-    print(_page(args, lines, state))
+    print(_page(args, lines, state, evaluations))
 
 
-def _page(args, lines: list[list[object]], xformers: str) -> str:
+def _page(args, lines: list[list[object]], xformers: str, evaluations: Sequence[list[object]] = ()) -> str:
     counts = {"files": args.files, "workers": args.workers, "blocks": BLOCKS, "steps": args.repetitions}
     about = describe("benchmarks.gpu", f"cuda={torch.version.cuda}")
     notes = NOTES.format(xformers=xformers, **counts)
-    return f"# The step on {torch.cuda.get_device_name()}\n\n{about}{notes}\n{table(HEADER, lines)}"
+    page = f"# The step on {torch.cuda.get_device_name()}\n\n{about}{notes}\n{table(HEADER, lines)}"
+    if evaluations:
+        page += f"{EVALUATION_NOTES.format(**counts)}\n{table(EVALUATION, evaluations)}"
+    return page
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Finisher:
         (N, ``NUM_PARAMETERS``), which are applied.
         """
         device = torch.device(device)
-        levels = crops.to(device, non_blocking=device.type == "cuda")
+        levels = to_device(crops, device)
         if colours is None:
             levels = levels.float()
         else:

@@ -131,6 +131,11 @@ def of_list(indices: Sequence[int], batch_size: int) -> tuple[Callable[[int], Se
     return partial(_part, indices, batch_size), -(-len(indices) // batch_size)
 
 
+def repeated(indices: Callable[[int], Sequence[int]], number: int, i: int) -> Sequence[int]:
+    """Return the images of batch i of an endless sequence, which repeats the ``number`` batches ``indices``."""
+    return indices(i % number)
+
+
 def _part(indices: Sequence[int], batch_size: int, i: int) -> Sequence[int]:
     return indices[i * batch_size : (i + 1) * batch_size]
 

@@ -48,6 +48,29 @@ class Relabelled(Dataset):
         return len(self.dataset)
 
 
+class Joined(Dataset):
+    """The images of ``first``, then those of ``second``."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        start = len(self.first)
+        return (self.first, index) if index < start else (self.second, index - start)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        dataset, index = self._find(index)
+        return dataset[index]
+
+    def name(self, index: int) -> str:
+        """Return the name of image ``index``."""
+        dataset, index = self._find(index)
+        return dataset.name(index)
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+
 def open_labelled(
     flag: str, dataset_str: str, transform: Callable | None = None, reading: Reading | None = None
 ) -> Any:

@@ -6,16 +6,18 @@ Training may import this module, ``eval.utils`` and ``eval.datasets``, but nothi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_custom import distributed
-from dinov2_custom.eval.datasets import find_same_files
-from dinov2_custom.eval.utils import extract_features
+from dinov2_custom.eval.datasets import Joined, find_same_files, num_classes_of
+from dinov2_custom.eval.utils import extract_features_with_dataloader, load_share
+from dinov2_custom.utils.transfer import to_device, to_host
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of :func:`knn_accuracy`
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of :class:`KnnAccuracy`
 _QUERIES_A_STEP = 256
 _ALIKE = 0.01  # mean squared distance from the mean below which cosines, with rounding errors of 1e-7, lose their order
 
@@ -55,7 +57,7 @@ class KnnModule(nn.Module):
         mean = self.train_features.new_full((number,), 1 / number) @ self.train_features
         self.mean, self.half_squares = None, None
         length = torch.linalg.vector_norm(self.train_features) / number**0.5  # 1, unless a caller has not normalised
-        if float(1 - (mean / length).square().sum()) < _ALIKE:
+        if float(to_host(1 - (mean / length).square().sum()).wait()) < _ALIKE:
             self.mean, self.train_features = mean, self.train_features - mean
             self.half_squares = self.train_features.square().sum(dim=1) / 2
 
@@ -91,26 +93,45 @@ class KnnModule(nn.Module):
         return scores
 
 
-def knn_accuracy(
-    model: nn.Module, train_dataset, val_dataset, batch_size: int, num_workers: int, k: int = NEIGHBOURS
-) -> float:
-    """Return the top-1 accuracy of classifying the images of one labelled dataset by their neighbours in another.
+class KnnAccuracy:
+    """Top-1 accuracy of classifying the images of one labelled dataset by their neighbours in another.
 
-    Several processes share the images, and each gets the same result. An image is not its own neighbour.
+    May be called repeatedly: when a call ends, the processes read the first images of the next call, so that it does
+    not begin by waiting for them. Each keeps up to ``pool.TASKS_A_WORKER`` batches in memory. Several processes of a
+    job share the images, and each gets the same result. An image is not its own neighbour.
 
     Args:
-        model: maps images to features of length 1; its mode is not changed.
         batch_size: images per forward pass and process.
+        num_workers: processes that read images; 0: in this process.
     """
-    same = torch.from_numpy(find_same_files(train_dataset, val_dataset))
-    features, labels = extract_features(model, train_dataset, batch_size, num_workers)
-    queries, truths = extract_features(model, val_dataset, batch_size, num_workers)
-    num_classes = int(max(labels.max(), truths.max())) + 1
-    module = KnnModule(features, labels, [k], TEMPERATURE, num_classes=num_classes)
-    exclude = same.to(features.device) if bool((same >= 0).any()) else None
-    own = torch.arange(distributed.get_global_rank(), len(queries), distributed.get_global_size())
-    hits = torch.zeros((), dtype=torch.long, device=features.device)
-    for rows in own.to(features.device).split(_QUERIES_A_STEP):
-        (scores,) = module(queries[rows], exclude=None if exclude is None else exclude[rows]).values()
-        hits += (scores.argmax(dim=1) == truths[rows]).sum()
-    return int(distributed.all_reduce(hits)) / len(queries)
+
+    def __init__(self, train_dataset, val_dataset, batch_size: int, num_workers: int, k: int = NEIGHBOURS) -> None:
+        self.k, self.num_train, self.num_val = k, len(train_dataset), len(val_dataset)
+        self.num_classes = max(map(num_classes_of, (train_dataset, val_dataset)))
+        same = torch.from_numpy(find_same_files(train_dataset, val_dataset))
+        self.exclude = same if bool((same >= 0).any()) else None
+        self.dataset = train_dataset if val_dataset is train_dataset else Joined(train_dataset, val_dataset)
+        loader, self.num_batches = load_share(self.dataset, batch_size, num_workers, endless=True)
+        self._batches = iter(loader)
+
+    def __call__(self, model: nn.Module) -> float:
+        """Return the accuracy of ``model``, which maps images to features of length 1; its mode is not changed."""
+        batches = islice(self._batches, self.num_batches)
+        features, labels = extract_features_with_dataloader(model, batches, len(self.dataset))
+        module = KnnModule(
+            features[: self.num_train], labels[: self.num_train], [self.k], TEMPERATURE, num_classes=self.num_classes
+        )
+        queries, truths = features[-self.num_val :], labels[-self.num_val :]
+        exclude = None if self.exclude is None else to_device(self.exclude, features.device)
+        own = torch.arange(
+            distributed.get_global_rank(), len(queries), distributed.get_global_size(), device=features.device
+        )
+        hits = torch.zeros((), dtype=torch.long, device=features.device)
+        for rows in own.split(_QUERIES_A_STEP):
+            (scores,) = module(queries[rows], exclude=None if exclude is None else exclude[rows]).values()
+            hits += (scores.argmax(dim=1) == truths[rows]).sum()
+        return int(to_host(distributed.all_reduce(hits)).wait()) / len(queries)
+
+    def close(self) -> None:
+        """End the processes that read images."""
+        self._batches.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from dinov2_custom import distributed
 from dinov2_custom.data.adapters import DatasetWithEnumeratedTargets
-from dinov2_custom.data.image_batches import ImageLoader, of_list
+from dinov2_custom.data.image_batches import ImageLoader, of_list, repeated
 from dinov2_custom.errors import DataError
 from dinov2_custom.utils.transfer import HostCopy, to_device, to_host
 
@@ -127,14 +128,27 @@ def extract_features(
     Raises:
         DataError: the dataset is empty.
     """
+    loader, _ = load_share(dataset, batch_size, num_workers)
+    return extract_features_with_dataloader(model, loader, len(dataset), gather_on_cpu)
+
+
+def load_share(dataset, batch_size: int, num_workers: int, endless: bool = False) -> tuple[ImageLoader, int]:
+    """Return a loader of ``(images, (indices, labels))`` of this rank's share, and the number of its batches.
+
+    Args:
+        endless: begin again after the last batch.
+
+    Raises:
+        DataError: the dataset is empty.
+    """
     if not len(dataset):
         raise DataError("dataset: expected labelled images, got none")
     rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
     share = -(-len(dataset) // world_size)  # equal shares, since the features of all ranks are gathered in each step
     indices, number = of_list([(i * world_size + rank) % len(dataset) for i in range(share)], batch_size)
-    enumerated = DatasetWithEnumeratedTargets(dataset)
-    loader = ImageLoader(enumerated, indices, batch_size, num_workers=num_workers, stop=number)
-    return extract_features_with_dataloader(model, loader, len(dataset), gather_on_cpu)
+    indices, stop = (partial(repeated, indices, number), None) if endless else (indices, number)
+    images = DatasetWithEnumeratedTargets(dataset)
+    return ImageLoader(images, indices, batch_size, num_workers=num_workers, stop=stop), number
 
 
 @torch.no_grad()  # not inference_mode, whose tensors FSDP2 would keep for the training that follows
@@ -142,6 +156,8 @@ def extract_features_with_dataloader(
     model: nn.Module, data_loader, sample_count: int, gather_on_cpu: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Run :func:`extract_features` on a loader of ``(images, (indices, labels))``, where each rank has its own shard.
+
+    On a GPU, no forward pass waits for the host, unless for the loader.
 
     Raises:
         DataError: some of the ``sample_count`` indices are missing.
@@ -171,7 +187,7 @@ def extract_features_with_dataloader(
         coming = [to_host(part) for part in parts]
     if coming:
         keep(*(part.wait() for part in coming))
-    if features is None or not bool(seen.all()):
+    if features is None or not to_host(seen.all()).wait():
         raise DataError(f"dataset: expected the features of {sample_count} images, got {int(seen.sum())}")
     logger.debug(f"features: images={sample_count} dim={features.shape[1]}")
     return features, labels

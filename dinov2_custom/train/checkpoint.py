@@ -107,18 +107,23 @@ class Checkpointer:
                 logger.warning(f"checkpoints and teachers that could not be written: {counts}")
             return written or path
 
-        def write() -> None:
+        self._write_aside(path, lambda: self._write(pieces, values, path, final)[1])
+        return path
+
+    def _write_aside(self, path: Path, write: Callable[[], str | None]) -> None:
+        """Call ``write``, which returns the reason of a failure, in a thread; :meth:`wait` reports the outcome."""
+
+        def run() -> None:
             try:
-                self._outcome = path, self._write(pieces, values, path, final)[1]
+                self._outcome = path, write()
             except Exception as e:  # an exception in this thread would be lost
                 self._outcome = e
 
-        self._writing = threading.Thread(target=write, name="checkpoint")
+        self._writing = threading.Thread(target=run, name="checkpoint")
         self._writing.start()
-        return path
 
     def wait(self) -> None:
-        """Wait for a checkpoint that is being written.
+        """Wait for a checkpoint or teacher that is being written.
 
         Raises:
             CheckpointError: it could not be written and ``on_error`` is ``stop``.
@@ -146,9 +151,16 @@ class Checkpointer:
         """
         self.wait()  # the writer thread and this one may not use collectives at the same time
         self._check_there()
-        path, teacher = teacher_path(self.folder, name), teacher_weights(self.model)
-        _, trouble = self._on_main(lambda: save_atomically({**teacher, **(facts or {})}, path))
-        self._report(path, trouble, required=final)
+        aside = self.async_save and not final
+        path, teacher = teacher_path(self.folder, name), teacher_weights(self.model, copy=aside)
+
+        def write() -> str | None:
+            return self._on_main(lambda: save_atomically({**teacher, **(facts or {})}, path))[1]
+
+        if aside:
+            self._write_aside(path, write)
+        else:
+            self._report(path, write(), required=final)
         return path
 
     def load_latest(self) -> Resumed | None:

@@ -337,7 +337,9 @@ def rankme(features: Tensor) -> float:
     """
     if not features.isfinite().all():
         return math.nan
-    singular = torch.linalg.svdvals(features.double())
+    rows, columns = features.shape
+    tall = features if rows > columns else features.T  # with the same singular values; LAPACK is up to 3 times faster
+    singular = torch.linalg.svdvals(tall.double())
     shares = singular / singular.sum() + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
 

@@ -3,6 +3,9 @@
 One forward pass over a fixed set of images with fixed crops and masks gives everything but kNN: the losses, and the
 teacher's class tokens of both global crops of each image. Nothing is drawn from a random stream of the training, and
 no weight, centre or statistic changes, so the weights of a run do not depend on it.
+
+The host reads nothing from the device before it has submitted the last forward pass, so a GPU does not wait for it in
+between. Only RankMe is then computed on the host: on a GPU, singular values take longer.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from dinov2_custom.data.samples import TrainBatches, TrainSamples, unpack
 from dinov2_custom.data.transforms import make_central_crop_transform
 from dinov2_custom.errors import CheckpointError, DataError
 from dinov2_custom.eval.datasets import open_pair
-from dinov2_custom.eval.neighbours import knn_accuracy
+from dinov2_custom.eval.neighbours import KnnAccuracy
 from dinov2_custom.eval.utils import ModelWithNormalize, all_gather_and_flatten
 from dinov2_custom.reading import reading_of
 from dinov2_custom.train.health import rankme
@@ -35,6 +38,7 @@ from dinov2_custom.train.teacher_file import save_atomically, teacher_path
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.rng import seed_for
 from dinov2_custom.utils.run_folder import BEST
+from dinov2_custom.utils.transfer import to_device, to_host
 
 logger = logging.getLogger("dinov2")
 START_FILE = Path("eval") / "online_start.pth"
@@ -46,6 +50,8 @@ KNN_BATCH = 64
 
 class OnlineEvaluation:
     """Evaluate the teacher every ``evaluation.online.every`` iterations and at the end. All processes call all methods.
+
+    Call :meth:`close` at the end.
 
     Attributes:
         start_is_due: whether :meth:`evaluate_start` has to be called before the first step.
@@ -76,6 +82,9 @@ class OnlineEvaluation:
         )
         self._batches: list[tuple[dict, int]] = []
         self.labelled = _open_labelled(cfg) if self.options.knn_train else None
+        if self.labelled is not None:
+            workers = workers_of_choice(cfg.train.num_workers, distributed.share_of_cores())
+            self.knn = KnnAccuracy(*self.labelled, KNN_BATCH, workers)
         metric = self.options.best if self.options.best != "auto" else ("knn" if self.labelled else "rankme")
         self.metric, self.sign = f"eval_{metric}", -1 if metric == "loss" else 1
         self.best = -math.inf
@@ -104,36 +113,51 @@ class OnlineEvaluation:
     def evaluate_start(self, model: SSLMetaArch, teacher_temp: float) -> None:
         """Evaluate the initial weights, and raw pixels, and store the result for resumes."""
         features, _ = self._features(model, teacher_temp)
+        pending = Pending(geometry(features), features[:, 0])
         values = self._knn("start_knn", model.teacher["backbone"])
         values |= self._knn("pixels_knn", nn.Sequential(Shrink(), nn.Flatten()))
         if self.labelled:
             values["knn_images"] = len(self.labelled[1])
         self.start_is_due, self._measured_from = False, (-1, time.perf_counter())
         if distributed.is_main_process():
-            values |= {f"start_{name}": value for name, value in geometry(features).items()}
-            self.start = {"features": features[:, 0].contiguous(), "values": _finite(values), "of": self._digest()}
+            values |= {f"start_{name}": value for name, value in pending.read().items()}
+            features = pending.features.wait().contiguous()
+            self.start = {"features": features, "values": _finite(values), "of": self._digest()}
             save_atomically(self.start, self.out / START_FILE)
 
-    def evaluate(self, model: SSLMetaArch, iteration: int, teacher_temp: float, training_loss: float) -> dict:
-        """Return the values of the teacher after ``iteration`` for its row, the same in all processes, and log them."""
+    def evaluate(
+        self, model: SSLMetaArch, iteration: int, teacher_temp: float, training_loss: Callable[[], float]
+    ) -> dict:
+        """Return the values of the teacher after ``iteration`` for its row, the same in all processes, and log them.
+
+        Args:
+            training_loss: called for the log after the evaluation, since it may wait for the device.
+        """
         began = time.perf_counter()
         features, loss = self._features(model, teacher_temp)
-        row = {"eval_loss": loss} | self._knn("eval_knn", model.teacher["backbone"])
+        values = {"loss": loss} | geometry(features)
+        if self.start is not None:
+            values |= similarity(features[:, 0], to_device(self.start["features"], features.device))
+        pending = Pending(values, features[:, 0])
+        row = self._knn("eval_knn", model.teacher["backbone"])
         if distributed.is_main_process():
-            row |= {f"eval_{name}": value for name, value in geometry(features).items()}
-            if self.start is not None:
-                row |= {f"eval_{name}": v for name, v in similarity(features[:, 0], self.start["features"]).items()}
-                row |= self.start["values"]
+            row |= {f"eval_{name}": value for name, value in pending.read().items()}
+            row |= self.start["values"] if self.start is not None else {}
         row = distributed.broadcast_object(_finite(row) | {"eval_s": time.perf_counter() - began})
         value = self.sign * row.get(self.metric, -math.inf)
         self.is_best = self.options.best != "none" and value > self.best
         if self.is_best:
             self.best, self.facts = value, {"iteration": iteration, self.metric: row[self.metric]}
-        logger.info(f"evaluation: {describe(row, training_loss)}{self._describe_share(iteration, row['eval_s'])}")
+        logger.info(f"evaluation: {describe(row, training_loss())}{self._describe_share(iteration, row['eval_s'])}")
         return row
 
-    def _features(self, model: SSLMetaArch, teacher_temp: float) -> tuple[Tensor, float]:
-        """Return the teacher's class tokens (N, 2, D) of both global crops, float32 in host memory, and the loss."""
+    def close(self) -> None:
+        """End the processes that read labelled images."""
+        if self.every and self.labelled is not None:
+            self.knn.close()
+
+    def _features(self, model: SSLMetaArch, teacher_temp: float) -> tuple[Tensor, Tensor]:
+        """Return the teacher's class tokens (N, 2, D) of both global crops, and the loss, float32, on the device."""
         rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
         size = min(self.cfg.train.batch_size_per_gpu, -(-self.num_images // world_size))
         if not self._batches:
@@ -154,15 +178,14 @@ class OnlineEvaluation:
         loss = distributed.all_reduce(torch.stack(losses).mean(), average=True)
         gathered = all_gather_and_flatten(torch.stack(tokens)).unflatten(0, (-1, len(tokens)))
         in_order = gathered.transpose(0, 1).flatten(0, 2)  # of draws: batch, process, image
-        return in_order[: self.num_images].cpu(), float(loss)
+        return in_order[: self.num_images], loss
 
     def _knn(self, name: str, network: nn.Module) -> dict[str, float]:
         if self.labelled is None:
             return {}
         dtype = self.cfg.compute_precision.teacher.backbone.mixed_precision.param_dtype
         model = ModelWithNormalize(network, resolve_dtype(dtype, distributed.get_device()))
-        workers = workers_of_choice(self.cfg.train.num_workers, distributed.share_of_cores())
-        return {name: knn_accuracy(model, *self.labelled, KNN_BATCH, workers)}
+        return {name: self.knn(model)}
 
     def _digest(self) -> str:
         """Return a digest of what the values of the start depend on, besides the weights."""
@@ -207,6 +230,18 @@ class OnlineEvaluation:
         return f", {share:.1%} of the time"
 
 
+class Pending:
+    """Numbers and ``features`` (N, D) on the way from the device to the host."""
+
+    def __init__(self, numbers: Mapping[str, Tensor], features: Tensor) -> None:
+        self.names, self.features = list(numbers), to_host(features)
+        self.numbers = to_host(torch.stack([number.double() for number in numbers.values()]))
+
+    def read(self) -> dict[str, float]:
+        """Return the numbers and the features' RankMe; wait for the device if necessary."""
+        return dict(zip(self.names, self.numbers.tolist(), strict=True)) | {"rankme": rankme(self.features.wait())}
+
+
 class Shrink(nn.Module):
     """Reduce images to at most ``PIXELS_SIDE`` pixels a side, as kNN on all pixels takes too much memory."""
 
@@ -222,20 +257,21 @@ def _open_labelled(cfg) -> tuple[Any, Any]:
     return open_pair(*((key, string, transform) for key, string in strings.items()), reading_of(cfg))
 
 
-def geometry(features: Tensor) -> dict[str, float]:
-    """Return RankMe, uniformity and alignment of features (N, 2, D) of two crops of each image.
+def geometry(features: Tensor) -> dict[str, Tensor]:
+    """Return uniformity and alignment, on the device, of features (N, 2, D) of two crops of each image.
 
-    Source: Garrido et al. 2023 (RankMe); Wang and Isola 2020, eq. 1 and 2 with alpha = t = 2, on features of length 1.
+    Source: Wang and Isola 2020, eq. 1 and 2 with alpha = t = 2, on features of length 1.
     """
     first, second = F.normalize(features.double(), dim=-1).unbind(1)
-    values = {"rankme": rankme(features[:, 0]), "alignment": float((first - second).square().sum(dim=-1).mean())}
-    if len(first) > 1:
-        values["uniformity"] = float(F.pdist(first).square().mul(-2).exp().mean().log())
+    values = {"alignment": (first - second).square().sum(dim=-1).mean()}
+    if (number := len(first)) > 1:
+        squares = 2 - 2 * first @ first.T  # faster than pdist, and accurate to 1e-15
+        values["uniformity"] = (squares.mul(-2).exp().fill_diagonal_(0).sum() / (number * (number - 1))).log()
     return values
 
 
-def similarity(features: Tensor, start: Tensor) -> dict[str, float]:
-    """Return the mean cosine and the linear CKA between two sets of features (N, D) of the same images.
+def similarity(features: Tensor, start: Tensor) -> dict[str, Tensor]:
+    """Return the mean cosine and the linear CKA, on the device, of two sets of features (N, D) of the same images.
 
     Source: Kornblith et al. 2019, linear CKA.
     """
@@ -243,7 +279,7 @@ def similarity(features: Tensor, start: Tensor) -> dict[str, float]:
     cosine = F.cosine_similarity(now, before).mean()
     grams = [centred @ centred.T for centred in (one - one.mean(dim=0) for one in (now, before))]
     alike = (grams[0] * grams[1]).sum() / (grams[0].norm() * grams[1].norm())
-    return {"cosine_to_start": float(cosine), "cka_to_start": float(alike)}
+    return {"cosine_to_start": cosine, "cka_to_start": alike}
 
 
 def describe(row: Mapping[str, float], training_loss: float) -> str:

@@ -17,18 +17,18 @@ def teacher_path(folder: Path, name: str) -> Path:
     return Path(folder) / "eval" / name / "teacher_checkpoint.pth"
 
 
-def teacher_weights(model: nn.Module) -> dict[str, dict[str, torch.Tensor]] | None:
+def teacher_weights(model: nn.Module, copy: bool = False) -> dict[str, dict[str, torch.Tensor]] | None:
     """Return upstream's layout, {"teacher": {backbone.*, dino_head.*, ...}}, whole, in float32, in host memory.
 
     Only the main process gets the dict, the others None. All processes must call it: sharded tensors are gathered one
-    at a time. Tensors that are in host memory already are not copied.
+    at a time. Tensors that are in host memory already are not copied, unless ``copy``.
     """
     weights = {}
     for key, tensor in model.teacher.state_dict().items():
         whole = whole_tensor(tensor).detach()
         if distributed.is_main_process():
             # a gathered tensor may be a view of a larger buffer, all of which torch.save would write
-            weights[key] = whole.to("cpu", torch.float32, copy=is_sharded(tensor))
+            weights[key] = whole.to("cpu", torch.float32, copy=copy or is_sharded(tensor))
     return {"teacher": weights} if distributed.is_main_process() else None
 
 

@@ -146,7 +146,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     model.train()
 
     watching = Watchdog(out, cfg.train.hang_timeout)
-    with StopRequests() as stop, sinks, reported(cfg, out), watching as watch, closing(checkpointer):
+    with StopRequests() as stop, sinks, reported(cfg, out), watching as watch, closing(checkpointer), closing(online):
         first_draw = resumed.draws if resumed and resumed.draws is not None else iteration * length.global_batch
         batches = loader.batches(device=model.device, first_draw=first_draw)
         for batch in metrics.log_every(
@@ -199,7 +199,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
                 metrics.update(**model.diagnostics, weight_norm_backbone=weight_norm(model.student["backbone"]))
             if evaluates:
                 watch.mark(iteration, patience=3)
-                row = online.evaluate(model, iteration, teacher_temp, metrics.total_loss.median)
+                row = online.evaluate(model, iteration, teacher_temp, lambda: metrics.total_loss.median)
                 metrics.add_to_row(**row)
 
             if last or flags.end:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return ``tensor`` on ``device``; a copy from the host to a GPU is asynchronous."""
+    """Return ``tensor`` on ``device``; a copy from the host to a GPU is asynchronous, through pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type != "mps")  # there it may read memory that is reused meanwhile
 
 
 class HostCopy(NamedTuple):

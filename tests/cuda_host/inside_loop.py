@@ -6,12 +6,18 @@ Run by ``test_cuda_host.py``. Kernels are not run, so no number is finite and ev
 import os
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
+from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.data.loaders import make_train_loader
+from dinov2_custom.errors import DataError
+from dinov2_custom.train import online
 from dinov2_custom.train import train as train_module
+from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.step_guard import StepGuard
-from tests.cuda_host.counts import counts, syncs
+from tests.cuda_host.counts import counted, counts, sync_stacks, syncs
 from tests.cuda_host.run import REPOSITORY
 from tests.data.pictures import make_folder
 
@@ -69,3 +75,24 @@ def test_a_full_device_is_reported_in_one_sentence(dataset, tmp_path):
     last = done.stderr.splitlines()[-1]
     assert done.returncode and last.startswith("error: memory: expected room for a batch of 16 images per process")
     assert "Tried to allocate" in last and "Traceback" not in done.stderr
+
+
+def test_an_evaluation_waits_for_the_device_after_its_last_forward_pass_only(dataset, tmp_path, monkeypatch):
+    labelled = f"LabelledFolder:root={tmp_path}"  # of one class, images
+    cfg = load_run_config(
+        str(REPOSITORY / "configs/quickstart.yaml"),
+        [dataset, "train.batch_size_per_gpu=4", "evaluation.online.every=1", "train.num_workers=2"]
+        + [f"evaluation.online.{part}={labelled}" for part in ("knn_train", "knn_val")],
+        str(tmp_path / "run"),
+    )
+    monkeypatch.setattr(online, "KNN_BATCH", 4)
+    model = SSLMetaArch(cfg).to("cuda").train()
+    model.prepare_for_distributed_training()
+    with closing(online.OnlineEvaluation(cfg, make_train_loader(cfg, rank=0, world_size=1))) as evaluation:
+        for _ in range(2):  # in the first one, memory is pinned
+            with counted() as found, sync_stacks() as stacks, pytest.raises(DataError, match="got 0"):
+                evaluation.evaluate(model, 0, 0.05, lambda: 0.0)  # no kernel runs, so that no image is marked as seen
+    # after three batches of each kind: whether all labelled images were seen, and, for the error, how many
+    assert syncs(found) == found["sync event"] + found["sync stream"] == 2, stacks
+    assert found["sync event"] == 1 and found["copy pageable to device"] == 0 and found["cudaMalloc"] == 0
+    assert found["copy pinned to device"] >= 3 * 2 + 3

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from dinov2_custom.eval.args import MetricType, get_knn_args_parser
 from dinov2_custom.eval.datasets import Relabelled, find_same_files, open_pair
 from dinov2_custom.eval.knn import KnnModule, eval_knn_features, eval_knn_with_model, leave_one_out_accuracy, main
 from dinov2_custom.eval.linear_evaluate import make_eval_data_loader
+from dinov2_custom.eval.neighbours import KnnAccuracy
+from dinov2_custom.eval.utils import ModelWithNormalize
 
 TEMPERATURE = 0.07
 
@@ -224,3 +228,42 @@ def test_classes_that_were_never_seen(tmp_path):
 def test_bad_numbers_are_refused_before_any_work():
     with pytest.raises(ConfigError, match="nb_knn"):
         main(get_knn_args_parser().parse_args(["--nb_knn", "0"]))
+
+
+class Counted(torch.utils.data.Dataset):
+    """Images of classes 0, 1, 0, ..., whose pixels have the class's value; ``reads`` counts in all processes."""
+
+    def __init__(self, count):
+        self.count, self.reads = count, multiprocessing.Value("i", 0)
+
+    def __getitem__(self, index):
+        with self.reads.get_lock():
+            self.reads.value += 1
+        return torch.full((3, 2, 2), float(index % 2)) + 1e-3 * index, index % 2
+
+    def get_targets(self):
+        return np.arange(self.count) % 2
+
+    def __len__(self):
+        return self.count
+
+
+def test_between_evaluations_the_processes_read_ahead_for_the_next_one():
+    train, val = Counted(7), Counted(4)
+    network = ModelWithNormalize(torch.nn.Sequential(MeanColour(), torch.nn.Linear(3, 3)))
+    before = set(multiprocessing.active_children())
+    accuracy = KnnAccuracy(train, val, batch_size=2, num_workers=1, k=3)
+    try:
+        found, processes = [], []
+        for _ in range(3):
+            found.append(accuracy(network))
+            processes.append(set(multiprocessing.active_children()) - before)
+        assert len(set(found)) == 1 and processes[0] == processes[1] == processes[2] and len(processes[0]) == 1
+        asked = 1 + 3 * 11 + 2 * 2  # one for the shape, 11 in each call, two batches for the next call
+        deadline = time.monotonic() + 60
+        while train.reads.value + val.reads.value < asked and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert train.reads.value + val.reads.value == asked
+    finally:
+        accuracy.close()
+    assert set(multiprocessing.active_children()) == before

@@ -314,6 +314,27 @@ def test_an_async_save_writes_the_state_at_its_start(tmp_path, monkeypatch):
     assert not torch.equal(expected["student.backbone.norm.weight"], model.state_dict()["student.backbone.norm.weight"])
 
 
+def test_a_teacher_is_written_aside_too_with_its_state_at_that_time(tmp_path, monkeypatch):
+    cfg, model, saver = make(tmp_path, async_save=True)
+    go, write = threading.Event(), ckpt.save_atomically
+    monkeypatch.setattr(ckpt, "save_atomically", lambda *args: go.wait(60) and write(*args))
+    path = saver.save_teacher("best", facts={"iteration": 0})
+    expected = {name: tensor.clone() for name, tensor in model.teacher.state_dict().items()}
+    assert not path.exists()
+    advance(cfg, model, saver.optimizer, [0])
+    go.set()
+    saver.wait()
+    written = torch.load(path, weights_only=True)
+    assert written["iteration"] == 0 and written["teacher"].keys() == expected.keys()
+    assert all(torch.equal(written["teacher"][name], expected[name]) for name in expected)
+    name = "backbone.norm.weight"
+    assert not torch.equal(expected[name], model.teacher.state_dict()[name])
+    monkeypatch.setattr(ckpt, "save_atomically", lambda *args: 1 / 0)
+    saver.save_teacher("best")
+    with pytest.raises(ZeroDivisionError):
+        saver.save(1)
+
+
 def test_the_last_save_waits_for_the_one_before(tmp_path):
     saver = make(tmp_path, async_save=True)[2]
     saver.save(0)

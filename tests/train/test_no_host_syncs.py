@@ -1,4 +1,5 @@
-"""A step never waits for the device: run on ``meta`` tensors, which stand in for GPU tensors and cannot be read.
+"""A step never waits for the device, and an evaluation only after its last forward pass: run on ``meta`` tensors, which
+stand in for GPU tensors and cannot be read.
 
 Any operation that reads a value (``item``, ``tolist``, ``nonzero``, a mask as an index, ``bool``, a copy to the host)
 raises on them. Blocking copies to the device are detected too. Allowed reads are in :data:`ALLOWED`.
@@ -9,6 +10,7 @@ skips a step as a tensor.
 import itertools
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,13 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dinov2_custom import parallel
+from dinov2_custom.data.loaders import make_train_loader
+from dinov2_custom.eval import neighbours, utils
+from dinov2_custom.eval.utils import ModelWithNormalize
 from dinov2_custom.logging import MetricLogger
 from dinov2_custom.parallel import GradientReducer, parallelize
-from dinov2_custom.train import step_guard
+from dinov2_custom.train import online, step_guard
+from dinov2_custom.train.online import OnlineEvaluation
 from dinov2_custom.train.optimization import accumulate_gradients, build_optimizer, clip_gradients, step_unless
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.step_guard import StepGuard
 from dinov2_custom.utils import transfer
+from tests.data.pictures import make_folder
 from tests.train.batches import random_batch, tiny_config
 
 # the only copies to the host in a step; they are read one step later
@@ -123,6 +130,52 @@ def test_a_whole_step_reads_nothing_from_the_device(as_a_gpu, centering, lean, g
     assert len(as_a_gpu) == 3
     assert {"dino_local_crops_loss", "koleo_loss", "ibot_loss"} <= set(losses)
     assert all(value.device.type == "meta" for value in (*losses.values(), *norms.values(), skip))
+
+
+class Read(transfer.HostCopy):
+    """A copy to the host that records in ``events`` when the host waits for it."""
+
+    events: ClassVar[list[str]] = []
+
+    def wait(self):
+        self.events.append("read")
+        return self.tensor
+
+
+@pytest.mark.parametrize(
+    ("lean", "centering", "same"), [("true", "centering", False), ("false", "sinkhorn_knopp", True)]
+)
+def test_an_evaluation_reads_nothing_before_its_last_forward_pass(
+    as_a_gpu, tmp_path, monkeypatch, lean, centering, same
+):
+    """``same``: labelled images are compared with each other, where an image is not its own neighbour."""
+    for part, count in (("train", 8), ("val", 4)):
+        make_folder(tmp_path / part, [f"class{i % 2}/{i}.png" for i in range(count)], 20, 20)
+    train, val = (f"LabelledFolder:root={tmp_path / name}" for name in ("train", "train" if same else "val"))
+    cfg = tiny_config(
+        f"train.lean={lean}", f"train.centering={centering}", f"train.output_dir={tmp_path}", "train.num_workers=0",
+        f"train.dataset_path=ImageFolder:root={tmp_path / 'train'}", "evaluation.online.every=1",
+        "evaluation.online.images=3", "train.batch_size_per_gpu=2", f"evaluation.online.knn_train={train}",
+        f"evaluation.online.knn_val={val}",
+    )  # fmt: skip
+    monkeypatch.setattr(Read, "events", [])
+    for module in (online, utils, neighbours):
+        monkeypatch.setattr(module, "to_host", lambda tensor: Read(torch.ones(tensor.shape, dtype=tensor.dtype)))
+    for owner, name in ((SSLMetaArch, "evaluate"), (ModelWithNormalize, "forward")):
+        original = getattr(owner, name)
+        recording = lambda *args, original=original: (Read.events.append("pass"), original(*args))[1]  # noqa: E731
+        monkeypatch.setattr(owner, name, recording)
+    monkeypatch.setattr(online, "KNN_BATCH", 3)
+    model = SSLMetaArch(cfg).to("meta").train()
+    evaluation = OnlineEvaluation(cfg, make_train_loader(cfg, rank=0, world_size=1))
+    evaluation.start = {"features": torch.ones(3, model.embed_dim), "values": {}}
+    with NoWaiting():
+        row = evaluation.evaluate(model, 0, 0.05, lambda: 0.0)
+    # two batches of held-out images, all labelled ones in batches of three; then: are all there, do they differ, hits,
+    # features, and the other numbers
+    passes = 2 + (3 if same else 4)
+    assert Read.events == ["pass"] * passes + ["read"] * 5
+    assert {"eval_loss", "eval_knn", "eval_rankme", "eval_cosine_to_start"} <= row.keys()
 
 
 def test_averaging_gradients_reads_nothing_from_the_device(as_a_gpu, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.train import online
+from dinov2_custom.train.health import rankme
 from dinov2_custom.train.online import START_FILE, geometry, similarity
 from dinov2_custom.utils.run_folder import find_weights
 from tests.processes import launch_source
@@ -144,14 +145,16 @@ def test_two_processes_share_the_images_also_sharded(images, tmp_path):
 def test_geometry_of_known_features():
     same = torch.ones(5, 2, 3)
     found = geometry(same)
-    assert found["rankme"] == pytest.approx(1, abs=1e-4) and found["alignment"] == 0 and found["uniformity"] == 0
+    assert rankme(same[:, 0]) == pytest.approx(1, abs=1e-4)
+    assert found["alignment"] == 0 and float(found["uniformity"]) == pytest.approx(0, abs=1e-14)
     axes = torch.eye(4)[:, None].repeat(1, 2, 1)
     axes[:, 1] *= 3  # lengths do not matter
     found = geometry(axes)
-    assert found["rankme"] == pytest.approx(4, rel=1e-4) and found["alignment"] == pytest.approx(0, abs=1e-12)
-    assert found["uniformity"] == pytest.approx(-4)  # squared distances are 2
+    assert rankme(axes[:, 0]) == pytest.approx(4, rel=1e-4)
+    assert float(found["alignment"]) == pytest.approx(0, abs=1e-12)
+    assert float(found["uniformity"]) == pytest.approx(-4)  # squared distances are 2
     opposite = torch.stack([torch.eye(4), -torch.eye(4)], dim=1)
-    assert geometry(opposite)["alignment"] == pytest.approx(4)
+    assert float(geometry(opposite)["alignment"]) == pytest.approx(4)
 
 
 def test_similarity_ignores_a_rotation_in_cka_only():
