@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +53,31 @@ def atomic_write(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def utf8_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield ``path``, or a link to it if it is not UTF-8: safetensors, onnxruntime and torch's mmap open no other.
+
+    Files opened in the body may be used after it.
+    """
+    path = Path(path)
+    if is_utf8(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "link"
+        link.symlink_to(path.absolute())
+        yield link
+
+
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``path`` is UTF-8; on Linux, names of files may be any bytes."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # of the surrogates by which Python represents other bytes
+        return False
+    return True
 
 
 def flush(descriptor: int) -> None:

@@ -19,6 +19,7 @@ from dinov2_custom.files import (
     parse_json,
     parse_json_object,
 )
+from tests.processes import wait_until
 
 FORK = multiprocessing.get_context("fork")
 
@@ -103,11 +104,7 @@ def test_a_child_does_not_keep_it_for_a_parent_that_was_killed(tmp_path):
 
     process = FORK.Process(target=parent)
     process.start()
-    deadline = time.monotonic() + 60
-    while not told.exists() or not told.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    child = int(told.read_text())
+    child = int(wait_until(lambda: told.exists() and told.read_text(), "the child"))
     try:
         os.kill(child, signal.SIGSTOP)
         process.kill()

@@ -37,16 +37,24 @@ def test_several_are_a_group(tmp_path):
     assert launch_source(tmp_path, source).stdout == "2.0\n2.0\n"
 
 
-@pytest.mark.parametrize("state", ["runs", "is stopped"])
-def test_the_first_to_fail_ends_the_others(state):
-    other = "time.sleep(1000)" if state == "runs" else "os.kill(os.getpid(), signal.SIGSTOP)"
-    source = f"import os, signal, sys, time\nif os.environ['RANK'] == '1': time.sleep(0.2), sys.exit(7)\n{other}"
-    job = Job("-c", source, processes=2)
+FAILS = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.processes import state, wait_until
+file, letter = Path(sys.argv[1]), sys.argv[2]
+if os.environ["RANK"] == "1":
+    wait_until(lambda: file.exists() and state(file.read_text()) == letter, "the state of the other")
+    sys.exit(7)
+file.write_text(str(os.getpid()))
+time.sleep(1000) if letter == "S" else os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.parametrize(("letter", "end"), [("S", signal.SIGTERM), ("T", signal.SIGKILL)], ids=["runs", "is stopped"])
+def test_the_first_to_fail_ends_the_others(letter, end, tmp_path):
+    job = Job("-c", FAILS, str(tmp_path / "pid"), letter, processes=2)
     assert job.wait() == 7
-    assert [process.exitcode for process in job.processes] == [
-        -signal.SIGTERM if state == "runs" else -signal.SIGKILL,
-        7,
-    ]
+    assert [process.exitcode for process in job.processes] == [-end, 7]
     assert not running(process.pid for process in job.processes)
 
 

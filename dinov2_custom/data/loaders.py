@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -261,6 +262,7 @@ def make_source(spec: DatasetSpec) -> Source:
     raise ConfigError(f"train.dataset_path: unknown kind of dataset {spec.kind!r}")
 
 
+@dataclass(eq=False)
 class TrainLoader:
     """An endless sequence of one rank's collated batches, independent of ``num_workers``.
 
@@ -272,29 +274,20 @@ class TrainLoader:
     ``held_out``: dataset of the images that are held out of training, or None.
     """
 
-    def __init__(
-        self,
-        builder: TrainBatches,
-        finish: Finisher,
-        bad_images: BadImages,
-        *,
-        num_workers: int | str,
-        cores: int | None = None,
-        colours: str = "auto",
-        start_iteration: int = 0,
-        held_out: Any = None,
-    ):
-        self.held_out = held_out
-        self.builder = builder
-        self.finish = finish
-        self.bad_images = bad_images
-        self.num_workers = num_workers
-        self.cores = cores
-        self.colours = colours
-        self.start_iteration = start_iteration
-        self.num_images = len(builder.samples.dataset)
+    builder: TrainBatches
+    finish: Finisher
+    bad_images: BadImages
+    _: KW_ONLY
+    num_workers: int | str
+    cores: int | None = None
+    colours: str = "auto"
+    start_iteration: int = 0
+    held_out: Any = None
+
+    def __post_init__(self) -> None:
+        self.num_images = len(self.builder.samples.dataset)
         self.found: dict[str, Any] = {"resize": resize_kernel()}  # saved in checkpoints
-        self.draws = start_iteration * builder.batch_size * builder.world_size
+        self.draws = self.start_iteration * self.builder.batch_size * self.builder.world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.batches(self.start_iteration)

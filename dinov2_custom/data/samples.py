@@ -11,6 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -232,6 +233,7 @@ class Report(NamedTuple):
     bad: list[BadRecord]
 
 
+@dataclass(eq=False)
 class TrainBatches:
     """Build any batch of one rank.
 
@@ -240,27 +242,16 @@ class TrainBatches:
     ``late_colours``: leave the colour changes to the device.
     """
 
-    def __init__(
-        self,
-        samples: TrainSamples,
-        masks: Masks,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulation_steps: int = 1,
-        first_draw: int = 0,
-        late_colours: bool = False,
-    ):
-        self.samples = samples
-        self.masks = masks
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.accumulation_steps = accumulation_steps
-        self.first_draw = first_draw
-        self.late_colours = late_colours
-        self._resized: list[np.ndarray] = []
+    samples: TrainSamples
+    masks: Masks
+    _: KW_ONLY
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    accumulation_steps: int = 1
+    first_draw: int = 0
+    late_colours: bool = False
+    _resized: list[np.ndarray] = field(default_factory=list, init=False)
 
     @property
     def fields(self) -> dict[str, Field]:

@@ -20,6 +20,7 @@ from dinov2_custom.errors import CheckpointError, ConfigError, missing, optional
 from dinov2_custom.export.compare import unlike_tensors, wanted_tensors
 from dinov2_custom.export.hugging_face import write_hugging_face
 from dinov2_custom.export.portable import Portable
+from dinov2_custom.files import utf8_path
 from dinov2_custom.reading import Reading, to_facts
 from dinov2_custom.utils.hugging_face import from_hugging_face
 from dinov2_custom.utils.rng import seed_for
@@ -185,7 +186,8 @@ def read_model(kind: Any, folder: str | Path) -> nn.Module:
         CheckpointError: a tensor is missing, or transformers cannot read the folder.
     """
     try:
-        model, found = kind.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+        with utf8_path(folder) as plain:
+            model, found = kind.from_pretrained(plain, output_loading_info=True, use_safetensors=True)
     except Exception as e:  # each library raises its own errors
         reason = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
         raise CheckpointError(f"expected a {kind.__name__} that transformers reads in {folder}, got {reason}") from e

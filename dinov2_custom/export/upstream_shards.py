@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError
+from dinov2_custom.files import utf8_path
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.utils.weight_file import is_cut
 
@@ -118,8 +119,8 @@ def gather(
 def _read(path: Path) -> dict[str, Tensor]:
     """Return the teacher's parts in one process's file, one-dimensional; memory-mapped, so nothing else is read."""
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(_STAND_INS), utf8_path(path) as plain:
+            file = torch.load(plain, map_location="cpu", weights_only=True, mmap=True)
         parts = {}
         for name, value in file["model"].items():
             if name.startswith("teacher."):

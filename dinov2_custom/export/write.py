@@ -17,6 +17,7 @@ from torch import Tensor
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.export.portable import Portable
+from dinov2_custom.files import is_utf8, utf8_path
 from dinov2_custom.reading import to_facts
 
 EXPORTED = {  # all files of an exported folder
@@ -57,11 +58,13 @@ def replacing(path: Path, overwrite: bool, suffix: str = "", folder: bool = Fals
         overwrite, folder: see :func:`make_room`, whose errors apply.
     """
     partial = make_room(path, overwrite, folder)
-    written = partial / (path.name if path.name.endswith(suffix) else path.name + suffix)
+    name = path.name if is_utf8(path.name) else "model"
+    written = partial / (name if name.endswith(suffix) else name + suffix)
     try:
         if folder:
             written.mkdir()
-        yield written
+        with utf8_path(partial) as plain:
+            yield plain / written.name
         remove(path)
         for beside in partial.iterdir():  # ONNX above 2 GB stores its tensors in a second file, referred to by name
             if beside != written:

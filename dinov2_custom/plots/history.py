@@ -112,7 +112,7 @@ PANELS = (
     ),
     Panel(
         "kNN accuracy",
-        "fraction of the labelled images",
+        "fraction, labelled images",
         (Line("teacher", _key("eval_knn")),),
         levels=(Level("start", _constant("start_knn")), Level("raw pixels", _constant("pixels_knn"))),
         from_zero=True,
@@ -358,7 +358,7 @@ def _draw_panel(axis, panel: Panel, runs: Sequence[Run]) -> None:
     per_epoch = [iterations_per_epoch(run) for run in runs]
     if all(per_epoch) and max(per_epoch) < 1.01 * min(per_epoch):
         epochs = axis.secondary_xaxis("top", functions=(lambda x: x / per_epoch[0], lambda x: x * per_epoch[0]))
-        epochs.set_xlabel("epoch", fontsize=8, color="#777777", labelpad=1)
+        epochs.set_xlabel("epoch", fontsize=8, color="#777777", labelpad=4)
         epochs.tick_params(labelsize=8, colors="#777777")
         epochs.spines["top"].set_visible(False)
     axis.grid(alpha=0.25)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.files import flush, parse_json_object
+from dinov2_custom.files import flush, parse_json_object, utf8_path
 from dinov2_custom.utils.run_folder import MARKER
 
 FORMAT = 3
@@ -78,7 +78,9 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> Written:
         header = file.read(8)
         header += file.read(int.from_bytes(header, "little"))
     crc, size = zlib.crc32(header), len(header)
-    for name in safe_open(path, "pt").offset_keys():  # from memory: the checksum of the intended content
+    with utf8_path(path) as plain:
+        names = safe_open(plain, "pt").offset_keys()
+    for name in names:  # from memory: the checksum of the intended content
         data = memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
         crc, size = zlib.crc32(data, crc), size + len(data)
     return Written(size, crc)
@@ -237,7 +239,8 @@ class StoredState:
         try:
             if (size := path.stat().st_size) != expected:
                 raise ValueError(f"{size} bytes, expected {expected}")
-            file = safe_open(path, "pt")
+            with utf8_path(path) as plain:
+                file = safe_open(plain, "pt")
             rows = parse_json_object((file.metadata() or {}).get("rows", "{}"))
             return {tensor: _part(file.get_slice(tensor), rows.get(tensor)) for tensor in file.keys()}  # noqa: SIM118
         except (OSError, ValueError, TypeError, SafetensorError) as e:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.files import parse_json_object
+from dinov2_custom.files import parse_json_object, utf8_path
 from dinov2_custom.utils.checkpoint_folder import read_folder
 from dinov2_custom.utils.download import describe_start, fetch
 from dinov2_custom.utils.paths import local_path
@@ -76,8 +76,10 @@ def _read_file(path: Path) -> Any:
 
 def _with_metadata(path: Path) -> OrderedDict[str, Tensor]:
     """Read a safetensors file; the strings in its header become ``_metadata[""]``, as in state dicts."""
-    state = OrderedDict(load_file(path))
-    with safe_open(path, "pt") as file:
+    with utf8_path(path) as plain:
+        state = OrderedDict(load_file(plain))
+        file = safe_open(plain, "pt")
+    with file:
         state._metadata = {"": file.metadata() or {}}
     return state
 

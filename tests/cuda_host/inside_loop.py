@@ -62,7 +62,7 @@ def test_a_run_continues_if_memory_cannot_be_pinned(dataset, tmp_path):
     command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
     command += ["train.num_workers=2", "train.max_steps=4"]
     refusing = os.environ | {"CUDA_HOST_NO_PINNING": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=refusing, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=REPOSITORY, env=refusing, capture_output=True, text=True, timeout=600)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "memory could not be pinned (CUDA error 801)" in said, said
 
@@ -71,7 +71,7 @@ def test_a_full_device_is_reported_in_one_sentence(dataset, tmp_path):
     command = [sys.executable, "run/train/train.py", *RUN, dataset, "--output-dir", str(tmp_path / "run")]
     command += ["student.arch=vit_small", "train.batch_size_per_gpu=16", "train.num_workers=0"]
     small = os.environ | {"CUDA_HOST_MEMORY": str(500 * 2**20)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=small, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=REPOSITORY, env=small, capture_output=True, text=True, timeout=600)
     last = done.stderr.splitlines()[-1]
     assert done.returncode and last.startswith("error: memory: expected room for a batch of 16 images per process")
     assert "Tried to allocate" in last and "Traceback" not in done.stderr

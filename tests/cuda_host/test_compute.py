@@ -32,7 +32,7 @@ def start(python, *command, **variables):
 
 def end(*processes):
     """Wait for the processes; return the output of the first one."""
-    printed = [process.communicate(timeout=500)[0] for process in processes]
+    printed = [process.communicate(timeout=600)[0] for process in processes]
     for process, text in zip(processes, printed, strict=True):
         assert process.returncode == 0, text
     return printed[0]

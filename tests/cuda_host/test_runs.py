@@ -23,8 +23,8 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
-def finished(command, env, timeout=500):
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=timeout)
+def finished(command, env):
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -131,7 +131,7 @@ def test_the_least_memory_over_processes_decides_the_recomputation(preloaded):
         )
         for rank, size in enumerate(sizes)
     ]
-    ends = [job.communicate(timeout=200) for job in jobs]
+    ends = [job.communicate(timeout=600) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], ends
     found = [int(said.split()[-1]) for said, _ in ends]
     assert found[0] == found[1] and found[0] == pytest.approx(sizes[1], rel=0.01)

@@ -123,7 +123,7 @@ def test_memory_of_batches_is_not_in_dev_shm():
     if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs root: mounts in a namespace of its own (unshare -m)")
     command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **ENVIRONMENT})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, **ENVIRONMENT})
     assert done.returncode == 0 and done.stdout == "all 0\n", done.stderr
 
 

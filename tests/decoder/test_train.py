@@ -62,15 +62,17 @@ def test_a_run_continued_after_a_kill_ends_with_the_same_weights(task, tiny, tmp
     data, val = (make_split(tmp_path / name, 8, n, task == "semantic") for n, name in enumerate(("a", "b")))
     settings = tiny("precision=bf16") if task == "detection" else tiny("accumulation=2", "label_smoothing=0.1")
     fit(make(task, settings), data, val, tmp_path / "whole", settings)
+    killed_in = tmp_path / os.fsdecode(b"not UTF-8 \xe9")
     with pytest.raises(Killed):
-        fit(make(task, settings), data, val, tmp_path / "killed", settings, [KillAt(3 if task == "detection" else 2)])
-    torn = tmp_path / "killed" / train.CHECKPOINTS / "checkpoint-9"
+        fit(make(task, settings), data, val, killed_in, settings, [KillAt(3 if task == "detection" else 2)])
+    torn = killed_in / train.CHECKPOINTS / "checkpoint-9"
     if task == "detection":  # without accumulation there is an epoch before the kill
         assert newest_checkpoint(torn.parent).endswith("checkpoint-2")
         torn.mkdir()
         assert newest_checkpoint(torn.parent).endswith("checkpoint-2")
         torn.rmdir()
-    fit(make(task, settings), data, val, tmp_path / "killed", settings)
+    fit(make(task, settings), data, val, killed_in, settings)
+    killed_in.rename(tmp_path / "killed")
     whole, killed = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     rows, again = (read_metrics(tmp_path / name / "training_metrics.json") for name in ("whole", "killed"))

@@ -203,7 +203,7 @@ def test_torchvisions_base_classes_if_it_is_installed(built_for, site, tmp_path)
     def run(*path, kind):
         command = [sys.executable, "-B", "-c", KEEPS_BASES, kind]
         environment = {"PYTHONPATH": ":".join(map(str, path))}
-        done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=120, env=environment)
+        done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=600, env=environment)
         assert done.returncode == 0, done.stderr
         return done
 

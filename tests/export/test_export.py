@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -218,6 +219,22 @@ def test_default_output_is_named_after_the_run(tmp_path, monkeypatch, capsys):
     assert main(get_args_parser().parse_args([str(tmp_path / "cells"), "--to", "torch"])) == 0
     assert (tmp_path / "outputs" / "export" / "cells_torch.pth").is_file()
     logging.getLogger("dinov2").handlers.clear()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_names_that_are_not_utf_8(form, tmp_path, request):
+    """Libraries in Rust and C++ cannot open them, neither to compare an export nor to read one."""
+    if form in ("timm", "onnx"):
+        request.getfixturevalue({"onnx": "onnx_runtime"}.get(form, form))
+    folder, teacher = tmp_path / os.fsdecode(b"caf\xe9"), make_teacher()
+    source, path = folder / "source.pth", folder / os.fsdecode(b"\xe9" + _WRITERS[form][1].encode())
+    export(portable(teacher), "torch", source)
+    assert main(get_args_parser().parse_args([str(source), "--to", form, "--output", str(path)])) == 0
+    assert path.exists() and not list(folder.glob(".*"))
+    if form != "onnx":
+        images = random_images(teacher.image_size)
+        loaded = load_teacher(str(path)).backbone
+        torch.testing.assert_close(features_of(loaded, images), features_of(teacher.backbone, images))
 
 
 def barely_trained(kind):

@@ -1,6 +1,7 @@
 """An RF-DETR around a backbone: transformers loads all of its tensors."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -59,10 +60,12 @@ def test_registers_are_refused_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_card_says_that_the_decoder_is_new(tmp_path, capsys):
+def test_the_card_says_that_the_decoder_is_new(tmp_path):
     export(portable(make_teacher("patch 14")), "torch", tmp_path / "backbone.pth")
-    flags = [str(tmp_path / "backbone.pth"), "--to", "rf-detr", "--output", str(tmp_path / "out")]
+    not_utf_8 = tmp_path / os.fsdecode(b"caf\xe9")
+    flags = [str(tmp_path / "backbone.pth"), "--to", "rf-detr", "--output", str(not_utf_8)]
     assert main(export_parser().parse_args(flags)) == 0
+    not_utf_8.rename(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "train it before use" in card and "RfDetrForObjectDetection.from_pretrained" in card
     assert "pipeline_tag: object-detection" in card

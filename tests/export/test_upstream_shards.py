@@ -38,8 +38,9 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def run(runs, tmp_path):
-    shutil.copytree(runs / KINDS[0], tmp_path / "run")
-    return tmp_path / "run"
+    folder = tmp_path / os.fsdecode(b"not UTF-8 \xe9") / "run"
+    shutil.copytree(runs / KINDS[0], folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

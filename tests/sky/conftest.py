@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import CEILING_S
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY, SECRET = "AKIATESTKEY", "not-a-real-secret-0123456789"
 
@@ -61,7 +63,7 @@ def bucket(s3_environment, request):
 
 
 def wait_for_server(port: int, server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + CEILING_S
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5):
             return

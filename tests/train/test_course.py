@@ -1,17 +1,19 @@
 """Lengths of a run and its parts, in epochs, in steps and by time."""
 
+import itertools
 import json
 import os
 import signal
-import time
+from functools import partial
 
 import pytest
 
 from dinov2_custom.logging import sinks
+from dinov2_custom.train import train
 from dinov2_custom.train.course import TICKS, Course, RunLength, in_words, run_length
 from dinov2_custom.train.optimization import build_schedulers
 from dinov2_custom.utils.weights import read_weights
-from tests.processes import launch
+from tests.processes import launch_source
 from tests.train.batches import TINY, tiny_config
 from tests.train.test_step_guard import run
 from tests.train.test_train import rows, weights, write_images
@@ -127,15 +129,16 @@ def test_a_run_of_so_many_steps(images, tmp_path, capsys):
 
 
 def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch, capsys):
-    write = sinks.JsonLines.log
+    write, readings = sinks.JsonLines.log, itertools.count()
 
-    def slowly(self, step, row):
+    def stop_at_5(self, step, row):
         write(self, step, row)
-        time.sleep(0.1)
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(sinks.JsonLines, "log", slowly)
+    monkeypatch.setattr(sinks.JsonLines, "log", stop_at_5)
+    # read at the start and once per step: every step takes 0.4 s
+    monkeypatch.setattr(train, "Course", partial(Course, clock=lambda: 0.4 * next(readings)))
     hours = 8 / 3600
     options = [
         f"train.max_hours={hours}",
@@ -148,7 +151,7 @@ def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch
     assert 0 < state["course"]["elapsed_s"] < 8
     assert run(images, tmp_path, *options) == 0
     written = rows(tmp_path)
-    assert [row["iteration"] for row in written] == list(range(len(written)))
+    assert [row["iteration"] for row in written] == list(range(len(written))) and 18 <= len(written) <= 20
     momenta = [row["mom"] for row in written]  # medians
     assert momenta[0] == 0.5 and momenta[-1] > momenta[5] > 0.5
     log = capsys.readouterr().out
@@ -157,9 +160,22 @@ def test_a_run_by_the_clock_stops_resumes_and_ends(images, tmp_path, monkeypatch
     assert "raise train.max_hours to continue" in capsys.readouterr().out
 
 
+# Each process has its own clock, read at the start and once per step: a step takes 0.5 s, or 0.6 s in the second one
+CLOCKS = """
+import itertools, os
+from functools import partial
+from dinov2_custom import entry
+from dinov2_custom.train import train
+readings, step_s = itertools.count(), 0.5 + 0.1 * int(os.environ["RANK"])
+train.Course = partial(train.Course, clock=lambda: step_s * next(readings))
+entry.leave(entry.run("dinov2_custom.train.train", train.get_args_parser().parse_args()))
+"""
+
+
 def test_two_processes_agree_on_the_clock(images, tmp_path):
-    common = ["run/train/train.py", f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.log_every=1"]
-    done = launch(2, *common, f"train.max_hours={6 / 3600}", "optim.warmup_epochs=0", "--output-dir", str(tmp_path))
+    common = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.log_every=1"]
+    common += [f"train.max_hours={6 / 3600}", "optim.warmup_epochs=0", "--output-dir", str(tmp_path)]
+    done = launch_source(tmp_path, CLOCKS, *common)
     assert "6 s of training" in done.stdout
     lines = {
         name: [line.split("] ", 1)[1] for line in (tmp_path / "logs" / name).read_text().splitlines() if "[" in line]
@@ -169,4 +185,5 @@ def test_two_processes_agree_on_the_clock(images, tmp_path):
         [field for line in part for field in line.split("  ") if field.startswith("lr: ")] for part in lines.values()
     ]
     assert lrs[0] == lrs[1] and len(set(lrs[0])) > 1
+    assert rows(tmp_path)[-1]["iteration"] == len(lrs[0]) - 1 >= 9
     assert all(value.isfinite().all() for value in weights(tmp_path).values())

@@ -190,7 +190,7 @@ def test_a_stopped_process_is_killed(monkeypatch, tmp_path, peer, ended):
 def test_a_suspended_job_continues(images, tmp_path):
     """All processes are suspended for longer than the timeout, as by ``scontrol suspend``, and resumed."""
     (tmp_path / "slow.py").write_text(SCRIPT)
-    arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=2"]
+    arguments = [f"train.dataset_path={images}", *TINY, "train.num_workers=0", "train.hang_timeout=4"]
     arguments += ["train.max_steps=60", "train.log_every=1", "--output-dir", str(tmp_path / "out")]
     job = Job(str(tmp_path / "slow.py"), "none", "-1", *arguments, errors=tmp_path / "errors")
     metrics = tmp_path / "out" / "training_metrics.json"

@@ -173,11 +173,11 @@ def test_a_killed_run_leaves_no_process_and_no_lock(images, tmp_path):
 
 def test_a_folder_whose_name_is_not_utf_8_is_trained_on_resumed_and_embedded(tmp_path):
     named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    images = write_images(named, 6)
-    out = tmp_path / "out"
+    images = write_images(named / "images", 6)
+    out = named / "out"
     for total in (2, 4):
         process = start(images, out, total)
-        assert process.wait() == 0, (tmp_path / "out.log").read_text(errors="replace")[-2000:]
-    done = run("run/embed.py", str(out), str(images), "--output-dir", str(tmp_path / "features"))
+        assert process.wait() == 0, (named / "out.log").read_text(errors="replace")[-2000:]
+    done = run("run/embed.py", str(out), str(images), "--output-dir", str(named / "features"))
     assert done.returncode == 0, done.stderr
     assert len(rows(out)) == 4
