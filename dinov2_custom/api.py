@@ -208,7 +208,11 @@ def embed(source: Run | StrPath, images: StrPath | Sequence[StrPath], out: StrPa
     import numpy as np
 
     if isinstance(flags.get("image_size"), Sequence) or "format" in flags:
-        raise ConfigError("embed: expected one image_size and no format; the command `embed` has these")
+        given = {name: flags[name] for name in ("image_size", "format") if name in flags}
+        raise ConfigError(
+            f"embed: expected one image_size and no format, got {given}; for several sizes or Parquet, use the command "
+            f"`{CONSOLE_SCRIPT} embed`"
+        )
     folder = Path(out or default_output("embed", os.fspath(source))).expanduser()
     _call("embed", [os.fspath(source), _dataset(images)], {"output_dir": folder}, flags)
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -245,7 +245,7 @@ all keys: {list_of_keys()}
     parser.add_argument(
         "--eval-only", action="store_true", help="write the teacher of the newest checkpoint, without training"
     )
-    parser.add_argument("--eval", type=str, default="", metavar="STR", help="accepted as upstream does, not used")
+    parser.add_argument("--eval", type=str, default="", metavar="STR", help="accepted as in upstream; ignored")
     return parser
 
 
@@ -268,26 +268,26 @@ examples:
     )
     _add_overrides(parser, "train.batch_size_per_gpu=32")
     add = parser.add_argument
-    add("--arch", type=_words, default=[], metavar="A[,A]", help="s, b, l, g or names of student.arch, a row for each")
+    add("--arch", type=_words, default=[], metavar="A[,A]", help="s, b, l, g or names of student.arch, one row each")
     add("--batch", type=_positive, default=[], metavar="N[,N]", help="values of train.batch_size_per_gpu")
-    add("--gpus", type=_positive, default=[1], metavar="N[,N]", help="numbers of GPUs, of all nodes together (1)")
+    add("--gpus", type=_positive, default=[1], metavar="N[,N]", help="total numbers of GPUs (default: 1)")
     add("--gpu", type=_words, default=[], metavar="GPU[,GPU]", help="kinds of GPUs, such as A100-80GB,L40S,4090")
     add("--images", type=_whole(1, 1 << 40), metavar="N", help="number of images, if an epoch is one pass over them")
-    add("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="per hour; repeatable")
+    add("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="$ per hour; may be repeated")
     add("--prices", default="", metavar="FILE", help="YAML file of prices, GPU: DOLLARS or [SPOT, ON DEMAND]")
     add("--time", action="store_true", help="time a few real steps on this machine")
-    add("--memory", action="store_true", help="print the memory of a step by category instead")
-    add("--fits", type=float, default=0.0, metavar="GB", help="the same, and the largest batch for a GPU of so many GB")
+    add("--memory", action="store_true", help="print the memory of a step by category instead of the table")
+    add("--fits", type=float, default=0.0, metavar="GB", help="as --memory, and the largest batch for so many GB")
     add(
         "--ablate",
         type=_axis,
         nargs="+",
         default=[],
         metavar="KEY=A,B",
-        help="print seconds and MiB of a step for each combination instead; KEY: arch, batch, precision or any key",
+        help="print time and memory of a step for each combination instead; KEY: arch, batch, precision or any key",
     )
-    add("--schedule", action="store_true", help="show learning rate, weight decay, momentum, temperature instead")
-    add_output_dir(parser, "where the figure of --schedule goes (default: the current folder)", default=".")
+    add("--schedule", action="store_true", help="print learning rate, weight decay, momentum, temperature instead")
+    add_output_dir(parser, "folder for the figure of --schedule (default: the current folder)", default=".")
     return parser
 
 
@@ -334,7 +334,7 @@ def quickstart_parser() -> OverridesParser:
     )
     add_output_dir(
         parser,
-        "output directory; a run that is finished there is only measured again (default: %(default)s)",
+        "output directory; a finished run in it is evaluated again, not repeated (default: %(default)s)",
         default="outputs/quickstart",
     )
     parser.add_argument(
@@ -350,11 +350,13 @@ def verify_parser() -> Parser:
     """Return the parser of the verification."""
     parser = Parser(
         description="Decode every image of a dataset strictly; list the bad ones and write a clean list to train on.",
-        epilog="exit code: 0 all images are sound, 1 there are bad images or parts that cannot be listed (both are "
-        "listed), 2 it could not be run",
+        epilog="exit codes: 0: all images are intact; 1: there are bad images or parts that cannot be listed; 2: the "
+        "command could not be run",
     )
     _add_datasets(parser)
-    add_output_dir(parser, "where results go; give the same one again to resume (default: ./outputs/verify_<dataset>)")
+    add_output_dir(
+        parser, "folder for the results; repeat the command to resume (default: ./outputs/verify_<dataset>_<hash>)"
+    )
     parser.add_argument(
         "--workers", type=_whole(1), default=0, metavar="N", help="decoder processes (default: one for each core)"
     )
@@ -362,21 +364,19 @@ def verify_parser() -> Parser:
 
 
 def _add_datasets(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "dataset", nargs="+", help="as train.dataset_path takes it: a folder, several folders, a dataset string"
-    )
+    parser.add_argument("dataset", nargs="+", help="as train.dataset_path: a folder, several folders, a dataset string")
 
 
 def prepare_parser() -> Parser:
     """Return the parser of the preparation."""
     parser = Parser(
-        description="Check a dataset, shrink, convert or tile its images where asked; write tar shards or a folder.",
-        epilog="exit code: 0 done (bad images are left out and listed), 2 it could not be run",
+        description="Check a dataset, shrink, convert or tile its images, and write tar shards or a folder.",
+        epilog="exit codes: 0: done (bad images are left out and listed); 2: the command could not be run",
     )
     _add_datasets(parser)
     add_output_dir(
         parser,
-        "where the shards go: an empty folder, or that of an interrupted run of the same command to continue",
+        "folder for the shards: empty, or that of an interrupted run of the same command, which continues",
         default=None,
         required=True,
     )
@@ -399,7 +399,7 @@ def prepare_parser() -> Parser:
         type=_whole(1, 100),
         default=90,
         metavar="1-100",
-        help="of JPEG and WebP files that are written (90)",
+        help="quality of JPEG and WebP files that are written (default: 90)",
     )
     add(
         "--tile",
@@ -408,23 +408,25 @@ def prepare_parser() -> Parser:
         metavar="PIXELS",
         help="cut images above --tile-above into squares of this size; they are not shrunk (default: no tiles)",
     )
-    add("--tile-above", type=float, default=50.0, metavar="MEGAPIXELS", help="what --tile counts as huge (50)")
+    add(
+        "--tile-above", type=float, default=50.0, metavar="MEGAPIXELS", help="size from which --tile cuts (default: 50)"
+    )
     add(
         "--shard-size",
         type=_num_bytes,
         default=10**9,
         metavar="SIZE",
-        help="bytes of a tar file, such as 500MB; 0: a plain folder of files (1GB)",
+        help="size of a tar file, such as 500MB; 0: a plain folder of files (default: 1GB)",
     )
     add(
         "--intensity",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="values that become 0 and 255 where images of more than 8 bits are changed, as data.intensity of training "
-        "(default: measured on a sample of the dataset, and kept for the rest of the run)",
+        help="values that become 0 and 255 if images of more than 8 bits are changed, as data.intensity in training "
+        "(default: measured on a sample of the dataset)",
     )
-    add("--page", type=_whole(0), default=0, metavar="N", help="page that is read of images with several, from 0 (0)")
+    add("--page", type=_whole(0), default=0, metavar="N", help="page to read from files with several (default: 0)")
     add("--workers", type=_whole(1), default=0, metavar="N", help="processes (default: one for each core)")
     return parser
 
@@ -432,31 +434,31 @@ def prepare_parser() -> Parser:
 def embed_parser(add_help: bool = True) -> Parser:
     """Return the parser of the feature extraction, without the launcher's flags."""
     parser = _teacher_parser(
-        "Write the features of every image of a dataset. The same command continues where it stopped; several "
-        "processes share the work.",
+        "Write the features of every image of a dataset. If interrupted, the same command resumes; several processes "
+        "share the work.",
         add_help=add_help,
     )
-    parser.add_argument("dataset", help="folder of images, or a dataset string as for training; labels are kept")
-    add_output_dir(parser, "where the files go (empty: ./outputs/embed/<name of the run>)")
+    parser.add_argument("dataset", help="folder of images, or a dataset string as for training; labels are written too")
+    add_output_dir(parser, "output directory (empty: ./outputs/embed/<name of the run>)")
     parser.add_argument(
-        "--format", choices=("npy", "parquet"), default="npy", help="features.npy and rows.jsonl, or both in one"
+        "--format", choices=("npy", "parquet"), default="npy", help="npy: features.npy, rows.jsonl; parquet: one file"
     )
     parser.add_argument(
         "--features",
         choices=FEATURES,
         default="cls",
-        help="class token, mean of the patch tokens, or one after the other",
+        help="class token, mean of the patch tokens, or both, concatenated",
     )
     parser.add_argument("--l2", action="store_true", help="scale each row to length 1")
-    parser.add_argument("--save-dtype", choices=("float32", "float16"), default="float32", help="numbers in the file")
+    parser.add_argument("--save-dtype", choices=("float32", "float16"), default="float32", help="of the file")
     parser.add_argument(
         "--image-size",
         type=int,
         nargs="+",
         default=[],
         metavar="PIXELS",
-        help="side of the central square that is seen, after the shorter side was resized to 256/224 of it; several "
-        "sizes give a folder each (default: that of the training, 224 for released weights)",
+        help="side of the central square that the model sees, after the shorter side is resized to 256/224 of it; one "
+        "folder for each of several sizes (default: that of the training, 224 for released weights)",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     add_workers(parser)
@@ -494,7 +496,7 @@ def export_parser() -> Parser:
         type=int,
         default=0,
         metavar="PIXELS",
-        help="side that the exported positions are sized for, a multiple of the patch size (default: that of training)",
+        help="image size of the exported position embeddings, a multiple of the patch size (default: that of training)",
     )
     parser.add_argument(
         "--normalize",
@@ -507,8 +509,8 @@ def export_parser() -> Parser:
         "--push",
         default="",
         metavar="USER/NAME",
-        help="also upload the export and its card to this model repository of the Hugging Face Hub, created as a "
-        "private one if there is none; the token is that of `hf auth login` or HF_TOKEN",
+        help="also upload the export and its model card to this repository of the Hugging Face Hub, which is created "
+        "as private if it does not exist; the token is that of `hf auth login` or HF_TOKEN",
     )
     return parser
 
@@ -524,13 +526,13 @@ def history_parser() -> Parser:
     )
     add_output_dir(
         parser,
-        "where the two files go (default: the run's directory; of several runs, the current one)",
+        "folder for the two files (default: the run's directory; for several runs, the current folder)",
         default=None,
     )
     parser.add_argument("--forecast", type=float, default=0, metavar="EPOCHS", help="extrapolate a metric, with a band")
-    parser.add_argument("--metric", metavar="KEY", help="to extrapolate (default: kNN, RankMe, AP, mIoU or loss)")
-    parser.add_argument("--gpu", default="", metavar="GPU", help="priced in the forecast, such as H100 (the run's own)")
-    parser.add_argument("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="per hour")
+    parser.add_argument("--metric", metavar="KEY", help="to extrapolate (default: kNN, else RankMe, AP, mIoU, loss)")
+    parser.add_argument("--gpu", default="", metavar="GPU", help="for the price, such as H100 (default: the run's own)")
+    parser.add_argument("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="$ per hour")
     return parser
 
 
@@ -538,11 +540,11 @@ def features_parser() -> Parser:
     """Return the parser of the feature images."""
     parser = _teacher_parser(
         "Draw features of a trained backbone: pca.png (principal components of patch features), "
-        "attention.png (where the class token looks, all heads) and scatter.png (each image a point, coloured by class "
-        "where there are classes: LabelledFolder, or one folder per class)."
+        "attention.png (attention of the class token) and scatter.png (one point per image, coloured by class if "
+        "there is one folder per class)."
     )
     parser.add_argument("dataset", help="folder of images, or a dataset string")
-    add_output_dir(parser, "folder of the pictures (empty: ./outputs/features/<name of the run>)")
+    add_output_dir(parser, "folder for the figures (empty: ./outputs/features/<name of the run>)")
     parser.add_argument("--num-images", type=int, default=6, help="images in pca.png and attention.png")
     parser.add_argument("--num-points", type=int, default=1000, help="images in scatter.png; 0: do not draw it")
     parser.add_argument(
@@ -552,9 +554,7 @@ def features_parser() -> Parser:
         metavar="PIXELS",
         help="shorter side in pca.png and attention.png, rounded to whole patches (0: that of the training)",
     )
-    parser.add_argument(
-        "--heads", type=int, default=6, help="heads shown one by one in attention.png, besides their mean"
-    )
+    parser.add_argument("--heads", type=int, default=6, help="single heads shown in attention.png, besides the mean")
     _add_device(parser)
     add_configuration(parser)
     return parser
@@ -564,16 +564,16 @@ def decoder_train_parser(add_help: bool = True) -> OverridesParser:
     """Return the parser of a decoder's training, without the launcher's flags."""
     train = command("run/decoder/train.py")
     parser = OverridesParser(
-        description="Train a detector or a segmenter on a pretrained backbone. The same command continues.",
+        description="Train a detector or a segmenter on a pretrained backbone. The same command resumes.",
         epilog=f"""\
 examples:
   boxes, fine-tuned with layer-wise decay of the learning rate:
     {train} --backbone out --task detection --train train.json --val val.json --output-dir detector
   a small GPU:
     {train} ... batch=2 accumulation=4 precision=bf16
-  the frozen backbone, for 50 epochs:
+  only the decoder, for 50 epochs:
     {train} ... frozen=true epochs=50
-  does pretraining pay? the same decoder from random weights:
+  does pretraining help? compare with the same decoder on a random backbone:
     {train} ... --compare-to random
 """,
         add_help=add_help,
@@ -582,13 +582,18 @@ examples:
     opts_help = "settings such as lr=1e-4, anywhere; docs/decoder.md"
     opts = add("opts", nargs="*", default=[], metavar="key=value", help=opts_help)
     opts.schema = _decoder_settings  # for advice on mistakes, also in a parser with this one as a parent
-    backbone = "run directory, weight file, released name (dinov2_vitb14) or folder of Hugging Face"
+    backbone = "run directory, weight file, name of released weights (dinov2_vitb14) or Hugging Face folder"
     add("--backbone", required=True, metavar="WEIGHTS", help=backbone)
-    add("--task", required=True, choices=("detection", "instance", "semantic"), help="boxes, masks of objects, classes")
-    add("--train", required=True, metavar="LABELS", help="COCO JSON, YOLO YAML, folder of masks or definition file")
-    add("--val", required=True, metavar="LABELS", help="the same, for validation after each epoch")
-    add("--compare-to", default="", metavar="WEIGHTS", help="train a second decoder from these weights, or `random`")
-    add_output_dir(parser, "where everything of the run goes", default=None, required=True)
+    add(
+        "--task",
+        required=True,
+        choices=("detection", "instance", "semantic"),
+        help="boxes; masks of objects; a class per pixel",
+    )
+    add("--train", required=True, metavar="LABELS", help="COCO JSON, YOLO YAML, folder of masks or dataset definition")
+    add("--val", required=True, metavar="LABELS", help="labels in the same forms, for validation after each epoch")
+    add("--compare-to", default="", metavar="WEIGHTS", help="also train a decoder on this backbone, or `random`")
+    add_output_dir(parser, "directory of the run", default=None, required=True)
     return parser
 
 
@@ -600,16 +605,16 @@ def _decoder_settings() -> type:
 
 def _decoder_parser(description: str) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("decoder", metavar="DECODER", help="output directory of the training, or its best or last")
+    parser.add_argument("decoder", metavar="DECODER", help="output directory of the training, or its folder best")
     return parser
 
 
 def decoder_eval_parser() -> Parser:
     """Return the parser of a decoder's evaluation."""
     parser = _decoder_parser("Print AP of boxes or masks, or IoU of classes, and write scores.json.")
-    parser.add_argument("data", metavar="LABELS", help="as --val of the training")
-    parser.add_argument("--part", default="val", help="part of a definition file: train, val or test")
-    add_output_dir(parser, "where scores.json goes (empty: beside the decoder)")
+    parser.add_argument("data", metavar="LABELS", help="labels, in the forms of --val in training")
+    parser.add_argument("--part", default="val", help="part of a dataset definition: train, val or test")
+    add_output_dir(parser, "folder for scores.json (empty: that of the decoder)")
     parser.add_argument("--batch-size", type=_whole(1), default=8, help="images per step")
     _add_device(parser)
     return parser
@@ -619,9 +624,9 @@ def decoder_predict_parser() -> Parser:
     """Return the parser of a decoder's predictions."""
     parser = _decoder_parser("Find objects in a folder: predictions.json (COCO) or masks, and pictures.")
     parser.add_argument("images", metavar="FOLDER", help="folder of images")
-    add_output_dir(parser, "where the results go (empty: ./outputs/predict/<name of the folder>)")
-    parser.add_argument("--threshold", type=float, default=0.3, help="least score of objects that are kept")
-    parser.add_argument("--num-pictures", type=_whole(0), default=20, help="pictures that are drawn")
+    add_output_dir(parser, "folder for the results (empty: ./outputs/predict/<name of the folder>)")
+    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score of objects that are kept")
+    parser.add_argument("--num-pictures", type=_whole(0), default=20, help="number of pictures to draw")
     parser.add_argument("--batch-size", type=_whole(1), default=8, help="images per step")
     _add_device(parser)
     return parser
@@ -639,10 +644,10 @@ def decoder_export_parser() -> Parser:
 def patches_parser() -> Parser:
     """Return the parser of the patches."""
     parser = Parser(
-        description="Apply this project's fixes to a checkout of dinov2, remove them, or show which are "
-        "applied. Each appends a marked block to the modules it concerns; no other line is touched.",
+        description="Apply this project's patches to a checkout of dinov2, remove them, or show which are applied. "
+        "Each appends a marked block to the modules that it changes; no other line is modified.",
     )
-    parser.add_argument("checkout", help="folder that holds the package dinov2")
+    parser.add_argument("checkout", help="folder that contains the package dinov2")
     parser.add_argument("--only", default="", metavar="a,b", help="these patches instead of all of the series")
     parser.add_argument("--revert", action="store_true", help="remove the blocks, byte for byte")
     parser.add_argument("--status", action="store_true", help="show the state of each patch; change nothing")

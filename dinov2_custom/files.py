@@ -199,5 +199,7 @@ def locked(path: str | os.PathLike[str], *, timeout_s: float = 0.2) -> Iterator[
         except OSError as e:
             if e.errno not in _NO_LOCKS:
                 raise
-            logger.warning(f"{path}: no locks on this file system ({e.strerror}); start nothing else that writes there")
+            logger.warning(
+                f"{path}: this file system has no locks ({e.strerror}); do not start another command that writes there"
+            )
         yield

@@ -311,8 +311,8 @@ def backbone_like(state: Mapping[str, Tensor], where: str) -> DinoVisionTransfor
         return DinoVisionTransformer(**arguments_of(state))
     except (LookupError, ValueError) as e:
         raise CheckpointError(
-            f"expected the weights of a DINOv2 backbone at {where}, its architecture is unclear: {e}; give the "
-            "configuration that it was trained with"
+            f"expected the weights of a DINOv2 backbone at {where}, got tensors of an unknown architecture: {e}; give "
+            "the configuration that it was trained with (--config-file)"
         ) from e
 
 
@@ -326,9 +326,9 @@ def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     if depth > len(state):  # each block has tensors; building arbitrarily many could exhaust the memory
-        raise ValueError(f"tensors of block {depth - 1}, and {len(state)} tensors in all")
+        raise ValueError(f"tensors of block {depth - 1}, but only {len(state)} tensors in all")
     if not dim or dim % _HEAD_DIM or side * side != state["pos_embed"].shape[1] - 1:
-        raise ValueError(f"width {dim} is no multiple of {_HEAD_DIM}, or the positions form no square")
+        raise ValueError(f"width {dim} is no multiple of {_HEAD_DIM}, or the number of positions is no square number")
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     swiglu = "blocks.0.mlp.w12.weight" in state
     if not swiglu:

@@ -153,7 +153,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path / "lock"), locked(tmp_path / "lock"):
-        assert "no locks on this file system" in caplog.text
+        assert "this file system has no locks" in caplog.text
 
 
 def test_a_folder_that_cannot_be_is_the_callers_error(tmp_path):

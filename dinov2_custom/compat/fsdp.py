@@ -165,12 +165,18 @@ class FSDPCheckpointer(Checkpointer):
             return {}
         state = read_weights(path)
         if not isinstance(state, Mapping) or "model" not in state:
-            raise CheckpointError(f"expected a file that FSDPCheckpointer.save wrote, got one without a model: {path}")
+            raise CheckpointError(
+                f"expected a file that FSDPCheckpointer.save wrote, got one without the key model: {path}; check the "
+                "path"
+            )
         whole = dcp.StateDictOptions(full_state_dict=True)
         try:
             dcp.set_model_state_dict(self.model, state.pop("model"), options=whole)
         except (RuntimeError, ValueError) as e:
-            raise CheckpointError(f"expected the tensors of {type(self.model).__name__} in {path}: {e}") from e
+            raise CheckpointError(
+                f"expected the tensors of {type(self.model).__name__} in {path}, got others ({e}); build the model "
+                "that was saved"
+            ) from e
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key not in state:
                 logger.warning(f"{path}: no state of {key}, which is unchanged")

@@ -28,7 +28,7 @@ _OTHER_NAMES = {
 }
 # Keys and sections of known forks that are not supported, and their replacements.
 OF_FORKS = {
-    "daino": "the supervised side loss of a fork, which is not here",
+    "daino": "the supervised side loss of a fork, which this package does not have",
     "tune": "kNN during training of a fork: set evaluation.online.knn_train and evaluation.online.knn_val instead",
     "early_stopping": "stop when a score no longer rises, of a fork: not here",
     "optim.max_iter": "train.max_steps",
@@ -114,7 +114,7 @@ def explain_bad_override(text: str, root: type[Section] = Config) -> str:
     if ":" in text and text.split(":", 1)[0] in all_keys(root):
         return "write = instead of the first colon"
     if text != text.strip("[]{},:"):
-        return "a list or mapping with blanks needs quotes around the whole override: 'key=[a, b]'"
+        return "a list or mapping with spaces needs quotes around the whole override: 'key=[a, b]'"
     return suggest_key(text, root).replace("?", "=VALUE?") or "write key=value, without spaces around ="
 
 
@@ -174,7 +174,7 @@ def _combinations(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str
     keys = ["train.max_steps", "train.max_hours"]
     yield (0 in get(*keys), keys, "0 when the other is set", "choose one of them for the length of the run")
     keys = ["dino.loss_weight", "ibot.loss_weight"]
-    yield (any(get(*keys)), keys, "dino or ibot above 0", "without both there is nothing to learn from")
+    yield (any(get(*keys)), keys, "at least one of them above 0", "without both there is nothing to learn from")
     intensity = values["data.intensity"]
     yield (
         intensity == "auto" or intensity[0] < intensity[1],
@@ -211,13 +211,13 @@ def _for_training(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str
     yield (
         not values["student.channel_adaptive"],
         ["student.channel_adaptive"],
-        f"false, as training reads images of {_RGB} channels together",
+        f"false, because training reads images of {_RGB} channels together",
         "set student.channel_adaptive=false",
     )
     yield (
         not values["train.cell_augmentation"],
         ["train.cell_augmentation"],
-        "false, as that augmentation is not here",
+        "false, because this package does not have that augmentation",
         "set train.cell_augmentation=false and the augmentation.* keys: for microscopy augmentation.hue=0 "
         "augmentation.saturation=0 augmentation.gray_p=0 augmentation.solarize_p=0",
     )
@@ -225,8 +225,8 @@ def _for_training(values: dict[str, Any]) -> Iterator[tuple[bool, list[str], str
         # 1 is a fork's default; without folders it holds out nothing
         values["train.frac"] in (0, 1) or bool(values["train.path_preserved"]),
         ["train.frac", "train.path_preserved"],
-        "train.path_preserved to say of which images",
-        "name folders, or a text file to keep a list of all images in",
+        "train.path_preserved to name the images",
+        "name folders, or a text file for the list of held-out images",
     )
     keys = [f"evaluation.online.{name}" for name in ("knn_train", "knn_val", "best")]
     train, val, best = (values[key] for key in keys)
@@ -258,10 +258,10 @@ def list_notes(values: dict[str, Any], given: set[str]) -> list[str]:
     if share_of_run(freeze, epochs) >= 1:
         notes.append(
             f"optim.freeze_last_layer_epochs = {freeze} covers the whole run (optim.epochs = {epochs:g}): "
-            "the prototypes of the heads never train"
+            "the prototypes of the heads are never trained"
         )
     if share_of_run(values["student.freeze_backbone_epochs"], epochs) >= 1:
-        notes.append("student.freeze_backbone_epochs covers the whole run: only the heads train")
+        notes.append("student.freeze_backbone_epochs covers the whole run: only the heads are trained")
     masks = values["ibot.mask_sample_probability"] * values["ibot.mask_ratio_min_max"][1]
     if values["ibot.loss_weight"] > 0 and masks == 0:
         notes.append("ibot.loss_weight is above 0, but the mask settings mask nothing: the iBOT loss stays 0")
@@ -300,7 +300,7 @@ def split_global_batch(
     fewest = values[ACCUMULATED] if where(ACCUMULATED) == "override" else 1
     if fewest > share:
         got = f"{fewest} with {GLOBAL} = {whole} in {world_size} processes"
-        mistakes.add(f"{ACCUMULATED} (override)", f"at most the {share} images of a process", got)
+        mistakes.add(f"{ACCUMULATED} (override)", f"at most the {share} images of a process", got, "lower it")
         return
     most = values[BATCH] if where(BATCH) == "override" else share
     values[BATCH] = next(n for n in divisors_of(share) if n <= min(most, share // fewest))

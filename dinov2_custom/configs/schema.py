@@ -101,7 +101,7 @@ class MixedPrecision(Section):
     param_dtype: Literal["auto", Dtype] = key(
         "auto",
         "number format of the forward and backward pass; auto: bf16 if the device supports it natively, "
-        "else fp16 on CUDA, else fp32; fp32 does not use TF32, also not for convolutions",
+        "else fp16 on CUDA, else fp32; fp32 never uses TF32",
     )
     reduce_dtype: Literal["auto", Dtype] = key(
         "auto",
@@ -154,7 +154,7 @@ class Dino(Section):
     koleo_neighbours: Literal["process", "all"] = key(
         "process",
         "images among which KoLeo searches the nearest neighbour: process: those of the same process, as upstream; "
-        "all: those of all processes, so that the result does not depend on their number",
+        "all: those of all processes; the result then does not depend on their number",
     )
 
 
@@ -208,7 +208,7 @@ class Train(Section):
     max_hours: NonNegativeInt | NonNegativeFloat = key(
         0,
         "length of the run in hours of training, excluding interruptions; the schedules follow the clock, so results "
-        "depend on the speed; lengths in epochs scale with it; 0: not set",
+        "depend on the speed of the machine; lengths in epochs scale with it; 0: not set",
         unit="hours",
     )
     cache_dataset: bool = key(True, "unused, as upstream", changes_results=False, unused=True)
@@ -224,8 +224,8 @@ class Train(Section):
     view_groups: PositiveInt | Literal["auto"] = key(
         "auto",
         "number of groups in which the student's crops are computed one after the other; more groups need less memory; "
-        "1: all at once; 2: global, local; more: each global crop separately, local crops in parts; auto: as many as "
-        "are worthwhile",
+        "1: all at once; 2: global, local; more: each global crop separately, local crops in parts; auto: chosen by "
+        "device and memory of the activations",
         changes_results=False,
     )
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(
@@ -249,15 +249,18 @@ class Train(Section):
     )
     path_preserved: Text | NonEmpty[str] = key(
         "",
-        "what train.frac holds out: images of this folder or these folders, listed in the run's preserved_images.txt; "
-        "or a text file: images of the whole dataset, listed in that file; empty: none",
+        "images from which train.frac holds some out: a folder or a list of folders (the held-out images are listed in "
+        "the run's preserved_images.txt), or a text file (images of the whole dataset, listed in that file); empty: "
+        "none",
     )
     frac: Fraction = key(
         0.0,
-        "share of the images named by train.path_preserved that is held out; without that key it must be 0, or 1 as in "
-        "forks, and none is held out",
+        "share of the images of train.path_preserved that is held out; without that key, no image is held out, and "
+        "this must be 0 or the forks' default of 1",
     )
-    max_bad_fraction: Fraction = key(0.01, "stop when more than this share of the images read so far is unreadable")
+    max_bad_fraction: Fraction = key(
+        0.01, "end the run if more than this share of the images read so far is unreadable"
+    )
     max_nonfinite_steps: PositiveInt = key(
         3,
         "number of consecutive steps with a non-finite loss or gradient, each skipped, after which the run ends",
@@ -266,8 +269,8 @@ class Train(Section):
     )
     on_collapse: Literal["warn", "stop"] = key(
         "warn",
-        "what to do when the run has collapsed or explodes; warn: log it; stop: save a checkpoint after the step and "
-        "end with exit code 3, after which no launcher restarts the run",
+        "what to do when the run has collapsed or explodes; warn: log it; stop: save a checkpoint and end with exit "
+        "code 3, after which no launcher restarts the run",
         changes_results=False,
     )
     hang_timeout: NonNegativeInt | NonNegativeFloat = key(
@@ -347,7 +350,7 @@ class Teacher(Section):
 class Optim(Section):
     """Length of the run, AdamW and its schedules."""
 
-    epochs: PositiveInt | PositiveFloat = key(100, "length of the run; fractions are fine", unit="epochs")
+    epochs: PositiveInt | PositiveFloat = key(100, "length of the run; may be a fraction", unit="epochs")
     accumulation_steps: PositiveInt = key(
         1,
         "number of batches whose gradients are summed for one step; learning rate and epochs depend on the total batch",
@@ -401,30 +404,30 @@ class Online(Section):
     )
     images: PositiveInt = key(
         256,
-        "number of images: of the run's hold-out (train.frac), or else a fixed sample of the training images; kept "
-        "in host memory as crops, about 0.5 MB an image, shared by the processes",
+        "number of images: held-out ones (train.frac), otherwise a fixed sample of the training images; kept in host "
+        "memory as crops, about 0.5 MB per image, shared by the processes",
         unit="images",
         changes_results=False,
     )
     knn_train: Text = key(
         "",
-        "dataset string of labelled images, the neighbours of kNN; with evaluation.online.knn_val; empty: no kNN",
+        "dataset string of labelled images, the neighbours of kNN; needs evaluation.online.knn_val; empty: no kNN",
         changes_results=False,
     )
     knn_val: Text = key("", "dataset string of labelled images to classify", changes_results=False)
     compare_to_start: bool = key(
-        True, "evaluate the initial weights too, and raw pixels by kNN, and compare with them", changes_results=False
+        True, "also evaluate the initial weights, and raw pixels by kNN, for comparison", changes_results=False
     )
     best: Literal["auto", "knn", "rankme", "loss", "none"] = key(
         "auto",
-        "metric by which the best teacher is chosen, which is kept in eval/best/teacher_checkpoint.pth; auto: knn if "
-        "there are datasets for it, else rankme; loss: the held-out loss, lower is better; none: not kept",
+        "metric that selects the best teacher, which is kept in eval/best/teacher_checkpoint.pth; auto: knn if there "
+        "are datasets for it, else rankme; loss: eval_loss, lower is better; none: not kept",
         changes_results=False,
     )
 
 
 class Evaluation(Section):
-    """Teacher checkpoints along the way."""
+    """Evaluation of the teacher during the run (docs/monitoring.md), and files of its weights."""
 
     online: Online = Online()
 
@@ -458,9 +461,9 @@ class Checkpointing(Section):
     )
     async_save: bool = key(
         False,
-        "copy the state to host memory (16 bytes per parameter; of sharded parameters, the process's share) and write "
-        "it while training continues, instead of writing tensor by tensor while training waits; an error is reported "
-        "at the next save",
+        "write a checkpoint while training continues, from a copy of the state in host memory (16 bytes per "
+        "parameter; of sharded parameters, the process's share); an error is reported at the next save; false: "
+        "training waits for each save",
         changes_results=False,
     )
 
@@ -522,35 +525,35 @@ class Data(Section):
         "[100, 4095]; auto: measured on a sample at the first start, without nodata and outliers, and kept in the "
         "run's config.yaml for resumes, features and evaluations",
     )
-    page: NonNegativeInt = key(0, "page or frame that is read of files with several, from 0")
+    page: NonNegativeInt = key(0, "page or frame to read from files with several, counted from 0")
     dct_scaling: bool = key(
         False,
-        "decode a JPEG at 1/2, 1/4 or 1/8 of its size where every crop still has 1.5 times the pixels it needs; twice "
-        "as fast for 12 megapixels",
+        "decode a JPEG at 1/2, 1/4 or 1/8 of its size if each side of every crop then still has 1.5 times the pixels "
+        "that it needs; faster for photographs of several megapixels",
     )
 
 
 class Augmentation(Section):
-    """What a crop goes through; upstream has these as constants in its code."""
+    """Augmentation of the crops; constants in upstream's code."""
 
     brightness: NonNegativeFloat = key(0.4, "brightness factor drawn from 1 +- this")
     contrast: NonNegativeFloat = key(0.4, "contrast factor drawn from 1 +- this")
     saturation: NonNegativeFloat = key(0.2, "saturation factor drawn from 1 +- this")
     hue: NonNegativeFloat = key(0.1, "hue shift drawn from +- this", unit="turns", le=0.5)
-    jitter_p: Fraction = key(0.8, "probability of the four above")
-    gray_p: Fraction = key(0.2, "probability of dropping colour")
+    jitter_p: Fraction = key(0.8, "probability that the four changes above are applied to a crop")
+    gray_p: Fraction = key(0.2, "probability that a crop becomes grey")
     solarize_p: Fraction = key(0.2, "probability of solarizing the second global crop")
     blur_p: Triple[Fraction] = key(
         [0.0, 0.9, 0.5],
-        "probabilities of blurring global crop 1, global crop 2, local crops; the defaults are what upstream really "
-        "applies, DINO's paper has [1.0, 0.1, 0.5]",
+        "probabilities of blurring global crop 1, global crop 2, local crops; the defaults are what upstream's code "
+        "applies; DINO's paper has [1.0, 0.1, 0.5]",
     )
     blur_sigma: Range[PositiveFloat] = key([0.1, 2.0], "range of the Gaussian's sigma", unit="px")
     hflip_p: Fraction = key(0.5, "probability of a horizontal flip")
     device: Literal["auto", "cpu", "device"] = key(
         "auto",
-        "where colours are changed, with the same pixels: cpu: by the data-loading processes; device: where the model "
-        "is; auto: device on a GPU",
+        "where colours are changed; the pixels are the same; cpu: in the data-loading processes; device: on the "
+        "device of the model; auto: device on a GPU, else cpu",
         changes_results=False,
     )
 

@@ -99,7 +99,7 @@ def read_definition(path: str | os.PathLike[str]) -> Definition:
     if not parts and not wrong:
         wrong.append(f"expected sources in {', '.join(PARTS)}, got none")
     if wrong:
-        raise DataError(f"expected a dataset definition (docs/datasets.md): {path}\n" + "\n".join(wrong))
+        raise DataError(f"expected a dataset definition (docs/decoder.md): {path}\n" + "\n".join(wrong))
     return Definition(path, tuple(map(str, classes)), parts)
 
 
@@ -308,4 +308,3 @@ class DefinitionSource(PathSource):
 
     def parts(self) -> list[tuple[str, int]]:
         return self._parts
-

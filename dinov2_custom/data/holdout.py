@@ -78,7 +78,10 @@ def split(
     is_kept = np.fromiter((name not in held_out for name in _Names(dataset)), np.bool_, len(dataset))
     kept, others = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
     if not len(kept):
-        raise DataError(f"expected images left to train on, got all {len(dataset)} of them held out by {list_file}")
+        raise DataError(
+            f"expected images left to train on, got all {len(dataset)} of them held out by {list_file}; remove paths "
+            "from this file, or delete it and lower train.frac"
+        )
     if write and not listed:
         _write_list(list_file, sorted(held_out))
     logger.info(f"held out: {len(dataset) - len(kept)} of {len(dataset)} images, listed in {list_file}")
@@ -90,7 +93,8 @@ def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) ->
     """Return (folders to choose from, or None for all images; path of the list)."""
     if not path_preserved:
         raise ConfigError(
-            f"train.path_preserved: expected a text file to list the held-out images in (train.frac={frac}), got ''"
+            f"train.path_preserved: expected a text file for the list of held-out images (train.frac={frac}), got ''; "
+            "set it, for example to held_out.txt"
         )
     places = as_roots(path_preserved)
     folders = [place for place in places if os.path.isdir(place)]
@@ -101,11 +105,14 @@ def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) ->
     else:
         missing = ", ".join(place for place in places if place not in folders)
         raise ConfigError(
-            f"train.path_preserved: expected existing folders, or a file such as held_out.txt to keep a list in, "
-            f"got {missing} (missing)"
+            "train.path_preserved: expected existing folders, or a file such as held_out.txt for the list, got "
+            f"{missing} (missing); check the path"
         )
     if not frac and not os.path.isfile(list_file):
-        raise ConfigError(f"train.frac: expected a share above 0 of the images to list in {list_file}, got {frac}")
+        raise ConfigError(
+            f"train.frac: expected a share above 0 of the images to hold out, got {frac}, and there is no list "
+            f"{list_file}; set it, for example to 0.1"
+        )
     return folders, list_file
 
 

@@ -54,7 +54,9 @@ class Index:
         if self.file:
             again = load(self.file)
             if again is None or again.ident != self.ident:
-                raise DataError(f"expected the index {self.file} of the start of this run, got another; start again")
+                raise DataError(
+                    f"expected the index {self.file} from the start of this run, got another; run the command again"
+                )
             self.arrays = again.arrays
 
 

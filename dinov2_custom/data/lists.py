@@ -79,11 +79,11 @@ class ListSource(Source):
                 wanted: Wanted = {}
                 packed = pack_texts(self._chunks(rows, on_count, wanted), "path")
         except OSError as e:
-            raise DataError(f"expected a list file: {self.path} ({type(e).__name__}: {e.strerror})") from e
+            raise DataError(f"expected a list file, got {e.strerror}: {self.path}; check the path") from e
         except (csv.Error, UnicodeError) as e:
             raise DataError(f"expected a readable list: {self.path} ({e})") from e
         if not len(packed["path_ends"]):
-            raise DataError(f"expected paths of images, got an empty list: {self.path}")
+            raise DataError(f"expected paths of images, got an empty list: {self.path}; write one path per line")
         places = [self.path, *wanted]
         stats = [status, *(os.stat(place) if os.path.exists(place) else None for place in wanted)]
         members = find_members(wanted, len(packed["path_ends"]))

@@ -187,6 +187,9 @@ class Mixture(Dataset):
         parts = [kept[a:b] - self._first(i) for i, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))]
         empty = [name for name, part in zip(self.names, parts, strict=True) if not len(part)]
         if empty and self.weights is not None:
-            raise ConfigError(f"train.frac: expected images left to draw of every dataset, got none of {empty}")
+            raise ConfigError(
+                f"train.frac: expected images left to draw from every dataset, got none from {', '.join(empty)}; "
+                "lower it"
+            )
         datasets = [make(dataset, part) for dataset, part in zip(self.datasets, parts, strict=True)]
         return Mixture(datasets, self.names, self.weights, self.target_transform)

@@ -60,11 +60,11 @@ class ParquetSource(Source):
         self.groups = np.array(groups, np.int64).reshape(-1, 2)
         self._forget()
         if not len(self):
-            raise DataError(f"expected rows with images, got none in {', '.join(self.files[:3])}")
+            raise DataError(f"expected rows with images, got none in {', '.join(self.files[:3])}; check path=")
         if largest > LARGE_GROUP:
             logger.warning(
-                f"large row groups: up to {largest >> 20} MiB are read for each image drawn; write the files again "
-                "with row groups of 100 rows, or as tar shards"
+                f"large row groups: up to {largest >> 20} MiB are read for each image; write the files again with row "
+                "groups of 100 rows, or as tar shards"
             )
 
     def __len__(self) -> int:

@@ -159,7 +159,10 @@ def _open_file(size: int) -> int:
         else:
             os.truncate(file.fileno(), size)
         fd = os.dup(file.fileno())
-    logger.info(f"batches are passed through a file in {folder} ({size / 2**20:,.0f} MiB): no anonymous memory here")
+    logger.info(
+        f"batches are passed through a file in {folder} ({size / 2**20:,.0f} MiB), because this system has no "
+        "anonymous shared memory"
+    )
     return fd
 
 
@@ -497,7 +500,7 @@ def at_most_cores(num_workers: int) -> int:
     """Return ``num_workers``, limited to the number of cores available to this process (more would only use memory)."""
     cores = num_cores()
     if num_workers > cores:
-        logger.info(f"data-loading processes: {cores}, not {num_workers}: there are {cores} cores")
+        logger.info(f"data-loading processes: {cores} instead of {num_workers}, because there are {cores} cores")
     return min(num_workers, cores)
 
 
@@ -531,7 +534,7 @@ class AutoWorkers:
         build_s, step_s = (statistics.median(times) for times in zip(*self._seen[self.WARM_UP :], strict=True))
         self.chosen = min(self.most, math.ceil(build_s / max(step_s, 1e-6)) + 1)
         logger.info(
-            f"data-loading processes: {max(self.chosen, self.first)} (train.num_workers=auto): one makes "
+            f"data-loading processes: {max(self.chosen, self.first)} (train.num_workers=auto): one loads "
             f"{self.batch_size / build_s:,.0f} images/s, a step uses {self.batch_size / max(step_s, 1e-6):,.0f} "
             f"images/s, {self.most} cores for this rank"
         )

@@ -75,7 +75,10 @@ def build(
         CheckpointError: a tensor of the backbone is missing or different in the decoder, or its features differ.
     """
     if task == "semantic" and len(classes) < 2:
-        raise ConfigError(f"--task semantic: expected at least two classes, got {', '.join(classes) or 'none'}")
+        raise ConfigError(
+            f"--task semantic: expected at least two classes, got {', '.join(classes) or 'none'}; add one to the "
+            "labels, such as background"
+        )
     model = portable(teacher, settings.image_size)
     head = choose_head(task, settings.head)
     decoder = with_backbone(

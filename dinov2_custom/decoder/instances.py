@@ -135,7 +135,10 @@ def semantic_mask(image: LabelledImage, num_classes: int) -> np.ndarray:
             values[instance_mask(one, image.height, image.width)] = one.category
     if values.shape != (image.height, image.width) or bool(((values >= num_classes) & (values != IGNORE)).any()):
         place = image.mask or image.path
-        raise DataError(f"expected {image.width} x {image.height} values below {num_classes} or {IGNORE}: {place}")
+        raise DataError(
+            f"expected {image.width} x {image.height} values below {num_classes} or {IGNORE}, as when the labels were "
+            f"checked, got others: {place}; do not change labels during training"
+        )
     return values.astype(np.uint8)
 
 

@@ -68,7 +68,9 @@ def main(args: argparse.Namespace) -> int:
                 picture.parent.mkdir(parents=True, exist_ok=True)
                 draw(image, found, decoder.facts).save(picture)
     if not content["images"]:
-        raise DataError(f"expected readable images in {source}, got {len(paths)} that are not")
+        raise DataError(
+            f"expected readable images in {source}, got {len(paths)} unreadable ones; see the reasons above"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "predictions.json") as file:
         file.write(json.dumps(content) + "\n")
@@ -85,7 +87,7 @@ def images_in(folder: Path) -> list[Path]:
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
     if not paths:
-        raise DataError(f"expected a folder of images, got none in {folder}")
+        raise DataError(f"expected images in {folder}, got none; check the path")
     return paths
 
 

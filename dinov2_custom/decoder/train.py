@@ -123,7 +123,7 @@ def _check_batch(decoder: Decoder, settings: Settings, train: Split) -> None:
     if decoder.facts.task == "semantic" and min(settings.batch, len(train.images)) < 2:
         raise ConfigError(
             f"batch: expected at least 2 images for batch normalisation, got batch={settings.batch} and "
-            f"{len(train.images)} training images"
+            f"{len(train.images)} training images; raise it, or add images"
         )
 
 
@@ -143,7 +143,7 @@ def _describe(args: argparse.Namespace, source: str, folder: Path, settings: Set
         before = now
     if changed := [key for key in now if now[key] != before.get(key)]:
         lines = "; ".join(f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in changed)
-        raise ConfigError(f"{folder}: expected the settings of the run there, got {lines}; choose another --output-dir")
+        raise ConfigError(f"expected the settings of the run in {folder}, got {lines}; choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as out:
         out.write(json.dumps(now, indent=2) + "\n")

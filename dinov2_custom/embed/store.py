@@ -40,7 +40,8 @@ class Store:
         others = [name for name in (*files, self.parts.name) if (folder / name).exists()]
         if others and not path.is_file():  # also with `fresh`: only our own files are removed
             raise ConfigError(
-                f"--output-dir: expected no {', '.join(others)} of unknown origin in {folder}; choose another folder"
+                f"--output-dir: expected only files of this command in {folder}, got {', '.join(others)} of unknown "
+                "origin; choose another folder"
             )
         if fresh:
             shutil.rmtree(self.parts, ignore_errors=True)
@@ -60,7 +61,7 @@ class Store:
             ]
             if other:
                 raise ConfigError(
-                    f"--output-dir: expected the same features as those in {folder}, got other ones:\n  "
+                    f"--output-dir: expected the same features as those in {folder}, got others:\n  "
                     + "\n  ".join(other)
                     + "\nchoose another folder, or --overwrite"
                 )
@@ -107,7 +108,7 @@ class Store:
             bad |= dict(zip(part["bad"].tolist(), part["reasons"].tolist(), strict=True))
         if not indices:
             raise DataError(
-                f"expected readable images, got none of {len(bad)}; the first: {next(iter(bad.values()), '')}"
+                f"expected readable images, got {len(bad)} unreadable ones; the first: {next(iter(bad.values()), '')}"
             )
         rows = [{"path": name(i)} | ({} if label is None else {"label": label(i)}) for i in indices]
         write = _write_parquet if self.description["format"] == "parquet" else _write_npy

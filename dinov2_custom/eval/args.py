@@ -56,11 +56,9 @@ def get_args_parser(
         help="run directory (its newest teacher), teacher_checkpoint.pth of a run, or released weights",
     )
     add_output_dir(
-        parser, "where the results go, never a training run's own directory; empty: ./outputs/<date>_<time>"
+        parser, "folder for the results, not the directory of a training run; empty: ./outputs/<date>_<time>"
     )
-    add_configuration(
-        parser, "YAML file of the model; without it the config.yaml of the run that holds the weights is taken"
-    )
+    add_configuration(parser, "YAML file of the model; empty: the config.yaml of the run that contains the weights")
     return parser
 
 
@@ -77,14 +75,14 @@ def get_knn_args_parser(
         nargs="+",
         type=int,
         default=[10, 20, 100, 200],
-        help="numbers of neighbours, at most the training images",
+        help="numbers of neighbours k, at most the number of training images",
     )
-    parser.add_argument("--temperature", type=float, default=0.07, help="of the softmax that weighs the votes")
+    parser.add_argument("--temperature", type=float, default=0.07, help="of the softmax that weights the votes")
     parser.add_argument("--gather-on-cpu", action="store_true", help="keep the features in CPU memory")
     parser.add_argument("--batch-size", type=int, default=256, help="images per step")
     add_workers(parser)
     parser.add_argument(
-        "--n-per-class-list", nargs="+", type=int, default=[-1], help="neighbours kept a class; -1: all of them"
+        "--n-per-class-list", nargs="+", type=int, default=[-1], help="training images per class; -1: all of them"
     )
     parser.add_argument("--n-tries", type=int, default=1, help="random subsets for each of --n-per-class-list")
     _add_sizes(parser, "256/224 of --crop-size")
@@ -104,25 +102,25 @@ def get_linear_args_parser(
         dest="test_dataset_strs",
         nargs="+",
         metavar="DATASET",
-        help="where the classifier that is best on --val-dataset is scored too; none: only there",
+        help="datasets on which the classifier that is best on --val-dataset is also evaluated",
     )
-    add("--epochs", type=int, default=10, help="of --epoch-length iterations each")
+    add("--epochs", type=int, default=10, help="number of epochs of --epoch-length iterations")
     add("--batch-size", type=int, default=128, help="images per step on each GPU")
     add_workers(parser)
-    add("--epoch-length", type=int, default=1250, help="iterations")
+    add("--epoch-length", type=int, default=1250, help="iterations per epoch")
     add("--save-checkpoint-frequency", type=int, default=20, help="epochs between checkpoints that are kept")
-    add("--eval-period-iterations", type=int, default=1250, help="iterations between scores; 0: only at the end")
+    add("--eval-period-iterations", type=int, default=1250, help="iterations between evaluations; 0: only at the end")
     add(
         "--learning-rates",
         nargs="+",
         type=float,
         default=[1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1],
-        help="for 256 images per step, scaled to the real number",
+        help="learning rates for 256 images per step; scaled to the actual number",
     )
     add("--no-resume", action="store_true", help="do not resume from a checkpoint in the output directory")
-    add("--val-metric-type", choices=metrics, default="mean_accuracy", help="what --val-dataset is scored by")
-    add("--test-metric-types", nargs="+", choices=metrics, help="one for each of --test-datasets; none: as val")
-    add("--classifier-fpath", metavar="FILE", help="classifiers to start from, such as a model_final.pth")
+    add("--val-metric-type", choices=metrics, default="mean_accuracy", help="metric for --val-dataset")
+    add("--test-metric-types", nargs="+", choices=metrics, help="one for each of --test-datasets; default: as val")
+    add("--classifier-fpath", metavar="FILE", help="initial classifiers, such as a model_final.pth")
     add("--val-class-mapping-fpath", metavar="FILE", help=".npy with the training class of each class of --val-dataset")
     add(
         "--test-class-mapping-fpaths",
@@ -145,23 +143,23 @@ def get_log_regression_args_parser(
     add(
         "--finetune-dataset-str",
         metavar="DATASET",
-        help="where the strength of the regularization is chosen; none: on a tenth of --train-dataset held out",
+        help="dataset on which C is selected; default: a tenth of --train-dataset, held out",
     )
-    add("--finetune-on-val", action="store_true", help="choose it on --val-dataset itself")
+    add("--finetune-on-val", action="store_true", help="select C on --val-dataset")
     add(
         "--metric-type",
         choices=[metric.value for metric in MetricType if metric is not MetricType.IMAGENET_REAL_ACCURACY],
         default="mean_accuracy",
-        help="what --val-dataset is scored by",
+        help="metric for --val-dataset",
     )
-    add("--train-features-device", default="cpu", help="where the features are kept and fitted: cpu or cuda")
+    add("--train-features-device", default="cpu", help="device of the features and the fit: cpu or cuda")
     add(
         "--train-dtype",
         default="auto",
-        help="number type of the fit: float64, or float32, whose result is checked in float64; auto: float32 on a GPU "
-        "that is slow in float64",
+        help="number type of the fit: float64, or float32 with a check in float64; auto: float32 on a GPU that is slow "
+        "in float64",
     )
-    add("--max-train-iters", type=int, default=1000, help="L-BFGS iterations for each strength")
+    add("--max-train-iters", type=int, default=1000, help="L-BFGS iterations for each C")
     add("--solver", choices=("torch", "sklearn"), default="torch", help="sklearn needs the extra [eval], on a CPU")
     add("--batch-size", type=int, default=256, help="images per step on each GPU")
     add_workers(parser)
@@ -175,14 +173,14 @@ def _add_datasets(parser: argparse.ArgumentParser) -> None:
         dest="train_dataset_str",
         default="ImageNet:split=TRAIN",
         metavar="DATASET",
-        help="with labels: LabelledFolder:root=<one folder a class>, or ImageNet:split=TRAIN:root=..:extra=..",
+        help="labelled images: LabelledFolder:root=<one folder per class>, or ImageNet:split=TRAIN:root=..:extra=..",
     )
     parser.add_argument(
         "--val-dataset",
         dest="val_dataset_str",
         default="ImageNet:split=VAL",
         metavar="DATASET",
-        help="what is classified, the same classes",
+        help="labelled images to classify, with the same classes",
     )
 
 

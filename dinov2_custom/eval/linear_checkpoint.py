@@ -44,7 +44,7 @@ class LinearCheckpointer:
         except OSError as e:
             raise CheckpointError(
                 f"expected to write {name}.pth in {self.folder}, got {e.strerror or e}; {remedy(str(e))}, then the "
-                "same command resumes from the checkpoint before"
+                "same command resumes from the previous checkpoint"
             ) from e
 
     def resume_or_load(self, path: str | None, *, resume: bool) -> int:
@@ -63,7 +63,9 @@ class LinearCheckpointer:
             return -1
         state = read_weights(source)
         if not isinstance(state, Mapping) or "model" not in state or (resume and "scheduler" not in state):
-            raise CheckpointError(f"expected a checkpoint of linear classifiers, got something else: {source}")
+            raise CheckpointError(
+                f"expected a checkpoint of linear classifiers, got another file: {source}; give another"
+            )
         try:
             self._check(state["model"], source)
             self.model.load_state_dict(state["model"])
@@ -73,7 +75,7 @@ class LinearCheckpointer:
             if (iteration := state.get("iteration", -1)) != -1:
                 check_whole(state, "iteration", 0, 2**63)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-            advice = "begin again with --no-resume" if resume else "give another --classifier-fpath"
+            advice = "start over with --no-resume" if resume else "give another --classifier-fpath"
             raise CheckpointError(
                 f"expected a checkpoint of linear classifiers at {source}, got one with {type(e).__name__}: {e}; "
                 f"{advice}"

@@ -168,7 +168,7 @@ def read_class_mapping(flag: str, path: str | None) -> np.ndarray | None:
     except (OSError, ValueError) as e:
         raise ConfigError(f"{flag}: expected an .npy file of class indices, got {e} at {path}") from e
     if mapping.ndim != 1 or mapping.dtype.kind not in "iu":
-        raise ConfigError(f"{flag}: expected whole numbers in a row, got {mapping.dtype} {mapping.shape} in {path}")
+        raise ConfigError(f"{flag}: expected a list of integers, got {mapping.dtype} {mapping.shape} in {path}")
     return mapping
 
 

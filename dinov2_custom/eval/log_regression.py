@@ -100,7 +100,10 @@ def eval_log_regression(
         shuffled = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0)).to(device)
         held_out = len(shuffled) // 10
         if not held_out:
-            raise ConfigError(f"--train-dataset: expected at least 10 images to hold some out, got {len(shuffled)}")
+            raise ConfigError(
+                f"--train-dataset: expected at least 10 images to hold some out, got {len(shuffled)}; use "
+                "--finetune-on-val"
+            )
         finetune = tuple(part[shuffled[:held_out]] for part in train)
         train = tuple(part[shuffled[held_out:]] for part in train)
     shared = {"train_dtype": train_dtype, "train_features_device": device, "solver": solver}
@@ -198,7 +201,7 @@ def dtype_of_choice(name: str, device: torch.device) -> torch.dtype:
         dtype = as_torch_dtype(name)
         torch.empty(0, dtype=dtype, device=device)
     except (ValueError, TypeError, RuntimeError) as e:
-        raise ConfigError(f"--train-dtype: expected float64 or float32 on {device}, got {name}: {e}") from e
+        raise ConfigError(f"--train-dtype: expected float64 or float32 on {device}, got {name}: {e}; use auto") from e
     return dtype
 
 

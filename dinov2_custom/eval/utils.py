@@ -142,7 +142,7 @@ def load_share(dataset, batch_size: int, num_workers: int, endless: bool = False
         DataError: the dataset is empty.
     """
     if not len(dataset):
-        raise DataError("dataset: expected labelled images, got none")
+        raise DataError("dataset: expected labelled images, got none; check --train-dataset and --val-dataset")
     rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
     share = -(-len(dataset) // world_size)  # equal shares, since the features of all ranks are gathered in each step
     indices, number = of_list([(i * world_size + rank) % len(dataset) for i in range(share)], batch_size)

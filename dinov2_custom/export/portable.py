@@ -48,7 +48,7 @@ def portable(teacher: Teacher, image_size: int = 0) -> Portable:
     if size < patch or size % patch:
         raise ConfigError(
             f"--image-size: expected a multiple of the patch size {patch}, got {size}; "
-            f"take {max(size // patch, 1) * patch} or {-(-size // patch) * patch}"
+            f"use {max(size // patch, 1) * patch} or {-(-size // patch) * patch}"
         )
     state = {flat_name(name): value.detach().float().cpu() for name, value in backbone.state_dict().items()}
     if size != teacher.image_size:

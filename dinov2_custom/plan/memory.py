@@ -95,7 +95,7 @@ def print_memory(cfg, num_gpus: int, gigabytes: float = 0.0) -> None:
         found = max(found, largest)
     if not found:
         raise ConfigError(
-            f"--fits {gigabytes:g}: expected a step of one image to fit, got none; take a smaller student.arch, "
+            f"--fits {gigabytes:g}: expected a step of one image to fit, got none; use a smaller student.arch, "
             "fewer prototypes (dino.head_n_prototypes), smaller crops, or a larger GPU"
         )
     if cfg.optim.global_batch:

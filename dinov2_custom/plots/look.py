@@ -79,8 +79,8 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
         shown.append(np.asarray(image))
     if not shown:
         raise DataError(
-            f"expected readable images, got none of {min(count, len(dataset))}; look with "
-            f"{command('run/data/verify.py')}"
+            f"expected readable images, got none of {min(count, len(dataset))}; check the dataset "
+            f"with {command('run/data/verify.py')}"
         )
     file = Path(without_credentials(teacher.weights))
     title = f"{file.parent.name}/{file.name}"
@@ -113,7 +113,7 @@ def draw_points(teacher: Teacher, dataset: Any, folder: Path, count: int) -> Pat
     if batch:
         features.append(_class_features(teacher, batch, device))
     if len(indices) < 3:
-        raise DataError(f"--num-points: expected at least 3 readable images for a plane, got {len(indices)}; take 0")
+        raise DataError(f"--num-points: expected at least 3 readable images for scatter.png, got {len(indices)}; use 0")
     labels = labels_of(dataset, indices)
     title = f"{len(indices)} images" + (f", {len(set(labels))} classes" if labels else "")
     return plot_scatter(np.concatenate(features), labels, folder / "scatter.png", title)

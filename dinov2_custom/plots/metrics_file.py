@@ -50,7 +50,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as e:
-        raise DataError(f"expected a run's {METRICS_FILE}, got {e.strerror} at {path}") from e
+        raise DataError(f"expected a run's {METRICS_FILE}, got {e.strerror} at {path}; check the path") from e
     for line in lines:
         try:
             row = parse_json_object(line, finite=False)
@@ -58,7 +58,9 @@ def read_metrics(path: str | Path) -> list[dict]:
         except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: int() of an infinity
             continue
     if not rows:
-        raise DataError(f"expected rows of metrics, got none in {path}; the run ended before its first report")
+        raise DataError(
+            f"expected rows of metrics, got none in {path}; the run writes one every train.log_every iterations"
+        )
     return [rows[iteration] for iteration in sorted(rows)]
 
 

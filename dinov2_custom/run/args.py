@@ -75,7 +75,7 @@ def gres(given: str) -> str:
         if re.match(r"(gres\W)?gpus?\b", part, re.IGNORECASE) and not _GPUS.fullmatch(part):
             raise argparse.ArgumentTypeError(
                 f"expected gpu:N or gpu:TYPE:N with N of at least 1 and nothing after it, got {part!r}; for no GPUs "
-                "take --cpu"
+                "use --cpu"
             )
     return given
 
@@ -88,12 +88,12 @@ def count_gpus(gres: str | None) -> int:
 # sbatch options that --slurm rejects, since the job's files, signals or processes depend on them -> what to use instead
 RESERVED = dict.fromkeys(("output", "error"), "--output-dir chooses the folder")
 _OF_GPUS = ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres")
-RESERVED |= dict.fromkeys(_OF_GPUS, "take --ngpus or --gres gpu:TYPE:N")
+RESERVED |= dict.fromkeys(_OF_GPUS, "use --ngpus or --gres gpu:TYPE:N")
 _TASKS = ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-socket")
-RESERVED |= dict.fromkeys(_TASKS, "take --ngpus, the processes of a node, and --nodes")
-RESERVED |= {name: f"take --{name}" for name in ("nodes", "cpus-per-task")}
-RESERVED |= {"time": "take --timeout", "signal": "take --signal-delay", "array": "take --sweep KEY=VALUE,VALUE"}
-RESERVED |= dict.fromkeys(("open-mode", "wrap", "parsable", "wait"), "leave it out") | {"test-only": "take --dry-run"}
+RESERVED |= dict.fromkeys(_TASKS, "use --ngpus, the processes of a node, and --nodes")
+RESERVED |= {name: f"use --{name}" for name in ("nodes", "cpus-per-task")}
+RESERVED |= {"time": "use --timeout", "signal": "use --signal-delay", "array": "use --sweep KEY=VALUE,VALUE"}
+RESERVED |= dict.fromkeys(("open-mode", "wrap", "parsable", "wait"), "leave it out") | {"test-only": "use --dry-run"}
 # sbatch options that are not flags of the launcher: an error explains how to pass them
 _SBATCH = (
     "array begin bb burst-buffer chdir clusters container-image core-spec contiguous cores-per-socket cpu-freq "
@@ -158,26 +158,26 @@ RESOURCES = (
     Option(("--nodes", "--nnodes", "-N"), "number of nodes (default: 1)", count, sbatch=True, default=1),
     Option(("--timeout", "--time", "-t"), "time limit: minutes, HH:MM:SS, ... (default: 2800)", minutes, default=2800),
     Option(("--partition", "-p"), "partition (default: the cluster's)", sbatch=True),
-    Option(("--account", "-A"), "account that pays", sbatch=True),
+    Option(("--account", "-A"), "account to charge", sbatch=True),
     Option(("--qos", "-q"), "quality of service", sbatch=True),
     Option(("--constraint",), "features that the nodes must have", sbatch=True),
-    Option(("--use-volta32",), "ask for nodes with the feature volta32gb", many="flag"),
-    Option(("--mem",), "memory a node, such as 64G; 0: all of it", sbatch=True),
-    Option(("--mem-per-gpu",), "memory a GPU, such as 30G", sbatch=True),
-    Option(("--cpus-per-task",), "CPU cores a process (default: 10, or what the nodes have)", count, sbatch=True),
+    Option(("--use-volta32",), "request nodes with the feature volta32gb", many="flag"),
+    Option(("--mem",), "memory per node, such as 64G; 0: all of it", sbatch=True),
+    Option(("--mem-per-gpu",), "memory per GPU, such as 30G", sbatch=True),
+    Option(("--cpus-per-task",), "CPU cores per process (default: 10, or what the nodes have)", count, sbatch=True),
     Option(("--gres",), "generic resources such as gpu:a100:4, which also sets --ngpus", gres, sbatch=True),
     Option(("--reservation",), "reservation", sbatch=True),
     Option(("--exclusive",), "allocate whole nodes, not shared with other jobs", many="flag", sbatch=True),
-    Option(("--exclude",), "nodes to leave out", sbatch=True),
+    Option(("--exclude",), "nodes to exclude", sbatch=True),
     Option(("--job-name", "-J"), "name of the job", sbatch=True),
-    Option(("--comment",), "note for the scheduler and its users", sbatch=True),
+    Option(("--comment",), "comment of the job", sbatch=True),
     Option(
         ("--slurm",), "any other option of sbatch, without dashes; may be repeated", pair, "append", metavar="KEY=VALUE"
     ),
-    Option(("--srun-arg",), "argument of the processes' srun; may be repeated", srun_argument, "append", metavar="ARG"),
+    Option(("--srun-arg",), "argument of the job's srun; may be repeated", srun_argument, "append", metavar="ARG"),
     Option(
         ("--sweep",),
-        "submit a job array: a run for each value, in <output-dir>/<number>; repeated: for each combination",
+        "submit a job array with one run per value, in <output-dir>/<number>; if repeated, one per combination",
         sweep,
         "append",
         metavar="KEY=VALUE,VALUE",
@@ -192,14 +192,14 @@ ENVIRONMENT = (
     Option(("--python",), "interpreter: a path, a name looked up after --modules and --setup, or a command line"),
     Option(("--container",), "image to run in, by apptainer, singularity or enroot", metavar="IMAGE"),
     Option(("--modules",), "environment modules to load first", many="+", metavar="NAME"),
-    Option(("--setup",), "line of bash to run before; may be repeated", many="append", metavar="LINE"),
+    Option(("--setup",), "line of bash to execute first; may be repeated", many="append", metavar="LINE"),
 )
 PROCESSES = Option(
     ("--ngpus", "--gpus", "--gpus-per-node"),
-    "processes a node, one a GPU (default: those of --gres, 8 with SLURM, else all GPUs of this machine)",
+    "processes per node, one per GPU (default: as many as in --gres, else 8 with SLURM, else all GPUs of this machine)",
     count,
 )
-CPU = Option(("--cpu",), "use no GPU, ask SLURM for none: --ngpus is the number of CPU processes", many="flag")
+CPU = Option(("--cpu",), "use no GPU and request none; --ngpus is then the number of CPU processes", many="flag")
 # options allowed in --cluster files; all except the number of processes make SLURM the default launcher
 CLUSTER_OPTIONS = {option.dest: option for option in (PROCESSES, CPU, *RESOURCES, *ENVIRONMENT)}
 SLURM_DESTS = tuple(option.dest for option in (*RESOURCES, *ENVIRONMENT)) + ("cluster",)
@@ -226,7 +226,7 @@ class LaunchParser(OverridesParser):
             return super()._explain_flag(text)
         given = name if name in _BARE else f"{name}={value or '...'}"
         is_flag = f"--{name}" in self._option_string_actions
-        advice = RESERVED.get(name, f"take --{given}" if is_flag else f"take --slurm {given}")
+        advice = RESERVED.get(name, f"use --{given}" if is_flag else f"use --slurm {given}")
         return f"{text}: not a flag of the launcher -> {advice}"
 
     def parse_known_args(  # type: ignore[override]
@@ -261,8 +261,8 @@ def get_args_parser(
     launch.add_argument(
         "--launcher",
         choices=LAUNCHERS,
-        help="slurm: submit a job; local: one process a GPU on this machine; inline: this process, under torchrun or a "
-        "debugger (default: slurm if a SLURM flag is given, inline under torchrun or srun, else local)",
+        help="slurm: submit a job; local: one process per GPU on this machine; inline: only this process, under "
+        "torchrun or a debugger (default: slurm if a SLURM flag is given, inline under torchrun or srun, else local)",
     )
     _add(launch, PROCESSES, CPU)
     launch.add_argument(
@@ -348,7 +348,7 @@ def fill_in(args: argparse.Namespace) -> None:
     gpus = count_gpus(args.gres)
     if gpus and args.ngpus not in (None, gpus):
         raise LaunchError(
-            f"--ngpus, --gres: expected as many processes a node as GPUs, got {args.ngpus} and {args.gres}; leave "
+            f"--ngpus, --gres: expected as many processes per node as GPUs, got {args.ngpus} and {args.gres}; leave "
             "out --ngpus"
         )
     args.ngpus = args.ngpus or gpus or DEFAULT_NGPUS
@@ -376,7 +376,7 @@ def find(name: str, user_folder: Path) -> Path:
             return folder / f"{name}.yaml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise ConfigError(
-        f"--cluster: expected one of {', '.join(known) or '(none is there)'}, or a YAML file, got {name!r}; write "
+        f"--cluster: expected one of {', '.join(known) or '(there are none)'}, or a YAML file, got {name!r}; write "
         f"{folders[0] / name}.yaml with one flag a line, such as `partition: gpu`"
     )
 

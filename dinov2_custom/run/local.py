@@ -159,7 +159,7 @@ def _explain(failure: Any, errors: dict[int, str], folder: Path) -> None:
         return
     end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     words = f"rank {rank} {end}, the other processes were stopped"
-    output = f"; its output: {folder}/local_{rank}_log.err" if rank else ""
+    output = f"; see {folder}/local_{rank}_log.err" if rank else ""
     log = folder / "logs" / "log.txt"
     if log.is_file():
         output = output or f"; see {log}"

@@ -125,7 +125,7 @@ def parameters(args: argparse.Namespace, name: str, environment: Environment, co
     for option, value in {"output_dir": args.output_dir, **options}.items():
         if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f\\]", value):
             raise LaunchError(
-                f"--{option.replace('_', '-')}: expected one line without backslashes, got {value!r}; take them out"
+                f"--{option.replace('_', '-')}: expected one line without backslashes, got {value!r}; remove them"
             )
     if "%" in args.output_dir.replace(JOB, ""):
         raise LaunchError(f"--output-dir: expected no % but in {JOB}, which SLURM replaces, got {args.output_dir}")

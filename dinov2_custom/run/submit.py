@@ -108,10 +108,10 @@ def check_gpus(environment: Mapping[str, str]) -> None:
     if torch.version.cuda is None and torch.version.hip is None:
         why = "is a build without CUDA: install another (https://pytorch.org/get-started)"
     else:
-        why = "cannot use them: see whether `nvidia-smi` works there, and whether its driver is new enough"
+        why = "cannot use them: check that `nvidia-smi` works there, and that its driver is new enough"
     raise LaunchError(
         f"expected to use the GPUs that {name}={given} names, got none: torch {torch.__version__} in {sys.executable} "
-        f"{why}, or add --cpu to do without GPUs"
+        f"{why}, or add --cpu to run without GPUs"
     )
 
 
@@ -218,7 +218,7 @@ def warn_of_absent(name: str, value: Any, warn: Callable[[str], None]) -> None:
     This is no error because the disks of the nodes may not be mounted here.
     """
     for path in absent(value):
-        warn(f"{name}: nothing is at {path} on this machine; the job ends with an error unless its nodes see it")
+        warn(f"{name}: found nothing at {path} on this machine; the job ends with an error unless its nodes have it")
 
 
 def _submit(task_class: type, args: argparse.Namespace, name: str) -> int:

@@ -171,12 +171,14 @@ class Checkpointer:
         """
         candidates, trouble = self._on_main(self.store.to_try)
         if trouble:
-            raise CheckpointError(f"resume: expected a readable folder {self.folder}, got {trouble}")
+            raise CheckpointError(
+                f"resume: expected a readable folder {self.folder}, got {trouble}; check its permissions"
+            )
         for path in candidates:
             opened: list[StoredState] = []
             _, trouble = self._everywhere(lambda path=path, opened=opened: opened.append(self._open(path)))
             if trouble:
-                logger.warning(f"skipped an unreadable checkpoint, falling back to the one before: {trouble}")
+                logger.warning(f"skipped an unreadable checkpoint, using the one before: {trouble}")
                 continue
             restore(self.model, self.optimizer, opened[0], path)
             values = opened[0].values
@@ -187,7 +189,7 @@ class Checkpointer:
         if candidates:
             raise CheckpointError(
                 f"resume: expected a readable checkpoint, got {len(candidates)} unreadable ones in {self.folder}; "
-                "start afresh with --no-resume"
+                "start over with --no-resume"
             )
         return None
 
@@ -290,7 +292,7 @@ def has_checkpoints(folder: Path) -> bool:
     if foreign:
         raise CheckpointError(
             f"--output-dir: expected an empty directory or a run of dinov2_custom, got {folder} with a run of "
-            f"facebookresearch/dinov2 ({foreign[-1].name}); {how_to_gather(folder)}; or start afresh with --no-resume"
+            f"facebookresearch/dinov2 ({foreign[-1].name}); {how_to_gather(folder)}; or start over with --no-resume"
         )
     return found
 

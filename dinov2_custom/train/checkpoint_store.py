@@ -50,9 +50,8 @@ class CheckpointStore:
         if not self._is_locked or self._lock.exists():
             return ""
         return (
-            f"expected the run directory {self.folder}, which is not there any more, or without this run's files: it "
-            "was renamed, removed or emptied during the run; put it back, then the same command resumes from its "
-            "newest checkpoint"
+            f"expected the run directory {self.folder} with this run's files, got none: it was renamed, removed or "
+            "emptied during the run; restore it, then the same command resumes from its newest checkpoint"
         )
 
     def complete(self) -> list[Path]:
@@ -66,7 +65,7 @@ class CheckpointStore:
         """Return :meth:`complete`, with a warning when ``last_checkpoint`` names none of them."""
         found, last = self.complete(), self.last()
         if last and last not in {p.name for p in found}:
-            logger.warning(f"{LAST} names {last}, which is not there or not complete: falling back to the one before")
+            logger.warning(f"{LAST} names {last}, which is missing or incomplete: using the one before")
         return found
 
     def last(self) -> str:
@@ -95,7 +94,8 @@ class CheckpointStore:
         """
         if missing := [name for name in files if not (path / name).is_file()]:
             raise CheckpointError(
-                f"{', '.join(missing)} of other processes not there; use a folder shared by all nodes"
+                f"expected {', '.join(missing)} of other processes in {path}, got none; use a folder that all nodes "
+                "share"
             )
         flush_folder(path)
         target = path.with_name(path.name.removesuffix(".tmp"))

@@ -90,7 +90,7 @@ class Watchdog:
             if self._marks != marks:
                 marks, still_s, reported = self._marks, 0.0, False
             if lost_s > GRACE_S:
-                what = f"{', '.join(lost)} has ended, possibly killed from outside (out of memory: see dmesg)"
+                what = f"{', '.join(lost)} has ended, possibly killed because memory ran out (see dmesg)"
                 is_over = lost_s > GRACE_S + LEAVE_S
             elif self.hang_s and still_s > self._allowed_s:
                 what = f"no step for {self._allowed_s:g} s (train.hang_timeout)"
@@ -181,7 +181,7 @@ def translate(error: Exception, cfg, run: Path) -> Exception:
     if distributed.is_enabled() and not isinstance(error, DINOv2Error) and any(text in str(error) for text in _LOST):
         error = LostProcessError(
             f"expected all {distributed.get_global_size()} processes, got a broken connection to one that has ended "
-            f"({reason_of(error)}); its log in {Path(run) / 'logs'} or the launcher's may say why; the same command "
+            f"({reason_of(error)}); see its log in {Path(run) / 'logs'} or the launcher's; the same command "
             "resumes from the newest checkpoint"
         )
     if isinstance(error, DINOv2Error):

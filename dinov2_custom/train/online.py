@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from dinov2_custom import distributed
 from dinov2_custom.data.loaders import TrainLoader
 from dinov2_custom.data.pool import allocate, workers_of_choice
-from dinov2_custom.data.samples import TrainBatches, TrainSamples, unpack
+from dinov2_custom.data.samples import TrainBatches, TrainSamples, unpack, with_path
 from dinov2_custom.data.transforms import make_central_crop_transform
-from dinov2_custom.errors import CheckpointError, DataError
+from dinov2_custom.errors import CheckpointError, DataError, command
 from dinov2_custom.eval.datasets import open_pair
 from dinov2_custom.eval.neighbours import KnnAccuracy
 from dinov2_custom.eval.utils import ModelWithNormalize, all_gather_and_flatten
@@ -167,7 +167,10 @@ class OnlineEvaluation:
                 arrays = allocate(builder.fields)
                 report = builder.build(index, arrays)
                 if not report.complete:
-                    raise DataError(f"evaluation.online: expected readable images, got {report.bad[0][1:]}")
+                    raise DataError(
+                        f"evaluation.online: expected readable images, got {with_path(*report.bad[0][1:])}; check them "
+                        f"with {command('run/data/verify.py')}"
+                    )
                 self._batches.append((arrays, report.upperbound))
         tokens, losses = [], []
         for arrays, upperbound in self._batches:
@@ -197,15 +200,15 @@ class OnlineEvaluation:
         path = self.out / START_FILE
         if not path.exists():
             logger.warning(
-                f"evaluation: no {path}, as the run started without evaluation.online; nothing to compare with"
+                f"evaluation: no comparison with the start, because the run began without evaluation.online (no {path})"
             )
             return None
         try:
             start = torch.load(path, weights_only=True)
         except Exception as e:  # torch raises many types on torn files
-            raise CheckpointError(f"{path}: expected the evaluation of the start, got {e}; remove the file") from e
+            raise CheckpointError(f"expected the evaluation of the start, got {e}: {path}; remove the file") from e
         if start["of"] != self._digest():
-            logger.warning(f"evaluation: other images than those of {path}; they are not compared with the start")
+            logger.warning(f"evaluation: no comparison with the start, because its images ({path}) were others")
             return None
         return start
 

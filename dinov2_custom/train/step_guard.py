@@ -124,13 +124,13 @@ class StepGuard:
         self.skipped += 1
         losses = [term for term in bad if not term.startswith("grad_norm_")]
         named = ", ".join(losses) or f"gradient of {', '.join(term.removeprefix('grad_norm_') for term in bad)}"
-        logger.warning(f"non-finite {named} iteration={iteration}: step skipped, nothing changed")
+        logger.warning(f"non-finite {named} iteration={iteration}: step skipped, no weight has changed")
         limit = max(self.max_in_a_row, MAX_STEPS_SCALED) if self.scaled and not losses else self.max_in_a_row
         if self.in_a_row >= limit:
             raise NumericsError(
-                f"loss: expected finite values, got non-finite {named} in {self.in_a_row} steps running, the last "
+                f"loss: expected finite values, got non-finite {named} in {self.in_a_row} consecutive steps, the last "
                 f"iteration={iteration}; lower optim.base_lr, lengthen optim.warmup_epochs, or set param_dtype to bf16 "
-                f"or fp32; the last good checkpoint is {self.last_good()}, the same command resumes from it"
+                f"or fp32; the same command resumes from the last good checkpoint, {self.last_good()}"
             )
 
 

@@ -93,7 +93,7 @@ def apply_scaling_rules_to_cfg(cfg: DictConfig) -> DictConfig:
     """
     rule = cfg.optim.scaling_rule
     if rule != "sqrt_wrt_1024":
-        raise ConfigError(f"optim.scaling_rule: expected sqrt_wrt_1024, the only one there is, got {rule!r}")
+        raise ConfigError(f"optim.scaling_rule: expected sqrt_wrt_1024, the only rule, got {rule!r}; leave it out")
     keys = ("optim.base_lr", "train.batch_size_per_gpu", "optim.accumulation_steps")
     values = {key: OmegaConf.select(cfg, key, default=1) for key in keys}
     with read_write(cfg):

@@ -74,7 +74,9 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             renamed[f"blocks.{layer[1]}.{_renamed(layer[2], _IN_LAYER)}"] = value
     for (name, parts), tensors in found.items():
         if missing := [part for part in parts if part not in tensors]:
-            raise CheckpointError(f"{name}: expected {', '.join(parts)}, got no {', '.join(missing)} in the file")
+            raise CheckpointError(
+                f"{name}: expected {', '.join(parts)}, got no {', '.join(missing)} in the file; download it again"
+            )
         renamed[name] = torch.cat([tensors[part] for part in parts])
     return renamed
 

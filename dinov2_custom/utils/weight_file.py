@@ -62,7 +62,7 @@ def read_weights(source: str | os.PathLike) -> Any:
 
 def _read_file(path: Path) -> Any:
     if path.exists() and not path.is_file():  # opening a pipe blocks, a device has no end
-        raise CheckpointError(f"expected a weight file at {path}, got no regular file; copy its content to one")
+        raise CheckpointError(f"expected a weight file at {path}, got a folder, pipe or device; give a regular file")
     try:
         if path.suffix == ".safetensors" or _start(path)[8:] == b"{":  # the file name of an export is arbitrary
             return _with_metadata(path)
@@ -198,7 +198,7 @@ def check_sha256(path: Path, start: str = "") -> None:
     if not digest.hexdigest().startswith(start):
         raise CheckpointError(
             f"check_hash: expected a SHA-256 that starts with {start}, got {digest.hexdigest()} of {path}; "
-            "delete the file and get it again"
+            "delete the file and download it again"
         )
 
 
@@ -211,14 +211,14 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     except (OSError, ValueError, KeyError, AttributeError) as e:
         reason = "no weight_map" if isinstance(e, KeyError | AttributeError) else e
         raise CheckpointError(
-            f"expected the list of a weight file's parts at {index}, got {reason}; get it again"
+            f"expected the list of a weight file's parts at {index}, got {reason}; download it again"
         ) from e
     parts = [_read_file(index.with_name(name)) for name in files]
     state = {key: value for part in parts if isinstance(part, Mapping) for key, value in part.items()}
     if missing := [key for key in names if key not in state]:
         raise CheckpointError(
             f"expected the {len(names)} tensors that {index} lists, got no {', '.join(missing[:3])} in "
-            f"{', '.join(files[:3])}; get the parts again"
+            f"{', '.join(files[:3])}; download the parts again"
         )
     return state
 

@@ -25,9 +25,7 @@ __all__ = [
     "to_local",
 ]
 _WRAPPERS = ("teacher", "model", "state_dict", "student")
-_PREFIXES = re.compile(
-    r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
+_PREFIXES = re.compile(r"(?:^|(?<=\.))(?:module|backbone|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _CLS_TOKEN = re.compile(r"(|.*?\.)(?:embeddings\.)?cls_token")
 _ADAPTER = re.compile(r"(?:^|\.)(?:base_layer|modules_to_save|(?:lora|hada|lokr|ia3|oft|vera)_\w+)(?:\.|$)")  # PEFT's
 _CHUNKED = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")
@@ -48,7 +46,7 @@ def flat_state(file: Any, checkpoint_key: str | None = None) -> dict[str, Tensor
     state = _unwrapped(file, checkpoint_key)
     if "pos_embed" in state and (state["pos_embed"].ndim != 3 or state["pos_embed"].shape[1] < 2):
         shape = tuple(state["pos_embed"].shape)
-        raise CheckpointError(f"pos_embed: expected (1, 1 + patches, width), got {shape}; get the file again")
+        raise CheckpointError(f"pos_embed: expected (1, 1 + patches, width), got {shape}; use another file")
     return {name: value for name, value in state.items() if not name.startswith(_HEADS)}
 
 
@@ -64,7 +62,9 @@ def flat_heads(file: Any, checkpoint_key: str | None = None) -> dict[str, dict[s
 
 def _unwrapped(file: Any, checkpoint_key: str | None) -> dict[str, Tensor]:
     if not isinstance(file, Mapping):
-        raise CheckpointError(f"expected a weight file that holds a dict of tensors, got a {type(file).__name__}")
+        raise CheckpointError(
+            f"expected a weight file with a dict of tensors, got a {type(file).__name__}; save the model's state dict"
+        )
     while key := next((k for k in (checkpoint_key, *_WRAPPERS) if k and isinstance(file.get(k), Mapping)), None):
         file = file[key]
     state = {name: value for name, value in file.items() if isinstance(value, Tensor)}

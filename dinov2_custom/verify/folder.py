@@ -29,13 +29,18 @@ def own_folder(folder: str | os.PathLike, marker: str) -> Iterator[Path]:
         stack = contextlib.ExitStack()
         stack.enter_context(files.locked(path / LOCK))
     except files.LockedError as e:
-        raise ConfigError(f"--output-dir: {path} is in use by another run; wait for it or choose another") from e
+        raise ConfigError(
+            f"--output-dir: expected a folder that no other process uses, got {path}; wait for that process, or choose "
+            "another"
+        ) from e
     except OSError as e:
-        raise ConfigError(f"--output-dir: expected a folder to write to, got {path} ({e.strerror})") from e
+        raise ConfigError(
+            f"--output-dir: expected a folder to write to, got {path} ({e.strerror}); choose another"
+        ) from e
     with stack:
         if others and marker not in others:
             raise ConfigError(
-                f"--output-dir: expected an empty folder or one of this command, got {path} with "
+                f"--output-dir: expected an empty folder or one that this command has written, got {path} with "
                 f"{', '.join(others[:5])}; nothing was changed, choose another"
             )
         (path / marker).touch()

@@ -116,7 +116,7 @@ def test_defaults_have_no_notes():
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"optim__epochs": 1, "optim__freeze_last_layer_epochs": 1}, "never train"),
+        ({"optim__epochs": 1, "optim__freeze_last_layer_epochs": 1}, "are never trained"),
         ({"ibot__mask_sample_probability": 0.0}, "mask nothing"),
         ({"ibot__mask_ratio_min_max": [0.0, 0.0]}, "mask nothing"),
         ({"ibot__head_n_prototypes": 7}, "ibot.separate_head is false: ibot.head_n_prototypes"),

@@ -157,7 +157,7 @@ def test_unknown_keys_are_kept_with_one_warning_if_allowed(tmp_path):
     assert note.splitlines() == [
         "unknown keys, kept but not used:",
         f"  tracker ({path}) with exp_name, tags",
-        f"  daino ({path}) with loss_weight: the supervised side loss of a fork, which is not here",
+        f"  daino ({path}) with loss_weight: the supervised side loss of a fork, which this package does not have",
         f"  train.save_every ({path}): checkpointing.period, in iterations",
         "  a (override)",
         "  a.b (override)",

@@ -67,7 +67,7 @@ def test_file_is_mapped_and_pickles_as_its_name(tmp_path):
     data = pickle.dumps((index, table))
     assert len(data) < 600 and list(pickle.loads(data)[1]) == NAMES
     save(file, arrays(["other"]))
-    with pytest.raises(DataError, match="got another; start again"):
+    with pytest.raises(DataError, match="got another; run the command again"):
         pickle.loads(data)
     assert list(table) == NAMES  # an existing mapping remains valid
 

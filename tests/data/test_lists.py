@@ -100,7 +100,7 @@ def test_empty_and_missing_lists(tmp_path):
     (tmp_path / "files.txt").write_text("\n \n")
     with pytest.raises(DataError, match=r"got an empty list: .*files\.txt"):
         ListSource(tmp_path / "files.txt")
-    with pytest.raises(DataError, match=r"expected a list file: .*nope\.txt \(FileNotFoundError"):
+    with pytest.raises(DataError, match=r"expected a list file, got No such file or directory: .*nope\.txt; check"):
         ListSource(tmp_path / "nope.txt")
     with pytest.raises(DataError, match="expected a list file"):
         make_dataset(dataset_str=str(tmp_path / "nope.csv"))

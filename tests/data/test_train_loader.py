@@ -86,7 +86,7 @@ def test_auto_gives_the_same_batches_and_logs_its_choice(folder, monkeypatch, ca
     caplog.set_level("INFO", logger="dinov2")
     found = take(folder, 14, num_workers="auto")
     assert all(equal(a, b) for a, b in zip(found, take(folder, 14), strict=True))
-    assert caplog.text.count("(train.num_workers=auto): one makes") == 1
+    assert caplog.text.count("(train.num_workers=auto): one loads") == 1
 
 
 def decide(build_s, step_s, cores):

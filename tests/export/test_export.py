@@ -275,7 +275,6 @@ class Faulty:
         self.write(self.model._replace(state={n: change(n, value) for n, value in self.model.state.items()}), path)
         return path
 
-
     def find(self, name, value):
         """Return the released name of a tensor of the graph, and whether it is transposed, as linear layers' are."""
         if name.startswith("backbone."):
@@ -431,7 +430,7 @@ def test_a_missing_library_is_reported(tmp_path, monkeypatch):
 
 def test_models_that_cannot_be_exported_are_rejected(tmp_path):
     teacher = make_teacher()
-    with pytest.raises(ConfigError, match="expected a multiple of the patch size 14, got 60; take 56 or 70"):
+    with pytest.raises(ConfigError, match="expected a multiple of the patch size 14, got 60; use 56 or 70"):
         portable(teacher, 60)
     bare = portable(make_teacher(ffn_layer="identity"))
     for form in ("hf", "timm"):

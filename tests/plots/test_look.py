@@ -71,7 +71,7 @@ def test_mistakes(weights, tmp_path):
         draw(weights, tmp_path / "images", "--num-images", 0)
     with pytest.raises(ConfigError, match="which is a file -> choose another with --output-dir$"):
         draw(weights, tmp_path / "images", "--output-dir", weights)
-    with pytest.raises(DataError, match="--num-points: expected at least 3 readable images for a plane, got 2"):
+    with pytest.raises(DataError, match="--num-points: expected at least 3 readable images for scatter.png, got 2"):
         draw(weights, tmp_path / "images", "--output-dir", tmp_path / "out")
     for path in (tmp_path / "images").rglob("*.png"):
         path.write_bytes(b"broken")

@@ -315,7 +315,7 @@ def test_only_a_failed_requeue_is_reported(capsys, slurm_does, said):
 
 def test_processes_and_gpus_that_disagree(capsys):
     with pytest.raises(
-        LaunchError, match="--ngpus, --gres: expected as many processes a node as GPUs, got 4 and gpu:2"
+        LaunchError, match="--ngpus, --gres: expected as many processes per node as GPUs, got 4 and gpu:2"
     ):
         script_of(capsys, "--gres", "gpu:2", "--ngpus", "4")
 
@@ -454,8 +454,8 @@ def test_data_that_is_not_on_this_machine_is_a_warning(tmp_path):
     done = train(*flags, data, "student.pretrained_weights=/nowhere/w.pth", cwd=tmp_path)
     said = [line for line in done.stderr.splitlines() if "on this machine" in line]
     assert [line.split(" on this")[0] for line in said] == [
-        f"warning: train.dataset_path: nothing is at {tmp_path}/shards",
-        "warning: student.pretrained_weights: nothing is at /nowhere/w.pth",
+        f"warning: train.dataset_path: found nothing at {tmp_path}/shards",
+        "warning: student.pretrained_weights: found nothing at /nowhere/w.pth",
     ], done.stderr
     assert done.returncode == 0
 
@@ -497,7 +497,7 @@ def test_the_evaluations_share_the_launcher(tmp_path, name, job):
     flags += ["--train-dataset", f"LabelledFolder:root={tmp_path}", "--val-dataset", "LabelledFolder:root=/nowhere"]
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[0].startswith("warning: --val-dataset: nothing is at /nowhere on this machine")
+    assert done.stderr.splitlines()[0].startswith("warning: --val-dataset: found nothing at /nowhere on this machine")
     assert f"#SBATCH --job-name=dinov2:{job}\n" in done.stdout
     flags[5] = "absent.pth"
     done = subprocess.run([sys.executable, script, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
@@ -525,7 +525,7 @@ def test_none_given(no_gpu, environment):
 
 
 @pytest.mark.parametrize("environment", [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}])
-@pytest.mark.parametrize("cuda, why", [(None, "is a build without CUDA"), ("12.8", "see whether `nvidia-smi` works")])
+@pytest.mark.parametrize("cuda, why", [(None, "is a build without CUDA"), ("12.8", "check that `nvidia-smi` works")])
 def test_given_and_not_seen(no_gpu, monkeypatch, environment, cuda, why):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.version, "hip", None)

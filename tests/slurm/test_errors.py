@@ -13,7 +13,7 @@ from tests.slurm.test_jobs import arguments
     [
         (["--partition", "nope"], "--partition: expected one of low, hard, hidden, got partition=nope"),
         (["--partition", "hidden"], "expected a combination you may use, got partition=hidden"),
-        (["--ngpus", 3], "expected what there is (low: 3 nodes, 8 CPUs, 4000 MB, gpu:2, 1:00:00), got"),
+        (["--ngpus", 3], "expected at most what the nodes have (low: 3 nodes, 8 CPUs, 4000 MB, gpu:2, 1:00:00), got"),
         (["--nodes", 4], "; too much: --nodes, where there are 3"),
         (["--cpus-per-task", 5], "x 5 CPUs (--cpus-per-task) on a node, where one has at most 8"),
         (["--timeout", "2:00:00"], "; too much: --timeout of 120 minutes, where the limit is 60"),
@@ -25,7 +25,7 @@ from tests.slurm.test_jobs import arguments
         (["--mem", "lots"], "--mem: expected a size such as 64G, got mem=lots"),
         (["--constraint", "a100"], "--constraint: expected features that nodes have, got constraint=a100"),
         (["--exclude", "nope"], "--exclude: expected names of nodes, got exclude=nope"),
-        (["--reservation", "nope"], "--reservation: expected one that there is, got reservation=nope"),
+        (["--reservation", "nope"], "--reservation: expected an existing one, got reservation=nope"),
         (["--slurm", "nonsense=1"], "got: unrecognized option '--nonsense=1'"),
         (["--slurm", "dependency=wrong"], "SLURM: expected a job that it accepts"),
         (["--setup", "if"], "--setup: expected lines of bash, got: "),

@@ -97,7 +97,7 @@ def test_unreadable_newest_falls_back_with_a_warning(tmp_path, caplog, damage):
     damaged = {"torn": torn, "marker": torn, "empty": b"", "text": b"<html>", "flipped": flipped}
     file.unlink() if damage == "gone" else file.write_bytes(damaged[damage])
     assert make(tmp_path)[2].load_latest().iteration == 1
-    assert "falling back" in caplog.text and newest.name in caplog.text
+    assert "using the one before" in caplog.text and newest.name in caplog.text
 
 
 def rewritten(marker, change, *, with_checksum):
@@ -126,7 +126,7 @@ def test_a_marker_with_any_altered_value_is_rejected(tmp_path, caplog, key):
 
     rewritten(marker, alter, with_checksum=False)
     assert make(tmp_path)[2].load_latest().iteration == 1
-    assert "falling back" in caplog.text and "model_0000002" in caplog.text
+    assert "using the one before" in caplog.text and "model_0000002" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_invalid_values_are_rejected_despite_a_valid_checksum(tmp_path, caplog, 
     marker = saver.save(2) / "checkpoint.json"
     rewritten(marker, lambda values: values.update({key: value}), with_checksum=True)
     assert make(tmp_path)[2].load_latest().iteration == 1
-    assert "falling back" in caplog.text
+    assert "using the one before" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_missing_newest_falls_back_with_a_warning(tmp_path, caplog):
     saver.save(1)
     (saver.save(2) / "checkpoint.json").unlink()
     assert make(tmp_path)[2].load_latest().iteration == 1
-    assert "last_checkpoint names model_0000002, which is not there or not complete" in caplog.text
+    assert "last_checkpoint names model_0000002, which is missing or incomplete" in caplog.text
 
 
 def test_only_unreadable_checkpoints_is_an_error_that_names_the_way_out(tmp_path):

@@ -173,7 +173,7 @@ def test_a_dead_local_process_ends_the_others_without_a_timeout(
         assert not ended
         peer.kill()
         wait_until(lambda: ended, "the end")
-    said = f"rank 1 (pid {peer.pid}) has ended, possibly killed from outside (out of memory: see dmesg) at iteration=7"
+    said = f"rank 1 (pid {peer.pid}) has ended, possibly killed because memory ran out (see dmesg) at iteration=7"
     assert ended[0] == 75 and said in capsys.readouterr().err
     assert said in (tmp_path / "logs" / "log.txt").read_text()
 

@@ -77,7 +77,7 @@ def test_learning_rate_rule(tmp_path, monkeypatch, base_lr, batch, world, lr):
 
 
 def test_unknown_scaling_rule():
-    with pytest.raises(ConfigError, match="expected sqrt_wrt_1024, the only one there is, got 'linear'"):
+    with pytest.raises(ConfigError, match="expected sqrt_wrt_1024, the only rule, got 'linear'"):
         apply_scaling_rules_to_cfg(OmegaConf.create({"optim": {"scaling_rule": "linear"}}))
 
 

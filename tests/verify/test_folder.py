@@ -31,7 +31,7 @@ def test_one_process_at_a_time(tmp_path):
     code = f"from dinov2_custom.verify.folder import own_folder\nwith own_folder({str(tmp_path)!r}, 'mark'): pass"
     with own_folder(tmp_path, "mark"):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "in use by another run" in second.stderr
+    assert "expected a folder that no other process uses" in second.stderr
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

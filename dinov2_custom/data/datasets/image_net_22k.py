@@ -44,7 +44,7 @@ class ImageNet22k(TableDataset):
         super().__init__(root, extra, transforms, transform, target_transform)
         self._tars = OpenFiles(max(1, mmap_cache_size))
         if not len(self._entries):
-            raise DataError(f"expected images in {os.path.join(self.root, '<class id>.tar')}, got none")
+            raise DataError(f"expected images in {os.path.join(self.root, '<class id>.tar')}, got none; check root=")
 
     # tables
 
