@@ -15,7 +15,7 @@ from PIL import Image
 from dinov2_custom import cli
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.data.transforms import make_central_crop_transform
+from dinov2_custom.data.transforms import Compose, MaybeToTensor, Normalize, make_central_crop_transform
 from dinov2_custom.errors import ConfigError, DataError, command, shortage
 from dinov2_custom.logging.progress import track
 from dinov2_custom.plots.attention import class_attention, overlay
@@ -67,10 +67,11 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
     """
     backbone = teacher.backbone
     device = next(backbone.parameters()).device
+    as_input = Compose([MaybeToTensor(), Normalize(**teacher.normalize)])
     shown, maps, attentions = [], [], []
     for _, image in readable(dataset, spread(len(dataset), count)):
         image = to_whole_patches(image, size or teacher.image_size, backbone.patch_size)
-        pixels = as_input(image, teacher.normalize)[None].to(device)
+        pixels = as_input(image)[None].to(device)
         with torch.inference_mode():
             patches = backbone.forward_features(pixels)["x_norm_patchtokens"][0].float().cpu()
         rows, columns = (side // backbone.patch_size for side in pixels.shape[-2:])
@@ -155,13 +156,6 @@ def to_whole_patches(image: Image.Image, size: int, patch: int) -> Image.Image:
     scale = size / min(image.size)
     sides = [min(max(round(side * scale / patch), 1), 4 * max(size // patch, 1)) * patch for side in image.size]
     return image.resize(tuple(sides), Image.Resampling.BICUBIC)
-
-
-def as_input(image: Image.Image, normalize: dict[str, tuple[float, ...]]) -> torch.Tensor:
-    """Return the normalised tensor (3, H, W)."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(normalize[key])[:, None, None] for key in ("mean", "std"))
-    return (pixels - mean) / std
 
 
 if __name__ == "__main__":

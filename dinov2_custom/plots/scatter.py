@@ -9,20 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dinov2_custom.plots.features import principal_components
 from dinov2_custom.plots.figure import new_figure
 
 MAX_LEGEND, MAX_FOLDERS = 20, 100
-
-
-def principal_plane(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first two principal components (N, 2) of features (N, D), and their shares of the variance (2,).
-
-    The sign of each axis makes its largest weight positive.
-    """
-    centred = features.astype(np.float64) - features.mean(axis=0)
-    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
-    return centred @ axes.T, sizes[:2] ** 2 / max(float((sizes**2).sum()), 1e-12)
 
 
 def folder_labels(paths: Sequence[str]) -> list[str] | None:
@@ -37,7 +27,7 @@ def folder_labels(paths: Sequence[str]) -> list[str] | None:
 
 def plot_scatter(features: np.ndarray, labels: Sequence[str] | None, path: str | Path, title: str) -> Path:
     """Save a scatter plot of ``features`` (N, D) with one colour per class and, for up to 20 classes, a legend."""
-    points, shares = principal_plane(features)
+    (points,), shares = principal_components([features], 2)
     figure = new_figure(figsize=(8, 6))
     axis = figure.subplots()
     names = sorted(set(labels or [""]))

@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_custom.plots.scatter import folder_labels, plot_scatter, principal_plane
+from dinov2_custom.plots.features import principal_components
+from dinov2_custom.plots.scatter import folder_labels, plot_scatter
 
 
 def test_plane_has_the_largest_variances():
     rng = np.random.default_rng(0)
     rotation = np.linalg.qr(rng.normal(size=(6, 6)))[0]
     points = rng.normal(size=(500, 6)) * [10, 5, 0.1, 0.1, 0.1, 0.1]
-    plane, shares = principal_plane((points @ rotation + 3).astype(np.float32))
+    (plane,), shares = principal_components([(points @ rotation + 3).astype(np.float32)], 2)
     assert abs(np.corrcoef(plane[:, 0], points[:, 0])[0, 1]) > 0.99
     assert abs(np.corrcoef(plane[:, 1], points[:, 1])[0, 1]) > 0.99
     assert shares == pytest.approx([0.8, 0.2], abs=0.05)
-    again, _ = principal_plane(-(-(points @ rotation + 3)).astype(np.float32))
+    (again,), _ = principal_components([-(-(points @ rotation + 3)).astype(np.float32)], 2)
     np.testing.assert_allclose(plane, again)
 
 
