@@ -26,11 +26,12 @@ from dinov2_custom.eval.setup import get_autocast_dtype
 from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 from dinov2_custom.plots.history import PANELS, draw_history
 from dinov2_custom.plots.metrics_file import METRICS_FILE, read_metrics, read_run
-from dinov2_custom.quickstart.measure import BATCH_SIZE, load_tiles, newest_teacher
+from dinov2_custom.quickstart.measure import BATCH_SIZE, load_tiles
 from dinov2_custom.quickstart.photos import Tiling, cut_photos
 from dinov2_custom.train.health import rankme
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 from dinov2_custom.train.train import main as train
+from dinov2_custom.utils.run_folder import find_weights
 from dinov2_custom.utils.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def main() -> None:
     for kind in args.kinds:
         out = work / kind
         opts = [f"train.dataset_path={work / 'tiles' / 'train'}", *COMMON]
-        opts += [opt.format(good=newest_teacher(work / "good")) if "{" in opt else opt for opt in KINDS[kind]]
+        opts += [opt.format(good=find_weights(str(work / "good"))) if "{" in opt else opt for opt in KINDS[kind]]
         recipe = str(ROOT / "configs/quickstart.yaml")
         code = train(train_parser().parse_args(["--config-file", recipe, "--output-dir", str(out), *opts]))
         if code:

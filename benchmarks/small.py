@@ -30,10 +30,11 @@ from dinov2_custom.data.transforms import make_classification_eval_transform
 from dinov2_custom.eval.knn import eval_knn_features, leave_one_out_accuracy
 from dinov2_custom.eval.utils import extract_features
 from dinov2_custom.plots import dino_loss, read_metrics
-from dinov2_custom.quickstart.measure import describe_collapse, newest_teacher
+from dinov2_custom.quickstart.measure import describe_collapse
 from dinov2_custom.quickstart.photos import cut_photos
 from dinov2_custom.train.health import rankme
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.utils.run_folder import find_weights
 from dinov2_custom.utils.weights import read_weights
 from tests.data.textures import make_textures
 
@@ -134,7 +135,7 @@ def measure(one: LabelledSet, run: Path) -> dict:
     """Compare the run's network before training and its newest teacher, at the size of a global crop."""
     cfg = load_run_config(str(run / "config.yaml"))
     untrained, trained = SSLMetaArch(cfg), SSLMetaArch(cfg)
-    trained.teacher.load_state_dict(read_weights(newest_teacher(run))["teacher"])
+    trained.teacher.load_state_dict(read_weights(find_weights(str(run)))["teacher"])
     last = read_metrics(run / "training_metrics.json")[-1]
     entropies = {name: last[name] for name in ("teacher_entropy", "prototype_entropy")}
     result = {**entropies, "num_prototypes": cfg.dino.head_n_prototypes}
