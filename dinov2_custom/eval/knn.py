@@ -36,7 +36,6 @@ __all__ = [
     "eval_knn_features",
     "eval_knn_with_model",
     "get_args_parser",
-    "leave_one_out_accuracy",
     "main",
 ]
 
@@ -135,15 +134,6 @@ def eval_knn(
         n_tries=n_tries,
         exclude=same_files if count else None,
     )
-
-
-def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> float:
-    """Return the top-1 accuracy of classifying each row of ``features`` (N, D), of length 1, by all the others."""
-    num_classes = int(labels.max()) + 1
-    module = KnnModule(features, labels, [k], temperature, num_classes=num_classes)
-    metrics = {k: build_topk_accuracy_metric(AccuracyAveraging.MEAN_ACCURACY, num_classes, (1,))}
-    _classify(module, features, labels, metrics, torch.arange(len(features)))
-    return float(metrics[k].compute()["top-1"])
 
 
 def _classify(
