@@ -22,7 +22,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError, ConfigError, optional
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.sharding import reduce_dtype
 from dinov2_custom.train.teacher_file import save_atomically
 from dinov2_custom.utils.dtype import resolve_dtype
@@ -182,5 +182,4 @@ class FSDPCheckpointer(Checkpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Record the file that :meth:`get_checkpoint_file` returns."""
-        with atomic_write(Path(self.save_dir) / "last_checkpoint") as file:
-            file.write(last_filename_basename)
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)

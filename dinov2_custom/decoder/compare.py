@@ -12,7 +12,7 @@ from dinov2_custom.decoder.bridge import Facts
 from dinov2_custom.decoder.evaluate import predict_split, to_coco
 from dinov2_custom.decoder.instances import Split, semantic_mask
 from dinov2_custom.decoder.measures import confusion, paired_interval
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 
 REPORT_FILE = "comparison.json"
 _NAMES = {"detection": ("AP50", "bbox"), "instance": ("AP50 of masks", "segm"), "semantic": ("mIoU", "semantic")}
@@ -35,8 +35,7 @@ def report(folder: Path, other: Path, split: Split, num_labelled: int) -> dict[s
         f"{label} {_signed(change)}, 95 % interval {_signed(low)} to {_signed(high)}, {num_labelled} labelled images"
     )
     content = {"sentence": sentence, "difference": change, "low": low, "high": high, "images": len(split.images)}
-    with atomic_write(folder / REPORT_FILE) as out:
-        out.write(json.dumps(content, indent=2) + "\n")
+    write_text(folder / REPORT_FILE, json.dumps(content, indent=2) + "\n")
     return content
 
 

@@ -22,7 +22,7 @@ from dinov2_custom.decoder.images import read_image, to_input
 from dinov2_custom.decoder.inference import predict
 from dinov2_custom.decoder.labels import BACKGROUND
 from dinov2_custom.errors import DataError, UnreadableImageError
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.teacher import device_of_choice
 
 _OPACITY = 0.45
@@ -70,8 +70,7 @@ def main(args: argparse.Namespace) -> int:
     if not content["images"]:
         raise DataError(f"expected readable images in {source}, got {len(paths)} that are not")
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "predictions.json") as file:
-        file.write(json.dumps(content) + "\n")
+    write_text(out / "predictions.json", json.dumps(content) + "\n")
     print(out / "predictions.json")
     return 0
 

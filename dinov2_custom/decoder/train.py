@@ -30,7 +30,7 @@ from dinov2_custom.decoder.settings import Settings, read_settings
 from dinov2_custom.errors import ConfigError, optional
 from dinov2_custom.export.rf_detr_folder import backbone_of, need_rf_detr, read_model
 from dinov2_custom.export.write import replacing
-from dinov2_custom.files import atomic_write, parse_json_object
+from dinov2_custom.files import parse_json_object, write_text
 from dinov2_custom.logging import METRICS_FILE, Sinks, open_log, setup_logging, truncate_after
 from dinov2_custom.logging.sinks import JsonLines
 from dinov2_custom.logging.wandb_sink import open_wandb
@@ -145,8 +145,7 @@ def _describe(args: argparse.Namespace, source: str, folder: Path, settings: Set
         lines = "; ".join(f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in changed)
         raise ConfigError(f"{folder}: expected the settings of the run there, got {lines}; choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as out:
-        out.write(json.dumps(now, indent=2) + "\n")
+    write_text(file, json.dumps(now, indent=2) + "\n")
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:

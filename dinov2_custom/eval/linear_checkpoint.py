@@ -12,7 +12,7 @@ from torch import nn
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError, remedy
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.train.checkpoint import save_atomically
 from dinov2_custom.utils.checkpoint_folder import check_whole
 from dinov2_custom.utils.run_folder import last_checkpoint
@@ -39,8 +39,7 @@ class LinearCheckpointer:
         }
         try:
             save_atomically(state, self.folder / f"{name}.pth")
-            with atomic_write(self.folder / "last_checkpoint") as file:
-                file.write(f"{name}.pth")
+            write_text(self.folder / "last_checkpoint", f"{name}.pth")
         except OSError as e:
             raise CheckpointError(
                 f"expected to write {name}.pth in {self.folder}, got {e.strerror or e}; {remedy(str(e))}, then the "

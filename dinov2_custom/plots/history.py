@@ -15,7 +15,7 @@ import numpy as np
 from dinov2_custom import cli
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import atomic_write, write_text
 from dinov2_custom.plan.prices import Price, load_prices
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.forecast import Forecast, make_forecast
@@ -220,8 +220,7 @@ def main(args: argparse.Namespace) -> int:
     with atomic_write(out / "history.png", "wb") as file:
         figure.savefig(file, format="png")
     print(out / "history.png")
-    with atomic_write(out / "history.html") as file:
-        file.write(make_page(runs, figure))
+    write_text(out / "history.html", make_page(runs, figure))
     print(out / "history.html")
     if len(runs) == 1 and (means := epoch_means(runs[0].rows)):
         with atomic_write(out / "epochs.csv") as file:

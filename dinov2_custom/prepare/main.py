@@ -31,7 +31,7 @@ from dinov2_custom.data.depth import Deep, Reading
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
 from dinov2_custom.errors import ConfigError, DataError, missing, shortage
-from dinov2_custom.files import atomic_write, parse_json_object
+from dinov2_custom.files import atomic_write, parse_json_object, write_text
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image
 from dinov2_custom.verify.folder import own_folder
@@ -253,8 +253,7 @@ def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
                 f"--output-dir: expected the dataset and options that {folder} was started with, got other ones "
                 f"({'; '.join(other)}); choose an empty folder"
             )
-    with atomic_write(folder / MARKER, fsync=True) as file:
-        file.write(json.dumps(task) + "\n")
+    write_text(folder / MARKER, json.dumps(task) + "\n", fsync=True)
 
 
 def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
@@ -278,8 +277,7 @@ def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
     keys = ("kept", "changed", "tiled", "bad", "files", "bytes_read", "bytes_written")
     summary = {key: counts[key] for key in keys} | {"reasons": dict(sorted(reasons.items()))}
     summary["shards"] = len(list(folder.glob("shard-*.tar")))
-    with atomic_write(folder / "summary.json", fsync=True) as file:
-        file.write(json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n", fsync=True)
     if not counts["files"]:
         raise DataError(f"expected sound images, got none; the reasons are in {folder / 'bad_images.jsonl'}")
     return summary

@@ -14,7 +14,7 @@ import numpy as np
 from dinov2_custom.data.intensity import Measured
 from dinov2_custom.data.listing import PassedOver
 from dinov2_custom.errors import install
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import atomic_write, write_text
 
 from .results import BAD, SOUND, Results
 
@@ -54,8 +54,7 @@ def write_report(
         keys = ("intensity", "deep", "clipped", "levels", "levels_an_image")
         found = {key: getattr(measured, key) for key in keys} | {"intensity": list(measured.intensity)}
         summary["intensity"] = found | {"text": measured.describe()[0], "warnings": measured.warnings()}
-    with atomic_write(folder / "summary.json", fsync=True) as file:
-        file.write(json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n", fsync=True)
     return summary
 
 
