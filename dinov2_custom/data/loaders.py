@@ -228,11 +228,7 @@ def make_masks(cfg: Any) -> Masks:
 
 
 def build(spec: DatasetSpec, transform: Callable | None = None, target_transform: Callable | None = None) -> Any:
-    """Make the dataset described by ``spec``.
-
-    Raises:
-        DataError: if its files are missing or corrupt, or hold no image.
-    """
+    """Make the dataset described by ``spec``."""
     options = {"transform": transform, "target_transform": target_transform}
     if spec.kind == "ImageDataset":
         return ImageDataset(list(spec.roots), **options)

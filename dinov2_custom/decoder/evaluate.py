@@ -28,12 +28,7 @@ KINDS = {"detection": "bbox", "instance": "segm"}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.decoder_eval_parser``; return the exit code.
-
-    Raises:
-        CheckpointError: there is no trained decoder.
-        DataError: images or labels are wrong; lists all mistakes.
-    """
+    """Run the command line parsed by ``cli.decoder_eval_parser``; return the exit code."""
     decoder = bridge.load(args.decoder)
     split = read_split(args.data, decoder.facts.task, part=args.part, classes=decoder.facts.classes)
     device = device_of_choice(args.device)

@@ -37,11 +37,7 @@ class _Graph(nn.Module):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.decoder_export_parser``; return the exit code.
-
-    Raises:
-        CheckpointError: there is no trained decoder, or onnxruntime computes something else.
-    """
+    """Run the command line parsed by ``cli.decoder_export_parser``; return the exit code."""
     for name in ("onnx", "onnxscript"):
         optional(name, "the export of a decoder")
     decoder = bridge.load(args.decoder)

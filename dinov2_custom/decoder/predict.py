@@ -30,12 +30,7 @@ _LEAST_SIDE = 448  # pixels of the longer side of a picture
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.decoder_predict_parser``; return the exit code.
-
-    Raises:
-        CheckpointError: there is no trained decoder.
-        DataError: the folder has no readable image.
-    """
+    """Run the command line parsed by ``cli.decoder_predict_parser``; return the exit code."""
     decoder = bridge.load(args.decoder)
     source = Path(args.images).expanduser()
     out = Path(args.output_dir or Path("outputs/predict") / source.resolve().name).expanduser()

@@ -47,14 +47,7 @@ _FREE = ("num_workers", "wandb")  # keys that may change when a run is continued
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.decoder_train_parser``; return the exit code.
-
-    Raises:
-        ConfigError: if settings, sizes or libraries do not fit.
-        CheckpointError: if the backbone cannot be read or differs from the one in the decoder.
-        DataError: if images or labels are wrong; lists all mistakes.
-        LaunchError: if another process trains in the same directory.
-    """
+    """Run the command line parsed by ``cli.decoder_train_parser``; return the exit code."""
     settings = read_settings(args.opts)
     bridge.choose_head(args.task, settings.head)
     require("training a decoder")
@@ -82,11 +75,7 @@ def _other(settings: Settings, folder: Path) -> Settings:
 
 
 def require(purpose: str) -> None:
-    """Check that the libraries of the extra ``decoder`` are installed.
-
-    Raises:
-        ConfigError: one is missing or too old.
-    """
+    """Check that the libraries of the extra ``decoder`` are installed."""
     need_rf_detr(purpose)
     for name in ("accelerate", "pycocotools", "scipy"):
         optional(name, purpose)

@@ -76,10 +76,6 @@ def open_pair(
 
     The second also uses the first one's range if ``reading`` has none. Two equal strings and transforms give one
     dataset.
-
-    Raises:
-        ConfigError: a dataset has no labels.
-        DataError: nothing is found, or the first dataset lacks a class folder of the second.
     """
     train_dataset = open_labelled(*train, reading)
     if other[1:] == train[1:]:

@@ -233,11 +233,7 @@ def eval_knn_with_model(
 
 @evaluation
 def main(args: argparse.Namespace) -> int:
-    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
-
-    Raises:
-        DINOv2Error: bad arguments, configuration, weights or data.
-    """
+    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code."""
     check_positive(args, "nb_knn", "batch_size", "crop_size", "resize_size")
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)
     choose_sizes(args, model)

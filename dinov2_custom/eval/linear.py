@@ -172,9 +172,6 @@ def run_eval_linear(
 
     Returns:
         ``{"best_classifier": name, "<dataset string>_accuracy": percent, ...}``.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: see the flags that they name.
     """
     tests, types, mappings = plan_tests(
         val_dataset_str, test_dataset_strs, val_metric_type, test_metric_types, test_class_mapping_fpaths
@@ -246,11 +243,7 @@ def run_eval_linear(
 
 @evaluation
 def main(args: argparse.Namespace) -> int:
-    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
-
-    Raises:
-        DINOv2Error: bad arguments, configuration, weights or data.
-    """
+    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code."""
     names = ("epochs", "epoch_length", "batch_size", "save_checkpoint_frequency", "crop_size", "resize_size")
     check_positive(args, *names, "learning_rates")
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)

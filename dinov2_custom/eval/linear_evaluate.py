@@ -88,10 +88,6 @@ def make_eval_data_loader(
         train_dataset: its class indices are used if both have a folder for each class, unless ``has_mapping``.
         flag: the flag that gave ``test_dataset_str``, for error messages.
         reading: of images of more than 8 bits; None to measure it.
-
-    Raises:
-        ConfigError: the dataset has no labels.
-        DataError: nothing is found, or ``train_dataset`` lacks a class folder.
     """
     dataset = open_labelled(flag, test_dataset_str, transform or make_classification_eval_transform(), reading)
     if train_dataset is not None:

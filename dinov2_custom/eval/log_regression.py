@@ -204,11 +204,7 @@ def dtype_of_choice(name: str, device: torch.device) -> torch.dtype:
 
 @evaluation
 def main(args: argparse.Namespace) -> int:
-    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
-
-    Raises:
-        DINOv2Error: bad arguments, configuration, weights or data.
-    """
+    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code."""
     check_positive(args, "max_train_iters", "batch_size", "crop_size", "resize_size")
     check_solver(args.solver)
     device = device_of_choice(args.train_features_device, "--train-features-device")

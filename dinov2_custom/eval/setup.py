@@ -193,12 +193,7 @@ def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = N
 
 
 def build_model_for_eval(config: DictConfig, pretrained_weights: str) -> nn.Module:
-    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on a GPU if available.
-
-    Raises:
-        ConfigError: unknown architecture.
-        CheckpointError: see :func:`load_teacher_backbone`.
-    """
+    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on a GPU if available."""
     model, _ = build_model_from_cfg(config, only_teacher=True)
     load_teacher_backbone(model, pretrained_weights)
     model.requires_grad_(False)

@@ -23,11 +23,7 @@ _TO_LAYER = {new: old for old, new in reversed(IN_LAYER.items())}  # of several 
 
 
 def write_hugging_face(model: Portable, folder: Path) -> None:
-    """Write model.safetensors, config.json and preprocessor_config.json into the existing ``folder``.
-
-    Raises:
-        ConfigError: the model has no feed-forward network.
-    """
+    """Write model.safetensors, config.json and preprocessor_config.json into the existing ``folder``."""
     save_safetensors(to_hugging_face(completed(model)), folder / "model.safetensors")
     for name, content in (("config.json", _config(model)), ("preprocessor_config.json", _preprocessor(model))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -58,9 +58,6 @@ def write_onnx(model: Portable, path: Path) -> None:
     metadata has ``mean``, ``std``, ``image_size``, ``patch_size`` and ``normalizes``, and ``intensity`` and ``page``
     if they are not the defaults, each as JSON. Images are in 0..1 and normalized in the graph if
     ``model.normalizes``, else already normalized.
-
-    Raises:
-        ConfigError: a library is not installed.
     """
     for name in ("onnx", "onnxscript"):
         optional(name, "--to onnx")

@@ -41,12 +41,7 @@ def need_rf_detr(purpose: str) -> Any:
 
 
 def write_rf_detr(model: Portable, folder: Path) -> str:
-    """Write an RF-DETR with new decoder and heads into ``folder``, load it again, and return a line on the comparison.
-
-    Raises:
-        ConfigError: RF-DETR cannot hold the architecture, or transformers is missing or too old.
-        CheckpointError: a tensor is missing or different, or features differ.
-    """
+    """Write an RF-DETR with new decoder and heads into ``folder``, load it again; return a line on the comparison."""
     kind = need_rf_detr("--to rf-detr").RfDetrForObjectDetection
     detector = with_backbone(lambda config: kind(rf_detr_config(config)), model, seed=0)
     detector.save_pretrained(folder)

@@ -18,11 +18,7 @@ _WIDTHS = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40
 
 
 def write_timm(model: Portable, folder: Path) -> None:
-    """Write the two files into the existing ``folder``.
-
-    Raises:
-        ConfigError: the model has no feed-forward network.
-    """
+    """Write the two files into the existing ``folder``."""
     state = to_timm(completed(model))
     save_safetensors(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(_config(model), indent=2) + "\n", encoding="utf-8")

@@ -28,11 +28,7 @@ _DINOV2_BASE_URL = RELEASED_URL
 
 
 def released_file(arch: str, num_register_tokens: int, ending: str) -> Path:
-    """Return the local copy, in torch.hub's folder, of a released file: ``ending`` is ``pretrain`` or that of a head.
-
-    Raises:
-        CheckpointError: the file cannot be downloaded.
-    """
+    """Return the local copy, in torch.hub's folder, of a released file; ``ending``: ``pretrain`` or that of a head."""
     url = f"{RELEASED_URL}/{model_name(arch)}/{model_name(arch, 14, num_register_tokens)}_{ending}.pth"
     return fetch(url, Path(torch.hub.get_dir()) / "checkpoints")
 

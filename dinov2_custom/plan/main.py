@@ -60,11 +60,7 @@ class Choice(NamedTuple):
 
 
 def main(args) -> int:
-    """Print what ``args`` asks for, of ``cli.plan_parser``; return 0.
-
-    Raises:
-        ConfigError: a configuration that training would refuse too, an unknown GPU, a bad price, or nothing fits.
-    """
+    """Print what ``args`` asks for, of ``cli.plan_parser``; return 0."""
     load = loader(args)
     names = [find_by_user_name(name) for name in args.gpu or ([] if args.time else DEFAULT_GPUS)]
     if args.schedule:

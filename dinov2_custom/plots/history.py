@@ -197,10 +197,6 @@ def main(args: argparse.Namespace) -> int:
     """Plot the runs in ``args.runs`` and print the paths of the files; return 0.
 
     For one run, ``epochs.csv`` contains the means over each pass over the data, if its rows have ``epoch``.
-
-    Raises:
-        DataError: if a path contains no run, or a run has no rows.
-        ConfigError: if matplotlib is missing, the output cannot be written, or there is nothing to forecast.
     """
     folders = find_runs(args.runs)
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]

@@ -30,13 +30,7 @@ _BATCH = 32
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw the plots requested by ``args`` (``cli.features_parser``); return the exit code.
-
-    Raises:
-        ConfigError: if a number is below 1, or matplotlib is missing.
-        CheckpointError: if the weights cannot be read.
-        DataError: if there is no such dataset or no readable image.
-    """
+    """Draw the plots requested by ``args`` (``cli.features_parser``); return the exit code."""
     if args.num_images < 1 or args.heads < 0 or args.num_points < 0 or args.image_size < 0:
         raise ConfigError(
             "expected --num-images of at least 1 and no negative numbers, got "

@@ -90,9 +90,6 @@ def verify(
 
     Returns:
         the content of summary.json.
-
-    Raises:
-        DataError: if the decoder processes cannot run.
     """
     workers = workers or num_cores()
     has_simplejpeg = find_simplejpeg() is not None
