@@ -50,7 +50,9 @@ def main(args: argparse.Namespace) -> int:
     """Run the command line parsed by ``cli.decoder_train_parser``; return the exit code."""
     settings = read_settings(args.opts)
     bridge.choose_head(args.task, settings.head)
-    require("training a decoder")
+    need_rf_detr("training a decoder")
+    for name in ("accelerate", "pycocotools", "scipy"):
+        optional(name, "training a decoder")
     folder = Path(args.output_dir).expanduser()
     check_output_dir(folder, "--output-dir")
     with distributed.enabled():
@@ -72,13 +74,6 @@ def _other(settings: Settings, folder: Path) -> Settings:
     """Return the settings of the run that is compared: those of the first, as another run of W&B."""
     name = f"{settings.wandb.name or folder.resolve().name}, compared to"
     return settings.model_copy(update={"wandb": settings.wandb.model_copy(update={"id": "", "name": name})})
-
-
-def require(purpose: str) -> None:
-    """Check that the libraries of the extra ``decoder`` are installed."""
-    need_rf_detr(purpose)
-    for name in ("accelerate", "pycocotools", "scipy"):
-        optional(name, purpose)
 
 
 def load_backbone(source: str) -> Teacher:

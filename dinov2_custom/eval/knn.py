@@ -94,7 +94,8 @@ def eval_knn_features(
             _classify(module, val_features, val_labels, metrics, own)
             for k in ks:
                 scores[k].append(metrics[k].compute())
-        results |= {(name, k): _mean(values) for k, values in scores.items()}
+        for k, tried in scores.items():
+            results[name, k] = {top: torch.stack([one[top] for one in tried]).mean(dim=0) for top in tried[0]}
     return results
 
 
@@ -179,10 +180,6 @@ def _subset(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
     labels = labels.cpu()
     members = [(labels == label).nonzero().flatten() for label in labels.unique()]
     return torch.cat([m[torch.randperm(len(m), generator=generator)[:n_per_class]] for m in members])
-
-
-def _mean(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([value[name] for value in values]).mean(dim=0) for name in values[0]}
 
 
 def eval_knn_with_model(

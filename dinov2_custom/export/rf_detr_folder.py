@@ -69,16 +69,13 @@ def with_backbone(
             torch.manual_seed(seed_for(seed, "decoder"))
             made = make(config)
         if not random_backbone:
-            backbone_of(made).load_state_dict(_plain_backbone(Path(folder), config).state_dict(), strict=False)
+            import transformers
+
+            registers = "num_register_tokens" in config
+            kind = transformers.Dinov2WithRegistersBackbone if registers else transformers.Dinov2Backbone
+            backbone_of(made).load_state_dict(kind.from_pretrained(folder).state_dict(), strict=False)
             prove(made, model)
     return made
-
-
-def _plain_backbone(folder: Path, config: dict[str, Any]) -> nn.Module:
-    from transformers import Dinov2Backbone, Dinov2WithRegistersBackbone
-
-    kind = Dinov2WithRegistersBackbone if "num_register_tokens" in config else Dinov2Backbone
-    return kind.from_pretrained(folder)
 
 
 def rf_detr_config(config: dict[str, Any], **options: Any) -> Any:

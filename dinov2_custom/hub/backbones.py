@@ -71,7 +71,7 @@ def make_backbone(
     }
     if not pretrained:
         return factory(**(options | kwargs))
-    if _is_released(weights):
+    if weights is Weights.LVD142M or str(weights) == Weights.LVD142M.value:
         file = released_file(arch, options["num_register_tokens"], "pretrain")
         state = _read(file, check_hash)
     else:
@@ -152,10 +152,6 @@ def _make_dinov2_model(
     if num_register_tokens:
         kwargs["num_register_tokens"] = num_register_tokens
     return make_backbone(arch_name, registers=num_register_tokens > 0, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def _is_released(weights: Weights | str | os.PathLike) -> bool:
-    return weights is Weights.LVD142M or str(weights) == Weights.LVD142M.value
 
 
 def _existing(weights: str | os.PathLike) -> str | os.PathLike:

@@ -34,7 +34,7 @@ def plot_scatter(features: np.ndarray, labels: Sequence[str] | None, path: str |
     for number, name in enumerate(names):
         chosen = np.array([label == name for label in labels]) if labels else slice(None)
         # evenly spaced hues; a single class is dark grey
-        colour = _hue(number / len(names)) if len(names) > 1 else "0.25"
+        colour = colorsys.hls_to_rgb(number / len(names), 0.45, 0.75) if len(names) > 1 else "0.25"
         axis.scatter(*points[chosen].T, s=14, alpha=0.7, linewidths=0, color=colour, label=name)
     axis.set(
         xlabel=f"first component ({shares[0]:.0%} of the variance)", ylabel=f"second ({shares[1]:.0%})", title=title
@@ -44,7 +44,3 @@ def plot_scatter(features: np.ndarray, labels: Sequence[str] | None, path: str |
     figure.tight_layout()
     figure.savefig(path)
     return Path(path)
-
-
-def _hue(place: float) -> tuple[float, float, float]:
-    return colorsys.hls_to_rgb(place, 0.45, 0.75)

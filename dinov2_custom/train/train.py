@@ -111,7 +111,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     if course.is_finished(iteration):
         logger.info(f"nothing to do: {course.how_to_extend()}")
         return DONE
-    changes = [] if resumed is None else changed_batch(kept, cfg, world_size) + changed_keys(kept, out, cfg)
+    changes = [] if resumed is None else changed_batch(kept, cfg, world_size) + changed_keys(kept, cfg)
     changes += changed_data(kept.get("data"), loader.found)
     if changes:
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")

@@ -175,7 +175,12 @@ def _unusual(tensor: Tensor) -> str:
 
 def to_local(source: str | os.PathLike) -> Path:
     """Return the file or folder of ``source``, downloaded if it is an http(s) URL or handled by iopath."""
-    return _local_copy(str(source)) if is_url(source) else local_path(source)
+    if not is_url(source):
+        return local_path(source)
+    url, folder = str(source), Path(torch.hub.get_dir()) / "checkpoints"
+    if not url.startswith(RELEASED_URL):  # only released files have globally unique names
+        folder /= hashlib.sha256(url.encode()).hexdigest()[:16]
+    return fetch(url, folder)
 
 
 def check_sha256(path: Path, start: str = "") -> None:
@@ -223,11 +228,3 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 
 def is_url(source: str | os.PathLike) -> bool:
     return str(source).startswith(("http://", "https://"))
-
-
-def _local_copy(url: str) -> Path:
-    """Return the file of ``url`` in torch.hub's folder; only released files have globally unique names."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    return fetch(
-        url, folder if url.startswith(RELEASED_URL) else folder / hashlib.sha256(url.encode()).hexdigest()[:16]
-    )
