@@ -43,7 +43,6 @@ class IndexSubset(Dataset):
         return self.dataset.name(int(self.indices[index]))
 
     def get_image_data(self, index: int) -> bytes:
-        """Return the bytes of image ``index``."""
         return self.dataset.get_image_data(int(self.indices[index]))
 
     read = get_image_data

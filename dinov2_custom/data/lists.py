@@ -181,11 +181,7 @@ class ListSource(PathSource):
 
 
 def _encoding(path: str) -> str:
-    """Return the encoding of a text file, determined from its first bytes.
-
-    Raises:
-        DataError: if it is UTF-16 without a byte order mark.
-    """
+    """Return the encoding of a text file, determined from its first bytes."""
     with open(path, "rb") as file:
         start = file.read(64)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -306,11 +306,7 @@ def _checksum_holds(header: bytes) -> bool:
 
 
 def _number(field: bytes, base: int = 8) -> int:
-    """Parse a number: digits, or GNU's base-256 encoding (first byte 0x80).
-
-    Raises:
-        ValueError: if it is negative, not a number, or larger than any file.
-    """
+    """Parse a number: digits, or GNU's base-256 encoding (first byte 0x80)."""
     if field[:1] == b"\x80":
         number = int.from_bytes(field[1:], "big")
     else:

@@ -112,11 +112,7 @@ def _check_batch(decoder: Decoder, settings: Settings, train: Split) -> None:
 
 
 def _describe(args: argparse.Namespace, source: str, folder: Path, settings: Settings) -> None:
-    """Write the settings of a new run, or compare them with those of the run that is continued.
-
-    Raises:
-        ConfigError: they differ.
-    """
+    """Write the settings of a new run, or compare them with those of the run that is continued."""
     now = {"backbone": source, "task": args.task, "train": args.train, "val": args.val}
     now["processes"] = distributed.get_global_size()
     now |= json.loads(settings.model_dump_json(exclude=set(_FREE)))

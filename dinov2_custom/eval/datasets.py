@@ -41,7 +41,6 @@ class Relabelled(Dataset):
         return self.new_index[self.dataset.get_targets()]
 
     def name(self, index: int) -> str:
-        """Return the path of image ``index``."""
         return self.dataset.name(index)
 
     def __len__(self) -> int:

@@ -133,11 +133,7 @@ def is_cut(path: Path) -> bool:
 
 
 def _checked(file: Any, path: Path) -> Any:
-    """Return ``file`` if all its tensors are materialised and it contains no cycles.
-
-    Raises:
-        CheckpointError: otherwise; names the position.
-    """
+    """Return ``file`` if all its tensors are materialised and it contains no cycles."""
     found: dict[int, bool] = {}  # container id -> whether all of it has been visited
 
     def look(value: Any, where: str, depth: int = 0) -> None:

@@ -88,7 +88,6 @@ class LabelledFolder(ExtendedVisionDataset):
         return self._passed_over
 
     def name(self, index: int) -> str:
-        """Return the path of image ``index``."""
         return self.paths[index]
 
     def get_image_data(self, index: int) -> bytes:

@@ -150,7 +150,6 @@ class ImageNet(TableDataset):
         return str(self._class_names[class_index])
 
     def name(self, index: int) -> str:
-        """Return the path of image ``index``."""
         relpath = self.split.get_image_relpath(int(self._entries[index]["actual_index"]), self.get_class_id(index))
         return os.path.join(self.root, relpath)
 
