@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from dinov2_custom import cli, distributed
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.decoder import bridge
-from dinov2_custom.decoder.bridge import Decoder, build
-from dinov2_custom.decoder.compare import report
-from dinov2_custom.decoder.evaluate import headline, score
+from dinov2_custom.decoder.bridge import Decoder, Facts, build
+from dinov2_custom.decoder.evaluate import headline, predict_split, score, to_coco
 from dinov2_custom.decoder.images import Images, collate
-from dinov2_custom.decoder.instances import Split
+from dinov2_custom.decoder.instances import Split, semantic_mask
 from dinov2_custom.decoder.labels import read_train_and_val
 from dinov2_custom.decoder.losses import count, cross_entropy, set_loss
+from dinov2_custom.decoder.measures import confusion, paired_interval
 from dinov2_custom.decoder.settings import Settings, read_settings
 from dinov2_custom.errors import ConfigError, optional
 from dinov2_custom.export.rf_detr_folder import backbone_of, need_rf_detr, read_model
@@ -41,6 +41,8 @@ from dinov2_custom.utils.weights import RELEASED_URL
 logger = logging.getLogger("dinov2")
 SETTINGS_FILE = "decoder_settings.json"
 CHECKPOINTS = "checkpoints"
+REPORT_FILE = "comparison.json"
+_NAMES = {"detection": ("AP50", "bbox"), "instance": ("AP50 of masks", "segm"), "semantic": ("mIoU", "semantic")}
 _ROWS_PER_EPOCH = 10
 _RELEASED = re.compile(r"(dinov2_vit[sblg]14)(_reg4?)?")
 _FREE = ("num_workers", "wandb")  # keys that may change when a run is continued
@@ -333,6 +335,43 @@ def keep(decoder: Decoder, scores: dict[str, Any], step: int, folder: Path) -> N
 def read_scores(folder: Path) -> dict[str, Any]:
     """Return the scores that :func:`keep` wrote beside a decoder."""
     return parse_json_object((folder / "scores.json").read_bytes())
+
+
+def report(folder: Path, other: Path, split: Split, num_labelled: int) -> dict[str, Any]:
+    """Compare the best decoders in two folders on ``split``; write and return the report with its ``sentence``.
+
+    The interval is that of a paired bootstrap: images are drawn with replacement, the same for both.
+    """
+    predictions = []
+    for place in (folder, other):
+        decoder = bridge.load(place)
+        device = distributed.get_device()
+        found, _ = predict_split(decoder._replace(model=decoder.model.to(device)), split, 8, device, alone=True)
+        predictions.append(_scorable(decoder.facts, split, found))
+    label, kind = _NAMES[decoder.facts.task]
+    change, low, high = paired_interval(split, *predictions, kind, seed=0)
+    sentence = (
+        f"{label} {_signed(change)}, 95 % interval {_signed(low)} to {_signed(high)}, {num_labelled} labelled images"
+    )
+    content = {"sentence": sentence, "difference": change, "low": low, "high": high, "images": len(split.images)}
+    write_text(folder / REPORT_FILE, json.dumps(content, indent=2) + "\n")
+    return content
+
+
+def _scorable(facts: Facts, split: Split, predictions: list[Any]) -> list[Any]:
+    """Return what ``paired_interval`` takes."""
+    if facts.task != "semantic":
+        return to_coco(predictions)
+    num_classes = len(facts.classes)
+    return [
+        confusion(found, semantic_mask(image, num_classes), num_classes)
+        for image, found in zip(split.images, predictions, strict=True)
+    ]
+
+
+def _signed(value: float) -> str:
+    """Return ``+.07`` for 0.07."""
+    return f"{value:+.2f}".replace("0.", ".", 1)
 
 
 if __name__ == "__main__":
