@@ -18,7 +18,7 @@ from torch import Tensor
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.utils.weight_file import is_cut
+from dinov2_custom.utils.weights import is_cut
 
 _FLAT = "_flat_param"
 _SHARD = "torch.distributed._shard."

@@ -20,7 +20,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -57,8 +56,6 @@ class Preparer:
     def __init__(self, dataset: Any, options: Options, spool: Path):
         self.dataset, self.options, self.spool = dataset, options, spool
         self.names = Names.of(dataset)
-        self._simplejpeg: ModuleType | None = None
-        self._ready = False
 
     def __call__(self, i: int) -> Prepared:
         try:
@@ -67,8 +64,6 @@ class Preparer:
             raise shortage(e, self.dataset.name(i)) from e
 
     def _prepare(self, i: int) -> Prepared:
-        if not self._ready:
-            self._simplejpeg, self._ready = find_simplejpeg(), True
         name = self.dataset.name(i)
         try:
             num_bytes = os.stat(name).st_size
@@ -82,7 +77,7 @@ class Preparer:
             return Prepared("bad", reason=f"unreadable: {e}", num_bytes=num_bytes)
         seen = header(io.BytesIO(data)) if self.options.tile else (0, 0, "")
         if seen[0] * seen[1] <= self.options.tile_above * 1e6:
-            return prepare_image(data, self.names(name), self.options, self._simplejpeg)
+            return prepare_image(data, self.names(name), self.options, find_simplejpeg())
         return self._tile(i, name, data, seen)
 
     def _tile_file(self, i: int, name: str, num_bytes: int) -> Prepared:
@@ -99,7 +94,7 @@ class Preparer:
         try:
             if _too_large(seen):
                 return self._write(i, name, TiffBands(io.BytesIO(data), name, self.options.reading), len(data))
-            found = check_image(data, self._simplejpeg)
+            found = check_image(data, find_simplejpeg())
             if found.reason:
                 return Prepared("bad", reason=found.reason, num_bytes=len(data))
             return self._write(i, name, DecodedBands(data, name, found.format, self.options.reading), len(data))

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,13 +43,10 @@ class Checker:
     def __init__(self, dataset: Any, simplejpeg: bool):
         self.dataset = dataset
         self.simplejpeg = simplejpeg
-        self._module: ModuleType | None = None
 
     def __call__(self, i: int) -> tuple[Checked, Stamp]:
         name = self.dataset.name(i)
         stamp = stamp_of(name)
-        if self._module is None and self.simplejpeg:
-            self._module = find_simplejpeg()
         if stamp is not None and stamp[0] > MAX_IMAGE_BYTES and os.path.exists(name):
             return Checked(too_large(f"{stamp[0]:,} bytes")), stamp
         try:
@@ -58,7 +54,7 @@ class Checker:
         except DataError as e:
             return Checked(f"unreadable: {e}"), stamp
         try:
-            return check_image(data, self._module), stamp
+            return check_image(data, find_simplejpeg() if self.simplejpeg else None), stamp
         except MemoryError as e:
             raise shortage(e, name) from e
 
