@@ -15,7 +15,7 @@ from dinov2_custom.eval import neighbours
 from dinov2_custom.eval.args import MetricType, get_knn_args_parser
 from dinov2_custom.eval.datasets import Relabelled, find_same_files, open_pair
 from dinov2_custom.eval.knn import KnnModule, eval_knn_features, eval_knn_with_model, main
-from dinov2_custom.eval.linear_evaluate import make_eval_data_loader
+from dinov2_custom.eval.linear import make_eval_data_loader
 
 TEMPERATURE = 0.07
 
