@@ -18,7 +18,7 @@ from iopath.common.file_io import PathManager
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as ShardedGradScaler
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError, ConfigError, optional
@@ -27,18 +27,6 @@ from dinov2_custom.sharding import reduce_dtype
 from dinov2_custom.train.teacher_file import save_atomically
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.weights import read_weights
-
-__all__ = [
-    "FSDPCheckpointer",
-    "ShardedGradScaler",
-    "free_if_fsdp",
-    "get_fsdp_modules",
-    "get_fsdp_wrapper",
-    "is_fsdp",
-    "is_sharded_fsdp",
-    "rankstr",
-    "reshard_fsdp_model",
-]
 
 logger = logging.getLogger("dinov2")
 Checkpointer = optional("fvcore.common.checkpoint", "dinov2.fsdp").Checkpointer

@@ -30,15 +30,6 @@ from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
 from dinov2_custom.logging import open_log
 from dinov2_custom.utils.transfer import to_device
 
-__all__ = [
-    "KnnModule",
-    "eval_knn",
-    "eval_knn_features",
-    "eval_knn_with_model",
-    "get_args_parser",
-    "main",
-]
-
 logger = logging.getLogger("dinov2")
 _QUERIES_A_STEP = 256
 

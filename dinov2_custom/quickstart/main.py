@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinov2_custom.configs.load import check_output_dir, load_run_config
+from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError, command, optional, small_recipe
 from dinov2_custom.eval.neighbours import NEIGHBOURS
 from dinov2_custom.files import write_text

@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.load import check_output_dir, load_run_config, scaled_lr, to_yaml
+from dinov2_custom.configs.load import load_run_config, scaled_lr, to_yaml
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError
 from dinov2_custom.files import write_text
 from dinov2_custom.logging import setup_logging

@@ -15,7 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
-from dinov2_custom.data.sources import list_images, read_file
+from dinov2_custom.data.listing import list_images
+from dinov2_custom.data.sources import read_file
 from dinov2_custom.errors import DataError
 
 from .table_dataset import TableDataset
