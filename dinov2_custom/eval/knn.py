@@ -24,9 +24,8 @@ from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import find_same_files, open_pair
 from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
 from dinov2_custom.eval.neighbours import KnnModule
-from dinov2_custom.eval.results import append_lines
 from dinov2_custom.eval.setup import check_positive, choose_sizes, evaluation, setup_and_build_model
-from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
+from dinov2_custom.eval.utils import ModelWithNormalize, append_lines, extract_features
 from dinov2_custom.logging import open_log
 from dinov2_custom.utils.transfer import to_device
 

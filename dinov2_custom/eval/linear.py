@@ -36,9 +36,8 @@ from dinov2_custom.eval.datasets import (
     warn_of_same_files,
 )
 from dinov2_custom.eval.metrics import MetricType, build_metric
-from dinov2_custom.eval.results import append_lines
 from dinov2_custom.eval.setup import check_positive, choose_sizes, evaluation, setup_and_build_model
-from dinov2_custom.eval.utils import ModelWithIntermediateLayers, autocast, evaluate
+from dinov2_custom.eval.utils import ModelWithIntermediateLayers, append_lines, autocast, evaluate
 from dinov2_custom.files import write_text
 from dinov2_custom.logging import MetricLogger, open_log
 from dinov2_custom.parallel import GradientReducer

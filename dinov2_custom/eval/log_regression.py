@@ -24,9 +24,8 @@ from dinov2_custom.eval.args import get_log_regression_args_parser as get_args_p
 from dinov2_custom.eval.datasets import match_classes, open_labelled, open_pair, warn_of_same_files
 from dinov2_custom.eval.log_regression_solvers import check_solver, fit
 from dinov2_custom.eval.metrics import MetricCollection, MetricType, build_metric
-from dinov2_custom.eval.results import append_lines
 from dinov2_custom.eval.setup import check_positive, choose_sizes, evaluation, setup_and_build_model
-from dinov2_custom.eval.utils import ModelWithAutocast, extract_features
+from dinov2_custom.eval.utils import ModelWithAutocast, append_lines, extract_features
 from dinov2_custom.logging import open_log, track
 from dinov2_custom.teacher import device_of_choice
 from dinov2_custom.utils.dtype import as_torch_dtype, has_fast_float64
