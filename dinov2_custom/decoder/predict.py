@@ -136,7 +136,9 @@ def draw(image: Image.Image, found: Any, facts: Facts) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for one in found:
         x, y, width, height = (factor * value for value in one["bbox"])
-        _frame(pen, (x, y, x + width, y + height), palette[one["category_id"]], line)
+        right, bottom = x + width, y + height  # the dark rim separates a box from an image of the same colour
+        pen.rectangle((x - 1, y - 1, right + 1, bottom + 1), outline="black", width=line + 2)
+        pen.rectangle((x, y, right, bottom), outline=palette[one["category_id"]], width=line)
     for one in found:
         score = f" {one['score']:.2f}" if "score" in one else ""
         x, y = (factor * value for value in one["bbox"][:2])
@@ -150,13 +152,6 @@ def _paint(picture: Image.Image, mask: np.ndarray, colour: tuple[int, int, int],
     border = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(2 * line + 1)))
     picture.paste(colour, (0, 0), inside.point(lambda value: round(_OPACITY * value)))
     picture.paste(colour, (0, 0), border)
-
-
-def _frame(pen: ImageDraw.ImageDraw, box: tuple[float, ...], colour: tuple[int, int, int], line: int) -> None:
-    """Draw a box with a dark rim, which separates it from an image of the same colour."""
-    left, top, right, bottom = box
-    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="black", width=line + 2)
-    pen.rectangle(box, outline=colour, width=line)
 
 
 def _label(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: tuple, font: Any) -> None:

@@ -54,15 +54,10 @@ class _InertTensor(Tensor):
         self.shards = state[0]  # this process's; metadata, process group and placement are not needed
 
 
-def _nested_class(*_: Any) -> type:
-    """Replace ``getattr``, by which pickle refers to nested classes and enumeration members."""
-    return _Inert
-
-
 _STAND_INS = [
     (_InertTensor, f"{_SHARD}sharded_tensor.api.ShardedTensor"),
     (_Inert, "torch.distributed.remote_device._remote_device"),
-    (_nested_class, "builtins.getattr"),
+    (lambda *_: _Inert, "builtins.getattr"),  # by which pickle refers to nested classes and enumeration members
     *((_Inert, _SHARD + name) for name in _INERT),
 ]
 

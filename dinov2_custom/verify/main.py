@@ -99,7 +99,10 @@ def verify(
         started = time.monotonic()
         pool = run_pool(Checker(dataset, has_simplejpeg), map(int, todo), workers=workers, time_limit_s=time_limit_s)
         for i, result in track(pool, "verify", total=len(todo), unit="images"):
-            found, stamp = (_of_death(result), stamp_of(dataset.name(i))) if isinstance(result, Death) else result
+            if isinstance(result, Death):
+                kind = "too slow" if result.reason.startswith("took") else "decoder died"
+                result = Checked(f"{kind}: {result.reason}"), stamp_of(dataset.name(i))
+            found, stamp = result
             results.add(i, found, stamp)
             if found.reason and len(results.reasons) <= 20:
                 logger.warning(f"bad image: {dataset.name(i)} ({found.reason})")
@@ -110,11 +113,6 @@ def verify(
         deep, look = np.flatnonzero((results.status == SOUND) & np.isin(results.kind, kinds)), Looker(dataset)
         measured = measure(len(deep), lambda k: look(int(deep[k])))
         return write_report(results, folder, label, dataset.passed_over(), dataset.left_out(), measured)
-
-
-def _of_death(death: Death) -> Checked:
-    kind = "too slow" if death.reason.startswith("took") else "decoder died"
-    return Checked(f"{kind}: {death.reason}")
 
 
 def main(args: argparse.Namespace) -> int:

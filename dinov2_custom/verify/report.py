@@ -79,13 +79,14 @@ def summarize(results: Results, dataset: str) -> dict[str, Any]:
     sizes = results.sizes[sound]
     exact, counts = np.unique(sizes, axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:TOP]
+    folders = Counter(os.path.dirname(results.name(i)) or "." for i in results.reasons)
     return {
         "dataset": dataset,
         "images": len(results.status),
         "sound": int(sound.sum()),
         "bad": int((results.status == BAD).sum()),
         "reasons": _sorted(Counter(reason.split(":")[0] for reason in results.reasons.values())),
-        "worst_folders": dict(_bad_folders(results).most_common(TOP)),
+        "worst_folders": dict(list(_sorted(folders).items())[:TOP]),
         "formats": _sorted(formats),
         "modes": _sorted(modes),
         "pages": _sorted(+notes),
@@ -94,11 +95,6 @@ def summarize(results: Results, dataset: str) -> dict[str, Any]:
         "sizes": {f"{exact[k][0]}x{exact[k][1]}": int(counts[k]) for k in order.tolist()},
         "megapixels_mean": round(float(sizes.prod(axis=1, dtype=np.int64).mean() / 1e6), 3) if len(sizes) else 0.0,
     }
-
-
-def _bad_folders(results: Results) -> Counter[str]:
-    folders = Counter(os.path.dirname(results.name(i)) or "." for i in results.reasons)
-    return Counter(dict(sorted(folders.items())))
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:
