@@ -24,7 +24,6 @@ from benchmarks.machine import add_write_option, describe, finish, table
 from dinov2_custom import cli
 from dinov2_custom.decoder import bridge
 from dinov2_custom.decoder import train as decoder_training
-from dinov2_custom.decoder.compare import report
 from dinov2_custom.decoder.evaluate import predict_split, score
 from dinov2_custom.decoder.images import read_image
 from dinov2_custom.decoder.instances import semantic_mask
@@ -216,7 +215,7 @@ def compared(name: str, folder: Path, seed: int) -> dict[str, Any]:
         decoder = bridge.load(place)
         test = test or read_split(str(labels["test"]), kind.task, part="val", classes=decoder.facts.classes)
         result[key] = score(decoder, test, 50, torch.device("cpu"))[METRICS[kind.task][1]]
-    result["sentence"] = report(run, run / "compared_to", test, PARTS["train"])["sentence"]
+    result["sentence"] = decoder_training.report(run, run / "compared_to", test, PARTS["train"])["sentence"]
     (run / DONE).write_text(json.dumps(result))
     return result
 

@@ -17,9 +17,9 @@ from PIL import Image
 from dinov2_custom.cli import train_parser
 from dinov2_custom.plots.history import PANELS, draw_history
 from dinov2_custom.plots.metrics_file import read_run
-from dinov2_custom.quickstart.measure import newest_teacher
 from dinov2_custom.quickstart.photos import Tiling, cut_photos
 from dinov2_custom.train.train import main as train
+from dinov2_custom.utils.run_folder import find_weights
 
 ROOT = Path(__file__).parents[1]
 COMMON = ["crops.local_crops_number=2", "train.batch_size_per_gpu=16", "optim.epochs=1.6", "optim.base_lr=0.012"]
@@ -57,7 +57,7 @@ def main() -> None:
         opts = [f"train.dataset_path={work / 'tiles' / 'train'}", *COMMON]
         for key, part in (("knn_train", "train"), ("knn_val", "held_out")):
             opts.append(f"evaluation.online.{key}=LabelledFolder:root={work / 'tiles' / part}")
-        opts += [opt.format(good=newest_teacher(work / "good")) if "{" in opt else opt for opt in KINDS[kind]]
+        opts += [opt.format(good=find_weights(str(work / "good"))) if "{" in opt else opt for opt in KINDS[kind]]
         recipe = str(ROOT / "configs/quickstart.yaml")
         code = train(train_parser().parse_args(["--config-file", recipe, "--output-dir", str(out), *opts]))
         if code:

@@ -27,13 +27,14 @@ from benchmarks.machine import add_write_option, core_seconds, describe, finish,
 from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.data.datasets import LabelledFolder
 from dinov2_custom.data.transforms import make_classification_eval_transform
-from dinov2_custom.eval.knn import eval_knn_features, leave_one_out_accuracy
+from dinov2_custom.eval.knn import eval_knn_features
 from dinov2_custom.eval.utils import extract_features
 from dinov2_custom.plots import dino_loss, read_metrics
-from dinov2_custom.quickstart.measure import describe_collapse, newest_teacher
+from dinov2_custom.quickstart.measure import describe_collapse
 from dinov2_custom.quickstart.photos import cut_photos
 from dinov2_custom.train.health import rankme
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
+from dinov2_custom.utils.run_folder import find_weights
 from dinov2_custom.utils.weights import read_weights
 from tests.data.textures import make_textures
 
@@ -134,7 +135,7 @@ def measure(one: LabelledSet, run: Path) -> dict:
     """Compare the run's network before training and its newest teacher, at the size of a global crop."""
     cfg = load_run_config(str(run / "config.yaml"))
     untrained, trained = SSLMetaArch(cfg), SSLMetaArch(cfg)
-    trained.teacher.load_state_dict(read_weights(newest_teacher(run))["teacher"])
+    trained.teacher.load_state_dict(read_weights(find_weights(str(run)))["teacher"])
     last = read_metrics(run / "training_metrics.json")[-1]
     entropies = {name: last[name] for name in ("teacher_entropy", "prototype_entropy")}
     result = {**entropies, "num_prototypes": cfg.dino.head_n_prototypes}
@@ -168,12 +169,10 @@ def accuracy_and_rank(model: nn.Module, one: LabelledSet, transform, centred: bo
     found = [extract_features(model, LabelledFolder(str(f), transform=transform), 64, 0) for f in folders]
     mean = found[0][0].double().mean(0) if centred else 0
     scaled = [(F.normalize(features.double() - mean, dim=1), labels) for features, labels in found]
-    if one.held_out:
-        (scores,) = eval_knn_features(*scaled[0], *scaled[1], nb_knn=[NEIGHBOURS]).values()
-        accuracy = float(scores["top-1"])
-    else:
-        accuracy = leave_one_out_accuracy(*scaled[0], k=NEIGHBOURS)
-    return accuracy, rankme(found[0][0])
+    # without a held-out set, each image is classified by all others
+    own = None if one.held_out else torch.arange(len(found[0][0]))
+    (scores,) = eval_knn_features(*scaled[0], *scaled[-1], nb_knn=[NEIGHBOURS], exclude=own).values()
+    return float(scores["top-1"]), rankme(found[0][0])
 
 
 def row(name: str, seed: int, plain: float, centred: float, result: dict) -> list[object]:

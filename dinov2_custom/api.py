@@ -383,11 +383,7 @@ def _arguments(
 
 
 def _opts(overrides: Mapping[str, Any] | None) -> list[str]:
-    """Return ``key=value`` for each item; JSON is YAML, and quotes keep text as it is.
-
-    Raises:
-        ConfigError: they are not a mapping.
-    """
+    """Return ``key=value`` for each item; JSON is YAML, and quotes keep text as it is."""
     if not isinstance(overrides, Mapping | None):
         raise ConfigError(f"overrides: expected a mapping such as {{'optim.epochs': 5}}, got {overrides!r}")
     return [

@@ -215,11 +215,10 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-# the programs; with ``add_help=False`` a parser can be used as a parent of others
+# the programs, without the launcher's flags; with ``add_help=False`` a parser can be used as a parent of others
 
 
 def train_parser(add_help: bool = True) -> OverridesParser:
-    """Return the parser of a training run, without the launcher's flags."""
     train = f"{command('run/train/train.py')} {small_recipe()}"
     parser = OverridesParser(
         description="Train DINOv2 on a folder of unlabeled images.",
@@ -250,7 +249,6 @@ all keys: {list_of_keys()}
 
 
 def plan_parser() -> OverridesParser:
-    """Return the parser of the plan."""
     plan = f"{command('run/train/plan.py')} {small_recipe()}"
     parser = OverridesParser(
         description="Print memory, time and price of a run before it starts; no GPU is needed.",
@@ -322,7 +320,6 @@ def _add_overrides(parser: OverridesParser, such_as: str) -> None:
 
 
 def quickstart_parser() -> OverridesParser:
-    """Return the parser of the quickstart."""
     parser = OverridesParser(
         description="Train DINOv2 for two minutes on tiles of real photographs and report what it has learned."
     )
@@ -347,7 +344,6 @@ def quickstart_parser() -> OverridesParser:
 
 
 def verify_parser() -> Parser:
-    """Return the parser of the verification."""
     parser = Parser(
         description="Decode every image of a dataset strictly; list the bad ones and write a clean list to train on.",
         epilog="exit codes: 0: all images are intact; 1: there are bad images or parts that cannot be listed; 2: the "
@@ -368,7 +364,6 @@ def _add_datasets(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_parser() -> Parser:
-    """Return the parser of the preparation."""
     parser = Parser(
         description="Check a dataset, shrink, convert or tile its images, and write tar shards or a folder.",
         epilog="exit codes: 0: done (bad images are left out and listed); 2: the command could not be run",
@@ -432,7 +427,6 @@ def prepare_parser() -> Parser:
 
 
 def embed_parser(add_help: bool = True) -> Parser:
-    """Return the parser of the feature extraction, without the launcher's flags."""
     parser = _teacher_parser(
         "Write the features of every image of a dataset. If interrupted, the same command resumes; several processes "
         "share the work.",
@@ -475,7 +469,6 @@ def embed_parser(add_help: bool = True) -> Parser:
 
 
 def export_parser() -> Parser:
-    """Return the parser of the export."""
     formats = "\n".join(f"  {name:12} {text}" for name, text in EXPORT_FORMATS.items())
     parser = _teacher_parser(
         f"Write a trained backbone for another library, load it there and compare the features.\n\nformats:\n{formats}",
@@ -516,7 +509,6 @@ def export_parser() -> Parser:
 
 
 def history_parser() -> Parser:
-    """Return the parser of the plots of training curves."""
     parser = Parser(
         description="Draw losses, schedules, entropies, gradient norms and throughput of a run, or of several to "
         "compare them, into history.png and history.html. Works at any time during training.",
@@ -537,7 +529,6 @@ def history_parser() -> Parser:
 
 
 def features_parser() -> Parser:
-    """Return the parser of the feature images."""
     parser = _teacher_parser(
         "Draw features of a trained backbone: pca.png (principal components of patch features), "
         "attention.png (attention of the class token) and scatter.png (one point per image, coloured by class if "
@@ -561,7 +552,6 @@ def features_parser() -> Parser:
 
 
 def decoder_train_parser(add_help: bool = True) -> OverridesParser:
-    """Return the parser of a decoder's training, without the launcher's flags."""
     train = command("run/decoder/train.py")
     parser = OverridesParser(
         description="Train a detector or a segmenter on a pretrained backbone. The same command resumes.",
@@ -610,7 +600,6 @@ def _decoder_parser(description: str) -> Parser:
 
 
 def decoder_eval_parser() -> Parser:
-    """Return the parser of a decoder's evaluation."""
     parser = _decoder_parser("Print AP of boxes or masks, or IoU of classes, and write scores.json.")
     parser.add_argument("data", metavar="LABELS", help="labels, in the forms of --val in training")
     parser.add_argument("--part", default="val", help="part of a dataset definition: train, val or test")
@@ -621,7 +610,6 @@ def decoder_eval_parser() -> Parser:
 
 
 def decoder_predict_parser() -> Parser:
-    """Return the parser of a decoder's predictions."""
     parser = _decoder_parser("Find objects in a folder: predictions.json (COCO) or masks, and pictures.")
     parser.add_argument("images", metavar="FOLDER", help="folder of images")
     add_output_dir(parser, "folder for the results (empty: ./outputs/predict/<name of the folder>)")
@@ -633,7 +621,6 @@ def decoder_predict_parser() -> Parser:
 
 
 def decoder_export_parser() -> Parser:
-    """Return the parser of a decoder's export."""
     parser = _decoder_parser("Write a trained decoder as ONNX for any batch size and compare it in onnxruntime.")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write, such as detector.onnx")
     parser.add_argument("--normalize", action="store_true", help="put the normalization of images into the graph")
@@ -642,7 +629,6 @@ def decoder_export_parser() -> Parser:
 
 
 def patches_parser() -> Parser:
-    """Return the parser of the patches."""
     parser = Parser(
         description="Apply this project's patches to a checkout of dinov2, remove them, or show which are applied. "
         "Each appends a marked block to the modules that it changes; no other line is modified.",

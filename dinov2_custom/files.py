@@ -80,6 +80,12 @@ def is_utf8(path: str | os.PathLike[str]) -> bool:
     return True
 
 
+def write_text(path: str | os.PathLike[str], text: str, *, fsync: bool = False, exclusive: bool = False) -> None:
+    """Write ``text`` with :func:`atomic_write`."""
+    with atomic_write(path, fsync=fsync, exclusive=exclusive) as file:
+        file.write(text)
+
+
 def flush(descriptor: int) -> None:
     """Flush the data of an open file to disk; a file system without that operation is not an error.
 

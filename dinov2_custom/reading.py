@@ -101,11 +101,7 @@ def choose_for_training(cfg: DictConfig, dataset: Any, resumed: Path | None) -> 
 
 
 def _range_in(path: Path) -> tuple[float, float] | None:
-    """Return the range in a run's configuration; None for "auto", i.e. without images of more than 8 bits.
-
-    Raises:
-        ConfigError: it cannot be read, or has no range.
-    """
+    """Return the range in a run's configuration; None for "auto", i.e. without images of more than 8 bits."""
     advice = f"restore the file, or give the range of its start, {ADVICE} ([0, 255] where all images have 8 bits)"
     data = read_config(path, advice).get("data")
     intensity = data.get("intensity") if isinstance(data, dict) else None

@@ -35,9 +35,8 @@ ALLOWED = {
     "utils.download": {"errors", "files", "utils.paths"},
     "utils.hugging_face": {"errors"},
     "utils.paths": {"errors"},
-    "utils.weight_file": {"utils.paths", "utils.run_folder", "errors", "files"}
-    | {"utils.checkpoint_folder", "utils.download"},
-    "utils.weights": {"utils.hugging_face", "errors", "utils.weight_file"},
+    "utils.weights": {"utils.paths", "utils.run_folder", "errors", "files"}
+    | {"utils.checkpoint_folder", "utils.download", "utils.hugging_face"},
     "utils.run_folder": {"errors", "utils.paths"},
     "utils.checkpoint_folder": {"errors", "files", "utils.run_folder"},
     "utils.utils": BASE | {"teacher", "utils.weights"},  # load_pretrained_weights, by upstream's name

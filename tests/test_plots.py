@@ -18,6 +18,7 @@ from dinov2_custom.plots import (
     read_metrics,
     window_feature_map,
 )
+from dinov2_custom.plots.features import principal_components
 
 
 class Centre(torch.nn.Module):
@@ -29,6 +30,18 @@ class Centre(torch.nn.Module):
 
     def forward(self, windows):
         return windows[:, :, windows.shape[-2] // 2, windows.shape[-1] // 2]
+
+
+def test_plane_has_the_largest_variances():
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    points = rng.normal(size=(500, 6)) * [10, 5, 0.1, 0.1, 0.1, 0.1]
+    (plane,), shares = principal_components([(points @ rotation + 3).astype(np.float32)], 2)
+    assert abs(np.corrcoef(plane[:, 0], points[:, 0])[0, 1]) > 0.99
+    assert abs(np.corrcoef(plane[:, 1], points[:, 1])[0, 1]) > 0.99
+    assert shares == pytest.approx([0.8, 0.2], abs=0.05)
+    (again,), _ = principal_components([-(-(points @ rotation + 3)).astype(np.float32)], 2)
+    np.testing.assert_allclose(plane, again)
 
 
 @pytest.mark.parametrize("window, step", [(8, 1), (8, 4), (7, 5)])

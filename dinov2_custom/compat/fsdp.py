@@ -18,27 +18,15 @@ from iopath.common.file_io import PathManager
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler as ShardedGradScaler
 
 from dinov2_custom import distributed
 from dinov2_custom.errors import CheckpointError, ConfigError, optional
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.sharding import reduce_dtype
 from dinov2_custom.train.teacher_file import save_atomically
 from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.weights import read_weights
-
-__all__ = [
-    "FSDPCheckpointer",
-    "ShardedGradScaler",
-    "free_if_fsdp",
-    "get_fsdp_modules",
-    "get_fsdp_wrapper",
-    "is_fsdp",
-    "is_sharded_fsdp",
-    "rankstr",
-    "reshard_fsdp_model",
-]
 
 logger = logging.getLogger("dinov2")
 Checkpointer = optional("fvcore.common.checkpoint", "dinov2.fsdp").Checkpointer
@@ -188,5 +176,4 @@ class FSDPCheckpointer(Checkpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Record the file that :meth:`get_checkpoint_file` returns."""
-        with atomic_write(Path(self.save_dir) / "last_checkpoint") as file:
-            file.write(last_filename_basename)
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)

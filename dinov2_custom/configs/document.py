@@ -6,7 +6,6 @@ ssl_default_config.yaml, upstream's file of the defaults.
 
 import json
 import sys
-from typing import Any
 
 from dinov2_custom.configs.load import default_config, to_yaml
 from dinov2_custom.configs.schema import Config, all_keys, expected
@@ -66,14 +65,10 @@ def schema_yaml() -> str:
 def _cells(key: str) -> str:
     field = all_keys()[key]
     about = field.json_schema_extra
-    default = field.default if field.default and isinstance(field.default, str) else _scalar(field.default)
+    default = field.default or "''" if isinstance(field.default, str) else json.dumps(field.default)
     legal = expected(key).replace("|", "\\|")
     changes = "yes" if about["changes_results"] else "no"
     return f"`{default}` | {legal} | {about['unit']} | {changes} | {field.description}"
-
-
-def _scalar(value: Any) -> str:
-    return "''" if value == "" else json.dumps(value)
 
 
 if __name__ == "__main__":

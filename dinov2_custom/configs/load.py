@@ -30,7 +30,7 @@ from dinov2_custom.configs.checks import (
     split_global_batch,
     suggest_key,
 )
-from dinov2_custom.configs.paths import check_output_dir, resolve_output_dir, with_absolute_paths
+from dinov2_custom.configs.paths import resolve_output_dir, with_absolute_paths
 from dinov2_custom.configs.schema import (
     Config,
     Section,
@@ -42,8 +42,6 @@ from dinov2_custom.configs.schema import (
     section_keys,
 )
 from dinov2_custom.errors import ConfigError, list_of_keys
-
-__all__ = ["check_output_dir", "find_config", "load_run_config", "resolve_output_dir", "scaled_lr"]
 
 UNREADABLE = (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException)
 PACKAGE_DIR = Path(__file__).parent

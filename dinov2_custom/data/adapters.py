@@ -20,7 +20,6 @@ class DatasetWithEnumeratedTargets(Dataset):
         return self._dataset.get_image_data(index)
 
     def name(self, index: int) -> str:
-        """Return the name of image ``index``."""
         return self._dataset.name(index)
 
     def get_target(self, index: int) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 
 from .listing import Progress
 from .sources import as_roots
@@ -43,7 +43,6 @@ class IndexSubset(Dataset):
         return self.dataset.name(int(self.indices[index]))
 
     def get_image_data(self, index: int) -> bytes:
-        """Return the bytes of image ``index``."""
         return self.dataset.get_image_data(int(self.indices[index]))
 
     read = get_image_data
@@ -83,7 +82,8 @@ def split(
             "from this file, or delete it and lower train.frac"
         )
     if write and not listed:
-        _write_list(list_file, sorted(held_out))
+        os.makedirs(os.path.dirname(os.path.abspath(list_file)), exist_ok=True)
+        write_text(list_file, "".join(f"{name}\n" for name in sorted(held_out)))
     logger.info(f"held out: {len(dataset) - len(kept)} of {len(dataset)} images, listed in {list_file}")
     rest = dataset.subset(kept, IndexSubset) if hasattr(dataset, "subset") else IndexSubset(dataset, kept)
     return rest, IndexSubset(dataset, others) if len(others) else None
@@ -170,9 +170,3 @@ def _hash(text: str) -> int:
 def _read_list(path: str) -> set[str]:
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return {_absolute(line.rstrip("\n")) for line in file if line.strip()}
-
-
-def _write_list(path: str, names: list[str]) -> None:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with atomic_write(path) as file:
-        file.writelines(name + "\n" for name in names)

@@ -31,7 +31,7 @@ from dinov2_custom.files import parse_json
 from .index import CACHE_FROM, Index, PathTable, cached, pack_stamps, pack_texts
 from .listing import EXTENSIONS, PassedOver, PatientMap, Progress, log_passed_over
 from .parquet import ParquetSource
-from .sources import OpenFiles, Root, Source, as_roots, pack_passed_over, read_file, real
+from .sources import OpenFiles, PathSource, Root, as_roots, pack_passed_over, real
 from .tar_shards import MAX_OPEN, TAR_SUFFIXES, walk_tar
 
 logger = logging.getLogger("dinov2")
@@ -45,7 +45,7 @@ ROW_SUFFIXES = (".parquet", ".arrow")
 Wanted = dict[str, tuple[list[int], list[str]]]
 
 
-class ListSource(Source):
+class ListSource(PathSource):
     """The files named in a list file, in its order.
 
     ``column``: the column of a .csv or .tsv file (delimited by ``,``, ``;`` or tabs), or the key in the objects of a
@@ -173,25 +173,15 @@ class ListSource(Source):
             raise DataError(f"expected {wanted} in the first line of {self.path}, got {got}")
         return header.index(column)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, i: int) -> str:
-        return self.paths[i]
-
     def read(self, i: int) -> bytes:
-        return self.members.read(i, self.name(i)) if self.members.is_member(i) else read_file(self.paths[i])
+        return self.members.read(i, self.name(i)) if self.members.is_member(i) else super().read(i)
 
     def parts(self) -> list[tuple[str, int]]:
         return [(self.path, len(self))]
 
 
 def _encoding(path: str) -> str:
-    """Return the encoding of a text file, determined from its first bytes.
-
-    Raises:
-        DataError: if it is UTF-16 without a byte order mark.
-    """
+    """Return the encoding of a text file, determined from its first bytes."""
     with open(path, "rb") as file:
         start = file.read(64)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from dinov2_custom.errors import ConfigError
-
 from .augmentations import DataAugmentationDINO
 from .datasets import ImageDataset, ImageNet, ImageNet22k, LabelledFolder, SourceDataset
 from .definition import DefinitionSource
@@ -32,13 +30,13 @@ from .pixels import opencv, resize_kernel
 from .pool import AutoWorkers, at_most_cores, open_ring, set_up_worker
 from .samplers import EpochSampler, InfiniteSampler, ShardedInfiniteSampler, start_and_step
 from .samples import BadImages, TrainBatches, TrainSamples, unpack
-from .sources import Source
-from .spec import DatasetSpec, parse_dataset
+from .spec import SEVERAL, DatasetSpec, parse_dataset
 from .tar_shards import TarSource
 
 logger = logging.getLogger("dinov2")
 MAX_KINDS = 8  # of files, listed in one log line
 DATASETS = {"LabelledFolder": LabelledFolder, "ImageNet": ImageNet, "ImageNet22k": ImageNet22k}
+SOURCES = {"Tar": TarSource, "Parquet": ParquetSource, "ImageList": ListSource, "Definition": DefinitionSource}
 
 
 class SamplerType(Enum):
@@ -79,7 +77,7 @@ def _parse_dataset_str(dataset_str: Any) -> tuple[Callable, dict[str, Any]]:
     options = {"root": spec.roots[0], **spec.options}
     if "split" in options:
         options["split"] = ImageNet.Split[options["split"]]
-    return {"ImageNet": ImageNet, "ImageNet22k": ImageNet22k}[spec.kind], options
+    return DATASETS[spec.kind], options
 
 
 def make_data_loader(
@@ -231,11 +229,7 @@ def make_masks(cfg: Any) -> Masks:
 
 
 def build(spec: DatasetSpec, transform: Callable | None = None, target_transform: Callable | None = None) -> Any:
-    """Make the dataset described by ``spec``.
-
-    Raises:
-        DataError: if its files are missing or corrupt, or hold no image.
-    """
+    """Make the dataset described by ``spec``."""
     options = {"transform": transform, "target_transform": target_transform}
     if spec.kind == "ImageDataset":
         return ImageDataset(list(spec.roots), **options)
@@ -246,20 +240,8 @@ def build(spec: DatasetSpec, transform: Callable | None = None, target_transform
         datasets = [build(part.spec, transform) for part in spec.parts]
         names = [part.name for part in spec.parts]
         return Mixture(datasets, names, None if None in weights else weights, target_transform)
-    return SourceDataset(make_source(spec), root=list(spec.roots), **options)
-
-
-def make_source(spec: DatasetSpec) -> Source:
-    """Make the source for a kind that has no dataset class of its own."""
-    if spec.kind == "Tar":
-        return TarSource(list(spec.roots))
-    if spec.kind == "Parquet":
-        return ParquetSource(list(spec.roots), **spec.options)
-    if spec.kind == "ImageList":
-        return ListSource(spec.roots[0], **spec.options)
-    if spec.kind == "Definition":
-        return DefinitionSource(spec.roots[0], **spec.options)
-    raise ConfigError(f"train.dataset_path: unknown kind of dataset {spec.kind!r}")
+    place = list(spec.roots) if spec.kind in SEVERAL else spec.roots[0]
+    return SourceDataset(SOURCES[spec.kind](place, **spec.options), root=list(spec.roots), **options)
 
 
 @dataclass(eq=False)

@@ -123,7 +123,6 @@ class Mixture(Dataset):
         return self.datasets[part].name(own)
 
     def get_image_data(self, index: int) -> bytes:
-        """Return the bytes of image ``index``."""
         part, own = self.part_of(index)
         return self.datasets[part].get_image_data(own)
 

@@ -256,11 +256,7 @@ def _is_binary(kind: Any) -> bool:
 
 
 def arrow() -> Any:
-    """Import pyarrow.
-
-    Raises:
-        DataError: if it is not installed.
-    """
+    """Import pyarrow."""
     for name in ("pyarrow.ipc", "pyarrow.types"):
         optional(name, "Parquet and Hugging Face data", DataError)
     return optional("pyarrow", "Parquet and Hugging Face data", DataError)

@@ -22,19 +22,8 @@ import numpy as np
 from dinov2_custom.errors import DINOv2Error, UnreadableImageError, shortage
 
 from .index import CACHE_FROM, PathTable, cached, pack_stamps, pack_texts
-from .listing import EXTENSIONS, Listing, PassedOver, is_pattern, list_chunks, list_images
+from .listing import EXTENSIONS, Listing, PassedOver, is_pattern, list_chunks
 
-__all__ = [
-    "EXTENSIONS",
-    "FolderSource",
-    "PathTable",
-    "Root",
-    "Source",
-    "as_roots",
-    "check_size",
-    "list_images",
-    "read_file",
-]
 Root = str | os.PathLike[str]
 MAX_IMAGE_BYTES = 1 << 30  # limit for one encoded image from any source
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}

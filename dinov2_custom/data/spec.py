@@ -221,11 +221,7 @@ def _options(rest: str) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _make(text: str, kind: str, pairs: Iterable[tuple[str, str]], wrong: Sequence[str] = ()) -> DatasetSpec:
-    """Make the spec of a known kind from its options.
-
-    Raises:
-        ConfigError: if any is invalid; lists all faults.
-    """
+    """Make the spec of a known kind from its options."""
     allowed, kind = KINDS[kind], ALIASES.get(kind, kind)
     place, other = ("path", "root") if "path" in allowed else ("root", "path")
     pairs = [(place if key == other and other not in allowed else key, value) for key, value in pairs]

@@ -144,7 +144,8 @@ def index_tars(
     passed_over: list[PassedOver] = []
 
     def is_wanted(name: str) -> bool:
-        return _is_image(name, wanted)
+        """Return whether a member is an image by its extension and not hidden (macOS adds ``._x.jpg`` to x.jpg)."""
+        return name.lower().endswith(wanted) and not name.rpartition("/")[2].startswith(".")
 
     def walked(shard: str) -> tuple[list[Member], list[PassedOver]] | DataError:
         try:
@@ -174,11 +175,6 @@ def index_tars(
         raise DataError("; ".join(errors[:10]) or f"{none}; check the names of the members with tar -tf")
     columns = {"shard": table[:, 0].astype(np.int32), "offset": table[:, 1].copy(), "size": table[:, 2].copy()}
     return {**packed, **columns, **pack_passed_over(passed_over), **pack_stamps(shards, stats, started)}
-
-
-def _is_image(name: str, extensions: tuple[str, ...]) -> bool:
-    """Return whether a member is an image by its extension and not hidden (macOS adds ``._x.jpg`` to x.jpg)."""
-    return name.lower().endswith(extensions) and not name.rpartition("/")[2].startswith(".")
 
 
 def walk_tar(path: str) -> Walk:
@@ -236,7 +232,9 @@ def _walk(file, path: str) -> Walk:
                     members.append(Member(name, start, size))
                 elif kind in LINKS:
                     target = own.get("linkpath") or _text(header[157:257])
-                    members.append(Link(name, target if kind == HARD_LINK else _link_target(name, target)))
+                    if kind != HARD_LINK:  # a symbolic link's is relative to its folder
+                        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+                    members.append(Link(name, target))
                 overrides = {}
                 size = 0 if kind in WITHOUT_CONTENT else size
         except ValueError as e:
@@ -292,11 +290,6 @@ def _resolve_links(path: str, members: list[Member | Link], sparse: list[str], f
     return Walk(path, found, faults, left_out | {"links to no file in the tar": dangling})
 
 
-def _link_target(name: str, target: str) -> str:
-    """Return the name in the archive of a symbolic link's target, which is relative to the link's folder."""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-
-
 def _checksum_holds(header: bytes) -> bool:
     """Verify the header's checksum: the sum of its bytes, with the eight checksum bytes counted as blanks."""
     try:
@@ -306,11 +299,7 @@ def _checksum_holds(header: bytes) -> bool:
 
 
 def _number(field: bytes, base: int = 8) -> int:
-    """Parse a number: digits, or GNU's base-256 encoding (first byte 0x80).
-
-    Raises:
-        ValueError: if it is negative, not a number, or larger than any file.
-    """
+    """Parse a number: digits, or GNU's base-256 encoding (first byte 0x80)."""
     if field[:1] == b"\x80":
         number = int.from_bytes(field[1:], "big")
     else:

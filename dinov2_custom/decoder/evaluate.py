@@ -21,27 +21,21 @@ from dinov2_custom.decoder.instances import Split, semantic_mask
 from dinov2_custom.decoder.labels import read_split
 from dinov2_custom.decoder.losses import count
 from dinov2_custom.decoder.measures import coco_scores, confusion, mean_iou
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.teacher import device_of_choice
 
 KINDS = {"detection": "bbox", "instance": "segm"}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.decoder_eval_parser``; return the exit code.
-
-    Raises:
-        CheckpointError: there is no trained decoder.
-        DataError: images or labels are wrong; lists all mistakes.
-    """
+    """Run the command line parsed by ``cli.decoder_eval_parser``; return the exit code."""
     decoder = bridge.load(args.decoder)
     split = read_split(args.data, decoder.facts.task, part=args.part, classes=decoder.facts.classes)
     device = device_of_choice(args.device)
     scores = score(decoder._replace(model=decoder.model.to(device)), split, args.batch_size, device)
     folder = Path(args.output_dir or args.decoder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "scores.json") as out:
-        out.write(json.dumps(scores, indent=2) + "\n")
+    write_text(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
     print(table(scores, split.classes))
     print(folder / "scores.json", file=sys.stderr)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dinov2_custom import cli
 from dinov2_custom.decoder import bridge
 from dinov2_custom.decoder.bridge import Decoder
 from dinov2_custom.errors import CheckpointError, optional
-from dinov2_custom.export.onnx_file import normalized, quiet
+from dinov2_custom.export.onnx_file import normalized, write_graph
 from dinov2_custom.export.write import replacing
 from dinov2_custom.reading import to_facts
 
@@ -38,11 +37,7 @@ class _Graph(nn.Module):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.decoder_export_parser``; return the exit code.
-
-    Raises:
-        CheckpointError: there is no trained decoder, or onnxruntime computes something else.
-    """
+    """Run the command line parsed by ``cli.decoder_export_parser``; return the exit code."""
     for name in ("onnx", "onnxscript"):
         optional(name, "the export of a decoder")
     decoder = bridge.load(args.decoder)
@@ -68,20 +63,10 @@ def write(decoder: Decoder, path: Path, normalizes: bool) -> float:
     graph = _Graph(decoder, normalizes).cpu().eval()
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(2, len(facts.normalize["mean"]), facts.image_size, facts.image_size, generator=generator)
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            graph,
-            (image,),
-            dynamo=True,
-            input_names=["image"],
-            output_names=list(graph.names),
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            verbose=False,
-        )
-        about = {**facts.normalize, "classes": facts.classes, "image_size": facts.image_size, "task": facts.task}
-        about |= {"normalizes": normalizes, **to_facts(facts.reading)}
-        program.model.metadata_props.update({name: json.dumps(fact) for name, fact in about.items()})
-        program.save(str(path))
+    about = {**facts.normalize, "classes": facts.classes, "image_size": facts.image_size, "task": facts.task}
+    about |= {"normalizes": normalizes, **to_facts(facts.reading)}
+    with torch.no_grad():
+        write_graph(graph, image, graph.names, about, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     differences = []
     for batch in (image, image[:1]):  # the batch dimension is dynamic

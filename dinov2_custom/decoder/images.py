@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2_custom.data.decode import decode_rgb
+from dinov2_custom.data.transforms import MaybeToTensor, Normalize
 from dinov2_custom.decoder.bridge import Facts
 from dinov2_custom.decoder.instances import IGNORE, LabelledImage, Split, instance_mask, semantic_mask
 from dinov2_custom.decoder.settings import Settings
@@ -56,7 +57,7 @@ class Images(Dataset):
             "instance": masks_in,
             "semantic": classes_in,
         }[self.facts.task](image, view, pixels.size, self.facts)
-        return {"pixel_values": to_tensor(_cut(pixels, view, 0, self.facts.image_size), self.facts), "labels": target}
+        return {"pixel_values": to_input(pixels, self.facts, view), "labels": target}
 
     def _view(self, index: int, width: int, height: int) -> View:
         if self.settings is None:
@@ -73,16 +74,10 @@ def read_image(path: Any, facts: Facts) -> Image.Image:
     return decode_rgb(path.read_bytes(), str(path), reading=facts.reading)
 
 
-def to_tensor(image: Image.Image, facts: Facts) -> Tensor:
-    """Return (C, H, W), normalised."""
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(facts.normalize[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    return (pixels - mean) / std
-
-
-def to_input(image: Image.Image, facts: Facts) -> Tensor:
-    """Return the model's input (C, S, S) of a whole image."""
-    return to_tensor(_cut(image, View(0, 0, *image.size), 0, facts.image_size), facts)
+def to_input(image: Image.Image, facts: Facts, view: View | None = None) -> Tensor:
+    """Return the model's input (C, S, S) of a view of an image, or of all of it."""
+    cut = _cut(image, view or View(0, 0, *image.size), 0, facts.image_size)
+    return Normalize(**facts.normalize)(MaybeToTensor()(cut))
 
 
 def _cut(image: Image.Image, view: View, fill: int, size: int, resample: int = Image.Resampling.BICUBIC) -> Image.Image:

@@ -39,12 +39,9 @@ from .instances import (
     check_box,
     check_outline,
     image_size,
-    instance_mask,
     read_mask,
-    semantic_mask,
 )
 
-__all__ = ["IGNORE", "TASKS", "Instance", "LabelledImage", "Split", "instance_mask", "read_split", "semantic_mask"]
 logger = logging.getLogger("dinov2")
 TASKS = ("detection", "instance", "semantic")
 BACKGROUND = "background"

@@ -22,7 +22,7 @@ from dinov2_custom.decoder.images import read_image, to_input
 from dinov2_custom.decoder.inference import predict
 from dinov2_custom.decoder.labels import BACKGROUND
 from dinov2_custom.errors import DataError, UnreadableImageError
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.teacher import device_of_choice
 
 _OPACITY = 0.45
@@ -30,12 +30,7 @@ _LEAST_SIDE = 448  # pixels of the longer side of a picture
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.decoder_predict_parser``; return the exit code.
-
-    Raises:
-        CheckpointError: there is no trained decoder.
-        DataError: the folder has no readable image.
-    """
+    """Run the command line parsed by ``cli.decoder_predict_parser``; return the exit code."""
     decoder = bridge.load(args.decoder)
     source = Path(args.images).expanduser()
     out = Path(args.output_dir or Path("outputs/predict") / source.resolve().name).expanduser()
@@ -72,8 +67,7 @@ def main(args: argparse.Namespace) -> int:
             f"expected readable images in {source}, got {len(paths)} unreadable ones; see the reasons above"
         )
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "predictions.json") as file:
-        file.write(json.dumps(content) + "\n")
+    write_text(out / "predictions.json", json.dumps(content) + "\n")
     print(out / "predictions.json")
     return 0
 
@@ -144,7 +138,9 @@ def draw(image: Image.Image, found: Any, facts: Facts) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for one in found:
         x, y, width, height = (factor * value for value in one["bbox"])
-        _frame(pen, (x, y, x + width, y + height), palette[one["category_id"]], line)
+        right, bottom = x + width, y + height  # the dark rim separates a box from an image of the same colour
+        pen.rectangle((x - 1, y - 1, right + 1, bottom + 1), outline="black", width=line + 2)
+        pen.rectangle((x, y, right, bottom), outline=palette[one["category_id"]], width=line)
     for one in found:
         score = f" {one['score']:.2f}" if "score" in one else ""
         x, y = (factor * value for value in one["bbox"][:2])
@@ -158,13 +154,6 @@ def _paint(picture: Image.Image, mask: np.ndarray, colour: tuple[int, int, int],
     border = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(2 * line + 1)))
     picture.paste(colour, (0, 0), inside.point(lambda value: round(_OPACITY * value)))
     picture.paste(colour, (0, 0), border)
-
-
-def _frame(pen: ImageDraw.ImageDraw, box: tuple[float, ...], colour: tuple[int, int, int], line: int) -> None:
-    """Draw a box with a dark rim, which separates it from an image of the same colour."""
-    left, top, right, bottom = box
-    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="black", width=line + 2)
-    pen.rectangle(box, outline=colour, width=line)
 
 
 def _label(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: tuple, font: Any) -> None:

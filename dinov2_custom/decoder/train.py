@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from dinov2_custom import cli, distributed
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.decoder import bridge
-from dinov2_custom.decoder.bridge import Decoder, build
-from dinov2_custom.decoder.compare import report
-from dinov2_custom.decoder.evaluate import headline, score
+from dinov2_custom.decoder.bridge import Decoder, Facts, build
+from dinov2_custom.decoder.evaluate import headline, predict_split, score, to_coco
 from dinov2_custom.decoder.images import Images, collate
-from dinov2_custom.decoder.instances import Split
+from dinov2_custom.decoder.instances import Split, semantic_mask
 from dinov2_custom.decoder.labels import read_train_and_val
 from dinov2_custom.decoder.losses import count, cross_entropy, set_loss
+from dinov2_custom.decoder.measures import confusion, paired_interval
 from dinov2_custom.decoder.settings import Settings, read_settings
 from dinov2_custom.errors import ConfigError, optional
 from dinov2_custom.export.rf_detr_folder import backbone_of, need_rf_detr, read_model
 from dinov2_custom.export.write import replacing
-from dinov2_custom.files import atomic_write, parse_json_object
+from dinov2_custom.files import parse_json_object, write_text
 from dinov2_custom.logging import METRICS_FILE, Sinks, open_log, setup_logging, truncate_after
 from dinov2_custom.logging.sinks import JsonLines
 from dinov2_custom.logging.wandb_sink import open_wandb
@@ -41,23 +41,20 @@ from dinov2_custom.utils.weights import RELEASED_URL
 logger = logging.getLogger("dinov2")
 SETTINGS_FILE = "decoder_settings.json"
 CHECKPOINTS = "checkpoints"
+REPORT_FILE = "comparison.json"
+_NAMES = {"detection": ("AP50", "bbox"), "instance": ("AP50 of masks", "segm"), "semantic": ("mIoU", "semantic")}
 _ROWS_PER_EPOCH = 10
 _RELEASED = re.compile(r"(dinov2_vit[sblg]14)(_reg4?)?")
 _FREE = ("num_workers", "wandb")  # keys that may change when a run is continued
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.decoder_train_parser``; return the exit code.
-
-    Raises:
-        ConfigError: if settings, sizes or libraries do not fit.
-        CheckpointError: if the backbone cannot be read or differs from the one in the decoder.
-        DataError: if images or labels are wrong; lists all mistakes.
-        LaunchError: if another process trains in the same directory.
-    """
+    """Run the command line parsed by ``cli.decoder_train_parser``; return the exit code."""
     settings = read_settings(args.opts)
     bridge.choose_head(args.task, settings.head)
-    require("training a decoder")
+    need_rf_detr("training a decoder")
+    for name in ("accelerate", "pycocotools", "scipy"):
+        optional(name, "training a decoder")
     folder = Path(args.output_dir).expanduser()
     check_output_dir(folder, "--output-dir")
     with distributed.enabled():
@@ -79,17 +76,6 @@ def _other(settings: Settings, folder: Path) -> Settings:
     """Return the settings of the run that is compared: those of the first, as another run of W&B."""
     name = f"{settings.wandb.name or folder.resolve().name}, compared to"
     return settings.model_copy(update={"wandb": settings.wandb.model_copy(update={"id": "", "name": name})})
-
-
-def require(purpose: str) -> None:
-    """Check that the libraries of the extra ``decoder`` are installed.
-
-    Raises:
-        ConfigError: one is missing or too old.
-    """
-    need_rf_detr(purpose)
-    for name in ("accelerate", "pycocotools", "scipy"):
-        optional(name, purpose)
 
 
 def load_backbone(source: str) -> Teacher:
@@ -128,11 +114,7 @@ def _check_batch(decoder: Decoder, settings: Settings, train: Split) -> None:
 
 
 def _describe(args: argparse.Namespace, source: str, folder: Path, settings: Settings) -> None:
-    """Write the settings of a new run, or compare them with those of the run that is continued.
-
-    Raises:
-        ConfigError: they differ.
-    """
+    """Write the settings of a new run, or compare them with those of the run that is continued."""
     now = {"backbone": source, "task": args.task, "train": args.train, "val": args.val}
     now["processes"] = distributed.get_global_size()
     now |= json.loads(settings.model_dump_json(exclude=set(_FREE)))
@@ -145,8 +127,7 @@ def _describe(args: argparse.Namespace, source: str, folder: Path, settings: Set
         lines = "; ".join(f"{key}: {before.get(key)!r} before, {now[key]!r} now" for key in changed)
         raise ConfigError(f"expected the settings of the run in {folder}, got {lines}; choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as out:
-        out.write(json.dumps(now, indent=2) + "\n")
+    write_text(file, json.dumps(now, indent=2) + "\n")
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -354,6 +335,43 @@ def keep(decoder: Decoder, scores: dict[str, Any], step: int, folder: Path) -> N
 def read_scores(folder: Path) -> dict[str, Any]:
     """Return the scores that :func:`keep` wrote beside a decoder."""
     return parse_json_object((folder / "scores.json").read_bytes())
+
+
+def report(folder: Path, other: Path, split: Split, num_labelled: int) -> dict[str, Any]:
+    """Compare the best decoders in two folders on ``split``; write and return the report with its ``sentence``.
+
+    The interval is that of a paired bootstrap: images are drawn with replacement, the same for both.
+    """
+    predictions = []
+    for place in (folder, other):
+        decoder = bridge.load(place)
+        device = distributed.get_device()
+        found, _ = predict_split(decoder._replace(model=decoder.model.to(device)), split, 8, device, alone=True)
+        predictions.append(_scorable(decoder.facts, split, found))
+    label, kind = _NAMES[decoder.facts.task]
+    change, low, high = paired_interval(split, *predictions, kind, seed=0)
+    sentence = (
+        f"{label} {_signed(change)}, 95 % interval {_signed(low)} to {_signed(high)}, {num_labelled} labelled images"
+    )
+    content = {"sentence": sentence, "difference": change, "low": low, "high": high, "images": len(split.images)}
+    write_text(folder / REPORT_FILE, json.dumps(content, indent=2) + "\n")
+    return content
+
+
+def _scorable(facts: Facts, split: Split, predictions: list[Any]) -> list[Any]:
+    """Return what ``paired_interval`` takes."""
+    if facts.task != "semantic":
+        return to_coco(predictions)
+    num_classes = len(facts.classes)
+    return [
+        confusion(found, semantic_mask(image, num_classes), num_classes)
+        for image, found in zip(split.images, predictions, strict=True)
+    ]
+
+
+def _signed(value: float) -> str:
+    """Return ``+.07`` for 0.07."""
+    return f"{value:+.2f}".replace("0.", ".", 1)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command line parsed by ``cli.embed_parser``; return the exit code.
-
-    Raises:
-        ConfigError: if sizes do not fit the model, or the folder holds other features.
-        CheckpointError: if the weights cannot be read.
-        DataError: if there is no such dataset or no readable image.
-    """
+    """Run the command line parsed by ``cli.embed_parser``; return the exit code."""
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: expected at least 1, got {args.batch_size}")
     if args.format == "parquet":

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dinov2_custom.errors import ConfigError, DataError
-from dinov2_custom.files import atomic_write, parse_json_object
+from dinov2_custom.files import atomic_write, parse_json_object, write_text
 
 PART_BATCHES = 32
 DESCRIPTION, ROWS, BAD = "embed.json", "rows.jsonl", "bad_images.jsonl"
@@ -66,7 +66,8 @@ class Store:
                     + "\nchoose another folder, or --overwrite"
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(description, indent=2) + "\n")
+        # every process writes the description
+        write_text(path, json.dumps(description, indent=2) + "\n", exclusive=True)
         self.parts.mkdir(exist_ok=True)
 
     @property
@@ -116,9 +117,9 @@ class Store:
         with atomic_write(self.folder / self.result_name, "wb") as file:  # written last, it marks completion
             write(Path(file.name), (part["features"] for part in self._all_parts()), rows, len(rows))
             if self.description["format"] == "npy":
-                _write(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+                write_text(self.folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
             if lines:
-                _write(self.folder / BAD, "".join(lines))
+                write_text(self.folder / BAD, "".join(lines))
         shutil.rmtree(self.parts)
         return len(rows), len(bad)
 
@@ -164,8 +165,3 @@ def _write_parquet(path: Path, blocks: Iterator[np.ndarray], rows: list[dict], c
 def _text(path: str) -> str:
     """Return a path as valid Unicode; undecodable bytes become question marks."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path, exclusive=True) as file:  # every process writes the description
-        file.write(text)

@@ -41,7 +41,6 @@ class Relabelled(Dataset):
         return self.new_index[self.dataset.get_targets()]
 
     def name(self, index: int) -> str:
-        """Return the path of image ``index``."""
         return self.dataset.name(index)
 
     def __len__(self) -> int:
@@ -99,10 +98,6 @@ def open_pair(
 
     The second also uses the first one's range if ``reading`` has none. Two equal strings and transforms give one
     dataset.
-
-    Raises:
-        ConfigError: a dataset has no labels.
-        DataError: nothing is found, or the first dataset lacks a class folder of the second.
     """
     train_dataset = open_labelled(*train, reading)
     if other[1:] == train[1:]:

@@ -24,21 +24,10 @@ from dinov2_custom.eval.args import get_knn_args_parser as get_args_parser
 from dinov2_custom.eval.datasets import find_same_files, open_pair
 from dinov2_custom.eval.metrics import AccuracyAveraging, MetricCollection, build_topk_accuracy_metric
 from dinov2_custom.eval.neighbours import KnnModule
-from dinov2_custom.eval.results import append_lines
 from dinov2_custom.eval.setup import check_positive, choose_sizes, evaluation, setup_and_build_model
-from dinov2_custom.eval.utils import ModelWithNormalize, extract_features
+from dinov2_custom.eval.utils import ModelWithNormalize, append_lines, extract_features
 from dinov2_custom.logging import open_log
 from dinov2_custom.utils.transfer import to_device
-
-__all__ = [
-    "KnnModule",
-    "eval_knn",
-    "eval_knn_features",
-    "eval_knn_with_model",
-    "get_args_parser",
-    "leave_one_out_accuracy",
-    "main",
-]
 
 logger = logging.getLogger("dinov2")
 _QUERIES_A_STEP = 256
@@ -95,7 +84,8 @@ def eval_knn_features(
             _classify(module, val_features, val_labels, metrics, own)
             for k in ks:
                 scores[k].append(metrics[k].compute())
-        results |= {(name, k): _mean(values) for k, values in scores.items()}
+        for k, tried in scores.items():
+            results[name, k] = {top: torch.stack([one[top] for one in tried]).mean(dim=0) for top in tried[0]}
     return results
 
 
@@ -135,15 +125,6 @@ def eval_knn(
         n_tries=n_tries,
         exclude=same_files if count else None,
     )
-
-
-def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> float:
-    """Return the top-1 accuracy of classifying each row of ``features`` (N, D), of length 1, by all the others."""
-    num_classes = int(labels.max()) + 1
-    module = KnnModule(features, labels, [k], temperature, num_classes=num_classes)
-    metrics = {k: build_topk_accuracy_metric(AccuracyAveraging.MEAN_ACCURACY, num_classes, (1,))}
-    _classify(module, features, labels, metrics, torch.arange(len(features)))
-    return float(metrics[k].compute()["top-1"])
 
 
 def _classify(
@@ -189,10 +170,6 @@ def _subset(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
     labels = labels.cpu()
     members = [(labels == label).nonzero().flatten() for label in labels.unique()]
     return torch.cat([m[torch.randperm(len(m), generator=generator)[:n_per_class]] for m in members])
-
-
-def _mean(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([value[name] for value in values]).mean(dim=0) for name in values[0]}
 
 
 def eval_knn_with_model(
@@ -243,11 +220,7 @@ def eval_knn_with_model(
 
 @evaluation
 def main(args: argparse.Namespace) -> int:
-    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code.
-
-    Raises:
-        DINOv2Error: bad arguments, configuration, weights or data.
-    """
+    """Run the evaluation that ``args`` (:func:`get_args_parser`) describe; return the exit code."""
     check_positive(args, "nb_knn", "batch_size", "crop_size", "resize_size")
     model, autocast_dtype = setup_and_build_model(args, hold_log=True)
     choose_sizes(args, model)

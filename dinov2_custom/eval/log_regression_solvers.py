@@ -146,21 +146,13 @@ def mean_objective(
 
 
 def check_solver(solver: str) -> None:
-    """Check that ``solver`` is installed, before features are computed for it.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Check that ``solver`` is installed, before features are computed for it."""
     if solver == "sklearn":
         optional("sklearn", "--solver sklearn", otherwise="--solver torch")
 
 
 def fit_sklearn(features: Tensor, labels: Tensor, C: float, max_iter: int) -> Solution:
-    """Find the same minimum with scikit-learn, in float64 on the CPU.
-
-    Raises:
-        ConfigError: scikit-learn is not installed.
-    """
+    """Find the same minimum with scikit-learn, in float64 on the CPU."""
     check_solver("sklearn")
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression

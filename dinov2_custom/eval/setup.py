@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.load import check_output_dir, load_run_config
+from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.pool import workers_of_choice
 from dinov2_custom.errors import CheckpointError, ConfigError
-from dinov2_custom.eval.args import get_args_parser
+from dinov2_custom.eval.args import get_args_parser as get_args_parser  # upstream has it here
 from dinov2_custom.logging import open_log, setup_logging
 from dinov2_custom.models import build_model_from_cfg
 from dinov2_custom.reading import reading_of
@@ -28,14 +29,6 @@ from dinov2_custom.utils.dtype import resolve_dtype
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import find_weights, run_config_near
 from dinov2_custom.utils.weights import is_url
-
-__all__ = [
-    "build_model_for_eval",
-    "get_args_parser",
-    "get_autocast_dtype",
-    "load_teacher_backbone",
-    "setup_and_build_model",
-]
 
 logger = logging.getLogger("dinov2")
 _RUN_FILES = ("config.yaml", "training_metrics.json", "last_checkpoint")
@@ -193,12 +186,7 @@ def get_autocast_dtype(config: DictConfig, device: str | torch.device | None = N
 
 
 def build_model_for_eval(config: DictConfig, pretrained_weights: str) -> nn.Module:
-    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on a GPU if available.
-
-    Raises:
-        ConfigError: unknown architecture.
-        CheckpointError: see :func:`load_teacher_backbone`.
-    """
+    """Build the teacher that ``config`` describes, load ``pretrained_weights`` and freeze it, on a GPU if available."""
     model, _ = build_model_from_cfg(config, only_teacher=True)
     load_teacher_backbone(model, pretrained_weights)
     model.requires_grad_(False)

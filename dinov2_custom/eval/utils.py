@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -191,3 +192,13 @@ def extract_features_with_dataloader(
         raise DataError(f"dataset: expected the features of {sample_count} images, got {int(seen.sum())}")
     logger.debug(f"features: images={sample_count} dim={features.shape[1]}")
     return features, labels
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append ``lines`` to the results file ``path``, on the main process only; create its folder."""
+    if not distributed.is_main_process():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    logger.info(f"results: {path}")

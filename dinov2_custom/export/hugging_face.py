@@ -16,35 +16,14 @@ from dinov2_custom.data.transforms import resize_side
 from dinov2_custom.export.portable import Portable, completed
 from dinov2_custom.export.write import save_safetensors
 from dinov2_custom.reading import to_facts
+from dinov2_custom.utils.hugging_face import IN_LAYER, QUERY_KEY_VALUE, TOP, rename_start
 
-_TOP = {
-    "cls_token": "embeddings.cls_token",
-    "mask_token": "embeddings.mask_token",
-    "register_tokens": "embeddings.register_tokens",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-_IN_BLOCK = {
-    "norm1": "norm1",
-    "attn.proj": "attention.output.dense",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "mlp.w12": "mlp.weights_in",
-    "mlp.w3": "mlp.weights_out",
-    "ls2.gamma": "layer_scale2.lambda1",
-}
-_QKV = ("query", "key", "value")
+_TO_TOP = {new: old for old, new in TOP.items()}
+_TO_LAYER = {new: old for old, new in reversed(IN_LAYER.items())}  # of several old names, the published one
 
 
 def write_hugging_face(model: Portable, folder: Path) -> None:
-    """Write model.safetensors, config.json and preprocessor_config.json into the existing ``folder``.
-
-    Raises:
-        ConfigError: the model has no feed-forward network.
-    """
+    """Write model.safetensors, config.json and preprocessor_config.json into the existing ``folder``."""
     save_safetensors(to_hugging_face(completed(model)), folder / "model.safetensors")
     for name, content in (("config.json", _config(model)), ("preprocessor_config.json", _preprocessor(model))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -54,26 +33,17 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename tensors from the released names, and split ``qkv`` into its three parts."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        match = re.fullmatch(r"blocks\.(\d+)\.(.+?)(\.weight|\.bias)?", name)
-        if match is None:
-            stem, suffix = _stem(name)
-            renamed[_TOP[stem] + suffix] = value
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if block is None:
+            renamed[rename_start(name, _TO_TOP)] = value
             continue
-        index, stem, suffix = match[1], match[2], match[3] or ""
-        layer = f"encoder.layer.{index}."
-        if stem == "attn.qkv":
-            for part, rows in zip(_QKV, value.chunk(3), strict=True):
-                renamed[f"{layer}attention.attention.{part}{suffix}"] = rows.contiguous()
+        layer, rest = f"encoder.layer.{block[1]}.", block[2]
+        if rest.startswith("attn.qkv."):
+            for part, rows in zip(QUERY_KEY_VALUE, value.chunk(3), strict=True):
+                renamed[layer + rest.replace("attn.qkv", part)] = rows.contiguous()
         else:
-            renamed[layer + _IN_BLOCK[stem] + suffix] = value
+            renamed[layer + rename_start(rest, _TO_LAYER)] = value
     return renamed
-
-
-def _stem(name: str) -> tuple[str, str]:
-    for suffix in (".weight", ".bias"):
-        if name.endswith(suffix):
-            return name.removesuffix(suffix), suffix
-    return name, ""
 
 
 def _config(model: Portable) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from dinov2_custom.teacher import load_teacher
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import default_output, upstream_shards
 
-__all__ = ["export", "main"]
 _WRITERS = {
     "hf": (write_hugging_face, ""),
     "timm": (write_timm, ""),

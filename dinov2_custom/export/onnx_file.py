@@ -8,8 +8,9 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +58,6 @@ def write_onnx(model: Portable, path: Path) -> None:
     metadata has ``mean``, ``std``, ``image_size``, ``patch_size`` and ``normalizes``, and ``intensity`` and ``page``
     if they are not the defaults, each as JSON. Images are in 0..1 and normalized in the graph if
     ``model.normalizes``, else already normalized.
-
-    Raises:
-        ConfigError: a library is not installed.
     """
     for name in ("onnx", "onnxscript"):
         optional(name, "--to onnx")
@@ -68,17 +66,23 @@ def write_onnx(model: Portable, path: Path) -> None:
     for block in backbone.all_blocks():
         block.attn.backend = "sdpa"
     image = torch.zeros(2, model.in_chans, model.image_size, model.image_size)
+    facts = {**model.normalize, "image_size": model.image_size, "patch_size": backbone.patch_size}
+    facts |= {"normalizes": model.normalizes, **to_facts(model.reading)}
+    graph = _TwoOutputs(backbone, model.normalize if model.normalizes else None).eval()
+    write_graph(graph, image, OUTPUTS, facts, path)
+
+
+def write_graph(graph: nn.Module, image: Tensor, outputs: Sequence[str], facts: Mapping[str, Any], path: Path) -> None:
+    """Write ``graph`` of an ``image`` (batch, C, S, S) for any batch size, with ``facts`` as JSON in its metadata."""
     with quiet():
         program = torch.onnx.export(
-            _TwoOutputs(backbone, model.normalize if model.normalizes else None).eval(),
+            graph,
             (image,),
             dynamo=True,
             input_names=[INPUT],
-            output_names=list(OUTPUTS),
+            output_names=list(outputs),
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             verbose=False,
         )
-        facts = {**model.normalize, "image_size": model.image_size, "patch_size": backbone.patch_size}
-        facts |= {"normalizes": model.normalizes, **to_facts(model.reading)}
         program.model.metadata_props.update({name: json.dumps(fact) for name, fact in facts.items()})
         program.save(str(path))

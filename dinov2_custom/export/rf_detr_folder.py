@@ -42,12 +42,7 @@ def need_rf_detr(purpose: str) -> Any:
 
 
 def write_rf_detr(model: Portable, folder: Path) -> str:
-    """Write an RF-DETR with new decoder and heads into ``folder``, load it again, and return a line on the comparison.
-
-    Raises:
-        ConfigError: RF-DETR cannot hold the architecture, or transformers is missing or too old.
-        CheckpointError: a tensor is missing or different, or features differ.
-    """
+    """Write an RF-DETR with new decoder and heads into ``folder``, load it again; return a line on the comparison."""
     kind = need_rf_detr("--to rf-detr").RfDetrForObjectDetection
     detector = with_backbone(lambda config: kind(rf_detr_config(config)), model, seed=0)
     detector.save_pretrained(folder)
@@ -75,16 +70,13 @@ def with_backbone(
             torch.manual_seed(seed_for(seed, "decoder"))
             made = make(config)
         if not random_backbone:
-            backbone_of(made).load_state_dict(_plain_backbone(Path(folder), config).state_dict(), strict=False)
+            import transformers
+
+            registers = "num_register_tokens" in config
+            kind = transformers.Dinov2WithRegistersBackbone if registers else transformers.Dinov2Backbone
+            backbone_of(made).load_state_dict(kind.from_pretrained(folder).state_dict(), strict=False)
             prove(made, model)
     return made
-
-
-def _plain_backbone(folder: Path, config: dict[str, Any]) -> nn.Module:
-    from transformers import Dinov2Backbone, Dinov2WithRegistersBackbone
-
-    kind = Dinov2WithRegistersBackbone if "num_register_tokens" in config else Dinov2Backbone
-    return kind.from_pretrained(folder)
 
 
 def rf_detr_config(config: dict[str, Any], **options: Any) -> Any:

@@ -14,15 +14,11 @@ from dinov2_custom.export.write import save_safetensors
 from dinov2_custom.reading import to_facts
 
 _RENAMED = {"mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
-_WIDTHS = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40): "giant"}
+_WIDTHS = {(384, 12): "small", (768, 12): "base", (1024, 24): "large"}
 
 
 def write_timm(model: Portable, folder: Path) -> None:
-    """Write the two files into the existing ``folder``.
-
-    Raises:
-        ConfigError: the model has no feed-forward network.
-    """
+    """Write the two files into the existing ``folder``."""
     state = to_timm(completed(model))
     save_safetensors(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(_config(model), indent=2) + "\n", encoding="utf-8")
@@ -44,7 +40,6 @@ def _config(model: Portable) -> dict[str, Any]:
     """Return the name of timm's closest model and every argument in which this model may differ."""
     backbone, side = model.backbone, model.image_size
     nearest = "giant" if model.swiglu else _WIDTHS.get((backbone.embed_dim, backbone.n_blocks), "small")
-    nearest = "small" if nearest == "giant" and not model.swiglu else nearest
     registers = backbone.num_register_tokens
     arguments = {
         "img_size": side,

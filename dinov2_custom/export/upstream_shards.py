@@ -19,7 +19,7 @@ from dinov2_custom.configs.load import load_run_config
 from dinov2_custom.errors import CheckpointError
 from dinov2_custom.files import utf8_path
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
-from dinov2_custom.utils.weight_file import is_cut
+from dinov2_custom.utils.weights import is_cut
 
 _FLAT = "_flat_param"
 _SHARD = "torch.distributed._shard."
@@ -55,15 +55,10 @@ class _InertTensor(Tensor):
         self.shards = state[0]  # this process's; metadata, process group and placement are not needed
 
 
-def _nested_class(*_: Any) -> type:
-    """Replace ``getattr``, by which pickle refers to nested classes and enumeration members."""
-    return _Inert
-
-
 _STAND_INS = [
     (_InertTensor, f"{_SHARD}sharded_tensor.api.ShardedTensor"),
     (_Inert, "torch.distributed.remote_device._remote_device"),
-    (_nested_class, "builtins.getattr"),
+    (lambda *_: _Inert, "builtins.getattr"),  # by which pickle refers to nested classes and enumeration members
     *((_Inert, _SHARD + name) for name in _INERT),
 ]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.hub.utils import released_file
+from dinov2_custom.hub.utils import model_name, released_file
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
 from dinov2_custom.teacher import arguments_of, load_weights
@@ -71,7 +71,7 @@ def make_backbone(
     }
     if not pretrained:
         return factory(**(options | kwargs))
-    if _is_released(weights):
+    if weights is Weights.LVD142M or str(weights) == Weights.LVD142M.value:
         file = released_file(arch, options["num_register_tokens"], "pretrain")
         state = _read(file, check_hash)
     else:
@@ -154,10 +154,6 @@ def _make_dinov2_model(
     return make_backbone(arch_name, registers=num_register_tokens > 0, pretrained=pretrained, weights=weights, **kwargs)
 
 
-def _is_released(weights: Weights | str | os.PathLike) -> bool:
-    return weights is Weights.LVD142M or str(weights) == Weights.LVD142M.value
-
-
 def _existing(weights: str | os.PathLike) -> str | os.PathLike:
     if isinstance(weights, Weights):
         raise CheckpointError(f"weights: expected LVD142M, a path or a URL, got {weights}, which has no public address")
@@ -182,41 +178,20 @@ def _options_of(state: Mapping[str, Tensor], file: str | os.PathLike) -> dict[st
     return found | {name: student[name] for name in _IN_NO_SHAPE if name in student}
 
 
-def dinov2_vits14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """Build ViT-S/14: width 384, 22 M parameters."""
-    return make_backbone("vit_small", pretrained=pretrained, weights=weights, **kwargs)
+def _released(arch: str, registers: bool, doc: str) -> Callable[..., DinoVisionTransformer]:
+    def build(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
+        return make_backbone(arch, registers=registers, pretrained=pretrained, weights=weights, **kwargs)
+
+    build.__name__ = build.__qualname__ = model_name(arch) + "_reg" * registers
+    build.__doc__ = doc
+    return build
 
 
-def dinov2_vitb14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """Build ViT-B/14: width 768, 87 M parameters."""
-    return make_backbone("vit_base", pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitl14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """Build ViT-L/14: width 1024, 304 M parameters."""
-    return make_backbone("vit_large", pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitg14(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """Build ViT-g/14: width 1536, SwiGLU, 1.1 G parameters."""
-    return make_backbone("vit_giant2", pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vits14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """Build ViT-S/14 with four registers."""
-    return make_backbone("vit_small", registers=True, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitb14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """Build ViT-B/14 with four registers."""
-    return make_backbone("vit_base", registers=True, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitl14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """Build ViT-L/14 with four registers."""
-    return make_backbone("vit_large", registers=True, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitg14_reg(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
-    """Build ViT-g/14 with four registers."""
-    return make_backbone("vit_giant2", registers=True, pretrained=pretrained, weights=weights, **kwargs)
+dinov2_vits14 = _released("vit_small", False, "Build ViT-S/14: width 384, 22 M parameters.")
+dinov2_vitb14 = _released("vit_base", False, "Build ViT-B/14: width 768, 87 M parameters.")
+dinov2_vitl14 = _released("vit_large", False, "Build ViT-L/14: width 1024, 304 M parameters.")
+dinov2_vitg14 = _released("vit_giant2", False, "Build ViT-g/14: width 1536, SwiGLU, 1.1 G parameters.")
+dinov2_vits14_reg = _released("vit_small", True, "Build ViT-S/14 with four registers.")
+dinov2_vitb14_reg = _released("vit_base", True, "Build ViT-B/14 with four registers.")
+dinov2_vitl14_reg = _released("vit_large", True, "Build ViT-L/14 with four registers.")
+dinov2_vitg14_reg = _released("vit_giant2", True, "Build ViT-g/14 with four registers.")

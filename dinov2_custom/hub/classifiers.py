@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.hub.backbones import Weights as BackboneWeights
 from dinov2_custom.hub.backbones import make_backbone
-from dinov2_custom.hub.utils import released_file
+from dinov2_custom.hub.utils import model_name, released_file
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.weights import read_weights
 
@@ -94,59 +94,21 @@ def _read_head(file: str | os.PathLike, width: int) -> nn.Linear:
     return head
 
 
-def dinov2_vits14_lc(
-    *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs
-):
-    """ViT-S/14 and a linear layer (1 or 4 ``layers``)."""
-    return make_classifier("vit_small", layers=layers, pretrained=pretrained, weights=weights, **kwargs)
+def _released(arch: str, registers: bool, name: str) -> Callable[..., LinearClassifierWrapper]:
+    def build(*, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs):
+        options = {"registers": registers, "layers": layers, "pretrained": pretrained, "weights": weights}
+        return make_classifier(arch, **options, **kwargs)
+
+    build.__name__ = build.__qualname__ = f"{model_name(arch)}{'_reg' * registers}_lc"
+    build.__doc__ = f"{name}{' with registers' * registers} and a linear layer (1 or 4 ``layers``)."
+    return build
 
 
-def dinov2_vitb14_lc(
-    *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs
-):
-    """ViT-B/14 and a linear layer (1 or 4 ``layers``)."""
-    return make_classifier("vit_base", layers=layers, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitl14_lc(
-    *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs
-):
-    """ViT-L/14 and a linear layer (1 or 4 ``layers``)."""
-    return make_classifier("vit_large", layers=layers, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitg14_lc(
-    *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs
-):
-    """ViT-g/14 and a linear layer (1 or 4 ``layers``)."""
-    return make_classifier("vit_giant2", layers=layers, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vits14_reg_lc(
-    *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs
-):
-    """ViT-S/14 with registers and a linear layer (1 or 4 ``layers``)."""
-    return make_classifier("vit_small", registers=True, layers=layers, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitb14_reg_lc(
-    *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs
-):
-    """ViT-B/14 with registers and a linear layer (1 or 4 ``layers``)."""
-    return make_classifier("vit_base", registers=True, layers=layers, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitl14_reg_lc(
-    *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs
-):
-    """ViT-L/14 with registers and a linear layer (1 or 4 ``layers``)."""
-    return make_classifier("vit_large", registers=True, layers=layers, pretrained=pretrained, weights=weights, **kwargs)
-
-
-def dinov2_vitg14_reg_lc(
-    *, layers: int = 4, pretrained: bool = True, weights: Weights | str = Weights.IMAGENET1K, **kwargs
-):
-    """ViT-g/14 with registers and a linear layer (1 or 4 ``layers``)."""
-    return make_classifier(
-        "vit_giant2", registers=True, layers=layers, pretrained=pretrained, weights=weights, **kwargs
-    )
+dinov2_vits14_lc = _released("vit_small", False, "ViT-S/14")
+dinov2_vitb14_lc = _released("vit_base", False, "ViT-B/14")
+dinov2_vitl14_lc = _released("vit_large", False, "ViT-L/14")
+dinov2_vitg14_lc = _released("vit_giant2", False, "ViT-g/14")
+dinov2_vits14_reg_lc = _released("vit_small", True, "ViT-S/14")
+dinov2_vitb14_reg_lc = _released("vit_base", True, "ViT-B/14")
+dinov2_vitl14_reg_lc = _released("vit_large", True, "ViT-L/14")
+dinov2_vitg14_reg_lc = _released("vit_giant2", True, "ViT-g/14")

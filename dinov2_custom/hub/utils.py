@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_custom.errors import DINOv2Error
 from dinov2_custom.utils.download import fetch
 from dinov2_custom.utils.weights import RELEASED_URL
 
@@ -26,13 +28,17 @@ _DINOV2_BASE_URL = RELEASED_URL
 
 
 def released_file(arch: str, num_register_tokens: int, ending: str) -> Path:
-    """Return the local copy, in torch.hub's folder, of a released file: ``ending`` is ``pretrain`` or that of a head.
-
-    Raises:
-        CheckpointError: the file cannot be downloaded.
-    """
+    """Return the local copy, in torch.hub's folder, of a released file; ``ending``: ``pretrain`` or that of a head."""
     url = f"{RELEASED_URL}/{model_name(arch)}/{model_name(arch, 14, num_register_tokens)}_{ending}.pth"
     return fetch(url, Path(torch.hub.get_dir()) / "checkpoints")
+
+
+def refuse(name: str, part: str, instead: str) -> NoReturn:
+    """Raise the error of a name of upstream's hub that this project does not provide."""
+    raise DINOv2Error(
+        f"{name}: expected an image backbone or classifier, got {part}, which this project does not have; "
+        f'use {instead} here, or in a process of its own torch.hub.load("facebookresearch/dinov2", "{name}")'
+    )
 
 
 class CenterPadding(nn.Module):

@@ -8,19 +8,3 @@ from dinov2_custom.layers.layer_scale import LayerScale
 from dinov2_custom.layers.mlp import Mlp
 from dinov2_custom.layers.patch_embed import PatchEmbed
 from dinov2_custom.layers.swiglu_ffn import SwiGLUFFN, SwiGLUFFNAligned, SwiGLUFFNFused
-
-__all__ = [
-    "Attention",
-    "Block",
-    "CausalAttentionBlock",
-    "DINOHead",
-    "DropPath",
-    "LayerScale",
-    "MemEffAttention",
-    "Mlp",
-    "NestedTensorBlock",
-    "PatchEmbed",
-    "SwiGLUFFN",
-    "SwiGLUFFNAligned",
-    "SwiGLUFFNFused",
-]

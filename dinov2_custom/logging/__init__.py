@@ -9,19 +9,3 @@ from dinov2_custom.logging.progress import ProgressBar, track
 from dinov2_custom.logging.setup import open_log, remove_logging, setup_logging
 from dinov2_custom.logging.sinks import METRICS_FILE, Sinks, open_sinks, read_rows, truncate_after
 from dinov2_custom.logging.smoothed_value import WINDOW, SmoothedValue
-
-__all__ = [
-    "METRICS_FILE",
-    "WINDOW",
-    "MetricLogger",
-    "ProgressBar",
-    "Sinks",
-    "SmoothedValue",
-    "open_log",
-    "open_sinks",
-    "read_rows",
-    "remove_logging",
-    "setup_logging",
-    "track",
-    "truncate_after",
-]

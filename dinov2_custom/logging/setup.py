@@ -69,9 +69,6 @@ def open_log(name: str | None = None) -> None:
     """Open the file of logger ``name`` and write the records held so far (``hold`` of :func:`setup_logging`).
 
     Has no effect if there is nothing to open.
-
-    Raises:
-        ConfigError: if the file cannot be written.
     """
     for handler in logging.getLogger(name).handlers:
         if isinstance(handler, _LogFileHandler):

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -25,19 +25,26 @@ logger = logging.getLogger("dinov2")
 METRICS_FILE = "training_metrics.json"
 
 
-class Sink(Protocol):
-    """A destination for rows. ``retries``: whether to keep trying after a failure."""
+class Sink:
+    """A destination for rows, which itself defines ``name`` and ``log``.
+
+    ``retries``: whether to keep trying after a failure.
+    """
 
     name: str
-    retries: bool
+    retries = False
 
-    def log(self, step: int, row: Mapping[str, float]) -> None: ...
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        raise NotImplementedError
 
-    def summarize(self, facts: Mapping[str, str]) -> None: ...
+    def summarize(self, facts: Mapping[str, str]) -> None:
+        pass
 
-    def state(self) -> dict[str, str]: ...
+    def state(self) -> dict[str, str]:
+        return {}
 
-    def close(self, exit_code: int) -> None: ...
+    def close(self, exit_code: int) -> None:
+        pass
 
 
 class Sinks:
@@ -108,7 +115,7 @@ class Sinks:
         self.close(0 if kind is None else 1)
 
 
-class JsonLines:
+class JsonLines(Sink):
     """Write rows as lines of JSON, with upstream's keys first."""
 
     retries = True  # a full disk may have space again later
@@ -119,17 +126,8 @@ class JsonLines:
     def log(self, step: int, row: Mapping[str, float]) -> None:
         append_row(self.path, {"iteration": step} | dict(row))
 
-    def summarize(self, facts: Mapping[str, str]) -> None:
-        pass  # rows only, as upstream writes them
 
-    def state(self) -> dict[str, str]:
-        return {}
-
-    def close(self, exit_code: int) -> None:
-        pass  # every row is on disk already
-
-
-class TensorBoard:
+class TensorBoard(Sink):
     """Write rows as TensorBoard scalars, and the configuration as text.
 
     Args:
@@ -141,7 +139,6 @@ class TensorBoard:
     """
 
     name = "TensorBoard"
-    retries = False
 
     def __init__(self, folder: Path, config: Mapping[str, Any], first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -157,9 +154,6 @@ class TensorBoard:
     def summarize(self, facts: Mapping[str, str]) -> None:
         for key, value in facts.items():
             self._writer.add_text(key, value)
-
-    def state(self) -> dict[str, str]:
-        return {}
 
     def close(self, exit_code: int) -> None:
         self._writer.close()

@@ -3,5 +3,3 @@
 from dinov2_custom.loss.dino_clstoken_loss import DINOLoss
 from dinov2_custom.loss.ibot_patch_loss import iBOTPatchLoss
 from dinov2_custom.loss.koleo_loss import KoLeoLoss
-
-__all__ = ["DINOLoss", "KoLeoLoss", "iBOTPatchLoss"]

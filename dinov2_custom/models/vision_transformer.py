@@ -418,5 +418,3 @@ def vit_giant2(
 
 
 ARCHITECTURES = ("vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant2")
-__all__ = ["ARCHITECTURES", "BlockChunk", "DinoVisionTransformer", "init_weights_vit_timm", "named_apply"]
-__all__ += ARCHITECTURES

@@ -16,11 +16,7 @@ _MARKERS = ("<!-- table: made by python -m dinov2_custom.patching.main -->\n", "
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the action that ``args`` (``cli.patches_parser``) describe and print what changed; return the exit code.
-
-    Raises:
-        ConfigError: no checkout, no such patch, or the checkout lacks a name that a patch rebinds.
-    """
+    """Run the action that ``args`` (``cli.patches_parser``) describe and print what changed; return the exit code."""
     root = find_package(args.checkout)
     series = read_series(patches_folder(args.patches))
     chosen = _chosen(series, args.only)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dinov2_custom import cli, distributed
 from dinov2_custom.configs.load import load_run_config
-from dinov2_custom.errors import ConfigError
+from dinov2_custom.errors import ConfigError, optional
+from dinov2_custom.files import atomic_write
 from dinov2_custom.parallel import bytes_elsewhere, strategies_on
 from dinov2_custom.plan import roofline
 from dinov2_custom.plan.memory import LARGEST_BATCH, Counts, copy_of, print_memory
 from dinov2_custom.plan.prices import Price, load_prices
-from dinov2_custom.plan.schedule import print_schedule
-from dinov2_custom.plan.table import aligned
 from dinov2_custom.plan.timing import STEPS, Timing, time_apart
 from dinov2_custom.train.course import RunLength, run_length
 from dinov2_custom.train.gpus import GPU, GPUS, find_gpu
 from dinov2_custom.train.memory import MODES, SHARE_OF_TENSORS, largest_batch, room_on
+from dinov2_custom.train.optimization import build_schedulers
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch
 
 ARCHITECTURES = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
@@ -33,6 +35,7 @@ PRECISIONS = [
 AXES = {"arch": ["student.arch"], "batch": ["train.batch_size_per_gpu"], "precision": PRECISIONS}
 HEADER = ["arch", "batch", "accumulated", "GPUs", "GPU", "recomputed", "GB", "fits", "s/iteration", "images/s"]
 HEADER += ["hours", "GPU-hours", "spot, $", "on-demand, $", "checkpoint GB", "largest batch"]
+SCHEDULES = ("learning rate", "weight decay", "teacher momentum", "teacher temperature", "last layer's learning rate")
 NONE = "-"
 DEFAULT_GPUS = ("L4", "4090", "A100-80GB", "H100")
 
@@ -60,11 +63,7 @@ class Choice(NamedTuple):
 
 
 def main(args) -> int:
-    """Print what ``args`` asks for, of ``cli.plan_parser``; return 0.
-
-    Raises:
-        ConfigError: a configuration that training would refuse too, an unknown GPU, a bad price, or nothing fits.
-    """
+    """Print what ``args`` asks for, of ``cli.plan_parser``; return 0."""
     load = loader(args)
     names = [find_by_user_name(name) for name in args.gpu or ([] if args.time else DEFAULT_GPUS)]
     if args.schedule:
@@ -277,6 +276,61 @@ def print_ablation(load: Callable, axes: dict[str, list[str]], name: str | None)
         print(f"{name}. {roofline.assumptions()}; memory is counted. --time measures on this machine.")
     else:
         print(f"Measured: median of {STEPS} steps on random images; MiB: CUDA's peak, or the process's resident set.")
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with right-aligned columns, to read it in a terminal too."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    text = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    text.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
+    return "\n".join(text)
+
+
+def print_schedule(cfg, length: RunLength, folder: Path) -> None:
+    """Print the table; draw ``schedule.png`` into ``folder`` where matplotlib is installed."""
+    schedules = build_schedulers(cfg, length)
+    unit, passed = clock(length)
+    rows = [[f"{passed(i):.4g}", *(f"{schedule[i]:.4g}" for schedule in schedules)] for i in points(length.total, 11)]
+    print(aligned([unit, *SCHEDULES], rows))
+    if importlib.util.find_spec("matplotlib") is None:
+        print('for a figure: pip install "dinov2_custom[plots]"')
+        return
+    draw_schedule(schedules, length, folder / "schedule.png")
+    print(f"figure: {folder / 'schedule.png'}")
+
+
+def points(total: int, count: int) -> list[int]:
+    """Return up to ``count`` different indices from 0 to ``total`` - 1, both included, evenly spaced."""
+    return np.unique(np.linspace(0, total - 1, count).round().astype(int)).tolist()
+
+
+def clock(length: RunLength):
+    """Return (the unit of the run's length, a function from points of the schedules to it)."""
+    if length.max_hours:
+        return "hours", lambda i: i / length.total * length.max_hours
+    return "iteration", lambda i: i
+
+
+def draw_schedule(schedules: Sequence, length: RunLength, path: Path) -> None:
+    """Draw a panel for each schedule; the last layer's learning rate is in the panel of the learning rate."""
+    figure = optional("matplotlib.figure", "figures").Figure(dpi=120, figsize=(9, 6), layout="constrained")
+    unit, passed = clock(length)
+    where = points(length.total, 1000)
+    x = [passed(i) for i in where]
+    lr, wd, momentum, temperature, last_layer = ([schedule[i] for i in where] for schedule in schedules)
+    panels = figure.subplots(2, 2, sharex=True).flat
+    for axes, name, values in zip(panels, SCHEDULES, (lr, wd, momentum, temperature), strict=False):
+        axes.plot(x, values, label=name)
+        axes.set_title(name)
+        axes.ticklabel_format(useOffset=False, axis="y")
+        if values is lr:
+            axes.plot(x, last_layer, "--", label="last layer's")
+            axes.legend()
+    for axes in figure.axes[2:]:
+        axes.set_xlabel(unit)
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png")
 
 
 if __name__ == "__main__":

@@ -18,17 +18,7 @@ _MODULES = {
     "window_feature_map": "features",
 }
 
-__all__ = [
-    "average_neighbours",
-    "dino_loss",
-    "draw_history",
-    "pca_colours",
-    "pca_colours_on_one_scale",
-    "plot_loss_curve",
-    "plot_rows",
-    "read_metrics",
-    "window_feature_map",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str):

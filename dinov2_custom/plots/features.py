@@ -76,7 +76,7 @@ def pca_colours_on_one_scale(maps: Sequence[np.ndarray], number: int) -> tuple[l
 
 
 def principal_components(maps: Sequence[np.ndarray], number: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return maps (h, w, ``number``) of the principal components of all ``maps`` (h, w, D) together, of mean 0.
+    """Return maps (..., ``number``) of the principal components of all ``maps`` (..., D) together, of mean 0.
 
     A component's sign is fixed by its largest weight. The second result is each component's share of the variance.
     """

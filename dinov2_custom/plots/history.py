@@ -15,7 +15,7 @@ import numpy as np
 from dinov2_custom import cli
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import atomic_write, write_text
 from dinov2_custom.plan.prices import Price, load_prices
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.forecast import Forecast, make_forecast
@@ -74,20 +74,11 @@ def _key(name: str, factor: float = 1.0) -> Value:
     return lambda row: None if row.get(name) is None else row[name] * factor
 
 
-def _dino(row: dict) -> float | None:
-    return dino_loss(row) if "dino_global_crops_loss" in row else None
-
-
 def _data_wait(row: dict) -> float | None:
     """Return the data wait in per cent, computed from the two times for upstream's rows."""
     if not row.get("iter_time"):
         return None
     return 100 * row.get("data_wait", row.get("data_time", 0.0) / row["iter_time"])
-
-
-def _skipped(row: dict) -> float | None:
-    """Return the value, or None if there is nothing to show, so that healthy runs have no such panel."""
-    return row.get("skipped_steps") or None
 
 
 def uniform_level(run: Run) -> float | None:
@@ -143,7 +134,7 @@ PANELS = (
         "DINO loss",
         "nats",
         (
-            Line("local + global", _dino),
+            Line("local + global", lambda row: dino_loss(row) if "dino_global_crops_loss" in row else None),
             Line("local crops", _key("dino_local_crops_loss")),
             Line("global crops", _key("dino_global_crops_loss")),
         ),
@@ -178,7 +169,13 @@ PANELS = (
     ),
     Panel("Teacher's EMA momentum", "momentum", (Line("", _key("mom")),), noisy=False),
     Panel("Weight decay", "weight decay", (Line("", _key("wd")),), noisy=False),
-    Panel("Steps skipped as not finite", "since the last start", (Line("", _skipped),), noisy=False, from_zero=True),
+    Panel(
+        "Steps skipped as not finite",
+        "since the last start",
+        (Line("", lambda row: row.get("skipped_steps") or None),),  # so that healthy runs have no such panel
+        noisy=False,
+        from_zero=True,
+    ),
     Panel(
         "Validation of a decoder",
         "AP or IoU",
@@ -197,10 +194,6 @@ def main(args: argparse.Namespace) -> int:
     """Plot the runs in ``args.runs`` and print the paths of the files; return 0.
 
     For one run, ``epochs.csv`` contains the means over each pass over the data, if its rows have ``epoch``.
-
-    Raises:
-        DataError: if a path contains no run, or a run has no rows.
-        ConfigError: if matplotlib is missing, the output cannot be written, or there is nothing to forecast.
     """
     folders = find_runs(args.runs)
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
@@ -220,8 +213,7 @@ def main(args: argparse.Namespace) -> int:
     with atomic_write(out / "history.png", "wb") as file:
         figure.savefig(file, format="png")
     print(out / "history.png")
-    with atomic_write(out / "history.html") as file:
-        file.write(make_page(runs, figure))
+    write_text(out / "history.html", make_page(runs, figure))
     print(out / "history.html")
     if len(runs) == 1 and (means := epoch_means(runs[0].rows)):
         with atomic_write(out / "epochs.csv") as file:

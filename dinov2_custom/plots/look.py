@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import colorsys
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dinov2_custom import cli
 from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.loaders import make_dataset
-from dinov2_custom.data.transforms import make_central_crop_transform
+from dinov2_custom.data.transforms import Compose, MaybeToTensor, Normalize, make_central_crop_transform
 from dinov2_custom.errors import ConfigError, DataError, command, shortage
 from dinov2_custom.logging.progress import track
-from dinov2_custom.plots.attention import class_attention, overlay
-from dinov2_custom.plots.features import pca_colours, plot_rows
-from dinov2_custom.plots.scatter import folder_labels, plot_scatter
+from dinov2_custom.models.vision_transformer import DinoVisionTransformer
+from dinov2_custom.plots.features import pca_colours, plot_rows, principal_components
+from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.reading import choose_reading
 from dinov2_custom.teacher import Teacher, device_of_choice, load_teacher
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.run_folder import default_output
 
 _BATCH = 32
+_LOW, _HIGH = np.array([26, 16, 64]), np.array([255, 236, 120])  # of attention: dark blue to yellow
+MAX_LEGEND, MAX_FOLDERS = 20, 100
 
 
 def main(args: argparse.Namespace) -> int:
-    """Draw the plots requested by ``args`` (``cli.features_parser``); return the exit code.
-
-    Raises:
-        ConfigError: if a number is below 1, or matplotlib is missing.
-        CheckpointError: if the weights cannot be read.
-        DataError: if there is no such dataset or no readable image.
-    """
+    """Draw the plots requested by ``args`` (``cli.features_parser``); return the exit code."""
     if args.num_images < 1 or args.heads < 0 or args.num_points < 0 or args.image_size < 0:
         raise ConfigError(
             "expected --num-images of at least 1 and no negative numbers, got "
@@ -67,10 +66,11 @@ def draw_pictures(teacher: Teacher, dataset: Any, folder: Path, count: int, size
     """
     backbone = teacher.backbone
     device = next(backbone.parameters()).device
+    as_input = Compose([MaybeToTensor(), Normalize(**teacher.normalize)])
     shown, maps, attentions = [], [], []
     for _, image in readable(dataset, spread(len(dataset), count)):
         image = to_whole_patches(image, size or teacher.image_size, backbone.patch_size)
-        pixels = as_input(image, teacher.normalize)[None].to(device)
+        pixels = as_input(image)[None].to(device)
         with torch.inference_mode():
             patches = backbone.forward_features(pixels)["x_norm_patchtokens"][0].float().cpu()
         rows, columns = (side // backbone.patch_size for side in pixels.shape[-2:])
@@ -157,11 +157,67 @@ def to_whole_patches(image: Image.Image, size: int, patch: int) -> Image.Image:
     return image.resize(tuple(sides), Image.Resampling.BICUBIC)
 
 
-def as_input(image: Image.Image, normalize: dict[str, tuple[float, ...]]) -> torch.Tensor:
-    """Return the normalised tensor (3, H, W)."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(normalize[key])[:, None, None] for key in ("mean", "std"))
-    return (pixels - mean) / std
+@torch.inference_mode()
+def class_attention(backbone: DinoVisionTransformer, images: Tensor) -> Tensor:
+    """Return the class token's attention to each patch in the last block, float32 (B, heads, rows, columns).
+
+    The attention to itself and to registers is excluded, so the sum over patches is below 1.
+
+    Args:
+        images: (B, C, H, W) normalised, sides multiples of the patch size.
+    """
+    *blocks, last = backbone.all_blocks()
+    tokens = backbone.prepare_tokens_with_masks(images)
+    for block in blocks:
+        tokens = block(tokens)
+    batch, length, dim = tokens.shape
+    heads = last.attn.num_heads
+    qkv = last.attn.qkv(last.norm1(tokens)).float().view(batch, length, 3, heads, dim // heads)
+    query, key = qkv[:, 0, 0], qkv[:, :, 1]
+    weights = (torch.einsum("bhd,bnhd->bhn", query, key) * last.attn.scale).softmax(dim=-1)
+    rows, columns = (side // backbone.patch_size for side in images.shape[-2:])
+    return weights[..., 1 + backbone.num_register_tokens :].reshape(batch, heads, rows, columns)
+
+
+def overlay(picture: np.ndarray, weights: np.ndarray, share: float = 0.65) -> np.ndarray:
+    """Colour ``picture`` (uint8 (h, w, 3)) by ``weights`` (rows, columns), from least to most: uint8 (h, w, 3)."""
+    scaled = (weights - weights.min()) / max(float(np.ptp(weights)), 1e-12)
+    height, width = picture.shape[:2]
+    mask = Image.fromarray((scaled * 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    strength = np.asarray(mask, dtype=np.float32)[..., None] / 255
+    colours = _LOW + (_HIGH - _LOW) * strength
+    return ((1 - share) * picture + share * colours).clip(0, 255).astype(np.uint8)
+
+
+def folder_labels(paths: Sequence[str]) -> list[str] | None:
+    """Return each path's folder below the common folder, or None if these folders are no classes."""
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    firsts = [os.path.relpath(path, common).split(os.sep) for path in paths]
+    names = {parts[0] for parts in firsts}
+    if any(len(parts) < 2 for parts in firsts) or not 2 <= len(names) <= MAX_FOLDERS:
+        return None
+    return [parts[0] for parts in firsts]
+
+
+def plot_scatter(features: np.ndarray, labels: Sequence[str] | None, path: str | Path, title: str) -> Path:
+    """Save a scatter plot of ``features`` (N, D) with one colour per class and, for up to 20 classes, a legend."""
+    (points,), shares = principal_components([features], 2)
+    figure = new_figure(figsize=(8, 6))
+    axis = figure.subplots()
+    names = sorted(set(labels or [""]))
+    for number, name in enumerate(names):
+        chosen = np.array([label == name for label in labels]) if labels else slice(None)
+        # evenly spaced hues; a single class is dark grey
+        colour = colorsys.hls_to_rgb(number / len(names), 0.45, 0.75) if len(names) > 1 else "0.25"
+        axis.scatter(*points[chosen].T, s=14, alpha=0.7, linewidths=0, color=colour, label=name)
+    axis.set(
+        xlabel=f"first component ({shares[0]:.0%} of the variance)", ylabel=f"second ({shares[1]:.0%})", title=title
+    )
+    if 1 < len(names) <= MAX_LEGEND:
+        axis.legend(fontsize=8, markerscale=1.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path)
+    return Path(path)
 
 
 if __name__ == "__main__":

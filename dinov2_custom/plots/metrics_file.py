@@ -117,11 +117,7 @@ def find_runs(places: Sequence[str | Path]) -> list[Path]:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read one run directory.
-
-    Raises:
-        DataError: if there are no rows; see :func:`read_metrics`.
-    """
+    """Read one run directory."""
     config, log = {}, ""  # neither is needed to draw the curves
     with suppress(OSError, ValueError, yaml.YAMLError):
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

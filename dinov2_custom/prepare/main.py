@@ -20,7 +20,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -31,7 +30,7 @@ from dinov2_custom.data.depth import Deep, Reading
 from dinov2_custom.data.intensity import Looker, measure
 from dinov2_custom.data.sources import MAX_IMAGE_BYTES, read_image
 from dinov2_custom.errors import ConfigError, DataError, missing, shortage
-from dinov2_custom.files import atomic_write, parse_json_object
+from dinov2_custom.files import atomic_write, parse_json_object, write_text
 from dinov2_custom.logging import setup_logging, track
 from dinov2_custom.verify.check import check_image
 from dinov2_custom.verify.folder import own_folder
@@ -57,8 +56,6 @@ class Preparer:
     def __init__(self, dataset: Any, options: Options, spool: Path):
         self.dataset, self.options, self.spool = dataset, options, spool
         self.names = Names.of(dataset)
-        self._simplejpeg: ModuleType | None = None
-        self._ready = False
 
     def __call__(self, i: int) -> Prepared:
         try:
@@ -67,8 +64,6 @@ class Preparer:
             raise shortage(e, self.dataset.name(i)) from e
 
     def _prepare(self, i: int) -> Prepared:
-        if not self._ready:
-            self._simplejpeg, self._ready = find_simplejpeg(), True
         name = self.dataset.name(i)
         try:
             num_bytes = os.stat(name).st_size
@@ -82,7 +77,7 @@ class Preparer:
             return Prepared("bad", reason=f"unreadable: {e}", num_bytes=num_bytes)
         seen = header(io.BytesIO(data)) if self.options.tile else (0, 0, "")
         if seen[0] * seen[1] <= self.options.tile_above * 1e6:
-            return prepare_image(data, self.names(name), self.options, self._simplejpeg)
+            return prepare_image(data, self.names(name), self.options, find_simplejpeg())
         return self._tile(i, name, data, seen)
 
     def _tile_file(self, i: int, name: str, num_bytes: int) -> Prepared:
@@ -99,7 +94,7 @@ class Preparer:
         try:
             if _too_large(seen):
                 return self._write(i, name, TiffBands(io.BytesIO(data), name, self.options.reading), len(data))
-            found = check_image(data, self._simplejpeg)
+            found = check_image(data, find_simplejpeg())
             if found.reason:
                 return Prepared("bad", reason=found.reason, num_bytes=len(data))
             return self._write(i, name, DecodedBands(data, name, found.format, self.options.reading), len(data))
@@ -253,8 +248,7 @@ def _check_same_task(folder: Path, task: dict[str, Any]) -> None:
                 f"--output-dir: expected the dataset and options that {folder} was started with, got other ones "
                 f"({'; '.join(other)}); choose an empty folder"
             )
-    with atomic_write(folder / MARKER, fsync=True) as file:
-        file.write(json.dumps(task) + "\n")
+    write_text(folder / MARKER, json.dumps(task) + "\n", fsync=True)
 
 
 def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
@@ -278,8 +272,7 @@ def _finish(writer: PartWriter, folder: Path) -> dict[str, Any]:
     keys = ("kept", "changed", "tiled", "bad", "files", "bytes_read", "bytes_written")
     summary = {key: counts[key] for key in keys} | {"reasons": dict(sorted(reasons.items()))}
     summary["shards"] = len(list(folder.glob("shard-*.tar")))
-    with atomic_write(folder / "summary.json", fsync=True) as file:
-        file.write(json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n", fsync=True)
     if not counts["files"]:
         raise DataError(f"expected sound images, got none; the reasons are in {folder / 'bad_images.jsonl'}")
     return summary

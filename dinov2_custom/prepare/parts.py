@@ -77,7 +77,10 @@ class PartWriter:
             tar = self._open()
             where |= {"shard": f"shard-{self.number:06d}.tar", "offset": add_member(tar, output)}
         else:
-            _write_file(self.folder / "images" / output.name, output.data)
+            path = self.folder / "images" / output.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, "wb") as file:
+                file.write(output.data)
         self._rows.append(row | where)
         self._next = (i, k + 1)
 
@@ -118,9 +121,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from map(parse_json_object, file)
         except ValueError as e:
             raise DataError(f"expected the list of a finished part, got {e} in {path}; choose an empty folder") from e
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb") as file:
-        file.write(data)

@@ -14,10 +14,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinov2_custom.configs.load import check_output_dir, load_run_config
+from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError, command, optional, small_recipe
 from dinov2_custom.eval.neighbours import NEIGHBOURS
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.plots import plot_loss_curve
 from dinov2_custom.plots.metrics_file import Run, read_run
 from dinov2_custom.quickstart.measure import Measured, Measurement, measure_run
@@ -70,8 +71,8 @@ def main(args: argparse.Namespace, tiling: Tiling = DEFAULT_TILING) -> int:
             plot_loss_curve(runs[seed].rows, out / "loss_curve.png", measured.numbers.num_prototypes)
 
     (out / "quickstart.json").write_text(json.dumps({seed: r._asdict() for seed, r in results.items()}, indent=1))
-    with atomic_write(out / "report.html") as file:
-        file.write(make_report(results, list(runs.values()), counts, pictures, next_commands(out, args.seeds[0])))
+    page = make_report(results, list(runs.values()), counts, pictures, next_commands(out, args.seeds[0]))
+    write_text(out / "report.html", page)
     for line in [*describe(results, held_out_count, len(counts["train"])), *describe_files(out, args.seeds[0])]:
         print(line)
     return int(any(result.collapse for result in results.values()))

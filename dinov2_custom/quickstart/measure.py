@@ -21,6 +21,7 @@ from dinov2_custom.plots.metrics_file import dino_loss
 from dinov2_custom.train.health import COLLAPSE_MARGIN
 from dinov2_custom.train.online import Shrink
 from dinov2_custom.train.ssl_meta_arch import SSLMetaArch, Targets, assignment_entropies
+from dinov2_custom.utils.run_folder import find_weights
 from dinov2_custom.utils.weights import read_weights
 
 BATCH_SIZE = 256
@@ -80,7 +81,7 @@ def measure_run(run: Path, tiles: Path, row: Mapping[str, float]) -> Measured:
     cfg = load_run_config(str(run / "config.yaml"))
     device, dtype = distributed.get_device(), get_autocast_dtype(cfg)
     untrained, trained = SSLMetaArch(cfg).to(device).eval(), SSLMetaArch(cfg).to(device).eval()
-    trained.teacher.load_state_dict(read_weights(newest_teacher(run))["teacher"], strict=True)
+    trained.teacher.load_state_dict(read_weights(find_weights(str(run)))["teacher"], strict=True)
     probabilities = assignments(cfg, trained, load_tiles(tiles, Normalize(**cfg.data.normalize))[1], dtype)
     entropies = {name: float(v) for name, v in assignment_entropies(Targets(probabilities, None)).items()}
     num_prototypes, final_dino_loss = probabilities.shape[1], dino_loss(row)
@@ -108,11 +109,6 @@ def load_tiles(folder: Path, normalize: Normalize) -> list[LabelledFolder]:
     """Return the training and the held-out tiles as datasets, at their full size."""
     transform = Compose([MaybeToTensor(), normalize])
     return [LabelledFolder(str(folder / part), transform=transform) for part in ("train", "held_out")]
-
-
-def newest_teacher(run: Path) -> Path:
-    """Return the teacher checkpoint of the last iteration of ``run``."""
-    return max(run.glob("eval/training_*/teacher_checkpoint.pth"), key=lambda path: int(path.parent.name.split("_")[1]))
 
 
 @torch.inference_mode()

@@ -84,9 +84,6 @@ def cut_photos(folder: str | Path, tiling: Tiling | None = None, seed: int = 0) 
 
     Tiles are grey, so that colour alone does not identify a photograph. A file's name gives its position:
     ``y<top>_x<left>.png``. A folder that holds the same tiles already is left as it is.
-
-    Raises:
-        DataError: see :func:`open_photo`.
     """
     tiling = tiling or Tiling()
     folder = Path(folder)

@@ -17,11 +17,7 @@ class Embedding(Task):
     get_parser = staticmethod(cli.embed_parser)
 
     def prepare(self, warn: Callable[[str], None]) -> None:
-        """Check that weights and images exist, and choose one output directory for all processes.
-
-        Raises:
-            ConfigError: if there are no weights.
-        """
+        """Check that weights and images exist, and choose one output directory for all processes."""
         check_weights("checkpoint", self.args.checkpoint)
         warn_of_absent("dataset", self.args.dataset, warn)
         self.args.output_dir = self.args.output_dir or str(default_output("embed", self.args.checkpoint))

@@ -106,11 +106,7 @@ def resolve(args: argparse.Namespace, environment: Mapping[str, str]) -> Environ
 
 
 def _expand(flag: str, text: str) -> str:
-    """Expand ``~`` and variables in ``text`` as the submitting shell would; a cluster file has no shell.
-
-    Raises:
-        LaunchError: if a variable is not set.
-    """
+    """Expand ``~`` and variables in ``text`` as the submitting shell would; a cluster file has no shell."""
     expanded = os.path.expanduser(os.path.expandvars(text))
     if unset := re.search(r"\$(\w+|\{[^}]*\}?)", expanded):
         raise LaunchError(f"{flag}: expected variables that this shell has set, got {unset[0]} in {text}")

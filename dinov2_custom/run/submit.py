@@ -29,8 +29,6 @@ from dinov2_custom.run.requeue import describe_job
 from dinov2_custom.utils.cluster import get_user_checkpoint_path
 from dinov2_custom.world import TORCHRUN_VARIABLES, World, world_from_environment
 
-__all__ = ["Task", "get_args_parser", "get_shared_folder", "submit_jobs"]
-
 
 class Task:
     """The work of each process of a run: ``main(args)`` of a module that is imported only on the node.

@@ -18,7 +18,7 @@ from typing import Any
 
 from dinov2_custom.configs.paths import numbered
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.utils.checkpoint_folder import Written, flush_folder, read_marker, write_marker
 from dinov2_custom.utils.run_folder import LAST, LOCK, MARKER, is_complete, last_checkpoint
 
@@ -116,7 +116,7 @@ class CheckpointStore:
             done = int(_NAME.fullmatch(old.name)[1]) + 1
             if not self.keep_every or done % self.keep_every:
                 _remove(old)
-        self._set_last(newest.name)
+        write_text(self.folder / LAST, newest.name)
 
     def abandon(self, path: Path) -> None:
         """Remove the files of a failed attempt."""
@@ -131,10 +131,6 @@ class CheckpointStore:
     def remove_final(self) -> None:
         """Remove the final checkpoint, to make room for another, which the caller has written under another name."""
         _remove(self.folder / FINAL)
-
-    def _set_last(self, name: str) -> None:
-        with atomic_write(self.folder / LAST) as file:
-            file.write(name)
 
 
 def set_aside(folder: Path, clock: Callable[[], str]) -> Path | None:

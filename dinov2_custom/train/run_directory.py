@@ -8,12 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_custom import files
-from dinov2_custom.configs.load import read_yaml
 from dinov2_custom.configs.paths import missing_folders, remove_empty
 from dinov2_custom.configs.schema import all_keys
 from dinov2_custom.errors import DINOv2Error, LaunchError, LostProcessError
@@ -65,16 +62,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def changed_keys(before: Mapping[str, Any], folder: Path, cfg: DictConfig) -> list[str]:
+def changed_keys(before: Mapping[str, Any], cfg: DictConfig) -> list[str]:
     """Return "key: before -> now" for every key that may change results and differs from the checkpoint's.
 
     How the global batch is composed is not a change; for its size see :func:`changed_batch`.
 
     Args:
-        before: values of the checkpoint. If they lack a configuration (an earlier format), ``folder``'s config.yaml,
-            written by the last start, is used.
+        before: values of the checkpoint.
     """
-    earlier, now = before.get("config") or _read_config(folder / "config.yaml"), OmegaConf.to_container(cfg)
+    earlier, now = before["config"], OmegaConf.to_container(cfg)
     changes = []
     for key, field in all_keys().items():
         old, new = _value(earlier, key), _value(now, key)
@@ -87,10 +83,8 @@ def changed_batch(before: Mapping[str, Any], cfg: DictConfig, world_size: int) -
     """Return "global batch: before -> now", and the new learning rate, if a resume changes the global batch.
 
     Args:
-        before: values of the checkpoint; earlier formats do not store the batch.
+        before: values of the checkpoint.
     """
-    if not before.get("world_size") or not before.get("config"):
-        return []
     old, how_old = _global_batch(before["config"], before["world_size"])
     new, how_new = _global_batch(OmegaConf.to_container(cfg), world_size)
     if old == new or not old:
@@ -136,11 +130,3 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = OmegaConf.to_container(read_yaml(path))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException):
-        return {}
-    return found if isinstance(found, dict) else {}

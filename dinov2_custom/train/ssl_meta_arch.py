@@ -51,7 +51,6 @@ from dinov2_custom.utils.transfer import to_device
 
 logger = logging.getLogger("dinov2")
 
-__all__ = ["Features", "SSLMetaArch", "Targets", "assignment_entropies"]
 
 LOSS_NAMES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")
 Terms = tuple[Tensor, dict[str, Tensor]]  # (loss to train on, terms as upstream reports them)

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from dinov2_custom import distributed, entry
 from dinov2_custom.cli import train_parser as get_args_parser
-from dinov2_custom.configs.load import check_output_dir, find_config, with_defaults
+from dinov2_custom.configs.load import find_config, with_defaults
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.data.loaders import make_dataset, make_train_loader
 from dinov2_custom.errors import COLLAPSED, DONE, CheckpointError, stopped_by
 from dinov2_custom.logging import (
@@ -55,16 +56,6 @@ from dinov2_custom.utils.allocator import keep_freed_memory
 from dinov2_custom.utils.config import get_cfg_from_args, load_cfg_from_args, write_config
 from dinov2_custom.utils.rng import generator_for
 from dinov2_custom.utils.run_folder import BEST
-
-__all__ = [
-    "apply_optim_scheduler",
-    "build_optimizer",
-    "build_schedulers",
-    "do_test",
-    "do_train",
-    "get_args_parser",
-    "main",
-]
 
 logger = logging.getLogger("dinov2")
 MIN_COLLECTIVE_S = 1800.0  # all processes must also start within this time
@@ -111,7 +102,7 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     if course.is_finished(iteration):
         logger.info(f"nothing to do: {course.how_to_extend()}")
         return DONE
-    changes = [] if resumed is None else changed_batch(kept, cfg, world_size) + changed_keys(kept, out, cfg)
+    changes = [] if resumed is None else changed_batch(kept, cfg, world_size) + changed_keys(kept, cfg)
     changes += changed_data(kept.get("data"), loader.found)
     if changes:
         logger.warning(f"resumed with other settings than before: {'; '.join(changes)}")

@@ -286,11 +286,7 @@ class StoredState:
 
 
 def _part(stored: Any, rows: list[int] | None) -> Part:
-    """Return the position of the rows of ``stored``; ``rows`` is the first row and the whole shape.
-
-    Raises:
-        ValueError, TypeError: invalid position.
-    """
+    """Return the position of the rows of ``stored``; ``rows`` is the first row and the whole shape."""
     shape = tuple(stored.get_shape())
     start, *whole = rows or (0, *shape)
     stop = start + (shape[0] if shape else 1)

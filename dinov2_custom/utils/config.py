@@ -11,9 +11,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from dinov2_custom import distributed
-from dinov2_custom.configs.load import check_output_dir, load_run_config, scaled_lr, to_yaml
+from dinov2_custom.configs.load import load_run_config, scaled_lr, to_yaml
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import write_text
 from dinov2_custom.logging import setup_logging
 from dinov2_custom.utils.utils import fix_random_seeds, get_sha
 
@@ -105,6 +106,5 @@ def write_config(cfg: DictConfig, output_dir: str | os.PathLike, name: str = "co
     """Write ``cfg`` to ``output_dir/name`` and return that path. Atomic; only the main process writes."""
     path = Path(output_dir) / name
     if distributed.is_main_process():
-        with atomic_write(path) as file:
-            file.write(to_yaml(cfg))
+        write_text(path, to_yaml(cfg))
     return str(path)

@@ -16,7 +16,7 @@ from dinov2_custom.errors import CheckpointError
 _PREFIX = re.compile(
     r"^(?:backbone\.|model\.)?(?:dinov2_with_registers\.|dinov2\.)?(?=embeddings\.|encoder\.|layernorm\.)"
 )
-_TOP = {
+TOP = {
     "embeddings.cls_token": "cls_token",
     "embeddings.mask_token": "mask_token",
     "embeddings.register_tokens": "register_tokens",
@@ -24,7 +24,7 @@ _TOP = {
     "embeddings.patch_embeddings.projection.": "patch_embed.proj.",
     "layernorm.": "norm.",
 }
-_IN_LAYER = {
+IN_LAYER = {
     "attention.output.dense.": "attn.proj.",
     "attention.o_proj.": "attn.proj.",
     "layer_scale1.lambda1": "ls1.gamma",
@@ -33,12 +33,10 @@ _IN_LAYER = {
     "mlp.weights_out.": "mlp.w3.",
     "mlp.down_proj.": "mlp.w3.",
 }
+QUERY_KEY_VALUE = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
 # Several tensors in published files and in transformers 5 models that are a single tensor here.
 _MERGED = {
-    "attn.qkv": (
-        ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-        ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    ),
+    "attn.qkv": (QUERY_KEY_VALUE, ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
     "mlp.w12": (("mlp.gate_proj", "mlp.up_proj"),),
 }
 _PARTS = {part: (name, parts) for name, spellings in _MERGED.items() for parts in spellings for part in parts}
@@ -64,14 +62,14 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = _PREFIX.sub("", name)
         layer = _LAYER.fullmatch(name)
         if layer is None:
-            renamed[_renamed(name, _TOP)] = value
+            renamed[rename_start(name, TOP)] = value
             continue
         stem, _, leaf = layer[2].rpartition(".")
         if stem in _PARTS:
             merged, parts = _PARTS[stem]
             found.setdefault((f"blocks.{layer[1]}.{merged}.{leaf}", parts), {})[stem] = value
         else:
-            renamed[f"blocks.{layer[1]}.{_renamed(layer[2], _IN_LAYER)}"] = value
+            renamed[f"blocks.{layer[1]}.{rename_start(layer[2], IN_LAYER)}"] = value
     for (name, parts), tensors in found.items():
         if missing := [part for part in parts if part not in tensors]:
             raise CheckpointError(
@@ -81,5 +79,6 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _renamed(name: str, table: dict[str, str]) -> str:
+def rename_start(name: str, table: dict[str, str]) -> str:
+    """Return ``name`` with its beginning replaced as ``table`` says; a name that it does not know is kept."""
     return next((new + name.removeprefix(old) for old, new in table.items() if name.startswith(old)), name)

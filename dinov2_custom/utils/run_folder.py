@@ -101,11 +101,7 @@ def run_config_near(weights: str) -> Path | None:
 
 
 def default_output(command: str, source: str) -> Path:
-    """Return ./outputs/<command>/<name of the run that is or contains ``source``, else of the file>.
-
-    Raises:
-        CheckpointError: the directory has no weights.
-    """
+    """Return ./outputs/<command>/<name of the run that is or contains ``source``, else of the file>."""
     weights = find_weights(source)
     config = run_config_near(weights)
     return Path("outputs") / command / (config.parent.name if config else Path(without_credentials(weights)).stem)

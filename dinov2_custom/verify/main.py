@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,13 +43,10 @@ class Checker:
     def __init__(self, dataset: Any, simplejpeg: bool):
         self.dataset = dataset
         self.simplejpeg = simplejpeg
-        self._module: ModuleType | None = None
 
     def __call__(self, i: int) -> tuple[Checked, Stamp]:
         name = self.dataset.name(i)
         stamp = stamp_of(name)
-        if self._module is None and self.simplejpeg:
-            self._module = find_simplejpeg()
         if stamp is not None and stamp[0] > MAX_IMAGE_BYTES and os.path.exists(name):
             return Checked(too_large(f"{stamp[0]:,} bytes")), stamp
         try:
@@ -58,7 +54,7 @@ class Checker:
         except DataError as e:
             return Checked(f"unreadable: {e}"), stamp
         try:
-            return check_image(data, self._module), stamp
+            return check_image(data, find_simplejpeg() if self.simplejpeg else None), stamp
         except MemoryError as e:
             raise shortage(e, name) from e
 
@@ -90,9 +86,6 @@ def verify(
 
     Returns:
         the content of summary.json.
-
-    Raises:
-        DataError: if the decoder processes cannot run.
     """
     workers = workers or num_cores()
     has_simplejpeg = find_simplejpeg() is not None
@@ -106,7 +99,10 @@ def verify(
         started = time.monotonic()
         pool = run_pool(Checker(dataset, has_simplejpeg), map(int, todo), workers=workers, time_limit_s=time_limit_s)
         for i, result in track(pool, "verify", total=len(todo), unit="images"):
-            found, stamp = (_of_death(result), stamp_of(dataset.name(i))) if isinstance(result, Death) else result
+            if isinstance(result, Death):
+                kind = "too slow" if result.reason.startswith("took") else "decoder died"
+                result = Checked(f"{kind}: {result.reason}"), stamp_of(dataset.name(i))
+            found, stamp = result
             results.add(i, found, stamp)
             if found.reason and len(results.reasons) <= 20:
                 logger.warning(f"bad image: {dataset.name(i)} ({found.reason})")
@@ -117,11 +113,6 @@ def verify(
         deep, look = np.flatnonzero((results.status == SOUND) & np.isin(results.kind, kinds)), Looker(dataset)
         measured = measure(len(deep), lambda k: look(int(deep[k])))
         return write_report(results, folder, label, dataset.passed_over(), dataset.left_out(), measured)
-
-
-def _of_death(death: Death) -> Checked:
-    kind = "too slow" if death.reason.startswith("took") else "decoder died"
-    return Checked(f"{kind}: {death.reason}")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from dinov2_custom.data.intensity import Measured
 from dinov2_custom.data.listing import PassedOver
 from dinov2_custom.errors import install
-from dinov2_custom.files import atomic_write
+from dinov2_custom.files import atomic_write, write_text
 
 from .results import BAD, SOUND, Results
 
@@ -54,8 +54,7 @@ def write_report(
         keys = ("intensity", "deep", "clipped", "levels", "levels_an_image")
         found = {key: getattr(measured, key) for key in keys} | {"intensity": list(measured.intensity)}
         summary["intensity"] = found | {"text": measured.describe()[0], "warnings": measured.warnings()}
-    with atomic_write(folder / "summary.json", fsync=True) as file:
-        file.write(json.dumps(summary, indent=1) + "\n")
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n", fsync=True)
     return summary
 
 
@@ -80,13 +79,14 @@ def summarize(results: Results, dataset: str) -> dict[str, Any]:
     sizes = results.sizes[sound]
     exact, counts = np.unique(sizes, axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:TOP]
+    folders = Counter(os.path.dirname(results.name(i)) or "." for i in results.reasons)
     return {
         "dataset": dataset,
         "images": len(results.status),
         "sound": int(sound.sum()),
         "bad": int((results.status == BAD).sum()),
         "reasons": _sorted(Counter(reason.split(":")[0] for reason in results.reasons.values())),
-        "worst_folders": dict(_bad_folders(results).most_common(TOP)),
+        "worst_folders": dict(list(_sorted(folders).items())[:TOP]),
         "formats": _sorted(formats),
         "modes": _sorted(modes),
         "pages": _sorted(+notes),
@@ -95,11 +95,6 @@ def summarize(results: Results, dataset: str) -> dict[str, Any]:
         "sizes": {f"{exact[k][0]}x{exact[k][1]}": int(counts[k]) for k in order.tolist()},
         "megapixels_mean": round(float(sizes.prod(axis=1, dtype=np.int64).mean() / 1e6), 3) if len(sizes) else 0.0,
     }
-
-
-def _bad_folders(results: Results) -> Counter[str]:
-    folders = Counter(os.path.dirname(results.name(i)) or "." for i in results.reasons)
-    return Counter(dict(sorted(folders.items())))
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:

@@ -15,8 +15,7 @@ from dinov2_custom.data import loaders
 from dinov2_custom.data.loaders import Copier, make_train_loader
 from dinov2_custom.data.pool import PinnedRing
 from dinov2_custom.eval import knn
-from dinov2_custom.eval.linear import eval_linear
-from dinov2_custom.eval.linear_classifiers import LinearPostprocessor, setup_linear_classifiers
+from dinov2_custom.eval.linear import LinearPostprocessor, eval_linear, setup_linear_classifiers
 from dinov2_custom.eval.metrics import MetricType, build_metric
 from dinov2_custom.eval.utils import (
     ModelWithIntermediateLayers,

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_custom.decoder.labels import IGNORE, instance_mask, read_split, read_train_and_val, semantic_mask
+from dinov2_custom.decoder.instances import IGNORE, instance_mask, semantic_mask
+from dinov2_custom.decoder.labels import read_split, read_train_and_val
 from dinov2_custom.errors import DataError
 
 WIDTH, HEIGHT = 40, 30

@@ -13,9 +13,7 @@ from dinov2_custom.data.transforms import make_classification_train_transform
 from dinov2_custom.errors import CheckpointError, ConfigError, DataError
 from dinov2_custom.eval.args import get_linear_args_parser
 from dinov2_custom.eval.datasets import draws_for_training, open_labelled
-from dinov2_custom.eval.linear import main
-from dinov2_custom.eval.linear_classifiers import LinearClassifier
-from dinov2_custom.eval.linear_evaluate import _pad
+from dinov2_custom.eval.linear import LinearClassifier, _pad, main
 from dinov2_custom.eval.setup import build_model_for_eval
 from dinov2_custom.eval.utils import ModelWithIntermediateLayers
 from dinov2_custom.logging import remove_logging

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.eval import linear_checkpoint
-from dinov2_custom.eval.linear_checkpoint import LinearCheckpointer
+from dinov2_custom.eval import linear
+from dinov2_custom.eval.linear import LinearCheckpointer
 
 
 def make(folder):
@@ -32,7 +32,7 @@ def test_the_advice_is_that_of_the_error(tmp_path, monkeypatch, number, words):
         raise OSError(number, os.strerror(number))
 
     checkpointer = make(tmp_path)
-    monkeypatch.setattr(linear_checkpoint, "save_atomically", fails)
+    monkeypatch.setattr(linear, "save_atomically", fails)
     with pytest.raises(CheckpointError) as e:
         checkpointer.save("model_final", 3)
     assert os.strerror(number) in str(e.value) and words in str(e.value)

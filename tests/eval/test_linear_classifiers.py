@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2_custom.eval import linear_classifiers
-from dinov2_custom.eval.linear_classifiers import (
+from dinov2_custom.eval import linear
+from dinov2_custom.eval.linear import (
     AllClassifiers,
     LinearClassifier,
     LinearPostprocessor,
@@ -66,7 +66,7 @@ def test_shared_inputs_are_made_once(monkeypatch):
         return create_linear_input(*args)
 
     classifiers, _ = setup_linear_classifiers(given, (1, 4), RATES[:3], 8, num_classes=2)
-    monkeypatch.setattr(linear_classifiers, "create_linear_input", counted)
+    monkeypatch.setattr(linear, "create_linear_input", counted)
     logits = classifiers(given)
     assert sorted(made) == [(1, False), (1, True), (4, False), (4, True)]
     for name, one in logits.items():

@@ -336,7 +336,7 @@ def test_other_blocks_behind_a_small_layerscale_are_refused(form, request, tmp_p
 
 
 WRONG_NAMES = {  # released -> transformers' and back, in both tables
-    "norms": ({"norm1": "norm2", "norm2": "norm1"}, {"norm1.": "norm2.", "norm2.": "norm1."}),
+    "norms": ({"norm1.": "norm2.", "norm2.": "norm1."}, {"norm1.": "norm2.", "norm2.": "norm1."}),
     "layerscales": (
         {"ls1.gamma": "layer_scale2.lambda1", "ls2.gamma": "layer_scale1.lambda1"},
         {"layer_scale1.lambda1": "ls2.gamma", "layer_scale2.lambda1": "ls1.gamma"},
@@ -347,7 +347,7 @@ WRONG_NAMES = {  # released -> transformers' and back, in both tables
 @pytest.mark.parametrize("tables", WRONG_NAMES.values(), ids=WRONG_NAMES)
 def test_names_that_are_wrong_in_both_directions_are_refused(transformers, tables, tmp_path, monkeypatch):
     """The tensors are then as expected, so the features must differ, even with a small LayerScale."""
-    for table, wrong in zip((hugging_face._IN_BLOCK, reading._IN_LAYER), tables, strict=True):
+    for table, wrong in zip((hugging_face._TO_LAYER, reading.IN_LAYER), tables, strict=True):
         for key, value in wrong.items():
             monkeypatch.setitem(table, key, value)
     with pytest.raises(CheckpointError, match="expected transformers to give the same features, got a difference"):

@@ -5,5 +5,3 @@ from .folder import ImageDataset, LabelledFolder
 from .image_net import ImageNet
 from .image_net_22k import ImageNet22k
 from .source_dataset import SourceDataset
-
-__all__ = ["ExtendedVisionDataset", "ImageDataset", "ImageNet", "ImageNet22k", "LabelledFolder", "SourceDataset"]

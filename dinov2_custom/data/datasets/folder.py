@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dinov2_custom.data.listing import PassedOver, log_passed_over
-from dinov2_custom.data.sources import EXTENSIONS, FolderSource, PathTable, Root, as_roots, list_images, read_file
+from dinov2_custom.data.listing import PassedOver, list_images, log_passed_over
+from dinov2_custom.data.sources import EXTENSIONS, FolderSource, PathTable, Root, as_roots, read_file
 from dinov2_custom.errors import DataError
 
 from .extended import ExtendedVisionDataset
@@ -88,7 +88,6 @@ class LabelledFolder(ExtendedVisionDataset):
         return self._passed_over
 
     def name(self, index: int) -> str:
-        """Return the path of image ``index``."""
         return self.paths[index]
 
     def get_image_data(self, index: int) -> bytes:

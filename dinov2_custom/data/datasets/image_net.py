@@ -15,7 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
-from dinov2_custom.data.sources import list_images, read_file
+from dinov2_custom.data.listing import list_images
+from dinov2_custom.data.sources import read_file
 from dinov2_custom.errors import DataError
 
 from .table_dataset import TableDataset
@@ -150,7 +151,6 @@ class ImageNet(TableDataset):
         return str(self._class_names[class_index])
 
     def name(self, index: int) -> str:
-        """Return the path of image ``index``."""
         relpath = self.split.get_image_relpath(int(self._entries[index]["actual_index"]), self.get_class_id(index))
         return os.path.join(self.root, relpath)
 

@@ -35,11 +35,9 @@ class SourceDataset(ExtendedVisionDataset):
         return len(self.source)
 
     def read(self, index: int) -> bytes:
-        """Return the bytes of image ``index``."""
         return self.source.read(index)
 
     def name(self, index: int) -> str:
-        """Return the path of image ``index``."""
         return self.source.name(index)
 
     def get_image_data(self, index: int) -> bytes:
@@ -49,15 +47,12 @@ class SourceDataset(ExtendedVisionDataset):
         return ()
 
     def digest(self) -> str:
-        """Return a hash identifying the set of images."""
         return self.source.digest()
 
     def left_out(self) -> Counter[str]:
-        """Return the number of non-image files found, by extension."""
         return self.source.left_out()
 
     def passed_over(self) -> list[PassedOver]:
-        """Return the folders and files that could not be listed completely."""
         return self.source.passed_over()
 
     def shares(self) -> list[tuple[str, int, float]]:

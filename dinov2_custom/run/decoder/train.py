@@ -15,11 +15,7 @@ class DecoderTraining(Task):
     get_parser = staticmethod(cli.decoder_train_parser)
 
     def prepare(self, warn: Callable[[str], None]) -> None:
-        """Check the settings, and warn of weights and labels that are not on this machine.
-
-        Raises:
-            ConfigError: unknown keys or invalid values.
-        """
+        """Check the settings, and warn of weights and labels that are not on this machine."""
         from dinov2_custom.decoder.settings import read_settings
 
         read_settings(self.args.opts or [])
