@@ -4,7 +4,7 @@
 one card, within eight minutes; ours also with its data loader, and how long an evaluation during a run takes beyond its
 forward passes. The page is rewritten after each row, and an engine that fails gets a row with the error. Needs CUDA;
 ``pip install xformers scikit-image scikit-learn`` first. To try it without a GPU:
-``python -m tests.cuda_host.run -m benchmarks.gpu --small``.
+``python -m tests.cuda_host.run -m benchmarks.gpu --small`` (kNN fails there, as nothing is computed).
 """
 
 from __future__ import annotations
