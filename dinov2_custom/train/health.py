@@ -251,7 +251,7 @@ class LearningAlarm:
         if len(stretch) < self.MIN_ROWS:
             return False
         if kind == SINGLE:
-            before, after = _halves(stretch, "prototype_entropy")
+            before, after = _halves(stretch[-2 * self.MIN_ROWS :], "prototype_entropy")
             shrinks = after < before and stretch[-1].get("rankme", math.inf) < self.FEWER_RANK * self.best_rank
             return span >= min(self.STRETCH * total * (0.5 if shrinks else 2), self.SETTLED)
         if kind == PLATEAU:
