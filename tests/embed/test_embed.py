@@ -156,7 +156,7 @@ def test_other_features_are_refused(weights, images, tmp_path):
     with pytest.raises(ConfigError, match="expected to read .*embed.json.*--overwrite"):
         run(*options)
     (tmp_path / "out" / "embed.json").unlink()
-    with pytest.raises(ConfigError, match="got features.npy of unknown origin"):
+    with pytest.raises(ConfigError, match="features.npy of unknown origin"):
         run(*options)
 
 
