@@ -144,7 +144,7 @@ def test_other_features_are_refused(weights, images, tmp_path):
     options = [weights, images, "--output-dir", tmp_path / "out", "--image-size", 32]
     run(*options)
     with pytest.raises(
-        ConfigError, match=r"(?s)got other ones:\n  features: 'cls', now 'mean'\n  l2: False, now True\n"
+        ConfigError, match=r"(?s)got others:\n  features: 'cls', now 'mean'\n  l2: False, now True\n"
     ):
         run(*options, "--features", "mean", "--l2")
     Image.new("RGB", (40, 40)).save(images / "new.png")
@@ -156,7 +156,7 @@ def test_other_features_are_refused(weights, images, tmp_path):
     with pytest.raises(ConfigError, match="expected to read .*embed.json.*--overwrite"):
         run(*options)
     (tmp_path / "out" / "embed.json").unlink()
-    with pytest.raises(ConfigError, match="got features.npy of unknown origin"):
+    with pytest.raises(ConfigError, match="features.npy of unknown origin"):
         run(*options)
 
 
