@@ -30,6 +30,7 @@ def print_schedule(cfg, length: RunLength, folder: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print('for a figure: pip install "dinov2_custom[plots]"')
         return
+    folder.mkdir(parents=True, exist_ok=True)
     draw(schedules, length, folder / FILE)
     print(f"figure: {folder / FILE}")
 
