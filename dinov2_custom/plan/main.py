@@ -13,6 +13,7 @@ import torch
 
 from dinov2_custom import cli, distributed
 from dinov2_custom.configs.load import load_run_config
+from dinov2_custom.configs.paths import check_output_dir
 from dinov2_custom.errors import ConfigError, optional
 from dinov2_custom.files import atomic_write
 from dinov2_custom.parallel import bytes_elsewhere, strategies_on
@@ -67,8 +68,9 @@ def main(args) -> int:
     load = loader(args)
     names = [find_by_user_name(name) for name in args.gpu or ([] if args.time else DEFAULT_GPUS)]
     if args.schedule:
-        cfg = load(args.gpus[0])
-        print_schedule(cfg, length_of(cfg, args.images, args.gpus[0]), Path(args.output_dir))
+        cfg, folder = load(args.gpus[0]), Path(args.output_dir).expanduser()
+        check_output_dir(folder, "--output-dir")
+        print_schedule(cfg, length_of(cfg, args.images, args.gpus[0]), folder)
     elif args.memory or args.fits:
         for num_gpus in args.gpus:
             print_memory(load(num_gpus), num_gpus, args.fits)
@@ -296,6 +298,7 @@ def print_schedule(cfg, length: RunLength, folder: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print('for a figure: pip install "dinov2_custom[plots]"')
         return
+    folder.mkdir(parents=True, exist_ok=True)
     draw_schedule(schedules, length, folder / "schedule.png")
     print(f"figure: {folder / 'schedule.png'}")
 

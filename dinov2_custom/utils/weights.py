@@ -84,10 +84,8 @@ def _read_file(path: Path) -> Any:
 
 def _with_metadata(path: Path) -> OrderedDict[str, Tensor]:
     """Read a safetensors file; the strings in its header become ``_metadata[""]``, as in state dicts."""
-    with utf8_path(path) as plain:
+    with utf8_path(path) as plain, safe_open(plain, "pt") as file:
         state = OrderedDict(load_file(plain))
-        file = safe_open(plain, "pt")
-    with file:
         state._metadata = {"": file.metadata() or {}}
     return state
 

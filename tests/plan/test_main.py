@@ -171,14 +171,14 @@ def test_a_process_of_its_own_measures_its_own_memory():
 
 def test_the_schedules_are_those_of_training(plan, tmp_path):
     pytest.importorskip("matplotlib")
-    lines, rows = plan("--schedule", "--images", "400", "--output-dir", str(tmp_path))
+    lines, rows = plan("--schedule", "--images", "400", "--output-dir", str(tmp_path / "new"))
     cfg = tiny_config(*LENGTH)
     schedules = build_schedulers(cfg, length_of(cfg, 400, 1))
     assert [int(float(row["iteration"])) for row in rows][::10] == [0, 999]
     for row in rows:
         i = int(float(row.pop("iteration")))
         assert [float(cell) for cell in row.values()] == pytest.approx([float(s[i]) for s in schedules], rel=1e-3)
-    assert (tmp_path / "schedule.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_schedules_are_a_table(plan, tmp_path, monkeypatch):
