@@ -334,11 +334,14 @@ def _random_state() -> Iterator[None]:
     """
     torch = sys.modules.get("torch")
     state = torch.get_rng_state() if torch else None
+    of_gpus = torch.cuda.get_rng_state_all() if torch and torch.cuda.is_initialized() else []
     try:
         yield
     finally:
         if torch:
             torch.set_rng_state(state)
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:

@@ -238,7 +238,15 @@ def _world_of_foreign_group() -> World:
 def _device_of(world: World) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", _cuda_index(world))
+    return checked_gpu(torch.device("cuda", _cuda_index(world)))
+
+
+def checked_gpu(device: torch.device) -> torch.device:
+    """Return the GPU ``device``, and compute float32 in full precision from now on, as :func:`get_device` does.
+
+    Raises:
+        LaunchError: this build of torch has no kernels for it.
+    """
     capability, architectures = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
     if architectures and torch.version.hip is None and not has_kernels(capability, architectures):
         raise LaunchError(_no_kernels(torch.cuda.get_device_name(device), capability, architectures))

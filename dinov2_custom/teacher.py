@@ -368,4 +368,5 @@ def device_of_choice(name: str = "auto", flag: str = "--device") -> torch.device
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"{flag}: expected a device of this machine, got {name!r}; leave it out") from e
-    return torch.device(name)
+    device = torch.device(name)
+    return distributed.checked_gpu(device) if device.type == "cuda" else device

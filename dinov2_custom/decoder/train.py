@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from submitit.core.utils import environment_variables
 from torch import Tensor, nn
 
 from dinov2_custom import cli, distributed
@@ -185,7 +186,7 @@ def fit(
 
     The newest checkpoint in ``folder`` is continued, with the same result as without the interruption.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
     facts = decoder.facts
     if facts.task != "semantic":
@@ -269,9 +270,34 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, num_steps, settings.warmup_steps)
     )
+    trainer = DecoderTrainer(
+        model=decoder.model,
+        args=training_arguments(
+            settings,
+            output_dir=str(folder / CHECKPOINTS),
+            logging_steps=max(steps_per_epoch // _ROWS_PER_EPOCH, 1),
+            dataloader_drop_last=drop_last,
+        ),
+        train_dataset=data,
+        eval_dataset=Images(val, facts),
+        data_collator=collate,
+        optimizers=(optimizer, schedule),
+        callbacks=[Epochs(), Rows(), *callbacks],
+    )
+    newest = newest_checkpoint(folder / CHECKPOINTS)
+    with open_sinks(folder, settings, 0 if newest is None else int(newest.rpartition("-")[2])) as sinks:
+        # otherwise accelerate takes the rank on the node for the number of the GPU, which a task may not see
+        with environment_variables(ACCELERATE_BYPASS_DEVICE_MAP="true"):
+            trainer.train(resume_from_checkpoint=newest)
+    return read_scores(folder / "best")
+
+
+def training_arguments(settings: Settings, **more: Any) -> Any:
+    """Return transformers' arguments for ``settings``, and ``more`` of them, to train on this process's device."""
+    from transformers import TrainingArguments
+
     device = distributed.get_device()
     arguments = TrainingArguments(
-        output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=settings.batch,
         gradient_accumulation_steps=settings.accumulation,
         num_train_epochs=settings.epochs,
@@ -282,29 +308,18 @@ def fit(
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
-        logging_steps=max(steps_per_epoch // _ROWS_PER_EPOCH, 1),
         report_to="none",
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_num_workers=settings.num_workers,
-        dataloader_drop_last=drop_last,
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
         use_cpu=device.type == "cpu",
+        **more,
     )
-    trainer = DecoderTrainer(
-        model=decoder.model,
-        args=arguments,
-        train_dataset=data,
-        eval_dataset=Images(val, facts),
-        data_collator=collate,
-        optimizers=(optimizer, schedule),
-        callbacks=[Epochs(), Rows(), *callbacks],
-    )
-    newest = newest_checkpoint(folder / CHECKPOINTS)
-    with open_sinks(folder, settings, 0 if newest is None else int(newest.rpartition("-")[2])) as sinks:
-        trainer.train(resume_from_checkpoint=newest)
-    return read_scores(folder / "best")
+    # otherwise a single process trains on all GPUs that it sees, with nn.DataParallel and a batch for each
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def open_sinks(folder: Path, settings: Settings, first_step: int) -> Sinks:

@@ -66,7 +66,7 @@ def with_backbone(
     with tempfile.TemporaryDirectory() as folder:
         write_hugging_face(model, Path(folder))
         config = json.loads((Path(folder) / "config.json").read_text())
-        with torch.random.fork_rng():  # transformers initialises from the global generator
+        with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator, on the CPU
             torch.manual_seed(seed_for(seed, "decoder"))
             made = make(config)
         if not random_backbone:

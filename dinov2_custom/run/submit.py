@@ -88,28 +88,32 @@ class Task:
 
 
 def check_gpus(environment: Mapping[str, str]) -> None:
-    """Check that torch finds GPUs if SLURM, SkyPilot or the user name any in ``environment``.
+    """Check that torch can use GPUs if SLURM, SkyPilot or the user name any in ``environment``, or the machine has any.
 
     Otherwise the run would train on the CPU while occupying the GPUs.
 
     Raises:
-        LaunchError: if GPUs are named but torch finds none.
+        LaunchError: if there are GPUs, or names of GPUs, and torch cannot use any.
     """
     names = ("CUDA_VISIBLE_DEVICES", "SKYPILOT_NUM_GPUS_PER_NODE")
     name = next((name for name in names if name in environment), "")
     given = environment.get(name, "").strip()
-    if given in ("", "-1", "NoDevFiles") or (name == names[1] and given == "0"):
+    if (name and given in ("", "-1", "NoDevFiles")) or (name == names[1] and given == "0"):
         return
     torch = entry.import_quietly("torch")
     if torch.cuda.is_available():
         return
+    # counted by NVML, which also works with a driver that is too old for this torch
+    if not name and not (count := torch.cuda.device_count()):
+        return
+    which = f"GPUs that {name}={given} names" if name else f"{count} GPUs of this machine"
     if torch.version.cuda is None and torch.version.hip is None:
         why = "is a build without CUDA: install another (https://pytorch.org/get-started)"
     else:
         why = "cannot use them: check that `nvidia-smi` works there, and that its driver is new enough"
     raise LaunchError(
-        f"expected to use the GPUs that {name}={given} names, got none: torch {torch.__version__} in {sys.executable} "
-        f"{why}, or add --cpu to run without GPUs"
+        f"expected to use the {which}, got none: torch {torch.__version__} in {sys.executable} {why}, or add "
+        "--cpu to run without GPUs"
     )
 
 

@@ -30,6 +30,7 @@ LOOK_S = 2.0  # between checks of the other processes on this machine
 GRACE_S = 10.0  # for the main thread to raise a more specific error, and for all processes to write their stacks
 LEAVE_S = 2.0  # for the last lines to be written
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+_NO_MEMORY += ("CUBLAS_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED")  # of libraries, for workspaces: cuBLAS, cuDNN
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket Timeout")
 _LOST += ("ncclRemoteError",)
 
@@ -210,7 +211,7 @@ def describe_memory(cfg, error: BaseException) -> str:
     images = batch * (2 + locals_)
     sentences = str(error).partition("\n")[0].split(". ")
     known = [one for one in sentences if "allocate" in one or "capacity" in one]  # the sentences that give the amounts
-    known = known or [one for one in sentences if "memory" in one]
+    known = known or [one for one in sentences if "memory" in one] or sentences[:1]
     reason = (". ".join(known) or type(error).__name__)[:200]
     sizes = f"2 of {crops.global_crops_size} px and {locals_} of {crops.local_crops_size} px each"
     return (

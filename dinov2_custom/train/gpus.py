@@ -44,12 +44,17 @@ GPUS = {
 }
 
 
+_LESS = {"MIG", "Laptop", "Max"}  # of the names of a part of a GPU (Multi-Instance GPU), and of slower ones (Max-Q)
+
+
 def find_gpu(device_name: str) -> str | None:
     """Return the key of ``GPUS`` for what ``torch.cuda.get_device_name`` returns; None for a GPU that is not known.
 
     All words of the key are in the device's name ("A100-80GB": "NVIDIA A100-SXM4-80GB"); the key with the most counts.
     """
     words = set(re.split(r"[\s-]+", device_name))
+    if words & _LESS:
+        return None
     known = [key for key in GPUS if words.issuperset(key.split("-"))]
     return max(known, key=lambda key: key.count("-"), default=None)
 

@@ -41,5 +41,5 @@ def to_host(tensor: Tensor) -> HostCopy:
         return HostCopy(tensor)
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
     event = torch.cuda.Event(blocking=True)  # otherwise waiting would busy-loop on a core
-    event.record()
+    event.record(torch.cuda.current_stream(tensor.device))  # not of the current device, which may be another GPU
     return HostCopy(copy, event)

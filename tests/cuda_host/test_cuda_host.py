@@ -8,7 +8,7 @@ import pytest
 from tests.cuda_host.run import REPOSITORY
 
 
-@pytest.mark.parametrize("part", ["step", "data", "loop", "update"])
+@pytest.mark.parametrize("part", ["step", "data", "loop", "update", "device"])
 def test_host_side_of_cuda(part, preloaded):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/cuda_host/inside_{part}.py"]
     done = subprocess.run(command, cwd=REPOSITORY, env=preloaded, capture_output=True, text=True, timeout=600)

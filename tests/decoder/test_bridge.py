@@ -33,6 +33,14 @@ def test_every_tensor_and_the_features_arrive_and_the_folder_loads_whole(kind, t
     assert loaded.facts == decoder.facts
 
 
+def test_the_first_weights_need_none_of_the_gpus_of_the_machine(tiny, monkeypatch):
+    """torch keeps the random state of all GPUs unless told otherwise, and warns if there are several."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("a GPU was initialised"))
+    build(make_teacher("patch 14"), "semantic", ("a", "b"), tiny("head=linear"))
+
+
 def test_a_tensor_that_did_not_arrive_is_named(tiny):
     teacher = make_teacher("patch 14")
     decoder = build(teacher, "detection", ("a",), tiny())

@@ -9,10 +9,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from dinov2_custom import cli
+from dinov2_custom import cli, distributed
 from dinov2_custom.decoder import train
 from dinov2_custom.decoder.bridge import build, load
-from dinov2_custom.decoder.train import fit, learning_rate_factor, newest_checkpoint, parameter_groups
+from dinov2_custom.decoder.train import (
+    fit,
+    learning_rate_factor,
+    newest_checkpoint,
+    parameter_groups,
+    training_arguments,
+)
 from dinov2_custom.errors import ConfigError, LaunchError
 from dinov2_custom.export.portable import portable
 from dinov2_custom.export.rf_detr_folder import backbone_of
@@ -30,6 +36,40 @@ from tests.processes import ENVIRONMENT, REPOSITORY, children, wait_until
 def no_handlers_left():
     yield
     remove_logging("dinov2")
+
+
+def test_a_process_trains_on_one_of_the_gpus_that_it_sees(tiny, tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "get_device", lambda: torch.device("cuda", 0))
+    arguments = training_arguments(tiny("batch=3"), output_dir=str(tmp_path))
+    assert arguments.device == torch.device("cuda:0") and not arguments.use_cpu
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 3)  # otherwise nn.DataParallel, and 6
+
+
+class Wrapped(Exception):
+    pass
+
+
+def test_gradients_are_averaged_on_the_gpu_of_the_model(tiny, tmp_path, monkeypatch):
+    """The rank on the node is not the number of the GPU if each task of a node sees only its own."""
+    from accelerate import Accelerator
+
+    class DDP:
+        def __init__(self, model, device_ids, output_device, **options):
+            raise Wrapped(device_ids, output_device)
+
+    monkeypatch.setattr(Accelerator, "multi_device", True)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", DDP)
+    settings = tiny("head=linear")
+    data = make_split(tmp_path / "a", 8, 0, True)
+    with pytest.raises(Wrapped) as e:
+        fit(make("semantic", settings), data, data, tmp_path / "run", settings)
+    assert e.value.args == (None, None)
 
 
 class Killed(Exception):

@@ -535,6 +535,15 @@ def test_given_and_not_seen(no_gpu, monkeypatch, environment, cuda, why):
     assert "=".join(pair) in str(e.value) and why in str(e.value) and "--cpu" in str(e.value)
 
 
+def test_there_and_not_usable(no_gpu, monkeypatch):
+    """NVML counts the GPUs of a driver that is too old for this torch."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(LaunchError, match="the 2 GPUs of this machine, got none: .*driver is new enough, or add --cpu"):
+        check_gpus({})
+    check_gpus({"CUDA_VISIBLE_DEVICES": ""})
+
+
 def test_given_and_seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_gpus({"CUDA_VISIBLE_DEVICES": "0"})

@@ -17,6 +17,8 @@ from dinov2_custom.train.gpus import GPUS, describe_device, find_device, find_gp
         ("NVIDIA H100 PCIe", "H100-PCIe"),
         ("NVIDIA GH200 480GB", "GH200"),
         ("NVIDIA RTX 6000 Ada Generation", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
 def test_a_device_is_found_by_the_words_of_its_name(device, name):
