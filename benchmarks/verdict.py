@@ -88,7 +88,8 @@ RUNS = {
         evaluated=5,
         continues=True,
     ),
-    "centering": Kind("", ("train.centering=centering",), evaluated=10),  # few prototypes at first, as with one
+    # few prototypes at first, as above
+    "centering": Kind("", ("train.centering=centering", "train.on_collapse=warn"), evaluated=10),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinov2_custom.data.samples import with_path
 from dinov2_custom.files import append_row, parse_json_object
+from dinov2_custom.logging.sinks import Sink
 from dinov2_custom.train.step_guard import MAX_STEPS_SCALED
 from dinov2_custom.train.views import num_crop_pairs
 
@@ -62,7 +63,7 @@ ALIKE = 1.5  # RankMe of features that hardly differ
 MAX_RANKME_ROWS = 128  # images per step: enough to distinguish 1 from 20, in 10 to 20 ms
 
 
-class LearningAlarm:
+class LearningAlarm(Sink):
     """Call a verdict if a run does not learn, has collapsed or explodes; a sink of rows (``logging/sinks.py``).
 
     Each kind is called once. Verdicts depend on the rows alone, so that a resumed run only has to :meth:`read` the
@@ -171,15 +172,6 @@ class LearningAlarm:
             if stretch or (kind in (UNIFORM, NO_PROGRESS) and most):
                 found[kind] = self._describe(kind, stretch) if stretch else words
         return found
-
-    def state(self) -> dict[str, str]:
-        return {}
-
-    def summarize(self, facts: Mapping[str, str]) -> None:
-        pass  # it is where they come from
-
-    def close(self, exit_code: int) -> None:
-        pass
 
     def _found(self, row: dict[str, float]) -> dict[str, bool]:
         """Return which kinds ``row`` belongs to; without a kind that it says nothing about."""

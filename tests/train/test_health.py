@@ -18,6 +18,7 @@ EXPECTED = {  # name -> (first verdict, whether it started from trained weights)
     "teacher temperature 1": ("uniform", False),
     "one prototype: centering, temperature 0.01": ("single_prototype", False),
     "trained weights, learning rate x 5": ("worse_than_start", True),
+    "trained weights, learning rate x 10": ("worse_than_start", True),
     "trained weights, learning rate / 4": ("", True),  # three evaluations are below the start
 }
 ISSUE_1 = {"loss": [6.931] * 27, "teacher": [6.931] * 27, "prototype": [6.931] * 27, "rank": [1.0] * 27}
