@@ -163,14 +163,18 @@ class LearningAlarm:
         return new
 
     def final_verdicts(self) -> dict[str, str]:
-        """Return the verdicts to repeat at the end, by kind: those that still hold, or held for most of the run."""
+        """Return the verdicts to repeat at the end, by kind: those that still hold, or held for most of the run.
+
+        Without those that another of them explains, also if that one was called later.
+        """
         most = not self.has_learned or 2 * self.num_flat > self.num_rows
         found = {}
         for kind, words in self.called.items():
             stretch = self.stretches[kind] or (self.stretches[PLATEAU] if kind == NO_PROGRESS else [])
             if stretch or (kind in (UNIFORM, NO_PROGRESS) and most):
                 found[kind] = self._describe(kind, stretch) if stretch else words
-        return found
+        hold = {kind for kind in found if self.stretches[kind]}
+        return {kind: words for kind, words in found.items() if not EXPLAINED_BY.get(kind, set()) & hold}
 
     def state(self) -> dict[str, str]:
         return {}

@@ -157,6 +157,15 @@ def test_assignments_just_below_the_even_spread_are_called_before_a_quarter_and_
     assert alarms(at_share(0.9), 256, 1000) == ({}, [])
 
 
+def test_the_end_names_a_cause_that_was_called_after_its_effect_without_the_effect():
+    uniform = math.log(256)
+    teacher = [0.95 * uniform] * 40 + [uniform] * 60
+    series = {"loss": [uniform] * 100, "teacher": teacher, "prototype": [uniform] * 100, "rank": [10.0] * 100}
+    alarm = alarm_for(256, 1000)
+    kinds = [kind for row in rows(series) for kind in alarm.check(row, 1000)]
+    assert kinds == ["no_progress", "uniform"] and list(alarm.final_verdicts()) == ["uniform"]
+
+
 def test_a_loss_that_stops_falling_before_it_has_learned_anything_is_no_progress():
     stuck = at_share(0.978) | {"teacher": [0.9 * math.log(256)] * 100}
     assert list(alarms(stuck, 256, 1000)[0].values()) == [["no_progress"]]
