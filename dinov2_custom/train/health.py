@@ -54,10 +54,8 @@ ADVICE = {  # kind -> (what is wrong, what to change)
         "weights of the start",
     ),
 }
-SEE = (
-    "docs/monitoring.md, 'A run that does not learn'; with few images or steps train with --config-file "
-    "configs/small.yaml"
-)
+SEE = "docs/monitoring.md, 'A run that does not learn'"
+RECIPE = "; with few images or steps train with --config-file configs/small.yaml"
 ALIKE = 1.5  # RankMe of features that hardly differ
 MAX_RANKME_ROWS = 128  # images per step: enough to distinguish 1 from 20, in 10 to 20 ms
 
@@ -90,6 +88,7 @@ class LearningAlarm:
         total: maps an iteration to the run's length in iterations, as far as known then.
         trained_start: whether the run started from trained weights. Random features first get worse in good runs, too:
             without trained weights, ``worse_than_start`` counts evaluations from when the loss is below ``LEARNED``.
+        name_recipe: whether verdicts name the recipe for few images and steps, which the run does not follow.
         announce: called with {"verdict": kinds} whenever they change, for the destinations that show a summary.
 
     Attributes:
@@ -110,9 +109,11 @@ class LearningAlarm:
         total: Callable[[int], float],
         announce: Callable[[dict[str, str]], None] = lambda facts: None,
         trained_start: bool = False,
+        name_recipe: bool = True,
     ) -> None:
         self.uniform_entropy, self.flat_loss, self.total = math.log(num_prototypes), flat_loss, total
         self.announce, self.trained_start = announce, trained_start
+        self.see = SEE + (RECIPE if name_recipe else "")
         self.stretches: dict[str, list[dict[str, float]]] = {kind: [] for kind in (*KINDS, PLATEAU)}
         self.num_rows = self.num_flat = 0
         self.has_learned, self.has_collapsed, self.is_better = False, False, False
@@ -292,7 +293,7 @@ class LearningAlarm:
         return (
             f"verdict {kind}: the run {what}: {reason}; from iteration={first['iteration']} to {last['iteration']} the "
             f"DINO loss was {min(r['loss'] for r in stretch):.3f} or more of its value for an even spread, with "
-            f"ln(prototypes)={self.uniform_entropy:.3f}: {changes}; what to do: {advice}; {SEE}"
+            f"ln(prototypes)={self.uniform_entropy:.3f}: {changes}; what to do: {advice}; {self.see}"
         )
 
     def _reason(self, kind: str, last: dict[str, float]) -> tuple[str, str]:

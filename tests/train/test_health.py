@@ -106,6 +106,9 @@ def test_a_run_that_does_not_learn_is_warned_of_once_and_at_the_end(series, prot
     assert found == {at: [kind]}
     assert "the run does not learn" in again and reason in again
     assert "configs/small.yaml" in again and "docs/monitoring.md" in again
+    alarm = LearningAlarm(prototypes, math.log(prototypes), lambda iteration: total, name_recipe=False)
+    alarm.read(rows(series))
+    assert all("small.yaml" not in words and "docs/monitoring.md" in words for words in alarm.called.values())
 
 
 @pytest.mark.parametrize(("series", "total"), [(TILES, 300), (LATE, 800)])
