@@ -139,9 +139,10 @@ class KnnAccuracy:
         self._own_bad = {}
         coming = map(self._fill, islice(self._batches, self.num_batches))
         features, is_read = extract_features_with_dataloader(model, coming, len(self.dataset))
-        is_read = to_host(is_read).wait().bool()
+        # summed, as a device may store an image that two processes had to read in another order than the next one
+        is_read = to_host(distributed.all_reduce(is_read.long())).wait() == distributed.get_global_size()
         self.bad = {}
-        if not is_read.all():  # in all processes, as they have gathered the same
+        if not is_read.all():  # in all processes
             reasons = {i: reason for own in distributed.gather_objects(self._own_bad) for i, reason in own.items()}
             self.bad = {i: reasons.get(i, "") for i in (~is_read).nonzero().flatten().tolist()}
         train, val = (part.nonzero().flatten() for part in (is_read[: self.num_train], is_read[-self.num_val :]))
