@@ -61,7 +61,7 @@ ALLOWED = {
     # labelled images, their features and neighbours, which training uses too; without commands and checkpoints
     "eval.datasets": BASE | {"data", "distributed", "reading"},
     "eval.utils": BASE | {"data", "distributed"},
-    "eval.neighbours": BASE | {"distributed", "eval.datasets", "eval.utils"},
+    "eval.neighbours": BASE | {"data", "distributed", "eval.datasets", "eval.utils"},
     "decoder.settings": {"errors", "configs"},
     "run": {"errors", "world", "entry", "cli", "configs", "utils.cluster", "utils.run_folder", "eval.args"}
     | {"decoder.settings"},

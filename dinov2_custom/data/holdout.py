@@ -67,13 +67,15 @@ def split(
 
     Raises:
         ConfigError: if only one of the two keys is set.
-        DataError: if no training image is left.
+        DataError: if no training image is left, or none is held out.
     """
     if not path_preserved and frac in (0, 1):  # 1 is a fork's default; without folders it holds out nothing
         return dataset, None
     folders, list_file = _where(path_preserved, frac, output_dir)
     listed = os.path.isfile(list_file)
     held_out = _read_list(list_file) if listed else choose(_Names(dataset, folders), frac)
+    if not held_out:
+        raise DataError(_nothing_held_out(dataset, folders, frac, list_file if listed else ""))
     is_kept = np.fromiter((name not in held_out for name in _Names(dataset)), np.bool_, len(dataset))
     kept, others = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
     if not len(kept):
@@ -87,6 +89,19 @@ def split(
     logger.info(f"held out: {len(dataset) - len(kept)} of {len(dataset)} images, listed in {list_file}")
     rest = dataset.subset(kept, IndexSubset) if hasattr(dataset, "subset") else IndexSubset(dataset, kept)
     return rest, IndexSubset(dataset, others) if len(others) else None
+
+
+def _nothing_held_out(dataset: Any, folders: list[str] | None, frac: float, empty_list: str) -> str:
+    if empty_list:
+        return (
+            f"train.path_preserved: expected a list of at least one held-out image, got an empty file {empty_list}; "
+            "delete it, and train.frac chooses the images anew"
+        )
+    number = sum(1 for _ in _Names(dataset, folders))
+    return (
+        f"train.frac: expected at least one image to hold out, got 0 of {number:,} by train.frac={frac}; raise "
+        "train.frac, or hold out nothing with train.frac=0 and an empty train.path_preserved"
+    )
 
 
 def _where(path_preserved: str | Sequence[str], frac: float, output_dir: str) -> tuple[list[str] | None, str]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from dinov2_custom import distributed
 from dinov2_custom.data.adapters import DatasetWithEnumeratedTargets
-from dinov2_custom.data.image_batches import ImageLoader, of_list, repeated
+from dinov2_custom.data.image_batches import ImageLoader, of_list
 from dinov2_custom.errors import DataError
 from dinov2_custom.utils.transfer import HostCopy, to_device, to_host
 
@@ -129,15 +128,14 @@ def extract_features(
     Raises:
         DataError: the dataset is empty.
     """
-    loader, _ = load_share(dataset, batch_size, num_workers)
+    indices, stop = of_list(share_of(dataset), batch_size)
+    images = DatasetWithEnumeratedTargets(dataset)
+    loader = ImageLoader(images, indices, batch_size, num_workers=num_workers, stop=stop)
     return extract_features_with_dataloader(model, loader, len(dataset), gather_on_cpu)
 
 
-def load_share(dataset, batch_size: int, num_workers: int, endless: bool = False) -> tuple[ImageLoader, int]:
-    """Return a loader of ``(images, (indices, labels))`` of this rank's share, and the number of its batches.
-
-    Args:
-        endless: begin again after the last batch.
+def share_of(dataset) -> list[int]:
+    """Return the indices of this process's images; the last ones repeat the first where that makes shares equal.
 
     Raises:
         DataError: the dataset is empty.
@@ -146,10 +144,7 @@ def load_share(dataset, batch_size: int, num_workers: int, endless: bool = False
         raise DataError("dataset: expected labelled images, got none; check --train-dataset and --val-dataset")
     rank, world_size = distributed.get_global_rank(), distributed.get_global_size()
     share = -(-len(dataset) // world_size)  # equal shares, since the features of all ranks are gathered in each step
-    indices, number = of_list([(i * world_size + rank) % len(dataset) for i in range(share)], batch_size)
-    indices, stop = (partial(repeated, indices, number), None) if endless else (indices, number)
-    images = DatasetWithEnumeratedTargets(dataset)
-    return ImageLoader(images, indices, batch_size, num_workers=num_workers, stop=stop), number
+    return [(i * world_size + rank) % len(dataset) for i in range(share)]
 
 
 @torch.no_grad()  # not inference_mode, whose tensors FSDP2 would keep for the training that follows

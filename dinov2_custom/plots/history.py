@@ -87,8 +87,9 @@ def uniform_level(run: Run) -> float | None:
     return math.log(prototypes) if isinstance(prototypes, int) and prototypes > 1 else None
 
 
-def _constant(key: str) -> Callable[[Run], float | None]:
-    return lambda run: next((row[key] for row in reversed(run.rows) if row.get(key) is not None), None)
+def _beside(key: str, curve: str) -> Callable[[Run], float | None]:
+    """Return a function to the value of ``key`` in the latest row with ``curve``: earlier ones may not belong to it."""
+    return lambda run: next((row.get(key) for row in reversed(run.rows) if row.get(curve) is not None), None)
 
 
 UNIFORM = Level("ln(prototypes)", uniform_level)
@@ -105,14 +106,17 @@ PANELS = (
         "kNN accuracy",
         "fraction, labelled images",
         (Line("teacher", _key("eval_knn")),),
-        levels=(Level("start", _constant("start_knn")), Level("raw pixels", _constant("pixels_knn"))),
+        levels=(
+            Level("start", _beside("start_knn", "eval_knn")),
+            Level("raw pixels", _beside("pixels_knn", "eval_knn")),
+        ),
         from_zero=True,
     ),
     Panel(
         "RankMe of the evaluation",
         "effective dimensions",
         (Line("teacher", _key("eval_rankme")),),
-        levels=(Level("start", _constant("start_rankme")),),
+        levels=(Level("start", _beside("start_rankme", "eval_rankme")),),
         from_zero=True,
     ),
     Panel(
@@ -126,8 +130,8 @@ PANELS = (
         "of the evaluation",
         (Line("uniformity", _key("eval_uniformity")), Line("alignment", _key("eval_alignment"))),
         levels=(
-            Level("uniformity, start", _constant("start_uniformity")),
-            Level("alignment, start", _constant("start_alignment")),
+            Level("uniformity, start", _beside("start_uniformity", "eval_uniformity")),
+            Level("alignment, start", _beside("start_alignment", "eval_alignment")),
         ),
     ),
     Panel(

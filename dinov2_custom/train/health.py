@@ -55,10 +55,8 @@ ADVICE = {  # kind -> (what is wrong, what to change)
         "weights of the start",
     ),
 }
-SEE = (
-    "docs/monitoring.md, 'A run that does not learn'; with few images or steps train with --config-file "
-    "configs/small.yaml"
-)
+SEE = "docs/monitoring.md, 'A run that does not learn'"
+RECIPE = "; with few images or steps train with --config-file configs/small.yaml"
 ALIKE = 1.5  # RankMe of features that hardly differ
 MAX_RANKME_ROWS = 128  # images per step: enough to distinguish 1 from 20, in 10 to 20 ms
 
@@ -91,6 +89,7 @@ class LearningAlarm(Sink):
         total: maps an iteration to the run's length in iterations, as far as known then.
         trained_start: whether the run started from trained weights. Random features first get worse in good runs, too:
             without trained weights, ``worse_than_start`` counts evaluations from when the loss is below ``LEARNED``.
+        name_recipe: whether verdicts name the recipe for few images and steps, which the run does not follow.
         announce: called with {"verdict": kinds} whenever they change, for the destinations that show a summary.
 
     Attributes:
@@ -111,9 +110,11 @@ class LearningAlarm(Sink):
         total: Callable[[int], float],
         announce: Callable[[dict[str, str]], None] = lambda facts: None,
         trained_start: bool = False,
+        name_recipe: bool = True,
     ) -> None:
         self.uniform_entropy, self.flat_loss, self.total = math.log(num_prototypes), flat_loss, total
         self.announce, self.trained_start = announce, trained_start
+        self.see = SEE + (RECIPE if name_recipe else "")
         self.stretches: dict[str, list[dict[str, float]]] = {kind: [] for kind in (*KINDS, PLATEAU)}
         self.num_rows = self.num_flat = 0
         self.has_learned, self.has_collapsed, self.is_better = False, False, False
@@ -164,14 +165,18 @@ class LearningAlarm(Sink):
         return new
 
     def final_verdicts(self) -> dict[str, str]:
-        """Return the verdicts to repeat at the end, by kind: those that still hold, or held for most of the run."""
+        """Return the verdicts to repeat at the end, by kind: those that still hold, or held for most of the run.
+
+        Without those that another of them explains, also if that one was called later.
+        """
         most = not self.has_learned or 2 * self.num_flat > self.num_rows
         found = {}
         for kind, words in self.called.items():
             stretch = self.stretches[kind] or (self.stretches[PLATEAU] if kind == NO_PROGRESS else [])
             if stretch or (kind in (UNIFORM, NO_PROGRESS) and most):
                 found[kind] = self._describe(kind, stretch) if stretch else words
-        return found
+        hold = {kind for kind in found if self.stretches[kind]}
+        return {kind: words for kind, words in found.items() if not EXPLAINED_BY.get(kind, set()) & hold}
 
     def _found(self, row: dict[str, float]) -> dict[str, bool]:
         """Return which kinds ``row`` belongs to; without a kind that it says nothing about."""
@@ -280,7 +285,7 @@ class LearningAlarm(Sink):
         return (
             f"verdict {kind}: the run {what}: {reason}; from iteration={first['iteration']} to {last['iteration']} the "
             f"DINO loss was {min(r['loss'] for r in stretch):.3f} or more of its value for an even spread, with "
-            f"ln(prototypes)={self.uniform_entropy:.3f}: {changes}; what to do: {advice}; {SEE}"
+            f"ln(prototypes)={self.uniform_entropy:.3f}: {changes}; what to do: {advice}; {self.see}"
         )
 
     def _reason(self, kind: str, last: dict[str, float]) -> tuple[str, str]:

@@ -63,7 +63,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def changed_keys(before: Mapping[str, Any], cfg: DictConfig) -> list[str]:
-    """Return "key: before -> now" for every key that may change results and differs from the checkpoint's.
+    """Return "key: before -> now" for every key that differs from the checkpoint's and may change results or their
+    evaluation.
 
     How the global batch is composed is not a change; for its size see :func:`changed_batch`.
 
@@ -74,7 +75,8 @@ def changed_keys(before: Mapping[str, Any], cfg: DictConfig) -> list[str]:
     changes = []
     for key, field in all_keys().items():
         old, new = _value(earlier, key), _value(now, key)
-        if field.json_schema_extra["changes_results"] and old is not None and old != new and key not in OF_THE_BATCH:
+        matters = field.json_schema_extra["changes_results"] or key.startswith("evaluation.online.")
+        if matters and old is not None and old != new and key not in OF_THE_BATCH:
             changes.append(f"{key}: {old} -> {new}")
     return changes
 

@@ -80,9 +80,11 @@ def short_run_warning(cfg, course: Course, num_images: int) -> str:
 def describe_end(cfg, teacher_path: Path, checkpoint_path: Path, verdicts: Collection[str] = ()) -> list[str]:
     """Return lines on what was written and what to do next; ``verdicts``: kinds that hold, of ``train/health.py``."""
     out = Path(cfg.train.output_dir)
+    online = OmegaConf.to_container(cfg.evaluation.online)  # with ${oc.env:...} unresolved
+    datasets = [online[f"knn_{part}"] or f"LabelledFolder:root={part.upper()}" for part in ("train", "val")]
     next_step = (
         f"next: {command('run/eval/knn.py')} --pretrained-weights {shlex.quote(str(teacher_path))} "
-        "--train-dataset LabelledFolder:root=TRAIN --val-dataset LabelledFolder:root=VAL"
+        f"--train-dataset {shlex.quote(datasets[0])} --val-dataset {shlex.quote(datasets[1])}"
     )
     if verdicts:
         next_step = (

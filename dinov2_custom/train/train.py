@@ -123,7 +123,9 @@ def do_train(cfg, model: SSLMetaArch, resume: bool = False, *, loader=None) -> i
     metrics.load_state(kept.get("windows", {}))
     trained_start = bool(cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
     flat_loss = flat_dino_loss(model)
-    alarm = LearningAlarm(model.num_prototypes, flat_loss, course.expected_total, sinks.summarize, trained_start)
+    alarm = LearningAlarm(
+        model.num_prototypes, flat_loss, course.expected_total, sinks.summarize, trained_start, name_recipe=bool(doubts)
+    )
     earlier = read_rows(out / METRICS_FILE) if rank == 0 else []
     alarm.read(earlier)
     sinks.add(alarm)

@@ -41,6 +41,16 @@ def test_share_is_left_out_and_listed(tmp_path, folder):
     assert rest[3][0].tobytes() == dataset[folder.index(rest.name(3))][0].tobytes()
 
 
+def test_an_empty_hold_out_is_refused_before_and_after_it_is_written(tmp_path, folder):
+    dataset, listed = ImageDataset(tmp_path / "data"), tmp_path / "held.txt"
+    with pytest.raises(DataError, match=r"train\.frac: .* got 0 of 20 .*0\.001"):
+        split(dataset, str(listed), 0.001)
+    assert not listed.exists()
+    listed.write_text("\n")
+    with pytest.raises(DataError, match=rf"{listed}; delete it"):
+        split(dataset, str(listed), 0.25)
+
+
 def test_existing_list_is_used_unchanged(tmp_path, folder):
     listed = tmp_path / "held.txt"
     listed.write_text(f"{folder[4]}\n/not/there.png\n\n{folder[7]}\n")

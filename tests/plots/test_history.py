@@ -86,6 +86,14 @@ def test_numbers_and_the_level_of_collapse():
     assert panel(figure, "Peak memory of rank 0").lines[0].get_ydata()[0] == pytest.approx(1 / 1024)
 
 
+def test_the_level_of_the_start_is_that_of_the_latest_evaluation():
+    earlier, training = {"iteration": 0, "eval_rankme": 7.7, "start_rankme": 6.5}, {"iteration": 30, "total_loss": 1.0}
+    for start, expected in (({"start_rankme": 3.0}, [3.0]), ({}, [])):
+        latest = {"iteration": 20, "eval_rankme": 4.2} | start
+        axis = panel(draw_history([Run("r", [earlier, latest, training], CONFIG)]), "RankMe of the evaluation")
+        assert [line.get_ydata()[0] for line in axis.lines if len(set(line.get_ydata())) == 1] == expected
+
+
 def test_nan_and_missing_numbers_are_gaps():
     some = rows(["iteration", "total_loss"])
     some[1]["total_loss"], some[2]["total_loss"] = math.nan, None

@@ -107,6 +107,9 @@ def test_a_run_that_does_not_learn_is_warned_of_once_and_at_the_end(series, prot
     assert found == {at: [kind]}
     assert "the run does not learn" in again and reason in again
     assert "configs/small.yaml" in again and "docs/monitoring.md" in again
+    alarm = LearningAlarm(prototypes, math.log(prototypes), lambda iteration: total, name_recipe=False)
+    alarm.read(rows(series))
+    assert all("small.yaml" not in words and "docs/monitoring.md" in words for words in alarm.called.values())
 
 
 @pytest.mark.parametrize(("series", "total"), [(TILES, 300), (LATE, 800)])
@@ -156,6 +159,15 @@ def test_assignments_just_below_the_even_spread_are_called_before_a_quarter_and_
         found, (again,) = alarms(at_share(share), 256, 1000)
         assert found == {200: ["uniform"]} and "lower teacher.teacher_temp" in again
     assert alarms(at_share(0.9), 256, 1000) == ({}, [])
+
+
+def test_the_end_names_a_cause_that_was_called_after_its_effect_without_the_effect():
+    uniform = math.log(256)
+    teacher = [0.95 * uniform] * 40 + [uniform] * 60
+    series = {"loss": [uniform] * 100, "teacher": teacher, "prototype": [uniform] * 100, "rank": [10.0] * 100}
+    alarm = alarm_for(256, 1000)
+    kinds = [kind for row in rows(series) for kind in alarm.check(row, 1000)]
+    assert kinds == ["no_progress", "uniform"] and list(alarm.final_verdicts()) == ["uniform"]
 
 
 def test_a_loss_that_stops_falling_before_it_has_learned_anything_is_no_progress():

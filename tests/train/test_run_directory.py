@@ -3,8 +3,10 @@
 import os
 
 import pytest
+from omegaconf import OmegaConf
 
-from dinov2_custom.train.run_directory import changed_data
+from dinov2_custom.train.run_directory import changed_data, changed_keys
+from tests.train.batches import tiny_config
 from tests.train.test_step_guard import run
 from tests.train.test_train import write_images
 
@@ -54,3 +56,9 @@ def test_what_makes_other_pixels_than_before_is_named():
     images, crops = changed_data(before, {"images": 8, "digest": "b", "resize": "Pillow"})
     assert "9 -> 8" in images and crops == found
     assert changed_data({"images": 9, "digest": "a"}, before) == []  # a checkpoint without this value
+
+
+def test_another_evaluation_is_named_among_the_changed_settings():
+    before = {"config": OmegaConf.to_container(tiny_config("evaluation.online.images=32", "train.log_every=1"))}
+    changes = changed_keys(before, tiny_config("evaluation.online.images=8", "train.log_every=2"))
+    assert changes == ["evaluation.online.images: 32 -> 8"]

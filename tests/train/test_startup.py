@@ -1,9 +1,12 @@
 """What a run logs before its first step and after its last one."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 
 from dinov2_custom.train.course import Course, run_length
-from dinov2_custom.train.startup import short_run_warning
+from dinov2_custom.train.startup import describe_end, short_run_warning
 from tests.train.batches import tiny_config
 
 SMALL = (
@@ -44,3 +47,11 @@ def test_each_value_is_checked_against_what_it_depends_on():
     assert "head_n_prototypes" not in doubts(100_000, *LONG, "train.max_steps=260")
     assert "layerscale" not in doubts(818, *LONG, "student.layerscale=null", "train.max_steps=260")
     assert doubts(818, *LONG, "train.max_steps=260", "student.pretrained_weights=/some/weights.pth") == ""
+
+
+def test_the_next_command_has_the_datasets_of_the_evaluation():
+    train, val = "LabelledFolder:root=/some labelled/train", "LabelledFolder:root=/some labelled/val"
+    known = (f"evaluation.online.knn_train={train}", f"evaluation.online.knn_val={val}")
+    for options, datasets in ((known, [train, val]), ((), ["LabelledFolder:root=TRAIN", "LabelledFolder:root=VAL"])):
+        words = shlex.split(describe_end(tiny_config(*options), Path("t.pth"), Path("c"))[-1])
+        assert [words[words.index(f"--{name}-dataset") + 1] for name in ("train", "val")] == datasets
