@@ -20,7 +20,7 @@ WINDOW = 20  # iterations over which a row's ``iter_time`` is a mean
 def iterations_per_pass(run: Run) -> float | None:
     """Return the number from the latest row with ``epoch``, or None if there is none."""
     for row in reversed(run.rows):
-        if 0 < row.get("epoch", 0) < math.inf:
+        if 0 < (row.get("epoch") or 0) < math.inf:
             return (row["iteration"] + 1) / row["epoch"]
     return None
 
@@ -47,9 +47,10 @@ def seconds_per_iteration(run: Run) -> float | None:
     """Return the mean seconds, including evaluations and saves, or None if the rows have no ``iter_time``.
 
     The first rows, which include the start, are left out if there are others. A row counts for the iterations since the
-    row before it.
+    row before it; with a ``train.log_every`` above ``WINDOW``, rows are samples, more of them with evaluations than
+    without.
     """
-    rows = [row for row in run.rows if 0 < row.get("iter_time", 0) < math.inf]
+    rows = [row for row in run.rows if 0 < (row.get("iter_time") or 0) < math.inf]
     if not rows:
         return None
     steps = [after["iteration"] - row["iteration"] for row, after in zip(rows, rows[1:], strict=False)]
@@ -65,7 +66,8 @@ def num_processes(run: Run) -> int:
     """Return the number of GPUs: images of an iteration over those of a process."""
     row = run.rows[-1]
     per_process = row.get("current_batch_size", 0) * (run.setting("optim.accumulation_steps") or 1)
-    return max(round(row.get("images_per_s", 0) * row.get("iter_time", 0) / per_process), 1) if per_process else 1
+    images = row.get("images_per_s", 0) * row.get("iter_time", 0)
+    return max(round(images / per_process), 1) if per_process and math.isfinite(images / per_process) else 1
 
 
 def _configured(run: Run) -> tuple[Any, RunLength] | None:
