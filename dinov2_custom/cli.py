@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -203,6 +204,21 @@ def _whole(least: int, most: int = 1 << 30) -> Callable[[str], int]:
     return parse
 
 
+def _above_zero(most: float = 1e12) -> Callable[[str], float]:
+    """Return a parser for numbers in (0, most]."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number <= most:
+            raise argparse.ArgumentTypeError(f"expected a number above 0 and up to {most:,.0f}, got {text!r}")
+        return number
+
+    return parse
+
+
 def _num_bytes(text: str) -> int:
     """Parse a size in bytes: 500MB, 1GB, 1.5GB, 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
@@ -213,6 +229,15 @@ def _num_bytes(text: str) -> int:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def given_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
+    """Return dest -> flag of the flags whose value in ``args`` is not the default."""
+    return {
+        action.dest: action.option_strings[0]
+        for action in parser._actions
+        if action.option_strings and hasattr(args, action.dest) and getattr(args, action.dest) != action.default
+    }
 
 
 # the programs, without the launcher's flags; with ``add_help=False`` a parser can be used as a parent of others
@@ -275,7 +300,7 @@ examples:
     add("--prices", default="", metavar="FILE", help="YAML file of prices, GPU: DOLLARS or [SPOT, ON DEMAND]")
     add("--time", action="store_true", help="time a few real steps on this machine")
     add("--memory", action="store_true", help="print the memory of a step by category instead of the table")
-    add("--fits", type=float, default=0.0, metavar="GB", help="as --memory, and the largest batch for so many GB")
+    add("--fits", type=_above_zero(), metavar="GB", help="as --memory, and the largest batch for so many GB")
     add(
         "--ablate",
         type=_axis,
@@ -298,18 +323,26 @@ def _positive(text: str) -> list[int]:
 
 
 def _axis(text: str) -> tuple[str, list[str]]:
+    """Parse KEY=A,B; commas inside brackets, as in KEY=[1,2],[3,4], belong to a value."""
+    import yaml
+
     key, _, values = text.partition("=")
-    if not key or not _words(values):
+    listed = f"[{values}]"
+    try:
+        nodes = yaml.compose(listed, Loader=yaml.SafeLoader).value
+    except yaml.YAMLError:
+        nodes = []
+    if not key or not nodes:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE,VALUE such as precision=fp32,bf16, got {text!r}")
-    return key, _words(values)
+    return key, [listed[node.start_mark.index : node.end_mark.index].strip() for node in nodes]
 
 
 def _price(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return name, float(value)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(f"expected GPU=DOLLARS such as H100=2.10, got {text!r}") from e
+        return name, _above_zero()(value)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"expected GPU=DOLLARS such as H100=2.10, got {text!r}: {e}") from e
 
 
 def _add_overrides(parser: OverridesParser, such_as: str) -> None:
@@ -404,7 +437,11 @@ def prepare_parser() -> Parser:
         help="cut images above --tile-above into squares of this size; they are not shrunk (default: no tiles)",
     )
     add(
-        "--tile-above", type=float, default=50.0, metavar="MEGAPIXELS", help="size from which --tile cuts (default: 50)"
+        "--tile-above",
+        type=_above_zero(),
+        default=50.0,
+        metavar="MEGAPIXELS",
+        help="size from which --tile cuts (default: 50)",
     )
     add(
         "--shard-size",
@@ -521,10 +558,16 @@ def history_parser() -> Parser:
         "folder for the two files (default: the run's directory; for several runs, the current folder)",
         default=None,
     )
-    parser.add_argument("--forecast", type=float, default=0, metavar="EPOCHS", help="extrapolate a metric, with a band")
-    parser.add_argument("--metric", metavar="KEY", help="to extrapolate (default: kNN, else RankMe, AP, mIoU, loss)")
-    parser.add_argument("--gpu", default="", metavar="GPU", help="for the price, such as H100 (default: the run's own)")
-    parser.add_argument("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="$ per hour")
+    add = parser.add_argument
+    add(
+        "--forecast",
+        type=_above_zero(1e6),
+        metavar="EPOCHS",
+        help="extrapolate a metric by so many epochs, as optim.epochs counts them, with a band",
+    )
+    add("--metric", metavar="KEY", help="to extrapolate (default: kNN, else RankMe, AP, mIoU, loss)")
+    add("--gpu", default="", metavar="GPU", help="the GPU that ran, for the price, if the run's log does not name it")
+    add("--price", type=_price, action="append", default=[], metavar="GPU=DOLLARS", help="$ per hour; may be repeated")
     return parser
 
 

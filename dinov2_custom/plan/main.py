@@ -19,7 +19,7 @@ from dinov2_custom.files import atomic_write
 from dinov2_custom.parallel import bytes_elsewhere, strategies_on
 from dinov2_custom.plan import roofline
 from dinov2_custom.plan.memory import LARGEST_BATCH, Counts, copy_of, print_memory
-from dinov2_custom.plan.prices import Price, load_prices
+from dinov2_custom.plan.prices import Price, find_by_user_name, load_prices
 from dinov2_custom.plan.timing import STEPS, Timing, time_apart
 from dinov2_custom.train.course import RunLength, run_length
 from dinov2_custom.train.gpus import GPU, GPUS, find_gpu
@@ -38,6 +38,14 @@ HEADER = ["arch", "batch", "accumulated", "GPUs", "GPU", "recomputed", "GB", "fi
 HEADER += ["hours", "GPU-hours", "spot, $", "on-demand, $", "checkpoint GB", "largest batch"]
 SCHEDULES = ("learning rate", "weight decay", "teacher momentum", "teacher temperature", "last layer's learning rate")
 NONE = "-"
+# what is asked for instead of the table -> the flags that have an effect on it
+EFFECTS = {
+    "schedule": ("images", "gpus", "output_dir"),
+    "fits": ("memory", "gpus"),
+    "memory": ("gpus",),
+    "ablate": ("gpu", "time"),
+}
+TABLE_EFFECTS = ("arch", "batch", "gpus", "gpu", "images", "price", "prices", "time")
 DEFAULT_GPUS = ("L4", "4090", "A100-80GB", "H100")
 
 
@@ -65,6 +73,7 @@ class Choice(NamedTuple):
 
 def main(args) -> int:
     """Print what ``args`` asks for, of ``cli.plan_parser``; return 0."""
+    check_flags(args)
     load = loader(args)
     names = [find_by_user_name(name) for name in args.gpu or ([] if args.time else DEFAULT_GPUS)]
     if args.schedule:
@@ -73,12 +82,61 @@ def main(args) -> int:
         print_schedule(cfg, length_of(cfg, args.images, args.gpus[0]), folder)
     elif args.memory or args.fits:
         for num_gpus in args.gpus:
-            print_memory(load(num_gpus), num_gpus, args.fits)
+            print_memory(load(num_gpus), num_gpus, args.fits or 0.0)
     elif args.ablate:
-        print_ablation(load, dict(args.ablate), None if args.time else names[0])
+        axes = dict(args.ablate)
+        check_axes(load, axes)
+        print_ablation(load, axes, None if args.time else names[0])
     else:
         print_plan(load, args, names, load_prices(args.prices, args.price))
     return 0
+
+
+def check_flags(args) -> None:
+    """Check that every flag has an effect on what is printed.
+
+    Raises:
+        ConfigError: names the flags or values that would be ignored.
+    """
+    given = cli.given_flags(cli.plan_parser(), args)
+    asked = next((dest for dest in EFFECTS if dest in given), "")
+    effects = {*EFFECTS.get(asked, TABLE_EFFECTS), asked, "config_file", "allow_unknown_keys"}
+    ignored = [flag for dest, flag in given.items() if dest not in effects]
+    prints = f"with {given[asked]}" if asked else "on the table"
+    if ignored:
+        raise ConfigError(
+            f"{', '.join(ignored)}: no effect {prints}; leave {'it' if len(ignored) == 1 else 'them'} out"
+        )
+    axes = [axis for axis, _ in args.ablate]
+    mistakes = [
+        (len(set(axes)) < len(axes), f"--ablate: expected each key once, as KEY=A,B, got {', '.join(axes)}"),
+        (asked == "ablate" and args.time and args.gpu, "--ablate --time: measured on this machine, leave out --gpu"),
+        (asked == "ablate" and len(args.gpu) > 1, f"--ablate: expected one --gpu, got {','.join(args.gpu)}"),
+        (asked == "schedule" and len(args.gpus) > 1, f"--schedule: expected one number of --gpus, got {args.gpus}"),
+        (
+            not asked and args.time and 1 not in args.gpus,
+            f"--time: a step is measured on this machine's one device; expected 1 among --gpus, got {args.gpus}",
+        ),
+    ]
+    if found := [text for is_wrong, text in mistakes if is_wrong]:
+        raise ConfigError("; ".join(found))
+
+
+def check_axes(load: Callable, axes: dict[str, list[str]]) -> None:
+    """Check the values of axes that stand for other keys.
+
+    Raises:
+        ConfigError: names the first bad value as the user wrote it, once, whatever the number of keys.
+    """
+    for axis, key in ((axis, AXES[axis][0]) for axis in axes if axis in AXES):
+        for value in axes[axis]:
+            try:
+                load(1, f"{key}={value}")
+            except ConfigError as e:
+                _, named, expected = str(e).partition(f"{key} (override): ")
+                if not named:
+                    raise
+                raise ConfigError(f"--ablate {axis}={value}: {expected.partition(' -> ')[0]}") from e
 
 
 def loader(args) -> Callable:
@@ -114,15 +172,6 @@ def length_of(cfg, num_images: int | None, num_gpus: int) -> RunLength:
     if cfg.train.OFFICIAL_EPOCH_LENGTH == "auto" and not num_images:
         raise ConfigError("train.OFFICIAL_EPOCH_LENGTH=auto: expected the number of images, got none; add --images N")
     return run_length(cfg, num_images or 1, num_gpus)
-
-
-def find_by_user_name(text: str) -> str:
-    """Return the key of ``GPUS`` for what a user or SkyPilot writes: a100-80gb, RTX4090, "RTX 4090"."""
-    plain = text.upper().replace("RTX", "").replace("_", "-").strip(" -")
-    found = [key for key in GPUS if key.upper() == plain]
-    if not found:
-        raise ConfigError(f"--gpu {text}: expected one of {', '.join(GPUS)}; for another one, --fits GB counts memory")
-    return found[0]
 
 
 def choose(cfg, gpu: GPU, num_gpus: int, counts: Counts) -> Choice:
@@ -213,7 +262,7 @@ def timed_row(cfg, length, prices: dict[str, Price], counts: Counts) -> list[str
     single = copy_of(cfg)
     single.optim.accumulation_steps = 1
     timing, accumulated = time_apart(single), cfg.optim.accumulation_steps
-    memory = [cfg.train.activation_checkpointing, f"{timing.peak / 1e9:.2f}" if timing else NONE]
+    memory = [timing.recomputed if timing else NONE, f"{timing.peak / 1e9:.2f}" if timing else NONE]
     price = prices.get(find_gpu(here) or "")
     cells = row(
         cfg, 1, f"{here}, measured", [*memory, "yes" if timing else "no"], timing and timing.seconds * accumulated,
@@ -254,7 +303,10 @@ def footnotes(predicted: bool, args, without_length: bool) -> Iterator[str]:
         )
     if args.time:
         yield f"measured: median of {STEPS} steps on random images, one process, without data loading; its peak memory."
-    yield "prices: those of --price or --prices, else of the package's prices.yaml (2026-05); -: none is known."
+    yield (
+        "prices: those of --price or --prices, else of the package's prices.yaml (2026-05); -: none is known, set it: "
+        "--price T4=0.5"
+    )
 
 
 def print_ablation(load: Callable, axes: dict[str, list[str]], name: str | None) -> None:

@@ -34,10 +34,11 @@ STEPS = 3  # timed steps, after one warm-up step
 
 
 class Timing(NamedTuple):
-    """Median seconds of a step; bytes: CUDA's peak, or the largest resident set of the process."""
+    """Median seconds of a step; bytes: CUDA's peak, or the largest resident set of the process; what is recomputed."""
 
     seconds: float
     peak: int
+    recomputed: str = "none"
 
 
 def time_apart(cfg) -> Timing | None:
@@ -80,7 +81,7 @@ def time_steps(cfg, num_steps: int = STEPS) -> Timing:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return Timing(statistics.median(seconds[1:]), _peak_bytes(device))
+    return Timing(statistics.median(seconds[1:]), _peak_bytes(device), model.recompute)
 
 
 def random_batch(cfg, generator: torch.Generator) -> dict[str, Tensor | int]:

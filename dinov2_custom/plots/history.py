@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +14,16 @@ import numpy as np
 
 from dinov2_custom import cli
 from dinov2_custom.configs.paths import check_output_dir
-from dinov2_custom.errors import ConfigError
+from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.files import atomic_write, write_text
-from dinov2_custom.plan.prices import Price, load_prices
+from dinov2_custom.plan.prices import Price, find_by_user_name, load_prices
+from dinov2_custom.plots.epochs import (
+    iterations_per_epoch,
+    iterations_per_pass,
+    num_processes,
+    seconds_per_iteration,
+    warmup_iterations,
+)
 from dinov2_custom.plots.figure import new_figure
 from dinov2_custom.plots.forecast import Forecast, make_forecast
 from dinov2_custom.plots.metrics_file import Run, dino_loss, epoch_means, find_runs, read_run, short_names
@@ -127,7 +134,7 @@ PANELS = (
     ),
     Panel(
         "Uniformity and alignment",
-        "of the evaluation",
+        "lower is better",
         (Line("uniformity", _key("eval_uniformity")), Line("alignment", _key("eval_alignment"))),
         levels=(
             Level("uniformity, start", _beside("start_uniformity", "eval_uniformity")),
@@ -199,25 +206,27 @@ def main(args: argparse.Namespace) -> int:
 
     For one run, ``epochs.csv`` contains the means over each pass over the data, if its rows have ``epoch``.
     """
-    folders = find_runs(args.runs)
-    runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    out = Path(args.output_dir or (folders[0] if len(folders) == 1 else ".")).expanduser()
+    given = cli.given_flags(cli.history_parser(), args)
+    if not args.forecast and (ignored := [flag for dest, flag in given.items() if dest in ("metric", "gpu", "price")]):
+        raise ConfigError(f"{', '.join(ignored)}: no effect without --forecast; add --forecast EPOCHS")
+    gpu, prices = find_by_user_name(args.gpu) if args.gpu else "", load_prices(given=args.price)
+    runs = read_runs(find_runs(args.runs))
+    out = Path(args.output_dir or (runs[0].folder if len(runs) == 1 else ".")).expanduser()
     check_output_dir(out, "--output-dir")
     out.mkdir(parents=True, exist_ok=True)
-    forecasts = Forecasts("", {})
+    forecasts, sentences = Forecasts("", {}), []
     if args.forecast:
         forecasts = forecast_runs(runs, args.metric, args.forecast)
-        prices = load_prices(given=args.price)
         for number, run in enumerate(runs):
             reason = forecasts.refused.get(number)
-            words = (run, forecasts, number, args.forecast, args.gpu, prices)
-            line = bill(*words) if reason is None else f"no forecast, {reason}"
-            print(f"{run.name}: {line}")
+            words = (run, forecasts, number, args.forecast, gpu, prices)
+            sentences.append(f"{run.name}: " + (bill(*words) if reason is None else f"no forecast, {reason}"))
+            print(sentences[-1])
     figure = draw_history(runs, forecasts=forecasts)
     with atomic_write(out / "history.png", "wb") as file:
         figure.savefig(file, format="png")
     print(out / "history.png")
-    write_text(out / "history.html", make_page(runs, figure))
+    write_text(out / "history.html", make_page(runs, figure, sentences))
     print(out / "history.html")
     if len(runs) == 1 and (means := epoch_means(runs[0].rows)):
         with atomic_write(out / "epochs.csv") as file:
@@ -228,17 +237,30 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def iterations_per_epoch(run: Run) -> float | None:
-    """Return the number from the column ``epoch``, else from the configuration, else None."""
-    last = run.rows[-1]
-    if last.get("epoch"):
-        return (last["iteration"] + 1) / last["epoch"]
-    length = run.setting("train.OFFICIAL_EPOCH_LENGTH")
-    return length if isinstance(length, int) and length > 0 else None
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the runs that have rows, and print a warning for each other one.
+
+    Raises:
+        DataError: none of them has rows.
+    """
+    runs, without = [], []
+    for folder, name in zip(folders, short_names(folders), strict=True):
+        try:
+            runs.append(read_run(folder, name))
+        except DataError as e:
+            without.append(e)
+    if not runs:
+        raise without[0]
+    for reason in without:
+        print(f"warning: a run is left out: {reason}", file=sys.stderr)
+    return runs
 
 
 def forecast_runs(runs: Sequence[Run], metric: str | None, epochs: float) -> Forecasts:
     """Extrapolate ``metric`` of each run, by default the first of ``FORECAST`` that a run has.
+
+    Args:
+        epochs: as ``optim.epochs`` counts them.
 
     Raises:
         ConfigError: if no run has the metric.
@@ -254,38 +276,41 @@ def forecast_runs(runs: Sequence[Run], metric: str | None, epochs: float) -> For
             refused[number] = "the length of an epoch is unknown: the rows have no epoch and there is no config.yaml"
             continue
         x, y = _series(run, Line("", _key(chosen)))
-        after_warmup = x >= length * float(run.setting("optim.warmup_epochs") or 0)
+        after_warmup = x >= warmup_iterations(run)
         made = make_forecast(x[after_warmup], y[after_warmup], run.rows[-1]["iteration"] + epochs * length)
         (refused if isinstance(made, str) else found)[number] = f"{chosen}: {made}" if isinstance(made, str) else made
     return Forecasts(chosen, found, refused)
 
 
 def bill(run: Run, forecasts: Forecasts, number: int, epochs: float, gpu: str, prices: Mapping[str, Price]) -> str:
-    """Return what ``epochs`` more epochs take, cost and change: 30 more epochs, 4.1 h, $13: eval_knn +0.1 +- 0.02.
+    """Return what ``epochs`` more epochs take, cost and change.
+
+    30 more epochs (3,000 iterations, 86 passes over the data), 4.1 h, $13: eval_knn +0.1 +- 0.02.
 
     Args:
-        gpu: a key of ``prices``; empty for the GPU of the run. What has no price is named instead of it.
+        gpu: a key of ``GPUS``: the GPU that ran, if the run does not name its device; else "".
     """
-    made, parts = forecasts.found[number], [f"{epochs:g} more epochs"]
-    gpu = gpu or find_gpu(run.device) or ""
-    times = [row["iter_time"] for row in run.rows if row.get("iter_time")]
-    if times:
-        hours = epochs * iterations_per_epoch(run) * statistics.median(times) / 3600
-        parts.append(f"{hours:.3g} h")
-        if gpu in prices:
-            spot, on_demand = (hours * _num_processes(run) * dollars for dollars in prices[gpu])
-            parts.append(f"${on_demand:.3g}" + (f" (spot ${spot:.3g})" if spot != on_demand else ""))
-        else:
-            parts.append(f"no price of {gpu} (--price {gpu}=DOLLARS)" if gpu else "no price (--gpu GPU)")
+    made, iterations = forecasts.found[number], epochs * iterations_per_epoch(run)
+    amounts = [f"{iterations:,.0f} iterations"]
+    if per_pass := iterations_per_pass(run):
+        amounts.append(f"{iterations / per_pass:,.3g} passes over the data")
+    parts = [f"{epochs:,g} more epoch{'s' if epochs != 1 else ''} ({', '.join(amounts)})"]
+    if seconds := seconds_per_iteration(run):
+        hours = iterations * seconds / 3600
+        parts += [f"{hours:.3g} h", _price_of(hours * num_processes(run), run, gpu, prices)]
     spread = (made.change_high - made.change_low) / 2
     return f"{', '.join(parts)}: {forecasts.metric} {made.change:+.3g} +- {spread:.2g} by {made.family}"
 
 
-def _num_processes(run: Run) -> int:
-    """Return the number of GPUs: images of an iteration over those of a process."""
-    row = run.rows[-1]
-    per_process = row.get("current_batch_size", 0) * (run.setting("optim.accumulation_steps") or 1)
-    return max(round(row.get("images_per_s", 0) * row.get("iter_time", 0) / per_process), 1) if per_process else 1
+def _price_of(gpu_hours: float, run: Run, gpu: str, prices: Mapping[str, Price]) -> str:
+    """Return the price on the machine that ran, whose hours these are, or why there is none."""
+    own = find_gpu(run.device) if run.device else gpu
+    if gpu and gpu != own:
+        return f"no price for {gpu}: the hours are those of {run.device}"
+    if own not in prices:
+        return f"no price of {own} (--price {own}=DOLLARS)" if own else f"no price of {run.device or 'it (--gpu GPU)'}"
+    spot, on_demand = (gpu_hours * dollars for dollars in prices[own])
+    return f"${on_demand:.3g}" + (f" (spot ${spot:.3g})" if spot != on_demand else "")
 
 
 def draw_history(runs: Sequence[Run], panels: Sequence[Panel] = PANELS, forecasts: Forecasts | None = None):
@@ -351,12 +376,12 @@ def _draw_panel(axis, panel: Panel, runs: Sequence[Run]) -> None:
         axis.set_ylim(bottom if axis.dataLim.y0 < 0 else 0, top)
     axis.locator_params(axis="x", nbins=6)
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    per_epoch = [iterations_per_epoch(run) for run in runs]
-    if all(per_epoch) and max(per_epoch) < 1.01 * min(per_epoch):
-        epochs = axis.secondary_xaxis("top", functions=(lambda x: x / per_epoch[0], lambda x: x * per_epoch[0]))
-        epochs.set_xlabel("epoch", fontsize=8, color="#777777", labelpad=4)
-        epochs.tick_params(labelsize=8, colors="#777777")
-        epochs.spines["top"].set_visible(False)
+    per_pass = [iterations_per_pass(run) for run in runs]
+    if all(per_pass) and max(per_pass) < 1.01 * min(per_pass):
+        passes = axis.secondary_xaxis("top", functions=(lambda x: x / per_pass[0], lambda x: x * per_pass[0]))
+        passes.set_xlabel("passes over the data", fontsize=8, color="#777777", labelpad=4)
+        passes.tick_params(labelsize=8, colors="#777777")
+        passes.spines["top"].set_visible(False)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -371,16 +396,20 @@ def _draw_curve(axis, x: np.ndarray, y: np.ndarray, colour: str, style: str, noi
 
 
 def _draw_levels(axis, panel: Panel, runs: Sequence[Run]) -> None:
+    ends = [y[-1] for run in runs for line in panel.lines if (y := _series(run, line)[1]).size]
     for label, value in panel.levels:
         for level in sorted({level for run in runs if (level := value(run)) is not None}):
             axis.axhline(level, color="#777777", linestyle=(0, (1, 1.5)), linewidth=1.2, zorder=1)
+            # on the side of the line where the nearest curve does not end
+            below = bool(ends) and min(ends, key=lambda end: abs(end - level)) > level
             axis.annotate(
                 f"{label} = {level:.3g}" if label != UNIFORM.label else f"{label} = {level:.2f}",
                 (1, level),
                 xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
+                xytext=(-2, -3 if below else 3),
                 textcoords="offset points",
                 ha="right",
+                va="top" if below else "baseline",
                 fontsize=8,
                 color="#555555",
             )

@@ -31,6 +31,7 @@ class Run(NamedTuple):
     rows: list[dict]
     config: dict[str, Any]
     device: str = ""
+    folder: Path | None = None
 
     def setting(self, key: str) -> Any:
         """Return the value of a dotted key, or None."""
@@ -43,6 +44,8 @@ class Run(NamedTuple):
 def read_metrics(path: str | Path) -> list[dict]:
     """Return the rows of a run's ``training_metrics.json`` by iteration, ignoring lines truncated by a kill.
 
+    Values that are no numbers are left out.
+
     Raises:
         DataError: if there is no such file, or it has no rows.
     """
@@ -54,14 +57,19 @@ def read_metrics(path: str | Path) -> list[dict]:
     for line in lines:
         try:
             row = parse_json_object(line, finite=False)
-            rows[int(row["iteration"])] = row
+            iteration = int(row["iteration"])
+            rows[iteration] = {key: v for key, v in row.items() if _is_number(v)} | {"iteration": iteration}
         except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: int() of an infinity
             continue
     if not rows:
         raise DataError(
-            f"expected rows of metrics, got none in {path}; the run writes one every train.log_every iterations"
+            f"expected rows of metrics, got none in {path}; a run writes the first one after its first iteration"
         )
     return [rows[iteration] for iteration in sorted(rows)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 1000)  # so that float() works
 
 
 def epoch_means(rows: Sequence[dict]) -> list[dict]:
@@ -72,7 +80,7 @@ def epoch_means(rows: Sequence[dict]) -> list[dict]:
     """
     passes: dict[int, list[dict]] = {}
     for row in rows:
-        if row.get("epoch"):
+        if row.get("epoch") and math.isfinite(row["epoch"]):
             passes.setdefault(math.ceil(row["epoch"]), []).append(row)
     means = []
     for number, members in passes.items():
@@ -124,7 +132,7 @@ def read_run(folder: Path, name: str) -> Run:
     with suppress(OSError):
         log = (folder / "logs" / "log.txt").read_text(encoding="utf-8", errors="replace")
     rows = read_metrics(folder / METRICS_FILE)
-    return Run(name, rows, config if isinstance(config, dict) else {}, find_device(log) or "")
+    return Run(name, rows, config if isinstance(config, dict) else {}, find_device(log) or "", folder)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

@@ -63,10 +63,11 @@ def html_config(run: Run) -> str:
     return f"<details><summary>Configuration of {escape(run.name)}</summary><pre>{text}</pre></details>"
 
 
-def make_page(runs: Sequence[Run], figure: Any) -> str:
-    """Return the HTML page, with ``figure`` embedded as SVG."""
+def make_page(runs: Sequence[Run], figure: Any, sentences: Sequence[str] = ()) -> str:
+    """Return the HTML page, with ``figure`` embedded as SVG below the ``sentences``."""
     parts = [
         html_table(["run", *(label for label, _ in _FACTS)], ([run.name, *_facts(run)] for run in runs)),
+        *(f"<p>{escape(sentence)}</p>" for sentence in sentences),
         html_svg(figure),
     ]
     if len(runs) > 1 and (differences := config_differences(runs)):

@@ -71,8 +71,8 @@ class LearningAlarm(Sink):
     * ``exploding``: the backbone's weights grow while its features lose dimensions (RankMe) and the loss has not
       fallen; or the loss rises above 1; or gradients and loss rise; or steps are skipped as not finite in every row.
     * ``uniform``: the teacher spreads every image over all prototypes: its entropy is ``UNIFORM`` of ln(prototypes).
-    * ``single_prototype``: the assignments of a batch lie on a few prototypes; for longer while RankMe does not fall or
-      the entropy rises, as in the first iterations with centering.
+    * ``single_prototype``: the assignments of a batch lie on a few prototypes; for longer unless RankMe falls, the
+      teacher is certain and the entropy does not rise, since the first iterations with centering look similar.
     * ``dimensional``: the features fill less than a quarter of the dimensions (RankMe) that they once filled.
     * ``no_progress``: the loss stays at 1, or stops falling before it was below ``LEARNED``, and ``eval_knn``, if there
       is one, is not above its value before the run by more than chance explains with so many labelled images.
@@ -98,7 +98,7 @@ class LearningAlarm(Sink):
 
     name, retries = "alarm", True
     MIN_ROWS, STRETCH, LEARNED, UNIFORM, FALL = 10, 0.2, 0.97, 0.98, 0.003
-    RANK_LOSS, RANK_RISE, FEW_PROTOTYPES = 4.0, 1.1, 0.4
+    RANK_LOSS, RANK_RISE, FEW_PROTOTYPES, CERTAIN = 4.0, 1.1, 0.4, 0.4
     GROWTH, LESS_RANK, FEWER_RANK, RISE = 1.1, 0.8, 0.7, 10.0
     SETTLED = 90  # iterations, by when the centre and the medians of rows have forgotten the first steps
     MIN_EVALS, KNN_LOSS, RANKME_LEFT = 4, 0.02, 0.5
@@ -249,8 +249,10 @@ class LearningAlarm(Sink):
             return False
         if kind == SINGLE:
             before, after = _halves(stretch[-2 * self.MIN_ROWS :], "prototype_entropy")
-            shrinks = after < before and stretch[-1].get("rankme", math.inf) < self.FEWER_RANK * self.best_rank
-            return span >= min(self.STRETCH * total * (0.5 if shrinks else 2), self.SETTLED)
+            shrinks = not after > before and stretch[-1].get("rankme", math.inf) < self.FEWER_RANK * self.best_rank
+            if shrinks and stretch[-1]["teacher_entropy"] < self.CERTAIN:
+                return span >= min(self.STRETCH * total / 2, self.SETTLED)
+            return span >= min(self.STRETCH * total * 3, 2 * self.SETTLED)
         if kind == PLATEAU:
             return span >= 2 * self.STRETCH * total and not self._falls_still(stretch, total)
         if kind not in (UNIFORM, NO_PROGRESS) or self.has_learned:

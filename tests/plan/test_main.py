@@ -83,9 +83,11 @@ def test_sharded_weights_take_less_of_each_gpu():
     ]
     counts, h100 = Counts(), GPUS["H100"]
     whole = choose(tiny_config(), h100, 1, counts).needed
-    assert choose(tiny_config(*sharded), h100, 8, counts).needed - 1e9 < whole < choose(
-        tiny_config(), h100, 8, counts
-    ).needed - 1e9
+    assert (
+        choose(tiny_config(*sharded), h100, 8, counts).needed - 1e9
+        < whole
+        < choose(tiny_config(), h100, 8, counts).needed - 1e9
+    )
 
 
 def test_a_global_batch_is_divided_as_training_does(plan):
@@ -139,6 +141,7 @@ def test_the_time_measured_in_a_process_of_its_own_is_a_row(plan, monkeypatch):
     lines, rows = plan("--time", "--gpu", "H100", "--images", "7200", "optim.accumulation_steps=2")
     predicted, measured = rows
     assert measured["GPU"].endswith("measured") and asked[0].optim.accumulation_steps == 1
+    assert measured["recomputed"] == "none"
     assert (measured["s/iteration"], measured["GB"], measured["hours"]) == ("1", "3.00", "2.5")
     assert predicted["GPU"] == "H100"
 
@@ -164,6 +167,41 @@ def test_an_ablation_without_time_is_predicted(plan):
     assert len(rows) == 2 and float(rows[0]["s/iteration"]) > 0 and "predicted, not measured" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory", "--gpu", "L4", "--images", "3"], "--gpu, --images: no effect with --memory"),
+        (["--fits", "24", "--time"], "--time: no effect with --fits"),
+        (["--schedule", "--ablate", "batch=2"], "--ablate: no effect with --schedule"),
+        (["--ablate", "batch=2", "--gpus", "2"], "--gpus: no effect with --ablate"),
+        (["--output-dir", "x"], "--output-dir: no effect on the table"),
+        (["--ablate", "batch=2", "batch=4"], "each key once"),
+        (["--ablate", "batch=2", "--gpu", "L4,T4"], "one --gpu, got L4,T4"),
+        (["--schedule", "--gpus", "1,2"], "one number of --gpus"),
+        (["--time", "--gpus", "2"], "one device; expected 1 among --gpus"),
+        (["--ablate", "precision=fp64"], "--ablate precision=fp64: expected auto .* fp32 .*, got 'fp64'$"),
+        (["--ablate", "batch=x"], "--ablate batch=x: expected a whole number of at least 1, got 'x'$"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_would_be_ignored_is_refused(plan, arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        plan(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--fits", "0"], ["--fits=-3"], ["--fits", "nan"], ["--price", "T4=inf"]])
+def test_numbers_are_above_0(arguments, capsys):
+    with pytest.raises(SystemExit):
+        plan_parser().parse_args(arguments)
+    assert "expected a number above 0" in capsys.readouterr().err
+
+
+def test_an_axis_is_split_outside_of_brackets():
+    axes = ["crops.global_crops_scale=[0.3,1.0],[0.5,1.0]", "train.compile=on,off", "x=[[1, 2],3],4"]
+    found = plan_parser().parse_args(["--ablate", *axes]).ablate
+    assert [values for _, values in found] == [["[0.3,1.0]", "[0.5,1.0]"], ["on", "off"], ["[[1, 2],3]", "4"]]
+
+
 def test_a_process_of_its_own_measures_its_own_memory():
     timing = time_apart(tiny_config())
     assert timing.seconds > 0 and timing.peak > 50e6
@@ -171,14 +209,15 @@ def test_a_process_of_its_own_measures_its_own_memory():
 
 def test_the_schedules_are_those_of_training(plan, tmp_path):
     pytest.importorskip("matplotlib")
-    lines, rows = plan("--schedule", "--images", "400", "--output-dir", str(tmp_path / "new"))
+    folder = tmp_path / "new" / "folder"
+    lines, rows = plan("--schedule", "--images", "400", "--output-dir", str(folder))
     cfg = tiny_config(*LENGTH)
     schedules = build_schedulers(cfg, length_of(cfg, 400, 1))
     assert [int(float(row["iteration"])) for row in rows][::10] == [0, 999]
     for row in rows:
         i = int(float(row.pop("iteration")))
         assert [float(cell) for cell in row.values()] == pytest.approx([float(s[i]) for s in schedules], rel=1e-3)
-    assert (tmp_path / "new" / "schedule.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_schedules_are_a_table(plan, tmp_path, monkeypatch):

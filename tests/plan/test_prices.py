@@ -19,6 +19,7 @@ def test_a_file_wins_over_the_package_and_the_command_line_over_both(tmp_path):
     (tmp_path / "p.yaml").write_text("A100-40GB: [0.5, 1]\n4090: 0.3\nH100: 9\n")
     prices = load_prices(str(tmp_path / "p.yaml"), [("H100", 2.1)])
     assert prices["A100-40GB"] == Price(0.5, 1) and prices["4090"] == Price(0.3, 0.3) and prices["H100"] == (2.1, 2.1)
+    assert load_prices(given=[("rtx4090", 0.4)])["4090"] == (0.4, 0.4)  # names as --gpu accepts them
     assert prices["H200"] == load_prices()["H200"] and "T4" not in prices
 
 
@@ -27,10 +28,12 @@ def test_every_bad_price_is_named(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_prices(str(tmp_path / "p.yaml"), [("H100", -2.0)])
     assert all(bad in str(error.value) for bad in ("H10=1", "H200=[1]", "L4=cheap", "--price: H100=-2.0"))
-    for text in ("- 1", "a: [", None):
+    for text in ("- 1", "a: [", "a: b\n\n- c", "", None):
         path = tmp_path / "q.yaml"
-        path.write_text(text) if text else path.unlink()
-        with pytest.raises(ConfigError, match="--prices .*q.yaml: expected"):
+        path.write_text(text) if text is not None else path.unlink()
+        with pytest.raises(
+            ConfigError, match=r"--prices .*q.yaml: expected a YAML file of lines such as H100: .*, got [^\n]+$"
+        ):
             load_prices(str(path))
 
 

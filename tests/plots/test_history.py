@@ -11,8 +11,8 @@ from PIL import Image
 from dinov2_custom.cli import history_parser
 from dinov2_custom.errors import ConfigError, DataError
 from dinov2_custom.plan.prices import Price
-from dinov2_custom.plots.history import COLOURS, PANELS, bill, draw_history, forecast_runs, main
-from dinov2_custom.plots.metrics_file import Run, read_run
+from dinov2_custom.plots.history import COLOURS, PANELS, bill, draw_history, forecast_runs, main, read_runs
+from dinov2_custom.plots.metrics_file import Run, find_runs, read_run
 from dinov2_custom.plots.page import config_differences
 from dinov2_custom.train.gpus import describe_device
 from tests.browser import count_pixels, needs_browser
@@ -174,7 +174,7 @@ def test_a_flat_entropy_is_flat_from_zero_and_epochs_are_above():
     axis = panel(draw_history([Run("r", flat, CONFIG)]), "Teacher's assignments")
     assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > math.log(256)
     assert not axis.yaxis.get_offset_text().get_text()
-    assert axis.child_axes[0].get_xlabel() == "epoch"
+    assert axis.child_axes[0].get_xlabel() == "passes over the data"
 
 
 def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
@@ -189,19 +189,55 @@ def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
         for i in range(30)
     ]
     (out / "training_metrics.json").write_text("\n".join(map(json.dumps, lines)))
-    assert draw(out, "--forecast", 3, "--gpu", "H100", "--price", "H100=2") == 0
-    assert "3 more epochs, 3 h, $6: eval_knn +0.0" in capsys.readouterr().out
+    assert draw(out, "--forecast", 3, "--gpu", "h100", "--price", "h100=2") == 0
+    assert "3 more epochs (300 iterations, 3 passes over the data), 3 h, $6: eval_knn +0.0" in capsys.readouterr().out
+    assert "3 h, $6: eval_knn +0.0" in (out / "history.html").read_text()
     (out / "logs").mkdir()
-    for name, words in (
-        ("NVIDIA H100 80GB HBM3", "$6: "),
-        ("NVIDIA L4", "no price of L4 (--price L4=DOLLARS): "),
-        ("AMD EPYC", "no price (--gpu GPU): "),
+    for name, gpu, words in (
+        ("NVIDIA H100 80GB HBM3", "", "$6: "),
+        ("NVIDIA L4", "", "no price of L4 (--price L4=DOLLARS): "),
+        ("AMD EPYC", "", "no price of AMD EPYC: "),
+        ("AMD EPYC", "H100", "no price for H100: the hours are those of AMD EPYC: "),
     ):
         (out / "logs" / "log.txt").write_text(f"I] {describe_device('cuda', name, 8, 1)}\n")
         run = read_run(out, "run")
-        assert f"3 h, {words}" in bill(run, forecast_runs([run], None, 3), 0, 3, "", {"H100": Price(2, 2)})
+        assert f"3 h, {words}" in bill(run, forecast_runs([run], None, 3), 0, 3, gpu, {"H100": Price(2, 2)})
     with pytest.raises(ConfigError, match="--metric nothing"):
         draw(out, "--forecast", 3, "--metric", "nothing")
+
+
+def test_flags_without_effect_are_refused(tmp_path):
+    out = write(tmp_path / "run")
+    for flags in (["--gpu", "H100"], ["--price", "T4=1"], ["--metric", "lr"]):
+        with pytest.raises(ConfigError, match=f"{flags[0]}: no effect without --forecast"):
+            draw(out, *flags)
+    with pytest.raises(ConfigError, match="--gpu FOO: expected one of"):
+        draw(out, "--forecast", 1, "--gpu", "FOO")
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "nan", "inf", "1e300", "x"])
+def test_a_forecast_is_of_a_number_of_epochs_above_0(text, capsys):
+    with pytest.raises(SystemExit):
+        history_parser().parse_args(["run", f"--forecast={text}"])
+    assert "expected a number above 0" in capsys.readouterr().err
+
+
+def test_a_run_without_rows_is_left_out_with_a_warning(tmp_path, capsys):
+    write(tmp_path / "all") and write(tmp_path / "all" / "a") and write(tmp_path / "all" / "b")
+    (tmp_path / "all" / "training_metrics.json").unlink()
+    (tmp_path / "all" / "b" / "training_metrics.json").write_text("")
+    assert [run.folder.name for run in read_runs(find_runs([tmp_path / "all"]))] == ["a"]
+    assert "left out" in (said := capsys.readouterr().err) and str(tmp_path / "all" / "b") in said
+    with pytest.raises(DataError, match="expected rows of metrics, got none in"):
+        read_runs([tmp_path / "all" / "b"])
+
+
+def test_the_label_of_a_level_is_not_on_the_curve():
+    def labels(end):
+        figure = draw_history([Run("r", [{"iteration": i, "eval_knn": end, "start_knn": 0.5} for i in range(3)], {})])
+        return [text.get_va() for text in panel(figure, "kNN accuracy").texts]
+
+    assert labels(0.52) == ["top"] and labels(0.48) == ["baseline"]
 
 
 @pytest.mark.parametrize(("key", "label"), [("val_ap", "AP"), ("val_miou", "mIoU")])
@@ -212,7 +248,10 @@ def test_a_decoder_has_panels_and_a_forecast_of_its_score(key, label, tmp_path, 
         lines.append(row | {key: 0.5 - 0.4 / epoch, "val_loss": 6 + 5 / epoch})
     (tmp_path / "training_metrics.json").write_text("\n".join(map(json.dumps, lines)))
     assert draw(tmp_path, "--forecast", 10) == 0
-    assert f"10 more epochs, 0.1 h, no price (--gpu GPU): {key} +0.0" in capsys.readouterr().out
+    assert (
+        f"10 more epochs (100 iterations, 10 passes over the data), 0.1 h, no price of it (--gpu GPU): {key} +0.0"
+        in capsys.readouterr().out
+    )
     shown = draw_history([Run("r", lines, {})])
     assert {"Validation of a decoder", "Validation loss of a decoder", "Total loss"} <= set(titles(shown))
     assert "AP or IoU" == panel(shown, "Validation of a decoder").get_ylabel()

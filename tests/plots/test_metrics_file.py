@@ -27,6 +27,12 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path, line):
     assert [row["iteration"] for row in read_metrics(file)] == [0]
 
 
+def test_values_that_are_no_numbers_are_left_out(tmp_path):
+    row = {"iteration": "3", "a": "text", "b": [1.0], "c": None, "d": 10**400, "e": 2, "f": float("inf"), "g": {}}
+    (read,) = read_metrics(write_run(tmp_path / "run", rows=[row]) / "training_metrics.json")
+    assert read == {"iteration": 3, "e": 2, "f": float("inf")}
+
+
 def test_line_truncated_inside_a_character(tmp_path):
     file = write_run(tmp_path / "run") / "training_metrics.json"
     with open(file, "ab") as out:

@@ -267,17 +267,21 @@ def test_weights_that_grow_on_explode_although_rankme_recovers():
 
 
 def test_few_prototypes_need_a_tenth_of_the_run_if_dimensions_are_lost_else_more():
+    steps = torch.arange(140)
+    falls, lost = 1.5 - 0.01 * steps, 10.0 - 0.2 * steps.clamp(max=30)
     at = {}
-    for name, entropy, rank in (
-        ("falls", 1.5 - 0.01 * torch.arange(100), 10.0 - 0.2 * torch.arange(100).clamp(max=30)),
-        ("keeps its dimensions", 1.5 - 0.01 * torch.arange(100), torch.full((100,), 10.0)),
-        ("recovers", 1.0 + 0.005 * torch.arange(100), 10.0 - 0.2 * torch.arange(100).clamp(max=30)),
+    for name, entropy, rank, teacher in (
+        ("falls", falls, lost, 0.25),
+        ("keeps its dimensions", falls, torch.full((140,), 10.0), 0.25),
+        ("recovers", 1.0 + 0.005 * steps, lost, 0.25),
+        ("uncertain", falls, lost, 0.45),
     ):
-        columns = {"loss": [4.0] * 100, "teacher": [0.3] * 100, "prototype": entropy.tolist(), "rank": rank.tolist()}
+        columns = {"loss": [4.0] * 140, "teacher": [teacher] * 140}
+        columns |= {"prototype": entropy.tolist(), "rank": rank.tolist()}
         some = [row | {"current_batch_size": 32} for row in rows(columns, every=1)]
         alarm = alarm_for(256, 200)
         at[name] = next(row["iteration"] for row in some if "single_prototype" in alarm.check(row, 200))
-    assert at == {"falls": 20, "keeps its dimensions": 80, "recovers": 80}
+    assert at == {"falls": 20, "keeps its dimensions": 120, "recovers": 120, "uncertain": 120}
 
 
 @pytest.mark.parametrize("name", list(RECORDED))

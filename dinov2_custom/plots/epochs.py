@@ -1,0 +1,80 @@
+"""Convert epochs to iterations, and iterations to passes over the data and to seconds, from a run's files, torch-free.
+
+An epoch is what ``optim.epochs`` counts, a pass what the key ``epoch`` of the rows counts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dinov2_custom.configs.load import with_defaults
+from dinov2_custom.plots.metrics_file import Run
+from dinov2_custom.train.course import RunLength, run_length
+
+WINDOW = 20  # iterations over which a row's ``iter_time`` is a mean
+
+
+def iterations_per_pass(run: Run) -> float | None:
+    """Return the number from the latest row with ``epoch``, or None if there is none."""
+    for row in reversed(run.rows):
+        if 0 < (row.get("epoch") or 0) < math.inf:
+            return (row["iteration"] + 1) / row["epoch"]
+    return None
+
+
+def iterations_per_epoch(run: Run) -> float | None:
+    """Return the length of an epoch by the configuration; one pass for a run without (a decoder); else None."""
+    known = _configured(run)
+    return known[1].epoch_length if known else iterations_per_pass(run)
+
+
+def warmup_iterations(run: Run) -> float:
+    """Return the warm-up of the learning rate, 0 if there is no configuration."""
+    if not (known := _configured(run)):
+        return 0
+    cfg, length = known
+    warmup = length.iterations(cfg.optim.warmup_epochs)
+    if not length.max_hours:
+        return warmup
+    seconds = seconds_per_iteration(run)  # a run by the clock: ``warmup`` is a share of its time
+    return warmup / length.total * length.max_hours * 3600 / seconds if seconds else 0
+
+
+def seconds_per_iteration(run: Run) -> float | None:
+    """Return the mean seconds, including evaluations and saves, or None if the rows have no ``iter_time``.
+
+    The first rows, which include the start, are left out if there are others. A row counts for the iterations since the
+    row before it; with a ``train.log_every`` above ``WINDOW``, rows are samples, more of them with evaluations than
+    without.
+    """
+    rows = [row for row in run.rows if 0 < (row.get("iter_time") or 0) < math.inf]
+    if not rows:
+        return None
+    steps = [after["iteration"] - row["iteration"] for row, after in zip(rows, rows[1:], strict=False)]
+    weighted = [(row["iter_time"], step) for row, step in zip(rows[1:], steps, strict=True)]
+    settled = [
+        pair for pair, row in zip(weighted, rows[1:], strict=True) if row["iteration"] > rows[0]["iteration"] + WINDOW
+    ]
+    chosen = settled or weighted or [(rows[0]["iter_time"], 1)]
+    return sum(seconds * step for seconds, step in chosen) / sum(step for _, step in chosen)
+
+
+def num_processes(run: Run) -> int:
+    """Return the number of GPUs: images of an iteration over those of a process."""
+    row = run.rows[-1]
+    per_process = row.get("current_batch_size", 0) * (run.setting("optim.accumulation_steps") or 1)
+    images = row.get("images_per_s", 0) * row.get("iter_time", 0)
+    return max(round(images / per_process), 1) if per_process and math.isfinite(images / per_process) else 1
+
+
+def _configured(run: Run) -> tuple[Any, RunLength] | None:
+    """Return the configuration and the length of the run as training computes it; None if it is not known."""
+    length, per_pass = run.setting("train.OFFICIAL_EPOCH_LENGTH"), iterations_per_pass(run)
+    if not (isinstance(length, int) and length > 0) and not (length == "auto" and per_pass):
+        return None
+    cfg, processes = with_defaults(OmegaConf.create(run.config)), num_processes(run)
+    batch = cfg.train.batch_size_per_gpu * cfg.optim.accumulation_steps * processes
+    return cfg, run_length(cfg, round((per_pass or 0) * batch) or 1, processes)
