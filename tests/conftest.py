@@ -37,6 +37,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Escape the bytes of names that are not UTF-8 in what a test logged or raised; pytest-xdist cannot send them."""
+    report = yield
+    report.sections = [(name, _escaped(text)) for name, text in report.sections]
+    if report.failed and (text := str(report.longrepr)) != _escaped(text):
+        report.longrepr = _escaped(text)
+    return report
+
+
+def _escaped(text):
+    return text.encode(errors="backslashreplace").decode()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     """Return memory to the system after each file: a training run made glibc keep freed memory, gigabytes of it."""
