@@ -124,8 +124,8 @@ def main() -> None:
         "of the run; for the good run: no verdict at all until its end. *first*: no other verdict comes before it. "
         "*kNN*: k = 20, tiles held out, at the start and at the latest evaluation before the first verdict, mean over "
         "seeds. "
-        "Thresholds, runs and the meaning of *right* were chosen while looking at smaller seeds, so only further "
-        "ones are a test.\n\n"
+        "Thresholds, runs and the meaning of *right* were chosen while looking at smaller seeds, those of "
+        "single_prototype at seeds up to 109, so only further ones are a test.\n\n"
         f"{table(HEADER, [summary(name, found) for name, found in results.items()])}\n"
     )
     finish(page, "verdict", args.write)
