@@ -381,4 +381,4 @@ def test_workers_are_at_most_the_cores(monkeypatch, caplog):
     monkeypatch.setattr(pool, "num_cores", lambda: 3)
     caplog.set_level("INFO", logger="dinov2")
     assert [pool.at_most_cores(n) for n in (0, 2, 3)] == [0, 2, 3] and not caplog.text
-    assert pool.at_most_cores(10) == 3 and "3, not 10" in caplog.text
+    assert pool.at_most_cores(10) == 3 and "3 instead of 10" in caplog.text
