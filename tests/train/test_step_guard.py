@@ -247,7 +247,7 @@ def test_a_run_skips_and_counts_bad_steps_and_its_rows_stay_readable(tmp_path, m
 def test_a_run_that_cannot_continue_names_the_checkpoint_to_continue_from(tmp_path, monkeypatch):
     images = write_images(tmp_path / "images", 12)
     poison_iterations(monkeypatch, {6, 7})
-    with pytest.raises(NumericsError, match=r"iteration=7; .* checkpoint is model_0000005"):
+    with pytest.raises(NumericsError, match=r"iteration=7; .* last good checkpoint, model_0000005"):
         run(images, tmp_path / "out", "train.max_nonfinite_steps=2", "checkpointing.period=3")
 
 
