@@ -464,7 +464,8 @@ def test_a_missing_run_directory_is_detected_at_the_next_save(tmp_path, how, wha
         run.rename(tmp_path / "elsewhere") if how != "removed" else shutil.rmtree(run)
         if how == "replaced":
             (run / "logs").mkdir(parents=True)
-        with pytest.raises(CheckpointError, match=f"expected the run directory {run} with this run's files, got none: it was renamed"):
+        expected = f"expected the run directory {run} with this run's files, got none: it was renamed"
+        with pytest.raises(CheckpointError, match=expected):
             saver.save(1) if what == "save" else saver.save_teacher("training_1")
     assert not list(run.rglob("model*")) and not list(run.rglob("teacher*"))
 
