@@ -69,7 +69,7 @@ def test_predictions_of_a_folder_are_coco_and_pictures(task, tiny, tmp_path):
         return
     one = content["annotations"][0]
     assert 0 <= one["bbox"][0] <= SIDE and (task == "detection" or one["segmentation"]["size"] == [SIDE, SIDE])
-    with pytest.raises(DataError, match="none in"):
+    with pytest.raises(DataError, match="expected images in .*, got none"):
         predict.images_in(tmp_path / "decoder")
 
 
