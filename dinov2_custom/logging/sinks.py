@@ -225,9 +225,13 @@ def truncate_after(path: str | os.PathLike, iteration: int) -> int:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the rows of a file without invalid lines (truncated by a kill); empty if the file is missing."""
+    """Return the rows of a file without invalid lines (truncated by a kill); empty if the file is missing.
+
+    Values that are no numbers, which this package does not write, are left out.
+    """
     lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []
-    return [json.loads(line) for line in lines if _is_before(line, sys.maxsize)]
+    rows = [json.loads(line) for line in lines if _is_before(line, sys.maxsize)]
+    return [{key: value for key, value in row.items() if isinstance(value, int | float)} for row in rows]
 
 
 def _is_before(line: bytes, iteration: int) -> bool:

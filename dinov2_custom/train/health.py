@@ -172,7 +172,9 @@ class LearningAlarm(Sink):
         most = not self.has_learned or 2 * self.num_flat > self.num_rows
         found = {}
         for kind, words in self.called.items():
-            stretch = self.stretches[kind] or (self.stretches[PLATEAU] if kind == NO_PROGRESS else [])
+            stretch = self.stretches[kind]
+            if kind == NO_PROGRESS:
+                stretch = max(stretch, self.stretches[PLATEAU], key=len)
             if stretch or (kind in (UNIFORM, NO_PROGRESS) and most):
                 found[kind] = self._describe(kind, stretch) if stretch else words
         hold = {kind for kind in found if self.stretches[kind]}

@@ -47,6 +47,7 @@ MAX_SHARE = 0.03  # of the time
 WARN_AFTER_S = 600  # what a shorter run loses is not worth a warning
 PIXELS_SIDE = 32  # of the images whose raw pixels are compared by kNN
 KNN_BATCH = 64
+MAX_OTHERS = 0.05  # of the labelled images may be unreadable in one evaluation only
 FEW_LABELLED = 20  # images to classify, with which chance alone changes kNN by up to 0.22
 OF_IMAGES = ("rankme", "uniformity", "alignment")  # of the start, besides kNN
 
@@ -140,6 +141,7 @@ class OnlineEvaluation:
                 "readable": self.readable,
                 "images": self._digest_of_images(),
                 "labelled": self._digest_of_labelled(),
+                "left_out": sorted(self.knn.bad) if self.labelled else [],
             }
             save_atomically(self.start, self.out / START_FILE)
 
@@ -153,7 +155,7 @@ class OnlineEvaluation:
         """
         began = time.perf_counter()
         features, loss = self._features(model, teacher_temp)
-        start = self.start or {"features": None, "values": {}}
+        start = self.start or {"features": None, "values": {}, "left_out": []}
         pending = None
         if features is not None:
             values = {"loss": loss} | geometry(features)
@@ -162,6 +164,12 @@ class OnlineEvaluation:
             pending = Pending(values, features[:, 0])
         row = self._knn("eval_knn", model.teacher["backbone"])
         if distributed.is_main_process():
+            if "eval_knn" in row and (others := len(self.knn.bad.keys() ^ set(start["left_out"]))) > self._max_others():
+                logger.warning(
+                    f"evaluation: no kNN, which other images would change: {others} labelled images could be read at "
+                    "the start and not now, or the reverse; restore them"
+                )
+                row = {}
             row |= {f"eval_{name}": value for name, value in pending.read().items()} if pending else {}
             row |= {key: value for key, value in start["values"].items() if f"eval_{key.partition('_')[2]}" in row}
         row = distributed.broadcast_object(_finite(row) | {"eval_s": time.perf_counter() - began})
@@ -297,7 +305,12 @@ class OnlineEvaluation:
         return _digest([self.samples.dataset.name(self.samples.image_of(draw)) for draw in range(self.num_images)])
 
     def _digest_of_labelled(self) -> str:
-        return _digest([self.options.knn_train, self.options.knn_val])
+        """Return a digest of the names of the labelled images."""
+        return _digest([d.name(index) for d in self.labelled or () for index in range(len(d))])
+
+    def _max_others(self) -> float:
+        """Return by how many images the labelled ones may differ from the start's: each could be the best by luck."""
+        return MAX_OTHERS * len(self.knn.dataset)
 
     def _of_best(self) -> dict[str, Any]:
         """Return what the values of the best teacher's metric depend on, besides the weights."""
@@ -328,8 +341,8 @@ class OnlineEvaluation:
         """Forget the best value so far, which another evaluation measured."""
         logger.warning(
             f"evaluation.online.best: {teacher_path(self.out, BEST)} was chosen by another evaluation (metric, "
-            "datasets or images), whose values cannot be compared with this one's; the next evaluation replaces it: "
-            "copy it to keep it"
+            "datasets or images), whose values cannot be compared with this one's, or is damaged; this one replaces "
+            "it"
         )
         self.best, self._since, self._best_of = -math.inf, None, None
 
@@ -343,7 +356,8 @@ class OnlineEvaluation:
             return None
         try:
             start = torch.load(path, weights_only=True)
-            start = {key: start[key] for key in ("features", "values", "readable", "images", "labelled")}
+            keys = ("features", "values", "readable", "images", "labelled", "left_out")
+            start = {key: start[key] for key in keys}
             start["values"] = dict(start["values"])
         except Exception as e:  # torch raises many types on torn files
             logger.warning(
@@ -357,6 +371,7 @@ class OnlineEvaluation:
             )
             _leave_out_images(start)
         if start["labelled"] != self._digest_of_labelled():
+            start["left_out"] = []
             start["values"] = {key: value for key, value in start["values"].items() if not key.endswith("_knn")}
             if self.labelled is not None:
                 logger.warning(

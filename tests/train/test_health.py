@@ -173,6 +173,8 @@ def test_the_end_names_a_cause_that_was_called_after_its_effect_without_the_effe
 def test_a_loss_that_stops_falling_before_it_has_learned_anything_is_no_progress():
     stuck = at_share(0.978) | {"teacher": [0.9 * math.log(256)] * 100}
     assert list(alarms(stuck, 256, 1000)[0].values()) == [["no_progress"]]
+    _, (again,) = alarms(stuck | {"loss": [*stuck["loss"][:-1], math.log(256)]}, 256, 1000)
+    assert "from iteration=0 to 990" in again  # the long stretch, not the last row, which is at ln K
     slow = stuck | {"loss": [math.log(256) * (1 - 0.0004 * i) for i in range(100)]}
     assert alarms(slow, 256, 2500) == ({}, [])  # it still falls
 

@@ -188,6 +188,14 @@ def test_labelled_files_that_disappear_are_left_out_and_the_folder_ends_knn_only
     gone.unlink()
     second = evaluation.evaluate(network, 1, 0.05, lambda: 0.0)
     assert second["knn_images"] == 10 and "evaluation.online.knn_val: 2 of 12" in caplog.text
+    other = val / "class_1" / "3.png"
+    kept = other.read_bytes()
+    other.unlink()  # two fewer than at the start, 8 % of the labelled images: another kNN
+    unlike = evaluation.evaluate(network, 2, 0.05, lambda: 0.0)
+    assert not {"eval_knn", "knn_images", "start_knn"} & unlike.keys() and not evaluation.is_best
+    assert "2 labelled images could be read at the start and not now" in caplog.text
+    other.write_bytes(kept)
+    assert evaluation.evaluate(network, 3, 0.05, lambda: 0.0)["knn_images"] == 10
     shutil.rmtree(val)
     third = evaluation.evaluate(network, 2, 0.05, lambda: 0.0)
     assert "evaluation.online.knn_val: 12 of 12" in caplog.text and "restore the folder" in caplog.text
@@ -195,6 +203,15 @@ def test_labelled_files_that_disappear_are_left_out_and_the_folder_ends_knn_only
     assert not evaluation.is_best
     with pytest.raises(DataError, match=r"evaluation\.online\.knn_val: expected .*val"):
         evaluation_of(*labelled(images, val))
+
+
+def test_labelled_images_are_the_same_by_their_names(images, tmp_path, network, evaluation_of, caplog):
+    val = shutil.copytree(images, tmp_path / "val")
+    first = evaluation_of(*labelled(images, val))
+    again = evaluation_of(*labelled(f"{images}/", f"{val}/"))
+    assert first._digest_of_labelled() == again._digest_of_labelled()
+    (val / "class_0" / "0.png").unlink()
+    assert evaluation_of(*labelled(images, val))._digest_of_labelled() != first._digest_of_labelled()
 
 
 def test_an_image_left_out_of_the_votes_is_nobodys_own(images, tmp_path, network, evaluation_of):
