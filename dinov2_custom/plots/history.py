@@ -277,7 +277,8 @@ def forecast_runs(runs: Sequence[Run], metric: str | None, epochs: float) -> For
             continue
         x, y = _series(run, Line("", _key(chosen)))
         after_warmup = x >= warmup_iterations(run)
-        made = make_forecast(x[after_warmup], y[after_warmup], run.rows[-1]["iteration"] + epochs * length)
+        last = run.rows[-1]["iteration"]
+        made = make_forecast(x[after_warmup], y[after_warmup], last + epochs * length, since=last)
         (refused if isinstance(made, str) else found)[number] = f"{chosen}: {made}" if isinstance(made, str) else made
     return Forecasts(chosen, found, refused)
 

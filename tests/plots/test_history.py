@@ -206,6 +206,20 @@ def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
         draw(out, "--forecast", 3, "--metric", "nothing")
 
 
+@pytest.mark.parametrize(("end", "last_evaluation"), [(2990, 2799), (3990, 2399)])
+def test_the_change_starts_at_the_end_of_the_run_not_at_the_last_evaluation(end, last_evaluation):
+    lines = [{"iteration": i, "total_loss": 1.0, "epoch": (i + 1) / 100} for i in range(9, end, 10)]
+    for row in lines[19:]:
+        if row["iteration"] <= last_evaluation and (row["iteration"] + 1) % 200 == 0:
+            row["eval_knn"] = 0.3 + 0.05 * math.log(row["iteration"])
+    run = Run("r", lines, {})
+    forecasts = forecast_runs([run], None, 1)
+    made, truth = forecasts.found[0], 0.05 * math.log((end + 99) / (end - 1))
+    assert made.change_low <= truth <= made.change_high and made.change == pytest.approx(truth, rel=0.05)
+    assert made.x[0] == last_evaluation and made.x[-1] == end + 99
+    assert f"eval_knn +{truth:.2g}" in bill(run, forecasts, 0, 1, "", {})
+
+
 def test_flags_without_effect_are_refused(tmp_path):
     out = write(tmp_path / "run")
     for flags in (["--gpu", "H100"], ["--price", "T4=1"], ["--metric", "lr"]):
