@@ -62,12 +62,19 @@ def seconds_per_iteration(run: Run) -> float | None:
     return sum(seconds * step for seconds, step in chosen) / sum(step for _, step in chosen)
 
 
-def num_processes(run: Run) -> int:
-    """Return the number of GPUs: images of an iteration over those of a process."""
-    row = run.rows[-1]
-    per_process = row.get("current_batch_size", 0) * (run.setting("optim.accumulation_steps") or 1)
-    images = row.get("images_per_s", 0) * row.get("iter_time", 0)
-    return max(round(images / per_process), 1) if per_process and math.isfinite(images / per_process) else 1
+def num_processes(run: Run) -> int | None:
+    """Return the number of GPUs, images of an iteration over those of a process, by the latest row that has them.
+
+    None if no row has them: upstream's, a decoder's.
+    """
+    steps = run.setting("optim.accumulation_steps")
+    steps = 1 if steps is None else steps
+    for row in reversed(run.rows) if type(steps) is int else ():
+        per_process = (row.get("current_batch_size") or 0) * steps
+        images = (row.get("images_per_s") or 0) * (row.get("iter_time") or 0)
+        if per_process > 0 and images > 0 and math.isfinite(images / per_process):
+            return max(round(images / per_process), 1)
+    return None
 
 
 def _configured(run: Run) -> tuple[Any, RunLength] | None:
@@ -75,6 +82,6 @@ def _configured(run: Run) -> tuple[Any, RunLength] | None:
     length, per_pass = run.setting("train.OFFICIAL_EPOCH_LENGTH"), iterations_per_pass(run)
     if not (isinstance(length, int) and length > 0) and not (length == "auto" and per_pass):
         return None
-    cfg, processes = with_defaults(OmegaConf.create(run.config)), num_processes(run)
+    cfg, processes = with_defaults(OmegaConf.create(run.config)), num_processes(run) or 1  # hardly changes the length
     batch = cfg.train.batch_size_per_gpu * cfg.optim.accumulation_steps * processes
     return cfg, run_length(cfg, round((per_pass or 0) * batch) or 1, processes)

@@ -298,19 +298,25 @@ def bill(run: Run, forecasts: Forecasts, number: int, epochs: float, gpu: str, p
     parts = [f"{epochs:,g} more epoch{'s' if epochs != 1 else ''} ({', '.join(amounts)})"]
     if seconds := seconds_per_iteration(run):
         hours = iterations * seconds / 3600
-        parts += [f"{hours:.3g} h", _price_of(hours * num_processes(run), run, gpu, prices)]
+        parts += [f"{hours:.3g} h", _price_of(hours, run, gpu, prices)]
     spread = (made.change_high - made.change_low) / 2
     return f"{', '.join(parts)}: {forecasts.metric} {made.change:+.3g} +- {spread:.2g} by {made.family}"
 
 
-def _price_of(gpu_hours: float, run: Run, gpu: str, prices: Mapping[str, Price]) -> str:
+def _price_of(hours: float, run: Run, gpu: str, prices: Mapping[str, Price]) -> str:
     """Return the price on the machine that ran, whose hours these are, or why there is none."""
-    own = find_gpu(run.device) if run.device else gpu
+    own, processes = find_gpu(run.device) if run.device else gpu, num_processes(run)
     if gpu and gpu != own:
         return f"no price for {gpu}: the hours are those of {run.device}"
+    if run.device and not own:
+        return f"no price of {run.device}"
+    if not processes:
+        return "no price, the rows do not show the number of GPUs"
+    if not own:
+        return "no price, its log does not name the GPU (--gpu GPU)"
     if own not in prices:
-        return f"no price of {own} (--price {own}=DOLLARS)" if own else f"no price of {run.device or 'it (--gpu GPU)'}"
-    spot, on_demand = (gpu_hours * dollars for dollars in prices[own])
+        return f"no price of {own} (--price {own}=DOLLARS)"
+    spot, on_demand = (hours * processes * dollars for dollars in prices[own])
     return f"${on_demand:.3g}" + (f" (spot ${spot:.3g})" if spot != on_demand else "")
 
 

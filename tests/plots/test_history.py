@@ -184,6 +184,8 @@ def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
             "iteration": 10 * i,
             "eval_knn": 0.5 - 0.4 / (10 * i + 1) ** 0.5,
             "iter_time": 36.0,
+            "current_batch_size": 8.0,
+            "images_per_s": 8 / 36,
             "epoch": (10 * i + 1) / 100,
         }
         for i in range(30)
@@ -218,6 +220,21 @@ def test_the_change_starts_at_the_end_of_the_run_not_at_the_last_evaluation(end,
     assert made.change_low <= truth <= made.change_high and made.change == pytest.approx(truth, rel=0.05)
     assert made.x[0] == last_evaluation and made.x[-1] == end + 99
     assert f"eval_knn +{truth:.2g}" in bill(run, forecasts, 0, 1, "", {})
+
+
+def test_a_price_needs_the_number_of_gpus_and_their_name():
+    lines = [{"iteration": 10 * i, "eval_knn": 0.5 - 0.4 / (i + 1), "iter_time": 36.0} for i in range(30)]
+    lines = [row | {"epoch": (row["iteration"] + 1) / 100, "current_batch_size": 8.0} for row in lines]
+
+    def words(rows, gpu, device=""):
+        run = Run("r", rows, {}, device)
+        return bill(run, forecast_runs([run], None, 1), 0, 1, gpu, {"H100": Price(2, 2)})
+
+    assert "1 h, no price, the rows do not show the number of GPUs: " in words(lines, "H100")
+    assert "1 h, no price, the rows do not show the number of GPUs: " in words(lines, "", "NVIDIA H100 80GB HBM3")
+    lines[20] = lines[20] | {"images_per_s": 4 * 8 / 36}  # as written by 4 GPUs; the rows after it are without
+    assert "1 h, $8: " in words(lines, "H100")
+    assert "1 h, no price, its log does not name the GPU (--gpu GPU): " in words(lines, "")
 
 
 def test_flags_without_effect_are_refused(tmp_path):
@@ -262,10 +279,8 @@ def test_a_decoder_has_panels_and_a_forecast_of_its_score(key, label, tmp_path, 
         lines.append(row | {key: 0.5 - 0.4 / epoch, "val_loss": 6 + 5 / epoch})
     (tmp_path / "training_metrics.json").write_text("\n".join(map(json.dumps, lines)))
     assert draw(tmp_path, "--forecast", 10) == 0
-    assert (
-        f"10 more epochs (100 iterations, 10 passes over the data), 0.1 h, no price of it (--gpu GPU): {key} +0.0"
-        in capsys.readouterr().out
-    )
+    time = "10 more epochs (100 iterations, 10 passes over the data), 0.1 h, "
+    assert f"{time}no price, the rows do not show the number of GPUs: {key} +0.0" in capsys.readouterr().out
     shown = draw_history([Run("r", lines, {})])
     assert {"Validation of a decoder", "Validation loss of a decoder", "Total loss"} <= set(titles(shown))
     assert "AP or IoU" == panel(shown, "Validation of a decoder").get_ylabel()
