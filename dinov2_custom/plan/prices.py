@@ -41,26 +41,26 @@ def load_prices(file: str = "", given: Iterable[tuple[str, float]] = ()) -> dict
     Names are those that :func:`find_by_user_name` accepts.
 
     Raises:
-        ConfigError: lists every unknown GPU and every price that is not one or two numbers above 0.
+        ConfigError: lists every unknown GPU and every price that is not one number above 0, or two that do not fall.
     """
     prices, mistakes = {}, []
     sources = [(str(PRICES_FILE), _read(PRICES_FILE)), *([(file, _read(Path(file)))] if file else [])]
     for source, found in [*sources, ("--price", dict(given))]:
         for name, value in found.items():
             pair = value if isinstance(value, list) else [value, value]
-            numbers = all(isinstance(dollars, (int, float)) and 0 < dollars < math.inf for dollars in pair)
+            numbers = all(type(dollars) in (int, float) and 0 < dollars < math.inf for dollars in pair)  # no bool
             try:
                 gpu = find_by_user_name(str(name))
             except ConfigError:
                 gpu = ""
-            if not gpu or len(pair) != 2 or not numbers:
+            if not gpu or len(pair) != 2 or not numbers or pair[0] > pair[1]:
                 mistakes.append(f"{source}: {name}={value}")
             else:
                 prices[gpu] = Price(*pair)
     if mistakes:
         raise ConfigError(
-            f"prices: expected GPU=DOLLARS above 0, or GPU: [SPOT, ON DEMAND] in a file, of {', '.join(GPUS)}; "
-            f"got {'; '.join(mistakes)}"
+            "prices: expected GPU=DOLLARS above 0, or GPU: [SPOT, ON DEMAND] in a file with SPOT at most ON DEMAND, of "
+            f"{', '.join(GPUS)}; got {'; '.join(mistakes)}"
         )
     return prices
 

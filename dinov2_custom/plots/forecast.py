@@ -26,10 +26,10 @@ class Forecast(NamedTuple):
 
     Attributes:
         family: one of ``FAMILIES``.
-        x: iterations, from the last one of the run to the last one of the forecast, float64 (n,).
+        x: iterations, from the metric's last one to the last one of the forecast, float64 (n,).
         y: the fitted curve there, float64 (n,).
         low, high: the band in which the curve (not each noisy row) is expected, float64 (n,).
-        change: rise of the curve over the forecast; ``change_low`` and ``change_high`` are its band.
+        change: rise of the curve from the end of the run; ``change_low`` and ``change_high`` are its band.
     """
 
     family: str
@@ -42,7 +42,9 @@ class Forecast(NamedTuple):
     change_high: float
 
 
-def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> Forecast | str:
+def make_forecast(
+    x: np.ndarray, y: np.ndarray, until: float, seed: int = 0, since: float | None = None
+) -> Forecast | str:
     """Fit the points and extrapolate them; return a reason instead if they do not allow it.
 
     Each family is fitted to the first two thirds and the one that predicts the last third best is fitted to all points.
@@ -53,6 +55,7 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
         x: increasing iterations from 0, float64 (n,), without the warm-up, whose curve is another one.
         y: finite values, float64 (n,).
         until: iteration to extrapolate to.
+        since: last iteration of the run, where the change starts; by default the last of ``x``.
     """
     if x.size < MIN_POINTS:
         return f"it has {x.size} points after the warm-up, a forecast needs {MIN_POINTS}"
@@ -61,7 +64,8 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
     last = x[-1]
     groups = np.array_split(np.arange(x.size), min(x.size, MAX_POINTS))
     x, y = (np.array([values[group].mean() for group in groups]) for values in (x, y))
-    future, split = np.linspace(last, until, 50), _split(x)
+    split = _split(x)
+    future = np.append(np.linspace(last, until, 50), last if since is None else since)  # the start of the change last
 
     def position(iterations: np.ndarray) -> np.ndarray:
         return (iterations + 1) / (last + 1)
@@ -88,13 +92,13 @@ def make_forecast(x: np.ndarray, y: np.ndarray, until: float, seed: int = 0) -> 
         if error <= PLAUSIBLE * errors[best]:
             values = np.maximum(samples, lowest / 10) if family == 3 else samples  # whose logarithm is fitted
             sampled = FITS[family](position(x), values, position(future))
-            bands.append(np.percentile(sampled, BAND, axis=1))
-            changes.append(np.percentile(sampled[-1] - sampled[0], BAND))
+            bands.append(np.percentile(sampled[:-1], BAND, axis=1))
+            changes.append(np.percentile(sampled[-2] - sampled[-1], BAND))
     low, high = np.min([band[0] for band in bands], axis=0), np.max([band[1] for band in bands], axis=0)
-    y = fitted[x.size :]
-    change = float(y[-1] - y[0])
+    y = fitted[x.size : -1]
+    change = float(y[-1] - fitted[-1])
     change_low, change_high = min(c[0] for c in changes), max(c[1] for c in changes)
-    return Forecast(FAMILIES[best], future, y, low, high, change, float(change_low), float(change_high))
+    return Forecast(FAMILIES[best], future[:-1], y, low, high, change, float(change_low), float(change_high))
 
 
 def _split(x: np.ndarray) -> int:

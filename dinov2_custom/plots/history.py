@@ -70,11 +70,11 @@ class Panel(NamedTuple):
 
 
 class Forecasts(NamedTuple):
-    """Forecasts of one metric: those made, and the reasons for those that were not, by the number of the run."""
+    """The metrics, forecasts, and reasons for those that were not made, by the number of the run."""
 
-    metric: str
+    metrics: dict[int, str]
     found: dict[int, Forecast]
-    refused: dict[int, str] = {}
+    refused: dict[int, str]
 
 
 def _key(name: str, factor: float = 1.0) -> Value:
@@ -214,7 +214,7 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.output_dir or (runs[0].folder if len(runs) == 1 else ".")).expanduser()
     check_output_dir(out, "--output-dir")
     out.mkdir(parents=True, exist_ok=True)
-    forecasts, sentences = Forecasts("", {}), []
+    forecasts, sentences = Forecasts({}, {}, {}), []
     if args.forecast:
         forecasts = forecast_runs(runs, args.metric, args.forecast)
         for number, run in enumerate(runs):
@@ -257,7 +257,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def forecast_runs(runs: Sequence[Run], metric: str | None, epochs: float) -> Forecasts:
-    """Extrapolate ``metric`` of each run, by default the first of ``FORECAST`` that a run has.
+    """Extrapolate ``metric`` of each run, by default the first of ``FORECAST`` that it has.
 
     Args:
         epochs: as ``optim.epochs`` counts them.
@@ -266,20 +266,31 @@ def forecast_runs(runs: Sequence[Run], metric: str | None, epochs: float) -> For
         ConfigError: if no run has the metric.
     """
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
-    chosen = metric or next((key for key in FORECAST if key in keys), "")
-    if chosen not in keys:
-        raise ConfigError(f"--metric {chosen}: expected a key of the rows, got {', '.join(keys)}")
-    found, refused = {}, {}
+    if metric is not None and metric not in keys:
+        raise ConfigError(f"--metric {metric}: expected a key of the rows, got {', '.join(keys)}")
+    forecasts = Forecasts({}, {}, {})
     for number, run in enumerate(runs):
-        length = iterations_per_epoch(run)
-        if length is None:
-            refused[number] = "the length of an epoch is unknown: the rows have no epoch and there is no config.yaml"
-            continue
-        x, y = _series(run, Line("", _key(chosen)))
-        after_warmup = x >= warmup_iterations(run)
-        made = make_forecast(x[after_warmup], y[after_warmup], run.rows[-1]["iteration"] + epochs * length)
-        (refused if isinstance(made, str) else found)[number] = f"{chosen}: {made}" if isinstance(made, str) else made
-    return Forecasts(chosen, found, refused)
+        key, made = _forecast_run(run, [metric] if metric else FORECAST, epochs)
+        forecasts.metrics[number] = key
+        (forecasts.refused if isinstance(made, str) else forecasts.found)[number] = made
+    return forecasts
+
+
+def _forecast_run(run: Run, metrics: Sequence[str], epochs: float) -> tuple[str, Forecast | str]:
+    """Return the first of ``metrics`` that the run has, and its forecast or the reason why there is none."""
+    series = {key: _series(run, Line("", _key(key))) for key in metrics}
+    key = next((key for key, (x, _) in series.items() if x.size), "")
+    if not key:
+        return "", f"this run has no {' or '.join(metrics)}"
+    try:
+        length, warmup = iterations_per_epoch(run), warmup_iterations(run)
+    except ConfigError as e:
+        return key, str(e)
+    if length is None:
+        return key, "the length of an epoch is unknown: the rows have no epoch, and there is no length in config.yaml"
+    (x, y), last = series[key], run.rows[-1]["iteration"]
+    made = make_forecast(x[x >= warmup], y[x >= warmup], last + epochs * length, since=last)
+    return key, f"{key}: {made}" if isinstance(made, str) else made
 
 
 def bill(run: Run, forecasts: Forecasts, number: int, epochs: float, gpu: str, prices: Mapping[str, Price]) -> str:
@@ -297,32 +308,39 @@ def bill(run: Run, forecasts: Forecasts, number: int, epochs: float, gpu: str, p
     parts = [f"{epochs:,g} more epoch{'s' if epochs != 1 else ''} ({', '.join(amounts)})"]
     if seconds := seconds_per_iteration(run):
         hours = iterations * seconds / 3600
-        parts += [f"{hours:.3g} h", _price_of(hours * num_processes(run), run, gpu, prices)]
+        parts += [f"{hours:.3g} h", _price_of(hours, run, gpu, prices)]
     spread = (made.change_high - made.change_low) / 2
-    return f"{', '.join(parts)}: {forecasts.metric} {made.change:+.3g} +- {spread:.2g} by {made.family}"
+    return f"{', '.join(parts)}: {forecasts.metrics[number]} {made.change:+.3g} +- {spread:.2g} by {made.family}"
 
 
-def _price_of(gpu_hours: float, run: Run, gpu: str, prices: Mapping[str, Price]) -> str:
+def _price_of(hours: float, run: Run, gpu: str, prices: Mapping[str, Price]) -> str:
     """Return the price on the machine that ran, whose hours these are, or why there is none."""
-    own = find_gpu(run.device) if run.device else gpu
+    own, processes = find_gpu(run.device) if run.device else gpu, num_processes(run)
     if gpu and gpu != own:
         return f"no price for {gpu}: the hours are those of {run.device}"
+    if run.device and not own:
+        return f"no price of {run.device}"
+    if not processes:
+        return "no price, the rows do not show the number of GPUs"
+    if not own:
+        return "no price, its log does not name the GPU (--gpu GPU)"
     if own not in prices:
-        return f"no price of {own} (--price {own}=DOLLARS)" if own else f"no price of {run.device or 'it (--gpu GPU)'}"
-    spot, on_demand = (gpu_hours * dollars for dollars in prices[own])
+        return f"no price of {own} (--price {own}=DOLLARS)"
+    spot, on_demand = (hours * processes * dollars for dollars in prices[own])
     return f"${on_demand:.3g}" + (f" (spot ${spot:.3g})" if spot != on_demand else "")
 
 
 def draw_history(runs: Sequence[Run], panels: Sequence[Panel] = PANELS, forecasts: Forecasts | None = None):
     """Return a matplotlib figure with a panel for every metric that any run has.
 
-    ``forecasts`` are drawn into the panel of their metric, or one of its own.
+    ``forecasts`` are drawn into the panels of their metrics, or one of their own.
 
     For one run, each curve has a colour. For several, each run has a colour and each curve a dash pattern.
     """
-    forecasts = forecasts or Forecasts("", {})
-    if forecasts.found and not any(_shows(panel, forecasts.metric) for panel in panels):
-        panels = (Panel(forecasts.metric, "as reported", (Line("", _key(forecasts.metric)),)), *panels)
+    forecasts = forecasts or Forecasts({}, {}, {})
+    for key in {forecasts.metrics[number] for number in forecasts.found}:  # one, if no panel shows it: see FORECAST
+        if not any(_shows(panel, key) for panel in panels):
+            panels = (Panel(key, "as reported", (Line("", _key(key)),)), *panels)
     panels = [panel for panel in panels if any(_series(run, line)[0].size for run in runs for line in panel.lines)]
     grid = -(-len(panels) // COLUMNS)
     figure = new_figure(figsize=(5.2 * COLUMNS, 3.1 * grid + 0.7), layout="constrained")
@@ -330,8 +348,8 @@ def draw_history(runs: Sequence[Run], panels: Sequence[Panel] = PANELS, forecast
     axes = figure.subplots(grid, COLUMNS, squeeze=False).flatten()
     for axis, panel in zip(axes, panels, strict=False):
         _draw_panel(axis, panel, runs)
-        if _shows(panel, forecasts.metric):
-            for number, forecast in forecasts.found.items():
+        for number, forecast in forecasts.found.items():
+            if _shows(panel, forecasts.metrics[number]):
                 colour = _colour(number) if len(runs) > 1 else "#444444"
                 axis.fill_between(forecast.x, forecast.low, forecast.high, color=colour, alpha=0.18, linewidth=0)
                 axis.plot(forecast.x, forecast.y, color=colour, linestyle="--", linewidth=1.5)
@@ -349,7 +367,7 @@ def draw_history(runs: Sequence[Run], panels: Sequence[Panel] = PANELS, forecast
 
 def _shows(panel: Panel, metric: str) -> bool:
     """Return whether a curve of ``panel`` is the value of ``metric`` itself."""
-    return bool(metric) and any(line.value({metric: 1.0}) == 1.0 for line in panel.lines)
+    return any(line.value({metric: 1.0}) == 1.0 for line in panel.lines)
 
 
 def _draw_panel(axis, panel: Panel, runs: Sequence[Run]) -> None:

@@ -24,10 +24,12 @@ def test_a_file_wins_over_the_package_and_the_command_line_over_both(tmp_path):
 
 
 def test_every_bad_price_is_named(tmp_path):
-    (tmp_path / "p.yaml").write_text("H10: 1\nH200: [1]\nL4: cheap\n")
+    (tmp_path / "p.yaml").write_text("H10: 1\nH200: [1]\nL4: cheap\nT4: true\nA10G: [false, 1]\nB200: [3, 2]\n")
     with pytest.raises(ConfigError) as error:
         load_prices(str(tmp_path / "p.yaml"), [("H100", -2.0)])
-    assert all(bad in str(error.value) for bad in ("H10=1", "H200=[1]", "L4=cheap", "--price: H100=-2.0"))
+    bad = ("H10=1", "H200=[1]", "L4=cheap", "T4=True", "A10G=[False, 1]", "B200=[3, 2]", "--price: H100=-2.0")
+    got = str(error.value).partition("; got ")[2]
+    assert all(price in got for price in bad) and "SPOT at most ON DEMAND" in str(error.value)
     for text in ("- 1", "a: [", "a: b\n\n- c", "", None):
         path = tmp_path / "q.yaml"
         path.write_text(text) if text is not None else path.unlink()

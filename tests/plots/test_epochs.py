@@ -5,6 +5,7 @@ import pytest
 from dinov2_custom.plots.epochs import (
     iterations_per_epoch,
     iterations_per_pass,
+    num_processes,
     seconds_per_iteration,
     warmup_iterations,
 )
@@ -46,3 +47,11 @@ def test_seconds_include_evaluations_but_not_the_start():
     assert seconds_per_iteration(run(rows)) == pytest.approx(27 / 17)  # of rows 30 to 190, 5 with an evaluation
     assert seconds_per_iteration(run([{"iteration": 0}])) is None
     assert seconds_per_iteration(run(rows[:1])) == 100
+
+
+def test_the_number_of_gpus_is_that_of_the_latest_row_that_shows_it():
+    shown = {"iteration": 0, "iter_time": 2.0, "current_batch_size": 8.0, "images_per_s": 32.0}
+    assert num_processes(run([shown | {"images_per_s": 8.0}, shown, ROWS[0]])) == 8
+    assert num_processes(run([shown, shown | {"images_per_s": math.nan}], {"accumulation_steps": 4})) == 2
+    assert num_processes(run([shown], {"accumulation_steps": "abc"})) is None
+    assert num_processes(run(ROWS)) is None

@@ -178,12 +178,15 @@ def test_a_flat_entropy_is_flat_from_zero_and_epochs_are_above():
 
 
 def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
-    out = write(tmp_path / "run")
+    config = {"train": {"OFFICIAL_EPOCH_LENGTH": 100}, "optim": {"epochs": 3, "warmup_epochs": 0}}
+    out = write(tmp_path / "run", config=config)
     lines = [
         {
             "iteration": 10 * i,
             "eval_knn": 0.5 - 0.4 / (10 * i + 1) ** 0.5,
             "iter_time": 36.0,
+            "current_batch_size": 8.0,
+            "images_per_s": 8 / 36,
             "epoch": (10 * i + 1) / 100,
         }
         for i in range(30)
@@ -204,6 +207,85 @@ def test_a_forecast_is_drawn_and_priced(tmp_path, capsys):
         assert f"3 h, {words}" in bill(run, forecast_runs([run], None, 3), 0, 3, gpu, {"H100": Price(2, 2)})
     with pytest.raises(ConfigError, match="--metric nothing"):
         draw(out, "--forecast", 3, "--metric", "nothing")
+
+
+@pytest.mark.parametrize(("end", "last_evaluation"), [(2990, 2799), (3990, 2399)])
+def test_the_change_starts_at_the_end_of_the_run_not_at_the_last_evaluation(end, last_evaluation):
+    lines = [{"iteration": i, "total_loss": 1.0, "epoch": (i + 1) / 100} for i in range(9, end, 10)]
+    for row in lines[19:]:
+        if row["iteration"] <= last_evaluation and (row["iteration"] + 1) % 200 == 0:
+            row["eval_knn"] = 0.3 + 0.05 * math.log(row["iteration"])
+    run = Run("r", lines, {})
+    forecasts = forecast_runs([run], None, 1)
+    made, truth = forecasts.found[0], 0.05 * math.log((end + 99) / (end - 1))
+    assert made.change_low <= truth <= made.change_high and made.change == pytest.approx(truth, rel=0.05)
+    assert made.x[0] == last_evaluation and made.x[-1] == end + 99
+    assert f"eval_knn +{truth:.2g}" in bill(run, forecasts, 0, 1, "", {})
+
+
+def test_a_price_needs_the_number_of_gpus_and_their_name():
+    lines = [{"iteration": 10 * i, "eval_knn": 0.5 - 0.4 / (i + 1), "iter_time": 36.0} for i in range(30)]
+    lines = [row | {"epoch": (row["iteration"] + 1) / 100, "current_batch_size": 8.0} for row in lines]
+
+    def words(rows, gpu, device=""):
+        run = Run("r", rows, {}, device)
+        return bill(run, forecast_runs([run], None, 1), 0, 1, gpu, {"H100": Price(2, 2)})
+
+    assert "1 h, no price, the rows do not show the number of GPUs: " in words(lines, "H100")
+    assert "1 h, no price, the rows do not show the number of GPUs: " in words(lines, "", "NVIDIA H100 80GB HBM3")
+    lines[20] = lines[20] | {"images_per_s": 4 * 8 / 36}  # as written by 4 GPUs; the rows after it are without
+    assert "1 h, $8: " in words(lines, "H100")
+    assert "1 h, no price, its log does not name the GPU (--gpu GPU): " in words(lines, "")
+
+
+def learning(key):
+    """Return rows whose ``key`` rises steadily, with 100 iterations a pass."""
+    return [{"iteration": i, "epoch": (i + 1) / 100, key: 0.5 - 0.4 / (i + 1) ** 0.5} for i in range(0, 300, 10)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "train:\n  OFFICIAL_EPOCH_LENGTH: 100\noptim:\n",
+        "train:\n  OFFICIAL_EPOCH_LENGTH: 100\noptim:\n  epochs: abc\n",
+        "train:\n  OFFICIAL_EPOCH_LENGTH: 100\noptim:\n  warmup_epochs: abc\n",
+        "train:\n  OFFICIAL_EPOCH_LENGTH: 100\noptim:\n  epochs: .inf\n",
+        "train:\n  OFFICIAL_EPOCH_LENGTH: 100\n  max_hours: abc\n",
+        "train:\n  OFFICIAL_EPOCH_LENGTH: 100\n  batch_size_per_gpu: ${nothing}\n",
+        "train:\n  OFFICIAL_EPOCH_LENGTH: auto\n  batch_size_per_gpu: 0\n",
+        "train:\n  OFFICIAL_EPOCH_LENGTH: abc\n",
+        "dino:\n  head_n_prototypes: 256\n",
+        "train: [\n",
+        "",
+    ],
+)
+def test_a_config_that_cannot_be_used_refuses_the_forecast_of_its_run_only(config, tmp_path):
+    good = {"train": {"OFFICIAL_EPOCH_LENGTH": 100}, "optim": {"warmup_epochs": 0}}
+    for name, text in (("bad", config), ("good", json.dumps(good))):
+        write(tmp_path / name)
+        (tmp_path / name / "config.yaml").write_text(text)
+        rows = "\n".join(map(json.dumps, learning("eval_knn")))
+        (tmp_path / name / "training_metrics.json").write_text(rows)
+    forecasts = forecast_runs(read_runs(find_runs([tmp_path])), None, 1)
+    assert re.fullmatch(r"config.yaml of that run cannot be read \(.+\)", forecasts.refused[0])
+    assert list(forecasts.refused) == [0] and list(forecasts.found) == [1]
+
+
+def test_each_run_has_the_forecast_of_its_own_metric():
+    nan = [row | {"eval_knn": math.nan} for row in learning("eval_rankme")]
+    runs = [Run(name, rows, {}) for name, rows in (("a", learning("eval_knn")), ("b", nan), ("c", learning("lr")))]
+    forecasts = forecast_runs(runs, None, 1)
+    assert forecasts.metrics[0] == "eval_knn" and forecasts.metrics[1] == "eval_rankme"
+    assert "eval_rankme +" in bill(runs[1], forecasts, 1, 1, "", {})
+    assert list(forecasts.refused) == [2] and forecasts.refused[2].startswith("this run has no eval_knn or ")
+    figure = draw_history(runs, forecasts=forecasts)
+    for title, number in (("kNN accuracy", 0), ("RankMe of the evaluation", 1)):
+        assert [line.get_color() for line in panel(figure, title).lines if line.get_linestyle() == "--"] == [
+            COLOURS[number]
+        ]
+    assert forecast_runs(runs, "eval_knn", 1).refused == {
+        1: "this run has no eval_knn", 2: "this run has no eval_knn"
+    }  # fmt: skip
 
 
 def test_flags_without_effect_are_refused(tmp_path):
@@ -248,10 +330,8 @@ def test_a_decoder_has_panels_and_a_forecast_of_its_score(key, label, tmp_path, 
         lines.append(row | {key: 0.5 - 0.4 / epoch, "val_loss": 6 + 5 / epoch})
     (tmp_path / "training_metrics.json").write_text("\n".join(map(json.dumps, lines)))
     assert draw(tmp_path, "--forecast", 10) == 0
-    assert (
-        f"10 more epochs (100 iterations, 10 passes over the data), 0.1 h, no price of it (--gpu GPU): {key} +0.0"
-        in capsys.readouterr().out
-    )
+    time = "10 more epochs (100 iterations, 10 passes over the data), 0.1 h, "
+    assert f"{time}no price, the rows do not show the number of GPUs: {key} +0.0" in capsys.readouterr().out
     shown = draw_history([Run("r", lines, {})])
     assert {"Validation of a decoder", "Validation loss of a decoder", "Total loss"} <= set(titles(shown))
     assert "AP or IoU" == panel(shown, "Validation of a decoder").get_ylabel()
