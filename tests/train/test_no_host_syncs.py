@@ -168,7 +168,8 @@ def test_an_evaluation_reads_nothing_before_its_last_forward_pass(
     monkeypatch.setattr(online, "KNN_BATCH", 3)
     model = SSLMetaArch(cfg).to("meta").train()
     evaluation = OnlineEvaluation(cfg, make_train_loader(cfg, rank=0, world_size=1))
-    evaluation.start = {"features": torch.ones(3, model.embed_dim), "values": {}, "readable": [0, 1, 2]}
+    start = {"features": torch.ones(3, model.embed_dim), "values": {}, "readable": [0, 1, 2], "left_out": []}
+    evaluation.start = start
     with NoWaiting():
         row = evaluation.evaluate(model, 0, 0.05, lambda: 0.0)
     # two batches of held-out images, all labelled ones in batches of three; then: are all there, are they readable, do
