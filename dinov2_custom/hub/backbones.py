@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dinov2_custom.errors import CheckpointError
-from dinov2_custom.hub.utils import model_name, released_file
+from dinov2_custom.hub.utils import model_name, named, released_file
 from dinov2_custom.models import vision_transformer
 from dinov2_custom.models.vision_transformer import DinoVisionTransformer
 from dinov2_custom.teacher import arguments_of, load_weights
@@ -182,9 +182,7 @@ def _released(arch: str, registers: bool, doc: str) -> Callable[..., DinoVisionT
     def build(*, pretrained: bool = True, weights: Weights | str = Weights.LVD142M, **kwargs):
         return make_backbone(arch, registers=registers, pretrained=pretrained, weights=weights, **kwargs)
 
-    build.__name__ = build.__qualname__ = model_name(arch) + "_reg" * registers
-    build.__doc__ = doc
-    return build
+    return named(build, model_name(arch) + "_reg" * registers, doc)
 
 
 dinov2_vits14 = _released("vit_small", False, "Build ViT-S/14: width 384, 22 M parameters.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dinov2_custom.errors import CheckpointError, ConfigError
 from dinov2_custom.hub.backbones import Weights as BackboneWeights
 from dinov2_custom.hub.backbones import make_backbone
-from dinov2_custom.hub.utils import model_name, released_file
+from dinov2_custom.hub.utils import model_name, named, released_file
 from dinov2_custom.utils.paths import without_credentials
 from dinov2_custom.utils.weights import read_weights
 
@@ -99,9 +99,8 @@ def _released(arch: str, registers: bool, name: str) -> Callable[..., LinearClas
         options = {"registers": registers, "layers": layers, "pretrained": pretrained, "weights": weights}
         return make_classifier(arch, **options, **kwargs)
 
-    build.__name__ = build.__qualname__ = f"{model_name(arch)}{'_reg' * registers}_lc"
-    build.__doc__ = f"{name}{' with registers' * registers} and a linear layer (1 or 4 ``layers``)."
-    return build
+    doc = f"{name}{' with registers' * registers} and a linear layer (1 or 4 ``layers``)."
+    return named(build, f"{model_name(arch)}{'_reg' * registers}_lc", doc)
 
 
 dinov2_vits14_lc = _released("vit_small", False, "ViT-S/14")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from dinov2_custom.hub.utils import refuse
+from dinov2_custom.hub.utils import named, refuse
 
 
 def _depther(backbone: str, ending: str):
@@ -13,9 +13,7 @@ def _depther(backbone: str, ending: str):
     def depther(*args: Any, **kwargs: Any) -> NoReturn:
         refuse(name, "a depth head", f"{backbone} for features")
 
-    depther.__name__ = depther.__qualname__ = name
-    depther.__doc__ = f"Depth by {backbone}; not here: raises an error that says what to use."
-    return depther
+    return named(depther, name, f"Depth by {backbone}; not here: raises an error that says what to use.")
 
 
 dinov2_vits14_ld = _depther("dinov2_vits14", "ld")

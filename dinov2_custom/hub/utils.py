@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,13 @@ def released_file(arch: str, num_register_tokens: int, ending: str) -> Path:
     """Return the local copy, in torch.hub's folder, of a released file; ``ending``: ``pretrain`` or that of a head."""
     url = f"{RELEASED_URL}/{model_name(arch)}/{model_name(arch, 14, num_register_tokens)}_{ending}.pth"
     return fetch(url, Path(torch.hub.get_dir()) / "checkpoints")
+
+
+def named(function: Callable, name: str, doc: str) -> Callable:
+    """Return ``function`` under ``name``, for functions of the hub that differ in the architecture only."""
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = doc
+    return function
 
 
 def refuse(name: str, part: str, instead: str) -> NoReturn:
