@@ -15,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ MAX_SHARE = 0.03  # of the time
 WARN_AFTER_S = 600  # what a shorter run loses is not worth a warning
 PIXELS_SIDE = 32  # of the images whose raw pixels are compared by kNN
 KNN_BATCH = 64
-MAX_OTHERS = 0.05  # of the labelled images may be unreadable in one evaluation only
+MAX_OTHERS = 0.05  # share of the labelled images by which those read may differ from the start's
 FEW_LABELLED = 20  # images to classify, with which chance alone changes kNN by up to 0.22
 OF_IMAGES = ("rankme", "uniformity", "alignment")  # of the start, besides kNN
 
@@ -139,8 +140,8 @@ class OnlineEvaluation:
                 "features": pending.features.wait().contiguous() if pending else None,
                 "values": _finite(values),
                 "readable": self.readable,
-                "images": self._digest_of_images(),
-                "labelled": self._digest_of_labelled(),
+                "images": self._digest_of_images,
+                "labelled": self._digest_of_labelled,
                 "left_out": sorted(self.knn.bad) if self.labelled else [],
             }
             save_atomically(self.start, self.out / START_FILE)
@@ -164,10 +165,11 @@ class OnlineEvaluation:
             pending = Pending(values, features[:, 0])
         row = self._knn("eval_knn", model.teacher["backbone"])
         if distributed.is_main_process():
-            if "eval_knn" in row and (others := len(self.knn.bad.keys() ^ set(start["left_out"]))) > self._max_others():
+            others = len(self.knn.bad.keys() ^ set(start["left_out"])) if "eval_knn" in row else 0
+            if others and others > MAX_OTHERS * len(self.knn.dataset):
                 logger.warning(
-                    f"evaluation: no kNN, which other images would change: {others} labelled images could be read at "
-                    "the start and not now, or the reverse; restore them"
+                    f"evaluation: no kNN, because {others} labelled images could be read at the start and not now, or "
+                    "the reverse, so the accuracies cannot be compared; restore them"
                 )
                 row = {}
             row |= {f"eval_{name}": value for name, value in pending.read().items()} if pending else {}
@@ -290,8 +292,8 @@ class OnlineEvaluation:
         for name, dataset in zip(("knn_train", "knn_val"), self.labelled, strict=True):
             if len(np.unique(dataset.get_targets())) < 2:
                 doubts.append(
-                    f"evaluation.online.{name}: expected images of at least 2 classes, got one, so that kNN says "
-                    "nothing; use one folder per class"
+                    f"evaluation.online.{name}: expected images of at least 2 classes, got one, for which the "
+                    "accuracy is always 1; use one folder per class"
                 )
         if (number := len(self.labelled[1])) < FEW_LABELLED:
             doubts.append(
@@ -300,23 +302,21 @@ class OnlineEvaluation:
             )
         return doubts
 
+    @cached_property
     def _digest_of_images(self) -> str:
         """Return a digest of the names of the images."""
         return _digest([self.samples.dataset.name(self.samples.image_of(draw)) for draw in range(self.num_images)])
 
+    @cached_property
     def _digest_of_labelled(self) -> str:
         """Return a digest of the names of the labelled images."""
         return _digest([d.name(index) for d in self.labelled or () for index in range(len(d))])
 
-    def _max_others(self) -> float:
-        """Return by how many images the labelled ones may differ from the start's: each could be the best by luck."""
-        return MAX_OTHERS * len(self.knn.dataset)
-
     def _of_best(self) -> dict[str, Any]:
         """Return what the values of the best teacher's metric depend on, besides the weights."""
         if self.metric == "eval_knn":
-            return {"metric": self.metric, "data": self._digest_of_labelled()}
-        return {"metric": self.metric, "data": self._digest_of_images(), "readable": self.readable}
+            return {"metric": self.metric, "data": self._digest_of_labelled}
+        return {"metric": self.metric, "data": self._digest_of_images, "readable": self.readable}
 
     def _read_best(self, rows: Sequence[Mapping[str, float]]) -> tuple[float, int | None, dict[str, Any] | None]:
         """Return the best value so far, the first iteration of the evaluation that chose it, and what it depends on."""
@@ -340,9 +340,9 @@ class OnlineEvaluation:
     def _start_best_anew(self) -> None:
         """Forget the best value so far, which another evaluation measured."""
         logger.warning(
-            f"evaluation.online.best: {teacher_path(self.out, BEST)} was chosen by another evaluation (metric, "
-            "datasets or images), whose values cannot be compared with this one's, or is damaged; this one replaces "
-            "it"
+            f"evaluation.online.best: {teacher_path(self.out, BEST)} is damaged, or was chosen by another evaluation "
+            "(metric, datasets or images), whose values cannot be compared with this one's; the best of this one "
+            "replaces it"
         )
         self.best, self._since, self._best_of = -math.inf, None, None
 
@@ -365,12 +365,12 @@ class OnlineEvaluation:
                 f"kind of file ({type(e).__name__}): {path}; restore it from a copy and resume again, or remove it"
             )
             return None
-        if start["images"] != self._digest_of_images():
+        if start["images"] != self._digest_of_images:
             logger.warning(
                 f"evaluation: no comparison with the start except kNN, because its images ({path}) were others"
             )
             _leave_out_images(start)
-        if start["labelled"] != self._digest_of_labelled():
+        if start["labelled"] != self._digest_of_labelled:
             start["left_out"] = []
             start["values"] = {key: value for key, value in start["values"].items() if not key.endswith("_knn")}
             if self.labelled is not None:

@@ -209,9 +209,9 @@ def test_labelled_images_are_the_same_by_their_names(images, tmp_path, network, 
     val = shutil.copytree(images, tmp_path / "val")
     first = evaluation_of(*labelled(images, val))
     again = evaluation_of(*labelled(f"{images}/", f"{val}/"))
-    assert first._digest_of_labelled() == again._digest_of_labelled()
+    assert first._digest_of_labelled == again._digest_of_labelled
     (val / "class_0" / "0.png").unlink()
-    assert evaluation_of(*labelled(images, val))._digest_of_labelled() != first._digest_of_labelled()
+    assert evaluation_of(*labelled(images, val))._digest_of_labelled != first._digest_of_labelled
 
 
 def test_an_image_left_out_of_the_votes_is_nobodys_own(images, tmp_path, network, evaluation_of):
